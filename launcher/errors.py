@@ -1,0 +1,75 @@
+"""What can go wrong, each kind with its exit code (the codes are a public contract, see README)."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_PREFLIGHT = 3
+EXIT_RESUMABLE = 75
+
+
+class LaunchError(Exception):
+    """The base of every error that ``launch`` explains to the user instead of showing a traceback."""
+
+    exit_code: ClassVar[int] = EXIT_FAILED
+
+
+class UsageError(LaunchError):
+    """The command line, or what it points at, is wrong; nothing was written or started."""
+
+    exit_code = EXIT_USAGE
+
+
+class TrainingError(LaunchError):
+    """Training or its post-step failed."""
+
+
+class PreflightError(LaunchError):
+    """A check of the machine failed; nothing was started."""
+
+    exit_code = EXIT_PREFLIGHT
+
+
+class InterruptedRunError(LaunchError):
+    """The run was stopped with a checkpoint and can be resumed."""
+
+    exit_code = EXIT_RESUMABLE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One thing that is wrong with a recipe."""
+
+    key: str
+    """Dotted key, as in ``optim.lr``; empty where the whole file is meant."""
+    where: str
+    """``FILE:LINE``, or the flag or override it came from."""
+    message: str
+    """What was found, what is valid, what to do."""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.key}: {self.message}" if self.key else f"{self.where}: {self.message}"
+
+
+class RecipeError(UsageError):
+    """Everything that is wrong with a recipe, at once."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        count = len(self.problems)
+        head = "1 problem in the recipe" if count == 1 else f"{count} problems in the recipe"
+        super().__init__("\n".join([f"{head}; nothing was started", *(f"  {p}" for p in self.problems)]))
+
+
+def did_you_mean(found: str, valid: Iterable[str], *, num: int = 3) -> str:
+    """``did you mean 'lr'?`` for the nearest of ``valid``, or an empty string where none is near."""
+    near = difflib.get_close_matches(found, list(valid), n=num, cutoff=0.6)
+    return f"did you mean {' or '.join(repr(n) for n in near)}?" if near else ""

@@ -1,0 +1,311 @@
+"""The recipe: its schema, and :func:`load`, which reads one and names everything that is wrong with it at once.
+
+The schema is plain dataclasses. pydantic checks values against them, collects all errors and writes the JSON Schema;
+OmegaConf reads YAML, resolves interpolations and applies the overrides of the command line.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from launcher.errors import RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+# Attribute docstrings become the descriptions in the JSON Schema; strict, so that "20" is no number and 1 no boolean.
+_CONFIG = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+Auto = Literal["auto"]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+METRICS = {"train/loss": "min", "val/loss": "min", "val/top1": "max", "val/top5": "max", "val/f1": "max"}
+"""What early stopping can watch, each with the mode that means better."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which network, from which weights, and what of it learns."""
+
+    __pydantic_config__ = _CONFIG
+
+    arch: str = "resnet50"
+    """A torchvision classification model by name; `launch models` lists them."""
+    weights: str | None = "DEFAULT"
+    """Where training starts: DEFAULT (torchvision's best), a name such as IMAGENET1K_V2, a .pth or .safetensors file,
+    or null (random)."""
+    num_classes: Count | Auto = "auto"
+    """Outputs of the head; auto: the number of class folders."""
+    freeze: list[str] = field(default_factory=list)
+    """Layers that do not learn, by name or glob (`layer1`, `features.[0-4]`); `backbone` is all but the head.
+    They run in eval mode: frozen BatchNorm keeps its statistics."""
+    unfreeze: dict[CountOrZero, list[str] | str] = field(default_factory=dict)
+    """From which epoch (from 0) which layers learn again, as in {3: layer1}; the same patterns as freeze."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images, and how they reach the model."""
+
+    __pydantic_config__ = _CONFIG
+
+    name: Literal["imagefolder", "digits"] = "imagefolder"
+    """imagefolder: path/train/CLASS/*.jpg and path/val/CLASS/*.jpg; digits: scikit-learn's 1,797 images of digits."""
+    path: str | None = None
+    """Folder that holds train/ and val/; needed by imagefolder."""
+    image_size: Annotated[int, Field(ge=16)] | Auto = "auto"
+    """Height and width in pixels that the model sees; auto: what the model's weights were trained at."""
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875
+    """Validation takes the centre crop of this fraction of the resized image's short side."""
+    augment: Literal["none", "light", "standard"] = "standard"
+    """Training images: none (as in validation), light (random crop of 64 to 100 % of the area), standard (25 to 100 %,
+    and mirrored)."""
+    workers: CountOrZero | Auto = "auto"
+    """Loader processes per rank; auto: the rank's cores but one, at most 8."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """How many images make a step."""
+
+    __pydantic_config__ = _CONFIG
+
+    size: Count = 32
+    """Images per rank that go through the model at once."""
+    global_size: Count | None = None
+    """Images per optimizer step over all ranks; accumulation fills in what the ranks do not hold at once.
+    null: size x ranks x accumulate."""
+    accumulate: Count = 1
+    """Batches per rank and optimizer step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """How the weights move."""
+
+    __pydantic_config__ = _CONFIG
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """SGD with Nesterov momentum, or AdamW."""
+    lr: Positive = 0.01
+    """Peak learning rate of what no group names."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """SGD's momentum; AdamW does not use it."""
+    weight_decay: NonNegative = 1e-4
+    """Weight decay of every parameter that learns."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After warm-up: down to zero by a half cosine, or constant; counted in optimizer steps."""
+    warmup_epochs: NonNegative = 0.0
+    """Epochs (or a fraction of one) over which the rate rises linearly from near zero."""
+    groups: dict[str, NonNegative] = field(default_factory=dict)
+    """Peak learning rates by layer pattern, the first that matches counts; `head` is the new head, "*" the rest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state of training is written."""
+
+    __pydantic_config__ = _CONFIG
+
+    every_steps: Count | None = None
+    """Also after every so many optimizer steps; null: only at the end of an epoch, by the clock, and at a stop."""
+    every_minutes: Positive | None = 10.0
+    """Also after so many minutes; null: not by the clock."""
+    keep: Count = 2
+    """How many of the newest are kept; the best is kept besides."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyStoppingConfig:
+    """Which metric says what the best checkpoint is, and when to stop waiting for a better one."""
+
+    __pydantic_config__ = _CONFIG
+
+    metric: str = "val/loss"
+    """One of train/loss, val/loss, val/top1, val/top5, val/f1."""
+    mode: Literal["min", "max"] = "min"
+    """Whether less or more of it is better."""
+    patience: Count | None = 5
+    """Epochs without a better value before training stops; null: never stop early."""
+    min_delta: NonNegative = 0.0
+    """How much better (in the metric's own unit) counts as better."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The training loop."""
+
+    __pydantic_config__ = _CONFIG
+
+    epochs: Count = 20
+    """Passes over the training images."""
+    channels_last: bool | Auto = "auto"
+    """Memory layout of images and convolutions; auto: on CUDA only, since on a CPU it can be slower."""
+    clip_grad_norm: Positive | None = None
+    """Largest norm of the whole gradient; null: not clipped."""
+    label_smoothing: Fraction = 0.0
+    """Fraction of the target that is spread over all classes, in training only."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When the state of training is written."""
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+    """What the best checkpoint is, and when to stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """Weights & Biases."""
+
+    __pydantic_config__ = _CONFIG
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online where a key and the network are, else off."""
+    project: str | None = None
+    """Project; null: finetune-launcher."""
+    entity: str | None = None
+    """User or team; null: the key's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """What is recorded of training, and where."""
+
+    __pydantic_config__ = _CONFIG
+
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    """Weights & Biases."""
+    log_every: Count = 10
+    """Optimizer steps between two lines of metrics.jsonl."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PostConfig:
+    """What becomes of the best checkpoint."""
+
+    __pydantic_config__ = _CONFIG
+
+    enabled: bool = True
+    """Export, quantize, measure and report after training."""
+    export: list[Literal["onnx", "torchscript"]] = field(default_factory=lambda: ["onnx"])
+    """Formats; torchscript is deprecated by torch itself."""
+    quantize: list[Literal["onnx_int8"]] = field(default_factory=lambda: ["onnx_int8"])
+    """Quantized formats; onnx_int8 is made from onnx."""
+    max_top1_drop: NonNegative = 1.0
+    """Points (hundredths) of validation top-1 that an exported model may lose and still be called accepted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """Where the run happens."""
+
+    __pydantic_config__ = _CONFIG
+
+    nodes: Count = 1
+    """Machines."""
+    gpus: Count | Auto = "auto"
+    """GPUs per node, one worker each; auto: all there are. A number implies device: cuda."""
+    procs: Count | Auto = "auto"
+    """Workers per node; auto: one per GPU, or one on a CPU."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: cuda where a GPU is, else cpu."""
+    backend: Literal["auto", "local", "torchrun"] = "auto"
+    """local: this process, for debugging (`--debug`); torchrun: torch's elastic agent; auto: torchrun."""
+    max_restarts: CountOrZero = 3
+    """How often the workers are started again from the last checkpoint after one died."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A fine-tuning run, whole."""
+
+    __pydantic_config__ = _CONFIG
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)] = "run"
+    """Begins the run's id: letters, digits, dot, dash and underscore; where absent, the file's name."""
+    seed: CountOrZero = 0
+    """Of the samples' order, augmentation, new weights and dropout."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Which network, from which weights, and what of it learns."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Which images, and how they reach the model."""
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    """How many images make a step."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """How the weights move."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the forward pass; weights stay fp32. auto: bf16 where the hardware has it, else fp16 on a GPU, fp32 on a CPU."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The training loop."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """What is recorded of training, and where."""
+    post: PostConfig = field(default_factory=PostConfig)
+    """What becomes of the best checkpoint."""
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    """Where the run happens."""
+
+
+def load(path: str, overrides: Sequence[str] = (), flags: dict[str, tuple[str, Any]] | None = None) -> Recipe:
+    """Read the recipe at ``path`` and check it; precedence is defaults < file < overrides < flags.
+
+    Args:
+        path: a YAML file.
+        overrides: OmegaConf dotlist items, ``optim.lr=0.1``.
+        flags: dotted key to (the flag as typed, its value), as in ``{"launch.nodes": ("--nodes", 2)}``.
+
+    Raises:
+        RecipeError: names every problem, each with its key and the line or flag it came from.
+    """
+    from launcher import recipe_checks, recipe_source
+
+    source = recipe_source.read(path, overrides, flags or {})
+    problems = list(source.problems)
+    try:
+        recipe = from_dict(source.values)
+    except ValidationError as error:
+        problems += recipe_source.explain(error, source, Recipe)
+        recipe = from_dict(recipe_source.without(source.values, [p.key for p in problems]))
+    touched = {p.key.rpartition(".")[0] for p in problems}
+    problems += [p for p in recipe_checks.find_problems(recipe, source) if p.key.rpartition(".")[0] not in touched]
+    if problems:
+        raise RecipeError(problems)
+    return recipe
+
+
+def from_dict(values: dict[str, Any]) -> Recipe:
+    """Make a recipe of nested plain values.
+
+    Raises:
+        pydantic.ValidationError: lists all values that do not fit the schema.
+    """
+    # By way of JSON: pydantic's strict mode takes mappings for dataclasses from JSON only.
+    return TypeAdapter(Recipe).validate_json(json.dumps(values, default=str))
+
+
+def read_resolved(path: Path) -> Recipe:
+    """Read the ``recipe.yaml`` of a run directory, which was checked when it was written."""
+    return from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """All fields as plain values, in the order of the schema."""
+    return asdict(recipe)
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, every default written out."""
+    return str(yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True))
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of a recipe file, for editors."""
+    schema = TypeAdapter(Recipe).json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "finetune-launcher recipe", **schema}

@@ -1,0 +1,114 @@
+"""What no single value of a recipe shows: fields that contradict each other, names and files that are not there."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher import catalog, image_folder
+from launcher.errors import Problem, UsageError
+from launcher.recipe import METRICS, Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from launcher.recipe_source import Source
+
+WEIGHT_FILES = (".pth", ".pt", ".safetensors")
+
+
+def find_problems(recipe: Recipe, source: Source) -> list[Problem]:
+    """Everything that is wrong with a recipe whose single values are right. Reads folders, imports no torch."""
+    groups = (_training, _placement, _model, _data)
+    return [Problem(key=key, where=source.where(key), message=text) for group in groups for key, text in group(recipe)]
+
+
+def weights_file(recipe: Recipe) -> Path | None:
+    """The local file that ``model.weights`` names, or None where it names torchvision weights or nothing."""
+    weights = recipe.model.weights
+    if weights is None or not (weights.endswith(WEIGHT_FILES) or "/" in weights):
+        return None
+    return Path(weights).expanduser()
+
+
+def _training(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    stop, batch = recipe.train.early_stopping, recipe.batch
+    better = METRICS.get(stop.metric)
+    if better is None:
+        yield "train.early_stopping.metric", f"found {stop.metric!r}; no such metric; valid: {', '.join(METRICS)}"
+    elif better != stop.mode:
+        yield (
+            "train.early_stopping.mode",
+            f"found {stop.mode!r}, which would keep the worst {stop.metric}; valid: {better}",
+        )
+    if batch.global_size is not None and batch.accumulate != 1:
+        yield (
+            "batch.accumulate",
+            "follows from global_size, size and the number of ranks; give global_size or accumulate, not both",
+        )
+    if recipe.optim.warmup_epochs >= recipe.train.epochs:
+        yield (
+            "optim.warmup_epochs",
+            f"found {recipe.optim.warmup_epochs:g}; must be less than train.epochs ({recipe.train.epochs})",
+        )
+    if "onnx_int8" in recipe.post.quantize and "onnx" not in recipe.post.export:
+        yield "post.quantize", "onnx_int8 is made from the onnx export; add onnx to post.export"
+
+
+def _placement(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    launch = recipe.launch
+    if launch.gpus != "auto" and launch.device == "cpu":
+        yield (
+            "launch.device",
+            f"cpu, but {launch.gpus} GPUs per node are asked for; use --procs for workers on the CPU",
+        )
+    if launch.gpus != "auto" and launch.procs not in ("auto", launch.gpus):
+        yield (
+            "launch.procs",
+            f"found {launch.procs}, but there is one worker per GPU and launch.gpus is {launch.gpus}; leave one out",
+        )
+    if launch.backend == "local" and (launch.nodes != 1 or launch.procs not in ("auto", 1)):
+        yield "launch.backend", "local is one process on this machine; use torchrun for more"
+
+
+def _model(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    model = recipe.model
+    if model.unfreeze and not model.freeze:
+        yield "model.unfreeze", "nothing is frozen; name the layers in model.freeze first"
+    late = [epoch for epoch in model.unfreeze if epoch >= recipe.train.epochs]
+    if late:
+        yield "model.unfreeze", f"epoch {late[0]} never comes: train.epochs is {recipe.train.epochs}, counted from 0"
+    try:
+        entry = catalog.find_model(model.arch)
+    except UsageError as error:
+        yield "model.arch", str(error)
+        return
+    file = weights_file(recipe)
+    if file is not None:
+        if not file.is_file():
+            yield "model.weights", f"{file}: no such file; a name such as DEFAULT is torchvision's, null is none"
+    elif model.weights is not None:
+        try:
+            entry.find_weights(model.weights)
+        except UsageError as error:
+            yield "model.weights", str(error)
+
+
+def _data(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    data = recipe.data
+    if data.name == image_folder.DIGITS:
+        written = image_folder.data_path(data.name, None).is_dir()
+        if not written and importlib.util.find_spec("sklearn") is None:
+            yield "data.name", "digits come from scikit-learn, which is not installed: pip install scikit-learn"
+        return
+    if data.path is None:
+        yield "data.path", "missing: the folder that holds train/ and val/; give it here or as data.path=/my/photos"
+        return
+    path = image_folder.data_path(data.name, data.path)
+    problems = image_folder.find_problems(path)
+    yield from (("data.path", text) for text in problems)
+    if not problems and recipe.model.num_classes != "auto":
+        found = len(image_folder.find_classes(path / "train"))
+        if found > recipe.model.num_classes:
+            yield "model.num_classes", f"found {recipe.model.num_classes}, but {path}/train has {found} class folders"

@@ -1,0 +1,239 @@
+"""Every file name of a run, in one class; and how its files are written so that a reader never sees half of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from launcher.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+State = Literal["pending", "running", "preempted", "completed", "early_stopped", "failed", "cancelled"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSpec:
+    """All that a worker is handed; the rest it reads from the run directory and torchrun's environment variables."""
+
+    run_dir: str
+    """Absolute path of the run directory."""
+    attempt: int
+    """Which start of the workers this is, from 1; a restart counts."""
+    debug: bool = False
+    """In this process, with a handful of steps and no files but those of the run."""
+
+
+def new_run_id(name: str) -> str:
+    """``NAME-YYYYmmdd-HHMMSS-xxxx``: the run's id, its folder's name and its wandb id, fixed before anything starts."""
+    return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write ``text`` beside ``path`` and rename it there: a reader sees the old file or the new one, whole."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically."""
+    write_text_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def append_jsonl(path: Path, record: dict[str, Any]) -> None:
+    """Append one line in one ``write``, so that lines of several processes never mix."""
+    line = json.dumps(record, allow_nan=False) + "\n"
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a ``.jsonl`` file; a last line cut off by a crash, or a missing file, yields nothing."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue
+
+
+class RunDir:
+    """The files of one run (a public contract: README, "The run directory").
+
+    Args:
+        path: the folder; it need not exist yet.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).absolute()
+
+    @classmethod
+    def existing(cls, path: str | os.PathLike[str]) -> RunDir:
+        """Open the run at ``path``.
+
+        Raises:
+            UsageError: there is no run directory at ``path``.
+        """
+        run = cls(path)
+        if not run.recipe.is_file():
+            found = "a folder without recipe.yaml" if run.path.is_dir() else "nothing"
+            raise UsageError(f"{path}: not a run directory (found {found}); runs are made by `launch RECIPE`")
+        return run
+
+    def __str__(self) -> str:
+        """Relative to the working directory where that is shorter."""
+        relative = os.path.relpath(self.path)
+        return relative if len(relative) < len(str(self.path)) else str(self.path)
+
+    @property
+    def run_id(self) -> str:
+        """The run's id, as fixed in the plan before it started."""
+        return str(self.read_plan()["run_id"])
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe, every default written out."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def plan(self) -> Path:
+        """The plan as carried out."""
+        return self.path / "plan.json"
+
+    @property
+    def status(self) -> Path:
+        """``{state, attempt, epoch, step, best, updated}``."""
+        return self.path / "status.json"
+
+    @property
+    def events(self) -> Path:
+        """One line per attempt, restart, signal, failure, checkpoint, export."""
+        return self.path / "events.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        """One line per logged training window and per validation."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        """The folder of all logs."""
+        return self.path / "logs"
+
+    def attempt_logs(self, attempt: int) -> Path:
+        """The folder of one attempt's rank logs."""
+        return self.logs / f"attempt-{attempt}"
+
+    def rank_log(self, attempt: int, rank: int) -> Path:
+        """Standard output and error of one rank."""
+        return self.attempt_logs(attempt) / f"rank-{rank}.log"
+
+    def node_log(self, node_rank: int) -> Path:
+        """What torch's elastic agent on one node had to say."""
+        return self.logs / f"node-{node_rank}.log"
+
+    @property
+    def post_log(self) -> Path:
+        """Output of the post-step."""
+        return self.logs / "post.log"
+
+    def attempt_errors(self, attempt: int) -> Path:
+        """The folder of one attempt's error files."""
+        return self.path / "errors" / f"attempt-{attempt}"
+
+    def rank_error(self, attempt: int, rank: int) -> Path:
+        """What ended a rank: ``{time, attempt, rank, node, kind, type, message, traceback}``."""
+        return self.attempt_errors(attempt) / f"rank-{rank}.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of all checkpoints."""
+        return self.path / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        """The checkpoint after ``step`` optimizer steps."""
+        return self.checkpoints / f"step-{step:08d}"
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """Symlink to the newest checkpoint."""
+        return self.checkpoints / "last"
+
+    @property
+    def best_checkpoint(self) -> Path:
+        """Symlink to the checkpoint with the best watched metric."""
+        return self.checkpoints / "best"
+
+    @property
+    def exports(self) -> Path:
+        """The folder of exported models."""
+        return self.path / "exports"
+
+    @property
+    def export_manifest(self) -> Path:
+        """What each exported model measured against its checkpoint."""
+        return self.exports / "manifest.json"
+
+    @property
+    def report_json(self) -> Path:
+        """The report, for programs."""
+        return self.path / "report.json"
+
+    @property
+    def report_html(self) -> Path:
+        """The report, for people."""
+        return self.path / "report.html"
+
+    @property
+    def model_card(self) -> Path:
+        """What the model is, in Markdown."""
+        return self.path / "model_card.md"
+
+    @property
+    def wandb(self) -> Path:
+        """The folder of wandb itself, when tracking is on."""
+        return self.path / "wandb"
+
+    def create(self) -> None:
+        """Make the folder and those of its folders that every run has."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.checkpoints.mkdir(exist_ok=True)
+
+    def read_plan(self) -> dict[str, Any]:
+        """The content of ``plan.json``."""
+        plan: dict[str, Any] = json.loads(self.plan.read_text(encoding="utf-8"))
+        return plan
+
+    def read_status(self) -> dict[str, Any]:
+        """The content of ``status.json``; ``{"state": "pending"}`` where none was written yet."""
+        try:
+            status: dict[str, Any] = json.loads(self.status.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {"state": "pending"}
+        return status
+
+    def update_status(self, **changes: Any) -> None:
+        """Change some fields of ``status.json``. One process at a time writes it: rank 0, or the supervisor."""
+        write_json_atomic(self.status, {**self.read_status(), **changes, "updated": time.time()})
+
+    def append_event(self, kind: str, **fields: Any) -> None:
+        """Add a line ``{time, kind, host, …}`` to ``events.jsonl``."""
+        append_jsonl(self.events, {"time": time.time(), "kind": kind, "host": socket.gethostname(), **fields})
+
+    def append_metrics(self, **fields: Any) -> None:
+        """Add a line to ``metrics.jsonl``."""
+        append_jsonl(self.metrics, {"time": time.time(), **fields})
