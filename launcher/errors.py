@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -73,3 +74,12 @@ def did_you_mean(found: str, valid: Iterable[str], *, num: int = 3) -> str:
     """``did you mean 'lr'?`` for the nearest of ``valid``, or an empty string where none is near."""
     near = difflib.get_close_matches(found, list(valid), n=num, cutoff=0.6)
     return f"did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+
+
+def exit_code_of(main: Callable[[], int]) -> int:
+    """Run a command line's ``main``; print what a LaunchError says instead of its traceback, and return its code."""
+    try:
+        return main()
+    except LaunchError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
@@ -17,7 +18,8 @@ from launcher.errors import RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
+
+    from launcher.recipe_source import Source
 
 # Attribute docstrings become the descriptions in the JSON Schema; strict, so that "20" is no number and 1 no boolean.
 _CONFIG = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
@@ -29,6 +31,7 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
+WEIGHT_FILES = (".pth", ".pt", ".safetensors")
 METRICS = {"train/loss": "min", "val/loss": "min", "val/top1": "max", "val/top5": "max", "val/f1": "max"}
 """What early stopping can watch, each with the mode that means better."""
 
@@ -51,6 +54,13 @@ class ModelConfig:
     They run in eval mode: frozen BatchNorm keeps its statistics."""
     unfreeze: dict[CountOrZero, list[str] | str] = field(default_factory=dict)
     """From which epoch (from 0) which layers learn again, as in {3: layer1}; the same patterns as freeze."""
+
+    @property
+    def weights_file(self) -> Path | None:
+        """The local file that weights names, or None where it names torchvision weights or nothing."""
+        if self.weights is None or not (self.weights.endswith(WEIGHT_FILES) or "/" in self.weights):
+            return None
+        return Path(self.weights).expanduser()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,13 +263,18 @@ class Recipe:
     """Where the run happens."""
 
 
-def load(path: str, overrides: Sequence[str] = (), flags: dict[str, tuple[str, Any]] | None = None) -> Recipe:
+def load(
+    path: str, overrides: Sequence[str] = (), flags: dict[str, tuple[str, Any]] | None = None
+) -> tuple[Recipe, Source]:
     """Read the recipe at ``path`` and check it; precedence is defaults < file < overrides < flags.
 
     Args:
         path: a YAML file.
         overrides: OmegaConf dotlist items, ``optim.lr=0.1``.
         flags: dotted key to (the flag as typed, its value), as in ``{"launch.nodes": ("--nodes", 2)}``.
+
+    Returns:
+        The recipe, and where each of its values came from.
 
     Raises:
         RecipeError: names every problem, each with its key and the line or flag it came from.
@@ -277,7 +292,7 @@ def load(path: str, overrides: Sequence[str] = (), flags: dict[str, tuple[str, A
     problems += [p for p in recipe_checks.find_problems(recipe, source) if p.key.rpartition(".")[0] not in touched]
     if problems:
         raise RecipeError(problems)
-    return recipe
+    return recipe, source
 
 
 def from_dict(values: dict[str, Any]) -> Recipe:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher import catalog, image_folder
@@ -15,21 +14,10 @@ if TYPE_CHECKING:
 
     from launcher.recipe_source import Source
 
-WEIGHT_FILES = (".pth", ".pt", ".safetensors")
-
-
 def find_problems(recipe: Recipe, source: Source) -> list[Problem]:
     """Everything that is wrong with a recipe whose single values are right. Reads folders, imports no torch."""
     groups = (_training, _placement, _model, _data)
     return [Problem(key=key, where=source.where(key), message=text) for group in groups for key, text in group(recipe)]
-
-
-def weights_file(recipe: Recipe) -> Path | None:
-    """The local file that ``model.weights`` names, or None where it names torchvision weights or nothing."""
-    weights = recipe.model.weights
-    if weights is None or not (weights.endswith(WEIGHT_FILES) or "/" in weights):
-        return None
-    return Path(weights).expanduser()
 
 
 def _training(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -84,7 +72,7 @@ def _model(recipe: Recipe) -> Iterator[tuple[str, str]]:
     except UsageError as error:
         yield "model.arch", str(error)
         return
-    file = weights_file(recipe)
+    file = recipe.model.weights_file
     if file is not None:
         if not file.is_file():
             yield "model.weights", f"{file}: no such file; a name such as DEFAULT is torchvision's, null is none"

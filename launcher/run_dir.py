@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 State = Literal["pending", "running", "preempted", "completed", "early_stopped", "failed", "cancelled"]
 
+ATTEMPT_VARIABLE = "LAUNCH_ATTEMPT"
+"""Environment variable by which a worker learns its attempt; the supervisor counts."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSpec:

@@ -1,0 +1,149 @@
+"""torch's elastic agent on one node: workers are forked from a process that has imported torch and torchvision once.
+
+Measured against torchrun, which imports them in every worker: README, "Start-up".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import logging
+import os
+import socket
+import sys
+from typing import TYPE_CHECKING, Any
+
+from launcher import diagnose
+from launcher.run_dir import ATTEMPT_VARIABLE
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.api import LogsDest
+
+    from launcher.run_dir import RunDir
+    from launcher.stopping import StopSignals
+
+SHUTDOWN_S = 10
+JOIN_TIMEOUT_S = 900
+
+
+class WorkersFailedError(Exception):
+    """The workers failed for good; ``attempt`` is the number of the last start."""
+
+    def __init__(self, attempt: int, reason: str) -> None:
+        super().__init__(reason)
+        self.attempt = attempt
+
+
+class _NoRestartError(Exception):
+    """Starting the workers again would not help."""
+
+
+def run_workers(
+    run: RunDir, plan: dict[str, Any], *, node_rank: int, first_attempt: int, stop: StopSignals
+) -> dict[int, str]:
+    """Start this node's workers and restart them when one dies, up to the plan's ``max_restarts``.
+
+    Args:
+        run: the run directory.
+        plan: its ``plan.json``.
+        node_rank: which node this is.
+        first_attempt: number of the first start.
+        stop: whether a stop was asked for.
+
+    Returns:
+        Each local worker's outcome, by global rank.
+
+    Raises:
+        WorkersFailedError: they failed, and no restart is left or would help.
+    """
+    # The only import of torch on this node; torchvision brings the rest of what a worker needs.
+    worker_main = importlib.import_module("launcher.engine.worker").worker_main
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    _log_to_file(run, node_rank)
+    logs = _attempt_logs(run, node_rank=node_rank, first_attempt=first_attempt, stop=stop)
+    options: dict[str, Any] = {
+        "min_nodes": plan["nodes"],
+        "max_nodes": plan["nodes"],
+        "nproc_per_node": plan["procs_per_node"],
+        "logs_specs": logs,
+        "run_id": plan["run_id"],
+        "role": "worker",
+        "rdzv_backend": "c10d",
+        "rdzv_endpoint": plan["rdzv_endpoint"],
+        # Told, not guessed: comparing host names finds nodes that are not "me" (pytorch#73656).
+        "rdzv_configs": {"is_host": node_rank == 0, "timeout": JOIN_TIMEOUT_S, "join_timeout": JOIN_TIMEOUT_S},
+        "max_restarts": plan["max_restarts"],
+        "start_method": "fork",
+        "local_addr": _local_address(plan["rdzv_endpoint"]),
+        # Ours stay: the agent's would kill the workers before they have saved.
+        "signals_to_handle": "SIGQUIT",
+        "shutdown_timeout": SHUTDOWN_S,
+    }
+    known = {field.name for field in dataclasses.fields(LaunchConfig)}  # torch 2.9 has fewer
+    config = LaunchConfig(**{name: value for name, value in options.items() if name in known})
+    try:
+        outcomes: dict[int, str] = elastic_launch(config, worker_main)(str(run.path))
+    except (ChildFailedError, _NoRestartError, RendezvousError) as error:
+        raise WorkersFailedError(logs.attempt, str(error).splitlines()[0]) from error
+    return outcomes
+
+
+def _attempt_logs(run: RunDir, *, node_rank: int, first_attempt: int, stop: StopSignals) -> Any:
+    from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
+
+    class AttemptLogs(LogsSpecs):  # type: ignore[misc]  # untyped upstream
+        """What the agent asks for at each start of the workers: the place to count attempts and to refuse one.
+
+        Workers open their logs themselves, so no streams are redirected here.
+        """
+
+        attempt = first_attempt - 1
+
+        @property
+        def root_log_dir(self) -> str:
+            return str(run.logs)
+
+        def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+            if self.attempt >= first_attempt:
+                self._check_restart()
+            self.attempt += 1
+            for env in envs.values():
+                env[ATTEMPT_VARIABLE] = str(self.attempt)
+            run.append_event("attempt_started", attempt=self.attempt, node=node_rank, workers=len(envs))
+            nowhere = dict.fromkeys(envs, os.devnull)
+            run.attempt_errors(self.attempt).mkdir(parents=True, exist_ok=True)
+            streams = dict.fromkeys(envs, "")
+            return LogsDest(stdouts=streams, stderrs=streams, error_files=nowhere)
+
+        def _check_restart(self) -> None:
+            failure = diagnose.first_failure(run, self.attempt)
+            cause = failure["kind"] if failure else "lost_worker"
+            if stop.requested or cause in diagnose.NOT_RETRYABLE:
+                raise _NoRestartError(cause)
+            message = failure["message"] if failure else "a worker was killed"
+            run.append_event("attempt_ended", attempt=self.attempt, node=node_rank, cause=cause, message=message)
+            print(f"attempt {self.attempt} ended: {message}; starting the workers again", file=sys.stderr, flush=True)
+
+    return AttemptLogs()
+
+
+def _local_address(endpoint: str) -> str:
+    """The address of this machine on the way to the rendezvous: that by which the other nodes reach it."""
+    host, _, port = endpoint.rpartition(":")
+    info = socket.getaddrinfo(host.strip("[]"), int(port) or 1, type=socket.SOCK_DGRAM)[0]
+    with contextlib.closing(socket.socket(info[0], socket.SOCK_DGRAM)) as probe:
+        probe.connect(info[4])  # sends nothing
+        return str(probe.getsockname()[0])
+
+
+def _log_to_file(run: RunDir, node_rank: int) -> None:
+    """Keep the agent's talk off the terminal, where it would bury the first traceback (pytorch#113546)."""
+    handler = logging.FileHandler(run.node_log(node_rank), delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("torch.distributed")
+    logger.handlers = [handler]
+    logger.propagate = False

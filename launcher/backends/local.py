@@ -1,0 +1,26 @@
+"""One worker in this process: no agent and no other processes, so breakpoints work."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from launcher import history
+from launcher.errors import EXIT_OK, InterruptedRunError
+from launcher.run_dir import RunDir, WorkerSpec
+
+if TYPE_CHECKING:
+    from launcher.plan import LaunchPlan
+
+
+def submit(plan: LaunchPlan) -> int:
+    """Train here; an error leaves with its whole traceback."""
+    run = RunDir(plan.run_dir)
+    attempt = history.next_attempt(run)
+    run.append_event("attempt_started", attempt=attempt, node=0, workers=1)
+    spec = WorkerSpec(run_dir=str(run.path), attempt=attempt, debug=plan.debug)
+    outcome = importlib.import_module("launcher.engine.worker").train_here(spec)
+    if outcome == "preempted":
+        raise InterruptedRunError(f"interrupted; go on with: launch resume {run}")
+    print(f"run:  {run}")
+    return EXIT_OK

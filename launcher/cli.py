@@ -1,0 +1,247 @@
+"""The ``launch`` command: parse, call, print. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher import __version__
+from launcher.errors import EXIT_OK, UsageError, exit_code_of
+from launcher.run_dir import RunDir, new_run_id
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from launcher.plan import LaunchPlan
+    from launcher.recipe import Recipe
+    from launcher.recipe_source import Source
+
+EPILOG = """\
+other commands:
+  launch resume RUN        go on from a run's last checkpoint
+  launch export RUN        export, quantize and measure a run's best checkpoint again
+  launch report RUN        write report.html, report.json and model_card.md again
+  launch why RUN           the first failure of a run, and its cure
+  launch models [PATTERN]  torchvision's classification models; --layers ARCH: names for freeze and groups
+  launch recipes           the recipes that come with this package
+  launch doctor            check this machine; --json
+  launch schema            the JSON Schema of a recipe, for editors
+
+exit codes: 0 done, 1 failed, 2 wrong recipe or command line (nothing was started), 3 a check of the machine failed,
+75 interrupted with a checkpoint and resumable
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = COMMANDS.get(arguments[0]) if arguments else None
+    return exit_code_of(lambda: command(arguments[1:]) if command else _launch(arguments))
+
+
+def _parser(name: str, description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=f"launch {name}", description=description, allow_abbrev=False)
+
+
+def _launch(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="launch",
+        description="Fine-tune an image classifier as a recipe says, on this process, this machine or several.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of one that `launch recipes` lists")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="change the recipe: optim.lr=0.1")
+    parser.add_argument("--nodes", type=int, metavar="N", help="machines")
+    parser.add_argument("--gpus", type=int, metavar="M", help="GPUs per node, one worker each")
+    parser.add_argument("--procs", type=int, metavar="P", help="workers per node, on whatever device the recipe names")
+    parser.add_argument("--backend", metavar="NAME", help="auto, local or torchrun")
+    parser.add_argument("--run-dir", metavar="DIR", help="where the run's files go (default: runs/NAME-TIME-xxxx)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir where there is one")
+    parser.add_argument("--node-rank", type=int, default=0, metavar="K", help="which node this is, without SLURM")
+    parser.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="where the nodes meet, without SLURM")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan; write and start nothing")
+    parser.add_argument("--debug", action="store_true", help="a few steps in this process; breakpoints work")
+    parser.add_argument("--version", action="version", version=f"finetune-launcher {__version__}")
+    args = parser.parse_intermixed_args(argv)
+
+    from launcher import recipe as recipes
+
+    recipe, source = recipes.load(_find_recipe(args.recipe), args.overrides, _flags(args))
+    existing = RunDir(args.run_dir) if args.run_dir else None
+    if existing and existing.recipe.is_file() and not args.node_rank:
+        if not args.resume:
+            raise UsageError(f"{existing}: holds a run already; go on with it by: launch resume {existing}")
+        return _carry_out(recipe, source, args, run_id=existing.run_id)
+    return _carry_out(recipe, source, args, run_id=new_run_id(recipe.name))
+
+
+def _carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_id: str) -> int:
+    """Plan, and print the plan or run it: one road for every backend."""
+    from launcher import backends, topology
+    from launcher.plan import Request, make_plan
+
+    request = Request(
+        run_id=run_id,
+        run_dir=args.run_dir,
+        node_rank=args.node_rank,
+        rdzv_endpoint=args.rdzv_endpoint,
+        debug=args.debug,
+    )
+    plan = make_plan(recipe, topology.detect(), request)
+    if args.dry_run:
+        print(plan)
+        return EXIT_OK
+    os.environ.update(plan.env)  # before torch is imported: it reads its thread count then
+    importlib.import_module("launcher.engine.checks").check(recipe, source.where)
+    if plan.node_rank == 0:
+        _write_run(plan, recipe)
+    print(f"run {plan.run_id}: {plan.world_size} workers on {plan.device}, in {plan.run_dir}", flush=True)
+    return backends.load(plan.backend).submit(plan)
+
+
+def _write_run(plan: LaunchPlan, recipe: Recipe) -> None:
+    import time
+
+    from launcher import recipe as recipes
+    from launcher.run_dir import write_json_atomic, write_text_atomic
+
+    run = RunDir(plan.run_dir)
+    run.create()
+    # The recipe comes last: its presence says that the plan is there.
+    facts = {"created": time.time(), "host": os.uname().nodename, "launched_by": shlex.join(["launch", *sys.argv[1:]])}
+    write_json_atomic(run.plan, plan.to_dict() | facts)
+    write_text_atomic(run.recipe, recipes.to_yaml(recipe))
+    if not run.status.exists():
+        run.update_status(state="pending", attempt=0, epoch=0, step=0, best=None)
+
+
+def _flags(args: argparse.Namespace) -> dict[str, tuple[str, Any]]:
+    """The flags as overrides of the recipe, each with its name for errors; ``--debug`` is a set of them."""
+    values = {"nodes": args.nodes, "gpus": args.gpus, "procs": args.procs, "backend": args.backend}
+    flags: dict[str, tuple[str, Any]] = {
+        f"launch.{name}": (f"--{name}", value) for name, value in values.items() if value is not None
+    }
+    if args.debug:
+        one = {"nodes": 1, "gpus": "auto", "procs": 1, "backend": "local"}
+        flags |= {f"launch.{name}": ("--debug", value) for name, value in one.items()}
+    return flags
+
+
+def _find_recipe(name: str) -> str:
+    """A path as it is; the bare name of a recipe that comes with the package, as its path there."""
+    packaged = _recipes_folder() / f"{name}.yaml"
+    return str(packaged) if not Path(name).exists() and "/" not in name and packaged.is_file() else name
+
+
+def _recipes_folder() -> Path:
+    return Path(__file__).parent / "recipes"
+
+
+def _resume(argv: list[str]) -> int:
+    parser = _parser("resume", "Go on from a run's last checkpoint, at the same world size or another.")
+    parser.add_argument("run_dir", metavar="RUN")
+    for flag, metavar in (("--nodes", "N"), ("--gpus", "M"), ("--procs", "P")):
+        parser.add_argument(flag, type=int, metavar=metavar)
+    parser.add_argument("--node-rank", type=int, default=0, metavar="K")
+    parser.add_argument("--rdzv-endpoint", metavar="HOST:PORT")
+    parser.add_argument("--dry-run", action="store_true")
+    args = parser.parse_args(argv)
+    args.debug, args.backend = False, None
+    run = RunDir.existing(args.run_dir)
+    from launcher import recipe as recipes
+
+    recipe, source = recipes.load(str(run.recipe), (), _flags(args))
+    return _carry_out(recipe, source, args, run_id=run.run_id)
+
+
+def _export(argv: list[str]) -> int:
+    parser = _parser("export", "Export, quantize and measure the best checkpoint of a run.")
+    parser.add_argument("run_dir", metavar="RUN")
+    run = RunDir.existing(parser.parse_args(argv).run_dir)
+    from launcher import node, report
+
+    importlib.import_module("launcher.tools.export").export_run(run)
+    report.write_report(run)
+    print(node.summary(run))
+    return EXIT_OK
+
+
+def _report(argv: list[str]) -> int:
+    parser = _parser("report", "Write report.html, report.json and model_card.md of a run.")
+    parser.add_argument("run_dir", metavar="RUN")
+    run = RunDir.existing(parser.parse_args(argv).run_dir)
+    from launcher import report
+
+    report.write_report(run)
+    print(run.report_html)
+    return EXIT_OK
+
+
+def _why(argv: list[str]) -> int:
+    parser = _parser("why", "Show the first failure of a run's last attempt, and its cure.")
+    parser.add_argument("run_dir", metavar="RUN")
+    run = RunDir.existing(parser.parse_args(argv).run_dir)
+    from launcher import diagnose
+
+    print(diagnose.explain(run))
+    return EXIT_OK
+
+
+def _models(argv: list[str]) -> int:
+    parser = _parser("models", "List torchvision's classification models.")
+    parser.add_argument("pattern", nargs="?", metavar="PATTERN", help="part of a name, or a glob: 'resnet*'")
+    parser.add_argument("--layers", metavar="ARCH", help="show the layer names that freeze and groups match")
+    args = parser.parse_args(argv)
+    from launcher.commands import models
+
+    models.run(args.pattern, args.layers)
+    return EXIT_OK
+
+
+def _doctor(argv: list[str]) -> int:
+    parser = _parser("doctor", "Check this machine: each line ok, warning or problem with the cure.")
+    parser.add_argument("--json", action="store_true", dest="as_json", help="for programs")
+    args = parser.parse_args(argv)
+    from launcher.commands import doctor
+
+    return doctor.run(as_json=args.as_json)
+
+
+def _recipes(argv: list[str]) -> int:
+    _parser("recipes", "List the recipes that come with this package.").parse_args(argv)
+    for path in sorted(_recipes_folder().rglob("*.yaml")):
+        comments = [line.removeprefix("#").strip() for line in path.read_text(encoding="utf-8").splitlines() if line[:1] == "#"]
+        about = next((line for line in comments if line and not line.startswith("yaml-language-server")), "")
+        print(f"{path.stem:<22} {about}")
+    return EXIT_OK
+
+
+def _schema(argv: list[str]) -> int:
+    _parser("schema", "Print the JSON Schema of a recipe.").parse_args(argv)
+    from launcher import recipe as recipes
+
+    print(json.dumps(recipes.json_schema(), indent=2))
+    return EXIT_OK
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "resume": _resume,
+    "export": _export,
+    "report": _report,
+    "why": _why,
+    "models": _models,
+    "doctor": _doctor,
+    "recipes": _recipes,
+    "schema": _schema,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

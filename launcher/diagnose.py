@@ -1,0 +1,64 @@
+"""Why did it die: from the ranks' error files to the first failure and what to do about it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from launcher.run_dir import RunDir
+
+NOT_RETRYABLE = ("bug", "usage", "out_of_memory")
+"""Causes that the same start would meet again."""
+CURES = {
+    "bug": "the traceback's last line of your own code is where to look; `launch RECIPE --debug` runs it in one process",
+    "usage": "correct what the message names and start again",
+    "out_of_memory": "lower batch.size (batch.accumulate or batch.global_size keep the step's size), or data.image_size",
+    "lost_worker": "a worker was killed from outside: look for the out-of-memory killer (`dmesg | grep -i oom`) "
+    "or whoever sent the signal; `launch resume RUN` goes on from the last checkpoint",
+}
+TRACEBACK_LINES = 12
+
+
+def errors(run: RunDir, attempt: int) -> list[dict[str, Any]]:
+    """The error files of one attempt, oldest first."""
+    found = []
+    for file in run.attempt_errors(attempt).glob("rank-*.json"):
+        try:
+            found.append(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, json.JSONDecodeError):
+            continue
+    return sorted(found, key=lambda error: float(error["time"]))
+
+
+def first_failure(run: RunDir, attempt: int) -> dict[str, Any] | None:
+    """What ended an attempt: the first error in time that is no echo of another rank's death.
+
+    Returns:
+        The error file's content; with the cause ``lost_worker`` where ranks report only that another one vanished.
+    """
+    found = errors(run, attempt)
+    own = [error for error in found if error["kind"] != "peer_lost"]
+    if own:
+        return own[0]
+    if not found:
+        return None
+    echo = found[0]
+    message = "a worker vanished without a word (killed, or its machine lost)"
+    return {**echo, "kind": "lost_worker", "rank": None, "type": "lost worker", "message": message, "traceback": ""}
+
+
+def explain(run: RunDir) -> str:
+    """The answer of ``launch why``, in a few lines."""
+    status = run.read_status()
+    attempt = int(status.get("attempt", 1))
+    failure = first_failure(run, attempt)
+    head = f"{run}: {status['state']}, attempt {attempt}, epoch {status.get('epoch', 0)}, step {status.get('step', 0)}"
+    if failure is None:
+        return f"{head}\nno failure is recorded for this attempt; the logs are in {run.attempt_logs(attempt)}"
+    where = f"rank {failure['rank']} on {failure['host']}" if failure["rank"] is not None else f"seen from {failure['host']}"
+    lines = [head, f"first failure: {where}: {failure['type']}: {failure['message']}"]
+    lines += [f"  {line}" for line in failure["traceback"].rstrip().splitlines()[-TRACEBACK_LINES:]]
+    if failure["rank"] is not None:
+        lines.append(f"log: {run.rank_log(attempt, failure['rank'])}")
+    return "\n".join([*lines, f"what to do: {CURES[failure['kind']]}"])

@@ -1,0 +1,1 @@
+"""What runs in a worker: the only part besides tools/ that imports torch."""

@@ -1,0 +1,212 @@
+"""Checkpoints: whole or not there (invariant 4). Written beside, hashed, fsynced, renamed; verified before use."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from launcher.errors import TrainingError
+from launcher.run_dir import write_json_atomic
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from launcher.run_dir import RunDir
+
+MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.pt", "state.json", "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The state of training after a step. Tensors are on the host."""
+
+    step: int
+    """Optimizer steps done."""
+    model: dict[str, torch.Tensor]
+    """The model's state dict."""
+    optimizer: dict[str, Any]
+    """State dicts of the optimizer and the gradient scaler."""
+    state: dict[str, Any]
+    """The rest, as JSON: position, best value, sums of the epoch under way."""
+
+
+class CheckpointError(TrainingError):
+    """A checkpoint is damaged or not there."""
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread of its own, so that training does not wait for the disk; for rank 0.
+
+    Args:
+        run: where to.
+        keep: how many of the newest stay; the best stays besides.
+        on_written: called in the thread with (step, seconds, size_mb, best) after each.
+    """
+
+    def __init__(self, run: RunDir, *, keep: int, on_written: Callable[[int, float, float, bool], None]) -> None:
+        self._run = run
+        self._keep = keep
+        self._on_written = on_written
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        for left in run.checkpoints.glob(".step-*"):
+            shutil.rmtree(left, ignore_errors=True)  # half of one, from an attempt that died
+
+    def save(self, checkpoint: Checkpoint, *, best: bool) -> None:
+        """Begin to write; waits for the one before, and raises here what went wrong with that."""
+        self.wait()
+        self._thread = threading.Thread(target=self._work, args=(checkpoint, best), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the last one is on the disk.
+
+        Raises:
+            TrainingError: it could not be written (disk full, folder gone).
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise TrainingError(f"{self._run.checkpoints}: the checkpoint could not be written: {error}") from error
+
+    def _work(self, checkpoint: Checkpoint, best: bool) -> None:  # noqa: FBT001  Thread passes it by position
+        try:
+            start = time.monotonic()
+            folder = write(self._run, checkpoint)
+            _point(self._run.last_checkpoint, folder)
+            if best:
+                _point(self._run.best_checkpoint, folder)
+            self._remove_old()
+            size_mb = sum(f.stat().st_size for f in folder.iterdir()) / 1e6
+            self._on_written(checkpoint.step, time.monotonic() - start, size_mb, best)
+        except BaseException as error:  # raised where training waits for it
+            self._error = error
+
+    def _remove_old(self) -> None:
+        kept = {self._run.best_checkpoint.resolve().name, self._run.last_checkpoint.resolve().name}
+        for folder in _newest_first(self._run)[self._keep :]:
+            if folder.name not in kept:
+                shutil.rmtree(folder)
+
+
+def write(run: RunDir, checkpoint: Checkpoint) -> Path:
+    """Write a checkpoint, whole or not at all; return its folder."""
+    target = run.checkpoint(checkpoint.step)
+    beside = target.with_name(f".{target.name}")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    # safetensors refuses tensors that share memory; a state dict may hold one under two names.
+    save_file({name: tensor.contiguous().clone() for name, tensor in checkpoint.model.items()}, beside / MODEL)
+    torch.save(checkpoint.optimizer, beside / OPTIMIZER)
+    write_json_atomic(beside / STATE, checkpoint.state)
+    write_json_atomic(beside / MANIFEST, {"version": 1, "files": {f: _describe(beside / f) for f in (MODEL, OPTIMIZER, STATE)}})
+    for file in (*beside.iterdir(), beside):
+        _fsync(file)
+    old = target.with_name(f".{target.name}.old")
+    if target.exists():  # the same step once more, after a resume from the one before it
+        target.rename(old)
+    beside.rename(target)
+    _fsync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def verify(folder: Path) -> None:
+    """Compare a checkpoint's files with its manifest.
+
+    Raises:
+        CheckpointError: says which file is missing or damaged.
+    """
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}: no readable {MANIFEST}: {error}") from None
+    for name, expected in files.items():
+        try:
+            found = _describe(folder / name)
+        except OSError as error:
+            raise CheckpointError(f"{folder / name}: {error.strerror}") from None
+        if found != expected:
+            raise CheckpointError(
+                f"{folder / name}: damaged ({found['bytes']} bytes, expected {expected['bytes']}; "
+                f"sha256 {found['sha256'][:12]}…, expected {expected['sha256'][:12]}…)"
+            )
+
+
+def load(folder: Path) -> Checkpoint:
+    """Verify and read one checkpoint; nothing in it is ever executed (safetensors, ``weights_only``)."""
+    verify(folder)
+    state = read_state(folder)
+    optimizer = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+    return Checkpoint(step=state["step"], model=load_file(folder / MODEL), optimizer=optimizer, state=state)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """``state.json`` of a checkpoint."""
+    state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    return state
+
+
+def load_newest(run: RunDir) -> Checkpoint | None:
+    """The newest checkpoint that is whole, or None; damaged ones are passed over, each with an event."""
+    for folder in _newest_first(run):
+        try:
+            return load(folder)
+        except CheckpointError as error:
+            run.append_event("checkpoint_rejected", path=str(folder), message=str(error))
+    return None
+
+
+def to_host(value: Any) -> Any:
+    """A copy on the host of tensors in nested dicts and lists, which later steps do not change."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: to_host(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [to_host(item) for item in value]
+    return value
+
+
+def _newest_first(run: RunDir) -> list[Path]:
+    return sorted(run.checkpoints.glob("step-*"), reverse=True)
+
+
+def _point(link: Path, folder: Path) -> None:
+    beside = link.with_name(f".{link.name}.tmp")
+    with contextlib.suppress(FileNotFoundError):
+        beside.unlink()
+    beside.symlink_to(folder.name)
+    beside.replace(link)
+
+
+def _describe(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def _fsync(path: Path) -> None:
+    with _opened(path) as descriptor:
+        os.fsync(descriptor)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,170 @@
+"""From image files to batches: decoding, transforms and the loaders. Randomness is a function of the sample, not of state."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import InterpolationMode, v2
+
+from launcher import image_folder
+from launcher.engine import digits
+from launcher.engine.device import num_cores
+from launcher.engine.schedule import derive_seed
+from launcher.errors import TrainingError
+from launcher.processes import STOP_SIGNALS, die_with_parent
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from launcher.engine.device import Device
+    from launcher.engine.distributed import Ranks
+    from launcher.recipe import DataConfig
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+"""Images, uint8 N x 3 x S x S, and class indices, int64 N."""
+
+MAX_LOADER_WORKERS = 8
+NATIVE = (".jpg", ".jpeg", ".png", ".gif", ".webp")  # what torchvision decodes itself; Pillow reads the rest
+CROP_SCALES = {"light": (0.64, 1.0), "standard": (0.25, 1.0)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """What is done to an image before the model sees it; exports carry it with them."""
+
+    image_size: int
+    """Height and width in pixels of what the model sees."""
+    resize_size: int
+    """Pixels of the short side before the centre crop."""
+    mean: tuple[float, float, float]
+    """Of the colour channels, as fractions; subtracted."""
+    std: tuple[float, float, float]
+    """Of the colour channels, as fractions; divided by."""
+    interpolation: str
+    """bilinear or bicubic, antialiased."""
+
+    def transform(self, augment: str = "none") -> v2.Transform:
+        """uint8 3 x H x W to uint8 3 x S x S: the centre crop, or what ``data.augment`` names."""
+        mode = InterpolationMode(self.interpolation)
+        if augment == "none":
+            resize = v2.Resize(self.resize_size, interpolation=mode, antialias=True)
+            return v2.Compose([resize, v2.CenterCrop(self.image_size)])
+        crop = v2.RandomResizedCrop(self.image_size, scale=CROP_SCALES[augment], interpolation=mode, antialias=True)
+        return v2.Compose([crop, v2.RandomHorizontalFlip()] if augment == "standard" else [crop])
+
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 N x 3 x S x S to float32, on the images' own device."""
+        mean = torch.tensor(self.mean, device=images.device).view(1, 3, 1, 1)
+        std = torch.tensor(self.std, device=images.device).view(1, 3, 1, 1)
+        return images.float().div_(255).sub_(mean).div_(std)
+
+
+class ImageDataset(Dataset[Batch]):
+    """One split of an image folder.
+
+    Args:
+        folder: holds train/ and val/.
+        split: train or val.
+        transform: uint8 3 x H x W to uint8 3 x S x S.
+        seed: the recipe's; the randomness of a sample's transform follows from (seed, epoch, index).
+    """
+
+    def __init__(self, folder: Path, split: str, transform: v2.Transform, *, seed: int) -> None:
+        self.classes = image_folder.find_classes(folder / "train")
+        self.samples = image_folder.list_images(folder / split, self.classes)
+        self._transform = transform
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, position: tuple[int, int]) -> Batch:
+        """The image at (epoch, index), uint8 3 x S x S, and its class, int64."""
+        epoch, index = position
+        path, label = self.samples[index]
+        # Only the CPU's generator: torch.manual_seed would also queue work for every GPU.
+        torch.default_generator.manual_seed(derive_seed(self._seed, epoch, index))
+        return self._transform(read_image(path)), torch.tensor(label)
+
+
+def read_image(path: str) -> torch.Tensor:
+    """Decode a file to uint8 RGB, 3 x H x W, turned as its EXIF data say.
+
+    Raises:
+        TrainingError: the file cannot be decoded; names it.
+    """
+    try:
+        if not path.lower().endswith(NATIVE):
+            return _read_with_pillow(path)
+        image = decode_image(path, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise TrainingError(f"{path}: cannot be decoded as an image: {error}; mend or remove the file") from error
+    if image.dtype != torch.uint8:  # a PNG of 16 bits
+        image = v2.functional.to_dtype(image, torch.uint8, scale=True)
+    return image[0] if image.ndim == 4 else image  # noqa: PLR2004  an animation: its first frame
+
+
+def _read_with_pillow(path: str) -> torch.Tensor:
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as image:
+        return v2.functional.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def prepare(config: DataConfig) -> Path:
+    """The folder with train/ and val/; the digits are written there first where they are missing."""
+    if config.name == image_folder.DIGITS:
+        return digits.write_digits()
+    return image_folder.data_path(config.name, config.path)
+
+
+def build_loader(
+    dataset: ImageDataset, batches: Iterable[Sequence[tuple[int, int]]], *, workers: int, device: Device
+) -> DataLoader[Batch]:
+    """A loader of exactly these ``batches`` of (epoch, index), in this order; an empty one gives an empty batch."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,  # type: ignore[arg-type]  # torch types the samples as int
+        num_workers=workers,
+        collate_fn=_Collate(dataset),
+        pin_memory=device.pin_memory,
+        worker_init_fn=_start_loader_worker if workers else None,
+        multiprocessing_context="fork" if workers else None,  # torch is imported already; a new one would cost seconds
+        prefetch_factor=4 if workers else None,
+    )
+
+
+def num_loader_workers(config: DataConfig, ranks: Ranks) -> int:
+    """``data.workers``; auto: the rank's cores but the one that trains, at most 8."""
+    if config.workers != "auto":
+        return config.workers
+    return min(MAX_LOADER_WORKERS, max(0, num_cores() // ranks.local_world_size - 1))
+
+
+class _Collate:
+    """Stacks samples to a batch; an empty list becomes a batch of no images."""
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self._empty = (torch.empty(0, 3, 1, 1, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
+
+    def __call__(self, samples: list[Batch]) -> Any:
+        if not samples:
+            return self._empty
+        images, labels = zip(*samples, strict=True)
+        return torch.stack(images), torch.stack(labels)
+
+
+def _start_loader_worker(_: int) -> None:
+    torch.set_num_threads(1)
+    # A signal to the whole process group (Ctrl-C, scancel) must not take the loaders from under a rank that is about
+    # to save; they end when the rank does, however it ends.
+    signal.set_wakeup_fd(-1)  # the rank's
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    die_with_parent()

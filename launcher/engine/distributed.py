@@ -1,0 +1,95 @@
+"""The process group of a run, and how its ranks agree to stop at one step without waiting for each other."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from launcher.engine.device import Device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """Who this process is among the run's workers."""
+
+    rank: int = 0
+    """Among all workers, from 0."""
+    local_rank: int = 0
+    """On this node, from 0."""
+    local_world_size: int = 1
+    """Workers on this node."""
+    world_size: int = 1
+    """Workers of the run."""
+    node_rank: int = 0
+    """Which node, from 0."""
+
+    @classmethod
+    def from_environment(cls) -> Ranks:
+        """Read torchrun's environment variables; without them this is the only worker."""
+        names = {
+            "rank": "RANK",
+            "local_rank": "LOCAL_RANK",
+            "local_world_size": "LOCAL_WORLD_SIZE",
+            "world_size": "WORLD_SIZE",
+            "node_rank": "GROUP_RANK",
+        }
+        return cls(**{field: int(os.environ[name]) for field, name in names.items() if name in os.environ})
+
+
+def init_process_group(device: Device, ranks: Ranks) -> None:
+    """Join the run's process group; a single worker without an agent gets one of its own, so there is one road."""
+    options = {"device_id": device.torch_device} if device.is_cuda else {}
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(device.process_group_backend, **options)  # type: ignore[arg-type]
+    else:
+        dist.init_process_group(
+            device.process_group_backend, store=dist.HashStore(), rank=ranks.rank, world_size=1, **options
+        )  # type: ignore[call-overload]
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Add ``tensor`` up over all ranks, in place."""
+    dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast_buffers(module: torch.nn.Module) -> None:
+    """Give every rank the buffers (BatchNorm statistics) of rank 0, which are the ones a checkpoint holds."""
+    for buffer in module.buffers():
+        dist.broadcast(buffer, src=0)
+
+
+class Agreement:
+    """Wishes of single ranks (stop, save) that all ranks act upon at the same step.
+
+    :meth:`propose` starts an asynchronous all-reduce of a few integers on the host (gloo, in a group of its own, so it
+    neither waits for the GPU nor queues with gradients); :meth:`collect`, a step later, returns what any rank wished:
+    by then it has long arrived, and it is the same on every rank.
+
+    Args:
+        num_wishes: how many kinds of wishes there are.
+    """
+
+    def __init__(self, num_wishes: int) -> None:
+        self._group = dist.new_group(backend="gloo")
+        self._num_wishes = num_wishes
+        self._pending: tuple[torch.Tensor, dist.Work] | None = None
+
+    def propose(self, *wishes: bool) -> None:
+        """Say what this rank wishes now. Every rank must, after a :meth:`collect`."""
+        flags = torch.tensor([int(w) for w in wishes], dtype=torch.int32)
+        self._pending = (flags, dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group, async_op=True))
+
+    def collect(self) -> tuple[bool, ...]:
+        """What any rank wished at the last :meth:`propose`."""
+        if self._pending is None:
+            return (False,) * self._num_wishes
+        flags, work = self._pending
+        self._pending = None
+        work.wait()
+        return tuple(bool(flag) for flag in flags.tolist())

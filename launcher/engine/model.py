@@ -1,0 +1,240 @@
+"""Any torchvision classification model with a head for this data set's classes, its weights, and what of it learns."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torchvision import models
+from torchvision.models.vision_transformer import interpolate_embeddings
+
+from launcher.engine.data import Preprocessing
+from launcher.engine.layers import head_modules, match_parameters
+from launcher.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from launcher.recipe import DataConfig, ModelConfig, Recipe
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+AUXILIARY = ("googlenet", "inception_v3")
+AUXILIARY_WEIGHT = {"googlenet": 0.3, "inception_v3": 0.4}  # of each auxiliary loss, as their papers have it
+
+
+def torchvision_weights(config: ModelConfig) -> Any:
+    """The member of torchvision's weights enumeration that ``model.weights`` names; for a file or null, DEFAULT."""
+    named = config.weights is not None and config.weights_file is None
+    return models.get_model_weights(config.arch)[config.weights if named else "DEFAULT"]  # type: ignore[index]
+
+
+def build_preprocessing(model: ModelConfig, data: DataConfig) -> Preprocessing:
+    """Sizes of the recipe; mean, deviation and interpolation of the weights that training starts from."""
+    trained_with = torchvision_weights(model).transforms()
+    size = trained_with.crop_size[0] if data.image_size == "auto" else data.image_size
+    from_imagenet = model.weights is not None
+    return Preprocessing(
+        image_size=size,
+        resize_size=round(size / data.crop_pct),
+        mean=tuple(trained_with.mean) if from_imagenet else IMAGENET_MEAN,
+        std=tuple(trained_with.std) if from_imagenet else IMAGENET_STD,
+        interpolation=trained_with.interpolation.value,
+    )
+
+
+def build_module(config: ModelConfig, *, num_classes: int, image_size: int) -> nn.Module:
+    """The network with new weights from torch's generator; logits N x num_classes from float32 N x 3 x S x S."""
+    options: dict[str, Any] = {}
+    if config.arch in AUXILIARY:
+        options = {"aux_logits": True, "init_weights": config.weights is None}
+    elif config.arch.startswith("vit_"):
+        options = {"image_size": image_size}
+    elif config.arch.startswith("maxvit"):
+        options = {"input_size": (image_size, image_size)}
+    module = models.get_model(config.arch, weights=None, num_classes=num_classes, **options)
+    if config.arch in AUXILIARY:
+        module.transform_input = config.weights is not None  # pretrained ones saw inputs scaled in another way
+    return module
+
+
+def load_weights(module: nn.Module, config: ModelConfig, *, image_size: int) -> None:
+    """Give ``module`` the weights the recipe names; a head for other classes keeps its new ones.
+
+    Raises:
+        UsageError: the file does not fit the model; says which keys.
+    """
+    if config.weights is None:
+        return
+    if config.weights_file is not None:
+        state = read_weights_file(config.weights_file)
+    else:
+        options = {"aux_logits": True} if config.arch in AUXILIARY else {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torchvision warns of its own arguments
+            source = models.get_model(config.arch, weights=torchvision_weights(config), progress=False, **options)
+        state = source.state_dict()
+    state = fit_weights(state, module, config, image_size=image_size)
+    module.load_state_dict(state, strict=False)
+
+
+def fit_weights(
+    state: dict[str, torch.Tensor], module: nn.Module, config: ModelConfig, *, image_size: int
+) -> dict[str, torch.Tensor]:
+    """Those entries of ``state`` that ``module`` takes: all but a head of another shape.
+
+    Raises:
+        UsageError: anything but the head is missing, left over or of another shape.
+    """
+    expected = module.state_dict()
+    head = tuple(f"{name}." for name in head_modules(config.arch))
+    if config.arch.startswith("vit_") and "encoder.pos_embedding" in state:
+        state = _resize_positions(state, expected, image_size)
+    fitting = {k: v for k, v in state.items() if k in expected and v.shape == expected[k].shape}
+    missing = [k for k in expected if k not in state and not k.startswith(head) and not k.endswith("num_batches_tracked")]
+    foreign = [k for k in state if k not in expected]
+    reshaped = [
+        f"{k} ({'x'.join(map(str, state[k].shape))}, needs {'x'.join(map(str, expected[k].shape))})"
+        for k in expected
+        if k in state and k not in fitting and not k.startswith(head)
+    ]
+    problems = [
+        f"{len(keys)} {what}: {', '.join(keys[:4])}{', …' if len(keys) > 4 else ''}"  # noqa: PLR2004
+        for what, keys in (("keys missing", missing), ("keys unknown", foreign), ("of another shape", reshaped))
+        if keys
+    ]
+    if problems:
+        raise UsageError(f"{config.weights} does not fit {config.arch}: {'; '.join(problems)}")
+    return fitting
+
+
+def read_weights_file(path: Path, *, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """A state dict from a .safetensors or .pth file; no code in the file is run.
+
+    A ``state_dict`` or ``model`` entry around it and a ``module.`` before its keys (DDP) are taken off.
+
+    Args:
+        path: the file.
+        device: where its tensors go; ``meta`` reads their shapes only.
+
+    Raises:
+        UsageError: it cannot be read, or holds no state dict.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return _read_safetensors(path, device)
+        found = torch.load(path, map_location=device, weights_only=True, mmap=True)
+    except Exception as error:  # whatever a foreign file's bytes make the readers raise
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"{path}: cannot be read as weights: {first}") from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
+            found = found[wrapper]
+    if not isinstance(found, dict) or not all(isinstance(v, torch.Tensor) for v in found.values()):
+        raise UsageError(f"{path}: holds no state dict (a mapping of names to tensors)")
+    return {k.removeprefix("module."): v for k, v in found.items()}
+
+
+def _read_safetensors(path: Path, device: str) -> dict[str, torch.Tensor]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        if device == "meta":
+            shapes = {k: file.get_slice(k).get_shape() for k in file.keys()}  # noqa: SIM118  it is no mapping
+            return {k: torch.empty(shape, device="meta") for k, shape in shapes.items()}
+        return {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+
+
+def _resize_positions(
+    state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], image_size: int
+) -> dict[str, torch.Tensor]:
+    """Interpolate a vision transformer's position embeddings to another image size, as torchvision does."""
+    name = "encoder.pos_embedding"
+    if state[name].shape == expected[name].shape:
+        return state
+    patch = expected["conv_proj.weight"].shape[-1]
+    if state[name].device.type == "meta":
+        return {**state, name: expected[name]}
+    resized: dict[str, torch.Tensor] = interpolate_embeddings(image_size, patch, dict(state))
+    return resized
+
+
+class FineTunedModel:
+    """A network, where its head is, and what of it is frozen in an epoch.
+
+    Args:
+        module: the network.
+        config: the recipe's ``model``.
+    """
+
+    def __init__(self, module: nn.Module, config: ModelConfig) -> None:
+        self.module = module
+        self.head = head_modules(config.arch)
+        self._config = config
+
+    def matching(self, patterns: Iterable[str]) -> set[str]:
+        """Names of the parameters that any of the patterns selects.
+
+        Raises:
+            UsageError: one selects nothing.
+        """
+        return match_parameters(self.module, patterns, self.head)
+
+    def freeze(self, epoch: int) -> bool:
+        """Freeze what is frozen in ``epoch``; return whether that changed anything."""
+        frozen = self.frozen_parameters(epoch)
+        changed = False
+        for name, parameter in self.module.named_parameters():
+            wanted = name not in frozen
+            changed |= parameter.requires_grad != wanted
+            parameter.requires_grad_(wanted)
+            if not wanted:
+                parameter.grad = None
+        return changed
+
+    def frozen_parameters(self, epoch: int) -> set[str]:
+        """Names of the parameters that do not learn in ``epoch``."""
+        frozen = self.matching(self._config.freeze)
+        for start, patterns in self._config.unfreeze.items():
+            if start <= epoch:
+                names = [patterns] if isinstance(patterns, str) else patterns
+                frozen -= self.matching(names)
+        return frozen
+
+    def train(self) -> None:
+        """Training mode, but for modules that are frozen as a whole: their BatchNorm statistics must not move."""
+        self.module.train()
+        for module in self.module.modules():
+            parameters = list(module.parameters())
+            if parameters and not any(p.requires_grad for p in parameters):
+                module.eval()
+
+    def eval(self) -> None:
+        """Evaluation mode, all of it."""
+        self.module.eval()
+
+
+def split_outputs(arch: str, outputs: Any) -> tuple[torch.Tensor, list[tuple[float, torch.Tensor]]]:
+    """The logits, and those of auxiliary heads with the weight of their loss (googlenet, inception_v3 in training)."""
+    if isinstance(outputs, torch.Tensor):
+        return outputs, []
+    weight = AUXILIARY_WEIGHT[arch]
+    return outputs.logits, [(weight, o) for name, o in outputs._asdict().items() if name != "logits" and o is not None]
+
+
+def build_model(recipe: Recipe, *, num_classes: int, image_size: int, with_weights: bool) -> FineTunedModel:
+    """The model of a recipe on the host.
+
+    Args:
+        recipe: names it.
+        num_classes: outputs.
+        image_size: pixels.
+        with_weights: read the starting weights; only rank 0 needs to, DDP hands them on.
+    """
+    torch.manual_seed(recipe.seed)
+    module = build_module(recipe.model, num_classes=num_classes, image_size=image_size)
+    if with_weights:
+        load_weights(module, recipe.model, image_size=image_size)
+    return FineTunedModel(module, recipe.model)

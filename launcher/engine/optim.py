@@ -1,0 +1,58 @@
+"""The optimizer with a learning rate per group of layers, and the rate's course over training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from launcher.engine.schedule import lr_factor
+
+if TYPE_CHECKING:
+    from launcher.engine.device import Device
+    from launcher.engine.model import FineTunedModel
+    from launcher.recipe import OptimConfig, Recipe
+
+
+def group_parameters(model: FineTunedModel, config: OptimConfig) -> list[dict[str, Any]]:
+    """Parameter groups, the first pattern that matches a parameter counts; what none matches learns at ``optim.lr``.
+
+    Frozen parameters are in them too: without a gradient an optimizer leaves them alone, and one that is unfrozen
+    later needs no new optimizer.
+
+    Returns:
+        ``{name, params, peak_lr}`` each, none of them empty.
+    """
+    left = dict(model.module.named_parameters())
+    groups = []
+    for pattern, lr in config.groups.items():
+        matched = model.matching([pattern])
+        params = [left.pop(name) for name in list(left) if name in matched]
+        groups.append({"name": pattern, "params": params, "peak_lr": lr})
+    groups.append({"name": "rest", "params": list(left.values()), "peak_lr": config.lr})
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: FineTunedModel, config: OptimConfig, device: Device) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum, or AdamW; learning rates are set by :func:`set_lr` before each step."""
+    groups = group_parameters(model, config)
+    if config.name == "adamw":
+        fused = True if device.is_cuda else None
+        return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+    nesterov = config.momentum > 0
+    return torch.optim.SGD(
+        groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, weight_decay=config.weight_decay
+    )
+
+
+def set_lr(optimizer: torch.optim.Optimizer, recipe: Recipe, progress: float) -> float:
+    """Set every group's rate for the step around ``progress`` (epochs done); return the highest."""
+    factor = lr_factor(
+        progress,
+        schedule=recipe.optim.schedule,
+        warmup_epochs=recipe.optim.warmup_epochs,
+        epochs=recipe.train.epochs,
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    return float(max(group["lr"] for group in optimizer.param_groups))

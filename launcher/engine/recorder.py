@@ -1,0 +1,122 @@
+"""What rank 0 tells the world while it trains: metrics.jsonl, status.json, events.jsonl, the terminal, wandb."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import IO, TYPE_CHECKING, Any
+
+from launcher.engine.tracking import Tracker
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rich.progress import Progress, TaskID
+
+    from launcher.engine.trainer import Outcome
+    from launcher.recipe import Recipe
+    from launcher.run_dir import RunDir, State
+
+
+class Recorder:
+    """Rank 0's records of one attempt.
+
+    Args:
+        run: where to.
+        recipe: the run's.
+        attempt: which start of the workers this is.
+        console: the terminal or pipe that `launch` was started from.
+        num_steps: optimizer steps of the whole training.
+        tracked: whether wandb hears of it.
+    """
+
+    def __init__(
+        self, run: RunDir, recipe: Recipe, *, attempt: int, console: IO[str], num_steps: int, tracked: bool
+    ) -> None:
+        self._run = run
+        self._attempt = attempt
+        self._console = console
+        self._num_steps = num_steps
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._epochs = recipe.train.epochs
+        self._tracker = Tracker(run, recipe, run.read_plan(), self.say) if tracked else None
+        if console.isatty():
+            self._start_progress()
+
+    def say(self, line: str) -> None:
+        """One line for the person at the terminal, and for the rank's log."""
+        if self._console is not sys.stdout:
+            print(line, flush=True)  # the rank's log
+        if self._progress is not None:
+            self._progress.console.print(line, highlight=False, markup=False)
+        else:
+            print(line, file=self._console, flush=True)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """A line of events.jsonl."""
+        self._run.append_event(kind, attempt=self._attempt, rank=0, **fields)
+
+    def status(self, state: State = "running", **fields: Any) -> None:
+        """Write status.json."""
+        self._run.update_status(state=state, attempt=self._attempt, **fields)
+
+    def step(self, step: int) -> None:
+        """An optimizer step was taken; costs nothing off a terminal."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=step)
+
+    def train(self, *, epoch: int, step: int, values: dict[str, Any]) -> None:
+        """The means over a window of steps."""
+        self._write("train", epoch, step, values)
+        text = f"loss {values['loss']:.4f}  top1 {values['top1']:.3f}  {values['images_per_s']:.0f} images/s"
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, epoch=epoch + 1, text=text)
+        else:
+            self.say(f"epoch {epoch + 1}/{self._epochs}  step {step}/{self._num_steps}  {text}  lr {values['lr']:.2g}")
+
+    def validation(self, *, epoch: int, step: int, values: dict[str, Any], best: bool) -> None:
+        """The counts over the validation set after an epoch."""
+        self._write("val", epoch, step, values)
+        text = "  ".join(f"{name} {values[name]:.4f}" for name in ("loss", "top1", "top5", "f1"))
+        self.say(f"epoch {epoch + 1}/{self._epochs}  val  {text}{'  best so far' if best else ''}")
+
+    def end(self, outcome: Outcome, best: dict[str, Any] | None, checkpoint: Path) -> None:
+        """Training is over; the best checkpoint goes to wandb."""
+        self.status(outcome)
+        self.event("training_ended", outcome=outcome)
+        if self._tracker is not None and best is not None and outcome != "preempted":
+            self._tracker.summary(
+                {f"best/{best['metric']}": best["value"], "best/epoch": best["epoch"], "best/step": best["step"]}
+            )
+            self._tracker.log_checkpoint(checkpoint, ["best"])
+
+    def close(self) -> None:
+        """Leave the terminal as it was, and end wandb."""
+        if self._progress is not None:
+            self._progress.stop()
+        if self._tracker is not None:
+            self._tracker.finish(timeout_s=30.0)
+
+    def _write(self, split: str, epoch: int, step: int, values: dict[str, Any]) -> None:
+        record = {"split": split, "attempt": self._attempt, "epoch": epoch, "step": step, **values}
+        self._run.append_metrics(**record)
+        if self._tracker is not None:
+            self._tracker.log({"time": time.time(), **record})
+
+    def _start_progress(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._progress = Progress(
+            TextColumn("epoch {task.fields[epoch]}/" + str(self._epochs)),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+            console=Console(file=self._console),
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._task = self._progress.add_task("train", total=self._num_steps, epoch=1, text="")
+        self._progress.start()

@@ -1,0 +1,124 @@
+"""Which samples form which step, and which of them a rank takes: pure functions of numbers (invariants 1 and 2).
+
+A position in training is (epoch, offset): how many samples of the epoch's order are behind it. Nothing else has to be
+saved to go on from there, at the same world size or another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+
+def derive_seed(*numbers: int) -> int:
+    """A 63-bit seed that is a function of ``numbers`` alone, on every machine and in every numpy (SeedSequence)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def epoch_order(seed: int, epoch: int, num_samples: int) -> NDArray[np.int64]:
+    """The order of an epoch: a permutation of ``range(num_samples)``, int64.
+
+    Sorted by Philox's raw output, which numpy keeps the same for ever; ``Generator.permutation`` makes no such promise.
+    """
+    keys = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(num_samples)
+    return np.argsort(keys, kind="stable").astype(np.int64)
+
+
+def split_by_shares(num: int, shares: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Cut ``range(num)`` into one slice (start, end) per share, in proportion; the first is never empty if num >= 1."""
+    total, bounds, seen = sum(shares), [0], 0
+    for share in shares:
+        seen += share
+        bounds.append(-(-num * seen // total))
+    return list(zip(bounds, bounds[1:], strict=False))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What one rank does for one optimizer step."""
+
+    epoch: int
+    """From 0."""
+    offset: int
+    """Samples of the epoch before this step."""
+    num_samples: int
+    """Samples of this step over all ranks: what the loss is averaged over."""
+    micro_batches: tuple[tuple[int, ...], ...]
+    """Sample indices of this rank, in the batches that go through the model at once; at least one, perhaps empty."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The plan of all epochs for a data set and a set of ranks."""
+
+    seed: int
+    """The recipe's."""
+    num_samples: int
+    """Of the training set."""
+    batch_sizes: tuple[int, ...]
+    """What each rank takes through the model at once."""
+    global_batch_size: int
+    """Samples of an optimizer step over all ranks; an epoch's last step may have fewer."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of a whole epoch."""
+        return -(-self.num_samples // self.global_batch_size)
+
+    def steps(self, rank: int, *, epoch: int, offset: int, end_epoch: int) -> Iterator[Step]:
+        """What ``rank`` does from a position up to ``end_epoch`` (excluded)."""
+        while epoch < end_epoch:
+            order = epoch_order(self.seed, epoch, self.num_samples)
+            while offset < self.num_samples:
+                indices = order[offset : offset + self.global_batch_size]
+                yield Step(
+                    epoch=epoch,
+                    offset=offset,
+                    num_samples=len(indices),
+                    micro_batches=self._micro_batches(indices, rank),
+                )
+                offset += len(indices)
+            epoch, offset = epoch + 1, 0
+
+    def _micro_batches(self, indices: NDArray[np.int64], rank: int) -> tuple[tuple[int, ...], ...]:
+        start, end = split_by_shares(len(indices), self.batch_sizes)[rank]
+        own = indices[start:end]
+        num = max(1, -(-len(own) // self.batch_sizes[rank]))
+        return tuple(tuple(part.tolist()) for part in np.array_split(own, num))
+
+
+def validation_batches(num_samples: int, *, rank: int, world_size: int, batch_size: int) -> list[list[int]]:
+    """A rank's share of the validation set in batches: every sample on exactly one rank, nothing padded or dropped.
+
+    Every rank gets the same number of batches (the last ones may be empty), so that all can agree to stop at one.
+    """
+    slices = split_by_shares(num_samples, (1,) * world_size)
+    num_batches = -(-max(end - start for start, end in slices) // batch_size)
+    start, end = slices[rank]
+    return [list(range(start, end)[i * batch_size : (i + 1) * batch_size]) for i in range(num_batches)]
+
+
+def lr_factor(progress: float, *, schedule: str, warmup_epochs: float, epochs: int) -> float:
+    """Fraction of the peak learning rate after ``progress`` epochs.
+
+    Linear warm-up, then the half cosine of SGDR (Loshchilov & Hutter 2017, without restarts), or constant.
+
+    Args:
+        progress: epochs done, with the fraction of the present one; the middle of a step is meant by its end.
+        schedule: cosine or constant.
+        warmup_epochs: length of the linear rise.
+        epochs: length of training.
+    """
+    if progress < warmup_epochs:
+        return progress / warmup_epochs
+    if schedule == "constant":
+        return 1.0
+    rest = (progress - warmup_epochs) / (epochs - warmup_epochs)
+    return float(0.5 * (1.0 + np.cos(np.pi * min(1.0, rest))))

@@ -1,0 +1,61 @@
+"""How a worker takes a stop signal: the training loop looks at a flag between steps."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from launcher.errors import EXIT_FAILED
+from launcher.processes import STOP_SIGNALS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
+
+POLL_S = 0.5
+
+
+class StopFlag:
+    """Set by the first stop signal. A checkpoint is never made in a signal handler, where it would hang.
+
+    torch's agent ends the peers of a failed worker with SIGTERM, the same signal that elsewhere means "save and leave".
+    They could do neither: they wait for the one that is gone, in C code that no Python handler interrupts. So a thread
+    hears of the signal (through the wake-up descriptor) and ends the process if a peer's failure is what it is about.
+
+    Args:
+        peer_failed: whether another worker of this attempt has left an error file; None where there are no others.
+    """
+
+    def __init__(self, peer_failed: Callable[[], bool] | None = None) -> None:
+        self._set = False
+        self._peer_failed = peer_failed
+
+    def __call__(self) -> bool:
+        """Whether to stop."""
+        return self._set
+
+    def install(self) -> None:
+        """Take the stop signals over for this process."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._on_signal)
+        if self._peer_failed is not None:
+            read_end, write_end = os.pipe2(os.O_NONBLOCK)
+            signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+            os.set_blocking(read_end, True)
+            threading.Thread(target=self._watch, args=(read_end,), name="stop-flag", daemon=True).start()
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self._set and self._peer_failed is None and number == signal.SIGINT:
+            os._exit(128 + number)  # nobody above us counts the second Ctrl-C
+        self._set = True
+
+    def _watch(self, read_end: int) -> None:
+        while True:
+            if signal.SIGTERM in os.read(read_end, 64):
+                break
+        while not (self._peer_failed and self._peer_failed()):
+            time.sleep(POLL_S)
+        os._exit(EXIT_FAILED)

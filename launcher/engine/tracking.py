@@ -1,0 +1,378 @@
+"""Weights & Biases, from rank 0: whatever it does, training neither stops nor waits for it.
+
+All of wandb happens in one daemon thread behind a bounded queue, because ``wandb.init`` takes seconds and, before a
+server that hangs, minutes; and each call after it can hang as well. Its service process (wandb-core) is stopped or
+killed before :meth:`Tracker.finish` returns, and the exit hook that would wait for it is taken out.
+"""
+
+from __future__ import annotations
+
+import configparser
+import contextlib
+import json
+import netrc
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from launcher import recipe as recipes
+from launcher.processes import descendants
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    import wandb
+
+    from launcher.recipe import Recipe
+    from launcher.run_dir import RunDir
+
+Mode = Literal["online", "offline", "disabled"]
+
+DEFAULT_PROJECT = "finetune-launcher"
+OWN_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # two names of wandb's own server; a key may stand under either
+MODES: Mapping[str, Mode] = {
+    "online": "online",
+    "run": "online",
+    "offline": "offline",
+    "dryrun": "offline",
+    "disabled": "disabled",
+}
+"""What ``WANDB_MODE`` can be, and means."""
+NUMBERS = ("loss", "top1", "top5", "f1", "lr", "images_per_s")
+NOT_UPLOADED = ("optimizer.pt",)  # two thirds of a checkpoint, and of use to nobody but this run
+QUEUE_SIZE = 1000
+CONNECT_TIMEOUT_S = 2.0
+INIT_TIMEOUT_S = 60.0
+KILL_TIMEOUT_S = 2.0
+
+
+def resolve_mode(mode: str) -> tuple[Mode, str | None]:
+    """What a recipe's ``tracking.wandb.mode`` means here; looks at the environment and, for auto, at the network.
+
+    Args:
+        mode: online, offline, disabled, or auto: ``WANDB_MODE`` where it is set, else online where an API key is found
+            (``WANDB_API_KEY``, ``WANDB_IDENTITY_TOKEN_FILE``, or the server's entry in the netrc file) and the server,
+            or the proxy before it, accepts a connection within two seconds.
+
+    Returns:
+        The mode to run in, and one line that says why it is ``disabled`` where nobody asked for that.
+    """
+    asked = _asked(mode)
+    if asked in ("offline", "disabled"):
+        return MODES[asked], None
+    if asked not in ("auto", "online"):
+        return "disabled", f"wandb: off: WANDB_MODE is {asked}; it can be {', '.join(MODES)}"
+    url = _configured_url()
+    hosts = (urlsplit(url).netloc,) if url else OWN_HOSTS
+    if not _has_key(hosts):
+        cure = "`wandb login` stores one; tracking.wandb.mode=offline records without"
+        return "disabled", f"wandb: off: no API key for {hosts[0]} in WANDB_API_KEY or the netrc file ({cure})"
+    if asked == "auto" and (problem := _unreachable(url)):
+        return "disabled", f"wandb: off: {problem} (tracking.wandb.mode=offline records without a network)"
+    return "online", None
+
+
+class Tracker:
+    """A wandb run that follows a run directory. Every method returns at once, but for :meth:`finish`; none raises.
+
+    What goes wrong becomes one line to ``warn``, and tracking is off from then on. With mode ``disabled`` there is no
+    thread and wandb is never imported.
+
+    Args:
+        run: the run; wandb's own files go to its ``wandb/``.
+        recipe: becomes wandb's config, with ``plan`` as one more key.
+        plan: its ``run_id`` is the wandb run's id and name, so that a resumed run goes on in the same one.
+        warn: called with a line, from whatever thread.
+    """
+
+    def __init__(self, run: RunDir, recipe: Recipe, plan: dict[str, Any], warn: Callable[[str], None]) -> None:
+        self._run = run
+        self._recipe = recipe
+        self._plan = plan
+        self._warn = warn
+        self._queue: queue.Queue[Callable[[wandb.Run], object] | None] = queue.Queue(QUEUE_SIZE)
+        self._num_dropped = 0
+        self._exit_code = 0
+        self._lock = threading.Lock()
+        self._off = threading.Event()
+        self._thread: threading.Thread | None = None
+        if _asked(recipe.tracking.wandb.mode) == "disabled":
+            self._off.set()
+            return
+        # What wandb would put into the home folder; and its crash reports, which need the network at exit.
+        os.environ.setdefault("WANDB_CACHE_DIR", str(run.wandb / "cache"))
+        os.environ.setdefault("WANDB_DATA_DIR", str(run.wandb / "data"))
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+        self._thread.start()
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Plot a line of metrics.jsonl over its step, as ``train/loss``, ``train/lr``, ``val/top1``, ``epoch`` …."""
+        copied = dict(record)
+        self._put(lambda tracked: tracked.log(_scalars(copied)))
+
+    def summary(self, values: dict[str, Any]) -> None:
+        """Note what the run came to, as in ``{"best/val/top1": 0.93, "best/epoch": 7, "best/step": 1200}``."""
+        copied = dict(values)
+        self._put(lambda tracked: tracked.summary.update(copied))
+
+    def log_checkpoint(self, path: Path, aliases: Sequence[str] = ("best",)) -> None:
+        """Upload a checkpoint without its optimizer as the artifact ``model-RUN_ID`` of type model.
+
+        Its files are not copied first: it has to stay where it is until :meth:`finish` (the best one does).
+        """
+        folder = path.resolve()
+        name, metadata = f"model-{self._plan['run_id']}", {"checkpoint": folder.name}
+        self._put(lambda tracked: self._log_folder(tracked, folder, name, metadata, list(aliases)))
+
+    def log_exports(self) -> None:
+        """Upload exports/ as the artifact ``exports-RUN_ID``; note its numbers as ``exports/onnx/top1`` ….
+
+        See :func:`log_exports`.
+        """
+        self._put(self._log_exports)
+
+    def finish(self, timeout_s: float, *, exit_code: int = 0) -> None:
+        """Send what is queued, end the wandb run and its service process; kill that after ``timeout_s`` seconds.
+
+        Args:
+            timeout_s: how long to wait; up to two seconds more where a process has to be killed.
+            exit_code: not 0 marks the wandb run as failed.
+        """
+        if self._thread is None:
+            return
+        self._exit_code = exit_code
+        self._put(None)
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            cure = f"`wandb sync {self._run.wandb}/*run-*` sends the rest"
+            self._turn_off(f"wandb: not done after {timeout_s:g} s and given up; {cure}")
+            _kill_service()
+        self._off.set()
+
+    def _put(self, action: Callable[[wandb.Run], object] | None) -> None:
+        while not self._off.is_set():
+            try:
+                self._queue.put_nowait(action)
+            except queue.Full:
+                with contextlib.suppress(queue.Empty):
+                    self._queue.get_nowait()
+                self._num_dropped += 1
+                if self._num_dropped == 1:
+                    self._say(f"wandb: too slow, its oldest records are dropped; {self._run.metrics} has them all")
+            else:
+                return
+
+    def _turn_off(self, line: str | None) -> None:
+        with self._lock:  # the thread and finish() may both be here; the first one speaks
+            if not self._off.is_set():
+                self._off.set()
+                if line:
+                    self._say(line)
+
+    def _say(self, line: str) -> None:
+        with contextlib.suppress(Exception):  # wandb is not worth a failure of whoever prints it
+            self._warn(line)
+
+    def _work(self) -> None:
+        """The thread: all of wandb, from the import to the end of its service process."""
+        try:
+            mode, reason = resolve_mode(self._recipe.tracking.wandb.mode)
+            if mode == "disabled":
+                self._turn_off(reason)
+                return
+            threading.Thread(target=self._guard_exit, name="tracking-exit", daemon=True).start()
+            tracked = self._start(mode)
+            while action := self._queue.get():
+                action(tracked)
+            tracked.finish(exit_code=self._exit_code)
+            sys.modules["wandb"].teardown()
+        except BaseException as error:  # SystemExit as well, which wandb raises where its service failed
+            self._turn_off(_describe(error))
+            _kill_service()
+            with contextlib.suppress(BaseException):
+                sys.modules["wandb"].teardown()  # it still has threads, and knows of a service that is gone
+
+    def _guard_exit(self) -> None:
+        # The interpreter waits at exit for threads of concurrent.futures, one of which may sit in wandb.init; this runs
+        # before that, and makes it fail. An exit hook would come too late. finish() leaves nothing to do here.
+        threading.main_thread().join()
+        self._off.set()
+        _kill_service()
+
+    def _start(self, mode: Mode) -> wandb.Run:
+        import wandb
+
+        values = _settings(mode, self._say)
+        settings = wandb.Settings(**{key: v for key, v in values.items() if key in wandb.Settings.model_fields})
+        self._stop_if_finished()
+        # The service first, by itself: it comes with an exit hook that waits until all is sent, however long that
+        # takes, and init may hang. wandb has no public way to leave that hook out.
+        service = wandb.setup(settings)
+        if unregister_exit_hook := getattr(getattr(service, "_connection", None), "_cleanup", None):
+            unregister_exit_hook()
+        self._stop_if_finished()
+        config = {**recipes.to_dict(self._recipe), "plan": self._plan}
+        tracked = wandb.init(
+            id=self._plan["run_id"],
+            name=self._plan["run_id"],
+            project=self._recipe.tracking.wandb.project or DEFAULT_PROJECT,
+            entity=self._recipe.tracking.wandb.entity,
+            dir=str(self._run.path),
+            config=json.loads(json.dumps(config, default=str)),
+            resume="allow",
+            allow_val_change=True,  # a resumed run may have another plan
+            settings=settings,
+        )
+        # Over our own step, never wandb's: that only grows, and steps that come again after a resume would be lost.
+        tracked.define_metric("step")
+        for pattern in ("train/*", "val/*", "epoch"):
+            tracked.define_metric(pattern, step_metric="step")
+        return tracked
+
+    def _stop_if_finished(self) -> None:
+        if self._off.is_set():
+            raise InterruptedError("finished before it began")
+
+    def _log_exports(self, tracked: wandb.Run) -> None:
+        manifest = json.loads(self._run.export_manifest.read_text(encoding="utf-8"))
+        name = f"exports-{self._plan['run_id']}"
+        self._log_folder(tracked, self._run.exports, name, manifest, ["latest"])
+        for export in [manifest["reference"], *manifest["exports"]]:
+            numbers = {key: value for key, value in export.items() if isinstance(value, (bool, int, float))}
+            tracked.summary.update({f"exports/{export['format']}/{key}": value for key, value in numbers.items()})
+
+    def _log_folder(
+        self, tracked: wandb.Run, folder: Path, name: str, metadata: dict[str, Any], aliases: list[str]
+    ) -> None:
+        import wandb
+
+        files = sorted(f for f in folder.glob("*") if f.is_file() and f.name not in NOT_UPLOADED)
+        if not files:
+            self._say(f"wandb: {folder}: nothing there to upload")
+            return
+        artifact = wandb.Artifact(name, type="model", metadata=metadata)
+        for file in files:
+            # Sent from where it lies: a copy in the home folder, which is wandb's default, can fill a quota.
+            artifact.add_file(str(file), policy="immutable", skip_cache=True)
+        tracked.log_artifact(artifact, aliases=aliases)
+
+
+def log_exports(run: RunDir, warn: Callable[[str], None], *, timeout_s: float = 600.0) -> None:
+    """Add the exported models to the wandb run that training made; for the post-step. Never raises.
+
+    Args:
+        run: a run with exports/manifest.json.
+        warn: called with one line where something went wrong.
+        timeout_s: how long the upload may take.
+    """
+    try:
+        tracker = Tracker(run, recipes.read_resolved(run.recipe), run.read_plan(), warn)
+        tracker.log_exports()
+        tracker.finish(timeout_s)
+    except Exception as error:  # a record of the exports elsewhere is not worth a failed post-step
+        warn(_describe(error))
+
+
+def _settings(mode: Mode, warn: Callable[[str], None]) -> dict[str, Any]:
+    """Settings of wandb, some of which older versions lack."""
+    values: dict[str, Any] = {
+        "mode": mode,
+        "silent": True,
+        "console": "off",  # logs/ has what the ranks print
+        "save_code": False,
+        "disable_code": True,
+        "disable_git": True,  # on a large or remote checkout git takes its time
+        "label_disable": True,
+        "sagemaker_disable": True,  # it would replace the run's id
+        "reinit": "create_new",
+        "init_timeout": INIT_TIMEOUT_S,
+        # By default the stop button of wandb's page sends SIGINT to this process.
+        "stop_fn": lambda: warn("wandb: its stop button does not stop training; `launch cancel RUN` does"),
+    }
+    return values | ({"base_url": url} if (url := _configured_url()) else {})
+
+
+def _scalars(record: dict[str, Any]) -> dict[str, Any]:
+    """A line of metrics.jsonl as wandb's names and values."""
+    split = record["split"]
+    values = {f"{split}/{name}": record[name] for name in NUMBERS if record.get(name) is not None}
+    return {**values, "epoch": record["epoch"], "step": record["step"]}
+
+
+def _asked(mode: str) -> str:
+    """The recipe's mode, or that of ``WANDB_MODE`` where the recipe leaves it open."""
+    wanted = os.environ.get("WANDB_MODE", "") if mode == "auto" else ""
+    return MODES.get(wanted, wanted) or mode
+
+
+def _configured_url() -> str | None:
+    """The server that ``WANDB_BASE_URL`` or wandb's settings file names, as ``wandb login --host`` does."""
+    if url := os.environ.get("WANDB_BASE_URL"):
+        return url
+    folder = os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb"
+    settings = configparser.ConfigParser(interpolation=None)
+    settings.read(Path(folder).expanduser() / "settings", encoding="utf-8")
+    return settings.get("default", "base_url", fallback=None)
+
+
+def _has_key(hosts: Sequence[str]) -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    try:
+        entries = netrc.netrc(Path(os.environ.get("NETRC") or "~/.netrc").expanduser())
+    except FileNotFoundError:
+        return False
+    return any(entries.authenticators(host) for host in hosts)
+
+
+def _unreachable(url: str | None) -> str | None:
+    """What is wrong where neither the server nor the proxy before it accepts a connection."""
+    if url is None:
+        import wandb
+
+        url = wandb.Settings().base_url
+    parts = urlsplit(url)
+    proxy = getproxies().get(parts.scheme)
+    if proxy and not proxy_bypass(parts.netloc):
+        parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    port = parts.port or (80 if parts.scheme == "http" else 443)
+    try:
+        socket.create_connection((parts.hostname or "", port), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        return f"{parts.hostname}:{port} cannot be reached: {error.strerror or error}"
+    return None
+
+
+def _kill_service() -> None:
+    """Kill wandb-core, a child of this process, and what it started (the system monitor); return when they are gone."""
+    below = [p for core in descendants(os.getpid()) if _name(core) == "wandb-core" for p in (core, *descendants(core))]
+    for pid in below:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    until = time.monotonic() + KILL_TIMEOUT_S
+    while below and time.monotonic() < until:
+        with contextlib.suppress(ChildProcessError):  # wandb's own thread may reap it first
+            os.waitpid(below[0], os.WNOHANG)
+        below = [pid for pid in below if Path(f"/proc/{pid}").exists()]
+        time.sleep(0.01)
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _describe(error: BaseException) -> str:
+    message = str(error).strip().partition("\n")[0]
+    return f"wandb: off: {type(error).__name__}: {message}; training goes on, and metrics.jsonl has every number"

@@ -1,0 +1,145 @@
+"""What runs on one rank, from its first line of log to its error file."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import socket
+import sys
+import time
+import traceback
+from typing import IO
+
+import torch
+import torch.distributed as dist
+
+from launcher.engine.device import Device
+from launcher.engine.distributed import Ranks, init_process_group
+from launcher.engine.recorder import Recorder
+from launcher.engine.setup import build_parts
+from launcher.engine.stopping import StopFlag
+from launcher.engine.trainer import Outcome, Trainer
+from launcher.errors import EXIT_FAILED, EXIT_RESUMABLE, LaunchError
+from launcher.processes import die_with_parent
+from launcher.run_dir import ATTEMPT_VARIABLE, RunDir, WorkerSpec, write_json_atomic
+
+
+def worker_main(run_path: str) -> Outcome:
+    """Entry point of a forked worker; torch's agent has set torchrun's environment variables.
+
+    Args:
+        run_path: the run directory.
+    """
+    spec = WorkerSpec(run_dir=run_path, attempt=int(os.environ[ATTEMPT_VARIABLE]))
+    ranks = Ranks.from_environment()
+    run = RunDir(run_path)
+    own, folder = run.rank_error(spec.attempt, ranks.rank), run.attempt_errors(spec.attempt)
+    stop = StopFlag(peer_failed=lambda: any(file != own for file in folder.glob("rank-*.json")))
+    stop.install()
+    supervisor = os.getppid()
+    console = _redirect_output(run, spec, ranks)
+    try:
+        outcome = train(spec, ranks, stop, console)
+    except BaseException as error:  # whatever it was, the error file is how the supervisor and `launch why` learn of it
+        write_error(run, spec, ranks, error)
+        _flush()
+        os._exit(EXIT_FAILED)  # the agent would print the same traceback once more
+    _flush()
+    # From here on the agent's acknowledgement is awaited; without an agent it would never come.
+    die_with_parent()
+    if os.getppid() != supervisor:
+        os._exit(EXIT_RESUMABLE)
+    return outcome
+
+
+def train_here(spec: WorkerSpec) -> Outcome:
+    """Train as the only worker, in this process and on this terminal."""
+    stop = StopFlag()
+    stop.install()
+    return train(spec, Ranks(), stop, sys.stdout)
+
+
+def train(spec: WorkerSpec, ranks: Ranks, stop: StopFlag, console: IO[str]) -> Outcome:
+    """Train on this rank until the end or an agreed stop."""
+    run = RunDir(spec.run_dir)
+    device = Device(type=run.read_plan()["device"], index=ranks.local_rank)
+    device.activate()
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    init_process_group(device, ranks)
+    recorder = None
+    try:
+        parts = build_parts(run, ranks, device, debug=spec.debug)
+        if ranks.rank == 0:
+            recorder = Recorder(
+                run, parts.recipe, attempt=spec.attempt, console=console, num_steps=parts.num_steps, tracked=not spec.debug
+            )
+            recorder.status(epoch=0, step=0)
+        trainer = Trainer(parts, recorder=recorder, stop_requested=stop)
+        outcome = trainer.run()
+        if recorder:
+            recorder.end(outcome, trainer.best, run.best_checkpoint)
+        return outcome
+    finally:
+        if recorder:
+            recorder.close()
+        with contextlib.suppress(Exception):  # a peer that died already has closed its end
+            dist.destroy_process_group()
+
+
+def write_error(run: RunDir, spec: WorkerSpec, ranks: Ranks, error: BaseException) -> None:
+    """Leave what ended this rank in its error file."""
+    text = traceback.format_exc()
+    print(text, file=sys.stderr, flush=True)
+    file = run.rank_error(spec.attempt, ranks.rank)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(
+        file,
+        {
+            "time": time.time(),
+            "attempt": spec.attempt,
+            "rank": ranks.rank,
+            "node": ranks.node_rank,
+            "host": socket.gethostname(),
+            "kind": error_kind(error),
+            "type": type(error).__name__,
+            "message": str(error),
+            "traceback": text,
+        },
+    )
+
+
+def error_kind(error: BaseException) -> str:
+    """``usage`` (the user's to mend), ``peer_lost`` (another rank died first), ``out_of_memory``, or ``bug``."""
+    if isinstance(error, LaunchError):
+        return "usage"
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return "out_of_memory"
+    if isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError):
+        return "peer_lost"
+    # gloo reports a peer that went away as a plain RuntimeError from its transport.
+    text = str(error)
+    lost = "gloo" in text and any(sign in text for sign in ("Connection closed by peer", "Connection reset", "Broken pipe"))
+    return "peer_lost" if lost else "bug"
+
+
+def _redirect_output(run: RunDir, spec: WorkerSpec, ranks: Ranks) -> IO[str]:
+    """Send standard output and error, C libraries' too, to the rank's log; return what rank 0 talks to the user by."""
+    original = os.dup(1)
+    log = run.rank_log(spec.attempt, ranks.rank)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    _flush()
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    faulthandler.enable(sys.stderr)
+    return os.fdopen(original, "w", buffering=1)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # whoever read our output has gone
+            stream.flush()

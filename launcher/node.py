@@ -1,0 +1,167 @@
+"""The supervisor on each node: signals, torch's elastic agent, restarts, the post-step, the exit code.
+
+``python -m launcher.node RUN`` runs it by hand; ``launch`` calls :func:`main` in its own process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher import diagnose, history, processes
+from launcher.errors import EXIT_OK, InterruptedRunError, TrainingError, UsageError, exit_code_of
+from launcher.run_dir import RunDir
+from launcher.stopping import StopSignals
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+WAIT_FOR_RUN_DIR_S = 600
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run this node's part of a run to its end; return the exit code.
+
+    Raises:
+        LaunchError: training failed or was interrupted.
+    """
+    parser = argparse.ArgumentParser(prog="python -m launcher.node", description=__doc__)
+    parser.add_argument("run_dir", metavar="RUN", help="the run directory")
+    parser.add_argument("--node-rank", type=int, default=0, help="which of the run's nodes this is, from 0")
+    args = parser.parse_args(argv)
+    run = _wait_for_run(args.run_dir) if args.node_rank else RunDir.existing(args.run_dir)
+    plan = run.read_plan()
+    os.environ.update(plan["env"])
+    processes.adopt_orphans()
+    stop = StopSignals(run, node_rank=args.node_rank)
+    try:
+        with stop:
+            outcomes = _train(run, plan, args.node_rank, stop)
+            if outcomes.get(0) == "preempted":
+                raise _interrupted(run)
+            if 0 in outcomes:  # the node that holds rank 0 finishes the run
+                _finish(run, plan, stop)
+    finally:
+        processes.kill_descendants()
+    return EXIT_OK
+
+
+def _wait_for_run(path: str) -> RunDir:
+    """The run directory, which node 0 makes on the file system that all nodes share."""
+    deadline = time.monotonic() + WAIT_FOR_RUN_DIR_S
+    run = RunDir(path)
+    while not (run.plan.is_file() and run.recipe.is_file()):
+        if time.monotonic() > deadline:
+            raise UsageError(
+                f"{path}: not there after {WAIT_FOR_RUN_DIR_S} s; node 0 makes it: is it started, and is the folder on a "
+                "file system that all nodes share?"
+            )
+        time.sleep(0.2)
+    return run
+
+
+def _train(run: RunDir, plan: dict[str, Any], node_rank: int, stop: StopSignals) -> dict[int, str]:
+    """Run the workers under torch's elastic agent; return each local worker's outcome by its global rank."""
+    from launcher import agent
+
+    attempt = history.next_attempt(run)
+    try:
+        return agent.run_workers(run, plan, node_rank=node_rank, first_attempt=attempt, stop=stop)
+    except agent.WorkersFailedError as error:
+        if stop.requested:
+            raise _interrupted(run) from None
+        if node_rank == 0:
+            run.update_status(state="failed", attempt=error.attempt)
+        failure = diagnose.first_failure(run, error.attempt)
+        run.append_event(
+            "attempt_ended",
+            attempt=error.attempt,
+            node=node_rank,
+            cause=failure["kind"] if failure else "lost_worker",
+            message=failure["message"] if failure else str(error),
+        )
+        raise TrainingError(f"training failed\n{diagnose.explain(run)}\nmore: launch why {run}") from None
+
+
+def _interrupted(run: RunDir) -> InterruptedRunError:
+    """What to tell after a stop; the run's state says so too."""
+    run.update_status(state="preempted")
+    last = run.last_checkpoint
+    kept = f"the checkpoint {last.resolve().name} is saved" if last.exists() else "it had not begun to train"
+    return InterruptedRunError(f"interrupted; {kept}; go on with: launch resume {run}")
+
+
+def _finish(run: RunDir, plan: dict[str, Any], stop: StopSignals) -> None:
+    """Export and measure, report, and say where everything is."""
+    from launcher import recipe as recipes
+    from launcher import report
+
+    recipe = recipes.read_resolved(run.recipe)
+    problem = None
+    if recipe.post.enabled and (recipe.post.export or recipe.post.quantize) and not plan["debug"]:
+        print(f"exporting and measuring on the validation images (log: {run.post_log})", flush=True)
+        problem = run_post_step(run)
+        if stop.requested:
+            raise InterruptedRunError(f"training is complete, its exports are not; make them with: launch export {run}")
+    report.write_report(run)
+    run.append_event("completed", exported=problem is None)
+    print(summary(run), flush=True)
+    if problem:
+        raise TrainingError(f"training is complete, but {problem}\nafter mending it: launch export {run}")
+
+
+def run_post_step(run: RunDir) -> str | None:
+    """Make the exports in a process of their own, forked with torch imported; return what went wrong, or None."""
+    import multiprocessing
+
+    process = multiprocessing.get_context("fork").Process(target=_post_step, args=(run,), name="post-step")
+    process.start()
+    process.join()
+    if process.exitcode == EXIT_OK:
+        return None
+    lines = run.post_log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if run.post_log.exists() else []
+    return f"the export failed (exit code {process.exitcode}): {lines[-1] if lines else 'no output'} (log: {run.post_log})"
+
+
+def _post_step(run: RunDir) -> None:
+    import importlib
+    import signal
+
+    for number in processes.STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    processes.die_with_parent()
+    with run.post_log.open("a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    export_run: Callable[[RunDir], None] = importlib.import_module("launcher.tools.export").export_run
+    export_run(run)
+
+
+def summary(run: RunDir) -> str:
+    """The last lines of a run: what came out, where it is, what to do next."""
+    import json
+
+    best = run.read_status().get("best")
+    lines = []
+    if best:
+        lines.append(f"best {best['metric']} {best['value']:.4f} (epoch {best['epoch'] + 1}, step {best['step']})")
+    if run.export_manifest.exists():
+        manifest = json.loads(run.export_manifest.read_text(encoding="utf-8"))
+        for row in manifest["exports"]:
+            verdict = "" if row["accepted"] else f"  NOT ACCEPTED: {row['reason']}"
+            lines.append(
+                f"  {row['file']:<20} top1 {row['top1']:.4f} ({row['top1_drop']:+.2f} points lost)  agrees on "
+                f"{row['agreement']:.1%}  {row['size_mb']:.1f} MB  {row['latency_p50_ms']:.2f} ms{verdict}"
+            )
+    lines += [f"run:    {run}", f"report: {Path(str(run)) / run.report_html.name}"]
+    model = run.exports / "model.onnx"
+    lines.append(f"next:   open the report; use {Path(str(run)) / 'exports' / model.name}" if model.exists() else f"next:   launch export {run}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(main))

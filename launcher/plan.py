@@ -1,0 +1,213 @@
+"""From a recipe and the facts of a machine to a plan: frozen, pure, printable. What it prints is what runs."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher import recipe as recipes
+from launcher.errors import UsageError
+
+if TYPE_CHECKING:
+    from launcher.recipe import Recipe
+    from launcher.topology import Topology
+
+BACKENDS = {"local": "launcher.backends.local", "torchrun": "launcher.backends.torchrun"}
+"""By name; imported at first use (house rule 7)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the command line says beyond the recipe."""
+
+    run_id: str
+    """The run's id, new or that of the run to go on with."""
+    run_dir: str | None = None
+    """Where the run's files go; None: runs/RUN_ID."""
+    node_rank: int = 0
+    """Which of the nodes this one is, where `launch` is run on each by hand."""
+    rdzv_endpoint: str | None = None
+    """``HOST:PORT`` of node 0, where the nodes meet; None on a single node."""
+    debug: bool = False
+    """A handful of steps in this process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchPlan:
+    """How a run is carried out."""
+
+    run_id: str
+    """The run's id and, where wandb is on, its id there."""
+    name: str
+    """The recipe's name."""
+    run_dir: str
+    """Where the run's files go."""
+    backend: str
+    """local or torchrun."""
+    device: str
+    """cuda or cpu."""
+    nodes: int
+    """Machines."""
+    procs_per_node: int
+    """Workers on each."""
+    threads_per_proc: int
+    """CPU threads of each worker's computations: the node's cores shared out."""
+    max_restarts: int
+    """How often the workers are started again after one died."""
+    node_rank: int
+    """Which node this one is."""
+    rdzv_endpoint: str
+    """Where torch's elastic agents meet; port 0 is any free one."""
+    debug: bool
+    """A handful of steps in this process."""
+    env: dict[str, str]
+    """Environment variables of the supervisor and its workers."""
+    command: tuple[str, ...]
+    """What runs on this node."""
+    recipe: dict[str, Any] = field(repr=False)
+    """The resolved recipe."""
+
+    @property
+    def world_size(self) -> int:
+        """Workers of the run."""
+        return self.nodes * self.procs_per_node
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``plan.json``; the recipe lies beside it."""
+        values = asdict(self) | {"world_size": self.world_size, "command": list(self.command)}
+        del values["recipe"]
+        return values
+
+    def __str__(self) -> str:
+        """The plan as ``--dry-run`` prints it."""
+        workers = f"{self.world_size} ({self.nodes} node{'s' if self.nodes > 1 else ''} x {self.procs_per_node})"
+        rows = {
+            "run": self.run_id,
+            "run dir": self.run_dir,
+            "backend": self.backend,
+            "workers": workers,
+            "device": f"{self.device}, {self.threads_per_proc} CPU threads per worker",
+            "restarts": f"at most {self.max_restarts}",
+            "environment": " ".join(f"{k}={shlex.quote(v)}" for k, v in self.env.items()),
+            "command": shlex.join(self.command),
+        }
+        lines = [f"{key:<12} {value}" for key, value in rows.items()]
+        return "\n".join([*lines, "", "recipe (* differs from the default)", *_recipe_lines(self.recipe)])
+
+
+def make_plan(recipe: Recipe, topology: Topology, request: Request) -> LaunchPlan:
+    """Decide where and how a recipe runs. Pure: reads no file and starts nothing.
+
+    Raises:
+        UsageError: the machine has not what is asked for; says what would work instead.
+    """
+    launch = recipe.launch
+    backend = "torchrun" if launch.backend == "auto" else launch.backend
+    device = _choose_device(recipe, topology)
+    procs = _choose_procs(recipe, topology, device)
+    run_dir = request.run_dir or str(Path("runs") / request.run_id)
+    endpoint = _choose_endpoint(launch.nodes, request)
+    threads = max(1, topology.num_cores // procs)
+    return LaunchPlan(
+        run_id=request.run_id,
+        name=recipe.name,
+        run_dir=run_dir,
+        backend=backend,
+        device=device,
+        nodes=launch.nodes,
+        procs_per_node=procs,
+        threads_per_proc=threads,
+        max_restarts=launch.max_restarts,
+        node_rank=request.node_rank,
+        rdzv_endpoint=endpoint,
+        debug=request.debug,
+        env=_environment(device=device, nodes=launch.nodes, threads=threads),
+        command=("python", "-m", "launcher.node", run_dir, "--node-rank", str(request.node_rank)),
+        recipe=recipes.to_dict(recipe),
+    )
+
+
+def _choose_device(recipe: Recipe, topology: Topology) -> str:
+    launch = recipe.launch
+    if launch.gpus != "auto" or launch.device == "cuda":
+        wanted = 1 if launch.gpus == "auto" else launch.gpus
+        if wanted > topology.num_gpus:
+            has = f"only {topology.num_gpus}" if topology.num_gpus else "none"
+            raise UsageError(
+                f"{wanted} GPU{'s' if wanted > 1 else ''} per node asked for, but {topology.host} has {has}; "
+                + (f"use --gpus {topology.num_gpus}, or " if topology.num_gpus else "")
+                + "use --procs N for N workers on the CPU; `launch doctor` says what torch sees"
+            )
+        return "cuda"
+    if launch.device == "auto":
+        return "cuda" if topology.num_gpus else "cpu"
+    return launch.device
+
+
+def _choose_procs(recipe: Recipe, topology: Topology, device: str) -> int:
+    launch = recipe.launch
+    if device == "cpu":
+        return 1 if launch.procs == "auto" else launch.procs
+    gpus = topology.num_gpus if launch.gpus == "auto" else launch.gpus
+    if launch.backend == "local":
+        return 1
+    if launch.procs != "auto" and launch.procs > gpus:
+        raise UsageError(
+            f"{launch.procs} workers per node asked for, but {topology.host} has {gpus} GPUs and each worker takes one; "
+            "use launch.device=cpu for workers on the CPU"
+        )
+    return gpus if launch.procs == "auto" else launch.procs
+
+
+def _choose_endpoint(nodes: int, request: Request) -> str:
+    if nodes == 1:
+        if request.node_rank or request.rdzv_endpoint:
+            raise UsageError("--node-rank and --rdzv-endpoint are for more than one node; add --nodes N")
+        return "127.0.0.1:0"
+    host, colon, port = (request.rdzv_endpoint or "").rpartition(":")
+    if not (host and colon and port.isdigit() and 0 < int(port) < 65536):  # noqa: PLR2004
+        found = f"found --rdzv-endpoint {request.rdzv_endpoint}; " if request.rdzv_endpoint else ""
+        raise UsageError(
+            f"{nodes} nodes without SLURM: {found}run the same command once on every node with --node-rank K and "
+            "--rdzv-endpoint HOST:PORT (a name or address of node 0 and a free port there)"
+        )
+    if request.node_rank >= nodes:
+        raise UsageError(f"--node-rank {request.node_rank}: nodes are counted from 0, so at most {nodes - 1}")
+    if request.run_dir is None:
+        raise UsageError(f"{nodes} nodes: give all of them the same --run-dir, on a file system they share")
+    return f"{host}:{port}"
+
+
+def _environment(*, device: str, nodes: int, threads: int) -> dict[str, str]:
+    env = {"OMP_NUM_THREADS": str(threads)}
+    if device == "cpu":
+        env["CUDA_VISIBLE_DEVICES"] = ""
+    else:
+        env["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # counting GPUs must not start CUDA in a process that forks
+    if nodes == 1:
+        env["GLOO_SOCKET_IFNAME"] = "lo"
+    return env
+
+
+def _recipe_lines(recipe: dict[str, Any]) -> list[str]:
+    defaults = dict(_flat(recipes.to_dict(recipes.Recipe())))
+    return [f"{'*' if defaults.get(key) != value else ' '} {key}: {_show(value)}" for key, value in _flat(recipe)]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    defaults_are_mappings = ("groups", "unfreeze")
+    rows: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        if isinstance(value, dict) and key not in defaults_are_mappings:
+            rows += _flat(value, f"{prefix}{key}.")
+        else:
+            rows.append((f"{prefix}{key}", value))
+    return rows
+
+
+def _show(value: Any) -> str:
+    import yaml
+
+    return str(yaml.safe_dump(value, default_flow_style=True, width=1000)).removesuffix("\n").removesuffix("\n...")

@@ -1,0 +1,37 @@
+"""What this machine has, found out without torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """The facts a plan depends on; a test makes them up."""
+
+    num_cores: int
+    """CPU cores this process may use."""
+    num_gpus: int
+    """NVIDIA GPUs this process may use."""
+    host: str
+    """This machine's name."""
+
+
+def detect() -> Topology:
+    """Look at this machine. Takes a few milliseconds where there is no GPU."""
+    return Topology(num_cores=len(os.sched_getaffinity(0)), num_gpus=_num_gpus(), host=os.uname().nodename)
+
+
+def _num_gpus() -> int:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([v for v in visible.split(",") if v.strip() not in ("", "-1")])
+    if shutil.which("nvidia-smi"):
+        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False, timeout=60)
+        if found.returncode == 0:
+            return sum(line.startswith("GPU ") for line in found.stdout.splitlines())
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
