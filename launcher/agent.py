@@ -95,7 +95,7 @@ def run_workers(
 def _attempt_logs(run: RunDir, *, node_rank: int, first_attempt: int, stop: StopSignals) -> Any:
     from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
 
-    class AttemptLogs(LogsSpecs):  # type: ignore[misc]  # untyped upstream
+    class AttemptLogs(LogsSpecs):
         """What the agent asks for at each start of the workers: the place to count attempts and to refuse one.
 
         Workers open their logs themselves, so no streams are redirected here.

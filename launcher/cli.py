@@ -218,7 +218,9 @@ def _doctor(argv: list[str]) -> int:
 def _recipes(argv: list[str]) -> int:
     _parser("recipes", "List the recipes that come with this package.").parse_args(argv)
     for path in sorted(_recipes_folder().rglob("*.yaml")):
-        comments = [line.removeprefix("#").strip() for line in path.read_text(encoding="utf-8").splitlines() if line[:1] == "#"]
+        comments = [
+            line.removeprefix("#").strip() for line in path.read_text(encoding="utf-8").splitlines() if line[:1] == "#"
+        ]
         about = next((line for line in comments if line and not line.startswith("yaml-language-server")), "")
         print(f"{path.stem:<22} {about}")
     return EXIT_OK

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 NOT_RETRYABLE = ("bug", "usage", "out_of_memory")
 """Causes that the same start would meet again."""
 CURES = {
-    "bug": "the traceback's last line of your own code is where to look; `launch RECIPE --debug` runs it in one process",
+    "bug": "look at the last line of your own code above; `launch RECIPE --debug` runs it in one process",
     "usage": "correct what the message names and start again",
-    "out_of_memory": "lower batch.size (batch.accumulate or batch.global_size keep the step's size), or data.image_size",
+    "out_of_memory": "lower batch.size (batch.global_size keeps the step's size), or data.image_size",
     "lost_worker": "a worker was killed from outside: look for the out-of-memory killer (`dmesg | grep -i oom`) "
     "or whoever sent the signal; `launch resume RUN` goes on from the last checkpoint",
 }
@@ -56,7 +56,11 @@ def explain(run: RunDir) -> str:
     head = f"{run}: {status['state']}, attempt {attempt}, epoch {status.get('epoch', 0)}, step {status.get('step', 0)}"
     if failure is None:
         return f"{head}\nno failure is recorded for this attempt; the logs are in {run.attempt_logs(attempt)}"
-    where = f"rank {failure['rank']} on {failure['host']}" if failure["rank"] is not None else f"seen from {failure['host']}"
+    where = (
+        f"rank {failure['rank']} on {failure['host']}"
+        if failure["rank"] is not None
+        else f"seen from {failure['host']}"
+    )
     lines = [head, f"first failure: {where}: {failure['type']}: {failure['message']}"]
     lines += [f"  {line}" for line in failure["traceback"].rstrip().splitlines()[-TRACEBACK_LINES:]]
     if failure["rank"] is not None:

@@ -1,4 +1,4 @@
-"""Image folders (``PATH/train/CLASS/*.jpg``, ``PATH/val/CLASS/*.jpg``), read without torch so that errors come early."""
+"""Image folders (``PATH/train/CLASS/*.jpg``, ``PATH/val/CLASS/*.jpg``), read without torch."""
 
 from __future__ import annotations
 
@@ -46,13 +46,19 @@ def find_problems(path: Path) -> list[str]:
         found = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir())[:8]) or "no folders"
         return [f"{path}: no {' and no '.join(f'{s}/' for s in missing)} in it (found {found})"]
     classes = {s: find_classes(path / s) for s in SPLITS}
-    problems = [f"{path / s}: no class folders in it; put each class's images into train/CLASS/" for s in SPLITS if not classes[s]]
+    problems = [
+        f"{path / s}: no class folders in it; put each class's images into train/CLASS/"
+        for s in SPLITS
+        if not classes[s]
+    ]
     if problems:
         return problems
     for here, there in (SPLITS, SPLITS[::-1]):
         extra = sorted(set(classes[here]) - set(classes[there]))
         if extra:
-            problems.append(f"{path}: {_few(extra)} in {here}/ but not in {there}/; both must have the same class folders")
+            problems.append(
+                f"{path}: {_few(extra)} in {here}/ but not in {there}/; both must have the same class folders"
+            )
     for split in SPLITS:
         empty = [name for name in classes[split] if next(_walk(path / split / name), None) is None]
         if empty:

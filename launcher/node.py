@@ -57,8 +57,8 @@ def _wait_for_run(path: str) -> RunDir:
     while not (run.plan.is_file() and run.recipe.is_file()):
         if time.monotonic() > deadline:
             raise UsageError(
-                f"{path}: not there after {WAIT_FOR_RUN_DIR_S} s; node 0 makes it: is it started, and is the folder on a "
-                "file system that all nodes share?"
+                f"{path}: not there after {WAIT_FOR_RUN_DIR_S} s; node 0 makes it: is it started, and is the folder "
+                "on a file system that all nodes share?"
             )
         time.sleep(0.2)
     return run
@@ -123,8 +123,12 @@ def run_post_step(run: RunDir) -> str | None:
     process.join()
     if process.exitcode == EXIT_OK:
         return None
-    lines = run.post_log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if run.post_log.exists() else []
-    return f"the export failed (exit code {process.exitcode}): {lines[-1] if lines else 'no output'} (log: {run.post_log})"
+    lines = (
+        run.post_log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if run.post_log.exists() else []
+    )
+    return (
+        f"the export failed (exit code {process.exitcode}): {lines[-1] if lines else 'no output'} (log: {run.post_log})"
+    )
 
 
 def _post_step(run: RunDir) -> None:
@@ -159,7 +163,11 @@ def summary(run: RunDir) -> str:
             )
     lines += [f"run:    {run}", f"report: {Path(str(run)) / run.report_html.name}"]
     model = run.exports / "model.onnx"
-    lines.append(f"next:   open the report; use {Path(str(run)) / 'exports' / model.name}" if model.exists() else f"next:   launch export {run}")
+    lines.append(
+        f"next:   open the report; use {Path(str(run)) / 'exports' / model.name}"
+        if model.exists()
+        else f"next:   launch export {run}"
+    )
     return "\n".join(lines)
 
 

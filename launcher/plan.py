@@ -155,8 +155,8 @@ def _choose_procs(recipe: Recipe, topology: Topology, device: str) -> int:
         return 1
     if launch.procs != "auto" and launch.procs > gpus:
         raise UsageError(
-            f"{launch.procs} workers per node asked for, but {topology.host} has {gpus} GPUs and each worker takes one; "
-            "use launch.device=cpu for workers on the CPU"
+            f"{launch.procs} workers per node asked for, but {topology.host} has {gpus} GPUs and each worker takes "
+            "one; launch.device=cpu puts workers on the CPU"
         )
     return gpus if launch.procs == "auto" else launch.procs
 
@@ -181,7 +181,9 @@ def _choose_endpoint(nodes: int, request: Request) -> str:
 
 
 def _environment(*, device: str, nodes: int, threads: int) -> dict[str, str]:
-    env = {"OMP_NUM_THREADS": str(threads)}
+    # A store of their own for the workers of each attempt: in the agent's they find the addresses of the one before,
+    # and a restart hangs (seen with torch 2.14).
+    env = {"OMP_NUM_THREADS": str(threads), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     if device == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""
     else:

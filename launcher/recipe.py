@@ -252,7 +252,8 @@ class Recipe:
     optim: OptimConfig = field(default_factory=OptimConfig)
     """How the weights move."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the forward pass; weights stay fp32. auto: bf16 where the hardware has it, else fp16 on a GPU, fp32 on a CPU."""
+    """Of the forward pass; weights stay fp32. auto: bf16 where the hardware has it, else fp16 on a GPU,
+    fp32 on a CPU."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The training loop."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

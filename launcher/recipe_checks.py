@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from launcher.recipe_source import Source
 
+
 def find_problems(recipe: Recipe, source: Source) -> list[Problem]:
     """Everything that is wrong with a recipe whose single values are right. Reads folders, imports no torch."""
     groups = (_training, _placement, _model, _data)

@@ -50,7 +50,7 @@ def read(path: str, overrides: Sequence[str], flags: dict[str, tuple[str, Any]])
 
     text = _read_text(path)
     origins = {key: f"{path}:{line}" for key, line in _key_lines(path, text)}
-    config = OmegaConf.create(text) if origins else OmegaConf.create({})
+    config: Any = OmegaConf.create(text) if origins else OmegaConf.create({})
     problems = []
     if "name" not in origins:
         config["name"] = Path(path).stem
@@ -163,7 +163,6 @@ def _resolve(
     config: Any, values: Any, prefix: str, origins: dict[str, str], path: str, problems: list[Problem]
 ) -> None:
     """Replace interpolations and ``???`` in ``values`` by what ``config`` resolves them to, collecting what fails."""
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     keys = list(values) if isinstance(values, dict) else range(len(values))
@@ -172,7 +171,7 @@ def _resolve(
         where = origins.get(dotted, path)
         if isinstance(value, dict | list):
             _resolve(
-                OmegaConf.select(config, str(key)) if isinstance(values, dict) else config[key],
+                config[key],
                 value,
                 f"{dotted}.",
                 origins,
@@ -245,16 +244,13 @@ def _describe(annotation: Any) -> str:
         return ", ".join(str(a) for a in args)
     if origin in (types.UnionType, typing.Union):
         return ", or ".join(_describe(a) for a in args)
-    if origin is list:
-        return f"a list of: {_describe(args[0])}"
-    if origin is dict:
-        return f"a mapping of {_describe(args[0])} to {_describe(args[1])}"
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
-    if annotation in names:
-        return names[annotation]
+    if origin in (list, dict):
+        return f"a {'list' if origin is list else 'mapping'} of {' to '.join(_describe(a) for a in args)}"
     if dataclasses.is_dataclass(annotation):
         return f"a mapping with the keys {', '.join(f.name for f in dataclasses.fields(annotation))}"
-    raise AssertionError(f"the schema uses an annotation that errors cannot describe: {annotation!r}")
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}[
+        annotation
+    ]
 
 
 def _describe_limits(metadata: tuple[Any, ...]) -> list[str]:

@@ -10,7 +10,6 @@ import shutil
 import threading
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +20,7 @@ from launcher.run_dir import write_json_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from launcher.run_dir import RunDir
 
@@ -112,7 +112,9 @@ def write(run: RunDir, checkpoint: Checkpoint) -> Path:
     save_file({name: tensor.contiguous().clone() for name, tensor in checkpoint.model.items()}, beside / MODEL)
     torch.save(checkpoint.optimizer, beside / OPTIMIZER)
     write_json_atomic(beside / STATE, checkpoint.state)
-    write_json_atomic(beside / MANIFEST, {"version": 1, "files": {f: _describe(beside / f) for f in (MODEL, OPTIMIZER, STATE)}})
+    write_json_atomic(
+        beside / MANIFEST, {"version": 1, "files": {f: _describe(beside / f) for f in (MODEL, OPTIMIZER, STATE)}}
+    )
     for file in (*beside.iterdir(), beside):
         _fsync(file)
     old = target.with_name(f".{target.name}.old")

@@ -71,9 +71,9 @@ def _patterns(recipe: Recipe, classes: int) -> Iterator[tuple[str, str]]:
                 bad = True
                 yield key, str(error)
     if not bad:
-        names = {name for name, _ in model.module.named_parameters()}
+        every = {name for name, _ in model.module.named_parameters()}
         epochs = range(recipe.train.epochs)
-        idle = next((epoch for epoch in epochs if model.frozen_parameters(epoch) == names), None)
+        idle = next((epoch for epoch in epochs if model.frozen_parameters(epoch) == every), None)
         if idle is not None:
             yield "model.freeze", f"freezes all of {recipe.model.arch} in epoch {idle}; leave something to learn"
 
@@ -113,8 +113,8 @@ def _download(recipe: Recipe) -> Iterator[tuple[str, str]]:
         print(f"downloading {weights.url} to {file}", flush=True)
         torch.hub.download_url_to_file(weights.url, str(file), hash_prefix=prefix, progress=False)
     except (urllib.error.URLError, OSError, RuntimeError) as error:
-        yield (
-            "model.weights",
-            f"{recipe.model.weights}: the weights are not in torch's cache and cannot be downloaded ({error}); put "
-            f"{weights.url} at {file} (TORCH_HOME moves that folder), name a local file, or use null for random weights",
+        advice = (
+            f"put {weights.url} at {file} (TORCH_HOME moves that folder), name a local file, or null for random ones"
         )
+        found = f"the weights {recipe.model.weights} are not in torch's cache and cannot be downloaded ({error})"
+        yield "model.weights", f"{found}: {advice}"

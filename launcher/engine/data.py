@@ -1,11 +1,10 @@
-"""From image files to batches: decoding, transforms and the loaders. Randomness is a function of the sample, not of state."""
+"""From image files to batches: decoding, transforms, loaders. Randomness is a function of the sample, not of state."""
 
 from __future__ import annotations
 
 import signal
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -21,6 +20,7 @@ from launcher.processes import STOP_SIGNALS, die_with_parent
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from pathlib import Path
 
     from launcher.engine.device import Device
     from launcher.engine.distributed import Ranks
@@ -132,7 +132,7 @@ def build_loader(
         dataset,
         batch_sampler=batches,  # type: ignore[arg-type]  # torch types the samples as int
         num_workers=workers,
-        collate_fn=_Collate(dataset),
+        collate_fn=_collate,
         pin_memory=device.pin_memory,
         worker_init_fn=_start_loader_worker if workers else None,
         multiprocessing_context="fork" if workers else None,  # torch is imported already; a new one would cost seconds
@@ -147,17 +147,12 @@ def num_loader_workers(config: DataConfig, ranks: Ranks) -> int:
     return min(MAX_LOADER_WORKERS, max(0, num_cores() // ranks.local_world_size - 1))
 
 
-class _Collate:
-    """Stacks samples to a batch; an empty list becomes a batch of no images."""
-
-    def __init__(self, dataset: ImageDataset) -> None:
-        self._empty = (torch.empty(0, 3, 1, 1, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
-
-    def __call__(self, samples: list[Batch]) -> Any:
-        if not samples:
-            return self._empty
-        images, labels = zip(*samples, strict=True)
-        return torch.stack(images), torch.stack(labels)
+def _collate(samples: list[Batch]) -> Batch:
+    """Stack samples to a batch; an empty list becomes a batch of no images."""
+    if not samples:
+        return torch.empty(0, 3, 1, 1, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
+    images, labels = zip(*samples, strict=True)
+    return torch.stack(images), torch.stack(labels)
 
 
 def _start_loader_worker(_: int) -> None:

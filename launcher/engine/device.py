@@ -69,7 +69,7 @@ class Device:
         """Run the forward pass in ``precision``."""
         if precision == "fp32":
             return contextlib.nullcontext()
-        return torch.autocast(self.type, dtype=DTYPES[precision])  # type: ignore[return-value]  # untyped upstream
+        return torch.autocast(self.type, dtype=DTYPES[precision])
 
     def grad_scaler(self, precision: Precision) -> torch.amp.GradScaler:
         """Loss scaling, which only fp16 needs."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -43,13 +43,10 @@ class Ranks:
 
 def init_process_group(device: Device, ranks: Ranks) -> None:
     """Join the run's process group; a single worker without an agent gets one of its own, so there is one road."""
-    options = {"device_id": device.torch_device} if device.is_cuda else {}
-    if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(device.process_group_backend, **options)  # type: ignore[arg-type]
-    else:
-        dist.init_process_group(
-            device.process_group_backend, store=dist.HashStore(), rank=ranks.rank, world_size=1, **options
-        )  # type: ignore[call-overload]
+    options: dict[str, Any] = {"device_id": device.torch_device} if device.is_cuda else {}
+    if "MASTER_ADDR" not in os.environ:
+        options |= {"store": dist.HashStore(), "rank": ranks.rank, "world_size": 1}
+    dist.init_process_group(device.process_group_backend, **options)
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
@@ -76,14 +73,15 @@ class Agreement:
     """
 
     def __init__(self, num_wishes: int) -> None:
-        self._group = dist.new_group(backend="gloo")
+        self._group: Any = dist.new_group(backend="gloo")
         self._num_wishes = num_wishes
-        self._pending: tuple[torch.Tensor, dist.Work] | None = None
+        self._pending: tuple[torch.Tensor, Any] | None = None
 
     def propose(self, *wishes: bool) -> None:
         """Say what this rank wishes now. Every rank must, after a :meth:`collect`."""
         flags = torch.tensor([int(w) for w in wishes], dtype=torch.int32)
-        self._pending = (flags, dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group, async_op=True))
+        work = dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._pending = (flags, work)
 
     def collect(self) -> tuple[bool, ...]:
         """What any rank wished at the last :meth:`propose`."""

@@ -1,4 +1,4 @@
-"""What is counted in training and validation. Counts are integers over real samples, so any world size agrees on them."""
+"""What is counted in training and validation: integers over real samples, so that any world size agrees on them."""
 
 from __future__ import annotations
 
@@ -92,11 +92,11 @@ class ValidationTotals:
         self._counts.update(logits, labels)
 
     def compute(self) -> dict[str, Any]:
-        """``{samples, loss, top1, top5, f1, per_class, confusion}`` over all ranks; the last two for up to 100 classes."""
+        """``{samples, loss, top1, top5, f1, per_class, confusion}`` of all ranks; the last two up to 100 classes."""
         values = self._counts.compute()
         confusion = values.pop("confusion").cpu()
         samples = int(confusion.sum())
-        result = {"samples": samples, "loss": float(self._loss.compute()) / samples}
+        result: dict[str, Any] = {"samples": samples, "loss": float(self._loss.compute()) / samples}
         result |= {name: float(values[name]) for name in ("top1", "top5", "f1")}
         result["top1"] = int(confusion.diag().sum()) / samples
         if len(self._classes) <= MAX_DETAILED_CLASSES:
@@ -108,7 +108,9 @@ def per_class(confusion: torch.Tensor, classes: Sequence[str]) -> dict[str, dict
     """Recall, precision, F1 (fractions) and samples of each class from a confusion matrix (rows true, int64 C x C)."""
     result = {}
     for index, name in enumerate(classes):
-        hits, true, predicted = (int(n) for n in (confusion[index, index], confusion[index].sum(), confusion[:, index].sum()))
+        hits, true, predicted = (
+            int(n) for n in (confusion[index, index], confusion[index].sum(), confusion[:, index].sum())
+        )
         result[name] = {
             "recall": hits / true if true else 0.0,
             "precision": hits / predicted if predicted else 0.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,8 +28,8 @@ AUXILIARY_WEIGHT = {"googlenet": 0.3, "inception_v3": 0.4}  # of each auxiliary 
 
 def torchvision_weights(config: ModelConfig) -> Any:
     """The member of torchvision's weights enumeration that ``model.weights`` names; for a file or null, DEFAULT."""
-    named = config.weights is not None and config.weights_file is None
-    return models.get_model_weights(config.arch)[config.weights if named else "DEFAULT"]  # type: ignore[index]
+    name = "DEFAULT" if config.weights is None or config.weights_file else config.weights
+    return models.get_model_weights(config.arch)[name]
 
 
 def build_preprocessing(model: ModelConfig, data: DataConfig) -> Preprocessing:
@@ -56,7 +57,7 @@ def build_module(config: ModelConfig, *, num_classes: int, image_size: int) -> n
         options = {"input_size": (image_size, image_size)}
     module = models.get_model(config.arch, weights=None, num_classes=num_classes, **options)
     if config.arch in AUXILIARY:
-        module.transform_input = config.weights is not None  # pretrained ones saw inputs scaled in another way
+        module.transform_input = config.weights is not None  # type: ignore[assignment]  # pretrained ones saw inputs scaled in another way
     return module
 
 
@@ -93,7 +94,9 @@ def fit_weights(
     if config.arch.startswith("vit_") and "encoder.pos_embedding" in state:
         state = _resize_positions(state, expected, image_size)
     fitting = {k: v for k, v in state.items() if k in expected and v.shape == expected[k].shape}
-    missing = [k for k in expected if k not in state and not k.startswith(head) and not k.endswith("num_batches_tracked")]
+    missing = [
+        k for k in expected if k not in state and not k.startswith(head) and not k.endswith("num_batches_tracked")
+    ]
     foreign = [k for k in state if k not in expected]
     reshaped = [
         f"{k} ({'x'.join(map(str, state[k].shape))}, needs {'x'.join(map(str, expected[k].shape))})"
@@ -157,7 +160,7 @@ def _resize_positions(
     patch = expected["conv_proj.weight"].shape[-1]
     if state[name].device.type == "meta":
         return {**state, name: expected[name]}
-    resized: dict[str, torch.Tensor] = interpolate_embeddings(image_size, patch, dict(state))
+    resized: dict[str, torch.Tensor] = interpolate_embeddings(image_size, patch, OrderedDict(state))
     return resized
 
 

@@ -7,6 +7,7 @@ saved to go on from there, at the same world size or another.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,7 +38,7 @@ def split_by_shares(num: int, shares: tuple[int, ...]) -> list[tuple[int, int]]:
     for share in shares:
         seen += share
         bounds.append(-(-num * seen // total))
-    return list(zip(bounds, bounds[1:], strict=False))
+    return list(pairwise(bounds))
 
 
 @dataclass(frozen=True, kw_only=True)

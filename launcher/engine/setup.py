@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import inspect
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from launcher import recipe as recipes
 from launcher.engine import data, optim
+from launcher.engine.distributed import broadcast_buffers
 from launcher.engine.model import FineTunedModel, build_model, build_preprocessing
 from launcher.engine.schedule import Schedule, validation_batches
 
@@ -56,7 +58,7 @@ class Parts:
     """Memory layout of the images."""
     max_steps: int | None
     """Where debugging ends."""
-    ddp: DistributedDataParallel | None = None
+    ddp: DistributedDataParallel = field(init=False)
     """The network as DDP wraps it; :meth:`wrap` makes it."""
 
     @property
@@ -78,18 +80,20 @@ class Parts:
 
     def wrap(self) -> None:
         """Have DDP average the gradients of what learns now. Every rank must, at the same point."""
+        broadcast_buffers(self.model.module)  # DDP does so for parameters only, told as below
+        options = inspect.signature(DistributedDataParallel).parameters
+        # Rank 0's buffers are handed on before a validation, not at every step. torch 2.14 has a new name for that.
+        per_step = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
         self.ddp = DistributedDataParallel(
             self.model.module,
             device_ids=[self.device.index] if self.device.is_cuda else None,
-            broadcast_buffers=False,  # rank 0's are handed on before a validation, not at every step
             gradient_as_bucket_view=True,
+            **{per_step: False},
         )
 
     def train_loader(self, epoch: int, offset: int) -> DataLoader[Batch]:
-        """This rank's micro-batches from a position to the end of training; one set of loader processes for all epochs."""
-        steps = self.schedule.steps(
-            self.ranks.rank, epoch=epoch, offset=offset, end_epoch=self.recipe.train.epochs
-        )
+        """This rank's micro-batches from a position to the end; one set of loader processes for all."""
+        steps = self.schedule.steps(self.ranks.rank, epoch=epoch, offset=offset, end_epoch=self.recipe.train.epochs)
         batches = ([(step.epoch, i) for i in batch] for step in steps for batch in step.micro_batches)
         return self._loader(self.train_set, batches)
 
@@ -115,13 +119,11 @@ def num_classes(recipe: Recipe, classes: list[str]) -> int:
 
 
 def build_parts(run: RunDir, ranks: Ranks, device: Device, *, debug: bool = False) -> Parts:
-    """Read the recipe of ``run`` and build everything a rank needs. Uses the process group only in :meth:`Parts.wrap`."""
+    """Read the recipe of ``run`` and build everything a rank needs. Only :meth:`Parts.wrap` uses the process group."""
     recipe = recipes.read_resolved(run.recipe)
     folder = data.prepare(recipe.data)
     preprocessing = build_preprocessing(recipe.model, recipe.data)
-    train_set = data.ImageDataset(
-        folder, "train", preprocessing.transform(recipe.data.augment), seed=recipe.seed
-    )
+    train_set = data.ImageDataset(folder, "train", preprocessing.transform(recipe.data.augment), seed=recipe.seed)
     val_set = data.ImageDataset(folder, "val", preprocessing.transform(), seed=recipe.seed)
     channels_last = device.channels_last if recipe.train.channels_last == "auto" else recipe.train.channels_last
     model = build_model(
@@ -130,7 +132,9 @@ def build_parts(run: RunDir, ranks: Ranks, device: Device, *, debug: bool = Fals
         image_size=preprocessing.image_size,
         with_weights=ranks.rank == 0,
     )
-    model.module.to(device.torch_device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+    model.module.to(device.torch_device)
+    if channels_last:
+        model.module.to(memory_format=torch.channels_last)
     batch_sizes = (recipe.batch.size,) * ranks.world_size
     return Parts(
         recipe=recipe,

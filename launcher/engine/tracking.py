@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from launcher import recipe as recipes
-from launcher.processes import descendants
+from launcher.processes import children, descendants
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -295,6 +295,7 @@ def _settings(mode: Mode, warn: Callable[[str], None]) -> dict[str, Any]:
         "sagemaker_disable": True,  # it would replace the run's id
         "reinit": "create_new",
         "init_timeout": INIT_TIMEOUT_S,
+        "x_transaction_log_flush_interval": 2.0,  # what a service that has to be killed may lose
         # By default the stop button of wandb's page sends SIGINT to this process.
         "stop_fn": lambda: warn("wandb: its stop button does not stop training; `launch cancel RUN` does"),
     }
@@ -353,17 +354,16 @@ def _unreachable(url: str | None) -> str | None:
 
 
 def _kill_service() -> None:
-    """Kill wandb-core, a child of this process, and what it started (the system monitor); return when they are gone."""
-    below = [p for core in descendants(os.getpid()) if _name(core) == "wandb-core" for p in (core, *descendants(core))]
-    for pid in below:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    until = time.monotonic() + KILL_TIMEOUT_S
-    while below and time.monotonic() < until:
-        with contextlib.suppress(ChildProcessError):  # wandb's own thread may reap it first
-            os.waitpid(below[0], os.WNOHANG)
-        below = [pid for pid in below if Path(f"/proc/{pid}").exists()]
-        time.sleep(0.01)
+    """Kill wandb-core, a child of this process, with what it started (the system monitor), and wait for its end."""
+    for core in children(os.getpid()):
+        if _name(core) == "wandb-core":
+            for pid in (core, *descendants(core)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            until = time.monotonic() + KILL_TIMEOUT_S
+            with contextlib.suppress(ChildProcessError):  # wandb's own thread may reap it first
+                while os.waitpid(core, os.WNOHANG) == (0, 0) and time.monotonic() < until:
+                    time.sleep(0.01)
 
 
 def _name(pid: int) -> str:

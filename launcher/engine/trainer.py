@@ -60,6 +60,7 @@ class Trainer:
         self._window = TrainTotals(self._device)
         self._epoch_totals = TrainTotals(self._device)
         self._window_start = self._saved_at = time.monotonic()
+        self._wrapped = False
         self._saved_step = 0
         self.step = 0
         self.epoch = 0
@@ -116,7 +117,9 @@ class Trainer:
 
     def _finished(self) -> bool:
         limit = self.parts.max_steps
-        return self.epoch >= self.recipe.train.epochs or self._best.exhausted or (limit is not None and self.step >= limit)
+        return (
+            self.epoch >= self.recipe.train.epochs or self._best.exhausted or (limit is not None and self.step >= limit)
+        )
 
     def _outcome(self) -> Outcome:
         return "early_stopped" if self._best.exhausted and self.epoch < self.recipe.train.epochs else "completed"
@@ -151,7 +154,7 @@ class Trainer:
             logits = logits[:num]
             loss = self._loss_sum(logits, labels)
             total = loss + sum(weight * self._loss_sum(o[:num], labels) for weight, o in auxiliary)
-        self._scaler.scale(total * (self.parts.ranks.world_size / num_samples)).backward()
+        self._scaler.scale(total * (self.parts.ranks.world_size / num_samples)).backward()  # type: ignore[no-untyped-call]
         for totals in (self._window, self._epoch_totals):
             totals.add(loss.detach(), logits.detach(), labels)
 
@@ -200,8 +203,9 @@ class Trainer:
 
     def _prepare_epoch(self) -> None:
         """Freeze what this epoch freezes; DDP is made anew where that changed which gradients there are."""
-        if self.parts.model.freeze(self.epoch) or self.parts.ddp is None:
+        if self.parts.model.freeze(self.epoch) or not self._wrapped:
             self.parts.wrap()
+            self._wrapped = True
         self.parts.model.train()
 
     @torch.no_grad()
@@ -270,7 +274,9 @@ class Trainer:
 
     def _written(self, step: int, seconds: float, size_mb: float, best: bool) -> None:  # noqa: FBT001  a callback
         if self._recorder:
-            self._recorder.event("checkpoint", step=step, seconds=round(seconds, 3), size_mb=round(size_mb, 3), best=best)
+            self._recorder.event(
+                "checkpoint", step=step, seconds=round(seconds, 3), size_mb=round(size_mb, 3), best=best
+            )
 
     def _resume(self) -> None:
         """Go on from the newest checkpoint that is whole; rank 0 chooses, so that all take the same."""

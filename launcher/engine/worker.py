@@ -72,7 +72,12 @@ def train(spec: WorkerSpec, ranks: Ranks, stop: StopFlag, console: IO[str]) -> O
         parts = build_parts(run, ranks, device, debug=spec.debug)
         if ranks.rank == 0:
             recorder = Recorder(
-                run, parts.recipe, attempt=spec.attempt, console=console, num_steps=parts.num_steps, tracked=not spec.debug
+                run,
+                parts.recipe,
+                attempt=spec.attempt,
+                console=console,
+                num_steps=parts.num_steps,
+                tracked=not spec.debug,
             )
             recorder.status(epoch=0, step=0)
         trainer = Trainer(parts, recorder=recorder, stop_requested=stop)
@@ -119,7 +124,9 @@ def error_kind(error: BaseException) -> str:
         return "peer_lost"
     # gloo reports a peer that went away as a plain RuntimeError from its transport.
     text = str(error)
-    lost = "gloo" in text and any(sign in text for sign in ("Connection closed by peer", "Connection reset", "Broken pipe"))
+    lost = "gloo" in text and any(
+        sign in text for sign in ("Connection closed by peer", "Connection reset", "Broken pipe")
+    )
     return "peer_lost" if lost else "bug"
 
 

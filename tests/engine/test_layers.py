@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import models
 
 from launcher.engine import layers
@@ -65,9 +66,10 @@ def test_head_and_backbone_part_all_parameters_and_star_is_all(arch):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_the_described_layers_can_all_be_named_and_add_up(arch):
+def test_the_described_layers_can_all_be_named_and_add_up(arch, monkeypatch):
+    monkeypatch.setattr(layers, "DESCRIBED_CLASSES", 7)
     rows = {row.name: row for row in layers.describe_layers(arch)}
-    sizes = {name: parameter.numel() for name, parameter in layers.build_meta(arch, 1000).named_parameters()}
+    sizes = {name: parameter.numel() for name, parameter in build(arch).named_parameters()}
     assert sum(row.num_params for row in rows.values() if row.depth == 0) == sum(sizes.values())
     for row in rows.values():
         matched = match(arch, row.name)
@@ -84,6 +86,26 @@ def test_building_on_meta_holds_no_values_and_leaves_the_random_state(arch):
     model = layers.build_meta(arch, 3)
     assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+class BiggestOnCpu(TorchDispatchMode):
+    """Notes how many elements the biggest tensor has that is made on the CPU."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.device.type == "cpu":
+            self.numel = max(self.numel, made.numel())
+        return made
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "swin_t", "vit_b_32", "maxvit_t", "regnet_y_400mf", "convnext_tiny"])
+def test_no_big_tensor_is_made_on_the_way_to_meta(arch):
+    with BiggestOnCpu() as biggest:
+        model = layers.build_meta(arch, 1000)
+    assert max(parameter.numel() for parameter in model.parameters()) > 100_000
+    assert biggest.numel < 20_000
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "swin_t", "regnet_y_400mf", "inception_v3"])
