@@ -144,6 +144,7 @@ def _log_to_file(run: RunDir, node_rank: int) -> None:
     """Keep the agent's talk off the terminal, where it would bury the first traceback (pytorch#113546)."""
     handler = logging.FileHandler(run.node_log(node_rank), delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logger = logging.getLogger("torch.distributed")
-    logger.handlers = [handler]
-    logger.propagate = False
+    for name in ("torch.distributed", "torch.multiprocessing"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.propagate = False

@@ -103,7 +103,9 @@ def _carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_
     importlib.import_module("launcher.engine.checks").check(recipe, source.where)
     if plan.node_rank == 0:
         _write_run(plan, recipe)
-    print(f"run {plan.run_id}: {plan.world_size} workers on {plan.device}, in {plan.run_dir}", flush=True)
+        print(f"run {plan.run_id}: {plan.world_size} workers on {plan.device}, in {plan.run_dir}", flush=True)
+    else:
+        print(f"node {plan.node_rank} of {plan.nodes}: joining the run in {plan.run_dir}", flush=True)
     return backends.load(plan.backend).submit(plan)
 
 

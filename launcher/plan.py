@@ -53,7 +53,7 @@ class LaunchPlan:
     procs_per_node: int
     """Workers on each."""
     threads_per_proc: int
-    """CPU threads of each worker's computations: the node's cores shared out."""
+    """CPU threads of each worker's computations: OMP_NUM_THREADS where it is set, else the node's cores shared out."""
     max_restarts: int
     """How often the workers are started again after one died."""
     node_rank: int
@@ -109,7 +109,7 @@ def make_plan(recipe: Recipe, topology: Topology, request: Request) -> LaunchPla
     procs = _choose_procs(recipe, topology, device)
     run_dir = request.run_dir or str(Path("runs") / request.run_id)
     endpoint = _choose_endpoint(launch.nodes, request)
-    threads = max(1, topology.num_cores // procs)
+    threads = topology.omp_num_threads or max(1, topology.num_cores // procs)
     return LaunchPlan(
         run_id=request.run_id,
         name=recipe.name,

@@ -19,11 +19,19 @@ class Topology:
     """NVIDIA GPUs this process may use."""
     host: str
     """This machine's name."""
+    omp_num_threads: int | None = None
+    """What the user's environment says of CPU threads per process; None: nothing."""
 
 
 def detect() -> Topology:
     """Look at this machine. Takes a few milliseconds where there is no GPU."""
-    return Topology(num_cores=len(os.sched_getaffinity(0)), num_gpus=_num_gpus(), host=os.uname().nodename)
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    return Topology(
+        num_cores=len(os.sched_getaffinity(0)),
+        num_gpus=_num_gpus(),
+        host=os.uname().nodename,
+        omp_num_threads=int(threads) if threads.isdigit() else None,
+    )
 
 
 def _num_gpus() -> int:

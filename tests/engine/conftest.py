@@ -1,0 +1,220 @@
+"""A tiny image folder, run directories over it, and real process groups to train them in."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torchmetrics.classification  # noqa: F401  imported here once, and not anew in every forked rank
+import torchvision.ops.misc  # noqa: F401  the same
+from PIL import Image
+
+from launcher import recipe as recipes
+from launcher.engine.device import Device
+from launcher.engine.distributed import Ranks
+from launcher.engine.setup import build_parts
+from launcher.engine.trainer import Trainer
+from launcher.processes import die_with_parent
+from launcher.run_dir import RunDir, write_json_atomic
+
+SIZE = 32
+CLASSES = ("bee", "cat", "cow", "dog", "elk", "fox", "gnu")
+RANKS_END_S = 120  # far more than anything here takes: ranks that wait for each other must not hold the tests up
+CPU = Device(type="cpu")
+
+
+def pytest_configure(config):
+    # torchvision 0.29 announces that torchcodec will take over from its decoders.
+    config.addinivalue_line("filterwarnings", "ignore:The image decoding and encoding:DeprecationWarning")
+    torch.set_num_threads(1)
+
+
+def write_images(folder, *, train, val, classes=CLASSES):
+    """An image folder of PNGs: noise about a brightness and a colour that go with the class, so that it can be learned."""
+    rng = np.random.default_rng(0)
+    for split, num in (("train", train), ("val", val)):
+        for name in classes:
+            (folder / split / name).mkdir(parents=True)
+        for index in range(num):
+            label = index % len(classes)
+            colour = np.array([label * 36, 255 - label * 36, label % 2 * 200])
+            pixels = np.clip(colour + rng.normal(0, 60, (SIZE, SIZE, 3)), 0, 255).astype("uint8")
+            Image.fromarray(pixels).save(folder / split / classes[label] / f"{index:03d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """37 images to train on and 23 to validate with, of 7 classes, 32 x 32 px."""
+    return write_images(tmp_path_factory.mktemp("photos"), train=37, val=23)
+
+
+def merge(base, changes):
+    """``base`` with ``changes``, section by section."""
+    return {
+        **base,
+        **{k: merge(base[k], v) if isinstance(v, dict) and k in base else v for k, v in changes.items()},
+    }
+
+
+@pytest.fixture
+def make_run(tmp_path, photos):
+    """Make a run directory by hand, as cli._write_run does; keyword arguments change its recipe."""
+
+    def make(name="run", **changes):
+        recipe = {
+            "name": name,
+            "model": {"arch": "squeezenet1_1", "weights": None},
+            "data": {"path": str(photos), "image_size": SIZE, "crop_pct": 1.0, "augment": "none", "workers": 0},
+            "batch": {"size": 18},
+            "optim": {"lr": 0.02, "schedule": "constant"},
+            "precision": "fp32",
+            "train": {"epochs": 1, "checkpoint": {"every_minutes": None}, "early_stopping": {"patience": None}},
+            "tracking": {"wandb": {"mode": "disabled"}, "log_every": 1},
+        }
+        run = RunDir(tmp_path / name)
+        run.create()
+        write_json_atomic(run.plan, {"run_id": name, "device": "cpu"})
+        run.recipe.write_text(recipes.to_yaml(recipes.from_dict(merge(recipe, changes))))
+        return run
+
+    return make
+
+
+class Records:
+    """Stands for rank 0's recorder: what it is told is kept in a list, and events go to the run directory."""
+
+    def __init__(self, run):
+        self._run = run
+        self.lines = []
+
+    def say(self, line):
+        pass
+
+    def step(self, step):
+        pass
+
+    def status(self, state="running", **fields):
+        pass
+
+    def event(self, kind, **fields):
+        self._run.append_event(kind, **fields)
+
+    def train(self, *, epoch, step, values):
+        kept = {k: v for k, v in values.items() if k != "images_per_s"}
+        self.lines.append({"split": "train", "epoch": epoch, "step": step, **kept})
+
+    def validation(self, *, epoch, step, values, best):
+        self.lines.append({"split": "val", "epoch": epoch, "step": step, "best": best, **values})
+
+
+def never():
+    return False
+
+
+def at_poll(number):
+    """Asks to stop when it is asked for the ``number``-th time, from 1."""
+    asked = iter(range(1, 10**6))
+    return lambda: next(asked) >= number
+
+
+def without_dropout(parts):
+    """Take out what is random in a model, so that it can be compared with one that sees its images in other batches."""
+    for module in parts.model.module.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
+def train(run, ranks=None, *, stop=never, prepare=None):
+    """Train a run as one rank, in the process group that is there; return what came out, as plain values."""
+    ranks = ranks or Ranks()
+    parts = build_parts(run, ranks, CPU)
+    if prepare:
+        prepare(parts)
+    records = Records(run) if ranks.rank == 0 else None
+    trainer = Trainer(parts, recorder=records, stop_requested=stop)
+    outcome = trainer.run()
+    return SimpleNamespace(
+        outcome=outcome,
+        state={k: v.clone() for k, v in parts.model.module.state_dict().items()},
+        optimizer=parts.optimizer.state_dict(),
+        lines=records.lines if records else [],
+        best=trainer.best,
+        step=trainer.step,
+    )
+
+
+@contextlib.contextmanager
+def process_group(folder, ranks, name="group"):
+    store = dist.FileStore(str(folder / name), ranks.world_size)
+    dist.init_process_group(
+        "gloo", store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=timedelta(seconds=RANKS_END_S)
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    """A process group of this process alone."""
+    with process_group(tmp_path, Ranks()):
+        yield
+
+
+def _rank_main(function, folder, ranks):
+    die_with_parent()
+    try:
+        torch.set_num_threads(1)
+        with process_group(folder, ranks):
+            torch.save(function(ranks), folder / f"rank-{ranks.rank}.pt")
+    except BaseException:
+        (folder / f"rank-{ranks.rank}.txt").write_text(traceback.format_exc())
+        os._exit(1)
+
+
+@pytest.fixture
+def in_ranks(tmp_path_factory):
+    """Call a function of Ranks in as many forked processes with a real gloo group; return what each of them returned."""
+
+    def call(world_size, function):
+        folder = tmp_path_factory.mktemp("ranks")
+        fork = multiprocessing.get_context("fork")
+        processes = [
+            fork.Process(
+                target=_rank_main,
+                args=(function, folder, Ranks(rank=r, local_rank=r, world_size=world_size, local_world_size=world_size)),
+            )
+            for r in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(RANKS_END_S)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+        errors = [file.read_text() for file in sorted(folder.glob("rank-*.txt"))]
+        assert not errors, "\n".join(errors)
+        assert [process.exitcode for process in processes] == [0] * world_size
+        return [torch.load(folder / f"rank-{r}.pt", weights_only=False) for r in range(world_size)]
+
+    return call
+
+
+@pytest.fixture
+def engine():
+    """The helpers of this file, for tests that are in no package and cannot import it."""
+    return SimpleNamespace(
+        train=train, at_poll=at_poll, never=never, without_dropout=without_dropout, write_images=write_images, cpu=CPU
+    )
