@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -83,3 +84,6 @@ def exit_code_of(main: Callable[[], int]) -> int:
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except BrokenPipeError:  # `launch models | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK

@@ -79,9 +79,12 @@ def _model(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield "model.weights", f"{file}: no such file; a name such as DEFAULT is torchvision's, null is none"
     elif model.weights is not None:
         try:
-            entry.find_weights(model.weights)
+            weights = entry.find_weights(model.weights)
         except UsageError as error:
             yield "model.weights", str(error)
+        else:
+            if weights.top1 is None:
+                yield "model.weights", f"{model.weights} is no whole model (torchvision gives it no accuracy); use DEFAULT"
 
 
 def _data(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -39,7 +40,8 @@ def _num_gpus() -> int:
     if visible is not None:
         return len([v for v in visible.split(",") if v.strip() not in ("", "-1")])
     if shutil.which("nvidia-smi"):
-        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False, timeout=60)
-        if found.returncode == 0:
-            return sum(line.startswith("GPU ") for line in found.stdout.splitlines())
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver that hangs: `launch doctor` says so
+            found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False, timeout=60)
+            if found.returncode == 0:
+                return sum(line.startswith("GPU ") for line in found.stdout.splitlines())
     return len(list(Path("/dev").glob("nvidia[0-9]*")))

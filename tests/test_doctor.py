@@ -514,6 +514,8 @@ def test_cores_that_the_cgroup_does_not_grant_are_pointed_out(usable, total, quo
         ("0::/", {"cpu.max": "max 100000"}, None),
         ("0::/job", {"job/cpu.max": "250000 100000"}, 2.5),
         ("0::/job/step", {"job/cpu.max": "100000 50000", "job/step/cpu.max": "max 100000"}, 2),
+        ("0::/job/step", {"job/cpu.max": "200000 100000", "job/step/cpu.max": "300000 100000"}, 2),
+        ("0::/job/step", {"job/cpu.max": "300000 100000", "job/step/cpu.max": "200000 100000"}, 2),
         ("0::/not/shown/here", {"cpu.max": "150000 100000"}, 1.5),
         ("3:cpu,cpuacct:/job\n2:memory:/", {"cpu/job/cpu.cfs_quota_us": "50000", "memory/cpu.max": "1 1"}, 0.5),
         ("3:cpu:/job", {"cpu/job/cpu.cfs_quota_us": "-1"}, None),

@@ -72,7 +72,7 @@ def build_meta(arch: str, num_classes: int) -> nn.Module:
 
     Takes a fraction of a second and no memory for any model, and leaves the random state as it was.
     """
-    builder = models.get_model_builder(arch)  # type: ignore[attr-defined]  # torchvision has no __all__
+    builder = models.get_model_builder(arch)
     options: dict[str, Any] = {"weights": None, "num_classes": num_classes}
     # Inception and GoogLeNet warn that their initialisation is slow unless told to leave it.
     if "init_weights" in inspect.signature(typing.get_type_hints(builder)["return"]).parameters:

@@ -1,0 +1,230 @@
+"""`launch` as a person runs it: real workers, real signals, real files."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.numpy import load_file
+
+from launcher.history import events
+from launcher.run_dir import RunDir, read_jsonl
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+RECIPE = str(ROOT / "recipes/debug.yaml")
+NO_POST = "post.enabled=false"
+LONG = ("train.epochs=200", "tracking.log_every=1", NO_POST)
+DEADLINE_S = 120
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start `launch …` in a process group of its own; whatever is left of it is killed at the end."""
+    started = []
+
+    def _start(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "launcher", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **(env or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield _start
+    for process in started:
+        for left in session_of(process):
+            left.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def session_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """All living processes of the session that ``process`` leads."""
+    found = []
+    for other in psutil.process_iter():
+        try:
+            if os.getsid(other.pid) == process.pid and other.status() != psutil.STATUS_ZOMBIE:
+                found.append(other)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return found
+
+
+def wait_until(condition, process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < end, "it never came to that"
+        time.sleep(0.05)
+
+
+def steps(run: RunDir) -> int:
+    return max((m["step"] for m in read_jsonl(run.metrics)), default=0)
+
+
+def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children()
+
+
+def weights(run: RunDir) -> dict[str, bytes]:
+    return {k: v.tobytes() for k, v in load_file(run.last_checkpoint / "model.safetensors").items()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> RunDir:
+    """Three epochs with two workers that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    subprocess.run(
+        [sys.executable, "-m", "launcher", RECIPE, "train.epochs=3", NO_POST, "--run-dir", str(folder / "run")],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+    return RunDir(folder / "run")
+
+
+def test_a_run_leaves_everything_the_contract_names(start, tmp_path):
+    process = start(RECIPE, "--run-dir", "run")
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0, output
+    run = RunDir(tmp_path / "run")
+    assert run.read_status()["state"] == "completed"
+    assert run.read_status()["best"]["metric"] == "val/loss"
+    plan = run.read_plan()
+    assert plan["world_size"] == 2
+    assert run.run_id == plan["run_id"]
+    for file in (
+        run.recipe,
+        run.metrics,
+        run.events,
+        run.report_html,
+        run.report_json,
+        run.model_card,
+        run.export_manifest,
+        run.exports / "model.onnx",
+        run.exports / "model.int8.onnx",
+        run.best_checkpoint / "manifest.json",
+        run.rank_log(1, 0),
+        run.rank_log(1, 1),
+    ):
+        assert file.is_file(), file
+    val = [m for m in read_jsonl(run.metrics) if m["split"] == "val"]
+    assert [m["samples"] for m in val] == [360]
+    exports = json.loads(run.export_manifest.read_text())["exports"]
+    assert {e["format"]: e["agreement"] for e in exports}["onnx"] == 1.0
+    last_lines = output.strip().splitlines()[-3:]
+    assert last_lines[0].split() == ["run:", "run"]
+    assert last_lines[1].split() == ["report:", "run/report.html"]
+    assert last_lines[2].startswith("next:")
+    assert session_of(process) == []
+
+
+def test_a_training_epoch_counts_every_sample_once(undisturbed):
+    state = json.loads((undisturbed.last_checkpoint / "state.json").read_text())
+    assert (state["epoch"], state["offset"], state["step"]) == (3, 0, 3 * 12)  # 1437 images, 2 x 64 a step
+    assert [m["samples"] for m in read_jsonl(undisturbed.metrics) if m["split"] == "val"] == [360] * 3
+
+
+def test_ctrl_c_saves_exits_75_and_resume_gives_the_same_bits(start, tmp_path, undisturbed):
+    process = start(RECIPE, "train.epochs=3", NO_POST, "tracking.log_every=1", "--run-dir", "run")
+    run = RunDir(tmp_path / "run")
+    wait_until(lambda: steps(run) >= 4, process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 75, output
+    assert "launch resume run" in output
+    assert run.read_status()["state"] == "preempted"
+    assert session_of(process) == []
+    stopped_at = json.loads((run.last_checkpoint / "state.json").read_text())["step"]
+    assert 4 <= stopped_at < 36
+
+    resumed = start("resume", "run")
+    output, _ = resumed.communicate(timeout=DEADLINE_S)
+    assert resumed.returncode == 0, output
+    assert events(run, "resumed")[0]["step"] == stopped_at
+    assert weights(run) == weights(undisturbed)
+
+
+def test_a_second_ctrl_c_ends_at_once_with_no_process_left(start, tmp_path):
+    process = start(RECIPE, *LONG, "--run-dir", "run")
+    run = RunDir(tmp_path / "run")
+    wait_until(lambda: steps(run) >= 1, process)
+    for worker in workers(process):
+        worker.suspend()  # so that they cannot leave by themselves
+    os.kill(process.pid, signal.SIGINT)
+    wait_until(lambda: events(run, "signal"), process)
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(timeout=30) == 75
+    assert session_of(process) == []
+
+
+def test_a_killed_worker_is_started_again_and_the_weights_are_the_same(start, tmp_path, undisturbed):
+    process = start(
+        RECIPE, "train.epochs=3", "train.checkpoint.every_steps=5", NO_POST, "launch.max_restarts=1", "--run-dir", "run"
+    )
+    run = RunDir(tmp_path / "run")
+    wait_until(lambda: any(e["step"] >= 10 for e in events(run, "checkpoint")), process)
+    workers(process)[1].kill()
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0, output
+    assert [e["attempt"] for e in events(run, "attempt_started")] == [1, 2]
+    assert [e["cause"] for e in events(run, "attempt_ended")] == ["lost_worker"]
+    assert weights(run) == weights(undisturbed)
+    assert session_of(process) == []
+
+
+def test_a_broken_image_ends_the_run_once_and_why_names_it(start, tmp_path):
+    data = tmp_path / "photos"
+    subprocess.run(["cp", "-r", str(Path(os.environ["FINETUNE_LAUNCHER_CACHE"]) / "digits"), str(data)], check=True)
+    broken = sorted((data / "train/7").iterdir())[0]
+    broken.write_bytes(b"not an image")
+    process = start(
+        RECIPE, "data.name=imagefolder", f"data.path={data}", NO_POST, "launch.max_restarts=3", "--run-dir", "run"
+    )
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 1, output
+    assert str(broken) in output
+    assert "Traceback (most recent call last)" not in output
+    run = RunDir(tmp_path / "run")
+    assert [e["attempt"] for e in events(run, "attempt_started")] == [1]  # the same image would end each restart
+    assert run.read_status()["state"] == "failed"
+    why = start("why", "run")
+    explained, _ = why.communicate(timeout=DEADLINE_S)
+    assert why.returncode == 0
+    assert str(broken) in explained
+    assert "mend or remove the file" in explained
+    assert session_of(process) == []
+
+
+def test_two_nodes_started_by_hand_make_one_run(start, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    processes = [
+        start(
+            *(RECIPE, NO_POST, "--procs", "1", "--nodes", "2", "--node-rank", str(rank)),
+            *("--rdzv-endpoint", endpoint, "--run-dir", "run"),
+            env={"OMP_NUM_THREADS": "1"},
+        )
+        for rank in (1, 0)
+    ]
+    outputs = [process.communicate(timeout=DEADLINE_S)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    run = RunDir(tmp_path / "run")
+    assert json.loads((run.last_checkpoint / "state.json").read_text())["world_size"] == 2
+    assert [m["samples"] for m in read_jsonl(run.metrics) if m["split"] == "val"] == [360]
+    assert {e["node"] for e in events(run, "attempt_started")} == {0, 1}
