@@ -14,7 +14,7 @@ import socket
 import sys
 from typing import TYPE_CHECKING, Any
 
-from launcher import diagnose
+from launcher import diagnose, processes
 from launcher.run_dir import ATTEMPT_VARIABLE
 
 if TYPE_CHECKING:
@@ -58,10 +58,11 @@ def run_workers(
         WorkersFailedError: they failed, and no restart is left or would help.
     """
     # The only import of torch on this node; torchvision brings the rest of what a worker needs.
-    worker_main = importlib.import_module("launcher.engine.worker").worker_main
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous.api import RendezvousError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    with processes.importing():
+        worker_main = importlib.import_module("launcher.engine.worker").worker_main
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.elastic.rendezvous.api import RendezvousError
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     _log_to_file(run, node_rank)
     logs = _attempt_logs(run, node_rank=node_rank, first_attempt=first_attempt, stop=stop)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import __version__
+from launcher import __version__, processes
 from launcher.errors import EXIT_OK, UsageError, exit_code_of
 from launcher.run_dir import RunDir, new_run_id
 
@@ -72,7 +72,8 @@ def _launch(argv: list[str]) -> int:
     parser.add_argument("--version", action="version", version=f"finetune-launcher {__version__}")
     args = parser.parse_intermixed_args(argv)
 
-    from launcher import recipe as recipes
+    with processes.importing():
+        from launcher import recipe as recipes
 
     recipe, source = recipes.load(_find_recipe(args.recipe), args.overrides, _flags(args))
     existing = RunDir(args.run_dir) if args.run_dir else None
@@ -100,7 +101,9 @@ def _carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_
         print(plan)
         return EXIT_OK
     os.environ.update(plan.env)  # before torch is imported: it reads its thread count then
-    importlib.import_module("launcher.engine.checks").check(recipe, source.where)
+    with processes.importing():
+        checks = importlib.import_module("launcher.engine.checks")
+    checks.check(recipe, source.where)
     if plan.node_rank == 0:
         _write_run(plan, recipe)
         print(f"run {plan.run_id}: {plan.world_size} workers on {plan.device}, in {plan.run_dir}", flush=True)

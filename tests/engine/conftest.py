@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import multiprocessing.connection
 import os
+import time
 import traceback
 from datetime import timedelta
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,7 +29,8 @@ from launcher.run_dir import RunDir, write_json_atomic
 
 SIZE = 32
 CLASSES = ("bee", "cat", "cow", "dog", "elk", "fox", "gnu")
-RANKS_END_S = 40  # far more than anything here takes: ranks that wait for each other must not hold the tests up
+RANKS_END_S = 60  # far more than anything here takes: ranks that wait for each other must not hold the tests up
+PEERS_END_S = 5  # after one of them failed
 CPU = Device(type="cpu")
 
 
@@ -39,7 +41,7 @@ def pytest_configure(config):
 
 
 def write_images(folder, *, train, val, classes=CLASSES):
-    """An image folder of PNGs: noise about a brightness and a colour that go with the class, so that it can be learned."""
+    """PNGs of noise about a colour that goes with the class, so that there is something to learn."""
     rng = np.random.default_rng(0)
     for split, num in (("train", train), ("val", val)):
         for name in classes:
@@ -183,30 +185,40 @@ def _rank_main(function, folder, ranks):
         os._exit(1)
 
 
+def _wait(processes):
+    """Wait for all; where one failed its peers get a while to see that it is gone."""
+    until = time.monotonic() + RANKS_END_S
+    while running := [process for process in processes if process.exitcode is None]:
+        multiprocessing.connection.wait([process.sentinel for process in running], until - time.monotonic())
+        if any(process.exitcode for process in processes):
+            until = min(until, time.monotonic() + PEERS_END_S)
+        if time.monotonic() >= until:
+            for process in running:
+                process.kill()
+
+
 @pytest.fixture
 def in_ranks(tmp_path_factory):
-    """Call a function of Ranks in as many forked processes with a real gloo group; return what each of them returned."""
+    """Call a function of Ranks in as many forked processes with a real gloo group; return what each of them returned.
 
-    def call(world_size, function):
+    With ``failing`` their exit codes are returned instead, as they ended.
+    """
+
+    def call(world_size, function, *, failing=False):
         folder = tmp_path_factory.mktemp("ranks")
         fork = multiprocessing.get_context("fork")
-        processes = [
-            fork.Process(
-                target=_rank_main,
-                args=(function, folder, Ranks(rank=r, local_rank=r, world_size=world_size, local_world_size=world_size)),
-            )
-            for r in range(world_size)
+        ranks = [
+            Ranks(rank=r, local_rank=r, world_size=world_size, local_world_size=world_size) for r in range(world_size)
         ]
+        processes = [fork.Process(target=_rank_main, args=(function, folder, who)) for who in ranks]
         for process in processes:
             process.start()
-        for process in processes:
-            process.join(RANKS_END_S)
-            if process.exitcode is None:
-                process.kill()
-                process.join()
+        _wait(processes)
+        codes = [process.exitcode for process in processes]
+        if failing:
+            return codes
         errors = [file.read_text() for file in sorted(folder.glob("rank-*.txt"))]
-        assert not errors, "\n".join(errors)
-        assert [process.exitcode for process in processes] == [0] * world_size
+        assert codes == [0] * world_size, "\n".join(errors)
         return [torch.load(folder / f"rank-{r}.pt", weights_only=False) for r in range(world_size)]
 
     return call

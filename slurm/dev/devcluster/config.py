@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
+MailProg=/bin/true
 ReturnToService=2
 # A node that was cut is down after this many seconds, not after five minutes.
 SlurmdTimeout=15
@@ -56,6 +58,8 @@ PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=REQUEUE MaxTime=1-00:00
 _SLURM_ACCOUNTING = """
 AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost={head}
+# AuthInfo does not count for slurmdbd: without this line its clients ask the machine's own munge.
+AccountingStoragePass={munge}
 AccountingStorageTRES=gres/gpu
 """
 
@@ -86,7 +90,8 @@ def write_files(layout: Layout) -> None:
     _write_secret(root / "slurmdbd.conf", _DATABASE.format(**values).encode())
     _write_secret(root / "munge.key", secrets.token_bytes(128))
     for number in range(NUM_GPUS):
-        (root / "gpus" / f"nvidia{number}").touch()
+        # A device, for SLURM gives no number to a plain file and then sets no CUDA_VISIBLE_DEVICES. Nobody opens it.
+        (root / "gpus" / f"nvidia{number}").symlink_to(os.devnull)
     (root / "gres.conf").write_text(f"AutoDetect=off\nName=gpu File={root}/gpus/nvidia[0-{NUM_GPUS - 1}]\n")
     hosts = ["127.0.0.1 localhost", "::1 localhost", *(" ".join(pair) for pair in layout.hosts_by_address.items())]
     layout.hosts.write_text("\n".join(hosts) + "\n")

@@ -62,7 +62,7 @@ class Layout:
         root = self.root
         if root.is_symlink() or (root.exists() and (not root.is_dir() or root.stat().st_uid != 0)):
             raise ClusterError(f"{root} is not a folder of root's own; remove it or set FTL_CLUSTER_DIR to another place")
-        if root.exists() and any(root.iterdir()) and not self.saved.exists():
+        if root.exists() and any(root.iterdir()) and not any(root.glob(f"{self.saved.name}*")):
             raise ClusterError(f"{root} holds other files; set FTL_CLUSTER_DIR to a folder that is empty or not there yet")
 
     def save(self) -> None:
@@ -132,6 +132,6 @@ class Layout:
         """Name of the network namespace of a node, or of ``head``."""
         return f"ftl-{self.tag}-{host}"
 
-    def log(self, daemon: str) -> Path:
-        """Log of a daemon, as in ``slurmd-n1``."""
-        return self.root / "log" / f"{daemon}.log"
+    def output(self, daemon: str) -> Path:
+        """What a daemon prints, as in ``slurmd-n1``; the log beside it says the same with times."""
+        return self.root / "log" / f"{daemon}.out"

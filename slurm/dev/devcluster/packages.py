@@ -28,6 +28,7 @@ ACCOUNTING_PROGRAMS = {
     # The core package has the server and no service: nothing to keep from starting, no database in /var/lib.
     "mariadbd": "mariadb-server-core",
     "mariadb-install-db": "mariadb-server-core",
+    "my_print_defaults": "mariadb-client-core",  # mariadb-install-db calls it
 }
 
 _UNITS = {"munge": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd", "slurmdbd": "slurmdbd"}

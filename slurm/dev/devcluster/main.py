@@ -1,0 +1,166 @@
+"""The command line of ``cluster``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from . import config, daemons, network, packages
+from .layout import MAX_NODES, CannotError, ClusterError, Layout, say
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+EXIT_OK, EXIT_FAILED, EXIT_CANNOT = 0, 1, 3
+_LOCK_PATIENCE_S = 120
+
+
+def main() -> int:
+    """Run the command line; return 0, 1 where something failed (or nothing is up), 3 where it cannot be had here."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `up` cleans up behind itself
+    arguments = _parser().parse_args()
+    try:
+        if arguments.command == "install":
+            packages.install(accounting=not arguments.no_accounting)
+            return EXIT_OK
+        if os.geteuid() != 0:
+            raise CannotError(f"cluster {arguments.command} needs root: it makes network namespaces")
+        with _one_at_a_time(Layout.from_environment()):
+            return _run(arguments, Layout.from_environment())
+    except CannotError as error:
+        say(f"cannot: {error}")
+        return EXIT_CANNOT
+    except ClusterError as error:
+        say(f"error: {error}")
+        return EXIT_FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="cluster", description="A real SLURM cluster on this one Linux machine.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    no_accounting = argparse.ArgumentParser(add_help=False)
+    no_accounting.add_argument("--no-accounting", action="store_true", help="no slurmdbd and no database: no sacct")
+    up = commands.add_parser("up", parents=[no_accounting], help="start it, print the export line to evaluate")
+    up.add_argument("--nodes", type=int, default=4, choices=range(1, MAX_NODES + 1), metavar="N", help="nodes (4)")
+    commands.add_parser("down", help="stop it and remove all that it left")
+    commands.add_parser("status", help="what runs and in which state the nodes are; exit 1 where it is not up")
+    commands.add_parser("install", parents=[no_accounting], help="install the packages (Debian, Ubuntu)")
+    for name, effect in (("cut", "take a node's network away"), ("heal", "give it back")):
+        commands.add_parser(name, help=effect).add_argument("node", help="as in n2")
+    return parser
+
+
+def _run(arguments: argparse.Namespace, layout: Layout) -> int:
+    if arguments.command == "up":
+        _up(layout, num_nodes=arguments.nodes, accounting=not arguments.no_accounting)
+    elif arguments.command == "down":
+        _take_down(layout)
+        say("down")
+    elif arguments.command == "status":
+        return _status(layout)
+    else:
+        if not _is_up(layout):
+            raise ClusterError("it is not up")
+        if arguments.node not in layout.nodes:
+            raise ClusterError(f"no node {arguments.node}: there are {' '.join(layout.nodes)}")
+        network.set_link(layout, arguments.node, "down" if arguments.command == "cut" else "up")
+    return EXIT_OK
+
+
+def _up(layout: Layout, *, num_nodes: int, accounting: bool) -> None:
+    """Start the cluster unless it is up, and print the line for the shell."""
+    wanted = dataclasses.replace(layout, num_nodes=num_nodes, accounting=accounting)
+    if not _is_up(layout):
+        _check_machine(wanted)
+        _start(wanted)
+    elif wanted != layout:
+        raise ClusterError(f"it is up already, {_kind(layout)}; `cluster down` first")
+    print(f"export SLURM_CONF={shlex.quote(str(layout.slurm_conf))}")
+
+
+def _start(layout: Layout) -> None:
+    begin = time.monotonic()
+    _take_down(layout)  # what a crash left
+    layout.root.mkdir(mode=0o755, parents=True)
+    layout = dataclasses.replace(layout, network=network.free_network(layout))
+    layout.save()
+    try:
+        network.create(layout)
+        config.write_files(layout)
+        daemons.Daemons(layout).start_all()
+    except BaseException:
+        _take_down(layout)
+        raise
+    say(f"up after {time.monotonic() - begin:.1f} s, {_kind(layout)}")
+
+
+def _take_down(layout: Layout) -> None:
+    """Remove the processes, the network and the folder; each may be there or not, and a second try finds the rest."""
+    network.kill_processes(layout)
+    network.remove(layout)
+    if layout.root.exists():
+        for path in layout.root.iterdir():
+            if path != layout.saved:  # the mark goes last: without it the rest would be taken for somebody else's
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(layout.root)
+
+
+def _status(layout: Layout) -> int:
+    if not _is_up(layout):
+        left = network.processes(layout)
+        say(f"not up, but {len(left)} processes are left: `cluster down`" if left else "not up")
+        return EXIT_FAILED
+    states = daemons.node_states(layout)
+    print(f"up, {_kind(layout)}, in {layout.root}")
+    for node in layout.nodes:
+        print(f"  {node}  {states.get(node, 'unknown')}{'  cut' if network.is_cut(layout, node) else ''}")
+    for pid, (host, program) in sorted(network.processes(layout).items()):
+        print(f"  {host:4}  {program} ({pid})")
+    print(f"export SLURM_CONF={shlex.quote(str(layout.slurm_conf))}")
+    return EXIT_OK
+
+
+def _is_up(layout: Layout) -> bool:
+    return bool(layout.network) and daemons.expected(layout) <= set(network.processes(layout).values())
+
+
+def _kind(layout: Layout) -> str:
+    return f"{layout.num_nodes} nodes, {'with' if layout.accounting else 'without'} accounting"
+
+
+def _check_machine(layout: Layout) -> None:
+    """Raise CannotError where this machine cannot have a cluster, before anything is made."""
+    if absent := packages.missing(accounting=layout.accounting):
+        raise CannotError(f"{' '.join(absent)} not installed; `cluster install` does it on Debian and Ubuntu")
+    unshare = subprocess.run(["unshare", "--net", "--uts", "--mount", "true"], check=False, capture_output=True)
+    if unshare.returncode != 0:
+        raise CannotError("root may not make namespaces here (in a container: start it with --privileged)")
+    parent = next(path for path in layout.root.parents if path.exists())
+    if os.statvfs(parent).f_flag & os.ST_NOEXEC:
+        raise CannotError(f"{parent} is mounted noexec, and scripts run from there; set FTL_CLUSTER_DIR to another place")
+
+
+@contextlib.contextmanager
+def _one_at_a_time(layout: Layout) -> Iterator[None]:
+    """Keep every other `cluster` command for the same folder waiting; the kernel frees this lock however we end."""
+    with socket.socket(socket.AF_UNIX) as lock:
+        give_up = time.monotonic() + _LOCK_PATIENCE_S
+        while True:
+            try:
+                lock.bind(f"\0finetune-launcher-cluster-{layout.tag}")
+                break
+            except OSError:
+                if time.monotonic() > give_up:
+                    raise ClusterError("another `cluster` command has been at work for two minutes") from None
+            time.sleep(0.1)
+        yield

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher.engine.schedule import Schedule, derive_seed, epoch_order, lr_factor, split_by_shares, validation_batches
+
+SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=5).map(tuple)
+SEEDS = st.integers(0, 2**32)
+
+
+@st.composite
+def schedules(draw, num_samples=None, seed=None):
+    return Schedule(
+        seed=draw(SEEDS) if seed is None else seed,
+        num_samples=draw(st.integers(1, 60)) if num_samples is None else num_samples,
+        batch_sizes=draw(SIZES),
+        global_batch_size=draw(st.integers(1, 40)),
+    )
+
+
+def steps_of_ranks(plan, *, epoch=0, offset=0, end_epoch=1):
+    """Step by step, what each rank does."""
+    ranks = range(len(plan.batch_sizes))
+    return list(
+        zip(*(plan.steps(r, epoch=epoch, offset=offset, end_epoch=end_epoch) for r in ranks), strict=True),
+    )
+
+
+def visited(steps):
+    return [(step.epoch, i) for ranks in steps for step in ranks for batch in step.micro_batches for i in batch]
+
+
+@given(plan=schedules(), epochs=st.integers(1, 3))
+def test_an_epoch_visits_every_index_exactly_once(plan, epochs):
+    seen = visited(steps_of_ranks(plan, end_epoch=epochs))
+    assert sorted(seen) == [(epoch, i) for epoch in range(epochs) for i in range(plan.num_samples)]
+
+
+@given(data=st.data(), plan=schedules())
+def test_also_when_it_is_resumed_with_other_ranks_and_another_global_batch(data, plan):
+    steps = steps_of_ranks(plan, end_epoch=2)
+    done = steps[: data.draw(st.integers(0, len(steps)))]
+    offset, epoch = 0, 0
+    if done:
+        last = done[-1][0]
+        epoch, offset = last.epoch, last.offset + last.num_samples
+    other = data.draw(schedules(plan.num_samples, plan.seed))
+    seen = visited(done) + visited(steps_of_ranks(other, epoch=epoch, offset=offset, end_epoch=2))
+    assert sorted(seen) == [(epoch, i) for epoch in range(2) for i in range(plan.num_samples)]
+
+
+@given(plan=schedules(), data=st.data())
+def test_resumed_at_any_offset_the_rest_of_the_order_follows_and_nothing_of_it_twice(plan, data):
+    offset = data.draw(st.integers(0, plan.num_samples))
+    seen = [i for _, i in visited(steps_of_ranks(plan, epoch=3, offset=offset, end_epoch=4))]
+    assert seen == epoch_order(plan.seed, 3, plan.num_samples)[offset:].tolist()
+
+
+@given(plan=schedules())
+def test_the_ranks_part_each_step_among_them_in_the_orders_order(plan):
+    order = epoch_order(plan.seed, 0, plan.num_samples)
+    steps = steps_of_ranks(plan)
+    assert len(steps) == plan.steps_per_epoch
+    for number, ranks in enumerate(steps):
+        offset = number * plan.global_batch_size
+        expected = order[offset : offset + plan.global_batch_size].tolist()
+        assert [i for step in ranks for batch in step.micro_batches for i in batch] == expected
+        assert {(step.epoch, step.offset, step.num_samples) for step in ranks} == {(0, offset, len(expected))}
+
+
+@given(plan=schedules())
+def test_a_rank_takes_its_share_in_batches_no_bigger_than_its_size_and_rank_0_is_never_without(plan):
+    total = sum(plan.batch_sizes)
+    for ranks in steps_of_ranks(plan):
+        assert ranks[0].micro_batches[0]
+        for step, size in zip(ranks, plan.batch_sizes, strict=True):
+            lengths = [len(batch) for batch in step.micro_batches]
+            assert lengths
+            assert max(lengths) <= size
+            assert max(lengths) - min(lengths) <= 1
+            assert abs(sum(lengths) - step.num_samples * size / total) < 1
+            assert len(lengths) == max(1, -(-sum(lengths) // size))
+
+
+@given(num=st.integers(0, 10**9), shares=SIZES)
+def test_shares_cut_a_range_without_a_gap_and_the_first_is_never_empty(num, shares):
+    slices = split_by_shares(num, shares)
+    assert len(slices) == len(shares)
+    assert (slices[0][0], slices[-1][1]) == (0, num)
+    assert all(a[1] == b[0] and b[0] <= b[1] for a, b in pairwise(slices))
+    assert slices[0][1] >= min(num, 1)
+
+
+@pytest.mark.parametrize(
+    ("seed", "epoch", "first"),
+    [
+        (0, 0, [998, 162, 670, 664, 185, 322, 431, 318]),
+        (0, 1, [338, 261, 724, 958, 333, 497, 17, 614]),
+        (7, 3, [702, 703, 148, 932, 542, 65, 995, 581]),
+    ],
+)
+def test_the_order_is_the_same_for_ever(seed, epoch, first):
+    assert epoch_order(seed, epoch, 1000)[:8].tolist() == first
+
+
+def test_seeds_are_the_same_for_ever():
+    assert derive_seed(0, 1, 2) == 1535930435702422785
+    assert derive_seed(2**40, 1) == 4089456125571929829
+
+
+@given(seed=SEEDS, epoch=st.integers(0, 1000), num=st.integers(30, 200))
+def test_the_order_is_a_permutation_that_follows_from_its_arguments_and_differs_with_seed_and_epoch(seed, epoch, num):
+    order = epoch_order(seed, epoch, num).tolist()
+    np.random.seed(epoch)  # noqa: NPY002  the order must not heed it
+    assert epoch_order(seed, epoch, num).tolist() == order
+    assert sorted(order) == list(range(num))
+    assert order != epoch_order(seed, epoch + 1, num).tolist()
+    assert order != epoch_order(seed + 1, epoch, num).tolist()
+    assert order != list(range(num))
+
+
+def test_every_index_comes_early_and_late():
+    position = np.mean([np.argsort(epoch_order(0, epoch, 20)) for epoch in range(400)], axis=0)
+    assert np.all(np.abs(position - 9.5) < 1.5)  # five times the deviation of such a mean
+
+
+@given(numbers=st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50), st.integers(0, 50)), min_size=2, unique=True))
+def test_seeds_of_different_numbers_differ_and_fit_torch(numbers):
+    seeds = [derive_seed(*three) for three in numbers]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@given(num=st.integers(0, 200), world_size=st.integers(1, 7), size=st.integers(1, 20))
+def test_validation_takes_every_sample_once_and_every_rank_has_as_many_batches(num, world_size, size):
+    ranks = [validation_batches(num, rank=r, world_size=world_size, batch_size=size) for r in range(world_size)]
+    assert [i for batches in ranks for batch in batches for i in batch] == list(range(num))
+    assert len({len(batches) for batches in ranks}) == 1
+    assert all(len(batch) <= size for batches in ranks for batch in batches)
+    lengths = [sum(len(batch) for batch in batches) for batches in ranks]
+    assert max(lengths) - min(lengths) <= 1
+
+
+WARMUPS = st.one_of(st.just(0.0), st.floats(0.01, 5.0))
+RATES = WARMUPS.flatmap(lambda warmup: st.tuples(st.just(warmup), st.integers(int(warmup) + 1, 50)))
+
+
+@pytest.mark.parametrize("kind", ["cosine", "constant"])
+@given(rates=RATES, fraction=st.floats(0, 1), step=st.floats(1e-6, 1e-3))
+def test_the_rate_has_no_jumps_and_stays_between_nothing_and_the_peak(kind, rates, fraction, step):
+    warmup, epochs = rates
+
+    def factor(progress):
+        return lr_factor(progress, schedule=kind, warmup_epochs=warmup, epochs=epochs)
+
+    here, there = fraction * epochs, fraction * epochs + step
+    steepest = (1 / warmup if warmup else 0) + np.pi / 2 / (epochs - warmup)
+    assert 0 <= factor(here) <= 1
+    assert abs(factor(there) - factor(here)) <= step * steepest + 1e-9
+
+
+@given(rates=RATES)
+def test_the_rate_rises_in_a_line_to_the_peak_and_ends_at_nothing_or_stays(rates):
+    warmup, epochs = rates
+    for kind, end, halfway in (("cosine", 0.0, 0.5), ("constant", 1.0, 1.0)):
+
+        def factor(progress, kind=kind):
+            return lr_factor(progress, schedule=kind, warmup_epochs=warmup, epochs=epochs)
+
+        assert factor(warmup) == 1
+        if warmup > 0:
+            assert factor(warmup / 4) == pytest.approx(0.25)
+        assert factor((warmup + epochs) / 2) == pytest.approx(halfway)
+        assert factor(epochs) == pytest.approx(end, abs=1e-9)
+        assert factor(epochs + 1) == pytest.approx(end, abs=1e-9)
