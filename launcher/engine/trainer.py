@@ -59,7 +59,8 @@ class Trainer:
         )
         self._window = TrainTotals(self._device)
         self._epoch_totals = TrainTotals(self._device)
-        self._window_start = self._saved_at = time.monotonic()
+        self._timed_since = self._saved_at = time.monotonic()
+        self._timed_samples = 0
         self._wrapped = False
         self._saved_step = 0
         self.step = 0
@@ -99,6 +100,7 @@ class Trainer:
             self._train_step(step, batches)
             self.step += 1
             self.offset = step.offset + step.num_samples
+            self._timed_samples += step.num_samples
             if self._recorder:
                 self._recorder.step(self.step)
                 if self.step == 1:
@@ -184,6 +186,7 @@ class Trainer:
 
     def _end_epoch(self) -> None:
         """Validate, keep the best, checkpoint; leaves the position at the next epoch's start."""
+        ended_at = time.monotonic()
         totals = means(self._epoch_totals.reduce())
         values = self._validate()
         epoch = self.epoch
@@ -199,7 +202,7 @@ class Trainer:
         if not self._finished():
             self._prepare_epoch()
         self._save(best=is_best)
-        self._window_start = time.monotonic()
+        self._timed_since += time.monotonic() - ended_at  # validation is no part of the speed of training
 
     def _prepare_epoch(self) -> None:
         """Freeze what this epoch freezes; DDP is made anew where that changed which gradients there are."""
@@ -239,8 +242,8 @@ class Trainer:
         sums = means(self._window.reduce())
         self._window.reset()
         now = time.monotonic()
-        values = {**sums, "lr": lr, "images_per_s": sums["samples"] / (now - self._window_start)}
-        self._window_start = now
+        values = {**sums, "lr": lr, "images_per_s": self._timed_samples / (now - self._timed_since)}
+        self._timed_since, self._timed_samples = now, 0
         if self._recorder:
             self._recorder.train(epoch=self.epoch, step=self.step, values=values)
             self._recorder.status(epoch=self.epoch, step=self.step, best=self._best.best)

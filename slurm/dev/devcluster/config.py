@@ -80,7 +80,7 @@ StorageLoc=slurm
 def write_files(layout: Layout) -> None:
     """Write every file the daemons and the clients read, and make the folders they write into."""
     root = layout.root
-    for name in ("log", "pid", "state", "munge", "gpus", *(f"spool/{node}" for node in layout.nodes)):
+    for name in ("log", "pid", "state", "munge", "gpus", "database", *(f"spool/{node}" for node in layout.nodes)):
         (root / name).mkdir(parents=True, exist_ok=True)
     values = {"root": root, "head": layout.head_address, "munge": layout.munge_socket}
     address_by_host = {name: address for address, name in layout.hosts_by_address.items()}

@@ -100,7 +100,7 @@ class Layout:
     @property
     def database_socket(self) -> Path:
         """Where the cluster's own database listens, and nowhere else."""
-        return self.root / "database" / "socket"
+        return self.root / "database.socket"
 
     @property
     def nodes(self) -> list[str]:

@@ -1,0 +1,1 @@
+"""Post-steps: what becomes of a trained checkpoint."""

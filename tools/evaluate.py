@@ -1,0 +1,154 @@
+"""Measures a checkpoint and what was made of it, side by side, on the validation images.
+
+``python -m launcher.tools.evaluate RUN`` prints the checkpoint's own top-1 once more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from launcher import recipe as recipes
+from launcher.engine import checkpoint, data
+from launcher.engine.data import ImageDataset, Preprocessing, build_loader
+from launcher.engine.device import Device, num_cores
+from launcher.engine.model import build_module, build_preprocessing
+from launcher.errors import EXIT_OK, UsageError, exit_code_of
+from launcher.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from launcher.recipe import Recipe
+
+    Predictor = Callable[[torch.Tensor], torch.Tensor]
+    """From normalised images, float32 N x 3 x S x S, to logits, float32 N x C."""
+
+BATCH_SIZE = 32
+WARM_UP_RUNS = 10
+TIMED_RUNS = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestModel:
+    """A run's best checkpoint, ready to compute with on the CPU."""
+
+    module: torch.nn.Module
+    """In eval mode."""
+    recipe: Recipe
+    """The run's."""
+    classes: list[str]
+    """Names, in the order of the logits."""
+    preprocessing: Preprocessing
+    """From a file's image to the module's input."""
+    state: dict[str, Any]
+    """``state.json`` of the checkpoint."""
+    folder: Path
+    """The checkpoint."""
+
+    def dataset(self, split: str) -> ImageDataset:
+        """One split, as validation sees it."""
+        folder = data.prepare(self.recipe.data)
+        return ImageDataset(folder, split, self.preprocessing.transform(), seed=self.recipe.seed)
+
+    def batches(self, split: str, indices: Sequence[int] | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Normalised images (float32 N x 3 x S x S) and labels (int64 N) of a split, or of some of its indices."""
+        dataset = self.dataset(split)
+        chosen = [(0, i) for i in (range(len(dataset)) if indices is None else indices)]
+        parts = [chosen[i : i + BATCH_SIZE] for i in range(0, len(chosen), BATCH_SIZE)]
+        workers = num_cores() - 1 if len(parts) > num_cores() else 0
+        for images, labels in build_loader(dataset, parts, workers=workers, device=Device(type="cpu")):
+            yield self.preprocessing.normalize(images), labels
+
+
+def load_best(run: RunDir) -> BestModel:
+    """Read and verify the best checkpoint of ``run``.
+
+    Raises:
+        UsageError: there is none yet.
+        CheckpointError: it is damaged.
+    """
+    folder = run.best_checkpoint.resolve()
+    if not folder.is_dir():
+        raise UsageError(f"{run}: no best checkpoint yet: the first validation makes one; go on with: launch resume {run}")
+    recipe = recipes.read_resolved(run.recipe)
+    loaded = checkpoint.load(folder)
+    preprocessing = build_preprocessing(recipe.model, recipe.data)
+    classes = loaded.state["classes"]
+    module = build_module(recipe.model, num_classes=len(classes), image_size=preprocessing.image_size)
+    module.load_state_dict(loaded.model)
+    return BestModel(
+        module=module.eval(),
+        recipe=recipe,
+        classes=classes,
+        preprocessing=preprocessing,
+        state=loaded.state,
+        folder=folder,
+    )
+
+
+@torch.inference_mode()
+def predict(predictors: Mapping[str, Predictor], best: BestModel) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Run every predictor over all validation images, which are decoded once.
+
+    Returns:
+        The class each predicts, int64 N by name, and the true classes, int64 N.
+    """
+    predicted: dict[str, list[torch.Tensor]] = {name: [] for name in predictors}
+    true = []
+    for images, labels in best.batches("val"):
+        for name, predictor in predictors.items():
+            predicted[name].append(predictor(images).argmax(dim=1))
+        true.append(labels)
+    return {name: torch.cat(parts) for name, parts in predicted.items()}, torch.cat(true)
+
+
+@torch.inference_mode()
+def latency_ms(predictor: Predictor, image_size: int) -> tuple[float, float]:
+    """Median and 95th percentile of milliseconds for one image (1 x 3 x S x S, random), after a warm-up."""
+    image = torch.rand(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    for _ in range(WARM_UP_RUNS):
+        predictor(image)
+    times = []
+    for _ in range(TIMED_RUNS):
+        start = time.perf_counter()
+        predictor(image)
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times), statistics.quantiles(times, n=20)[-1]
+
+
+def onnx_predictor(path: Path, *, threads: int) -> Predictor:
+    """ONNX Runtime over a file, on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def size_mb(path: Path) -> float:
+    """Of a file, with the data that ONNX keeps beside one of over 2 GB."""
+    return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")) / 1e6
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the best checkpoint's top-1 on all validation images."""
+    parser = argparse.ArgumentParser(prog="python -m launcher.tools.evaluate", description=__doc__)
+    parser.add_argument("run_dir", metavar="RUN")
+    best = load_best(RunDir.existing(parser.parse_args(argv).run_dir))
+    predicted, true = predict({"pytorch": best.module}, best)
+    top1 = (predicted["pytorch"] == true).double().mean().item()
+    print(f"{best.folder}: top1 {top1:.4f} on {len(true)} validation images")
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(main))
