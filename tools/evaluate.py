@@ -77,7 +77,9 @@ def load_best(run: RunDir) -> BestModel:
     """
     folder = run.best_checkpoint.resolve()
     if not folder.is_dir():
-        raise UsageError(f"{run}: no best checkpoint yet: the first validation makes one; go on with: launch resume {run}")
+        raise UsageError(
+            f"{run}: no best checkpoint yet: the first validation makes one; go on with: launch resume {run}"
+        )
     recipe = recipes.read_resolved(run.recipe)
     loaded = checkpoint.load(folder)
     preprocessing = build_preprocessing(recipe.model, recipe.data)

@@ -189,7 +189,6 @@ class Tracker:
             if mode == "disabled":
                 self._turn_off(reason)
                 return
-            threading.Thread(target=self._guard_exit, name="tracking-exit", daemon=True).start()
             tracked = self._start(mode)
             while action := self._queue.get():
                 action(tracked)
@@ -200,13 +199,6 @@ class Tracker:
             _kill_service()
             with contextlib.suppress(BaseException):
                 sys.modules["wandb"].teardown()  # it still has threads, and knows of a service that is gone
-
-    def _guard_exit(self) -> None:
-        # The interpreter waits at exit for threads of concurrent.futures, one of which may sit in wandb.init; this runs
-        # before that, and makes it fail. An exit hook would come too late. finish() leaves nothing to do here.
-        threading.main_thread().join()
-        self._off.set()
-        _kill_service()
 
     def _start(self, mode: Mode) -> wandb.Run:
         import wandb
@@ -357,7 +349,7 @@ def _kill_service() -> None:
     """Kill wandb-core, a child of this process, with what it started (the system monitor), and wait for its end."""
     for core in children(os.getpid()):
         if _name(core) == "wandb-core":
-            for pid in (core, *descendants(core)):
+            for pid in (*descendants(core), core):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             until = time.monotonic() + KILL_TIMEOUT_S

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -16,7 +17,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torchmetrics.classification  # noqa: F401  imported here once, and not anew in every forked rank
-import torchvision.ops.misc  # noqa: F401  the same
 from PIL import Image
 
 from launcher import recipe as recipes
@@ -140,6 +140,7 @@ def train(run, ranks=None, *, stop=never, prepare=None):
     """Train a run as one rank, in the process group that is there; return what came out, as plain values."""
     ranks = ranks or Ranks()
     parts = build_parts(run, ranks, CPU)
+    initial = {k: v.clone() for k, v in parts.model.module.state_dict().items()}
     if prepare:
         prepare(parts)
     records = Records(run) if ranks.rank == 0 else None
@@ -147,6 +148,7 @@ def train(run, ranks=None, *, stop=never, prepare=None):
     outcome = trainer.run()
     return SimpleNamespace(
         outcome=outcome,
+        initial=initial,
         state={k: v.clone() for k, v in parts.model.module.state_dict().items()},
         optimizer=parts.optimizer.state_dict(),
         lines=records.lines if records else [],
@@ -211,8 +213,11 @@ def in_ranks(tmp_path_factory):
             Ranks(rank=r, local_rank=r, world_size=world_size, local_world_size=world_size) for r in range(world_size)
         ]
         processes = [fork.Process(target=_rank_main, args=(function, folder, who)) for who in ranks]
+        gc.collect()
+        gc.freeze()  # a process group of this process must not be taken down in a child, which lacks its threads
         for process in processes:
             process.start()
+        gc.unfreeze()
         _wait(processes)
         codes = [process.exitcode for process in processes]
         if failing:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 import os
 
 import numpy as np
@@ -192,21 +191,24 @@ def survives(path):
 def test_a_damaged_file_does_not_crash_the_worker(tmp_path, name):
     path = tmp_path / name
     whole = save(path)
-    for position in np.linspace(12, len(whole) - 1, 25).astype(int):
+    for position in np.linspace(12, len(whole) - 1, 10).astype(int):
         damaged = bytearray(whole)
         damaged[position] ^= 0x10
         path.write_bytes(damaged)
         assert survives(path), f"bit 4 of byte {position} of {len(whole)}"
 
 
-def test_the_error_reaches_through_a_loader_process(photos, tmp_path, engine):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_error_reaches_through_a_loader(tmp_path, engine, workers):
     folder = engine.write_images(tmp_path / "data", train=7, val=7)
-    broken = sorted((folder / "train" / "cow").iterdir())[0]
+    broken = min((folder / "train" / "cow").iterdir())
     broken.write_bytes(broken.read_bytes()[:100])
     dataset = ImageDataset(folder, "train", PREPROCESSING.transform(), seed=0)
-    for workers in (0, 1):
-        with pytest.raises(TrainingError, match=str(broken)):
-            list(build_loader(dataset, [[(0, i) for i in range(7)]], workers=workers, device=engine.cpu))
+    loaded = iter(build_loader(dataset, [[(0, i) for i in range(7)]], workers=workers, device=engine.cpu))
+    with pytest.raises(TrainingError, match=str(broken)):
+        list(loaded)
+    if workers:
+        loaded._shutdown_workers()  # left to the garbage collector it waits for ten seconds
 
 
 # Randomness
@@ -218,12 +220,11 @@ def dataset_of(folder, augment="standard", seed=0):
 
 def by_position(dataset, positions, *, size, workers, device):
     """What a loader gives for each position, whatever batch it comes in."""
-    batches = [list(batch) for batch in itertools.batched(positions, size)] if size else [positions]
+    batches = [positions[start : start + size] for start in range(0, len(positions), size)]
     loaded = [image for images, _ in build_loader(dataset, batches, workers=workers, device=device) for image in images]
     return dict(zip(positions, loaded, strict=True))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("augment", ["light", "standard"])
 def test_a_samples_transform_follows_from_seed_epoch_and_index_whatever_loads_it(photos, engine, augment):
     positions = [(epoch, i) for epoch in (0, 5) for i in range(11)]
@@ -251,7 +252,7 @@ def test_without_augmentation_an_image_is_the_same_in_every_epoch_and_whole_in_t
     assert label == expected_label
     assert torch.equal(first, dataset[9, 3][0])
     resized = torch.nn.functional.interpolate(read_image(path)[None].float(), size=36, mode="bilinear", antialias=True)
-    assert (first - resized[0, :, 2:34, 2:34]).abs().max() <= 1
+    assert (first - resized[0, :, 2:34, 2:34]).abs().max() < 1.01  # ours is rounded
 
 
 @pytest.mark.parametrize(("augment", "mirrors"), [("light", False), ("standard", True)])

@@ -378,7 +378,7 @@ def test_exports_without_a_manifest_are_one_warning(tmp_path, fake):
 # --- the real one ----------------------------------------------------------------------------------------------------
 
 PREAMBLE = """
-    import json, os, sys, threading, time
+    import json, os, signal, sys, threading, time
     import psutil
     from launcher import recipe as recipes
     from launcher.engine.tracking import Tracker, log_exports
@@ -569,9 +569,43 @@ def test_a_service_that_dies_is_one_warning(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-HANGING = """
+@pytest.mark.slow
+def test_a_service_that_hangs_is_killed_with_all_it_started(tmp_path):
+    done = python(
+        """
+        tracker = start()
+        wait_for(lambda: len(services()) == 2)  # wandb-core and the system monitor it starts
+        before = [psutil.Process(pid) for pid in services()]
+        os.kill(before[0].pid, signal.SIGSTOP)
+        for step in range(100):
+            tracker.log(json.loads(sys.argv[2]))
+        tracker.finish(1.0)
+        alive = [p.name() for p in before if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        report(alive=alive, zombies=[p.name() for p in psutil.Process().children()])
+        for process in before:
+            if process.is_running():  # where Tracker did not do it; a stopped one would stay for ever
+                process.kill()
+        """,
+        make_run(tmp_path, "offline").path,
+        json.dumps(TRAIN),
+    )
+    found = last_line(done)
+    assert found["alive"] == []
+    assert found["zombies"] == []
+    assert len(found["said"]) == 1, found
+    assert "given up" in found["said"][0]
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+IN_INIT = """
     tracker = start()
-    wait_for(lambda: list(run.wandb.glob("run-*/run-*.wandb")) and services())  # in wandb.init, before the server
+    wait_for(lambda: list(run.wandb.glob("run-*/run-*.wandb")) and services())  # waits for the server's first answer
+    for step in range(100):
+        tracker.log(json.loads(sys.argv[2]))
+"""
+IN_TRAINING = """
+    tracker = start()
+    wait_for(lambda: len(services()) == 2)
     for step in range(100):
         tracker.log(json.loads(sys.argv[2]))
 """
@@ -580,7 +614,7 @@ HANGING = """
 @pytest.mark.slow
 def test_a_server_that_hangs_is_given_up_and_leaves_no_service(tmp_path, server):
     run = make_run(tmp_path, "online")
-    code = HANGING + "\n    before = services()\n    tracker.finish(1.0)\n    report(before=before)"
+    code = IN_INIT + "\n    before = services()\n    tracker.finish(1.0)\n    report(before=before)"
     done = python(code, run.path, json.dumps(TRAIN), WANDB_BASE_URL=server, WANDB_API_KEY=KEY)
     found = last_line(done)
     assert found["before"]
@@ -591,17 +625,17 @@ def test_a_server_that_hangs_is_given_up_and_leaves_no_service(tmp_path, server)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["online", "offline"])
-def test_a_process_that_fails_without_finish_ends_and_leaves_no_service(tmp_path, server, mode):
+@pytest.mark.parametrize(("mode", "code"), [("online", IN_INIT), ("offline", IN_TRAINING)])
+def test_a_process_that_fails_without_finish_ends_and_leaves_no_service(tmp_path, server, mode, code):
     run = make_run(tmp_path, mode)
-    code = HANGING.replace("run-*/", "*run-*/") + "\n    report()\n    raise ValueError('training failed')"
+    code += "\n    report()\n    raise ValueError('training failed')"
     done = python(code, run.path, json.dumps(TRAIN), WANDB_BASE_URL=server, WANDB_API_KEY=KEY)
     found = last_line(done)
     assert found["said"] == []
     assert found["left"]
     assert done.returncode == 1
     assert done.stderr.count("ValueError: training failed") == 1
-    wait_until(lambda: not any(psutil.pid_exists(pid) and is_wandb(pid) for pid in found["left"]))
+    wait_until(lambda: not any(is_wandb(pid) for pid in found["left"]))
 
 
 def is_wandb(pid: int) -> bool:

@@ -1,1 +1,1 @@
-"""A real SLURM cluster of pretended nodes on one Linux machine; ``../cluster`` is its command, ``../README.md`` its use."""
+"""A real SLURM cluster on one Linux machine: ``../cluster`` is its command, ``../README.md`` says how."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 NUM_GPUS = 8
 """Pretended GPUs of a node."""
 
-# Pretended too (SlurmdParameters=config_overrides), so that two CPUs of this machine do not keep a job of eight waiting.
+# Pretended too (SlurmdParameters=config_overrides), so that a machine of two CPUs runs a job of eight.
 _NODE = f"CPUs=16 RealMemory=64000 Gres=gpu:{NUM_GPUS} State=UNKNOWN"
 
 _SLURM = """\

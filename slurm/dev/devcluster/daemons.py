@@ -7,7 +7,7 @@ import subprocess
 import time
 from typing import TYPE_CHECKING
 
-from .layout import ClusterError, Layout
+from .layout import PATH, ClusterError, Layout
 from .network import DAEMON_MARK
 
 if TYPE_CHECKING:
@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 
 _DATABASE_PORT = 6819
 
-# A host of its own: network, name and hosts file. Not `ip netns exec`: it mounts /sys anew, and slurmd then finds no
-# cgroup file system and ends. Mounts of the machine that come later reach the host, its own do not reach the machine.
+PRIVATE = ("--uts", "--mount", "--propagation", "slave")
+"""What `unshare` gives a host: a name, and mounts that do not reach the machine (the machine's later ones reach it)."""
+
+# Not `ip netns exec`: it mounts /sys anew, and slurmd then finds no cgroup file system and ends.
 _ON_HOST = 'hostname "$0" && mount --bind "$1" /etc/hosts && shift && exec "$@"'
 
-# In memory, for the hundreds of fdatasync of a new database take seconds on a busy disk; the mount ends with the daemon.
+# In memory: the hundreds of fdatasync of a new database take seconds on a busy disk. The mount ends with the daemon.
 _DATABASE = """set -e
 mount -t tmpfs -o mode=700 tmpfs "$0"
 set -- --user=root --datadir="$0/data" --innodb-log-file-size=8M --innodb-buffer-pool-size=32M "$@"
@@ -78,10 +80,9 @@ class Daemons:
         """Start a daemon in the foreground of its host, so that its messages go to its output as well as to its log."""
         layout = self._layout
         namespace = ("nsenter", f"--net=/run/netns/{layout.namespace(host)}")
-        private = ("unshare", "--uts", "--mount", "--propagation", "slave")
         with layout.output(name).open("ab") as log:
             self._running[name] = subprocess.Popen(
-                [*namespace, *private, "sh", "-c", _ON_HOST, host, str(layout.hosts), *command],
+                [*namespace, "unshare", *PRIVATE, "sh", "-c", _ON_HOST, host, str(layout.hosts), *command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -94,10 +95,10 @@ class Daemons:
         """Wait for ``ready``; whatever was started must be alive meanwhile."""
         give_up = time.monotonic() + timeout_s
         while not ready():
-            dead = [daemon for daemon, process in self._running.items() if process.poll()]
+            dead = [daemon for daemon, process in self._running.items() if process.poll() is not None]
             if dead or time.monotonic() > give_up:
                 culprit = dead[0] if dead else name
-                problem = "ended at once" if dead else f"is not ready after {timeout_s:.0f} s"
+                problem = "has ended" if dead else f"is not ready after {timeout_s:.0f} s"
                 lines = self._layout.output(culprit).read_text(errors="replace").splitlines()[-15:]
                 raise ClusterError("\n  ".join([f"{culprit} {problem}; the end of what it said:", *lines]))
             time.sleep(0.05)
@@ -125,7 +126,7 @@ def ask(layout: Layout, *command: str) -> str | None:
 def _environment(layout: Layout) -> dict[str, str]:
     """The whole environment of a daemon: nothing of the user's shell, whose SLURM_* could speak of another cluster."""
     return {
-        "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "PATH": PATH,
         "HOME": "/root",
         "LANG": "C.UTF-8",
         "SLURM_CONF": str(layout.slurm_conf),

@@ -12,6 +12,9 @@ from pathlib import Path
 
 DEFAULT_DIR = "/tmp/finetune-launcher-cluster"  # noqa: S108 - not /run: that is often noexec, and spool holds scripts
 MAX_NODES = 32
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+"""Where programs are looked for: the user's own PATH may lack the sbin folders, or have another SLURM in it."""
+
 _MAX_SOCKET_PATH = 107  # sun_path of unix(7), less its final NUL
 
 
@@ -38,37 +41,47 @@ class Layout:
     """Compute nodes, named n1 and up."""
     accounting: bool = True
     """Whether slurmdbd and a database run."""
+    made_namespaces: bool = False
+    """Whether the machine had no folder of network namespaces before."""
     network: str = ""
     """First three parts of the addresses, as in ``198.18.7``; empty until the network is there."""
 
     @classmethod
     def from_environment(cls) -> Layout:
-        """Return the layout at FTL_CLUSTER_DIR, as ``up`` saved it where it did.
+        """Return the layout of a new cluster at FTL_CLUSTER_DIR.
 
         Raises:
-            ClusterError: The folder is somebody else's, or its path too long for a socket.
+            ClusterError: The path is too long for that of a socket.
         """
         root = Path(os.path.abspath(os.environ.get("FTL_CLUSTER_DIR") or DEFAULT_DIR))  # noqa: PTH100 - keeps links
         layout = cls(root=root)
         if len(str(layout.munge_socket)) > _MAX_SOCKET_PATH:
             raise ClusterError(f"FTL_CLUSTER_DIR={root} is too long for the path of a socket; choose a shorter one")
-        layout.check_folder()
-        if layout.saved.exists():
-            return cls(root=root, **json.loads(layout.saved.read_text()))
         return layout
 
-    def check_folder(self) -> None:
-        """Raise ClusterError where the folder holds anything but a cluster of ours: ``down`` removes it whole."""
+    def as_saved(self) -> Layout:
+        """Return the layout of the cluster that is in the folder; this one where there is none.
+
+        Raises:
+            ClusterError: The folder holds anything but a cluster of ours; ``down`` would remove it.
+        """
         root = self.root
+        if not root.parent.is_dir():
+            raise ClusterError(f"FTL_CLUSTER_DIR={root}: {root.parent} is not there; make it first")
         if root.is_symlink() or (root.exists() and (not root.is_dir() or root.stat().st_uid != 0)):
-            raise ClusterError(f"{root} is not a folder of root's own; remove it or set FTL_CLUSTER_DIR to another place")
+            raise ClusterError(
+                f"{root} is not a folder of root's own; remove it or set FTL_CLUSTER_DIR to another place"
+            )
         if root.exists() and any(root.iterdir()) and not any(root.glob(f"{self.saved.name}*")):
-            raise ClusterError(f"{root} holds other files; set FTL_CLUSTER_DIR to a folder that is empty or not there yet")
+            raise ClusterError(
+                f"{root} holds other files; set FTL_CLUSTER_DIR to a folder that is empty or not there yet"
+            )
+        return dataclasses.replace(self, **json.loads(self.saved.read_text())) if self.saved.exists() else self
 
     def save(self) -> None:
         """Mark the folder as a cluster's, and write down what the folder alone does not say."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "root"}
-        beside = self.saved.with_suffix(".part")
+        beside = self.saved.with_name(f"{self.saved.name}.part")
         beside.write_text(json.dumps(fields))
         beside.replace(self.saved)
 

@@ -16,7 +16,7 @@ import time
 from typing import TYPE_CHECKING
 
 from . import config, daemons, network, packages
-from .layout import MAX_NODES, CannotError, ClusterError, Layout, say
+from .layout import MAX_NODES, PATH, CannotError, ClusterError, Layout, say
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,19 +24,25 @@ if TYPE_CHECKING:
 EXIT_OK, EXIT_FAILED, EXIT_CANNOT = 0, 1, 3
 _LOCK_PATIENCE_S = 120
 
+_TRIAL = "ip link add br0 type bridge; ip link add one type veth peer name two; mount --bind /etc/hosts /etc/hosts"
+"""All that a cluster asks of the kernel, tried in namespaces that end with the trial."""
+
 
 def main() -> int:
     """Run the command line; return 0, 1 where something failed (or nothing is up), 3 where it cannot be had here."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `up` cleans up behind itself
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # an `up` cleans up behind itself
+    os.environ["PATH"] = PATH
+    os.umask(0o022)  # munged serves no socket in a folder that others cannot reach
     arguments = _parser().parse_args()
     try:
         if arguments.command == "install":
             packages.install(accounting=not arguments.no_accounting)
             return EXIT_OK
-        if os.geteuid() != 0:
-            raise CannotError(f"cluster {arguments.command} needs root: it makes network namespaces")
-        with _one_at_a_time(Layout.from_environment()):
-            return _run(arguments, Layout.from_environment())
+        _check_root(arguments.command)
+        layout = Layout.from_environment()
+        with _one_at_a_time(layout):
+            return _run(arguments, layout.as_saved())
     except CannotError as error:
         say(f"cannot: {error}")
         return EXIT_CANNOT
@@ -74,6 +80,8 @@ def _run(arguments: argparse.Namespace, layout: Layout) -> int:
         if arguments.node not in layout.nodes:
             raise ClusterError(f"no node {arguments.node}: there are {' '.join(layout.nodes)}")
         network.set_link(layout, arguments.node, "down" if arguments.command == "cut" else "up")
+        if arguments.command == "heal":
+            _report(layout, arguments.node)
     return EXIT_OK
 
 
@@ -91,8 +99,10 @@ def _up(layout: Layout, *, num_nodes: int, accounting: bool) -> None:
 def _start(layout: Layout) -> None:
     begin = time.monotonic()
     _take_down(layout)  # what a crash left
-    layout.root.mkdir(mode=0o755, parents=True)
-    layout = dataclasses.replace(layout, network=network.free_network(layout))
+    layout = dataclasses.replace(
+        layout, network=network.free_network(layout), made_namespaces=not network.NAMESPACES.exists()
+    )
+    layout.root.mkdir()
     layout.save()
     try:
         network.create(layout)
@@ -115,10 +125,17 @@ def _take_down(layout: Layout) -> None:
         shutil.rmtree(layout.root)
 
 
+def _report(layout: Layout, node: str) -> None:
+    """Have a node report to the controller, which asks a node that is down only about once a minute."""
+    for pid, found in network.processes(layout).items():
+        if found == (node, "slurmd"):
+            os.kill(pid, signal.SIGHUP)
+
+
 def _status(layout: Layout) -> int:
     if not _is_up(layout):
-        left = network.processes(layout)
-        say(f"not up, but {len(left)} processes are left: `cluster down`" if left else "not up")
+        left = layout.root.exists() or network.processes(layout)
+        say("not up, but something is left of it: `cluster down`" if left else "not up")
         return EXIT_FAILED
     states = daemons.node_states(layout)
     print(f"up, {_kind(layout)}, in {layout.root}")
@@ -138,16 +155,28 @@ def _kind(layout: Layout) -> str:
     return f"{layout.num_nodes} nodes, {'with' if layout.accounting else 'without'} accounting"
 
 
+def _check_root(command: str) -> None:
+    if os.geteuid() != 0:
+        raise CannotError(f"`cluster {command}` needs root, to make network namespaces")
+
+
 def _check_machine(layout: Layout) -> None:
     """Raise CannotError where this machine cannot have a cluster, before anything is made."""
     if absent := packages.missing(accounting=layout.accounting):
         raise CannotError(f"{' '.join(absent)} not installed; `cluster install` does it on Debian and Ubuntu")
-    unshare = subprocess.run(["unshare", "--net", "--uts", "--mount", "true"], check=False, capture_output=True)
-    if unshare.returncode != 0:
-        raise CannotError("root may not make namespaces here (in a container: start it with --privileged)")
-    parent = next(path for path in layout.root.parents if path.exists())
-    if os.statvfs(parent).f_flag & os.ST_NOEXEC:
-        raise CannotError(f"{parent} is mounted noexec, and scripts run from there; set FTL_CLUSTER_DIR to another place")
+    trial = subprocess.run(
+        ["unshare", *daemons.PRIVATE, "--net", "sh", "-ec", _TRIAL], check=False, capture_output=True
+    )
+    if trial.returncode != 0:
+        raise CannotError(
+            "root may not make namespaces, links and mounts here (in a container: start it with --privileged); "
+            f"trying it said: {trial.stderr.decode().strip()}"
+        )
+    if os.statvfs(layout.root.parent).f_flag & os.ST_NOEXEC:
+        raise CannotError(
+            f"{layout.root.parent} is mounted noexec, and SLURM runs scripts from there; "
+            "set FTL_CLUSTER_DIR to a folder elsewhere"
+        )
 
 
 @contextlib.contextmanager

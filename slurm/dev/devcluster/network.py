@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 DAEMON_MARK = "FTL_CLUSTER_DAEMON"
 """Environment variable of every daemon, with the cluster's folder: finds one whose namespace was taken away."""
 
-_NAMESPACES = Path("/run/netns")
+NAMESPACES = Path("/run/netns")
+"""Where `ip netns` keeps the names; it makes this folder and a mount on it at its first use."""
+
 # RFC 2544 sets these aside for the testing of network devices: no cluster and no home network has them.
-_ADDRESSES = ipaddress.ip_network("198.18.0.0/16")
+_ADDRESSES = ipaddress.IPv4Network("198.18.0.0/16")
 
 
 def free_network(layout: Layout) -> str:
@@ -36,7 +38,7 @@ def free_network(layout: Layout) -> str:
     Raises:
         ClusterError: All are taken.
     """
-    taken = [ipaddress.ip_network(route["dst"]) for route in _ip_json("-4", "route") if route["dst"] != "default"]
+    taken = [ipaddress.IPv4Network(route["dst"]) for route in _ip_json("-4", "route") if route["dst"] != "default"]
     candidates = list(_ADDRESSES.subnets(new_prefix=24))
     start = int(layout.tag, 16) % len(candidates)  # two clusters that come up at once do not try the same one first
     for candidate in candidates[start:] + candidates[:start]:
@@ -74,6 +76,9 @@ def remove(layout: Layout) -> None:
         _ip("link", "delete", layout.login_link)
     for name in _namespaces(layout):
         _ip("netns", "delete", name)
+    if layout.made_namespaces and NAMESPACES.exists() and not any(NAMESPACES.iterdir()):
+        subprocess.run(["umount", NAMESPACES], check=False, capture_output=True)
+        NAMESPACES.rmdir()
 
 
 def set_link(layout: Layout, node: str, state: str) -> None:
@@ -89,16 +94,13 @@ def is_cut(layout: Layout, node: str) -> bool:
 
 def processes(layout: Layout) -> dict[int, tuple[str, str]]:
     """All living processes of the cluster, daemons and jobs: pid to (``head`` or node, name of the program)."""
-    host_by_inode = {}
-    for name in _namespaces(layout):
-        with contextlib.suppress(OSError):
-            host_by_inode[(_NAMESPACES / name).stat().st_ino] = name.rpartition("-")[2]
+    host_by_namespace = {_identity(NAMESPACES / name): name.rpartition("-")[2] for name in _namespaces(layout)}
     mark = f"{DAEMON_MARK}={layout.root}".encode()
     found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):  # it has ended, or is a zombie, which is no process to us
-                host = host_by_inode.get((entry / "ns/net").stat().st_ino)
+                host = host_by_namespace.get(_identity(entry / "ns/net"))
                 if host is None and mark in (entry / "environ").read_bytes().split(b"\0"):
                     host = "nowhere"
                 if host is not None:
@@ -124,7 +126,12 @@ def kill_processes(layout: Layout, *, timeout_s: float = 20) -> None:
 
 
 def _namespaces(layout: Layout) -> list[str]:
-    return sorted(path.name for path in _NAMESPACES.glob(layout.namespace("*")))
+    return sorted(path.name for path in NAMESPACES.glob(layout.namespace("*")))
+
+
+def _identity(namespace: Path) -> tuple[int, int]:
+    status = namespace.stat()
+    return status.st_dev, status.st_ino
 
 
 def _ip(*arguments: str) -> str:

@@ -31,8 +31,8 @@ ACCOUNTING_PROGRAMS = {
     "my_print_defaults": "mariadb-client-core",  # mariadb-install-db calls it
 }
 
-_UNITS = {"munge": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd", "slurmdbd": "slurmdbd"}
-"""Package to the service its installation would start now and at every boot."""
+_SERVICES = ("munge", "slurmctld", "slurmd", "slurmdbd")
+"""Packages with a service of the same name, which their installation would start now and at every boot."""
 
 _POLICY = Path("/usr/sbin/policy-rc.d")
 _POLICY_SAVED = Path("/usr/sbin/policy-rc.d.before-finetune-launcher")
@@ -55,6 +55,8 @@ def install(*, accounting: bool) -> None:
         CannotError: Not root, or not a Debian or Ubuntu.
         ClusterError: apt-get failed; it has said why.
     """
+    if os.geteuid() == 0:
+        _restore_policy()
     wanted = missing(accounting=accounting)
     if not wanted:
         say("all packages are there")
@@ -64,15 +66,15 @@ def install(*, accounting: bool) -> None:
     if shutil.which("apt-get") is None:
         raise CannotError(f"{' '.join(wanted)} missing, and there is no apt-get: only Debian and Ubuntu are supported")
     say(f"installing {' '.join(wanted)}")
-    fresh = [unit for package, unit in _UNITS.items() if not _is_installed(package)]
+    absent = [service for service in _SERVICES if not _is_installed(service)]
     with _no_service_starts():
         if not _apt_get("update", "-q"):
             say("apt-get update failed; trying with the lists that are here")
         if not _apt_get("install", "-q", "-y", "--no-install-recommends", "--no-upgrade", "--no-remove", *wanted):
             raise ClusterError(f"apt-get could not install {' '.join(wanted)}; its own words are above")
-    for unit in fresh:
-        if _is_installed(unit) and shutil.which("systemctl"):
-            subprocess.run(["systemctl", "--quiet", "disable", unit], check=False, stdout=2)
+    for service in absent:
+        if _is_installed(service) and shutil.which("systemctl"):
+            subprocess.run(["systemctl", "--quiet", "disable", service], check=False, stdout=2)
     if still := missing(accounting=accounting):
         raise ClusterError(f"installed, but the programs of {' '.join(still)} are not on PATH")
 
@@ -87,13 +89,15 @@ def _is_installed(package: str) -> bool:
 def _apt_get(*arguments: str) -> bool:
     """Run apt-get without a question, its output on stderr (stdout is what the user evaluates)."""
     env = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "NEEDRESTART_SUSPEND": "1"}
-    return subprocess.run(["apt-get", *arguments], check=False, stdout=2, stdin=subprocess.DEVNULL, env=env).returncode == 0
+    return (
+        subprocess.run(["apt-get", *arguments], check=False, stdout=2, stdin=subprocess.DEVNULL, env=env).returncode
+        == 0
+    )
 
 
 @contextlib.contextmanager
 def _no_service_starts() -> Iterator[None]:
-    """Deny every start of a service by Debian's own means, and put back what was there, also after a crash of ours."""
-    _restore_policy()
+    """Deny every start of a service by Debian's own means, and put back what was there."""
     if _POLICY.exists():
         _POLICY.rename(_POLICY_SAVED)
     try:
@@ -105,6 +109,7 @@ def _no_service_starts() -> Iterator[None]:
 
 
 def _restore_policy() -> None:
+    """Undo :func:`_no_service_starts`, this one's or that of an installation that was killed."""
     if _POLICY.exists() and _POLICY.read_text() == _POLICY_TEXT:
         _POLICY.unlink()
     if _POLICY_SAVED.exists():

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from launcher.engine import distributed
+from launcher.engine.distributed import Agreement, Ranks
+from launcher.processes import die_with_parent
+
+VARIABLES = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def without_an_agent(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_ranks_are_those_of_the_agents_environment(monkeypatch):
+    for name, value in zip(VARIABLES, ("5", "1", "2", "6", "2"), strict=False):
+        monkeypatch.setenv(name, value)
+    found = Ranks.from_environment()
+    assert found == Ranks(rank=5, local_rank=1, local_world_size=2, world_size=6, node_rank=2)
+
+
+def test_without_an_agent_there_is_one_rank(engine):
+    assert Ranks.from_environment() == Ranks()
+    distributed.init_process_group(engine.cpu, Ranks())
+    try:
+        assert (dist.get_rank(), dist.get_world_size(), dist.get_backend()) == (0, 1, "gloo")
+        assert distributed.sum_over_ranks(torch.tensor([2, 3])).tolist() == [2, 3]
+    finally:
+        dist.destroy_process_group()
+
+
+def _join(engine, environment, queue):
+    die_with_parent()
+    os.environ.update(environment)
+    ranks = Ranks.from_environment()
+    distributed.init_process_group(engine.cpu, ranks)
+    queue.put((ranks.rank, distributed.sum_over_ranks(torch.tensor(10 + ranks.rank)).item()))
+    dist.destroy_process_group()
+
+
+def test_ranks_join_the_group_that_the_agents_environment_names(engine):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    fork = multiprocessing.get_context("fork")
+    queue = fork.SimpleQueue()
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    processes = [
+        fork.Process(target=_join, args=(engine, {**address, "RANK": str(r), "LOCAL_RANK": str(r)}, queue))
+        for r in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert sorted(queue.get() for _ in processes) == [(0, 21), (1, 21)]
+
+
+def test_sums_are_over_all_ranks_and_in_place(in_ranks):
+    def work(ranks):
+        own = torch.tensor([ranks.rank, 10**12 + ranks.rank], dtype=torch.float64)
+        assert distributed.sum_over_ranks(own) is own
+        return own
+
+    for found in in_ranks(3, work):
+        assert found.tolist() == [3, 3 * 10**12 + 3]
+
+
+def test_every_rank_gets_rank_0s_buffers_and_keeps_its_parameters(in_ranks):
+    def work(ranks):
+        module = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1), torch.nn.BatchNorm2d(2))
+        for tensor in module.state_dict().values():
+            tensor.fill_(ranks.rank + 1)
+        distributed.broadcast_buffers(module)
+        return {name: tensor.flatten()[0].item() for name, tensor in module.state_dict().items()}
+
+    for rank, found in enumerate(in_ranks(3, work)):
+        for name, value in found.items():
+            assert value == (1 if "running" in name or "num_batches" in name else rank + 1)
+
+
+def test_what_one_rank_wishes_all_ranks_learn_at_the_same_step(in_ranks):
+    wishes = {(1, 3): (True, False), (2, 5): (False, True), (0, 7): (True, False), (2, 7): (False, True)}
+
+    def work(ranks):
+        agreement = Agreement(num_wishes=2)
+        learned = []
+        for step in range(10):
+            learned.append(agreement.collect())
+            agreement.propose(*wishes.get((ranks.rank, step), (False, False)))
+        return [*learned, agreement.collect(), agreement.collect()]
+
+    expected = [(False, False)] * 12
+    expected[4], expected[6], expected[8] = (True, False), (False, True), (True, True)
+    assert in_ranks(3, work) == [expected] * 3
+
+
+def test_nothing_is_agreed_before_anything_was_proposed(one_rank):
+    assert Agreement(num_wishes=3).collect() == (False, False, False)
+
+
+def test_a_proposal_does_not_wait_for_a_rank_that_is_late(in_ranks):
+    def work(ranks):
+        agreement = Agreement(num_wishes=1)
+        if ranks.rank == 0:
+            agreement.propose(True)
+            dist.barrier()  # rank 1 proposes only after it: had we waited, neither would get here
+        else:
+            dist.barrier()
+            agreement.propose(False)
+        return agreement.collect()
+
+    assert in_ranks(2, work) == [(True,)] * 2

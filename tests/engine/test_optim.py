@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from launcher.engine.layers import build_meta
+from launcher.engine.model import FineTunedModel
+from launcher.engine.optim import build_optimizer, group_parameters, set_lr
+from launcher.errors import UsageError
+from launcher.recipe import ModelConfig, OptimConfig, Recipe, TrainConfig
+
+
+def model_of(arch="resnet18", **config):
+    return FineTunedModel(build_meta(arch, 7), ModelConfig(arch=arch, weights=None, **config))
+
+
+def names_of(model, groups):
+    """Group names to the names of their parameters."""
+    names = {parameter: name for name, parameter in model.module.named_parameters()}
+    return {group["name"]: {names[parameter] for parameter in group["params"]} for group in groups}
+
+
+def beneath(model, *tops):
+    return {name for name, _ in model.module.named_parameters() if any(name.startswith(f"{top}.") for top in tops)}
+
+
+def test_each_parameter_is_in_the_first_group_that_matches_and_the_rest_in_the_last():
+    model = model_of()
+    config = OptimConfig(lr=0.01, groups={"head": 1.0, "layer4.1": 0.5, "layer[34]": 0.1})
+    groups = group_parameters(model, config)
+    assert {group["name"]: group["peak_lr"] for group in groups} == {
+        "head": 1.0,
+        "layer4.1": 0.5,
+        "layer[34]": 0.1,
+        "rest": 0.01,
+    }
+    assert names_of(model, groups) == {
+        "head": beneath(model, "fc"),
+        "layer4.1": beneath(model, "layer4.1"),
+        "layer[34]": beneath(model, "layer3", "layer4.0"),
+        "rest": beneath(model, "conv1", "bn1", "layer1", "layer2"),
+    }
+
+
+@pytest.mark.parametrize(
+    "groups", [{}, {"*": 0.5}, {"head": 0.1, "*": 0.2}, {"*": 0.2, "head": 0.1}, {"backbone": 0.3}]
+)
+def test_every_parameter_is_in_exactly_one_group_and_no_group_is_empty(groups):
+    model = model_of()
+    found = group_parameters(model, OptimConfig(groups=groups))
+    members = [parameter for group in found for parameter in group["params"]]
+    assert len(members) == len(set(members)) == len(list(model.module.parameters()))
+    assert all(group["params"] for group in found)
+    if list(groups)[:1] == ["*"]:
+        assert [group["name"] for group in found] == ["*"]
+
+
+def test_a_group_that_matches_nothing_is_an_error():
+    with pytest.raises(UsageError, match="layr4"):
+        group_parameters(model_of(), OptimConfig(groups={"layr4": 0.1}))
+
+
+def test_frozen_parameters_are_in_their_groups_too():
+    model = model_of(freeze=["backbone"])
+    model.freeze(0)
+    found = names_of(model, group_parameters(model, OptimConfig(groups={"layer1": 0.1})))
+    assert found["layer1"] == beneath(model, "layer1")
+    assert found["layer1"] | found["rest"] == {name for name, _ in model.module.named_parameters()}
+
+
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.9, True), (0.0, False)])
+def test_sgd_has_the_recipes_numbers(engine, momentum, nesterov):
+    config = OptimConfig(momentum=momentum, weight_decay=0.02, groups={"head": 0.5})
+    optimizer = build_optimizer(model_of(), config, engine.cpu)
+    assert type(optimizer) is torch.optim.SGD
+    for group in optimizer.param_groups:
+        assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (momentum, nesterov, 0.02)
+
+
+def test_adamw_has_the_recipes_numbers(engine):
+    optimizer = build_optimizer(model_of(), OptimConfig(name="adamw", weight_decay=0.02), engine.cpu)
+    assert type(optimizer) is torch.optim.AdamW
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.02]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "progress", "factor"),
+    [
+        ("cosine", 0.5, 0.25),
+        ("cosine", 2.0, 1.0),
+        ("cosine", 6.0, 0.5),
+        ("cosine", 10.0, 0.0),
+        ("constant", 1.0, 0.5),
+        ("constant", 9.0, 1.0),
+    ],
+)
+def test_every_group_keeps_its_share_of_the_rate_through_training(engine, schedule, progress, factor):
+    config = OptimConfig(lr=0.01, schedule=schedule, warmup_epochs=2, groups={"head": 0.4, "layer4": 0.0})
+    recipe = Recipe(optim=config, train=TrainConfig(epochs=10))
+    optimizer = build_optimizer(model_of(), config, engine.cpu)
+    for _ in range(2):  # the rate is set, and not multiplied further
+        assert set_lr(optimizer, recipe, progress) == pytest.approx(0.4 * factor, abs=1e-12)
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert rates == pytest.approx({"head": 0.4 * factor, "layer4": 0.0, "rest": 0.01 * factor}, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_weight_decay_does_not_touch_what_is_frozen(engine, name):
+    model = FineTunedModel(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)), ModelConfig(freeze=["0"]))
+    before = [p.clone() for p in model.module.parameters()]
+    optimizer = build_optimizer(model, OptimConfig(name=name, weight_decay=0.5), engine.cpu)
+    model.freeze(0)
+    model.module(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    moved = [not torch.equal(a, b) for a, b in zip(before, model.module.parameters(), strict=True)]
+    assert moved == [False, False, True, True]

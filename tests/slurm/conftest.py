@@ -1,0 +1,100 @@
+"""One SLURM cluster for all tests that ask for it: started once a session, on this machine, by slurm/dev/cluster."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CLUSTER = Path(__file__).parents[2] / "slurm" / "dev" / "cluster"
+FOLDERS = Path("/tmp")  # noqa: S108 - a socket's path is short, pytest's own folders are not
+CANNOT = 3
+
+
+def _environment(folder):
+    """The user's environment, less what speaks of another cluster."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "SQUEUE_", "SINFO_"))}
+    return inherited | {"FTL_CLUSTER_DIR": str(folder)}
+
+
+class ClusterCommand:
+    """``slurm/dev/cluster`` on a folder of its own."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.environment = _environment(folder)
+
+    def run(self, *arguments):
+        """Run it to its end, whatever that is."""
+        return subprocess.run(
+            [CLUSTER, *arguments], check=False, capture_output=True, text=True, env=self.environment, timeout=250
+        )
+
+    def start(self, *arguments):
+        """Start it, and return while it runs."""
+        return subprocess.Popen(
+            [CLUSTER, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=self.environment
+        )
+
+    def up(self, *arguments):
+        """Bring it up, and return the environment of its users."""
+        done = self.run("up", *arguments)
+        assert done.returncode == 0, done.stderr
+        (line,) = done.stdout.splitlines()
+        name, value = line.removeprefix("export ").split("=", 1)
+        return self.environment | {name: shlex.split(value)[0]}
+
+    def down(self):
+        """Take it down, however much of it there is."""
+        done = self.run("down")
+        assert done.returncode == 0, done.stderr
+
+
+def _cannot(reason):
+    """Skip; or fail, where somebody relies on these tests."""
+    if os.environ.get("FTL_REQUIRE_SLURM") == "1":
+        pytest.fail(f"FTL_REQUIRE_SLURM=1, and there is no SLURM cluster: {reason}", pytrace=False)
+    pytest.skip(f"no SLURM cluster: {reason}")
+
+
+@pytest.fixture(scope="session")
+def slurm_machine():
+    """A command for clusters on a machine that can have them; else skip with the reason."""
+    _remove_clusters_of_dead_sessions()
+    command = ClusterCommand(FOLDERS / f"finetune-launcher-tests-{os.getpid()}")
+    for attempt in (("install",), ("up", "--no-accounting", "--nodes", "1")):
+        tried = command.run(*attempt)
+        if tried.returncode == CANNOT or (tried.returncode != 0 and attempt == ("install",)):
+            _cannot(tried.stderr.strip().rpartition("\n")[2].removeprefix("cluster: "))
+    command.down()
+    assert tried.returncode == 0, tried.stderr
+    return command
+
+
+def _remove_clusters_of_dead_sessions():
+    if os.geteuid() == 0:
+        for folder in FOLDERS.glob("finetune-launcher-tests-*"):
+            if not Path("/proc", folder.name.split("-")[3]).exists():
+                ClusterCommand(folder).down()
+
+
+@pytest.fixture(scope="session")
+def slurm_cluster(slurm_machine):
+    """The environment in which sbatch, srun and the like speak to a cluster of four nodes with accounting."""
+    try:
+        yield slurm_machine.up()
+    finally:
+        slurm_machine.down()
+
+
+@pytest.fixture
+def own_cluster(slurm_machine):
+    """A cluster command for a test that starts and breaks a cluster of its own; down when the test ends."""
+    command = ClusterCommand(slurm_machine.folder.with_name(f"{slurm_machine.folder.name}-own"))
+    try:
+        yield command
+    finally:
+        command.down()

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import pytest
+
+from launcher import diagnose
+from launcher.run_dir import RunDir, write_json_atomic
+
+TRACEBACK = "Traceback (most recent call last):\n" + "".join(f'  File "m.py", line {n}\n' for n in range(30))
+
+
+@pytest.fixture
+def run(tmp_path):
+    found = RunDir(tmp_path / "run")
+    found.create()
+    return found
+
+
+def fail(run, *, rank, time, kind="bug", attempt=1, **changes):
+    """Leave an error file as a worker does."""
+    file = run.rank_error(attempt, rank)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    error = {
+        "time": time,
+        "attempt": attempt,
+        "rank": rank,
+        "node": rank // 2,
+        "host": f"node{rank // 2}",
+        "kind": kind,
+        "type": "ValueError",
+        "message": f"boom {rank}",
+        "traceback": f"{TRACEBACK}ValueError: {rank}\n",
+    }
+    write_json_atomic(file, error | changes)
+
+
+def test_nothing_failed(run):
+    assert diagnose.errors(run, 1) == []
+    assert diagnose.first_failure(run, 1) is None
+
+
+def test_the_earliest_in_time_is_the_first_whatever_its_rank(run):
+    for rank, time in ((0, 12.0), (1, 11.0), (10, 10.5), (2, 10.0)):
+        fail(run, rank=rank, time=time)
+    assert [error["rank"] for error in diagnose.errors(run, 1)] == [2, 10, 1, 0]
+    assert diagnose.first_failure(run, 1)["rank"] == 2
+
+
+@pytest.mark.parametrize("kind", ["bug", "usage", "out_of_memory"])
+def test_a_ranks_own_failure_beats_echoes_that_were_written_before_it(run, kind):
+    fail(run, rank=0, time=10.0, kind="peer_lost")
+    fail(run, rank=1, time=10.1, kind="peer_lost")
+    fail(run, rank=2, time=10.2, kind=kind)
+    fail(run, rank=3, time=10.3, kind=kind)
+    found = diagnose.first_failure(run, 1)
+    assert (found["rank"], found["kind"], found["message"]) == (2, kind, "boom 2")
+
+
+def test_only_echoes_mean_a_worker_that_vanished(run):
+    fail(run, rank=1, time=10.1, kind="peer_lost")
+    fail(run, rank=0, time=10.0, kind="peer_lost")
+    found = diagnose.first_failure(run, 1)
+    assert (found["kind"], found["rank"], found["host"]) == ("lost_worker", None, "node0")
+    assert "vanished" in found["message"]
+    assert "boom" not in found["message"]  # the echo is not the cause
+
+
+@pytest.mark.parametrize("content", ["", '{"time": 9.0, "rank": 0, "kin', "\0\0\0"])
+def test_an_error_file_that_is_cut_off_is_passed_over(run, content):
+    fail(run, rank=1, time=10.0)
+    run.rank_error(1, 0).write_text(content)
+    assert diagnose.first_failure(run, 1)["rank"] == 1
+
+
+def test_files_that_are_being_written_and_other_attempts_do_not_count(run):
+    fail(run, rank=0, time=1.0, attempt=1)
+    fail(run, rank=1, time=2.0, attempt=2)
+    (run.attempt_errors(2) / ".rank-0.json.123.tmp").write_text('{"time": 0.0}')
+    assert diagnose.first_failure(run, 2)["rank"] == 1
+
+
+def test_why_names_rank_host_message_traceback_log_and_cure_of_the_last_attempt(run):
+    fail(run, rank=0, time=1.0, attempt=1, message="an older story")
+    fail(run, rank=3, time=5.0, attempt=2, message="shapes do not fit", type="RuntimeError")
+    run.update_status(state="failed", attempt=2, epoch=4, step=123)
+    text = diagnose.explain(run)
+    for part in (
+        "failed, attempt 2, epoch 4, step 123",
+        "first failure: rank 3 on node1: RuntimeError: shapes do not fit",
+        "\n  ValueError: 3\n",  # the traceback's end
+        f"log: {run.rank_log(2, 3)}",
+        diagnose.CURES["bug"],
+    ):
+        assert part in text
+    assert "an older story" not in text
+    shown = [line for line in text.splitlines() if line.startswith("  ")]
+    assert len(shown) == diagnose.TRACEBACK_LINES
+    assert shown[0] == '    File "m.py", line 19'
+
+
+@pytest.mark.parametrize(
+    ("kind", "cure"),
+    [
+        ("bug", "--debug"),
+        ("usage", "correct what the message names"),
+        ("out_of_memory", "lower batch.size"),
+        ("peer_lost", "launch resume RUN"),
+    ],
+)
+def test_each_cause_has_a_cure(run, kind, cure):
+    fail(run, rank=0, time=1.0, kind=kind)
+    run.update_status(state="failed", attempt=1)
+    assert cure in diagnose.explain(run).splitlines()[-1]
+
+
+def test_causes_that_would_only_come_again_are_not_tried_again():
+    assert set(diagnose.NOT_RETRYABLE) == set(diagnose.CURES) - {"lost_worker"}
+
+
+def test_why_of_a_lost_worker_says_who_saw_it_and_no_rank(run):
+    fail(run, rank=2, time=1.0, kind="peer_lost")
+    run.update_status(state="failed", attempt=1)
+    text = diagnose.explain(run)
+    assert "seen from node1: lost worker: a worker vanished" in text
+    assert "rank None" not in text
+    assert "dmesg" in text
+    assert "log:" not in text
+
+
+def test_why_of_a_run_without_a_failure_says_where_the_logs_are(run):
+    run.update_status(state="completed", attempt=1, epoch=2, step=9)
+    text = diagnose.explain(run)
+    assert "completed, attempt 1, epoch 2, step 9" in text
+    assert f"no failure is recorded for this attempt; the logs are in {run.attempt_logs(1)}" in text
+
+
+def test_why_of_a_run_that_never_began(run):
+    assert "pending" in diagnose.explain(run)
+
+
+def test_why_of_a_worker_killed_without_a_word_tells_what_the_supervisor_recorded(run):
+    """The out-of-memory killer on a run of one worker: no error file at all, only the supervisor's event."""
+    run.append_event("attempt_started", attempt=1, node=0, workers=1)
+    run.append_event("attempt_ended", attempt=1, node=0, cause="lost_worker", message="rank 0 died of SIGKILL")
+    run.update_status(state="failed", attempt=1, epoch=0, step=3)
+    text = diagnose.explain(run)
+    assert "no failure is recorded" not in text
+    assert "rank 0 died of SIGKILL" in text
+    assert diagnose.CURES["lost_worker"] in text

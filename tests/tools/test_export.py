@@ -1,0 +1,251 @@
+"""Exports of a real run: what they say, and that they are refused where they should be."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from launcher import recipe as recipes
+from launcher.engine import checkpoint
+from launcher.errors import UsageError
+from launcher.history import events
+from launcher.recipe import DataConfig, LaunchConfig, ModelConfig, PostConfig, Recipe
+from launcher.run_dir import RunDir, write_json_atomic
+from launcher.tools import evaluate, export, quantize
+
+pytestmark = pytest.mark.slow
+CLASSES = ["ant", "bee", "cat", "dog"]
+SIZE = 32
+
+
+def write_photos(folder: Path) -> Path:
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for split, num in (("train", 24), ("val", 10)):
+        for label, name in enumerate(CLASSES):
+            (folder / split / name).mkdir(parents=True)
+            for index in range(num):
+                pixels = np.clip(rng.normal(60 * label + 30, 40, (SIZE, SIZE, 3)), 0, 255).astype("uint8")
+                Image.fromarray(pixels).save(folder / split / name / f"{index}.png")
+    return folder
+
+
+def make_run(folder: Path, photos: Path, *, arch: str, post: PostConfig, image_size: int = SIZE) -> RunDir:
+    """A run directory with a best checkpoint of new weights whose BatchNorm has seen images of its size."""
+    recipe = Recipe(
+        name="made",
+        model=ModelConfig(arch=arch, weights=None),
+        data=DataConfig(path=str(photos), image_size=image_size, crop_pct=1.0, augment="none"),
+        launch=LaunchConfig(device="cpu"),
+        post=post,
+    )
+    run = RunDir(folder)
+    run.create()
+    write_json_atomic(run.plan, {"run_id": "made-1", "device": "cpu"})
+    run.recipe.write_text(recipes.to_yaml(recipe))
+    from launcher.engine.model import build_model, build_preprocessing
+
+    model = build_model(recipe, num_classes=len(CLASSES), image_size=image_size, with_weights=False).module
+    preprocessing = build_preprocessing(recipe.model, recipe.data)
+    assert preprocessing.image_size == image_size
+    with torch.no_grad():
+        model.train()
+        model(torch.randn(8, 3, image_size, image_size))
+    best = {"metric": "val/top1", "value": 0.5, "epoch": 0, "step": 3}
+    state = {"step": 3, "classes": CLASSES, "early_stopping": {"best": best, "waited": 0}}
+    written = checkpoint.write(run, checkpoint.Checkpoint(step=3, model=model.state_dict(), optimizer={}, state=state))
+    run.best_checkpoint.symlink_to(written.name)
+    return run
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return write_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, photos) -> RunDir:
+    post = PostConfig(export=["onnx", "torchscript"], quantize=["onnx_int8"], max_top1_drop=100.0)
+    run = make_run(tmp_path_factory.mktemp("run"), photos, arch="resnet18", post=post)
+    export.export_run(run)
+    return run
+
+
+def manifest(run: RunDir) -> dict:
+    return json.loads(run.export_manifest.read_text())
+
+
+def test_the_manifest_has_what_the_contract_names(exported):
+    found = manifest(exported)
+    assert found["run_id"] == "made-1"
+    assert found["checkpoint"] == {"epoch": 0, "step": 3, "metric": "val/top1", "value": 0.5}
+    assert found["classes"] == CLASSES
+    assert found["val_samples"] == 40
+    assert found["preprocessing"]["image_size"] == SIZE
+    assert set(found["reference"]) == {"format", "top1", "size_mb", "latency_p50_ms", "latency_p95_ms"}
+    rows = {row["format"]: row for row in found["exports"]}
+    assert {name: row["file"] for name, row in rows.items()} == export.FILES
+    for row in rows.values():
+        assert row["top1_drop"] == pytest.approx(100 * (found["reference"]["top1"] - row["top1"]))
+        assert 0 < row["latency_p50_ms"] <= row["latency_p95_ms"]
+    assert rows["onnx"]["agreement"] == rows["torchscript"]["agreement"] == 1.0
+    assert rows["onnx_int8"]["size_mb"] < 0.3 * rows["onnx"]["size_mb"]
+    assert len(events(exported, "export")) == 3
+
+
+def test_the_onnx_file_takes_any_batch_and_computes_what_the_checkpoint_does(exported):
+    session = onnxruntime.InferenceSession(exported.exports / "model.onnx")
+    assert [i.name for i in session.get_inputs()] == ["images"]
+    assert [o.name for o in session.get_outputs()] == ["logits"]
+    module = evaluate.load_best(exported).module
+    for batch in (1, 7):
+        images = torch.randn(batch, 3, SIZE, SIZE)
+        (logits,) = session.run(["logits"], {"images": images.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(logits), module(images), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("file", ["model.onnx", "model.int8.onnx"])
+def test_the_file_alone_says_its_classes_and_preprocessing(exported, file):
+    found = {
+        p.key: json.loads(p.value)
+        for p in onnx.load(exported.exports / file).metadata_props
+        if p.key in "classes preprocessing"
+    }
+    assert found["classes"] == CLASSES
+    assert found["preprocessing"] == manifest(exported)["preprocessing"]
+
+
+def test_nothing_half_made_is_left(exported):
+    assert sorted(p.name for p in exported.exports.iterdir()) == ["manifest.json", *sorted(export.FILES.values())]
+
+
+def test_an_int8_model_that_loses_too_much_is_not_accepted_and_says_why():
+    row = {"format": "onnx_int8", "top1_drop": 1.2, "agreement": 0.9}
+    assert export._rejection(row, 1.0) == "loses 1.20 points of top-1; post.max_top1_drop allows 1"
+    assert export._rejection(row | {"top1_drop": 1.0}, 1.0) is None
+
+
+def test_a_float_export_that_sees_other_things_is_not_accepted():
+    row = {"format": "onnx", "top1_drop": 0.0, "agreement": 0.95}
+    assert "agrees with the checkpoint on 95.00%" in export._rejection(row, 1.0)
+
+
+def test_a_broken_quantization_is_measured_and_refused(tmp_path, photos, monkeypatch):
+    post = PostConfig(export=["onnx"], quantize=["onnx_int8"], max_top1_drop=0.0)
+    run = make_run(tmp_path / "run", photos, arch="resnet18", post=post)
+    monkeypatch.setattr(export, "quantize_onnx", lambda source, target, best: _zero_weights(source, target))
+    monkeypatch.setattr(evaluate, "predict", _with_true_labels_of_the_checkpoint(evaluate.predict))
+    export.export_run(run)
+    rows = {row["format"]: row for row in manifest(run)["exports"]}
+    assert rows["onnx"]["accepted"]
+    assert not rows["onnx_int8"]["accepted"]
+    assert "points of top-1" in rows["onnx_int8"]["reason"]
+
+
+def _zero_weights(source: Path, target: Path) -> None:
+    model = onnx.load(source)
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.zeros(tuple(tensor.dims), np.float32), tensor.name))
+    onnx.save(model, target)
+
+
+def _with_true_labels_of_the_checkpoint(predict):
+    """The checkpoint of new weights is right about everything, so that a loss can be seen."""
+
+    def _predict(predictors, best):
+        predicted, _ = predict(predictors, best)
+        return predicted, predicted["pytorch"]
+
+    return _predict
+
+
+def test_calibration_images_are_the_same_every_time(exported, monkeypatch):
+    seen = []
+    best = evaluate.load_best(exported)
+    original = evaluate.BestModel.batches
+
+    def spy(self, split, indices=None):
+        seen.append((split, tuple(indices)))
+        return original(self, split, indices)
+
+    monkeypatch.setattr(evaluate.BestModel, "batches", spy)
+    target = exported.path / "again.onnx"
+    for _ in range(2):
+        quantize.quantize_onnx(exported.exports / "model.onnx", target, best)
+    target.unlink()
+    assert seen[0] == seen[1]
+    assert seen[0][0] == "train"
+    assert sorted(seen[0][1]) == list(range(96))
+
+
+def test_reduced_range_is_for_x86_without_vnni(tmp_path, monkeypatch):
+    cpuinfo = tmp_path / "cpuinfo"
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    cpuinfo.write_text("flags\t\t: sse avx2\n")
+    assert quantize.saturates(cpuinfo)
+    cpuinfo.write_text("flags\t\t: sse avx2 avx512_vnni\n")
+    assert not quantize.saturates(cpuinfo)
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert not quantize.saturates(cpuinfo)
+
+
+def test_without_a_best_checkpoint_it_says_so(exported, tmp_path):
+    run = RunDir(tmp_path / "run")
+    run.create()
+    shutil.copy(exported.recipe, run.recipe)
+    with pytest.raises(UsageError, match="no best checkpoint yet"):
+        export.export_run(run)
+    assert not run.exports.exists()
+
+
+def test_a_damaged_checkpoint_is_refused(exported, tmp_path):
+    copied = RunDir(shutil.copytree(exported.path, tmp_path / "run", symlinks=True))
+    weights = copied.best_checkpoint / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    before = copied.export_manifest.stat().st_mtime_ns
+    with pytest.raises(checkpoint.CheckpointError, match=r"model\.safetensors: damaged"):
+        export.export_run(copied)
+    assert copied.export_manifest.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(("arch", "image_size"), [("googlenet", 64), ("inception_v3", 96)])
+def test_auxiliary_heads_do_not_reach_the_export(tmp_path, photos, arch, image_size):
+    post = PostConfig(export=["onnx"], quantize=[])
+    run = make_run(tmp_path / "run", photos, arch=arch, post=post, image_size=image_size)
+    export.export_run(run)
+    session = onnxruntime.InferenceSession(run.exports / "model.onnx")
+    assert [(o.name, o.shape[1]) for o in session.get_outputs()] == [("logits", len(CLASSES))]
+    assert manifest(run)["exports"][0]["agreement"] == 1.0
+
+
+def test_launch_export_makes_it_all_again(exported, tmp_path):
+    copied = RunDir(shutil.copytree(exported.path, tmp_path / "run", symlinks=True))
+    copied.export_manifest.unlink()
+    (copied.exports / "model.onnx").write_bytes(b"old")
+    time.sleep(0.01)
+    recipe = recipes.read_resolved(copied.recipe)
+    smaller = dataclasses.replace(recipe, post=dataclasses.replace(recipe.post, export=["onnx"], quantize=[]))
+    copied.recipe.write_text(recipes.to_yaml(smaller))
+    done = subprocess.run(
+        [sys.executable, "-m", "launcher", "export", str(copied.path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "model.onnx" in done.stdout
+    assert manifest(copied)["exports"][0]["agreement"] == 1.0
+    assert copied.report_json.is_file()
