@@ -84,7 +84,10 @@ def _model(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield "model.weights", str(error)
         else:
             if weights.top1 is None:
-                yield "model.weights", f"{model.weights} is no whole model (torchvision gives it no accuracy); use DEFAULT"
+                yield (
+                    "model.weights",
+                    f"{model.weights} is no whole model (torchvision gives it no accuracy); use DEFAULT",
+                )
 
 
 def _data(recipe: Recipe) -> Iterator[tuple[str, str]]:

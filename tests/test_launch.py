@@ -190,7 +190,7 @@ def test_a_killed_worker_is_started_again_and_the_weights_are_the_same(start, tm
 def test_a_broken_image_ends_the_run_once_and_why_names_it(start, tmp_path):
     data = tmp_path / "photos"
     subprocess.run(["cp", "-r", str(Path(os.environ["FINETUNE_LAUNCHER_CACHE"]) / "digits"), str(data)], check=True)
-    broken = sorted((data / "train/7").iterdir())[0]
+    broken = min((data / "train/7").iterdir())
     broken.write_bytes(b"not an image")
     process = start(
         RECIPE, "data.name=imagefolder", f"data.path={data}", NO_POST, "launch.max_restarts=3", "--run-dir", "run"

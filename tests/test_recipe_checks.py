@@ -37,7 +37,8 @@ def test_a_recipe_of_defaults_needs_data_and_nothing_else(problems):
 
 
 @pytest.mark.parametrize(
-    ("metric", "mode"), [("train/loss", "min"), ("val/loss", "min"), ("val/top1", "max"), ("val/top5", "max")]
+    ("metric", "mode"),
+    [("train/loss", "min"), ("val/loss", "min"), ("val/top1", "max"), ("val/top5", "max"), ("val/f1", "max")],
 )
 def test_each_metric_has_the_mode_that_means_better(metric, mode, problems):
     assert problems(train={"early_stopping": {"metric": metric, "mode": mode}}) == []

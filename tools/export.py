@@ -47,7 +47,7 @@ def export_run(run: RunDir) -> None:
     best = evaluate.load_best(run)
     run.exports.mkdir(exist_ok=True)
     formats = [*best.recipe.post.export, *best.recipe.post.quantize]
-    files = {name: run.exports / FILES[name] for name in formats}
+    files: dict[str, Path] = {name: run.exports / FILES[name] for name in formats}
     with tempfile.TemporaryDirectory(dir=run.exports, prefix=".export-") as folder:
         for name in formats:
             print(f"making {FILES[name]}", flush=True)
@@ -117,7 +117,7 @@ def _measure(run: RunDir, best: BestModel, files: dict[str, Path]) -> dict[str, 
     predicted, true = evaluate.predict({"pytorch": best.module, **predictors}, best)
     reference = predicted["pytorch"]
     top1 = {name: (found == true).double().mean().item() for name, found in predicted.items()}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "file": path.name,
             "format": name,

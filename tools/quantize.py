@@ -40,13 +40,13 @@ def quantize_onnx(source: Path, target: Path, best: BestModel) -> None:
 
     indices = epoch_order(best.recipe.seed, 0, len(best.dataset("train")))[:NUM_CALIBRATION_IMAGES].tolist()
 
-    class TrainingImages(CalibrationDataReader):  # type: ignore[misc]  # untyped upstream
+    class TrainingImages(CalibrationDataReader):
         """Feeds the chosen images batch by batch."""
 
         def __init__(self) -> None:
             self._batches = best.batches("train", indices)
 
-        def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+        def get_next(self) -> dict[str, NDArray[np.float32]] | None:  # type: ignore[override]  # None ends it
             found = next(self._batches, None)
             return None if found is None else {"images": found[0].numpy()}
 

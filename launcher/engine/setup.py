@@ -88,7 +88,7 @@ class Parts:
             self.model.module,
             device_ids=[self.device.index] if self.device.is_cuda else None,
             gradient_as_bucket_view=True,
-            **{per_step: False},
+            **{per_step: False},  # type: ignore[arg-type]  # one of two names, both boolean
         )
 
     def train_loader(self, epoch: int, offset: int) -> DataLoader[Batch]:

@@ -33,8 +33,10 @@ def launch_first_step(workers: int) -> float:
         arguments = ["train.epochs=2", "post.enabled=false", "data.workers=0", "tracking.wandb.mode=disabled"]
         start = time.time()
         subprocess.run(
-            [sys.executable, "-m", "launcher", str(ROOT / "recipes/quickstart.yaml"), *arguments]
-            + ["--procs", str(workers), "--run-dir", str(run)],
+            [
+                *(sys.executable, "-m", "launcher", str(ROOT / "recipes/quickstart.yaml"), *arguments),
+                *("--procs", str(workers), "--run-dir", str(run)),
+            ],
             check=False,
             cwd=ROOT,
             stdout=subprocess.DEVNULL,
@@ -48,8 +50,10 @@ def torchrun_first_step(workers: int) -> float:
     threads = max(1, len(os.sched_getaffinity(0)) // workers)
     start = time.time()
     found = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
-        + [str(HERE / "torchrun_ddp.py")],
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"),
+            str(HERE / "torchrun_ddp.py"),
+        ],
         check=True,
         text=True,
         stdout=subprocess.PIPE,

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -24,7 +24,22 @@ from launcher.recipe import DataConfig, LaunchConfig, ModelConfig, PostConfig, R
 from launcher.run_dir import RunDir, write_json_atomic
 from launcher.tools import evaluate, export, quantize
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 pytestmark = pytest.mark.slow
+PLAN = {
+    "run_id": "made-1",
+    "name": "made",
+    "command": [],
+    "created": 0.0,
+    "backend": "local",
+    "device": "cpu",
+    "nodes": 1,
+    "procs_per_node": 1,
+    "world_size": 1,
+    "host": "here",
+}
 CLASSES = ["ant", "bee", "cat", "dog"]
 SIZE = 32
 
@@ -53,7 +68,7 @@ def make_run(folder: Path, photos: Path, *, arch: str, post: PostConfig, image_s
     )
     run = RunDir(folder)
     run.create()
-    write_json_atomic(run.plan, {"run_id": "made-1", "device": "cpu"})
+    write_json_atomic(run.plan, PLAN)
     run.recipe.write_text(recipes.to_yaml(recipe))
     from launcher.engine.model import build_model, build_preprocessing
 
