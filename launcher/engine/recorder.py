@@ -91,12 +91,12 @@ class Recorder:
             )
             self._tracker.log_checkpoint(checkpoint, ["best"])
 
-    def close(self) -> None:
-        """Leave the terminal as it was, and end wandb."""
+    def close(self, *, finished: bool) -> None:
+        """Leave the terminal as it was, and end wandb; after a stop or a failure there is no time to wait for it."""
         if self._progress is not None:
             self._progress.stop()
         if self._tracker is not None:
-            self._tracker.finish(timeout_s=30.0)
+            self._tracker.finish(timeout_s=30.0 if finished else 5.0, exit_code=0 if finished else 1)
 
     def _write(self, split: str, epoch: int, step: int, values: dict[str, Any]) -> None:
         record = {"split": split, "attempt": self._attempt, "epoch": epoch, "step": step, **values}

@@ -68,6 +68,7 @@ def train(spec: WorkerSpec, ranks: Ranks, stop: StopFlag, console: IO[str]) -> O
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     init_process_group(device, ranks)
     recorder = None
+    finished = False
     try:
         parts = build_parts(run, ranks, device, debug=spec.debug)
         if ranks.rank == 0:
@@ -84,10 +85,11 @@ def train(spec: WorkerSpec, ranks: Ranks, stop: StopFlag, console: IO[str]) -> O
         outcome = trainer.run()
         if recorder:
             recorder.end(outcome, trainer.best, run.best_checkpoint)
+        finished = outcome != "preempted"
         return outcome
     finally:
         if recorder:
-            recorder.close()
+            recorder.close(finished=finished)
         with contextlib.suppress(Exception):  # a peer that died already has closed its end
             dist.destroy_process_group()
 
