@@ -324,4 +324,5 @@ def to_yaml(recipe: Recipe) -> str:
 def json_schema() -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of a recipe file, for editors."""
     schema = TypeAdapter(Recipe).json_schema()
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "finetune-launcher recipe", **schema}
+    draft = "https://json-schema.org/draft/2020-12/schema"
+    return {"$schema": draft, **schema, "title": "finetune-launcher recipe"}

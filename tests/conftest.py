@@ -7,21 +7,56 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).parents[1]
+CLASSES = ("cat", "dog", "fox")
+
+
+# A test's own time on a busy machine says nothing about the code.
+hypothesis.settings.register_profile("launcher", deadline=None)
+hypothesis.settings.load_profile("launcher")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """Keep the digits out of the home folder; subprocesses inherit the variable."""
-    before = os.environ.get("FINETUNE_LAUNCHER_CACHE")
-    os.environ["FINETUNE_LAUNCHER_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    yield
-    if before is None:
-        del os.environ["FINETUNE_LAUNCHER_CACHE"]
-    else:
-        os.environ["FINETUNE_LAUNCHER_CACHE"] = before
+    """Keep digits and weights out of the home folder; subprocesses inherit the variables."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FINETUNE_LAUNCHER_CACHE", str(folder))
+        patch.setenv("TORCH_HOME", str(folder / "torch"))
+        yield
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """An image folder: three classes, each with 6 training and 2 validation PNGs of noise, 40 x 36 px. Only to read."""
+    import numpy as np
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, num in (("train", 6), ("val", 2)):
+        for name in CLASSES:
+            (folder / split / name).mkdir(parents=True)
+            for index in range(num):
+                pixels = rng.integers(0, 256, (36, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{index}.png")
+    return folder
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    """Write a recipe file, outside the folder that `launch` is run in; return its path."""
+
+    def write(text, name="recipe.yaml"):
+        path = tmp_path / "recipes" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
 
 
 @pytest.fixture

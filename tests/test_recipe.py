@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import ast
 import copy
 import dataclasses
+import functools
+import inspect
+import itertools
 import json
-import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import jsonschema
 import pytest
@@ -22,11 +24,11 @@ FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
 SCHEMA = recipes.json_schema()
 FIRST_LINE = "# yaml-language-server: $schema="
 
-# Text as it may stand in a recipe: "${" and "???" mean something of their own there. Some of it looks like a number.
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8).filter(lambda t: "${" not in t and t != "???")
-TEXT |= st.from_regex(
-    r"-?[0-9]{1,3}(\.[0-9]?)?([eE][+-]?[0-9]{1,2})?|0x[0-9a-f]|[0-9]_0|1:30|on|no|null|~", fullmatch=True
-)
+# Text as it may stand in a recipe: "${" and "???" mean something of their own there, and of line breaks within text
+# PyYAML's writer and reader think differently. Some of it looks like a number.
+TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), max_size=8)
+TEXT = TEXT.filter(lambda text: "${" not in text and text != "???")
+TEXT |= st.from_regex(r"-?[0-9]{1,3}(\.[0-9]?)?([eE][+-]?[0-9]{1,2})?|0x[0-9a-f]|[0-9]_0|1:30|on|no|~", fullmatch=True)
 
 
 def as_json(values):
@@ -50,42 +52,43 @@ def values_of(schema, key, own):
     """Values that fit a part of the JSON Schema; ``own`` has other strategies for some dotted keys."""
     if key in own:
         return own[key]
-    match schema:
-        case {"$ref": ref}:
-            return values_of(SCHEMA["$defs"][ref.rpartition("/")[2]], key, own)
+    match SCHEMA["$defs"][schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema:
         case {"anyOf": parts}:
             return st.one_of(*(values_of(part, key, own) for part in parts))
-        case {"const": value}:
-            return st.just(value)
-        case {"enum": values}:
-            return st.sampled_from(values)
         case {"properties": parts}:
-            # Seldom absent: a default proves little.
-            return st.fixed_dictionaries(
-                {}, optional={name: values_of(part, f"{key}.{name}".lstrip("."), own) for name, part in parts.items()}
-            )
+            fields = {name: values_of(part, f"{key}.{name}".lstrip("."), own) for name, part in parts.items()}
+            return st.fixed_dictionaries({}, optional=fields)
         case {"type": "object", "additionalProperties": part}:
             return st.dictionaries(TEXT, values_of(part, key, own), max_size=3)
         case {"type": "array", "items": part}:
             return st.lists(values_of(part, key, own), max_size=3)
-        case {"type": "integer", "minimum": low}:
-            return st.integers(low, low + 10**6)
-        case {"type": "number"}:
-            low = schema.get("minimum", schema.get("exclusiveMinimum"))
-            high = schema.get("maximum", schema.get("exclusiveMaximum", 1e300))
-            open_ends = {"exclude_min": "exclusiveMinimum" in schema, "exclude_max": "exclusiveMaximum" in schema}
-            return st.floats(low, high, **open_ends) | st.integers(math.ceil(low + 0.5), 1000).filter(
-                lambda n: n < high
-            )
-        case {"type": "string", "pattern": pattern, "maxLength": longest}:
-            return st.from_regex(pattern, fullmatch=True).map(lambda text: text[:longest])
-        case {"type": "string"}:
-            return TEXT
-        case {"type": "boolean"}:
-            return st.booleans()
-        case {"type": "null"}:
-            return st.none()
-    raise AssertionError(schema)  # a new kind of field: teach it to this function
+    return single_values_of(schema)
+
+
+def single_values_of(schema):
+    """The same for what is neither a mapping nor a list; a new kind of field has to be taught to this function."""
+    if "const" in schema or "enum" in schema:
+        return st.sampled_from(schema.get("enum") or [schema["const"]])
+    kinds = {
+        "integer": lambda: st.integers(schema["minimum"], schema["minimum"] + 10**6),
+        "number": lambda: numbers_of(schema),
+        "string": lambda: names_of(schema) if "pattern" in schema else TEXT,
+        "boolean": st.booleans,
+        "null": st.none,
+    }
+    return kinds[schema["type"]]()
+
+
+def numbers_of(schema):
+    low = schema.get("minimum", schema.get("exclusiveMinimum"))
+    high = schema.get("maximum", schema.get("exclusiveMaximum", 1e300))
+    open_ends = {"exclude_min": "exclusiveMinimum" in schema, "exclude_max": "exclusiveMaximum" in schema}
+    whole = st.integers(1, 1000) if high > 1000 else st.nothing()  # YAML's 1 is a number too
+    return st.floats(low, high, **open_ends) | whole
+
+
+def names_of(schema):
+    return st.from_regex(schema["pattern"], fullmatch=True).map(lambda text: text[: schema["maxLength"]])
 
 
 OWN = {
@@ -114,10 +117,19 @@ def consistent(recipe):
         launch = change(launch, nodes=1, procs=1, gpus="auto")
     unfreeze = {epoch % train.epochs: names for epoch, names in model.unfreeze.items()} if model.freeze else {}
     model = change(model, unfreeze=unfreeze)
-    return change(recipe, train=train, optim=optim, batch=batch, launch=launch, model=model)
+    data = change(recipe.data, name="digits")
+    return change(recipe, train=train, optim=optim, batch=batch, launch=launch, model=model, data=data)
 
 
 RECIPES = values_of(SCHEMA, "", OWN).map(recipes.from_dict).map(consistent)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_adapter():
+    """pydantic takes 70 ms to read the dataclasses, each time; here thousands of recipes are made."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipes, "TypeAdapter", functools.cache(recipes.TypeAdapter))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -134,23 +146,38 @@ def parts_of_the_schema():
     while queue:
         key, kind = queue.pop()
         found[key] = kind
-        for field in dataclasses.fields(kind):
-            if dataclasses.is_dataclass(default := getattr(kind(), field.name)):
-                queue.append((f"{key}.{field.name}".lstrip("."), type(default)))
+        parts = {field.name: getattr(kind(), field.name) for field in dataclasses.fields(kind)}
+        queue += [
+            (f"{key}.{name}".lstrip("."), type(part)) for name, part in parts.items() if dataclasses.is_dataclass(part)
+        ]
     return found
+
+
+def test_every_part_and_every_field_is_described_in_the_source():
+    parts = {kind.__name__: kind for kind in parts_of_the_schema().values()}
+    assert len(parts) > 10
+    source = ast.parse(Path(recipes.__file__).read_text())
+    classes = {node.name: node for node in source.body if isinstance(node, ast.ClassDef)}
+    assert set(parts) == set(classes)
+    for name, node in classes.items():
+        assert len(ast.get_docstring(node)) > 5, name
+        for field, after in itertools.pairwise([*node.body, None]):
+            match field, after:
+                case ast.AnnAssign(), ast.Expr(value=ast.Constant(value=str() as text)):
+                    assert len(text) > 5, f"{name}.{field.target.id}"
+                case ast.AnnAssign(), _:
+                    pytest.fail(f"{name}.{field.target.id} has no line of doc beneath it")
 
 
 def test_every_part_and_every_field_is_described_for_the_editor():
     schemas = {"Recipe": SCHEMA, **SCHEMA["$defs"]}
-    parts = parts_of_the_schema()
-    assert {kind.__name__ for kind in parts.values()} == set(schemas)
-    assert len(parts) > 10
-    for kind in parts.values():
+    for kind in parts_of_the_schema().values():
         schema = schemas[kind.__name__]
-        assert len(schema["description"]) > 10, kind
+        assert schema["description"] == inspect.getdoc(kind)
         assert set(schema["properties"]) == {field.name for field in dataclasses.fields(kind)}
         for name, field in schema["properties"].items():
-            assert len(field.get("description", "")) > 10, f"{kind.__name__}.{name} has no line of doc beneath it"
+            # What is a mapping of its own is described where it is defined.
+            assert field.get("description") or field["$ref"], f"{kind.__name__}.{name}"
 
 
 def test_every_part_is_frozen_keyword_only_and_refuses_what_it_does_not_know():
@@ -241,7 +268,7 @@ def leaves(values, path=()):
             yield from leaves(value, (*path, key))
 
 
-@settings(max_examples=200)
+@settings(max_examples=150)
 @given(data=st.data(), junk=st.sampled_from([None, True, -1, 0, 1.5, "", "auto", "DEFAULT", [], [1], {}, {"a": 1}]))
 def test_the_schema_and_the_recipe_agree_on_what_fits(data, junk):
     values = copy.deepcopy(data.draw(values_of(SCHEMA, "", OWN)))
@@ -267,7 +294,7 @@ def look_up(recipe, key):
     return recipe
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     given_at=st.fixed_dictionaries({key: st.dictionaries(st.sampled_from(LEVELS), st.integers(1, 999)) for key in KEYS})
 )
@@ -308,7 +335,7 @@ def test_a_recipe_of_the_package_is_the_same_after_it_was_written_out(file, imag
     assert there_and_back(recipe, tmp_path / "other-name.yaml") == recipe
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(recipe=RECIPES)
 def test_any_recipe_is_the_same_after_it_was_written_out(recipe, folder):
     assert there_and_back(recipe, folder / "back.yaml") == recipe

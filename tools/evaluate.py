@@ -18,7 +18,7 @@ from launcher import recipe as recipes
 from launcher.engine import checkpoint, data
 from launcher.engine.data import ImageDataset, Preprocessing, build_loader
 from launcher.engine.device import Device, num_cores
-from launcher.engine.model import build_module, build_preprocessing
+from launcher.engine.model import build_module, build_preprocessing, load_state
 from launcher.errors import EXIT_OK, UsageError, exit_code_of
 from launcher.run_dir import RunDir
 
@@ -85,7 +85,7 @@ def load_best(run: RunDir) -> BestModel:
     preprocessing = build_preprocessing(recipe.model, recipe.data)
     classes = loaded.state["classes"]
     module = build_module(recipe.model, num_classes=len(classes), image_size=preprocessing.image_size)
-    module.load_state_dict(loaded.model)
+    load_state(module, loaded.model)
     return BestModel(
         module=module.eval(),
         recipe=recipe,

@@ -10,7 +10,7 @@ import torch
 
 from launcher import image_folder
 from launcher.engine import data
-from launcher.engine.layers import build_meta
+from launcher.engine.layers import build_meta, on_meta
 from launcher.engine.model import (
     FineTunedModel,
     build_module,
@@ -81,9 +81,9 @@ def _patterns(recipe: Recipe, classes: int) -> Iterator[tuple[str, str]]:
 def _image_size(recipe: Recipe, classes: int, size: int) -> Iterator[tuple[str, str]]:
     """A forward pass on the meta device costs nothing and meets every complaint about shapes."""
     try:
-        with torch.device("meta"):
-            module = build_module(recipe.model, num_classes=classes, image_size=size).train()
-            module(torch.empty(2, 3, size, size))
+        with torch.random.fork_rng(devices=[]), on_meta():
+            module = build_module(recipe.model, num_classes=classes, image_size=size)
+        module.to("meta").train()(torch.empty(2, 3, size, size, device="meta"))
     except (RuntimeError, ValueError, AssertionError) as error:
         yield "data.image_size", f"{recipe.model.arch} does not take images of {size} px: {str(error).splitlines()[0]}"
 

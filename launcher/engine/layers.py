@@ -67,6 +67,11 @@ class _EmptyOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def on_meta() -> TorchFunctionMode:
+    """Where models are built without memory for their parameters, as :func:`build_meta` does."""
+    return _EmptyOnMeta()
+
+
 def build_meta(arch: str, num_classes: int) -> nn.Module:
     """A torchvision model with shapes and no values: all parameters and buffers are on the meta device.
 

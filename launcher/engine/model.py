@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import zipfile
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +79,14 @@ def load_weights(module: nn.Module, config: ModelConfig, *, image_size: int) -> 
             source = models.get_model(config.arch, weights=torchvision_weights(config), progress=False, **options)
         state = source.state_dict()
     state = fit_weights(state, module, config, image_size=image_size)
-    module.load_state_dict(state, strict=False)
+    load_state(module, state, strict=False)
+
+
+def load_state(module: nn.Module, state: dict[str, torch.Tensor], *, strict: bool = True) -> None:
+    """Load a state dict that has lost its version numbers in a file; MNASNet refuses one without."""
+    versioned = OrderedDict(state)
+    versioned._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]  # noqa: SLF001  torch's own place
+    module.load_state_dict(versioned, strict=strict)
 
 
 def fit_weights(
@@ -128,7 +136,7 @@ def read_weights_file(path: Path, *, device: str = "cpu") -> dict[str, torch.Ten
     try:
         if path.suffix == ".safetensors":
             return _read_safetensors(path, device)
-        found = torch.load(path, map_location=device, weights_only=True, mmap=True)
+        found = torch.load(path, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # whatever a foreign file's bytes make the readers raise
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(f"{path}: cannot be read as weights: {first}") from error

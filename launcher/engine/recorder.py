@@ -91,7 +91,7 @@ class Recorder:
             )
             self._tracker.log_checkpoint(checkpoint, ["best"])
 
-    def close(self, *, finished: bool) -> None:
+    def close(self, *, finished: bool = True) -> None:
         """Leave the terminal as it was, and end wandb; after a stop or a failure there is no time to wait for it."""
         if self._progress is not None:
             self._progress.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,8 +14,9 @@ from torch import nn
 from launcher.engine import checkpoint as checkpoints
 from launcher.engine import distributed, optim
 from launcher.engine.metrics import BestMetric, TrainTotals, ValidationTotals, means
-from launcher.engine.model import split_outputs
+from launcher.engine.model import load_state, split_outputs
 from launcher.engine.schedule import derive_seed
+from launcher.errors import TrainingError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -128,10 +130,11 @@ class Trainer:
 
     def _train_step(self, step: Step, batches: Any) -> None:
         """One optimizer step over this rank's micro-batches; only the last exchanges gradients."""
-        torch.manual_seed(derive_seed(self.recipe.seed, self.step, self.parts.ranks.rank))
         last = len(step.micro_batches) - 1
         for number in range(last + 1):
             batch: Batch = next(batches)
+            # After the batch: without loader processes its transforms use this same generator.
+            torch.manual_seed(derive_seed(self.recipe.seed, self.step, self.parts.ranks.rank, number))
             with contextlib.nullcontext() if number == last else self.parts.ddp.no_sync():
                 self._backward(batch, num_samples=step.num_samples)
         optimizer, limit = self.parts.optimizer, self.recipe.train.clip_grad_norm
@@ -240,6 +243,11 @@ class Trainer:
 
     def _log_window(self, lr: float) -> None:
         sums = means(self._window.reduce())
+        if not math.isfinite(sums["loss"]):
+            raise TrainingError(
+                f"training diverged: the loss is {sums['loss']} at step {self.step} (epoch {self.epoch + 1}); lower "
+                "optim.lr or its groups, or lengthen optim.warmup_epochs, and start again"
+            )
         self._window.reset()
         now = time.monotonic()
         values = {**sums, "lr": lr, "images_per_s": self._timed_samples / (now - self._timed_since)}
@@ -290,7 +298,7 @@ class Trainer:
             return
         checkpoint = found[0] or checkpoints.load(self.parts.run.checkpoint(chosen[0]))
         state = checkpoint.state
-        self.parts.model.module.load_state_dict(checkpoint.model)
+        load_state(self.parts.model.module, checkpoint.model)
         self.parts.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
         self._scaler.load_state_dict(checkpoint.optimizer["scaler"])
         self._best.restore(state["early_stopping"])
