@@ -1,0 +1,64 @@
+"""Every recipe of the package: it loads, plans, says how it is run, and takes a few steps (house rule 12)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launcher import recipe as recipes
+from launcher.errors import RecipeError
+from launcher.history import events
+from launcher.plan import Request, make_plan
+from launcher.run_dir import RunDir, read_jsonl
+from launcher.topology import Topology
+
+FOLDER = Path(__file__).parents[1] / "recipes"
+FILES = sorted(FOLDER.rglob("*.yaml"))
+
+pytestmark = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+
+
+def test_it_loads_and_plans_on_a_laptop_and_on_a_server(file, images):
+    recipe, _ = recipes.load(str(file), [f"data.path={images}"])
+    assert recipe.name == file.stem
+    for machine in (
+        Topology(num_cores=2, num_gpus=0, host="laptop"),
+        Topology(num_cores=64, num_gpus=8, host="server"),
+    ):
+        plan = make_plan(recipe, machine, Request(run_id="r-1"))
+        assert plan.world_size >= 1
+        assert plan.recipe == recipes.to_dict(recipe)
+
+
+def test_its_data_are_the_only_thing_it_leaves_to_its_user(file):
+    if "???" in file.read_text():
+        with pytest.raises(RecipeError) as caught:
+            recipes.load(str(file))
+        assert [problem.key for problem in caught.value.problems] == ["data.path"]
+    else:
+        recipes.load(str(file))
+
+
+def test_its_header_says_what_it_is_the_command_and_the_hardware(file):
+    lines = file.read_text().splitlines()
+    header = lines[: next(n for n, line in enumerate(lines) if not line.startswith("#"))]
+    assert header[0] == "# yaml-language-server: $schema=../recipe.schema.json"
+    assert len(header[1]) > 30
+    for word in (f"command:  launch recipes/{file.name}", "hardware: "):
+        assert any(line.strip("# ").startswith(word) for line in header), word
+
+
+@pytest.mark.slow
+def test_it_runs_a_few_steps_in_this_process(file, images, launch):
+    # What cannot be had here (a download) or would take long (ImageNet's size) is put aside; all else is the recipe's.
+    small = ("model.weights=null", "data.image_size=64", "batch.size=4", f"data.path={images}")
+    done = launch(str(file), "--debug", *small, "--run-dir", "run", env={"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = RunDir(launch.cwd / "run")
+    metrics = list(read_jsonl(run.metrics))
+    assert any(line["split"] == "val" and line["samples"] > 0 for line in metrics)
+    assert len(events(run, "attempt_started")) == 1
+    assert run.read_status()["state"] in ("completed", "early_stopped")
+    assert recipes.read_resolved(run.recipe).model.arch == recipes.load(str(file), [*small])[0].model.arch
+    assert not run.exports.exists()  # debugging ends with training
