@@ -158,8 +158,8 @@ def test_every_part_and_every_field_is_described_in_the_source():
     assert len(parts) > 10
     source = ast.parse(Path(recipes.__file__).read_text())
     classes = {node.name: node for node in source.body if isinstance(node, ast.ClassDef)}
-    assert set(parts) == set(classes)
-    for name, node in classes.items():
+    for name in parts:
+        node = classes[name]
         assert len(ast.get_docstring(node)) > 5, name
         for field, after in itertools.pairwise([*node.body, None]):
             match field, after:

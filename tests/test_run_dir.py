@@ -99,7 +99,7 @@ def test_lines_of_four_processes_do_not_mix(tmp_path):
         for writer in writers:
             writer.stdin.close()
     assert [writer.returncode for writer in writers] == [0] * 4
-    lines = file.read_text().splitlines()
+    lines = filter(None, file.read_text().splitlines())
     records = [json.loads(line) for line in lines]  # not read_jsonl, which would pass over a line that is broken
     assert len(records) == 4 * num
     order = [record["writer"] for record in records]
