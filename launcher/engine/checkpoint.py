@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from launcher.run_dir import RunDir
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.pt", "state.json", "manifest.json"
+FILES = (MODEL, OPTIMIZER, STATE)
+REPLACED = ".old"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +62,7 @@ class CheckpointWriter:
         self._on_written = on_written
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        for left in run.checkpoints.glob(".step-*"):
-            shutil.rmtree(left, ignore_errors=True)  # half of one, from an attempt that died
+        _clean_up(run)
 
     def save(self, checkpoint: Checkpoint, *, best: bool) -> None:
         """Begin to write; waits for the one before, and raises here what went wrong with that."""
@@ -112,13 +113,11 @@ def write(run: RunDir, checkpoint: Checkpoint) -> Path:
     save_file({name: tensor.contiguous().clone() for name, tensor in checkpoint.model.items()}, beside / MODEL)
     torch.save(checkpoint.optimizer, beside / OPTIMIZER)
     write_json_atomic(beside / STATE, checkpoint.state)
-    write_json_atomic(
-        beside / MANIFEST, {"version": 1, "files": {f: _describe(beside / f) for f in (MODEL, OPTIMIZER, STATE)}}
-    )
+    write_json_atomic(beside / MANIFEST, {"version": 1, "files": {f: _describe(beside / f) for f in FILES}})
     for file in (*beside.iterdir(), beside):
         _fsync(file)
-    old = target.with_name(f".{target.name}.old")
-    if target.exists():  # the same step once more, after a resume from the one before it
+    old = target.with_name(f".{target.name}{REPLACED}")
+    if target.exists():  # the same step once more: at the end of an epoch, or after a resume from the one before it
         target.rename(old)
     beside.rename(target)
     _fsync(target.parent)
@@ -133,8 +132,9 @@ def verify(folder: Path) -> None:
         CheckpointError: says which file is missing or damaged.
     """
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError) as error:
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = {name: {"bytes": found[name]["bytes"], "sha256": str(found[name]["sha256"])} for name in FILES}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: no readable {MANIFEST}: {error}") from None
     for name, expected in files.items():
         try:
@@ -181,6 +181,16 @@ def to_host(value: Any) -> Any:
     if isinstance(value, list):
         return [to_host(item) for item in value]
     return value
+
+
+def _clean_up(run: RunDir) -> None:
+    """Take away what an attempt that died in :func:`write` left beside, and put back what it had just set aside."""
+    for left in run.checkpoints.glob(".step-*"):
+        target = left.with_name(left.name.removeprefix(".").removesuffix(REPLACED))
+        if left.suffix == REPLACED and not target.exists():
+            left.rename(target)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _newest_first(run: RunDir) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,7 +85,8 @@ class ValidationTotals:
             },
             compute_groups=False,
         ).to(device)
-        self._loss = SumMetric().to(device).set_dtype(torch.float64)
+        # "disable" lets a loss that is no number be seen; by default torchmetrics leaves it out of the sum.
+        self._loss = SumMetric(nan_strategy="disable").to(device).set_dtype(torch.float64)
 
     def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Count a batch of logits (N x C) and labels (int64 N)."""
@@ -144,8 +146,10 @@ class BestMetric:
         return self._patience is not None and self.waited >= self._patience
 
     def update(self, value: float, *, epoch: int, step: int) -> bool:
-        """Take an epoch's value; return whether it is the best so far."""
-        if self.best is None or self._sign * (value - self.best["value"]) > self._min_delta:
+        """Take an epoch's value; return whether it is the best so far. NaN never is."""
+        if (self.best is None and not math.isnan(value)) or (
+            self.best is not None and self._sign * (value - self.best["value"]) > self._min_delta
+        ):
             self.best = {"metric": self.metric, "value": value, "epoch": epoch, "step": step}
             self.waited = 0
             return True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -17,7 +19,7 @@ from launcher.engine.layers import head_modules, match_parameters
 from launcher.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from launcher.recipe import DataConfig, ModelConfig, Recipe
@@ -25,6 +27,11 @@ if TYPE_CHECKING:
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AUXILIARY = ("googlenet", "inception_v3")
 AUXILIARY_WEIGHT = {"googlenet": 0.3, "inception_v3": 0.4}  # of each auxiliary loss, as their papers have it
+OLD_NAMES = (  # in the files that torchvision itself offers, which its builders rename while they load
+    (re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)"), r"\1\2"),
+    (re.compile(r"\.mlp\.linear_1\."), ".mlp.0."),
+    (re.compile(r"\.mlp\.linear_2\."), ".mlp.3."),
+)
 
 
 def torchvision_weights(config: ModelConfig) -> Any:
@@ -98,6 +105,7 @@ def fit_weights(
         UsageError: anything but the head is missing, left over or of another shape.
     """
     expected = module.state_dict()
+    state = {_present_name(k): v for k, v in state.items()}
     head = tuple(f"{name}." for name in head_modules(config.arch))
     if config.arch.startswith("vit_") and "encoder.pos_embedding" in state:
         state = _resize_positions(state, expected, image_size)
@@ -146,6 +154,12 @@ def read_weights_file(path: Path, *, device: str = "cpu") -> dict[str, torch.Ten
     if not isinstance(found, dict) or not all(isinstance(v, torch.Tensor) for v in found.values()):
         raise UsageError(f"{path}: holds no state dict (a mapping of names to tensors)")
     return {k.removeprefix("module."): v for k, v in found.items()}
+
+
+def _present_name(key: str) -> str:
+    for old, new in OLD_NAMES:
+        key = old.sub(new, key)
+    return key
 
 
 def _read_safetensors(path: Path, device: str) -> dict[str, torch.Tensor]:
@@ -221,6 +235,19 @@ class FineTunedModel:
             parameters = list(module.parameters())
             if parameters and not any(p.requires_grad for p in parameters):
                 module.eval()
+
+    @contextlib.contextmanager
+    def fixed_statistics(self) -> Iterator[None]:
+        """BatchNorm as in evaluation: one image has no variance to divide by, and none has nothing to learn from."""
+        # torch has no public name for what its BatchNorm layers of one to three dimensions have in common.
+        layers = [m for m in self.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]  # noqa: SLF001
+        for layer in layers:
+            layer.eval()
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.train()
 
     def eval(self) -> None:
         """Evaluation mode, all of it."""

@@ -95,15 +95,20 @@ class Schedule:
         return tuple(tuple(part.tolist()) for part in np.array_split(own, num))
 
 
-def validation_batches(num_samples: int, *, rank: int, world_size: int, batch_size: int) -> list[list[int]]:
+def validation_batches(num_samples: int, *, rank: int, batch_sizes: tuple[int, ...]) -> list[list[int]]:
     """A rank's share of the validation set in batches: every sample on exactly one rank, nothing padded or dropped.
 
     Every rank gets the same number of batches (the last ones may be empty), so that all can agree to stop at one.
+
+    Args:
+        num_samples: of the validation set.
+        rank: whose share.
+        batch_sizes: of all ranks; shares are in proportion.
     """
-    slices = split_by_shares(num_samples, (1,) * world_size)
-    num_batches = -(-max(end - start for start, end in slices) // batch_size)
-    start, end = slices[rank]
-    return [list(range(start, end)[i * batch_size : (i + 1) * batch_size]) for i in range(num_batches)]
+    slices = split_by_shares(num_samples, batch_sizes)
+    num_batches = max(-(-(end - start) // size) for (start, end), size in zip(slices, batch_sizes, strict=True))
+    own, size = range(*slices[rank]), batch_sizes[rank]
+    return [list(own[i * size : (i + 1) * size]) for i in range(num_batches)]
 
 
 def lr_factor(progress: float, *, schedule: str, warmup_epochs: float, epochs: int) -> float:

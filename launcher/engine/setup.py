@@ -90,6 +90,12 @@ class Parts:
             gradient_as_bucket_view=True,
             **{per_step: False},  # type: ignore[arg-type]  # one of two names, both boolean
         )
+        if not self.device.is_cuda:
+            # DDP lays its buckets out anew after its first step, and with three ranks or more gloo adds a number up in
+            # an order that depends on its place there: a resumed run would differ from an undisturbed one in the last
+            # bits. Here it does so before the first step. On CUDA the order of the first backward pass is worth more.
+            self.ddp.reducer._push_all_rebuilt_params()  # noqa: SLF001  as torch's Join does
+            self.ddp.reducer._rebuild_buckets()  # noqa: SLF001
 
     def train_loader(self, epoch: int, offset: int) -> DataLoader[Batch]:
         """This rank's micro-batches from a position to the end; one set of loader processes for all."""
@@ -102,8 +108,7 @@ class Parts:
         batches = validation_batches(
             len(self.val_set),
             rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
-            batch_size=self.schedule.batch_sizes[self.ranks.rank],
+            batch_sizes=self.schedule.batch_sizes,
         )
         return self._loader(self.val_set, ([(0, i) for i in batch] for batch in islice(batches, self.max_steps)))
 

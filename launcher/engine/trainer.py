@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from launcher.engine.setup import Parts
 
 Outcome = Literal["completed", "early_stopped", "preempted"]
-MIN_INPUTS = 2  # BatchNorm cannot train on a single image
 
 
 class StopTraining(Exception):  # noqa: N818  a signal to leave the loops, no error
@@ -153,8 +152,11 @@ class Trainer:
         """
         images, labels = self._to_device(batch)
         num = len(labels)
-        with self.parts.device.autocast(self._precision):
-            outputs = self.parts.ddp(self._pad(images))
+        if not num:  # a rank with no sample left still takes part in DDP; the output is not used
+            images = images.new_zeros(1, *images.shape[1:])
+        fixed = self.parts.model.fixed_statistics() if len(images) == 1 else contextlib.nullcontext()
+        with fixed, self.parts.device.autocast(self._precision):
+            outputs = self.parts.ddp(images)
             logits, auxiliary = split_outputs(self.recipe.model.arch, outputs)
             logits = logits[:num]
             loss = self._loss_sum(logits, labels)
@@ -166,14 +168,6 @@ class Trainer:
     def _loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         smoothing = self.recipe.train.label_smoothing
         return nn.functional.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
-
-    def _pad(self, images: torch.Tensor) -> torch.Tensor:
-        """Fill up to two inputs, whose outputs are not used: a rank with no sample left still takes part in DDP."""
-        lacking = MIN_INPUTS - len(images)
-        if lacking <= 0:
-            return images
-        filler = images[:1] if len(images) else images.new_zeros(1, *images.shape[1:])
-        return torch.cat([images, filler.expand(lacking, -1, -1, -1)])
 
     def _to_device(self, batch: Batch) -> Batch:
         """Normalised float images, N x 3 x S x S, and labels, on the rank's device."""
@@ -192,6 +186,7 @@ class Trainer:
         ended_at = time.monotonic()
         totals = means(self._epoch_totals.reduce())
         values = self._validate()
+        self._check_finite(values["loss"], "validation loss")
         epoch = self.epoch
         watched = {f"val/{k}": v for k, v in values.items()} | {"train/loss": totals["loss"]}
         is_best = self._best.update(watched[self._best.metric], epoch=epoch, step=self.step)
@@ -243,11 +238,7 @@ class Trainer:
 
     def _log_window(self, lr: float) -> None:
         sums = means(self._window.reduce())
-        if not math.isfinite(sums["loss"]):
-            raise TrainingError(
-                f"training diverged: the loss is {sums['loss']} at step {self.step} (epoch {self.epoch + 1}); lower "
-                "optim.lr or its groups, or lengthen optim.warmup_epochs, and start again"
-            )
+        self._check_finite(sums["loss"], "loss")
         self._window.reset()
         now = time.monotonic()
         values = {**sums, "lr": lr, "images_per_s": self._timed_samples / (now - self._timed_since)}
@@ -255,6 +246,13 @@ class Trainer:
         if self._recorder:
             self._recorder.train(epoch=self.epoch, step=self.step, values=values)
             self._recorder.status(epoch=self.epoch, step=self.step, best=self._best.best)
+
+    def _check_finite(self, value: float, name: str) -> None:
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"training diverged: the {name} is {value} at step {self.step} (epoch {self.epoch + 1}); lower "
+                "optim.lr or its groups, or lengthen optim.warmup_epochs, and start again"
+            )
 
     def _save(self, *, best: bool) -> None:
         """Have rank 0 write a checkpoint; every rank takes part in adding up the running sums."""

@@ -136,14 +136,15 @@ def test_seeds_of_different_numbers_differ_and_fit_torch(numbers):
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-@given(num=st.integers(0, 200), world_size=st.integers(1, 7), size=st.integers(1, 20))
-def test_validation_takes_every_sample_once_and_every_rank_has_as_many_batches(num, world_size, size):
-    ranks = [validation_batches(num, rank=r, world_size=world_size, batch_size=size) for r in range(world_size)]
+@given(num=st.integers(0, 200), sizes=SIZES)
+def test_validation_takes_every_sample_once_and_every_rank_has_as_many_batches(num, sizes):
+    ranks = [validation_batches(num, rank=r, batch_sizes=sizes) for r in range(len(sizes))]
     assert [i for batches in ranks for batch in batches for i in batch] == list(range(num))
     assert len({len(batches) for batches in ranks}) == 1
-    assert all(len(batch) <= size for batches in ranks for batch in batches)
-    lengths = [sum(len(batch) for batch in batches) for batches in ranks]
-    assert max(lengths) - min(lengths) <= 1
+    assert all(len(batch) <= size for batches, size in zip(ranks, sizes, strict=True) for batch in batches)
+    assert all(
+        abs(sum(map(len, batches)) - num * size / sum(sizes)) < 1 for batches, size in zip(ranks, sizes, strict=True)
+    )
 
 
 WARMUPS = st.one_of(st.just(0.0), st.floats(0.01, 5.0))
