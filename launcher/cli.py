@@ -77,7 +77,7 @@ def _launch(argv: list[str]) -> int:
 
     recipe, source = recipes.load(_find_recipe(args.recipe), args.overrides, _flags(args))
     existing = RunDir(args.run_dir) if args.run_dir else None
-    if existing and existing.recipe.is_file() and not args.node_rank:
+    if existing and existing.exists and not args.node_rank:
         if not args.resume:
             raise UsageError(f"{existing}: holds a run already; go on with it by: launch resume {existing}")
         return _carry_out(recipe, source, args, run_id=existing.run_id)
@@ -119,7 +119,12 @@ def _write_run(plan: LaunchPlan, recipe: Recipe) -> None:
     from launcher.run_dir import write_json_atomic, write_text_atomic
 
     run = RunDir(plan.run_dir)
-    run.create()
+    if run.recipe.exists() and not run.plan.exists():
+        raise UsageError(f"--run-dir {run}: holds a recipe.yaml that is no run's; name another folder")
+    try:
+        run.create()
+    except OSError as error:
+        raise UsageError(f"--run-dir {run}: cannot be made there: {error.strerror}: {error.filename}") from None
     # The recipe comes last: its presence says that the plan is there.
     facts = {"created": time.time(), "host": os.uname().nodename, "launched_by": shlex.join(["launch", *sys.argv[1:]])}
     write_json_atomic(run.plan, plan.to_dict() | facts)

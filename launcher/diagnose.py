@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from launcher import history
+
 if TYPE_CHECKING:
     from launcher.run_dir import RunDir
 
@@ -48,11 +50,20 @@ def first_failure(run: RunDir, attempt: int) -> dict[str, Any] | None:
     return {**echo, "kind": "lost_worker", "rank": None, "type": "lost worker", "message": message, "traceback": ""}
 
 
+def _as_recorded(run: RunDir, attempt: int) -> dict[str, Any] | None:
+    """What the supervisor wrote of an attempt whose workers left no word."""
+    ended = [event for event in history.events(run, "attempt_ended") if event["attempt"] == attempt]
+    if not ended:
+        return None
+    kind = ended[0]["cause"]
+    return {**ended[0], "kind": kind, "rank": None, "type": kind.replace("_", " "), "traceback": ""}
+
+
 def explain(run: RunDir) -> str:
     """The answer of ``launch why``, in a few lines."""
     status = run.read_status()
     attempt = int(status.get("attempt", 1))
-    failure = first_failure(run, attempt)
+    failure = first_failure(run, attempt) or _as_recorded(run, attempt)
     head = f"{run}: {status['state']}, attempt {attempt}, epoch {status.get('epoch', 0)}, step {status.get('step', 0)}"
     if failure is None:
         return f"{head}\nno failure is recorded for this attempt; the logs are in {run.attempt_logs(attempt)}"

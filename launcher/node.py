@@ -54,7 +54,7 @@ def _wait_for_run(path: str) -> RunDir:
     """The run directory, which node 0 makes on the file system that all nodes share."""
     deadline = time.monotonic() + WAIT_FOR_RUN_DIR_S
     run = RunDir(path)
-    while not (run.plan.is_file() and run.recipe.is_file()):
+    while not run.exists:
         if time.monotonic() > deadline:
             raise UsageError(
                 f"{path}: not there after {WAIT_FOR_RUN_DIR_S} s; node 0 makes it: is it started, and is the folder "

@@ -65,7 +65,7 @@ class LaunchPlan:
     env: dict[str, str]
     """Environment variables of the supervisor and its workers."""
     command: tuple[str, ...]
-    """What runs on this node."""
+    """What runs on this node; empty for local, which trains in the process of ``launch``."""
     recipe: dict[str, Any] = field(repr=False)
     """The resolved recipe."""
 
@@ -89,9 +89,9 @@ class LaunchPlan:
             "backend": self.backend,
             "workers": workers,
             "device": f"{self.device}, {self.threads_per_proc} CPU threads per worker",
-            "restarts": f"at most {self.max_restarts}",
+            "restarts": f"at most {self.max_restarts}" if self.max_restarts else "none",
             "environment": " ".join(f"{k}={shlex.quote(v)}" for k, v in self.env.items()),
-            "command": shlex.join(self.command),
+            "command": shlex.join(self.command) or "none: in the process of `launch` itself",
         }
         lines = [f"{key:<12} {value}" for key, value in rows.items()]
         return "\n".join([*lines, "", "recipe (* differs from the default)", *_recipe_lines(self.recipe)])
@@ -119,12 +119,14 @@ def make_plan(recipe: Recipe, topology: Topology, request: Request) -> LaunchPla
         nodes=launch.nodes,
         procs_per_node=procs,
         threads_per_proc=threads,
-        max_restarts=launch.max_restarts,
+        max_restarts=0 if backend == "local" else launch.max_restarts,
         node_rank=request.node_rank,
         rdzv_endpoint=endpoint,
         debug=request.debug,
         env=_environment(device=device, nodes=launch.nodes, threads=threads),
-        command=("python", "-m", "launcher.node", run_dir, "--node-rank", str(request.node_rank)),
+        command=()
+        if backend == "local"
+        else ("python", "-m", "launcher.node", run_dir, "--node-rank", str(request.node_rank)),
         recipe=recipes.to_dict(recipe),
     )
 
@@ -173,7 +175,7 @@ def _choose_endpoint(nodes: int, request: Request) -> str:
             f"{nodes} nodes without SLURM: {found}run the same command once on every node with --node-rank K and "
             "--rdzv-endpoint HOST:PORT (a name or address of node 0 and a free port there)"
         )
-    if request.node_rank >= nodes:
+    if not 0 <= request.node_rank < nodes:
         raise UsageError(f"--node-rank {request.node_rank}: nodes are counted from 0, so at most {nodes - 1}")
     if request.run_dir is None:
         raise UsageError(f"{nodes} nodes: give all of them the same --run-dir, on a file system they share")

@@ -52,7 +52,9 @@ class ModelConfig:
     freeze: list[str] = field(default_factory=list)
     """Layers that do not learn, by name or glob (`layer1`, `features.[0-4]`); `backbone` is all but the head.
     They run in eval mode: frozen BatchNorm keeps its statistics."""
-    unfreeze: dict[CountOrZero, list[str] | str] = field(default_factory=dict)
+    unfreeze: Annotated[
+        dict[CountOrZero, list[str] | str], Field(json_schema_extra={"propertyNames": {"pattern": "^[0-9]+$"}})
+    ] = field(default_factory=dict)
     """From which epoch (from 0) which layers learn again, as in {3: layer1}; the same patterns as freeze."""
 
     @property
@@ -241,7 +243,7 @@ class Recipe:
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)] = "run"
     """Begins the run's id: letters, digits, dot, dash and underscore; where absent, the file's name."""
-    seed: CountOrZero = 0
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Of the samples' order, augmentation, new weights and dropout."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Which network, from which weights, and what of it learns."""
@@ -289,8 +291,7 @@ def load(
     except ValidationError as error:
         problems += recipe_source.explain(error, source, Recipe)
         recipe = from_dict(recipe_source.without(source.values, [p.key for p in problems]))
-    touched = {p.key.rpartition(".")[0] for p in problems}
-    problems += [p for p in recipe_checks.find_problems(recipe, source) if p.key.rpartition(".")[0] not in touched]
+    problems += recipe_checks.find_problems(recipe, source, refused=[p.key for p in problems if p.key])
     if problems:
         raise RecipeError(problems)
     return recipe, source
@@ -318,7 +319,10 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 def to_yaml(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every default written out."""
-    return str(yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True))
+    from omegaconf import OmegaConf
+
+    # OmegaConf's own writer: it puts text in quotes that its reader, but not PyYAML's, would take for a number (1e3).
+    return str(OmegaConf.to_yaml(OmegaConf.create(to_dict(recipe))))
 
 
 def json_schema() -> dict[str, Any]:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.errors import Problem, did_you_mean
+from launcher import recipe_yaml
+from launcher.errors import Problem, RecipeError, did_you_mean
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from pydantic import ValidationError
 
@@ -48,30 +49,43 @@ def read(path: str, overrides: Sequence[str], flags: dict[str, tuple[str, Any]])
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    text = _read_text(path)
-    origins = {key: f"{path}:{line}" for key, line in _key_lines(path, text)}
-    config: Any = OmegaConf.create(text) if origins else OmegaConf.create({})
-    problems = []
+    text = recipe_yaml.read_text(path)
+    origins = {key: f"{path}:{line}" for key, line in recipe_yaml.key_lines(path, text).items()}
+    try:
+        config: Any = OmegaConf.create(text) if origins else OmegaConf.create({})
+    except OmegaConfBaseException as error:  # an interpolation that cannot be parsed
+        key = str(error.full_key or "")
+        raise RecipeError([Problem(key=key, where=origins.get(key, path), message=_first_line(error))]) from None
     if "name" not in origins:
         config["name"] = Path(path).stem
+    problems = list(_override(config, overrides, origins))
+    for key, (flag, value) in flags.items():
+        origins[key] = f"command line ({flag} {value})"
+        section = OmegaConf.select(config, key.rpartition(".")[0])
+        if section is None or OmegaConf.is_dict(section):  # else the schema says what is wrong with the section
+            OmegaConf.update(config, key, value)
+    values = typing.cast("dict[str, Any]", OmegaConf.to_container(config, resolve=False))
+    source = Source(path=path, values=values, origins=origins)
+    problems += _resolve(config, values, "", source.where)
+    return dataclasses.replace(source, problems=tuple(problems))
+
+
+def _override(config: Any, overrides: Sequence[str], origins: dict[str, str]) -> Iterator[Problem]:
+    """Apply overrides to ``config`` and note where they came from."""
+    import yaml
+    from omegaconf.errors import OmegaConfBaseException
+
     for item in overrides:
         key, equals, _ = item.partition("=")
         if not equals or not key:
-            problems.append(Problem(key="", where="command line", message=f"{item!r} is no override; write key=value"))
+            yield Problem(key="", where="command line", message=f"{item!r} is no override; write key=value")
             continue
         origins[key] = f"command line ({item})"
+        _blame(config, key, origins, origins[key])
         try:
             config.merge_with_dotlist([item])
-        except (OmegaConfBaseException, ValueError, TypeError) as error:
-            problems.append(Problem(key=key, where="command line", message=str(error).splitlines()[0]))
-    for key, (flag, value) in flags.items():
-        origins[key] = f"command line ({flag} {value})"
-        OmegaConf.update(config, key, value)
-    values = OmegaConf.to_container(config, resolve=False)
-    if not isinstance(values, dict):
-        raise _file_error(path, 1, "the recipe must be a mapping of keys to values")
-    _resolve(config, values, "", origins, path, problems)
-    return Source(path=path, values=typing.cast("dict[str, Any]", values), origins=origins, problems=tuple(problems))
+        except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
+            yield Problem(key=key, where=f"command line ({item})", message=_first_line(error))
 
 
 def explain(error: ValidationError, source: Source, schema: type) -> list[Problem]:
@@ -102,92 +116,44 @@ def without(values: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     return copy
 
 
-def _read_text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        from launcher.errors import RecipeError
+def _blame(config: Any, key: str, origins: dict[str, str], origin: str) -> None:
+    """An override below a value that is no mapping replaces that value too."""
+    from omegaconf import OmegaConf
 
-        folder = Path(path).parent
-        near = did_you_mean(Path(path).name, [p.name for p in folder.glob("*.yaml")]) if folder.is_dir() else ""
-        message = " ".join(filter(None, ["no such file;", near or "`launch recipes` lists those that come with it"]))
-        raise RecipeError([Problem(key="", where=path, message=message)]) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise _file_error(path, 1, f"cannot be read as text: {error}") from None
+    while key := key.rpartition(".")[0]:
+        found = OmegaConf.select(config, key, throw_on_resolution_failure=False)
+        if found is not None and not OmegaConf.is_dict(found):
+            origins[key] = origin
 
 
-def _file_error(path: str, line: int, message: str) -> Exception:
-    from launcher.errors import RecipeError
-
-    return RecipeError([Problem(key="", where=f"{path}:{line}", message=message)])
-
-
-def _key_lines(path: str, text: str) -> list[tuple[str, int]]:
-    """Dotted keys of a YAML text, each with its line (from 1)."""
-    import yaml
-
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        line = mark.line if mark else 0
-        lines = text.splitlines()
-        shown = lines[line].rstrip() if line < len(lines) else ""
-        pointer = " " * (mark.column if mark else 0) + "^"
-        raise _file_error(path, line + 1, f"not valid YAML: {error.problem}\n      {shown}\n      {pointer}") from None
-    except yaml.YAMLError as error:
-        raise _file_error(path, 1, f"not valid YAML: {error}") from None
-    if root is None:
-        return []
-    if not isinstance(root, yaml.MappingNode):
-        raise _file_error(path, root.start_mark.line + 1, "the recipe must be a mapping of keys to values")
-    return list(_walk_lines(path, root, ""))
-
-
-def _walk_lines(path: str, node: Any, prefix: str) -> Iterator[tuple[str, int]]:
-    import yaml
-
-    seen: set[str] = set()
-    for key_node, value_node in node.value:
-        key = f"{prefix}{key_node.value}"
-        line = key_node.start_mark.line + 1
-        if key in seen:
-            raise _file_error(path, line, f"{key} is given twice")
-        seen.add(key)
-        yield key, line
-        if isinstance(value_node, yaml.MappingNode):
-            yield from _walk_lines(path, value_node, f"{key}.")
-
-
-def _resolve(
-    config: Any, values: Any, prefix: str, origins: dict[str, str], path: str, problems: list[Problem]
-) -> None:
-    """Replace interpolations and ``???`` in ``values`` by what ``config`` resolves them to, collecting what fails."""
+def _resolve(config: Any, values: Any, prefix: str, where: Callable[[str], str]) -> Iterator[Problem]:
+    """Replace interpolations in ``values`` by what ``config`` resolves them to; take out what is missing or fails."""
+    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    keys = list(values) if isinstance(values, dict) else range(len(values))
-    for key in keys:
+    missing = []
+    for key in list(values) if isinstance(values, dict) else range(len(values)):
         value, dotted = values[key], f"{prefix}{key}"
-        where = origins.get(dotted, path)
         if isinstance(value, dict | list):
-            _resolve(
-                config[key],
-                value,
-                f"{dotted}.",
-                origins,
-                path,
-                problems,
-            )
+            yield from _resolve(config[key], value, f"{dotted}.", where)
         elif value == "???":
-            del values[key]
-            if dotted != "data.path":  # reported with its own advice by the schema's checks
-                problems.append(Problem(key=dotted, where=where, message=f"missing (???); give it as {dotted}=VALUE"))
+            missing.append(key)
+            if dotted != "data.path":  # reported with its own advice by the recipe's checks
+                message = f"missing (???); give it as {dotted}=VALUE"
+                yield Problem(key=dotted, where=where(dotted), message=message)
         elif isinstance(value, str) and "${" in value:
             try:
-                values[key] = config[key]
+                found = config[key]
+                values[key] = OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
             except OmegaConfBaseException as error:
-                problems.append(Problem(key=dotted, where=where, message=f"{value}: {str(error).splitlines()[0]}"))
-                del values[key]
+                missing.append(key)
+                yield Problem(key=dotted, where=where(dotted), message=f"{value}: {_first_line(error)}")
+    for key in reversed(missing):
+        del values[key]
+
+
+def _first_line(error: Exception) -> str:
+    return str(getattr(error, "problem", None) or error).splitlines()[0]
 
 
 def _locate(location: tuple[int | str, ...], schema: type) -> tuple[str, Any, list[str]]:
@@ -215,7 +181,7 @@ def _locate(location: tuple[int | str, ...], schema: type) -> tuple[str, Any, li
 def _value_at(values: Any, dotted: str) -> Any:
     for part in dotted.split("."):
         if isinstance(values, dict):
-            values = values.get(part, values.get(int(part)) if part.isdigit() else None)
+            values = next((value for key, value in values.items() if str(key) == part), None)
         elif isinstance(values, list) and part.isdigit() and int(part) < len(values):
             values = values[int(part)]
         else:

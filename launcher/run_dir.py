@@ -54,8 +54,11 @@ def write_json_atomic(path: Path, value: Any) -> None:
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
     """Append one line in one ``write``, so that lines of several processes never mix."""
     line = json.dumps(record, allow_nan=False) + "\n"
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":  # the last writer was killed in the middle of a line
+            line = "\n" + line
         os.write(descriptor, line.encode())
     finally:
         os.close(descriptor)
@@ -92,8 +95,9 @@ class RunDir:
             UsageError: there is no run directory at ``path``.
         """
         run = cls(path)
-        if not run.recipe.is_file():
-            found = "a folder without recipe.yaml" if run.path.is_dir() else "nothing"
+        if not run.exists:
+            missing = run.plan.name if run.recipe.is_file() else run.recipe.name
+            found = f"a folder without {missing}" if run.path.is_dir() else "nothing"
             raise UsageError(f"{path}: not a run directory (found {found}); runs are made by `launch RECIPE`")
         return run
 
@@ -101,6 +105,11 @@ class RunDir:
         """Relative to the working directory where that is shorter."""
         relative = os.path.relpath(self.path)
         return relative if len(relative) < len(str(self.path)) else str(self.path)
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a run."""
+        return self.plan.is_file() and self.recipe.is_file()
 
     @property
     def run_id(self) -> str:

@@ -153,7 +153,7 @@ def test_a_missing_torch_is_a_problem_with_its_cure(monkeypatch):
         raise metadata.PackageNotFoundError
 
     monkeypatch.setattr(doctor.metadata, "version", missing)
-    says(doctor._package("torch", lambda: ImportError("none")), "problem", "not installed", "pip install 'torch'")
+    says(doctor._package("torch", lambda: ImportError("none")), "problem", "not installed", "pip install 'torch")
 
 
 def test_whatever_a_check_runs_into_becomes_its_line(capsys, monkeypatch):

@@ -298,7 +298,7 @@ def test_validation_sees_what_the_weights_own_transforms_give(arch, shape):
     out = found.normalize(found.transform()(image)[None])[0]
     # Of a Pillow image, as the weights were measured; both round to uint8 between the two directions of a resize.
     expected = reference(Image.fromarray(noise))
-    assert (out - expected).abs().max() < 1.01 / 255 / min(found.std)
+    assert (out - expected).abs().max() < 2.01 / 255 / min(found.std)
 
 
 def test_sizes_come_from_the_recipe_and_scale_from_the_starting_weights():

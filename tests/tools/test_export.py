@@ -239,7 +239,7 @@ def test_a_damaged_checkpoint_is_refused(exported, tmp_path):
     assert copied.export_manifest.stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize(("arch", "image_size"), [("googlenet", 64), ("inception_v3", 96)])
+@pytest.mark.parametrize(("arch", "image_size"), [("googlenet", 64), ("inception_v3", 299)])
 def test_auxiliary_heads_do_not_reach_the_export(tmp_path, photos, arch, image_size):
     post = PostConfig(export=["onnx"], quantize=[])
     run = make_run(tmp_path / "run", photos, arch=arch, post=post, image_size=image_size)
