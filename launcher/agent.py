@@ -5,16 +5,14 @@ Measured against torchrun, which imports them in every worker: README, "Start-up
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib
 import logging
 import os
-import socket
 import sys
 from typing import TYPE_CHECKING, Any
 
-from launcher import diagnose, processes
+from launcher import diagnose, network, processes
 from launcher.run_dir import ATTEMPT_VARIABLE
 
 if TYPE_CHECKING:
@@ -79,7 +77,7 @@ def run_workers(
         "rdzv_configs": {"is_host": node_rank == 0, "timeout": JOIN_TIMEOUT_S, "join_timeout": JOIN_TIMEOUT_S},
         "max_restarts": plan["max_restarts"],
         "start_method": "fork",
-        "local_addr": _local_address(plan["rdzv_endpoint"]),
+        "local_addr": network.local_address(*_split(plan["rdzv_endpoint"])),
         # Ours stay: the agent's would kill the workers before they have saved.
         "signals_to_handle": "SIGQUIT",
         "shutdown_timeout": SHUTDOWN_S,
@@ -132,13 +130,9 @@ def _attempt_logs(run: RunDir, *, node_rank: int, first_attempt: int, stop: Stop
     return AttemptLogs()
 
 
-def _local_address(endpoint: str) -> str:
-    """The address of this machine on the way to the rendezvous: that by which the other nodes reach it."""
+def _split(endpoint: str) -> tuple[str, int]:
     host, _, port = endpoint.rpartition(":")
-    info = socket.getaddrinfo(host.strip("[]"), int(port) or 1, type=socket.SOCK_DGRAM)[0]
-    with contextlib.closing(socket.socket(info[0], socket.SOCK_DGRAM)) as probe:
-        probe.connect(info[4])  # sends nothing
-        return str(probe.getsockname()[0])
+    return host, int(port)
 
 
 def _log_to_file(run: RunDir, node_rank: int) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from launcher.plan import LaunchPlan
+    from launcher.profile import Profile
     from launcher.recipe import Recipe
     from launcher.recipe_source import Source
 
@@ -62,7 +63,9 @@ def _launch(argv: list[str]) -> int:
     parser.add_argument("--nodes", type=int, metavar="N", help="machines")
     parser.add_argument("--gpus", type=int, metavar="M", help="GPUs per node, one worker each")
     parser.add_argument("--procs", type=int, metavar="P", help="workers per node, on whatever device the recipe names")
-    parser.add_argument("--backend", metavar="NAME", help="auto, local or torchrun")
+    parser.add_argument("--backend", metavar="NAME", help="auto, local, torchrun or slurm")
+    parser.add_argument("--profile", metavar="NAME", help="profile of the SLURM cluster: a name or a path")
+    parser.add_argument("--detach", action="store_true", help="return when the SLURM job is submitted")
     parser.add_argument("--run-dir", metavar="DIR", help="where the run's files go (default: runs/NAME-TIME-xxxx)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir where there is one")
     parser.add_argument("--node-rank", type=int, default=0, metavar="K", help="which node this is, without SLURM")
@@ -71,6 +74,7 @@ def _launch(argv: list[str]) -> int:
     parser.add_argument("--debug", action="store_true", help="a few steps in this process; breakpoints work")
     parser.add_argument("--version", action="version", version=f"finetune-launcher {__version__}")
     args = parser.parse_intermixed_args(argv)
+    _split_overrides(args)
 
     with processes.importing():
         from launcher import recipe as recipes
@@ -84,6 +88,12 @@ def _launch(argv: list[str]) -> int:
     return _carry_out(recipe, source, args, run_id=new_run_id(recipe.name))
 
 
+def _split_overrides(args: argparse.Namespace) -> None:
+    """``profile.key=value`` changes the profile, all else the recipe."""
+    args.profile_overrides = [item for item in args.overrides if item.startswith("profile.")]
+    args.overrides = [item for item in args.overrides if not item.startswith("profile.")]
+
+
 def _carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_id: str) -> int:
     """Plan, and print the plan or run it: one road for every backend."""
     from launcher import backends, topology
@@ -95,8 +105,9 @@ def _carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_
         node_rank=args.node_rank,
         rdzv_endpoint=args.rdzv_endpoint,
         debug=args.debug,
+        detach=args.detach,
     )
-    plan = make_plan(recipe, topology.detect(), request)
+    plan = make_plan(recipe, topology.detect(), request, _profile(recipe, args))
     if args.dry_run:
         print(plan)
         return EXIT_OK
@@ -110,6 +121,18 @@ def _carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_
     else:
         print(f"node {plan.node_rank} of {plan.nodes}: joining the run in {plan.run_dir}", flush=True)
     return backends.load(plan.backend).submit(plan)
+
+
+def _profile(recipe: Recipe, args: argparse.Namespace) -> Profile | None:
+    """The profile that the recipe names, with the command line's ``profile.key=value``."""
+    from launcher import profile
+
+    overrides = [item.removeprefix(profile.OVERRIDE) for item in args.profile_overrides]
+    if recipe.launch.profile is None:
+        if overrides:
+            raise UsageError(f"{args.profile_overrides[0]}: there is no profile to change; add --profile NAME")
+        return None
+    return profile.load(recipe.launch.profile, overrides)
 
 
 def _write_run(plan: LaunchPlan, recipe: Recipe) -> None:
@@ -135,12 +158,13 @@ def _write_run(plan: LaunchPlan, recipe: Recipe) -> None:
 
 def _flags(args: argparse.Namespace) -> dict[str, tuple[str, Any]]:
     """The flags as overrides of the recipe, each with its name for errors; ``--debug`` is a set of them."""
-    values = {"nodes": args.nodes, "gpus": args.gpus, "procs": args.procs, "backend": args.backend}
+    names = ("nodes", "gpus", "procs", "backend", "profile")
+    values = {name: getattr(args, name) for name in names}
     flags: dict[str, tuple[str, Any]] = {
         f"launch.{name}": (f"--{name}", value) for name, value in values.items() if value is not None
     }
     if args.debug:
-        one = {"nodes": 1, "gpus": "auto", "procs": 1, "backend": "local"}
+        one = {"nodes": 1, "gpus": "auto", "procs": 1, "backend": "local", "profile": None}
         flags |= {f"launch.{name}": ("--debug", value) for name, value in one.items()}
     return flags
 
@@ -158,13 +182,20 @@ def _recipes_folder() -> Path:
 def _resume(argv: list[str]) -> int:
     parser = _parser("resume", "Go on from a run's last checkpoint, at the same world size or another.")
     parser.add_argument("run_dir", metavar="RUN")
+    parser.add_argument("overrides", metavar="profile.key=value", nargs="*")
     for flag, metavar in (("--nodes", "N"), ("--gpus", "M"), ("--procs", "P")):
         parser.add_argument(flag, type=int, metavar=metavar)
+    parser.add_argument("--backend", metavar="NAME")
+    parser.add_argument("--profile", metavar="NAME")
+    parser.add_argument("--detach", action="store_true")
     parser.add_argument("--node-rank", type=int, default=0, metavar="K")
     parser.add_argument("--rdzv-endpoint", metavar="HOST:PORT")
     parser.add_argument("--dry-run", action="store_true")
-    args = parser.parse_args(argv)
-    args.debug, args.backend = False, None
+    args = parser.parse_intermixed_args(argv)
+    args.debug = False
+    _split_overrides(args)
+    if args.overrides:
+        raise UsageError(f"{args.overrides[0]}: a run goes on with its own recipe; only profile.key=value can change")
     run = RunDir.existing(args.run_dir)
     from launcher import recipe as recipes
 

@@ -1,4 +1,4 @@
-"""The attempts of a run, as events.jsonl has them."""
+"""The attempts of a run, as events.jsonl has them: why each ended, and whether another one may begin."""
 
 from __future__ import annotations
 
@@ -9,6 +9,23 @@ from launcher.run_dir import read_jsonl
 if TYPE_CHECKING:
     from launcher.run_dir import RunDir
 
+BUDGETS = {
+    "preempted": 3,
+    "time_limit": 3,
+    "lost_node": 3,
+    "lost_worker": 3,
+    "hang": 2,
+    "out_of_memory": 1,
+    "bug": 1,
+    "usage": 1,
+}
+"""How many attempts in a row may end by a cause without a new step. While steps advance there is no limit: a run that
+is preempted a hundred times and gets on is well."""
+ADVICE = {
+    "preempted": "each time before a checkpoint was written: lower train.checkpoint.every_minutes",
+    "time_limit": "the time limit is too short for one checkpoint: raise timeout_min or lead_s in the profile",
+}
+
 
 def next_attempt(run: RunDir) -> int:
     """The number of the next start of the workers, from 1."""
@@ -18,3 +35,37 @@ def next_attempt(run: RunDir) -> int:
 def events(run: RunDir, kind: str) -> list[dict[str, Any]]:
     """All events of a kind, oldest first."""
     return [event for event in read_jsonl(run.events) if event.get("kind") == kind]
+
+
+def close_attempt(run: RunDir) -> None:
+    """Write down the end of an attempt that left no word of it: its first node or supervisor was lost."""
+    last = next_attempt(run) - 1
+    ended = [event for event in events(run, "attempt_ended") if event.get("attempt") == last]
+    if not last or ended:
+        return
+    lost = [event["host"] for event in events(run, "supervisor_lost")]
+    hosts = sorted({event["host"] for event in events(run, "attempt_started") if event.get("attempt") == last})
+    message = f"supervisor on {lost[-1]} was killed" if lost else f"a node was lost, one of {', '.join(hosts)}"
+    run.append_event("attempt_ended", attempt=last, node=0, cause="lost_node", message=message)
+
+
+def refusal(run: RunDir) -> str | None:
+    """Why no further attempt should begin, or None."""
+    ends = {event["attempt"]: event["cause"] for event in events(run, "attempt_ended")}
+    steps: dict[int, int] = {}
+    for event in events(run, "checkpoint"):
+        steps[event["attempt"]] = max(event["step"], steps.get(event["attempt"], 0))
+    idle: list[str] = []
+    reached = 0
+    for attempt in sorted(ends):
+        if steps.get(attempt, 0) > reached:
+            reached, idle = steps[attempt], []
+        else:
+            idle.append(ends[attempt])
+    if not idle or len(idle) < BUDGETS.get(idle[-1], 1):
+        return None
+    advice = ADVICE.get(idle[-1])
+    return (
+        f"{len(idle)} attempts in a row ended at step {reached} ({', '.join(idle)}), without a new one; not tried again"
+        + (f": {advice}" if advice else "")
+    )

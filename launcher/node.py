@@ -34,15 +34,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--node-rank", type=int, default=0, help="which of the run's nodes this is, from 0")
     args = parser.parse_args(argv)
     run = _wait_for_run(args.run_dir) if args.node_rank else RunDir.existing(args.run_dir)
-    plan = run.read_plan()
+    return supervise(run, run.read_plan(), node_rank=args.node_rank)
+
+
+def supervise(run: RunDir, plan: dict[str, Any], *, node_rank: int, first_attempt: int | None = None) -> int:
+    """Run one node's part of a run to its end; return the exit code.
+
+    Args:
+        run: the run directory.
+        plan: its ``plan.json``; a job has filled in where the nodes meet.
+        node_rank: which node this is.
+        first_attempt: number of the first start of the workers; None: the next.
+
+    Raises:
+        LaunchError: training failed or was interrupted.
+    """
     os.environ.update(plan["env"])
     processes.adopt_orphans()
-    stop = StopSignals(run, node_rank=args.node_rank)
+    stop = StopSignals(run, node_rank=node_rank)
+    attempt = first_attempt or history.next_attempt(run)
     try:
         with stop:
-            outcomes = _train(run, plan, args.node_rank, stop)
-            if outcomes.get(0) == "preempted":
-                raise _interrupted(run)
+            outcomes = _train(run, plan, node_rank, stop, attempt)
+            if "preempted" in outcomes.values():
+                raise _interrupted(run, node_rank, stop)
             if 0 in outcomes:  # the node that holds rank 0 finishes the run
                 _finish(run, plan, stop)
     finally:
@@ -64,16 +79,15 @@ def _wait_for_run(path: str) -> RunDir:
     return run
 
 
-def _train(run: RunDir, plan: dict[str, Any], node_rank: int, stop: StopSignals) -> dict[int, str]:
+def _train(run: RunDir, plan: dict[str, Any], node_rank: int, stop: StopSignals, attempt: int) -> dict[int, str]:
     """Run the workers under torch's elastic agent; return each local worker's outcome by its global rank."""
     from launcher import agent
 
-    attempt = history.next_attempt(run)
     try:
         return agent.run_workers(run, plan, node_rank=node_rank, first_attempt=attempt, stop=stop)
     except agent.WorkersFailedError as error:
         if stop.requested:
-            raise _interrupted(run) from None
+            raise _interrupted(run, node_rank, stop) from None
         if node_rank == 0:
             run.update_status(state="failed", attempt=error.attempt)
         failure = diagnose.first_failure(run, error.attempt)
@@ -87,9 +101,13 @@ def _train(run: RunDir, plan: dict[str, Any], node_rank: int, stop: StopSignals)
         raise TrainingError(f"training failed\n{diagnose.explain(run)}\nmore: launch why {run}") from None
 
 
-def _interrupted(run: RunDir) -> InterruptedRunError:
-    """What to tell after a stop; the run's state says so too."""
-    run.update_status(state="preempted")
+def _interrupted(run: RunDir, node_rank: int, stop: StopSignals) -> InterruptedRunError:
+    """What to tell after a stop; the run's state and history say so too."""
+    if node_rank == 0:
+        attempt = history.next_attempt(run) - 1
+        run.append_event("attempt_ended", attempt=attempt, node=0, cause=stop.cause, message=f"stopped by {stop.name}")
+        if run.read_status()["state"] != "cancelled":
+            run.update_status(state="preempted")
     last = run.last_checkpoint
     kept = f"the checkpoint {last.resolve().name} is saved" if last.exists() else "it had not begun to train"
     return InterruptedRunError(f"interrupted; {kept}; go on with: launch resume {run}")

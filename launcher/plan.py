@@ -7,14 +7,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher import profile as profiles
 from launcher import recipe as recipes
+from launcher import sbatch
 from launcher.errors import UsageError
 
 if TYPE_CHECKING:
+    from launcher.profile import Profile
     from launcher.recipe import Recipe
     from launcher.topology import Topology
 
-BACKENDS = {"local": "launcher.backends.local", "torchrun": "launcher.backends.torchrun"}
+BACKENDS = {name: f"launcher.backends.{name}" for name in ("local", "torchrun", "slurm")}
 """By name; imported at first use (house rule 7)."""
 
 
@@ -32,6 +35,8 @@ class Request:
     """``HOST:PORT`` of node 0, where the nodes meet; None on a single node."""
     debug: bool = False
     """A handful of steps in this process."""
+    detach: bool = False
+    """Return when the job is submitted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +50,7 @@ class LaunchPlan:
     run_dir: str
     """Where the run's files go."""
     backend: str
-    """local or torchrun."""
+    """local, torchrun or slurm."""
     device: str
     """cuda or cpu."""
     nodes: int
@@ -59,13 +64,19 @@ class LaunchPlan:
     node_rank: int
     """Which node this one is."""
     rdzv_endpoint: str
-    """Where torch's elastic agents meet; port 0 is any free one."""
+    """Where torch's elastic agents meet; port 0 is any free one; empty: the job's first node decides."""
     debug: bool
     """A handful of steps in this process."""
+    detach: bool
+    """Return when the job is submitted, for slurm."""
     env: dict[str, str]
     """Environment variables of the supervisor and its workers."""
     command: tuple[str, ...]
-    """What runs on this node; empty for local, which trains in the process of ``launch``."""
+    """What runs on this node; empty for local, which trains in the process of ``launch``, and for slurm."""
+    profile: dict[str, Any] | None
+    """The cluster's profile, for slurm."""
+    script: str = field(repr=False)
+    """The batch script, for slurm; else empty."""
     recipe: dict[str, Any] = field(repr=False)
     """The resolved recipe."""
 
@@ -77,7 +88,7 @@ class LaunchPlan:
     def to_dict(self) -> dict[str, Any]:
         """For ``plan.json``; the recipe lies beside it."""
         values = asdict(self) | {"world_size": self.world_size, "command": list(self.command)}
-        del values["recipe"]
+        del values["recipe"], values["script"]
         return values
 
     def __str__(self) -> str:
@@ -91,25 +102,52 @@ class LaunchPlan:
             "device": f"{self.device}, {self.threads_per_proc} CPU threads per worker",
             "restarts": f"at most {self.max_restarts}" if self.max_restarts else "none",
             "environment": " ".join(f"{k}={shlex.quote(v)}" for k, v in self.env.items()),
-            "command": shlex.join(self.command) or "none: in the process of `launch` itself",
+            "command": "sbatch, with the script below"
+            if self.script
+            else shlex.join(self.command) or "none: in the process of `launch` itself",
         }
+        if self.profile:
+            rows["profile"] = self.profile["name"]
         lines = [f"{key:<12} {value}" for key, value in rows.items()]
-        return "\n".join([*lines, "", "recipe (* differs from the default)", *_recipe_lines(self.recipe)])
+        lines += ["", "recipe (* differs from the default)", *_recipe_lines(self.recipe)]
+        return "\n".join([*lines, "", "script", self.script.rstrip("\n")] if self.script else lines)
 
 
-def make_plan(recipe: Recipe, topology: Topology, request: Request) -> LaunchPlan:
+def make_plan(recipe: Recipe, topology: Topology, request: Request, profile: Profile | None = None) -> LaunchPlan:
     """Decide where and how a recipe runs. Pure: reads no file and starts nothing.
+
+    Args:
+        recipe: checked.
+        topology: the facts of this machine.
+        request: the rest of the command line.
+        profile: of the cluster, where the recipe names one.
 
     Raises:
         UsageError: the machine has not what is asked for; says what would work instead.
     """
     launch = recipe.launch
-    backend = "torchrun" if launch.backend == "auto" else launch.backend
-    device = _choose_device(recipe, topology)
-    procs = _choose_procs(recipe, topology, device)
+    backend = _choose_backend(recipe, topology, request)
     run_dir = request.run_dir or str(Path("runs") / request.run_id)
-    endpoint = _choose_endpoint(launch.nodes, request)
-    threads = topology.omp_num_threads or max(1, topology.num_cores // procs)
+    script = ""
+    if backend == "slurm":
+        profile = profile or profiles.Profile()
+        device, procs = _choose_for_job(recipe)
+        run_dir, endpoint, threads = str(Path(topology.cwd, run_dir)), "", profile.cpus_per_gpu
+        job = sbatch.Job(
+            name=recipe.name,
+            run_dir=run_dir,
+            nodes=launch.nodes,
+            procs_per_node=procs,
+            device=device,
+            python=topology.python,
+        )
+        script = sbatch.build_script(job, profile)
+    else:
+        device = _choose_device(recipe, topology)
+        procs = _choose_procs(recipe, topology, device)
+        endpoint = _choose_endpoint(launch.nodes, request)
+        threads = topology.omp_num_threads or max(1, topology.num_cores // procs)
+    supervisor = ("python", "-m", "launcher.node", run_dir, "--node-rank", str(request.node_rank))
     return LaunchPlan(
         run_id=request.run_id,
         name=recipe.name,
@@ -123,12 +161,35 @@ def make_plan(recipe: Recipe, topology: Topology, request: Request) -> LaunchPla
         node_rank=request.node_rank,
         rdzv_endpoint=endpoint,
         debug=request.debug,
+        detach=request.detach,
         env=_environment(device=device, nodes=launch.nodes, threads=threads),
-        command=()
-        if backend == "local"
-        else ("python", "-m", "launcher.node", run_dir, "--node-rank", str(request.node_rank)),
+        command=supervisor if backend == "torchrun" else (),
+        profile=profiles.to_dict(profile) if profile and script else None,
+        script=script,
         recipe=recipes.to_dict(recipe),
     )
+
+
+def _choose_backend(recipe: Recipe, topology: Topology, request: Request) -> str:
+    launch = recipe.launch
+    if launch.backend == "auto":
+        by_hand = request.rdzv_endpoint is not None or request.node_rank != 0
+        more = launch.nodes > 1 or (launch.gpus != "auto" and launch.gpus > topology.num_gpus)
+        wanted = topology.has_slurm and not by_hand and (more or launch.profile is not None)
+        return "slurm" if wanted else "torchrun"
+    if launch.backend == "slurm" and (request.node_rank or request.rdzv_endpoint):
+        raise UsageError("--node-rank and --rdzv-endpoint are for nodes without SLURM; a job's nodes find each other")
+    return launch.backend
+
+
+def _choose_for_job(recipe: Recipe) -> tuple[str, int]:
+    """Device and workers per node of a batch job, whose nodes this machine cannot see."""
+    launch = recipe.launch
+    if launch.gpus != "auto":
+        return "cuda", launch.gpus
+    if launch.procs == "auto":
+        raise UsageError("a SLURM job must say what it needs: --gpus M (GPUs per node), or --procs P for CPU workers")
+    return ("cuda" if launch.device == "cuda" else "cpu"), launch.procs
 
 
 def _choose_device(recipe: Recipe, topology: Topology) -> str:

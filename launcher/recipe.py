@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
     from launcher.recipe_source import Source
 
+Schema = TypeVar("Schema")
+
 # Attribute docstrings become the descriptions in the JSON Schema; strict, so that "20" is no number and 1 no boolean.
-_CONFIG = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
+STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 Auto = Literal["auto"]
 Count = Annotated[int, Field(ge=1)]
@@ -40,7 +42,7 @@ METRICS = {"train/loss": "min", "val/loss": "min", "val/top1": "max", "val/top5"
 class ModelConfig:
     """Which network, from which weights, and what of it learns."""
 
-    __pydantic_config__ = _CONFIG
+    __pydantic_config__ = STRICT
 
     arch: str = "resnet50"
     """A torchvision classification model by name; `launch models` lists them."""
@@ -69,7 +71,7 @@ class ModelConfig:
 class DataConfig:
     """Which images, and how they reach the model."""
 
-    __pydantic_config__ = _CONFIG
+    __pydantic_config__ = STRICT
 
     name: Literal["imagefolder", "digits"] = "imagefolder"
     """imagefolder: path/train/CLASS/*.jpg and path/val/CLASS/*.jpg; digits: scikit-learn's 1,797 images of digits."""
@@ -90,7 +92,7 @@ class DataConfig:
 class BatchConfig:
     """How many images make a step."""
 
-    __pydantic_config__ = _CONFIG
+    __pydantic_config__ = STRICT
 
     size: Count = 32
     """Images per rank that go through the model at once."""
@@ -105,7 +107,7 @@ class BatchConfig:
 class OptimConfig:
     """How the weights move."""
 
-    __pydantic_config__ = _CONFIG
+    __pydantic_config__ = STRICT
 
     name: Literal["sgd", "adamw"] = "sgd"
     """SGD with Nesterov momentum, or AdamW."""
@@ -127,7 +129,7 @@ class OptimConfig:
 class CheckpointConfig:
     """When the state of training is written."""
 
-    __pydantic_config__ = _CONFIG
+    __pydantic_config__ = STRICT
 
     every_steps: Count | None = None
     """Also after every so many optimizer steps; null: only at the end of an epoch, by the clock, and at a stop."""
@@ -141,7 +143,7 @@ class CheckpointConfig:
 class EarlyStoppingConfig:
     """Which metric says what the best checkpoint is, and when to stop waiting for a better one."""
 
-    __pydantic_config__ = _CONFIG
+    __pydantic_config__ = STRICT
 
     metric: str = "val/loss"
     """One of train/loss, val/loss, val/top1, val/top5, val/f1."""
@@ -157,7 +159,7 @@ class EarlyStoppingConfig:
 class TrainConfig:
     """The training loop."""
 
-    __pydantic_config__ = _CONFIG
+    __pydantic_config__ = STRICT
 
     epochs: Count = 20
     """Passes over the training images."""
@@ -177,7 +179,7 @@ class TrainConfig:
 class WandbConfig:
     """Weights & Biases."""
 
-    __pydantic_config__ = _CONFIG
+    __pydantic_config__ = STRICT
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: online where a key and the network are, else off."""
@@ -191,7 +193,7 @@ class WandbConfig:
 class TrackingConfig:
     """What is recorded of training, and where."""
 
-    __pydantic_config__ = _CONFIG
+    __pydantic_config__ = STRICT
 
     wandb: WandbConfig = field(default_factory=WandbConfig)
     """Weights & Biases."""
@@ -203,7 +205,7 @@ class TrackingConfig:
 class PostConfig:
     """What becomes of the best checkpoint."""
 
-    __pydantic_config__ = _CONFIG
+    __pydantic_config__ = STRICT
 
     enabled: bool = True
     """Export, quantize, measure and report after training."""
@@ -219,7 +221,7 @@ class PostConfig:
 class LaunchConfig:
     """Where the run happens."""
 
-    __pydantic_config__ = _CONFIG
+    __pydantic_config__ = STRICT
 
     nodes: Count = 1
     """Machines."""
@@ -229,8 +231,11 @@ class LaunchConfig:
     """Workers per node; auto: one per GPU, or one on a CPU."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: cuda where a GPU is, else cpu."""
-    backend: Literal["auto", "local", "torchrun"] = "auto"
-    """local: this process, for debugging (`--debug`); torchrun: torch's elastic agent; auto: torchrun."""
+    backend: Literal["auto", "local", "torchrun", "slurm"] = "auto"
+    """local: this process, for debugging (`--debug`); torchrun: this machine, by torch's elastic agent; slurm: a job;
+    auto: slurm where sbatch is on PATH and a profile or more than this machine is asked for, else torchrun."""
+    profile: str | None = None
+    """Profile of the cluster, a name or a path: what SLURM has to be told there (`slurm/profiles/template.yaml`)."""
     max_restarts: CountOrZero = 3
     """How often the workers are started again from the last checkpoint after one died."""
 
@@ -239,7 +244,7 @@ class LaunchConfig:
 class Recipe:
     """A fine-tuning run, whole."""
 
-    __pydantic_config__ = _CONFIG
+    __pydantic_config__ = STRICT
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)] = "run"
     """Begins the run's id: letters, digits, dot, dash and underscore; where absent, the file's name."""
@@ -303,8 +308,17 @@ def from_dict(values: dict[str, Any]) -> Recipe:
     Raises:
         pydantic.ValidationError: lists all values that do not fit the schema.
     """
+    return validate(Recipe, values)
+
+
+def validate(schema: type[Schema], values: dict[str, Any]) -> Schema:
+    """Make a ``schema`` of nested plain values.
+
+    Raises:
+        pydantic.ValidationError: lists all values that do not fit.
+    """
     # By way of JSON: pydantic's strict mode takes mappings for dataclasses from JSON only.
-    return TypeAdapter(Recipe).validate_json(json.dumps(values, default=str))
+    return TypeAdapter(schema).validate_json(json.dumps(values, default=str))
 
 
 def read_resolved(path: Path) -> Recipe:

@@ -216,6 +216,23 @@ class RunDir:
         return self.path / "model_card.md"
 
     @property
+    def slurm(self) -> Path:
+        """The folder of submitit's own files, and of the output of each node's supervisor."""
+        return self.path / "slurm"
+
+    def supervisor_log(self, job_id: str, node_rank: int) -> Path:
+        """Standard output of one node's supervisor in a SLURM job; node 0's is what a terminal would show."""
+        return self.slurm / f"{job_id}_{node_rank}_log.out"
+
+    def batch_log(self, job_id: str) -> Path:
+        """Output of a SLURM job's batch script, with srun's own words."""
+        return self.logs / f"slurm-{job_id}.log"
+
+    def meeting(self, job_id: str, start: str) -> Path:
+        """Where the nodes meet in one start of a SLURM job: ``{host, port, attempt}``."""
+        return self.slurm / f"meeting-{job_id}-{start}.json"
+
+    @property
     def wandb(self) -> Path:
         """The folder of wandb itself, when tracking is on."""
         return self.path / "wandb"

@@ -36,11 +36,22 @@ class StopSignals:
         self._stop = threading.Event()
         self._done = threading.Event()
         self._before: dict[int, Any] = {}
+        self._name = ""
 
     @property
     def requested(self) -> bool:
         """Whether a stop signal has come."""
         return self._stop.is_set()
+
+    @property
+    def name(self) -> str:
+        """The signal that came, as in SIGTERM; where a worker on another node was told and none came here: a peer."""
+        return self._name or "the signal of another node"
+
+    @property
+    def cause(self) -> str:
+        """What the signal means in a run's history: SLURM sends USR2 before a time limit, TERM for the rest."""
+        return {"SIGUSR2": "time_limit", "SIGINT": "interrupted"}.get(self._name, "preempted")
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._on_signal) for number in processes.STOP_SIGNALS}
@@ -62,7 +73,7 @@ class StopSignals:
                 os._exit(EXIT_RESUMABLE)
             return
         self._stop.set()
-        name = signal.Signals(number).name
+        self._name = name = signal.Signals(number).name
         # os.write: print may be under way in the code that the signal interrupted.
         os.write(2, f"\n{name}: saving a checkpoint and stopping; Ctrl-C again ends at once\n".encode())
         with contextlib.suppress(OSError):

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,12 @@ class Topology:
     """This machine's name."""
     omp_num_threads: int | None = None
     """What the user's environment says of CPU threads per process; None: nothing."""
+    has_slurm: bool = False
+    """Whether sbatch is on PATH."""
+    python: str = "python"
+    """The interpreter that runs this."""
+    cwd: str = "/"
+    """The working directory, from which a relative run directory is meant."""
 
 
 def detect() -> Topology:
@@ -32,6 +39,9 @@ def detect() -> Topology:
         num_gpus=_num_gpus(),
         host=os.uname().nodename,
         omp_num_threads=int(threads) if threads.isdigit() else None,
+        has_slurm=shutil.which("sbatch") is not None,
+        python=sys.executable,
+        cwd=str(Path.cwd()),
     )
 
 

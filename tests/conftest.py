@@ -61,7 +61,7 @@ def recipe_file(tmp_path):
 
 @pytest.fixture
 def launch(tmp_path):
-    """Run `launch …` in an empty folder of its own and return the finished process."""
+    """Run `launch …` in an empty folder of its own, on a machine without SLURM; return the finished process."""
     folder = tmp_path / "cwd"
     folder.mkdir()
 
@@ -69,7 +69,7 @@ def launch(tmp_path):
         return subprocess.run(
             [sys.executable, "-m", "launcher", *arguments],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **(env or {})},
+            env={**os.environ, "PATH": "", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **(env or {})},
             capture_output=True,
             text=True,
             check=False,

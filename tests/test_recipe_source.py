@@ -213,7 +213,11 @@ def test_a_flag_does_not_hide_that_its_section_is_no_mapping(section, problems):
     [
         ("nodes", 0, "command line (--nodes 0): launch.nodes: found 0; valid: a whole number >= 1"),
         ("gpus", -1, "command line (--gpus -1): launch.gpus: found -1; valid: a whole number >= 1, or auto"),
-        ("backend", "k8s", "command line (--backend k8s): launch.backend: found 'k8s'; valid: auto, local, torchrun"),
+        (
+            "backend",
+            "k8s",
+            "command line (--backend k8s): launch.backend: found 'k8s'; valid: auto, local, torchrun, slurm",
+        ),
     ],
 )
 def test_a_flag_with_a_wrong_value_is_named(flag, value, expected, problems):

@@ -1,0 +1,114 @@
+"""A SLURM job by submitit: submit it, and follow it from the terminal."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from launcher import diagnose, job, slurm_client
+from launcher.errors import EXIT_OK, InterruptedRunError, TrainingError
+from launcher.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from launcher.plan import LaunchPlan
+    from launcher.slurm_client import JobState
+
+POLL_S = 2.0
+LAST_LINES = 15
+
+
+def submit(plan: LaunchPlan) -> int:
+    """Submit the plan's script; follow the run to its end unless the plan says to detach.
+
+    Raises:
+        SlurmError: sbatch refused the job; with its own words.
+        LaunchError: the run failed, was interrupted or cancelled.
+    """
+    run = RunDir(plan.run_dir)
+    job_id = _sbatch(run, plan.script)
+    run.append_event("submitted", job_id=job_id)
+    print(f"job {job_id} submitted", flush=True)
+    if plan.detach:
+        print(f"run:  {run}\nnext: launch logs {run} -f, launch ps, launch cancel {run}")
+        return EXIT_OK
+    try:
+        return _follow(run, job_id)
+    except KeyboardInterrupt:
+        print(f"\nno longer following; job {job_id} goes on. Stop it by: launch cancel {run}")
+        return EXIT_OK
+
+
+def _sbatch(run: RunDir, script: str) -> str:
+    from submitit.core.utils import FailedJobError
+    from submitit.slurm.slurm import SlurmExecutor
+
+    class Executor(SlurmExecutor):
+        """submitit's, but what it submits is the text that the plan shows."""
+
+        def _make_submission_file_text(self, command: str, uid: str) -> str:  # noqa: ARG002
+            return script
+
+    for name in set(os.environ) - set(slurm_client.clean_environment()):
+        del os.environ[name]  # submitit hands its own environment to sbatch, and sbatch to the job
+    try:
+        submitted = Executor(run.slurm).submit(job.main, str(run.path))
+    except (FailedJobError, RuntimeError) as error:
+        raise slurm_client.SlurmError(f"the job was refused: {error}") from None
+    return str(submitted.job_id)
+
+
+def _follow(run: RunDir, job_id: str) -> int:
+    """Show what the job's first node says, and what becomes of the job, until it is over."""
+    shown: JobState | None = None
+    position = 0
+    while True:
+        state = slurm_client.job_states([job_id])[job_id]
+        position = _print_from(run.supervisor_log(job_id, 0), position)
+        if state != shown and state.state in ("PENDING", "RUNNING"):
+            where = f" on {state.nodes}" if state.nodes else f" ({state.reason})" if state.reason else ""
+            print(f"job {job_id} {state.state.lower()}{where}", flush=True)
+        shown = state
+        if state.over:
+            _print_from(run.supervisor_log(job_id, 0), position)
+            return _conclude(run, job_id, state)
+        time.sleep(POLL_S)
+
+
+def _print_from(file: Path, position: int) -> int:
+    """Print what was appended to a file since ``position``; return the new one."""
+    try:
+        with file.open("rb") as stream:
+            stream.seek(position)
+            text = stream.read()
+    except FileNotFoundError:
+        return position
+    sys.stdout.buffer.write(text)
+    sys.stdout.flush()
+    return position + len(text)
+
+
+def _conclude(run: RunDir, job_id: str, state: JobState) -> int:
+    """Exit code of a run whose job is over."""
+    found = run.read_status()["state"]
+    if found in ("completed", "early_stopped") and state.state in ("COMPLETED", "UNKNOWN"):
+        return EXIT_OK
+    if found == "preempted":
+        raise InterruptedRunError(f"job {job_id} ended as {state.state}; go on with: launch resume {run}")
+    if found == "cancelled" or state.state == "CANCELLED":
+        raise TrainingError(f"job {job_id} was cancelled; go on with: launch resume {run}")
+    if found == "failed":
+        raise TrainingError(f"job {job_id} ended as {state.state}\n{diagnose.explain(run)}\nmore: launch why {run}")
+    logs = (run.supervisor_log(job_id, 0).with_suffix(".err"), run.batch_log(job_id))
+    said = [f"{log}:\n{text}" for log in logs if (text := _last_lines(log))]
+    raise TrainingError("\n".join([f"job {job_id} ended as {state.state} ({state.reason}), the run is {found}", *said]))
+
+
+def _last_lines(file: Path) -> str:
+    try:
+        return "\n".join(file.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:])
+    except FileNotFoundError:
+        return ""

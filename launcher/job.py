@@ -1,0 +1,107 @@
+"""One task of a SLURM job: which of the nodes this is, where they meet, and how the job ends.
+
+submitit calls :func:`main` on every node with the run directory and nothing else; all it has to know is there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from launcher import history, network, node
+from launcher.errors import PreflightError, TrainingError, exit_code_of
+from launcher.run_dir import RunDir, write_json_atomic
+
+if TYPE_CHECKING:
+    from collections.abc import MutableMapping
+
+MEET_TIMEOUT_S = 600
+STALE = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+STALE_BEGINNINGS = ("TORCHELASTIC_", "PET_", "ROLE_", "GROUP_")
+
+
+def main(run_path: str) -> None:
+    """Run this node's part of the job; leaves by SystemExit with the design's exit code where that is not 0."""
+    code = exit_code_of(lambda: _supervise(RunDir(run_path)))
+    sys.stdout.flush()
+    if code:
+        sys.exit(code)
+
+
+def _supervise(run: RunDir) -> int:
+    scrub(os.environ)
+    node_rank = int(os.environ["SLURM_NODEID"])
+    plan = run.read_plan()
+    attempt = None
+    if node_rank == 0:
+        history.close_attempt(run)
+        stopped = history.refusal(run)
+        if stopped:
+            run.update_status(state="failed")
+            raise TrainingError(f"{stopped}\nmore: launch why {run}")
+    if plan["nodes"] > 1:
+        met = _meet(run, plan, node_rank)
+        plan["rdzv_endpoint"], attempt = f"{met['host']}:{met['port']}", met["attempt"]
+    else:
+        plan["rdzv_endpoint"] = "127.0.0.1:0"
+    return node.supervise(run, plan, node_rank=node_rank, first_attempt=attempt)
+
+
+def scrub(environment: MutableMapping[str, str]) -> None:
+    """Take out what an earlier launcher in the submitting shell left for its own workers."""
+    for name in list(environment):
+        if name in STALE or name.startswith(STALE_BEGINNINGS):
+            del environment[name]
+
+
+def _meet(run: RunDir, plan: dict[str, Any], node_rank: int) -> dict[str, Any]:
+    """Where the nodes of this start of the job meet: node 0 writes it, the others wait for it.
+
+    Raises:
+        PreflightError: the nodes do not reach each other by what the cluster calls them, or share no file system.
+    """
+    from submitit.slurm.slurm import SlurmJobEnvironment
+
+    job_id, start = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")
+    hosts = SlurmJobEnvironment().hostnames
+    # To itself a node's route is the loopback; to any other it is the network that they share.
+    address = _own_address(plan, toward=hosts[1 if node_rank == 0 else 0])
+    file = run.meeting(job_id, start)
+    if node_rank == 0:
+        port = network.free_port(int(job_id))
+        met = {"host": address, "port": port, "attempt": history.next_attempt(run)}
+        write_json_atomic(file, met)
+        return met
+    deadline = time.monotonic() + MEET_TIMEOUT_S
+    while file not in list(file.parent.iterdir()):  # a listing is fresh where NFS still remembers that there was none
+        if time.monotonic() > deadline:
+            raise PreflightError(
+                f"{file}: not there after {MEET_TIMEOUT_S} s; {hosts[0]} writes it: did it start, and is the folder "
+                "on a file system that all nodes share?"
+            )
+        time.sleep(0.2)
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def _own_address(plan: dict[str, Any], *, toward: str) -> str:
+    """This node's address for the others; tells NCCL and gloo its interface, each in its own syntax."""
+    wanted = plan["profile"]["interface"]
+    try:
+        address = network.address_of(wanted) if wanted else network.local_address(toward)
+    except OSError as error:
+        raise PreflightError(f"{os.uname().nodename}: there is no way to {toward}: {error}") from None
+    if address is None or address.startswith("127."):
+        raise PreflightError(
+            f"{os.uname().nodename}: "
+            + (f"has no interface {wanted} with an IPv4 address" if wanted else f"reaches {toward} by loopback only")
+            + "; name the network in the profile: interface: ib0"
+        )
+    interface = wanted or network.interface_of(address)
+    if interface:
+        plan["env"].setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # = is exactly this one, not all that begin so
+        plan["env"].setdefault("GLOO_SOCKET_IFNAME", interface)
+    return address

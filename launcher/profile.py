@@ -1,0 +1,128 @@
+"""A cluster's profile: what SLURM has to be told there, written down once (``slurm/profiles/*.yaml``)."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field, ValidationError
+
+from launcher import recipe_source
+from launcher.errors import RecipeError, UsageError, did_you_mean
+from launcher.recipe import STRICT, Count, Positive, validate
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Line = Annotated[str, Field(pattern=r"^[^\r\n]*$")]
+"""Text of one line: a second one would become a command of the batch script."""
+PACKAGED = Path(__file__).parent / "slurm" / "profiles"
+OVERRIDE = "profile."
+"""Begins the overrides that are meant for the profile, as in ``profile.timeout_min=30``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """What the jobs of a cluster ask for. Values reach SLURM quoted: none is ever run by a shell but ``setup``."""
+
+    __pydantic_config__ = STRICT
+
+    name: str = "profile"
+    """Of the profile; where absent, the file's name."""
+    partition: Line | None = None
+    """Partition, or several with commas; null: the cluster's default."""
+    account: Line | None = None
+    """Whom the job is charged to."""
+    qos: Line | None = None
+    """Quality of service."""
+    constraint: Line | None = None
+    """Features that the nodes must have, as in `a100&ib`."""
+    reservation: Line | None = None
+    """Name of a reservation."""
+    exclude: Line | None = None
+    """Nodes not to use, as in `n[3-4]`; nodes that fail during a run are added by themselves."""
+    timeout_min: Count = 240
+    """Minutes after which SLURM ends the job; the run saves before, is requeued and goes on."""
+    lead_s: Annotated[int, Field(ge=10, le=3600)] = 120
+    """Seconds before the time limit at which the run is told to save; longer than a checkpoint takes."""
+    mem_gb: Positive | None = None
+    """Memory per node in gigabytes; null: the cluster's default."""
+    cpus_per_gpu: Count = 8
+    """CPU cores of each worker; one worker per GPU, or `launch.procs` of them without GPUs."""
+    gres: Line | None = None
+    """Asks for GPUs by this name (`gpu:a100`) where the cluster wants --gres; null: by --gpus-per-node."""
+    exclusive: bool = False
+    """Whole nodes."""
+    mail_user: Line | None = None
+    """Address for SLURM's mail."""
+    mail_type: Line | None = None
+    """When, as in END,FAIL."""
+    interface: Line | None = None
+    """Network interface of the workers (`ib0`); null: the one on the route between the nodes."""
+    setup: list[Line] = field(default_factory=list)
+    """Lines of shell on the first node before anything else: modules, conda, a virtual environment."""
+    env: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], Line] = field(default_factory=dict)
+    """Environment variables of the job."""
+    python: Line | None = None
+    """Command that runs Python on the nodes, as in `apptainer exec --nv image.sif python`; null: this one's."""
+    srun_args: list[Line] = field(default_factory=list)
+    """Further options of srun, as in `--container-image=/images/train.sqsh`."""
+    sbatch: dict[Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")], Line | int | bool] = field(default_factory=dict)
+    """Further options of sbatch by their long names, as in {licenses: matlab, switches: 1}; true: without a value."""
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> Profile:
+    """Read a profile by path or name: the user's own first, then those that come with this package.
+
+    Args:
+        name: a path of a YAML file, or a bare name.
+        overrides: items such as ``timeout_min=30``.
+
+    Raises:
+        UsageError: there is none of this name; lists those there are.
+        RecipeError: names every problem in it.
+    """
+    source = recipe_source.read(str(find(name)), overrides, {})
+    problems = list(source.problems)
+    try:
+        profile: Profile = validate(Profile, source.values)
+    except ValidationError as error:
+        problems += recipe_source.explain(error, source, Profile)
+    if problems:
+        raise RecipeError(problems)
+    return profile
+
+
+def to_dict(profile: Profile) -> dict[str, Any]:
+    """All fields as plain values."""
+    return asdict(profile)
+
+
+def find(name: str) -> Path:
+    """The file of a profile.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if "/" in name or name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise UsageError(f"--profile {name}: no such file")
+        return Path(name)
+    found = available()
+    if name not in found:
+        near = did_you_mean(name, found)
+        valid = f"valid: {', '.join(sorted(found))}, or a path; your own go into {user_folder()}/NAME.yaml"
+        raise UsageError(" ".join(filter(None, [f"--profile {name}: no such profile;", near, valid])))
+    return found[name]
+
+
+def available() -> dict[str, Path]:
+    """Profiles by name; the user's hide packaged ones."""
+    return {path.stem: path for folder in (PACKAGED, user_folder()) for path in sorted(folder.glob("*.yaml"))}
+
+
+def user_folder() -> Path:
+    """Where a user's own profiles are."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "finetune-launcher" / "profiles"

@@ -1,0 +1,106 @@
+"""The text of a batch job: pure, the same on a machine without SLURM. ``--dry-run`` prints what is submitted."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from launcher.profile import Profile
+
+WAIT_FOR_TASKS_S = 60
+"""After the first node's supervisor has ended by itself the others get this long."""
+
+# srun's own words about a task that was killed from outside name its node: it is not used again.
+_TEARDOWN = """\
+code=$?
+# 0 is done, 1 failed, 2 and 3 refused. Else the run is queued again: 75 means saved and wants to go on, the rest that a
+# supervisor was lost. Not after scancel: then the job is no longer RUNNING.
+case $code in 0 | 1 | 2 | 3) exit $code ;; esac
+[ "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)" = RUNNING ] || exit $code
+lost=$(sed -n 's/^srun: error: \\([^ :,[]*\\): task [0-9]*: Killed$/\\1/p' {log} | tail -n 1)
+trap '' TERM
+scontrol requeue "$SLURM_JOB_ID"
+if [ -n "$lost" ]; then
+  scontrol update JobId="$SLURM_JOB_ID" ExcNodeList={exclude}"$lost"
+fi
+exit $code"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a batch job is made from."""
+
+    name: str
+    """Shown by squeue."""
+    run_dir: str
+    """Absolute path of the run directory."""
+    nodes: int
+    """Machines, each with one supervisor."""
+    procs_per_node: int
+    """Workers on each."""
+    device: str
+    """cuda or cpu."""
+    python: str
+    """The interpreter that runs ``launch``."""
+
+
+def build_script(job: Job, profile: Profile) -> str:
+    """The whole sbatch script, by the function that submitit itself uses.
+
+    One task a node with all of the node's GPUs: with a GPU per task NCCL could not see its peers (nccl#1066).
+    """
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    run = Path(job.run_dir)
+    log = run / "logs" / "slurm-%j.log"
+    cpus = profile.cpus_per_gpu * job.procs_per_node
+    options: dict[str, Any] = {
+        "job_name": job.name,
+        "nodes": job.nodes,
+        "ntasks_per_node": 1,
+        "cpus_per_task": cpus,
+        "time": profile.timeout_min,
+        "signal_delay_s": profile.lead_s,
+        "wckey": None,
+        **{
+            name: getattr(profile, name)
+            for name in ("partition", "account", "qos", "constraint", "exclude", "mail_user", "mail_type")
+        },
+        "exclusive": profile.exclusive or None,
+        "mem": None if profile.mem_gb is None else f"{round(profile.mem_gb * 1024)}M",
+    }
+    if job.device == "cuda":
+        gpus = job.procs_per_node
+        options |= {"gres": f"{profile.gres}:{gpus}"} if profile.gres else {"gpus_per_node": gpus}
+    more = {"requeue": True, "output": log, "error": log}
+    if profile.reservation:
+        more["reservation"] = profile.reservation
+    exclude = shlex.quote(f"{profile.exclude},") if profile.exclude else ""
+    command = (
+        f"{profile.python or shlex.quote(job.python)} -u -m submitit.core._submit {shlex.quote(str(run / 'slurm'))}"
+    )
+    text: str = _make_sbatch_string(
+        command,
+        run / "slurm",
+        **options,
+        additional_parameters=more | {key: value for key, value in profile.sbatch.items() if value is not False},
+        setup=[
+            # What binds the shell that submits to its own cores would bind every worker to them.
+            'unset "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}"',
+            *(f"export {key}={shlex.quote(value)}" for key, value in profile.env.items()),
+            *profile.setup,
+        ],
+        srun_args=[
+            "--kill-on-bad-exit=1",
+            f"--wait={WAIT_FOR_TASKS_S}",
+            f"--cpus-per-task={cpus}",  # lost between sbatch and srun from SLURM 22.05 to 23.02
+            *profile.srun_args,
+        ],
+        teardown=_TEARDOWN.format(
+            log=f'{shlex.quote(str(log).removesuffix("%j.log"))}"$SLURM_JOB_ID".log', exclude=exclude
+        ).splitlines(),
+    )
+    return text + "\n"

@@ -1,0 +1,102 @@
+"""What SLURM's own commands say of a job, with accounting or without."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from launcher.errors import LaunchError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+TIMEOUT_S = 60
+KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER")
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "REVOKED")
+
+
+class SlurmError(LaunchError):
+    """A command of SLURM failed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobState:
+    """A job as SLURM sees it now."""
+
+    state: str
+    """PENDING, RUNNING, COMPLETED and so on; UNKNOWN where SLURM has forgotten it."""
+    reason: str = ""
+    """Why it waits or has ended, in SLURM's word."""
+    nodes: str = ""
+    """Node list, as in n[1-2]."""
+
+    @property
+    def over(self) -> bool:
+        """Whether it will not run again by itself."""
+        return self.state in OVER or self.state == "UNKNOWN"
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's environment without what another job or another launcher left in it.
+
+    Inside an allocation SLURM_* would be read by sbatch as options; CUDA_VISIBLE_DEVICES would reach the job.
+    """
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in KEPT or not (name.startswith(("SLURM_", "SBATCH_", "SRUN_")) or name == "CUDA_VISIBLE_DEVICES")
+    }
+
+
+def run(*command: str) -> str:
+    """Standard output of one of SLURM's commands.
+
+    Raises:
+        SlurmError: it failed, is not there or gave no answer; with its own words.
+    """
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S, env=clean_environment()
+        )
+    except FileNotFoundError:
+        raise SlurmError(f"{command[0]}: not found; SLURM's commands are on PATH where jobs are submitted") from None
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{command[0]}: no answer in {TIMEOUT_S} s; is slurmctld up? (scontrol ping)") from None
+    if done.returncode:
+        raise SlurmError(f"{' '.join(command)}: {done.stderr.strip() or f'exit code {done.returncode}'}")
+    return done.stdout
+
+
+def job_states(job_ids: Sequence[str]) -> dict[str, JobState]:
+    """The state of each job: from squeue for those that live, then from the controller's memory, then from accounting.
+
+    Raises:
+        SlurmError: the controller does not answer.
+    """
+    if not job_ids:
+        return {}
+    found: dict[str, JobState] = {}
+    # All of a user's jobs in one question: one that is over is no error then.
+    for line in run("squeue", "--noheader", "--me", "--states=all", "--format=%i|%T|%r|%N").splitlines():
+        job_id, state, reason, nodes = line.strip().split("|", 3)
+        if job_id in job_ids:
+            found[job_id] = JobState(state=state, reason=reason, nodes=nodes)
+    return {job_id: found.get(job_id) or _remembered(job_id) for job_id in job_ids}
+
+
+def _remembered(job_id: str) -> JobState:
+    try:
+        text = run("scontrol", "show", "job", "--oneliner", job_id)
+        fields = dict(part.split("=", 1) for part in re.findall(r"(?:^|\s)((?:JobState|Reason|NodeList)=\S*)", text))
+        return JobState(state=fields["JobState"], reason=fields.get("Reason", ""), nodes=fields.get("NodeList", ""))
+    except (SlurmError, KeyError):
+        pass
+    try:
+        text = run("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job_id}", "--format=State,NodeList")
+        state, _, nodes = text.splitlines()[0].partition("|")
+        return JobState(state=state.split()[0], nodes=nodes)
+    except (SlurmError, IndexError):  # no accounting on this cluster
+        return JobState(state="UNKNOWN")
