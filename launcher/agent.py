@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher import diagnose, network, processes
 from launcher.run_dir import ATTEMPT_VARIABLE
+from launcher.watchdog import Heartbeats, Watchdog
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.api import LogsDest
@@ -63,7 +64,15 @@ def run_workers(
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     _log_to_file(run, node_rank)
-    logs = _attempt_logs(run, node_rank=node_rank, first_attempt=first_attempt, stop=stop)
+    beats = Heartbeats(plan["procs_per_node"])
+    logs = _attempt_logs(run, node_rank=node_rank, first_attempt=first_attempt, stop=stop, beats=beats)
+    watchdog = Watchdog(
+        run,
+        beats,
+        timeout_s=plan["hang_timeout_s"],
+        node_rank=node_rank,
+        attempt=lambda: int(logs.attempt),
+    )
     options: dict[str, Any] = {
         "min_nodes": plan["nodes"],
         "max_nodes": plan["nodes"],
@@ -85,13 +94,14 @@ def run_workers(
     known = {field.name for field in dataclasses.fields(LaunchConfig)}  # torch 2.9 has fewer
     config = LaunchConfig(**{name: value for name, value in options.items() if name in known})
     try:
-        outcomes: dict[int, str] = elastic_launch(config, worker_main)(str(run.path))
+        with watchdog:
+            outcomes: dict[int, str] = elastic_launch(config, worker_main)(str(run.path), beats)
     except (ChildFailedError, _NoRestartError, RendezvousError) as error:
         raise WorkersFailedError(logs.attempt, str(error).splitlines()[0]) from error
     return outcomes
 
 
-def _attempt_logs(run: RunDir, *, node_rank: int, first_attempt: int, stop: StopSignals) -> Any:
+def _attempt_logs(run: RunDir, *, node_rank: int, first_attempt: int, stop: StopSignals, beats: Heartbeats) -> Any:
     from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
 
     class AttemptLogs(LogsSpecs):
@@ -110,6 +120,7 @@ def _attempt_logs(run: RunDir, *, node_rank: int, first_attempt: int, stop: Stop
             if self.attempt >= first_attempt:
                 self._check_restart()
             self.attempt += 1
+            beats.clear()
             for env in envs.values():
                 env[ATTEMPT_VARIABLE] = str(self.attempt)
             run.append_event("attempt_started", attempt=self.attempt, node=node_rank, workers=len(envs))

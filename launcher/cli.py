@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 EPILOG = """\
 other commands:
   launch resume RUN        go on from a run's last checkpoint
+  launch ps [FOLDER]       the runs below a folder: state, job, progress
+  launch cancel RUN        stop a run, wherever it runs; a checkpoint is saved first
   launch export RUN        export, quantize and measure a run's best checkpoint again
   launch report RUN        write report.html, report.json and model_card.md again
   launch why RUN           the first failure of a run, and its cure
@@ -149,7 +151,13 @@ def _write_run(plan: LaunchPlan, recipe: Recipe) -> None:
     except OSError as error:
         raise UsageError(f"--run-dir {run}: cannot be made there: {error.strerror}: {error.filename}") from None
     # The recipe comes last: its presence says that the plan is there.
-    facts = {"created": time.time(), "host": os.uname().nodename, "launched_by": shlex.join(["launch", *sys.argv[1:]])}
+    facts = {
+        "created": time.time(),
+        "host": os.uname().nodename,
+        "pid": os.getpid(),
+        "process_started": processes.start_time(os.getpid()),
+        "launched_by": shlex.join(["launch", *sys.argv[1:]]),
+    }
     write_json_atomic(run.plan, plan.to_dict() | facts)
     write_text_atomic(run.recipe, recipes.to_yaml(recipe))
     if not run.status.exists():
@@ -236,6 +244,27 @@ def _why(argv: list[str]) -> int:
     return EXIT_OK
 
 
+def _ps(argv: list[str]) -> int:
+    parser = _parser("ps", "List the runs below a folder: state, job, progress.")
+    parser.add_argument("folder", nargs="?", default="runs", metavar="FOLDER", help="default: runs")
+    parser.add_argument("--json", action="store_true", dest="as_json", help="for programs")
+    args = parser.parse_args(argv)
+    from launcher.commands import jobs
+
+    jobs.ps(args.folder, as_json=args.as_json)
+    return EXIT_OK
+
+
+def _cancel(argv: list[str]) -> int:
+    parser = _parser("cancel", "Stop a run, wherever it runs; a checkpoint is saved first.")
+    parser.add_argument("run_dir", metavar="RUN")
+    run = RunDir.existing(parser.parse_args(argv).run_dir)
+    from launcher.commands import jobs
+
+    jobs.cancel(run)
+    return EXIT_OK
+
+
 def _models(argv: list[str]) -> int:
     parser = _parser("models", "List torchvision's classification models.")
     parser.add_argument("pattern", nargs="?", metavar="PATTERN", help="part of a name, or a glob: 'resnet*'")
@@ -280,6 +309,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "export": _export,
     "report": _report,
     "why": _why,
+    "ps": _ps,
+    "cancel": _cancel,
     "models": _models,
     "doctor": _doctor,
     "recipes": _recipes,

@@ -16,6 +16,9 @@ CURES = {
     "bug": "look at the last line of your own code above; `launch RECIPE --debug` runs it in one process",
     "usage": "correct what the message names and start again",
     "out_of_memory": "lower batch.size (batch.global_size keeps the step's size), or data.image_size",
+    "hang": "the workers' stacks are in their logs; one that waits for data or a lock holds up all others; a step that "
+    "really takes this long needs a higher train.hang_timeout_s",
+    "lost_node": "`launch resume RUN` goes on from the last checkpoint; ask whoever runs the cluster about the node",
     "lost_worker": "a worker was killed from outside: look for the out-of-memory killer (`dmesg | grep -i oom`) "
     "or whoever sent the signal; `launch resume RUN` goes on from the last checkpoint",
 }
@@ -40,7 +43,8 @@ def first_failure(run: RunDir, attempt: int) -> dict[str, Any] | None:
         The error file's content; with the cause ``lost_worker`` where ranks report only that another one vanished.
     """
     found = errors(run, attempt)
-    own = [error for error in found if error["kind"] != "peer_lost"]
+    # Where all hang, the one that does not wait for the others is what they wait for.
+    own = sorted((e for e in found if e["kind"] != "peer_lost"), key=lambda e: bool(e.get("waiting")))
     if own:
         return own[0]
     if not found:

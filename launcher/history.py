@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from launcher.run_dir import read_jsonl
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from launcher.run_dir import RunDir
 
 BUDGETS = {
@@ -37,15 +39,26 @@ def events(run: RunDir, kind: str) -> list[dict[str, Any]]:
     return [event for event in read_jsonl(run.events) if event.get("kind") == kind]
 
 
-def close_attempt(run: RunDir) -> None:
-    """Write down the end of an attempt that left no word of it: its first node or supervisor was lost."""
+def close_attempt(run: RunDir, *, lost_nodes: Sequence[str] = ()) -> None:
+    """Write down the end of an attempt that left no word of it: its first node or supervisor was lost.
+
+    Args:
+        run: the run directory.
+        lost_nodes: of which SLURM has said so.
+    """
     last = next_attempt(run) - 1
     ended = [event for event in events(run, "attempt_ended") if event.get("attempt") == last]
     if not last or ended:
         return
-    lost = [event["host"] for event in events(run, "supervisor_lost")]
-    hosts = sorted({event["host"] for event in events(run, "attempt_started") if event.get("attempt") == last})
-    message = f"supervisor on {lost[-1]} was killed" if lost else f"a node was lost, one of {', '.join(hosts)}"
+    started = [event for event in events(run, "attempt_started") if event.get("attempt") == last]
+    killed = [e["host"] for e in events(run, "supervisor_lost") if e["time"] > started[0]["time"]]
+    hosts = {event["host"] for event in started}
+    if killed:
+        message = f"the supervisor on {killed[0]} was killed"
+    elif hosts.intersection(lost_nodes):
+        message = f"SLURM lost {', '.join(sorted(hosts.intersection(lost_nodes)))} (node failure)"
+    else:
+        message = f"a node was lost without a word, one of {', '.join(sorted(hosts))}"
     run.append_event("attempt_ended", attempt=last, node=0, cause="lost_node", message=message)
 
 

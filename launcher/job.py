@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,7 @@ def _supervise(run: RunDir) -> int:
     plan = run.read_plan()
     attempt = None
     if node_rank == 0:
-        history.close_attempt(run)
+        history.close_attempt(run, lost_nodes=_lost_nodes(run))
         stopped = history.refusal(run)
         if stopped:
             run.update_status(state="failed")
@@ -48,6 +49,13 @@ def _supervise(run: RunDir) -> int:
     else:
         plan["rdzv_endpoint"] = "127.0.0.1:0"
     return node.supervise(run, plan, node_rank=node_rank, first_attempt=attempt)
+
+
+def _lost_nodes(run: RunDir) -> list[str]:
+    """Of which srun said in the job's earlier starts that they failed."""
+    log = run.batch_log(os.environ["SLURM_JOB_ID"])
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    return re.findall(r"^srun: error: Node failure on (\S+)$", text, re.MULTILINE)
 
 
 def scrub(environment: MutableMapping[str, str]) -> None:

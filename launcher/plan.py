@@ -61,6 +61,8 @@ class LaunchPlan:
     """CPU threads of each worker's computations: OMP_NUM_THREADS where it is set, else the node's cores shared out."""
     max_restarts: int
     """How often the workers are started again after one died."""
+    hang_timeout_s: float | None
+    """Seconds without a step after which the workers are taken for hung."""
     node_rank: int
     """Which node this one is."""
     rdzv_endpoint: str
@@ -158,6 +160,7 @@ def make_plan(recipe: Recipe, topology: Topology, request: Request, profile: Pro
         procs_per_node=procs,
         threads_per_proc=threads,
         max_restarts=0 if backend == "local" else launch.max_restarts,
+        hang_timeout_s=recipe.train.hang_timeout_s,
         node_rank=request.node_rank,
         rdzv_endpoint=endpoint,
         debug=request.debug,
@@ -175,8 +178,10 @@ def _choose_backend(recipe: Recipe, topology: Topology, request: Request) -> str
     if launch.backend == "auto":
         by_hand = request.rdzv_endpoint is not None or request.node_rank != 0
         more = launch.nodes > 1 or (launch.gpus != "auto" and launch.gpus > topology.num_gpus)
-        wanted = topology.has_slurm and not by_hand and (more or launch.profile is not None)
-        return "slurm" if wanted else "torchrun"
+        if by_hand or not (topology.has_slurm or launch.nodes > 1):
+            return "torchrun"
+        # Several nodes with a profile are meant for its cluster also where a plan is only looked at, without SLURM.
+        return "slurm" if launch.profile is not None or (topology.has_slurm and more) else "torchrun"
     if launch.backend == "slurm" and (request.node_rank or request.rdzv_endpoint):
         raise UsageError("--node-rank and --rdzv-endpoint are for nodes without SLURM; a job's nodes find each other")
     return launch.backend

@@ -49,6 +49,15 @@ def adopt_orphans() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
+def start_time(pid: int) -> str | None:
+    """When a living process started, in the kernel's ticks: with it a process id is unique. None: there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] == "Z" else fields[19]
+
+
 def children(pid: int) -> list[int]:
     """Living processes whose parent is ``pid``."""
     return _children_by_parent().get(pid, [])

@@ -173,6 +173,9 @@ class TrainConfig:
     """When the state of training is written."""
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     """What the best checkpoint is, and when to stop."""
+    hang_timeout_s: Positive | None = 600.0
+    """Seconds without a step or a validation batch after which the workers are taken for hung: their stacks go to
+    their logs, and they are started again. null: never."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 WAIT_FOR_TASKS_S = 60
 """After the first node's supervisor has ended by itself the others get this long."""
 
+# What binds the shell that submits to its own cores would bind every worker to them.
+_SETUP = """\
+unset "${{!SLURM_CPU_BIND@}}" "${{!SLURM_MEM_BIND@}}"
+log={log}"$SLURM_JOB_ID".log
+before=$(wc -l < "$log")"""
 # srun's own words about a task that was killed from outside name its node: it is not used again.
 _TEARDOWN = """\
 code=$?
@@ -20,11 +25,14 @@ code=$?
 # supervisor was lost. Not after scancel: then the job is no longer RUNNING.
 case $code in 0 | 1 | 2 | 3) exit $code ;; esac
 [ "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)" = RUNNING ] || exit $code
-lost=$(sed -n 's/^srun: error: \\([^ :,[]*\\): task [0-9]*: Killed$/\\1/p' {log} | tail -n 1)
+killed='s/^srun: error: \\([^ :,[]*\\): task [0-9]*: Killed$/\\1/p'
+lost=$(tail -n "+$((before + 1))" "$log" | sed -n "$killed" | head -n 1)
+exclude=$(scontrol show job --oneliner "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\\([^ (]*\\).*/\\1/p')
 trap '' TERM
 scontrol requeue "$SLURM_JOB_ID"
 if [ -n "$lost" ]; then
-  scontrol update JobId="$SLURM_JOB_ID" ExcNodeList={exclude}"$lost"
+  printf '{{"time": %s, "kind": "supervisor_lost", "host": "%s"}}\\n' "$(date +%s.%N)" "$lost" >> {events}
+  scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${{exclude:+$exclude,}}$lost"
 fi
 exit $code"""
 
@@ -78,7 +86,6 @@ def build_script(job: Job, profile: Profile) -> str:
     more = {"requeue": True, "output": log, "error": log}
     if profile.reservation:
         more["reservation"] = profile.reservation
-    exclude = shlex.quote(f"{profile.exclude},") if profile.exclude else ""
     command = (
         f"{profile.python or shlex.quote(job.python)} -u -m submitit.core._submit {shlex.quote(str(run / 'slurm'))}"
     )
@@ -88,8 +95,7 @@ def build_script(job: Job, profile: Profile) -> str:
         **options,
         additional_parameters=more | {key: value for key, value in profile.sbatch.items() if value is not False},
         setup=[
-            # What binds the shell that submits to its own cores would bind every worker to them.
-            'unset "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}"',
+            *_SETUP.format(log=shlex.quote(str(log).removesuffix("%j.log"))).splitlines(),
             *(f"export {key}={shlex.quote(value)}" for key, value in profile.env.items()),
             *profile.setup,
         ],
@@ -99,8 +105,6 @@ def build_script(job: Job, profile: Profile) -> str:
             f"--cpus-per-task={cpus}",  # lost between sbatch and srun from SLURM 22.05 to 23.02
             *profile.srun_args,
         ],
-        teardown=_TEARDOWN.format(
-            log=f'{shlex.quote(str(log).removesuffix("%j.log"))}"$SLURM_JOB_ID".log', exclude=exclude
-        ).splitlines(),
+        teardown=_TEARDOWN.format(events=shlex.quote(str(run / "events.jsonl"))).splitlines(),
     )
     return text + "\n"

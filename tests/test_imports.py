@@ -46,7 +46,15 @@ FLOORS = (
         "launcher.report",
         "launcher.report_html",
     },
-    {"launcher.agent", "launcher.node", "launcher.job", "launcher.stopping", "launcher.backends", "launcher.commands"},
+    {
+        "launcher.agent",
+        "launcher.watchdog",
+        "launcher.node",
+        "launcher.job",
+        "launcher.stopping",
+        "launcher.backends",
+        "launcher.commands",
+    },
     {"launcher.cli", "launcher.__main__"},
 )
 FOR_ENGINE = {f"launcher.{name}" for name in ("errors", "recipe", "run_dir", "image_folder", "processes")}

@@ -81,7 +81,10 @@ def run(tmp_path):
 
 
 @pytest.fixture
-def ended(run):
+def ended(run, monkeypatch):
+    """The run, at its end; that is believed sooner than by default."""
+    monkeypatch.setattr(logs, "QUIET_S", 0.3)
+    monkeypatch.setattr(logs, "POLL_S", 0.05)
     run.update_status(state="completed")
     return run
 
@@ -208,12 +211,31 @@ def test_many_gaps_are_not_all_listed(run):
 
 def test_other_files_are_no_logs(run, capsys):
     write(run, 1, 0, "mine\n")
-    for name in ("rank-0.log.gz", "rank-01.log", "rank-x.log", "old-rank-1.log"):
+    for name in ("rank-7.log.gz", "rank-01.log", "rank-x.log", "old-rank-1.log"):
         (run.attempt_logs(1) / name).write_text("not mine\n")
-    (run.logs / "attempt-2.bak").mkdir()
+    write(run, 2, 0, "not mine\n")
+    run.attempt_logs(2).rename(run.logs / "attempt-2.bak")
     run.node_log(0).write_text("not mine\n")
     show(run)
     assert capsys.readouterr().out == "[0] mine\n"
+    with pytest.raises(UsageError, match=r"it has 0$"):
+        show(run, rank=1)
+
+
+def test_a_log_that_is_removed_after_it_was_listed_is_left_out(ended, capsys, monkeypatch):
+    gone = write(ended, 1, 0, "gone\n")
+    write(ended, 1, 1, "here\n")
+    entries = logs._rank_logs(ended, 1)
+    monkeypatch.setattr(logs, "_rank_logs", lambda _run, attempt: entries if attempt == 1 else {})
+    gone.unlink()
+    for follow in (False, True):
+        show(ended, follow=follow)
+        assert capsys.readouterr().out == "[1] here\n"
+    attempt = logs._AttemptLogs(ended, 1, logs._Printer(None), rank=None)
+    monkeypatch.setattr(attempt, "_list", lambda: {0: (1, 5, 1)})  # and removed after that
+    attempt.poll()
+    attempt.finish()
+    assert capsys.readouterr().out == ""
 
 
 def test_grep_finds_a_regular_expression_anywhere_in_a_line(run, capsys):
@@ -329,23 +351,31 @@ def test_bytes_that_begin_no_character_are_cut_too(run, capfdbinary, monkeypatch
 
 
 MEMORY_PROGRAM = """
-import os, sys, tracemalloc
+import os, sys, threading, tracemalloc
 from launcher.commands import logs
 from launcher.run_dir import RunDir
 
+run, mode = RunDir(sys.argv[1]), sys.argv[2]
+
+def grow():  # zeros without a newline that take no room on the disk
+    os.truncate(run.rank_log(1, 0), 256 * 1024 * 1024)
+    run.update_status(state="completed")
+
+if mode == "appended":
+    threading.Timer(0.5, grow).start()
+else:
+    grow()
 sys.stdout = open(os.devnull, "w")
 tracemalloc.start()
-logs.run(RunDir(sys.argv[1]), follow=sys.argv[2] == "follow", rank=None, attempt=None, pattern="x$")
+logs.run(run, follow=mode != "all", rank=None, attempt=None, pattern="x$")
 print(tracemalloc.get_traced_memory()[1], file=sys.stderr)
 """
 
 
-@pytest.mark.parametrize("mode", ["all", "follow"])
-def test_a_line_of_any_length_takes_little_memory(mode, ended):
-    log = write(ended, 1, 0, "")
-    with log.open("r+b") as file:  # 256 MiB of zeros without a newline, and no room on the disk
-        file.truncate(256 * 1024 * 1024)
-    arguments = [sys.executable, "-c", MEMORY_PROGRAM, str(ended.path), mode]
+@pytest.mark.parametrize("mode", ["all", "tail", "appended"])
+def test_a_line_of_any_length_takes_little_memory(mode, run):
+    write(run, 1, 0, "")
+    arguments = [sys.executable, "-c", MEMORY_PROGRAM, str(run.path), mode]
     done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, check=True)
     peak = int(done.stderr)
     print(f"peak of a line of 256 MiB, {mode}: {peak / 1024:.0f} KiB")
@@ -556,18 +586,35 @@ def replace(log):
     beside.replace(log)
 
 
+def replace_by_a_longer_copy(log):
+    beside = log.with_name("beside")
+    beside.write_text(log.read_text() + "new\n")
+    beside.replace(log)
+
+
 def remove_and_make(log):
     log.unlink()
     truncate_and_grow(log)
 
 
-@pytest.mark.parametrize("change", [truncate, truncate_and_grow, replace, remove_and_make])
+@pytest.mark.parametrize("change", [truncate, truncate_and_grow, replace, replace_by_a_longer_copy, remove_and_make])
 def test_a_truncated_or_replaced_log_is_read_from_the_start(change, run, follow):
     log = write(run, 1, 0, "old one\nold two\n")
     following = follow()
     following.has_printed("[0] old one", "[0] old two")
     change(log)
     following.has_printed("[0] old one", "[0] old two", *(f"[0] {line}" for line in log.read_text().splitlines()))
+
+
+def test_a_log_of_which_nothing_was_printed_yet_may_be_truncated_too(run, follow):
+    for rank in range(20):
+        write(run, 1, rank, "old\n" * 10)
+    following = follow()
+    following.has_printed(*["[ 0] old"] * 10)
+    write(run, 1, 19, "new\nunfinished", mode="w")
+    following.has_printed(*["[ 0] old"] * 10, "[19] new")
+    write(run, 1, 19, "new\n", mode="w")
+    following.has_printed(*["[ 0] old"] * 10, "[19] new", "[19] new")
 
 
 def test_a_removed_log_may_come_again(run, follow):
@@ -631,12 +678,12 @@ def test_a_chosen_attempt_is_waited_for_where_there_are_no_logs(run, follow):
 
 
 @pytest.mark.parametrize("state", ["completed", "early_stopped", "failed", "cancelled", "preempted"])
-def test_following_ends_with_the_run(state, run, capsys):
-    write(run, 1, 0, "x\n")
-    run.update_status(state=state)
+def test_following_ends_with_the_run(state, ended, capsys):
+    write(ended, 1, 0, "x\n")
+    ended.update_status(state=state)
     began = time.monotonic()
-    show(run, follow=True)
-    assert 1 <= time.monotonic() - began < 10
+    show(ended, follow=True)
+    assert time.monotonic() - began >= 0.3
     assert capsys.readouterr().out == "[0] x\n"
 
 
@@ -652,11 +699,11 @@ def test_what_ranks_say_after_the_run_s_end_is_waited_for(run, follow):
     time.sleep(1.5)  # quiet for long, but not at an end
     assert following.is_running()
     run.update_status(state="completed")
-    for number in range(4):
-        time.sleep(0.5)
+    for number in range(5):  # after the first second, too
+        time.sleep(0.3)
         write(run, 1, 1, f"{number}\n")
     assert following.end() == (0, "")
-    assert following.lines == ["[0] x", "[1] 0", "[1] 1", "[1] 2", "[1] 3"]
+    assert following.lines == ["[0] x", *(f"[1] {number}" for number in range(5))]
 
 
 def test_the_state_from_before_a_resume_is_no_end(run, follow):

@@ -69,7 +69,8 @@ def _follow(run: RunDir, job_id: str) -> int:
         state = slurm_client.job_states([job_id])[job_id]
         position = _print_from(run.supervisor_log(job_id, 0), position)
         if state != shown and state.state in ("PENDING", "RUNNING"):
-            where = f" on {state.nodes}" if state.nodes else f" ({state.reason})" if state.reason else ""
+            reason = f" ({state.reason})" if state.reason not in ("", "None") else ""
+            where = f" on {state.nodes}" if state.nodes else reason
             print(f"job {job_id} {state.state.lower()}{where}", flush=True)
         shown = state
         if state.over:
@@ -96,10 +97,10 @@ def _conclude(run: RunDir, job_id: str, state: JobState) -> int:
     found = run.read_status()["state"]
     if found in ("completed", "early_stopped") and state.state in ("COMPLETED", "UNKNOWN"):
         return EXIT_OK
-    if found == "preempted":
+    if state.state == "CANCELLED":
+        raise InterruptedRunError(f"job {job_id} was cancelled; go on with: launch resume {run}")
+    if found == "preempted" and state.state != "FAILED":
         raise InterruptedRunError(f"job {job_id} ended as {state.state}; go on with: launch resume {run}")
-    if found == "cancelled" or state.state == "CANCELLED":
-        raise TrainingError(f"job {job_id} was cancelled; go on with: launch resume {run}")
     if found == "failed":
         raise TrainingError(f"job {job_id} ended as {state.state}\n{diagnose.explain(run)}\nmore: launch why {run}")
     logs = (run.supervisor_log(job_id, 0).with_suffix(".err"), run.batch_log(job_id))

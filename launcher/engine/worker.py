@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 import traceback
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -23,13 +23,20 @@ from launcher.engine.trainer import Outcome, Trainer
 from launcher.errors import EXIT_FAILED, EXIT_RESUMABLE, LaunchError
 from launcher.processes import die_with_parent
 from launcher.run_dir import ATTEMPT_VARIABLE, RunDir, WorkerSpec, write_json_atomic
+from launcher.watchdog import DUMP_SIGNAL
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from launcher.watchdog import Heartbeats
 
 
-def worker_main(run_path: str) -> Outcome:
+def worker_main(run_path: str, beats: Heartbeats) -> Outcome:
     """Entry point of a forked worker; torch's agent has set torchrun's environment variables.
 
     Args:
         run_path: the run directory.
+        beats: where this worker says after each step that it lives.
     """
     spec = WorkerSpec(run_dir=run_path, attempt=int(os.environ[ATTEMPT_VARIABLE]))
     ranks = Ranks.from_environment()
@@ -40,7 +47,8 @@ def worker_main(run_path: str) -> Outcome:
     supervisor = os.getppid()
     console = _redirect_output(run, spec, ranks)
     try:
-        outcome = train(spec, ranks, stop, console)
+        outcome = train(spec, ranks, _beating(stop, beats, ranks), console)
+        beats.rest(ranks.local_rank)
     except BaseException as error:  # whatever it was, the error file is how the supervisor and `launch why` learn of it
         write_error(run, spec, ranks, error)
         _flush()
@@ -53,6 +61,16 @@ def worker_main(run_path: str) -> Outcome:
     return outcome
 
 
+def _beating(stop: StopFlag, beats: Heartbeats, ranks: Ranks) -> Callable[[], bool]:
+    """``stop``, which training asks at every step and validation batch; being asked is a sign of life."""
+
+    def asked() -> bool:
+        beats.beat(ranks.local_rank, ranks.rank)
+        return stop()
+
+    return asked
+
+
 def train_here(spec: WorkerSpec) -> Outcome:
     """Train as the only worker, in this process and on this terminal."""
     stop = StopFlag()
@@ -60,7 +78,7 @@ def train_here(spec: WorkerSpec) -> Outcome:
     return train(spec, Ranks(), stop, sys.stdout)
 
 
-def train(spec: WorkerSpec, ranks: Ranks, stop: StopFlag, console: IO[str]) -> Outcome:
+def train(spec: WorkerSpec, ranks: Ranks, stop: Callable[[], bool], console: IO[str]) -> Outcome:
     """Train on this rank until the end or an agreed stop."""
     run = RunDir(spec.run_dir)
     device = Device(type=run.read_plan()["device"], index=ranks.local_rank)
@@ -145,6 +163,7 @@ def _redirect_output(run: RunDir, spec: WorkerSpec, ranks: Ranks) -> IO[str]:
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     faulthandler.enable(sys.stderr)
+    faulthandler.register(DUMP_SIGNAL, sys.stderr)
     return os.fdopen(original, "w", buffering=1)
 
 

@@ -1,0 +1,150 @@
+"""Finds workers that hang: each says after every step that it lives, in memory that its node's supervisor reads."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import re
+import signal
+import struct
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from launcher.run_dir import write_json_atomic
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from launcher.run_dir import RunDir
+
+DUMP_SIGNAL = signal.SIGUSR1
+"""On it a worker writes the stacks of all its threads into its log (faulthandler)."""
+POLL_S = 1.0
+DUMP_S = 3.0
+"""How long the workers get to write their stacks before they are killed."""
+WAITING = ("torch/autograd/", "torch/distributed/", "torch/nn/parallel/", "launcher/engine/distributed.py")
+"""Where a worker is that waits for the others."""
+TAIL_BYTES = 64 * 1024
+_CELL = struct.Struct("dqq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beat:
+    """A worker's last sign of life."""
+
+    age_s: float
+    """How long ago."""
+    pid: int
+    """Of the worker."""
+    rank: int
+    """Of the worker, among all."""
+
+
+class Heartbeats:
+    """A cell of shared memory for each local worker; made before they are forked. Writing one takes a microsecond."""
+
+    def __init__(self, num: int) -> None:
+        self._num = num
+        self._memory = mmap.mmap(-1, _CELL.size * num)
+
+    def beat(self, local_rank: int, rank: int) -> None:
+        """A step was taken, a batch was validated."""
+        _CELL.pack_into(self._memory, local_rank * _CELL.size, time.monotonic(), os.getpid(), rank)
+
+    def rest(self, local_rank: int) -> None:
+        """No step is to be expected any more."""
+        _CELL.pack_into(self._memory, local_rank * _CELL.size, 0.0, 0, 0)
+
+    def clear(self) -> None:
+        """Forget the workers of an attempt that is over."""
+        for local_rank in range(self._num):
+            self.rest(local_rank)
+
+    def read(self) -> list[Beat]:
+        """Of the workers that have taken a step and have others to take."""
+        now = time.monotonic()
+        cells = [_CELL.unpack_from(self._memory, index * _CELL.size) for index in range(self._num)]
+        return [Beat(age_s=now - then, pid=pid, rank=rank) for then, pid, rank in cells if then]
+
+
+class Watchdog:
+    """While entered, ends workers of which one has taken no step for too long, and leaves what each was doing.
+
+    Args:
+        run: where the error files go.
+        beats: of this node's workers.
+        timeout_s: how long is too long; None: there is no such time.
+        node_rank: which node this is.
+        attempt: the number of the present start of the workers.
+    """
+
+    def __init__(
+        self, run: RunDir, beats: Heartbeats, *, timeout_s: float | None, node_rank: int, attempt: Callable[[], int]
+    ) -> None:
+        self._run = run
+        self._beats = beats
+        self._timeout_s = timeout_s
+        self._node_rank = node_rank
+        self._attempt = attempt
+        self._done = threading.Event()
+
+    def __enter__(self) -> Self:
+        if self._timeout_s is not None:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+
+    def _watch(self) -> None:
+        while not self._done.wait(POLL_S):
+            found = self._beats.read()
+            if self._timeout_s and any(beat.age_s > self._timeout_s for beat in found):
+                self._end(found)
+                self._beats.clear()
+
+    def _end(self, found: list[Beat]) -> None:
+        attempt = self._attempt()
+        print(f"no step for {self._timeout_s:g} s: the workers hang; their stacks go to their logs", flush=True)
+        _signal(found, DUMP_SIGNAL)
+        time.sleep(DUMP_S)
+        for beat in found:
+            stack = _last_stack(self._run, attempt, beat.rank)
+            top = next((line for line in stack if line.lstrip().startswith("File")), "an unknown place").strip()
+            write_json_atomic(
+                self._run.rank_error(attempt, beat.rank),
+                {
+                    "time": time.time(),
+                    "attempt": attempt,
+                    "rank": beat.rank,
+                    "node": self._node_rank,
+                    "host": os.uname().nodename,
+                    "kind": "hang",
+                    "waiting": any(place in line for line in stack for place in WAITING),
+                    "type": "hang",
+                    "message": f"no step for {beat.age_s:.0f} s (train.hang_timeout_s); it is in {top}",
+                    "traceback": "\n".join(stack),
+                },
+            )
+        _signal(found, signal.SIGKILL)
+
+
+def _signal(found: list[Beat], number: signal.Signals) -> None:
+    for beat in found:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(beat.pid, number)
+
+
+def _last_stack(run: RunDir, attempt: int, rank: int) -> list[str]:
+    """The main thread's stack in the last dump of a rank's log, innermost call first."""
+    try:
+        with run.rank_log(attempt, rank).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            text = file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return []
+    blocks = re.findall(r"^Current thread [^\n]*\n((?:  [^\n]*\n?)+)", text, re.MULTILINE)
+    return blocks[-1].rstrip().splitlines() if blocks else []

@@ -1,0 +1,418 @@
+"""Runs on a real cluster, and what clusters do to them: preempt, cut short, kill, disconnect, cancel."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.numpy import load_file
+
+from launcher.history import events
+from launcher.run_dir import RunDir, read_jsonl
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(420)]
+ROOT = Path(__file__).parents[2]
+RECIPE = str(ROOT / "recipes/debug.yaml")
+TWO_NODES = ("--nodes", "2", "--procs", "2", "--profile", "dev")
+SMALL = (
+    "batch.size=8",
+    "launch.max_restarts=3",
+    "tracking.log_every=1",
+    "train.early_stopping.patience=null",
+    "post.enabled=false",
+)
+OFTEN = "train.checkpoint.every_steps=5"
+DEADLINE_S = 180
+KILL_WAIT_S = 32
+"""What SLURM gives a step between SIGTERM and SIGKILL."""
+NODE_DOWN_S = 40
+"""How long the dev cluster takes to see that a node is gone (slurm/dev/README.md)."""
+
+
+class Launched:
+    """A run that `launch` was started for."""
+
+    def __init__(self, run, process, environment):
+        self.run = run
+        self.process = process
+        self._environment = environment
+
+    def slurm(self, *command, check=True):
+        return subprocess.run(
+            command, env=self._environment, capture_output=True, text=True, check=check, timeout=60
+        ).stdout
+
+    @property
+    def job_id(self):
+        (submitted,) = events(self.run, "submitted")
+        return submitted["job_id"]
+
+    @property
+    def step(self):
+        return max((line["step"] for line in read_jsonl(self.run.metrics)), default=0)
+
+    def wait_until(self, condition, seconds=DEADLINE_S):
+        end = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, self.process.stdout.read()
+            assert time.monotonic() < end, "it never came to that"
+            time.sleep(0.1)
+
+    def wait_for_step(self, step):
+        self.wait_until(lambda: self.step >= step)
+
+    def finish(self, seconds=DEADLINE_S):
+        """Its exit code and what it printed."""
+        output, _ = self.process.communicate(timeout=seconds)
+        return self.process.returncode, output
+
+    def processes(self, host=None):
+        """Living supervisors and workers of the run, on one node or all."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if str(self.run.path) in " ".join(process.cmdline()) and "_submit" in " ".join(process.cmdline()):
+                    where = Path(f"/proc/{process.pid}/ns/uts").readlink()
+                    if host is None or where == self.namespace(host):
+                        found.append(process)
+            except (psutil.NoSuchProcess, psutil.ZombieProcess, FileNotFoundError):
+                continue
+        return [process for process in found if "srun" not in process.name()]
+
+    def namespace(self, host):
+        """The UTS namespace of a node's slurmd."""
+        for process in psutil.process_iter():
+            if process.name() == "slurmd" and process.cmdline()[-1:] == [host]:
+                with_conf = process.environ().get("SLURM_CONF", " ".join(process.cmdline()))
+                if Path(self._environment["SLURM_CONF"]).parent.name in with_conf + " ".join(process.cmdline()):
+                    return Path(f"/proc/{process.pid}/ns/uts").readlink()
+        raise AssertionError(f"no slurmd of {host}")
+
+    def supervisor(self, host):
+        own = self.processes(host)
+        (top,) = [process for process in own if process.ppid() not in {other.pid for other in own}]
+        return top
+
+    def workers(self, host):
+        return self.supervisor(host).children()
+
+
+@pytest.fixture
+def launch_on(tmp_path):
+    """Start `launch` on a cluster; what is left of its jobs is cancelled at the end."""
+    started = []
+
+    def start(environment, *arguments, name="run"):
+        environment = environment | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "launcher", *arguments, "--run-dir", str(tmp_path / name)],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        started.append(Launched(RunDir(tmp_path / name), process, environment))
+        return started[-1]
+
+    yield start
+    for launched in started:
+        for submitted in events(launched.run, "submitted"):
+            launched.slurm("scancel", "--quiet", "--full", "--signal=KILL", submitted["job_id"], check=False)
+        launched.process.kill()
+        launched.process.wait()
+        launched.process.stdout.close()
+
+
+@pytest.fixture
+def launch(launch_on, slurm_cluster):
+    return lambda *arguments, name="run": launch_on(slurm_cluster, RECIPE, *TWO_NODES, *SMALL, *arguments, name=name)
+
+
+def ends(run):
+    return [(event["attempt"], event["cause"]) for event in events(run, "attempt_ended")]
+
+
+def hosts(run, attempt):
+    return {event["host"] for event in events(run, "attempt_started") if event["attempt"] == attempt}
+
+
+def weights(run):
+    return {name: tensor.tobytes() for name, tensor in load_file(run.last_checkpoint / "model.safetensors").items()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, slurm_cluster):
+    """Two epochs on two nodes with two workers each that nothing happened to, and what `launch` printed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = subprocess.run(
+        [sys.executable, "-m", "launcher", RECIPE, *TWO_NODES, *SMALL, "train.epochs=2", "--run-dir", "run"],
+        cwd=folder,
+        env=slurm_cluster | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=DEADLINE_S,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return RunDir(folder / "run"), done.stdout
+
+
+def test_two_nodes_train_to_the_end_from_one_command(undisturbed):
+    run, output = undisturbed
+    assert run.read_status()["state"] == "completed"
+    assert len(hosts(run, 1)) == 2
+    assert run.read_plan()["world_size"] == 4
+    assert "epoch 2/2  val" in output
+    assert re.search(r"job \d+ running on n\[\d-\d\]", output)
+    assert len(list(run.attempt_logs(1).glob("rank-*.log"))) == 4
+    assert ends(run) == []
+    (script,) = run.slurm.glob("*_submission.sh")
+    dry = subprocess.run(
+        [sys.executable, "-m", "launcher", "resume", str(run.path), "--dry-run"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert dry.stdout.endswith(f"\nscript\n{script.read_text()}"), dry.stdout  # without SLURM on PATH
+
+
+def test_preempted_in_mid_epoch_it_ends_with_the_very_same_bits(launch, undisturbed):
+    launched = launch("train.epochs=2")
+    launched.wait_for_step(12)
+    launched.slurm("sbatch", "--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 3")
+    code, output = launched.finish()
+    assert code == 0, output
+    run = launched.run
+    assert ends(run) == [(1, "preempted")]
+    (resumed,) = events(run, "resumed")
+    assert 12 <= resumed["step"] < 90
+    assert resumed["offset"] > 0
+    assert launched.slurm("sacct", "-n", "-X", "-D", "-j", launched.job_id, "-o", "State").split() == [
+        "REQUEUED",
+        "COMPLETED",
+    ]
+    assert weights(run) == weights(undisturbed[0])
+    steps = [line["step"] for line in read_jsonl(run.metrics) if line["split"] == "train"]
+    assert steps == sorted(set(steps))
+
+
+def test_the_time_limit_cuts_it_and_it_goes_on(launch):
+    launched = launch("train.epochs=5", "profile.timeout_min=1", "profile.lead_s=40")
+    code, output = launched.finish(400)
+    assert code == 0, output
+    causes = [cause for _, cause in ends(launched.run)]
+    assert set(causes) == {"time_limit"}
+    assert len(causes) >= 2
+    assert launched.run.read_status()["epoch"] == 5
+
+
+def test_a_killed_worker_is_started_again_in_the_same_job(launch, undisturbed):
+    launched = launch("train.epochs=2", OFTEN)
+    launched.wait_for_step(12)
+    (*_, host) = sorted(hosts(launched.run, 1))
+    launched.workers(host)[0].kill()
+    code, output = launched.finish()
+    assert code == 0, output
+    assert {cause for _, cause in ends(launched.run)} == {"lost_worker"}
+    assert launched.slurm("squeue", "--noheader", "--states=all", "--format=%r", "--job", launched.job_id).split() == [
+        "None"
+    ]
+    assert len(list(launched.run.slurm.glob("meeting-*"))) == 1
+    assert weights(launched.run) == weights(undisturbed[0])
+
+
+def test_a_killed_supervisor_has_the_run_go_on_without_its_node(launch):
+    launched = launch("train.epochs=2", OFTEN)
+    launched.wait_for_step(12)
+    first = hosts(launched.run, 1)
+    (*_, host) = sorted(first)
+    start = time.monotonic()
+    launched.supervisor(host).kill()
+    launched.wait_until(lambda: ends(launched.run))
+    print(f"started again {time.monotonic() - start:.0f} s after a supervisor was killed")
+    code, output = launched.finish()
+    assert code == 0, output
+    assert ends(launched.run) == [(1, "lost_node")]
+    (lost,) = events(launched.run, "supervisor_lost")
+    assert lost["host"] == host
+    assert host not in hosts(launched.run, 2)
+    assert launched.processes() == []
+
+
+def test_a_node_whose_network_is_cut_is_left_behind(launch, slurm_machine):
+    launched = launch("train.epochs=2", OFTEN)
+    launched.wait_for_step(12)
+    (*_, host) = sorted(hosts(launched.run, 1))
+    start = time.monotonic()
+    assert slurm_machine.run("cut", host).returncode == 0
+    try:
+        launched.wait_until(lambda: ends(launched.run))
+        print(f"started again {time.monotonic() - start:.0f} s after the network of a node was cut")
+        code, output = launched.finish()
+    finally:
+        slurm_machine.run("heal", host)
+    assert code == 0, output
+    (end,) = events(launched.run, "attempt_ended")
+    assert end["cause"] == "lost_node"
+    assert host in end["message"]
+    assert host not in hosts(launched.run, 2)
+
+
+@pytest.mark.parametrize("by", ["scancel", "launch cancel"])
+def test_nothing_is_left_of_a_cancelled_run(launch, by, slurm_cluster):
+    launched = launch("train.epochs=400")
+    launched.wait_for_step(5)
+    assert len(launched.processes()) >= 6
+    if by == "scancel":
+        launched.slurm("scancel", launched.job_id)
+    else:
+        command = [sys.executable, "-m", "launcher", "cancel", str(launched.run.path)]
+        subprocess.run(command, env=slurm_cluster | {"PYTHONPATH": str(ROOT)}, check=True, timeout=DEADLINE_S)
+    code, output = launched.finish()
+    assert code == 75, output
+    assert launched.processes() == []
+    assert launched.run.last_checkpoint.exists()
+    assert launched.run.read_status()["state"] == ("preempted" if by == "scancel" else "cancelled")
+    time.sleep(15)  # more than it takes to start a requeued job again
+    assert launched.slurm("squeue", "--noheader", "--job", launched.job_id) == ""
+
+
+def test_detached_it_returns_at_once_and_goes_on(launch, slurm_cluster):
+    start = time.monotonic()
+    launched = launch("train.epochs=3", "--detach")
+    code, output = launched.finish()
+    print(f"returned after {time.monotonic() - start:.1f} s")
+    assert code == 0
+    assert "next: launch logs" in output
+    assert launched.run.read_status()["state"] != "completed"
+    listed = json.loads(_launch(slurm_cluster, "ps", str(launched.run.path.parent), "--json"))
+    assert [(row["job_id"], row["job_state"] in ("PENDING", "RUNNING")) for row in listed] == [(launched.job_id, True)]
+    end = time.monotonic() + DEADLINE_S
+    while launched.run.read_status()["state"] != "completed":
+        assert time.monotonic() < end
+        time.sleep(0.5)
+
+
+def _launch(environment, *arguments):
+    command = [sys.executable, "-m", "launcher", *arguments]
+    done = subprocess.run(
+        command, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+BUG = """
+from launcher.engine import schedule
+
+derive_seed = schedule.derive_seed
+
+
+def with_a_bug(*numbers):
+    if len(numbers) == 4 and numbers[1:3] == (7, 2):  # step 7 of rank 2
+        raise ZeroDivisionError("a bug in the user's own code")
+    return derive_seed(*numbers)
+
+
+schedule.derive_seed = with_a_bug
+"""
+
+
+def test_a_worker_that_raises_ends_the_run_and_why_shows_its_traceback_first(launch, slurm_cluster, tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(BUG)
+    launched = launch("train.epochs=3", f"profile.env={{PYTHONPATH: '{tmp_path / 'site'}:{ROOT}'}}")
+    code, output = launched.finish()
+    assert code == 1, output
+    assert "ZeroDivisionError: a bug in the user's own code" in output
+    why = _launch(slurm_cluster, "why", str(launched.run.path))
+    second = why.splitlines()[1]
+    assert second.startswith("first failure: rank 2 on n")
+    assert second.endswith("ZeroDivisionError: a bug in the user's own code")
+    assert "with_a_bug" in why
+    assert launched.run.read_status()["state"] == "failed"
+    assert launched.processes() == []
+
+
+def test_two_runs_of_the_same_second_on_the_same_nodes_do_not_meet(launch):
+    one = launch("train.epochs=2", "profile.sbatch={nodelist: 'n[1-2]'}", name="one")
+    other = launch("train.epochs=2", "profile.sbatch={nodelist: 'n[1-2]'}", "seed=1", name="other")
+    for launched in (one, other):
+        code, output = launched.finish()
+        assert code == 0, output
+    assert hosts(one.run, 1) == hosts(other.run, 1) == {"n1", "n2"}
+    times = [
+        [event["time"] for kind in ("first_step", "training_ended") for event in events(launched.run, kind)]
+        for launched in (one, other)
+    ]
+    assert times[0][0] < times[1][1]
+    assert times[1][0] < times[0][1]  # they did run at the same time
+    ports = [json.loads(next(launched.run.slurm.glob("meeting-*")).read_text())["port"] for launched in (one, other)]
+    assert ports[0] != ports[1]
+
+
+def test_without_accounting_it_is_all_the_same(launch_on, own_cluster):
+    environment = own_cluster.up("--no-accounting")
+    launched = launch_on(environment, RECIPE, *TWO_NODES, *SMALL, "train.epochs=2", "--detach")
+    code, output = launched.finish()
+    assert code == 0, output
+    launched.process = subprocess.Popen(["sleep", "300"], stdout=subprocess.PIPE, text=True)
+    launched.wait_for_step(5)
+    _launch(environment, "cancel", str(launched.run.path))
+    listed = json.loads(_launch(environment, "ps", str(launched.run.path), "--json"))
+    assert [row["state"] for row in listed] == ["cancelled"]
+    launched.slurm("scontrol", "show", "job", launched.job_id)
+    _launch(environment, "resume", str(launched.run.path))
+    assert launched.run.read_status()["state"] == "completed"
+
+
+HANG = """
+import os
+import time
+
+from launcher.engine import schedule
+
+derive_seed = schedule.derive_seed
+
+
+def that_hangs_once(*numbers):
+    if len(numbers) == 4 and numbers[1:3] == (7, 2) and os.environ["LAUNCH_ATTEMPT"] == "1":
+        time.sleep(1000)
+    return derive_seed(*numbers)
+
+
+schedule.derive_seed = that_hangs_once
+"""
+
+
+def test_a_rank_that_hangs_is_found_in_time_with_the_stacks_of_all(launch, tmp_path, undisturbed):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(HANG)
+    path = f"profile.env={{PYTHONPATH: '{tmp_path / 'site'}:{ROOT}'}}"
+    launched = launch("train.epochs=2", "train.hang_timeout_s=8", path)
+    launched.wait_until(lambda: list(launched.run.attempt_errors(1).glob("rank-*.json")))
+    found = launched.run.rank_error(1, 2)
+    launched.wait_until(found.exists)
+    error = json.loads(found.read_text())
+    last = max(line["time"] for line in read_jsonl(launched.run.metrics))
+    assert 8 <= error["time"] - last < 8 + 10
+    code, output = launched.finish()
+    assert code == 0, output
+    assert ends(launched.run)[0] == (1, "hang")
+    assert error["kind"] == "hang"
+    assert not error["waiting"]
+    assert "that_hangs_once" in error["traceback"]
+    for rank in range(4):
+        log = launched.run.rank_log(1, rank).read_text()
+        assert "most recent call first" in log, rank
+        assert json.loads(launched.run.rank_error(1, rank).read_text())["waiting"] == (rank != 2)
+    assert weights(launched.run) == weights(undisturbed[0])
