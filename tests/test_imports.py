@@ -41,6 +41,7 @@ FLOORS = (
     {
         "launcher.plan",
         "launcher.sbatch",
+        "launcher.slurm_client",
         "launcher.history",
         "launcher.diagnose",
         "launcher.report",
@@ -57,7 +58,7 @@ FLOORS = (
     },
     {"launcher.cli", "launcher.__main__"},
 )
-FOR_ENGINE = {f"launcher.{name}" for name in ("errors", "recipe", "run_dir", "image_folder", "processes")}
+FOR_ENGINE = {f"launcher.{name}" for name in ("errors", "recipe", "run_dir", "image_folder", "processes", "watchdog")}
 
 
 def module_name(path):

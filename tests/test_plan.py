@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from launcher import cli, recipe_checks, topology
 from launcher import plan as plans
 from launcher import recipe as recipes
+from launcher.commands import launch as launch_command
 from launcher.errors import UsageError
 from launcher.plan import Request, make_plan
 from launcher.topology import Topology
@@ -38,7 +39,7 @@ def dry_run(monkeypatch, capsys, tmp_path, images):
     """Run `launch … --dry-run` here as if on another machine; return the plan it made and what it printed."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").symlink_to(images)
-    monkeypatch.setattr(cli, "new_run_id", lambda name: f"{name}-20260102-030405-abcd")
+    monkeypatch.setattr(launch_command, "new_run_id", lambda name: f"{name}-20260102-030405-abcd")
 
     def run(*arguments, machine):
         made = []
@@ -92,6 +93,7 @@ def test_a_plan_reads_no_file_and_starts_nothing_and_is_the_same_each_time():
     code = """
 import copy, sys
 from launcher import recipe as recipes
+from launcher.commands import launch as launch_command
 from launcher.plan import Request, make_plan
 from launcher.topology import Topology
 

@@ -70,7 +70,7 @@ def merge(base, changes):
 
 @pytest.fixture
 def make_run(tmp_path, photos):
-    """Make a run directory by hand, as cli._write_run does; keyword arguments change its recipe."""
+    """Make a run directory by hand, as commands/launch.py does; keyword arguments change its recipe."""
 
     def make(name="run", **changes):
         recipe = {

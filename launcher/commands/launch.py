@@ -1,0 +1,183 @@
+"""``launch RECIPE`` and ``launch resume RUN``: from a recipe to a plan that is printed or carried out."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher import __version__, processes
+from launcher.commands import RECIPES
+from launcher.errors import EXIT_OK, UsageError
+from launcher.run_dir import RunDir, new_run_id
+
+if TYPE_CHECKING:
+    from launcher.plan import LaunchPlan
+    from launcher.profile import Profile
+    from launcher.recipe import Recipe
+    from launcher.recipe_source import Source
+
+
+def run(argv: list[str], *, epilog: str) -> int:
+    """Carry out a recipe; ``epilog`` ends the help."""
+    parser = argparse.ArgumentParser(
+        prog="launch",
+        description="Fine-tune an image classifier as a recipe says, on this process, this machine or several.",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of one that `launch recipes` lists")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="change the recipe: optim.lr=0.1")
+    parser.add_argument("--nodes", type=int, metavar="N", help="machines")
+    parser.add_argument("--gpus", type=int, metavar="M", help="GPUs per node, one worker each")
+    parser.add_argument("--procs", type=int, metavar="P", help="workers per node, on whatever device the recipe names")
+    parser.add_argument("--backend", metavar="NAME", help="auto, local, torchrun or slurm")
+    parser.add_argument("--profile", metavar="NAME", help="profile of the SLURM cluster: a name or a path")
+    parser.add_argument("--detach", action="store_true", help="return when the SLURM job is submitted")
+    parser.add_argument("--run-dir", metavar="DIR", help="where the run's files go (default: runs/NAME-TIME-xxxx)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir where there is one")
+    parser.add_argument("--node-rank", type=int, default=0, metavar="K", help="which node this is, without SLURM")
+    parser.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="where the nodes meet, without SLURM")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan; write and start nothing")
+    parser.add_argument("--debug", action="store_true", help="a few steps in this process; breakpoints work")
+    parser.add_argument("--version", action="version", version=f"finetune-launcher {__version__}")
+    args = parser.parse_intermixed_args(argv)
+    _split_overrides(args)
+
+    with processes.importing():
+        from launcher import recipe as recipes
+
+    recipe, source = recipes.load(_find_recipe(args.recipe), args.overrides, _flags(args))
+    existing = RunDir(args.run_dir) if args.run_dir else None
+    if existing and existing.exists and not args.node_rank:
+        if not args.resume:
+            raise UsageError(f"{existing}: holds a run already; go on with it by: launch resume {existing}")
+        return _carry_out(recipe, source, args, run_id=existing.run_id)
+    return _carry_out(recipe, source, args, run_id=new_run_id(recipe.name))
+
+
+def resume(argv: list[str]) -> int:
+    """Go on with a run."""
+    parser = argparse.ArgumentParser(
+        prog="launch resume",
+        description="Go on from a run's last checkpoint, at the same world size or another.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run_dir", metavar="RUN")
+    parser.add_argument("overrides", metavar="profile.key=value", nargs="*")
+    for flag, metavar in (("--nodes", "N"), ("--gpus", "M"), ("--procs", "P")):
+        parser.add_argument(flag, type=int, metavar=metavar)
+    parser.add_argument("--backend", metavar="NAME")
+    parser.add_argument("--profile", metavar="NAME")
+    parser.add_argument("--detach", action="store_true")
+    parser.add_argument("--node-rank", type=int, default=0, metavar="K")
+    parser.add_argument("--rdzv-endpoint", metavar="HOST:PORT")
+    parser.add_argument("--dry-run", action="store_true")
+    args = parser.parse_intermixed_args(argv)
+    args.debug = False
+    _split_overrides(args)
+    if args.overrides:
+        raise UsageError(f"{args.overrides[0]}: a run goes on with its own recipe; only profile.key=value can change")
+    run = RunDir.existing(args.run_dir)
+    from launcher import recipe as recipes
+
+    recipe, source = recipes.load(str(run.recipe), (), _flags(args))
+    return _carry_out(recipe, source, args, run_id=run.run_id)
+
+
+def _split_overrides(args: argparse.Namespace) -> None:
+    """``profile.key=value`` changes the profile, all else the recipe."""
+    args.profile_overrides = [item for item in args.overrides if item.startswith("profile.")]
+    args.overrides = [item for item in args.overrides if not item.startswith("profile.")]
+
+
+def _carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_id: str) -> int:
+    """Plan, and print the plan or run it: one road for every backend."""
+    from launcher import backends, topology
+    from launcher.plan import Request, make_plan
+
+    request = Request(
+        run_id=run_id,
+        run_dir=args.run_dir,
+        node_rank=args.node_rank,
+        rdzv_endpoint=args.rdzv_endpoint,
+        debug=args.debug,
+        detach=args.detach,
+    )
+    plan = make_plan(recipe, topology.detect(), request, _profile(recipe, args))
+    if args.dry_run:
+        print(plan)
+        return EXIT_OK
+    os.environ.update(plan.env)  # before torch is imported: it reads its thread count then
+    with processes.importing():
+        checks = importlib.import_module("launcher.engine.checks")
+    checks.check(recipe, source.where)
+    if plan.node_rank == 0:
+        _write_run(plan, recipe)
+        print(f"run {plan.run_id}: {plan.world_size} workers on {plan.device}, in {plan.run_dir}", flush=True)
+    else:
+        print(f"node {plan.node_rank} of {plan.nodes}: joining the run in {plan.run_dir}", flush=True)
+    return backends.load(plan.backend).submit(plan)
+
+
+def _profile(recipe: Recipe, args: argparse.Namespace) -> Profile | None:
+    """The profile that the recipe names, with the command line's ``profile.key=value``."""
+    from launcher import profile
+
+    overrides = [item.removeprefix(profile.OVERRIDE) for item in args.profile_overrides]
+    if recipe.launch.profile is None:
+        if overrides:
+            raise UsageError(f"{args.profile_overrides[0]}: there is no profile to change; add --profile NAME")
+        return None
+    return profile.load(recipe.launch.profile, overrides)
+
+
+def _write_run(plan: LaunchPlan, recipe: Recipe) -> None:
+    import time
+
+    from launcher import recipe as recipes
+    from launcher.run_dir import write_json_atomic, write_text_atomic
+
+    run = RunDir(plan.run_dir)
+    if run.recipe.exists() and not run.plan.exists():
+        raise UsageError(f"--run-dir {run}: holds a recipe.yaml that is no run's; name another folder")
+    try:
+        run.create()
+    except OSError as error:
+        raise UsageError(f"--run-dir {run}: cannot be made there: {error.strerror}: {error.filename}") from None
+    # The recipe comes last: its presence says that the plan is there.
+    facts = {
+        "created": time.time(),
+        "host": os.uname().nodename,
+        "pid": os.getpid(),
+        "process_started": processes.start_time(os.getpid()),
+        "launched_by": shlex.join(["launch", *sys.argv[1:]]),
+    }
+    write_json_atomic(run.plan, plan.to_dict() | facts)
+    write_text_atomic(run.recipe, recipes.to_yaml(recipe))
+    if not run.status.exists():
+        run.update_status(state="pending", attempt=0, epoch=0, step=0, best=None)
+
+
+def _flags(args: argparse.Namespace) -> dict[str, tuple[str, Any]]:
+    """The flags as overrides of the recipe, each with its name for errors; ``--debug`` is a set of them."""
+    names = ("nodes", "gpus", "procs", "backend", "profile")
+    values = {name: getattr(args, name) for name in names}
+    flags: dict[str, tuple[str, Any]] = {
+        f"launch.{name}": (f"--{name}", value) for name, value in values.items() if value is not None
+    }
+    if args.debug:
+        one = {"nodes": 1, "gpus": "auto", "procs": 1, "backend": "local", "profile": None}
+        flags |= {f"launch.{name}": ("--debug", value) for name, value in one.items()}
+    return flags
+
+
+def _find_recipe(name: str) -> str:
+    """A path as it is; the bare name of a recipe that comes with the package, as its path there."""
+    packaged = RECIPES / f"{name}.yaml"
+    return str(packaged) if not Path(name).exists() and "/" not in name and packaged.is_file() else name
