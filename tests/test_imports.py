@@ -42,6 +42,7 @@ FLOORS = (
         "launcher.plan",
         "launcher.sbatch",
         "launcher.slurm_client",
+        "launcher.lint",
         "launcher.history",
         "launcher.diagnose",
         "launcher.report",

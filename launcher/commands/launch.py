@@ -98,7 +98,7 @@ def _split_overrides(args: argparse.Namespace) -> None:
 
 def _carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_id: str) -> int:
     """Plan, and print the plan or run it: one road for every backend."""
-    from launcher import backends, topology
+    from launcher import backends, lint, topology
     from launcher.plan import Request, make_plan
 
     request = Request(
@@ -117,6 +117,8 @@ def _carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_
     with processes.importing():
         checks = importlib.import_module("launcher.engine.checks")
     checks.check(recipe, source.where)
+    if plan.script:
+        lint.check(plan.to_dict(), RunDir(plan.run_dir))
     if plan.node_rank == 0:
         _write_run(plan, recipe)
         print(f"run {plan.run_id}: {plan.world_size} workers on {plan.device}, in {plan.run_dir}", flush=True)

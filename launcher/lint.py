@@ -1,0 +1,197 @@
+"""A SLURM job against the live cluster, before it is submitted: what would keep it from starting or going on."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from launcher import history, slurm_client
+from launcher.errors import PreflightError, did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from launcher.run_dir import RunDir
+
+NEVER = ("UNLIMITED", "INFINITE", "NONE", "(null)")
+GONE = ("down", "drain", "fail", "maint", "unk", "future", "power")
+MARGIN = 2
+"""A checkpoint must fit this many times into the time that the run gets to save."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """A node as sinfo shows it in one partition."""
+
+    name: str
+    """Host name."""
+    partition: str
+    """Its partition."""
+    cpus: int
+    """CPUs that SLURM gives out."""
+    mem_mb: int
+    """Memory that SLURM gives out."""
+    gres: str
+    """Generic resources, as in gpu:a100:8(S:0-1)."""
+    features: tuple[str, ...]
+    """For constraints."""
+    state: str
+    """idle, mixed, down* and so on."""
+
+    def num_gpus(self, kind: str | None) -> int:
+        """GPUs, or those of a kind (``gpu:a100``)."""
+        wanted = (kind or "gpu").split(":")
+        total = 0
+        for item in re.sub(r"\([^)]*\)", "", self.gres).split(","):
+            parts = item.split(":")
+            if parts[: len(wanted)] == wanted and parts[-1].isdigit():
+                total += int(parts[-1])
+        return total
+
+    @property
+    def usable(self) -> bool:
+        """Whether jobs can start there sooner or later."""
+        return not self.state.lower().startswith(GONE) and "*" not in self.state
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """What the cluster says of itself."""
+
+    partitions: Mapping[str, Mapping[str, str]]
+    """``scontrol show partition``: name to fields."""
+    nodes: Sequence[Node]
+    """``sinfo``: one for each node in each partition."""
+
+
+def check(plan: Mapping[str, Any], run: RunDir) -> None:
+    """Ask the cluster whether the plan's job can run there; doubts are printed.
+
+    Raises:
+        PreflightError: it cannot; names everything that is in the way.
+        SlurmError: the cluster does not answer.
+    """
+    seconds = [event["seconds"] for event in history.events(run, "checkpoint")]
+    cluster = read_cluster()
+    warnings = list(find_doubts(cluster, plan, checkpoint_s=max(seconds, default=None)))
+    for text in warnings:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+    problems = list(find_problems(cluster, plan))
+    if problems:
+        head = "this cluster cannot run the job; nothing was submitted"
+        raise PreflightError("\n".join([head, *(f"  {text}" for text in problems)]))
+
+
+def read_cluster() -> Cluster:
+    """Ask scontrol and sinfo; takes some 20 ms.
+
+    Raises:
+        SlurmError: they do not answer.
+    """
+    partitions = {}
+    for line in slurm_client.run("scontrol", "show", "partition", "--oneliner").splitlines():
+        fields = dict(part.split("=", 1) for part in line.split() if "=" in part)
+        partitions[fields["PartitionName"]] = fields
+    nodes = []
+    for line in slurm_client.run("sinfo", "--noheader", "--Node", "--format=%N|%P|%c|%m|%G|%f|%T").splitlines():
+        name, partition, cpus, memory, gres, features, state = line.strip().split("|")
+        nodes.append(
+            Node(
+                name=name,
+                partition=partition.rstrip("*"),
+                cpus=int(cpus),
+                mem_mb=int(memory.rstrip("+")),
+                gres=gres,
+                features=tuple(features.split(",")),
+                state=state,
+            )
+        )
+    return Cluster(partitions=partitions, nodes=nodes)
+
+
+def find_problems(cluster: Cluster, plan: Mapping[str, Any]) -> Iterator[str]:
+    """What keeps the job from ever starting."""
+    profile = plan["profile"]
+    chosen = _partitions(cluster, profile)
+    unknown = [name for name in chosen if name not in cluster.partitions]
+    for name in unknown:
+        hint = did_you_mean(name, cluster.partitions)
+        valid = f"valid: {', '.join(cluster.partitions)}"
+        yield " ".join(filter(None, [f"partition {name}: there is none of that name;", hint, valid]))
+    if profile["lead_s"] >= profile["timeout_min"] * 60:
+        yield f"lead_s is {profile['lead_s']} s, as long as the whole time limit of {profile['timeout_min']} min"
+    if unknown or not chosen:
+        return
+    limits = {name: _minutes(cluster.partitions[name]["MaxTime"]) for name in chosen}
+    if all(limit is not None and profile["timeout_min"] > limit for limit in limits.values()):
+        allowed = ", ".join(f"{name} {limit} min" for name, limit in limits.items())
+        yield f"timeout_min is {profile['timeout_min']}, more than is allowed ({allowed})"
+    downs = [name for name in chosen if cluster.partitions[name]["State"] != "UP"]
+    if len(downs) == len(chosen):
+        yield f"partition {', '.join(downs)} is {cluster.partitions[downs[0]]['State']}"
+    yield from _nodes(cluster, plan, chosen)
+
+
+def find_doubts(cluster: Cluster, plan: Mapping[str, Any], *, checkpoint_s: float | None) -> Iterator[str]:
+    """What may go wrong later. ``checkpoint_s``: the longest that a checkpoint of this run has taken."""
+    profile = plan["profile"]
+    if checkpoint_s is not None and checkpoint_s * MARGIN > profile["lead_s"]:
+        yield f"lead_s is {profile['lead_s']} s, and a checkpoint of this run has taken {checkpoint_s:.1f} s; raise it"
+    for name in _partitions(cluster, profile):
+        fields = cluster.partitions.get(name, {})
+        if fields.get("PreemptMode") in ("CANCEL", "SUSPEND"):
+            yield f"partition {name} answers preemption by {fields['PreemptMode']}, not by REQUEUE"
+        grace = fields.get("GraceTime", "0")
+        if checkpoint_s and fields.get("PreemptMode") == "REQUEUE" and int(grace) < checkpoint_s * MARGIN:
+            took = f"a checkpoint of this run took {checkpoint_s:.1f} s"
+            yield f"partition {name} gives a preempted job {grace} s; {took}"
+
+
+def _partitions(cluster: Cluster, profile: Mapping[str, Any]) -> list[str]:
+    if profile["partition"]:
+        return [part.strip() for part in profile["partition"].split(",")]
+    return [name for name, fields in cluster.partitions.items() if fields.get("Default") == "YES"]
+
+
+def _nodes(cluster: Cluster, plan: Mapping[str, Any], chosen: Sequence[str]) -> Iterator[str]:
+    """Whether enough nodes have what is asked for."""
+    fitting = [node for node in cluster.nodes if node.partition in chosen]
+    fitting = list({node.name: node for node in fitting}.values())
+    total, wanted = len(fitting), plan["nodes"]
+    asked = f"{wanted} node{'s' if wanted > 1 else ''}"
+    where = ", ".join(chosen)
+    for what, has in _needs(plan):
+        left = [node for node in fitting if has(node)]
+        if len(left) < wanted:
+            yield f"{asked} with {what} asked for, {where} has {len(left)} of {total}"
+            return
+        fitting = left
+    up = [node for node in fitting if node.usable]
+    if len(up) < wanted:
+        states = ", ".join(f"{node.name} {node.state}" for node in fitting if not node.usable)
+        yield f"{asked} asked for, {len(up)} that fit in {where} are up ({states})"
+
+
+def _needs(plan: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[Node], bool]]]:
+    """What each node must have, in words and as a test."""
+    profile, workers = plan["profile"], plan["procs_per_node"]
+    cpus, mem_mb, kind = profile["cpus_per_gpu"] * workers, round((profile["mem_gb"] or 0) * 1024), profile["gres"]
+    constraint = profile["constraint"] or ""
+    if plan["device"] == "cuda":
+        yield f"{workers} GPUs{f' ({kind})' if kind else ''}", lambda node: node.num_gpus(kind) >= workers
+    yield f"{cpus} CPUs (cpus_per_gpu x workers)", lambda node: node.cpus >= cpus
+    yield f"{mem_mb} MB of memory", lambda node: node.mem_mb >= mem_mb
+    if re.fullmatch(r"[\w.-]+", constraint):  # an expression SLURM itself must judge
+        yield f"the feature {constraint}", lambda node: constraint in node.features
+
+
+def _minutes(text: str) -> int | None:
+    """SLURM's D-HH:MM:SS in minutes; None for no limit."""
+    if text in NEVER:
+        return None
+    days, _, clock = text.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    hours, minutes = (parts[0], parts[1]) if len(parts) == 3 else (0, parts[0])  # noqa: PLR2004  HH:MM:SS
+    return int(days or 0) * 24 * 60 + hours * 60 + minutes
