@@ -25,6 +25,8 @@ ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 LAPTOP = Topology(num_cores=2, num_gpus=0, host="laptop")
 SERVER = Topology(num_cores=64, num_gpus=8, host="server")
+LOGIN = Topology(num_cores=4, num_gpus=0, host="login", has_slurm=True, python="/venv/bin/python", cwd="/home/me")
+TWO_NODES = ("--nodes", "2", "--gpus", "8")
 
 
 def plan_of(launch, machine=LAPTOP, **request):
@@ -72,6 +74,10 @@ def dry_run(monkeypatch, capsys, tmp_path, images):
             ],
             dataclasses.replace(SERVER, omp_num_threads=4),
         ),
+        ("slurm_two_nodes", ["resnet50_ft", "data.path=photos", *TWO_NODES, "--profile", "template"], LOGIN),
+        ("slurm_pyxis", ["resnet50_ft", "data.path=photos", *TWO_NODES, "--profile", "pyxis"], LAPTOP),
+        ("slurm_apptainer", ["resnet50_ft", "data.path=photos", *TWO_NODES, "--profile", "apptainer"], LOGIN),
+        ("slurm_cpu", ["quickstart", "--nodes", "2", "--procs", "2", "--profile", "dev", "name=mine"], LOGIN),
     ],
 )
 def test_a_dry_run_prints_exactly_the_plan_and_it_is_golden(name, arguments, machine, dry_run):
@@ -85,7 +91,49 @@ def test_a_dry_run_prints_exactly_the_plan_and_it_is_golden(name, arguments, mac
 
 def test_every_golden_plan_belongs_to_a_test():
     names = {"quickstart", "debug", "resnet50_8_gpus", "resnet50_two_nodes"}
+    names |= {"slurm_two_nodes", "slurm_pyxis", "slurm_apptainer", "slurm_cpu"}
     assert {path.stem for path in GOLDEN.glob("*.txt")} == names
+
+
+@pytest.mark.parametrize(
+    ("launch", "machine", "request_", "backend"),
+    [
+        ({"nodes": 2, "gpus": 8}, "login", {}, "slurm"),
+        ({"gpus": 8}, "login", {}, "slurm"),
+        ({"procs": 2, "profile": "dev"}, "login", {}, "slurm"),
+        ({"procs": 2}, "login", {}, "torchrun"),
+        ({"procs": 2, "profile": "dev"}, "laptop", {}, "torchrun"),  # the same recipe runs on a laptop
+        ({"nodes": 2, "procs": 2, "profile": "dev"}, "laptop", {}, "slurm"),  # to look at the script
+        ({"nodes": 2, "procs": 2}, "login", {"rdzv_endpoint": "n0:1", "run_dir": "/r"}, "torchrun"),
+        ({"procs": 2, "backend": "slurm"}, "laptop", {}, "slurm"),
+        ({"procs": 2, "backend": "torchrun", "profile": "dev"}, "login", {}, "torchrun"),
+    ],
+)
+def test_auto_is_slurm_where_it_is_there_and_wanted(launch, machine, request_, backend):
+    plan = plan_of(launch, {"login": LOGIN, "laptop": LAPTOP}[machine], **request_)
+    assert plan.backend == backend
+    assert bool(plan.script) == (backend == "slurm")
+
+
+def test_a_job_must_say_what_it_needs():
+    with pytest.raises(UsageError, match=r"a SLURM job must say what it needs: --gpus M .* or --procs P"):
+        plan_of({"nodes": 2}, LOGIN)
+    with pytest.raises(UsageError, match="--node-rank and --rdzv-endpoint are for nodes without SLURM"):
+        plan_of({"backend": "slurm", "procs": 1}, LOGIN, node_rank=1)
+
+
+def test_a_jobs_run_directory_is_absolute_whatever_the_nodes_working_directory():
+    plan = plan_of({"nodes": 2, "gpus": 8}, LOGIN)
+    assert plan.run_dir == "/home/me/runs/r-1"
+    assert plan_of({"nodes": 2, "gpus": 8}, LOGIN, run_dir="/shared/r").run_dir == "/shared/r"
+    assert (plan.device, plan.procs_per_node, plan.threads_per_proc) == ("cuda", 8, 8)
+
+
+def test_planning_a_thousand_nodes_takes_no_longer_than_planning_one():
+    """Nothing in a plan is made for each node; the time itself is measured by `make bench`."""
+    one, many = (plan_of({"nodes": nodes, "gpus": 8}, LOGIN) for nodes in (1, 1024))
+    assert many.world_size == 8192
+    assert abs(len(str(many)) - len(str(one))) < 100
 
 
 def test_a_plan_reads_no_file_and_starts_nothing_and_is_the_same_each_time():
