@@ -1,6 +1,7 @@
 """One task of a SLURM job: which of the nodes this is, where they meet, and how the job ends.
 
-submitit calls :func:`main` on every node with the run directory and nothing else; all it has to know is there.
+submitit calls :func:`main` on every node with the run directory and nothing else; all it has to know is there. In an
+allocation srun does, by ``python -m launcher.job RUN``.
 """
 
 from __future__ import annotations
@@ -73,11 +74,13 @@ def _meet(run: RunDir, plan: dict[str, Any], node_rank: int) -> dict[str, Any]:
     """
     from submitit.slurm.slurm import SlurmJobEnvironment
 
-    job_id, start = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")
+    job_id = os.environ["SLURM_JOB_ID"]
+    start = "-".join([job_id, os.environ.get("SLURM_RESTART_COUNT", "0"), os.environ["SLURM_STEP_ID"]])
     hosts = SlurmJobEnvironment().hostnames
     # To itself a node's route is the loopback; to any other it is the network that they share.
     address = _own_address(plan, toward=hosts[1 if node_rank == 0 else 0])
-    file = run.meeting(job_id, start)
+    file = run.meeting(start)
+    file.parent.mkdir(exist_ok=True)
     if node_rank == 0:
         port = network.free_port(int(job_id))
         met = {"host": address, "port": port, "attempt": history.next_attempt(run)}
@@ -113,3 +116,7 @@ def _own_address(plan: dict[str, Any], *, toward: str) -> str:
         plan["env"].setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # = is exactly this one, not all that begin so
         plan["env"].setdefault("GLOO_SOCKET_IFNAME", interface)
     return address
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -74,11 +74,11 @@ class LaunchPlan:
     env: dict[str, str]
     """Environment variables of the supervisor and its workers."""
     command: tuple[str, ...]
-    """What runs on this node; empty for local, which trains in the process of ``launch``, and for slurm."""
+    """What runs here; empty for local, which trains in the process of ``launch``, and for a job to be submitted."""
     profile: dict[str, Any] | None
     """The cluster's profile, for slurm."""
     script: str = field(repr=False)
-    """The batch script, for slurm; else empty."""
+    """The batch script, for slurm outside of an allocation; else empty."""
     recipe: dict[str, Any] = field(repr=False)
     """The resolved recipe."""
 
@@ -130,6 +130,7 @@ def make_plan(recipe: Recipe, topology: Topology, request: Request, profile: Pro
     launch = recipe.launch
     backend = _choose_backend(recipe, topology, request)
     run_dir = request.run_dir or str(Path("runs") / request.run_id)
+    command: tuple[str, ...] = ()
     script = ""
     if backend == "slurm":
         profile = profile or profiles.Profile()
@@ -143,13 +144,16 @@ def make_plan(recipe: Recipe, topology: Topology, request: Request, profile: Pro
             device=device,
             python=topology.python,
         )
-        script = sbatch.build_script(job, profile)
+        if topology.allocation:
+            command = sbatch.step_command(job, profile)
+        else:
+            script = sbatch.build_script(job, profile)
     else:
         device = _choose_device(recipe, topology)
         procs = _choose_procs(recipe, topology, device)
         endpoint = _choose_endpoint(launch.nodes, request)
         threads = topology.omp_num_threads or max(1, topology.num_cores // procs)
-    supervisor = ("python", "-m", "launcher.node", run_dir, "--node-rank", str(request.node_rank))
+        command = ("python", "-m", "launcher.node", run_dir, "--node-rank", str(request.node_rank))
     return LaunchPlan(
         run_id=request.run_id,
         name=recipe.name,
@@ -166,8 +170,8 @@ def make_plan(recipe: Recipe, topology: Topology, request: Request, profile: Pro
         debug=request.debug,
         detach=request.detach,
         env=_environment(device=device, nodes=launch.nodes, threads=threads),
-        command=supervisor if backend == "torchrun" else (),
-        profile=profiles.to_dict(profile) if profile and script else None,
+        command=command if backend != "local" else (),
+        profile=profiles.to_dict(profile) if profile and backend == "slurm" else None,
         script=script,
         recipe=recipes.to_dict(recipe),
     )

@@ -228,9 +228,9 @@ class RunDir:
         """Output of a SLURM job's batch script, with srun's own words."""
         return self.logs / f"slurm-{job_id}.log"
 
-    def meeting(self, job_id: str, start: str) -> Path:
+    def meeting(self, start: str) -> Path:
         """Where the nodes meet in one start of a SLURM job: ``{host, port, attempt}``."""
-        return self.slurm / f"meeting-{job_id}-{start}.json"
+        return self.slurm / f"meeting-{start}.json"
 
     @property
     def wandb(self) -> Path:

@@ -55,6 +55,24 @@ class Job:
     """The interpreter that runs ``launch``."""
 
 
+def step_command(job: Job, profile: Profile) -> tuple[str, ...]:
+    """The plan as a step of an allocation that is there already (salloc): the same supervisors, by srun alone."""
+    gpus = (f"--gpus-per-node={job.procs_per_node}",) if job.device == "cuda" else ()
+    python = shlex.split(profile.python) if profile.python else [job.python]
+    size = (f"--nodes={job.nodes}", f"--ntasks={job.nodes}", "--ntasks-per-node=1", *gpus)
+    return ("srun", *size, *_srun_args(job, profile), *python, "-u", "-m", "launcher.job", job.run_dir)
+
+
+def _srun_args(job: Job, profile: Profile) -> list[str]:
+    return [
+        "--kill-on-bad-exit=1",
+        f"--wait={WAIT_FOR_TASKS_S}",
+        # Lost between sbatch and srun from SLURM 22.05 to 23.02.
+        f"--cpus-per-task={profile.cpus_per_gpu * job.procs_per_node}",
+        *profile.srun_args,
+    ]
+
+
 def build_script(job: Job, profile: Profile) -> str:
     """The whole sbatch script, by the function that submitit itself uses.
 
@@ -64,12 +82,11 @@ def build_script(job: Job, profile: Profile) -> str:
 
     run = Path(job.run_dir)
     log = run / "logs" / "slurm-%j.log"
-    cpus = profile.cpus_per_gpu * job.procs_per_node
     options: dict[str, Any] = {
         "job_name": job.name,
         "nodes": job.nodes,
         "ntasks_per_node": 1,
-        "cpus_per_task": cpus,
+        "cpus_per_task": profile.cpus_per_gpu * job.procs_per_node,
         "time": profile.timeout_min,
         "signal_delay_s": profile.lead_s,
         "wckey": None,
@@ -99,12 +116,7 @@ def build_script(job: Job, profile: Profile) -> str:
             *(f"export {key}={shlex.quote(value)}" for key, value in profile.env.items()),
             *profile.setup,
         ],
-        srun_args=[
-            "--kill-on-bad-exit=1",
-            f"--wait={WAIT_FOR_TASKS_S}",
-            f"--cpus-per-task={cpus}",  # lost between sbatch and srun from SLURM 22.05 to 23.02
-            *profile.srun_args,
-        ],
+        srun_args=_srun_args(job, profile),
         teardown=_TEARDOWN.format(events=shlex.quote(str(run / "events.jsonl"))).splitlines(),
     )
     return text + "\n"

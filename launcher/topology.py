@@ -25,6 +25,8 @@ class Topology:
     """What the user's environment says of CPU threads per process; None: nothing."""
     has_slurm: bool = False
     """Whether sbatch is on PATH."""
+    allocation: str | None = None
+    """Id of the SLURM allocation that this runs in (salloc); None: in none."""
     python: str = "python"
     """The interpreter that runs this."""
     cwd: str = "/"
@@ -40,6 +42,7 @@ def detect() -> Topology:
         host=os.uname().nodename,
         omp_num_threads=int(threads) if threads.isdigit() else None,
         has_slurm=shutil.which("sbatch") is not None,
+        allocation=os.environ.get("SLURM_JOB_ID"),
         python=sys.executable,
         cwd=str(Path.cwd()),
     )

@@ -77,6 +77,11 @@ def dry_run(monkeypatch, capsys, tmp_path, images):
         ("slurm_two_nodes", ["resnet50_ft", "data.path=photos", *TWO_NODES, "--profile", "template"], LOGIN),
         ("slurm_pyxis", ["resnet50_ft", "data.path=photos", *TWO_NODES, "--profile", "pyxis"], LAPTOP),
         ("slurm_apptainer", ["resnet50_ft", "data.path=photos", *TWO_NODES, "--profile", "apptainer"], LOGIN),
+        (
+            "slurm_allocation",
+            ["resnet50_ft", "data.path=photos", *TWO_NODES, "--profile", "apptainer"],
+            dataclasses.replace(LOGIN, allocation="7"),
+        ),
         ("slurm_cpu", ["quickstart", "--nodes", "2", "--procs", "2", "--profile", "dev", "name=mine"], LOGIN),
     ],
 )
@@ -91,7 +96,7 @@ def test_a_dry_run_prints_exactly_the_plan_and_it_is_golden(name, arguments, mac
 
 def test_every_golden_plan_belongs_to_a_test():
     names = {"quickstart", "debug", "resnet50_8_gpus", "resnet50_two_nodes"}
-    names |= {"slurm_two_nodes", "slurm_pyxis", "slurm_apptainer", "slurm_cpu"}
+    names |= {"slurm_two_nodes", "slurm_pyxis", "slurm_apptainer", "slurm_cpu", "slurm_allocation"}
     assert {path.stem for path in GOLDEN.glob("*.txt")} == names
 
 

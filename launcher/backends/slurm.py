@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
 import time
 from typing import TYPE_CHECKING
 
 from launcher import diagnose, job, slurm_client
-from launcher.errors import EXIT_OK, InterruptedRunError, TrainingError
+from launcher.errors import EXIT_OK, EXIT_RESUMABLE, InterruptedRunError, TrainingError
+from launcher.processes import STOP_SIGNALS
 from launcher.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -29,6 +32,8 @@ def submit(plan: LaunchPlan) -> int:
         LaunchError: the run failed, was interrupted or cancelled.
     """
     run = RunDir(plan.run_dir)
+    if plan.command:
+        return _run_step(run, plan)
     job_id = _sbatch(run, plan.script)
     run.append_event("submitted", job_id=job_id)
     print(f"job {job_id} submitted", flush=True)
@@ -40,6 +45,31 @@ def submit(plan: LaunchPlan) -> int:
     except KeyboardInterrupt:
         print(f"\nno longer following; job {job_id} goes on. Stop it by: launch cancel {run}")
         return EXIT_OK
+
+
+def _run_step(run: RunDir, plan: LaunchPlan) -> int:
+    """Run the plan in the allocation that this process is in; srun hands stop signals on to the supervisors.
+
+    Of the profile's setup nothing is done: this shell has been set up by whoever asked for the allocation.
+    """
+    environment = {**os.environ, **(plan.profile or {})["env"]}
+    # In a session of its own: to a Ctrl-C of the terminal srun would only say how its tasks are.
+    process = subprocess.Popen(plan.command, start_new_session=True, env=environment)
+
+    def stop(_number: int, _frame: object) -> None:
+        process.send_signal(signal.SIGTERM)
+
+    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if code == EXIT_RESUMABLE:
+        raise InterruptedRunError(f"interrupted; go on with: launch resume {run}")
+    if code:
+        raise TrainingError(f"srun ended with {code}; more: launch why {run}")
+    return EXIT_OK
 
 
 def _sbatch(run: RunDir, script: str) -> str:

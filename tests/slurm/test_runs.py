@@ -29,6 +29,7 @@ SMALL = (
     "post.enabled=false",
 )
 OFTEN = "train.checkpoint.every_steps=5"
+ALLOCATION = ("salloc", "--quiet", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2")
 DEADLINE_S = 180
 KILL_WAIT_S = 32
 """What SLURM gives a step between SIGTERM and SIGKILL."""
@@ -78,7 +79,8 @@ class Launched:
         found = []
         for process in psutil.process_iter():
             try:
-                if str(self.run.path) in " ".join(process.cmdline()) and "_submit" in " ".join(process.cmdline()):
+                command = " ".join(process.cmdline())
+                if str(self.run.path) in command and ("_submit" in command or "launcher.job" in command):
                     where = Path(f"/proc/{process.pid}/ns/uts").readlink()
                     if host is None or where == self.namespace(host):
                         found.append(process)
@@ -109,17 +111,18 @@ def launch_on(tmp_path):
     """Start `launch` on a cluster; what is left of its jobs is cancelled at the end."""
     started = []
 
-    def start(environment, *arguments, name="run"):
+    def start(environment, *arguments, name="run", within=(), resume=None):
         environment = environment | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+        what = ["resume", str(resume.path)] if resume else [*arguments, "--run-dir", str(tmp_path / name)]
         process = subprocess.Popen(
-            [sys.executable, "-m", "launcher", *arguments, "--run-dir", str(tmp_path / name)],
+            [*within, sys.executable, "-m", "launcher", *what],
             cwd=tmp_path,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        started.append(Launched(RunDir(tmp_path / name), process, environment))
+        started.append(Launched(resume or RunDir(tmp_path / name), process, environment))
         return started[-1]
 
     yield start
@@ -373,6 +376,25 @@ def test_without_accounting_it_is_all_the_same(launch_on, own_cluster):
     launched.slurm("scontrol", "show", "job", launched.job_id)
     _launch(environment, "resume", str(launched.run.path))
     assert launched.run.read_status()["state"] == "completed"
+
+
+@pytest.mark.parametrize("by", [None, "SIGINT"])
+def test_in_an_allocation_it_is_a_step(launch_on, slurm_cluster, by, undisturbed, tmp_path):
+    launched = launch_on(slurm_cluster, RECIPE, *TWO_NODES, *SMALL, "train.epochs=2", within=ALLOCATION)
+    if by:
+        launched.wait_for_step(5)
+        (own,) = [child for child in psutil.Process(launched.process.pid).children() if "launcher" in child.cmdline()]
+        own.send_signal(by)
+        code, output = launched.finish()
+        assert code == 75, output
+        assert launched.processes() == []
+        again = launch_on(slurm_cluster, within=ALLOCATION, resume=launched.run)
+        code, output = again.finish()
+    else:
+        code, output = launched.finish()
+    assert code == 0, output
+    assert events(launched.run, "submitted") == []
+    assert weights(launched.run) == weights(undisturbed[0])
 
 
 HANG = """
