@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from launcher import history
@@ -12,16 +13,20 @@ if TYPE_CHECKING:
 
 NOT_RETRYABLE = ("bug", "usage", "out_of_memory")
 """Causes that the same start would meet again."""
+RESUME = "`launch resume RUN` goes on from the last checkpoint"
 CURES = {
     "bug": "look at the last line of your own code above; `launch RECIPE --debug` runs it in one process",
     "usage": "correct what the message names and start again",
     "out_of_memory": "lower batch.size (batch.global_size keeps the step's size), or data.image_size",
     "hang": "the workers' stacks are in their logs; one that waits for data or a lock holds up all others; a step that "
     "really takes this long needs a higher train.hang_timeout_s",
-    "lost_node": "`launch resume RUN` goes on from the last checkpoint; ask whoever runs the cluster about the node",
+    "lost_node": f"{RESUME}; ask whoever runs the cluster about the node",
     "lost_worker": "a worker was killed from outside: look for the out-of-memory killer (`dmesg | grep -i oom`) "
-    "or whoever sent the signal; `launch resume RUN` goes on from the last checkpoint",
+    f"or whoever sent the signal; {RESUME}",
 }
+SLURM_WORDS = ("oom_kill", "oom-kill", "DUE TO", "Node failure", "Exceeded job memory")
+OURS = "DUE TO JOB REQUEUE"
+STOPS = ("preempted", "time_limit", "interrupted")
 TRACEBACK_LINES = 12
 
 
@@ -54,6 +59,26 @@ def first_failure(run: RunDir, attempt: int) -> dict[str, Any] | None:
     return {**echo, "kind": "lost_worker", "rank": None, "type": "lost worker", "message": message, "traceback": ""}
 
 
+def explain(run: RunDir) -> str:
+    """The answer of ``launch why``, in some ten lines: the first failure in time, the evidence and the cure."""
+    status = run.read_status()
+    attempt = int(status.get("attempt", 1))
+    head = f"{run}: {status['state']}, attempt {attempt}, epoch {status.get('epoch', 0)}, step {status.get('step', 0)}"
+    failure = first_failure(run, attempt) or _as_recorded(run, attempt)
+    lines = [head, *_before(run, attempt)]
+    if failure is None:
+        lines.append(f"no failure is recorded for this attempt; the logs are in {run.attempt_logs(attempt)}")
+        return "\n".join([*lines, *_evidence(run), *_refused(run)])
+    rank, host = failure["rank"], failure["host"]
+    where = f"rank {rank} on {host}" if rank is not None else f"seen from {host}"
+    label = "stopped" if failure["kind"] in STOPS else "first failure"
+    lines.append(f"{label}: {where}: {failure['type']}: {failure['message']}")
+    lines += [f"  {line}" for line in failure["traceback"].rstrip().splitlines()[-TRACEBACK_LINES:]]
+    if rank is not None:
+        lines.append(f"log: {run.rank_log(attempt, rank)}")
+    return "\n".join([*lines, *_evidence(run), *_refused(run), f"what to do: {CURES.get(failure['kind'], RESUME)}"])
+
+
 def _as_recorded(run: RunDir, attempt: int) -> dict[str, Any] | None:
     """What the supervisor wrote of an attempt whose workers left no word."""
     ended = [event for event in history.events(run, "attempt_ended") if event["attempt"] == attempt]
@@ -63,21 +88,24 @@ def _as_recorded(run: RunDir, attempt: int) -> dict[str, Any] | None:
     return {**ended[0], "kind": kind, "rank": None, "type": kind.replace("_", " "), "traceback": ""}
 
 
-def explain(run: RunDir) -> str:
-    """The answer of ``launch why``, in a few lines."""
-    status = run.read_status()
-    attempt = int(status.get("attempt", 1))
-    failure = first_failure(run, attempt) or _as_recorded(run, attempt)
-    head = f"{run}: {status['state']}, attempt {attempt}, epoch {status.get('epoch', 0)}, step {status.get('step', 0)}"
-    if failure is None:
-        return f"{head}\nno failure is recorded for this attempt; the logs are in {run.attempt_logs(attempt)}"
-    where = (
-        f"rank {failure['rank']} on {failure['host']}"
-        if failure["rank"] is not None
-        else f"seen from {failure['host']}"
-    )
-    lines = [head, f"first failure: {where}: {failure['type']}: {failure['message']}"]
-    lines += [f"  {line}" for line in failure["traceback"].rstrip().splitlines()[-TRACEBACK_LINES:]]
-    if failure["rank"] is not None:
-        lines.append(f"log: {run.rank_log(attempt, failure['rank'])}")
-    return "\n".join([*lines, f"what to do: {CURES[failure['kind']]}"])
+def _before(run: RunDir, attempt: int) -> list[str]:
+    """How the attempts before the last one ended, in a line."""
+    causes = [event["cause"] for event in history.events(run, "attempt_ended") if event["attempt"] < attempt]
+    counts = [f"{count} x {cause.replace('_', ' ')}" for cause, count in Counter(causes).items()]
+    return [f"attempts before it ended by: {', '.join(counts)}"] if counts else []
+
+
+def _evidence(run: RunDir) -> list[str]:
+    """SLURM's last words about the job that say why it ended."""
+    if run.read_status()["state"] in ("completed", "early_stopped"):
+        return []
+    logs = sorted(run.logs.glob("slurm-*.log"), key=lambda log: log.stat().st_mtime)
+    if not logs:
+        return []
+    text = logs[-1].read_text(encoding="utf-8", errors="replace")
+    found = [line.strip() for line in text.splitlines() if any(w in line for w in SLURM_WORDS) and OURS not in line]
+    return [f"{logs[-1].name}: {found[-1]}"] if found else []
+
+
+def _refused(run: RunDir) -> list[str]:
+    return [event["message"] for event in history.events(run, "refused")[-1:]]

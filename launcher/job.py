@@ -42,6 +42,7 @@ def _supervise(run: RunDir) -> int:
         history.close_attempt(run, lost_nodes=_lost_nodes(run))
         stopped = history.refusal(run)
         if stopped:
+            run.append_event("refused", message=stopped)
             run.update_status(state="failed")
             raise TrainingError(f"{stopped}\nmore: launch why {run}")
     if plan["nodes"] > 1:

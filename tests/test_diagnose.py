@@ -113,7 +113,7 @@ def test_each_cause_has_a_cure(run, kind, cure):
 
 
 def test_causes_that_would_only_come_again_are_not_tried_again():
-    assert set(diagnose.NOT_RETRYABLE) == set(diagnose.CURES) - {"lost_worker"}
+    assert set(diagnose.NOT_RETRYABLE) == set(diagnose.CURES) - {"lost_worker", "lost_node", "hang"}
 
 
 def test_why_of_a_lost_worker_says_who_saw_it_and_no_rank(run):
@@ -146,3 +146,36 @@ def test_why_of_a_worker_killed_without_a_word_tells_what_the_supervisor_recorde
     assert "no failure is recorded" not in text
     assert "rank 0 died of SIGKILL" in text
     assert diagnose.CURES["lost_worker"] in text
+
+
+def test_why_of_a_hang_names_the_rank_that_does_not_wait_for_the_others(run):
+    for rank in range(4):
+        fail(run, rank=rank, time=10.0 + rank, kind="hang", waiting=rank != 2, message=f"no step, rank {rank}")
+    assert diagnose.first_failure(run, 1)["rank"] == 2
+
+
+@pytest.mark.parametrize("cause", ["preempted", "time_limit", "interrupted", "lost_node", "some_new_cause"])
+def test_why_of_a_stop_says_how_to_go_on(run, cause):
+    run.append_event("attempt_ended", attempt=1, node=0, cause="lost_worker", message="x")
+    run.append_event("attempt_ended", attempt=2, node=0, cause=cause, message="stopped by SIGTERM")
+    run.update_status(state="preempted", attempt=2)
+    text = diagnose.explain(run)
+    assert "attempts before it ended by: 1 x lost worker" in text
+    assert "stopped by SIGTERM" in text
+    assert "launch resume RUN" in text
+    assert ("stopped: " in text) == (cause in ("preempted", "time_limit", "interrupted"))
+
+
+def test_why_shows_what_slurm_said_last_of_the_job_and_why_no_further_attempt_began(run):
+    run.batch_log("7").write_text(
+        "srun: error: Node failure on n2\n"
+        "slurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-24T12:46:28 DUE TO TIME LIMIT ***\n"
+        "slurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-24T12:46:29 DUE TO JOB REQUEUE ***\n"
+    )
+    run.append_event("refused", message="3 attempts in a row")
+    run.update_status(state="failed", attempt=1)
+    text = diagnose.explain(run)
+    assert (
+        "slurm-7.log: slurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-24T12:46:28 DUE TO TIME LIMIT" in text
+    )
+    assert "3 attempts in a row" in text

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.history import events, next_attempt
+from launcher.history import BUDGETS, close_attempt, events, next_attempt, refusal
 from launcher.run_dir import RunDir
 
 
@@ -38,3 +38,50 @@ def test_events_of_a_kind_come_in_the_order_they_happened(run):
     assert [event["step"] for event in events(run, "checkpoint")] == [10, 5, 20]
     assert [event["signal"] for event in events(run, "signal")] == ["SIGTERM"] * 3
     assert events(run, "export") == []
+
+
+def attempt(run, number, cause, *, steps=(), hosts=("n1", "n2")):
+    """The events of an attempt; None: it left no word of its end."""
+    for node, host in enumerate(hosts):
+        run.append_event("attempt_started", attempt=number, node=node, host=host)
+    for step in steps:
+        run.append_event("checkpoint", attempt=number, step=step, seconds=0.1)
+    if cause:
+        run.append_event("attempt_ended", attempt=number, node=0, cause=cause, message="")
+
+
+def test_while_steps_advance_there_is_no_limit(run):
+    for number in range(1, 101):
+        attempt(run, number, "preempted" if number % 2 else "time_limit", steps=[number * 10])
+        assert refusal(run) is None
+
+
+@pytest.mark.parametrize(("cause", "budget"), BUDGETS.items())
+def test_without_a_new_step_each_cause_has_its_budget(run, cause, budget):
+    attempt(run, 1, "preempted", steps=[5])
+    for number in range(2, 2 + budget):
+        assert refusal(run) is None
+        attempt(run, number, cause, steps=[5] if number % 2 else [])  # the same step once more is no progress
+    found = refusal(run)
+    assert found.startswith(f"{budget} attempts in a row ended at step 5")
+    attempt(run, 50, cause, steps=[6])
+    assert refusal(run) is None
+
+
+def test_an_attempt_without_a_word_is_closed_with_what_is_known(run):
+    close_attempt(run)
+    assert events(run, "attempt_ended") == []  # there was none
+    attempt(run, 1, None)
+    close_attempt(run)
+    close_attempt(run)
+    (end,) = events(run, "attempt_ended")
+    assert (end["attempt"], end["cause"]) == (1, "lost_node")
+    assert "one of n1, n2" in end["message"]
+    run.append_event("supervisor_lost", host="n7")  # of the attempt that was closed
+    attempt(run, 2, None)
+    close_attempt(run, lost_nodes=["n2", "n9"])
+    assert events(run, "attempt_ended")[-1]["message"] == "SLURM lost n2 (node failure)"
+    attempt(run, 3, None)
+    run.append_event("supervisor_lost", host="n1")
+    close_attempt(run, lost_nodes=["n2"])
+    assert events(run, "attempt_ended")[-1]["message"] == "the supervisor on n1 was killed"

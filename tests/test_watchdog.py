@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from launcher import watchdog
+from launcher.run_dir import RunDir
+from launcher.watchdog import Heartbeats, Watchdog
+
+WORKER = """
+import faulthandler, signal, sys, time
+faulthandler.register(signal.SIGUSR1, sys.stderr)
+def stuck_here():
+    print("ready", flush=True)
+    time.sleep(1000)
+stuck_here()
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    found = RunDir(tmp_path / "run")
+    found.create()
+    for folder in (found.attempt_logs(1), found.attempt_errors(1)):
+        folder.mkdir(parents=True)
+    return found
+
+
+@pytest.fixture
+def worker(run):
+    """A process that is stuck in a function, with its stacks on SIGUSR1 in its log, as a worker has them."""
+    with run.rank_log(1, 5).open("w") as log:
+        process = subprocess.Popen([sys.executable, "-c", WORKER], stderr=log, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_worker_beats_in_memory_that_its_parent_reads():
+    beats = Heartbeats(3)
+    assert beats.read() == []
+    child = os.fork()
+    if child == 0:
+        beats.beat(1, 7)
+        os._exit(0)
+    os.waitpid(child, 0)
+    (beat,) = beats.read()
+    assert (beat.rank, beat.pid) == (7, child)
+    assert 0 <= beat.age_s < 5
+    beats.beat(0, 6)
+    beats.rest(1)
+    assert [beat.rank for beat in beats.read()] == [6]
+    beats.clear()
+    assert beats.read() == []
+
+
+def test_a_worker_that_takes_no_step_is_ended_and_what_it_was_doing_is_kept(run, worker, monkeypatch):
+    monkeypatch.setattr(watchdog, "POLL_S", 0.05)
+    monkeypatch.setattr(watchdog, "DUMP_S", 0.5)
+    beats = Heartbeats(1)
+    with Watchdog(run, beats, timeout_s=0.2, node_rank=3, attempt=lambda: 1):
+        time.sleep(0.5)
+        assert worker.poll() is None  # before its first step a worker may take its time
+        monkeypatch.setattr(os, "getpid", lambda: worker.pid)
+        beats.beat(0, 5)
+        monkeypatch.undo()
+        assert worker.wait(timeout=20) == -signal.SIGKILL
+    error = json.loads(run.rank_error(1, 5).read_text())
+    assert (error["kind"], error["rank"], error["node"], error["waiting"]) == ("hang", 5, 3, False)
+    assert "stuck_here" in error["message"]
+    assert "stuck_here" in error["traceback"]
+
+
+@pytest.mark.parametrize("timeout_s", [30.0, None])
+def test_a_worker_that_gets_on_is_left_alone(run, worker, monkeypatch, timeout_s):
+    monkeypatch.setattr(watchdog, "POLL_S", 0.05)
+    beats = Heartbeats(1)
+    monkeypatch.setattr(os, "getpid", lambda: worker.pid)
+    beats.beat(0, 5)
+    with Watchdog(run, beats, timeout_s=timeout_s, node_rank=0, attempt=lambda: 1):
+        time.sleep(0.5)
+    assert worker.poll() is None
+    assert not run.rank_error(1, 5).exists()
+
+
+def test_a_worker_waits_for_the_others_where_its_stack_is_in_a_collective(run):
+    stack = """junk
+Thread 0x1 (most recent call first):
+  File "other.py", line 1 in x
+
+Current thread 0x2 (most recent call first):
+  File "/v/torch/autograd/graph.py", line 8 in _engine_run_backward
+  File "/w/launcher/engine/trainer.py", line 9 in _backward
+"""
+    run.rank_log(1, 0).write_text(stack)
+    found = watchdog._last_stack(run, 1, 0)
+    assert len(found) == 2
+    assert any(place in line for line in found for place in watchdog.WAITING)
+    assert watchdog._last_stack(run, 1, 1) == []
