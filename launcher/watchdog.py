@@ -25,8 +25,8 @@ DUMP_SIGNAL = signal.SIGUSR1
 POLL_S = 1.0
 DUMP_S = 3.0
 """How long the workers get to write their stacks before they are killed."""
-WAITING = ("torch/autograd/", "torch/distributed/", "torch/nn/parallel/", "launcher/engine/distributed.py")
-"""Where a worker is that waits for the others."""
+WAITING = ("torch/autograd/", "torch/distributed/", "launcher/engine/distributed.py")
+"""Files of the innermost call of a worker that waits for the others. The outer ones are torch's in any worker."""
 TAIL_BYTES = 64 * 1024
 _CELL = struct.Struct("dqq")
 
@@ -123,7 +123,7 @@ class Watchdog:
                     "node": self._node_rank,
                     "host": os.uname().nodename,
                     "kind": "hang",
-                    "waiting": any(place in line for line in stack for place in WAITING),
+                    "waiting": any(place in top for place in WAITING),
                     "type": "hang",
                     "message": f"no step for {beat.age_s:.0f} s (train.hang_timeout_s); it is in {top}",
                     "traceback": "\n".join(stack),
