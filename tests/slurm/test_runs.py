@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -378,7 +379,7 @@ def test_without_accounting_it_is_all_the_same(launch_on, own_cluster):
     assert launched.run.read_status()["state"] == "completed"
 
 
-@pytest.mark.parametrize("by", [None, "SIGINT"])
+@pytest.mark.parametrize("by", [None, signal.SIGINT])
 def test_in_an_allocation_it_is_a_step(launch_on, slurm_cluster, by, undisturbed, tmp_path):
     launched = launch_on(slurm_cluster, RECIPE, *TWO_NODES, *SMALL, "train.epochs=2", within=ALLOCATION)
     if by:
