@@ -120,13 +120,14 @@ def _finish(run: RunDir, plan: dict[str, Any], stop: StopSignals) -> None:
 
     recipe = recipes.read_resolved(run.recipe)
     problem = None
-    if recipe.post.enabled and (recipe.post.export or recipe.post.quantize) and not plan["debug"]:
+    here = recipe.post.enabled and not plan["debug"] and not plan["post_job"]
+    if here and (recipe.post.export or recipe.post.quantize):
         print(f"exporting and measuring on the validation images (log: {run.post_log})", flush=True)
         problem = run_post_step(run)
         if stop.requested:
             raise InterruptedRunError(f"training is complete, its exports are not; make them with: launch export {run}")
     report.write_report(run)
-    run.append_event("completed", exported=problem is None)
+    run.append_event("completed", exported=here and problem is None)
     print(summary(run), flush=True)
     if problem:
         raise TrainingError(f"training is complete, but {problem}\nafter mending it: launch export {run}")

@@ -79,6 +79,8 @@ class LaunchPlan:
     """The cluster's profile, for slurm."""
     script: str = field(repr=False)
     """The batch script, for slurm outside of an allocation; else empty."""
+    post_script: str = field(repr=False)
+    """The batch script of the job that makes the exports; empty: they are made where rank 0 trained."""
     recipe: dict[str, Any] = field(repr=False)
     """The resolved recipe."""
 
@@ -90,8 +92,8 @@ class LaunchPlan:
     def to_dict(self) -> dict[str, Any]:
         """For ``plan.json``; the recipe lies beside it."""
         values = asdict(self) | {"world_size": self.world_size, "command": list(self.command)}
-        del values["recipe"], values["script"]
-        return values
+        del values["recipe"], values["script"], values["post_script"]
+        return values | {"post_job": bool(self.post_script)}
 
     def __str__(self) -> str:
         """The plan as ``--dry-run`` prints it."""
@@ -112,10 +114,18 @@ class LaunchPlan:
             rows["profile"] = self.profile["name"]
         lines = [f"{key:<12} {value}" for key, value in rows.items()]
         lines += ["", "recipe (* differs from the default)", *_recipe_lines(self.recipe)]
-        return "\n".join([*lines, "", "script", self.script.rstrip("\n")] if self.script else lines)
+        for title, text in (("script of the exports", self.post_script), ("script", self.script)):
+            lines += ["", title, text.rstrip("\n")] if text else []
+        return "\n".join(lines)
 
 
-def make_plan(recipe: Recipe, topology: Topology, request: Request, profile: Profile | None = None) -> LaunchPlan:
+def make_plan(
+    recipe: Recipe,
+    topology: Topology,
+    request: Request,
+    profile: Profile | None = None,
+    post_profile: Profile | None = None,
+) -> LaunchPlan:
     """Decide where and how a recipe runs. Pure: reads no file and starts nothing.
 
     Args:
@@ -123,6 +133,7 @@ def make_plan(recipe: Recipe, topology: Topology, request: Request, profile: Pro
         topology: the facts of this machine.
         request: the rest of the command line.
         profile: of the cluster, where the recipe names one.
+        post_profile: of the job that makes the exports, where the recipe names one.
 
     Raises:
         UsageError: the machine has not what is asked for; says what would work instead.
@@ -131,7 +142,7 @@ def make_plan(recipe: Recipe, topology: Topology, request: Request, profile: Pro
     backend = _choose_backend(recipe, topology, request)
     run_dir = request.run_dir or str(Path("runs") / request.run_id)
     command: tuple[str, ...] = ()
-    script = ""
+    script = post_script = ""
     if backend == "slurm":
         profile = profile or profiles.Profile()
         device, procs = _choose_for_job(recipe)
@@ -148,6 +159,8 @@ def make_plan(recipe: Recipe, topology: Topology, request: Request, profile: Pro
             command = sbatch.step_command(job, profile)
         else:
             script = sbatch.build_script(job, profile)
+            if post_profile and recipe.post.enabled:
+                post_script = sbatch.build_post_script(job, post_profile)
     else:
         device = _choose_device(recipe, topology)
         procs = _choose_procs(recipe, topology, device)
@@ -173,6 +186,7 @@ def make_plan(recipe: Recipe, topology: Topology, request: Request, profile: Pro
         command=command if backend != "local" else (),
         profile=profiles.to_dict(profile) if profile and backend == "slurm" else None,
         script=script,
+        post_script=post_script,
         recipe=recipes.to_dict(recipe),
     )
 

@@ -216,6 +216,9 @@ class PostConfig:
     """Formats; torchscript is deprecated by torch itself."""
     quantize: list[Literal["onnx_int8"]] = field(default_factory=lambda: ["onnx_int8"])
     """Quantized formats; onnx_int8 is made from onnx."""
+    profile: str | None = None
+    """On SLURM: a profile on which the exports are made by a job of their own, after the training; null: in the same
+    job, by its first node. Elsewhere it means nothing."""
     max_top1_drop: NonNegative = 1.0
     """Points (hundredths) of validation top-1 that an exported model may lose and still be called accepted."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +82,45 @@ def build_script(job: Job, profile: Profile) -> str:
 
     run = Path(job.run_dir)
     log = run / "logs" / "slurm-%j.log"
+    options, more = _options(job, profile, log)
+    command = (
+        f"{profile.python or shlex.quote(job.python)} -u -m submitit.core._submit {shlex.quote(str(run / 'slurm'))}"
+    )
+    text: str = _make_sbatch_string(
+        command,
+        run / "slurm",
+        **options,
+        additional_parameters={"requeue": True, **more},
+        setup=[
+            *_SETUP.format(log=shlex.quote(str(log).removesuffix("%j.log"))).splitlines(),
+            *_prepare(profile),
+        ],
+        srun_args=_srun_args(job, profile),
+        teardown=_TEARDOWN.format(events=shlex.quote(str(run / "events.jsonl"))).splitlines(),
+    )
+    return text + "\n"
+
+
+def build_post_script(job: Job, profile: Profile) -> str:
+    """The script of a job that makes the exports when the training job has ended well; one task, no GPU."""
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    run = Path(job.run_dir)
+    one = replace(job, name=f"{job.name}-post", nodes=1, procs_per_node=1, device="cpu")
+    options, more = _options(one, profile, run / "logs" / "slurm-%j.log")
+    text: str = _make_sbatch_string(
+        f"{profile.python or shlex.quote(job.python)} -u -m launcher export {shlex.quote(str(run))}",
+        run / "slurm",
+        **options,
+        additional_parameters=more,
+        setup=_prepare(profile),
+        srun_args=profile.srun_args,  # a container is one of them
+    )
+    return text.rstrip() + "\n"
+
+
+def _options(job: Job, profile: Profile, log: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What submitit has a name for, and what it has not."""
     options: dict[str, Any] = {
         "job_name": job.name,
         "nodes": job.nodes,
@@ -100,23 +139,11 @@ def build_script(job: Job, profile: Profile) -> str:
     if job.device == "cuda":
         gpus = job.procs_per_node
         options |= {"gres": f"{profile.gres}:{gpus}"} if profile.gres else {"gpus_per_node": gpus}
-    more = {"requeue": True, "output": log, "error": log}
+    more: dict[str, Any] = {"output": log, "error": log}
     if profile.reservation:
         more["reservation"] = profile.reservation
-    command = (
-        f"{profile.python or shlex.quote(job.python)} -u -m submitit.core._submit {shlex.quote(str(run / 'slurm'))}"
-    )
-    text: str = _make_sbatch_string(
-        command,
-        run / "slurm",
-        **options,
-        additional_parameters=more | {key: value for key, value in profile.sbatch.items() if value is not False},
-        setup=[
-            *_SETUP.format(log=shlex.quote(str(log).removesuffix("%j.log"))).splitlines(),
-            *(f"export {key}={shlex.quote(value)}" for key, value in profile.env.items()),
-            *profile.setup,
-        ],
-        srun_args=_srun_args(job, profile),
-        teardown=_TEARDOWN.format(events=shlex.quote(str(run / "events.jsonl"))).splitlines(),
-    )
-    return text + "\n"
+    return options, more | {key: value for key, value in profile.sbatch.items() if value is not False}
+
+
+def _prepare(profile: Profile) -> list[str]:
+    return [*(f"export {key}={shlex.quote(value)}" for key, value in profile.env.items()), *profile.setup]

@@ -82,7 +82,11 @@ def dry_run(monkeypatch, capsys, tmp_path, images):
             ["resnet50_ft", "data.path=photos", *TWO_NODES, "--profile", "apptainer"],
             dataclasses.replace(LOGIN, allocation="7"),
         ),
-        ("slurm_cpu", ["quickstart", "--nodes", "2", "--procs", "2", "--profile", "dev", "name=mine"], LOGIN),
+        (
+            "slurm_cpu",
+            ["quickstart", "--nodes", "2", "--procs", "2", "--profile", "dev", "post.profile=template", "name=mine"],
+            LOGIN,
+        ),
     ],
 )
 def test_a_dry_run_prints_exactly_the_plan_and_it_is_golden(name, arguments, machine, dry_run):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from launcher import diagnose, job, slurm_client
 from launcher.errors import EXIT_OK, EXIT_RESUMABLE, InterruptedRunError, TrainingError
 from launcher.processes import STOP_SIGNALS
-from launcher.run_dir import RunDir
+from launcher.run_dir import RunDir, write_text_atomic
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,14 +37,19 @@ def submit(plan: LaunchPlan) -> int:
     job_id = _sbatch(run, plan.script)
     run.append_event("submitted", job_id=job_id)
     print(f"job {job_id} submitted", flush=True)
+    post_id = _sbatch_post(run, plan.post_script, after=job_id) if plan.post_script else None
     if plan.detach:
         print(f"run:  {run}\nnext: launch logs {run} -f, launch ps, launch cancel {run}")
         return EXIT_OK
     try:
-        return _follow(run, job_id)
+        _follow(job_id, run.supervisor_log(job_id, 0))
+        _conclude(run, job_id)
+        if post_id:
+            _follow(post_id, run.supervisor_log(post_id, 0))
+            _conclude(run, post_id)
     except KeyboardInterrupt:
         print(f"\nno longer following; job {job_id} goes on. Stop it by: launch cancel {run}")
-        return EXIT_OK
+    return EXIT_OK
 
 
 def _run_step(run: RunDir, plan: LaunchPlan) -> int:
@@ -91,21 +96,32 @@ def _sbatch(run: RunDir, script: str) -> str:
     return str(submitted.job_id)
 
 
-def _follow(run: RunDir, job_id: str) -> int:
-    """Show what the job's first node says, and what becomes of the job, until it is over."""
+def _sbatch_post(run: RunDir, script: str, *, after: str) -> str:
+    """Submit the job that makes the exports; it waits, through all requeues, for the training to end well."""
+    file = run.slurm / "post.sh"
+    write_text_atomic(file, script)
+    waits = (f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes")
+    job_id = slurm_client.run("sbatch", "--parsable", *waits, str(file)).strip().split(";")[0]
+    run.append_event("post_submitted", job_id=job_id)
+    print(f"job {job_id} will make the exports", flush=True)
+    return job_id
+
+
+def _follow(job_id: str, log: Path) -> None:
+    """Show a job's log, and what becomes of the job, until it is over."""
     shown: JobState | None = None
     position = 0
     while True:
         state = slurm_client.job_states([job_id])[job_id]
-        position = _print_from(run.supervisor_log(job_id, 0), position)
+        position = _print_from(log, position)
         if state != shown and state.state in ("PENDING", "RUNNING"):
             reason = f" ({state.reason})" if state.reason not in ("", "None") else ""
             where = f" on {state.nodes}" if state.nodes else reason
             print(f"job {job_id} {state.state.lower()}{where}", flush=True)
         shown = state
         if state.over:
-            _print_from(run.supervisor_log(job_id, 0), position)
-            return _conclude(run, job_id, state)
+            _print_from(log, position)
+            return
         time.sleep(POLL_S)
 
 
@@ -122,11 +138,16 @@ def _print_from(file: Path, position: int) -> int:
     return position + len(text)
 
 
-def _conclude(run: RunDir, job_id: str, state: JobState) -> int:
-    """Exit code of a run whose job is over."""
+def _conclude(run: RunDir, job_id: str) -> None:
+    """Return where a job that is over ended well.
+
+    Raises:
+        LaunchError: it did not; says how, with the job's last words.
+    """
+    state = slurm_client.job_states([job_id])[job_id]
     found = run.read_status()["state"]
     if found in ("completed", "early_stopped") and state.state in ("COMPLETED", "UNKNOWN"):
-        return EXIT_OK
+        return
     if state.state == "CANCELLED":
         raise InterruptedRunError(f"job {job_id} was cancelled; go on with: launch resume {run}")
     if found == "preempted" and state.state != "FAILED":

@@ -109,7 +109,7 @@ def _carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_
         debug=args.debug,
         detach=args.detach,
     )
-    plan = make_plan(recipe, topology.detect(), request, _profile(recipe, args))
+    plan = make_plan(recipe, topology.detect(), request, *_profiles(recipe, args))
     if args.dry_run:
         print(plan)
         return EXIT_OK
@@ -127,16 +127,15 @@ def _carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_
     return backends.load(plan.backend).submit(plan)
 
 
-def _profile(recipe: Recipe, args: argparse.Namespace) -> Profile | None:
-    """The profile that the recipe names, with the command line's ``profile.key=value``."""
+def _profiles(recipe: Recipe, args: argparse.Namespace) -> tuple[Profile | None, Profile | None]:
+    """The profiles of the training and of the exports; the command line's ``profile.key=value`` changes the first."""
     from launcher import profile
 
     overrides = [item.removeprefix(profile.OVERRIDE) for item in args.profile_overrides]
-    if recipe.launch.profile is None:
-        if overrides:
-            raise UsageError(f"{args.profile_overrides[0]}: there is no profile to change; add --profile NAME")
-        return None
-    return profile.load(recipe.launch.profile, overrides)
+    name, post = recipe.launch.profile, recipe.post.profile
+    if name is None and overrides:
+        raise UsageError(f"{args.profile_overrides[0]}: there is no profile to change; add --profile NAME")
+    return profile.load(name, overrides) if name else None, profile.load(post) if post else None
 
 
 def _write_run(plan: LaunchPlan, recipe: Recipe) -> None:

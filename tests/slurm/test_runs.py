@@ -209,14 +209,23 @@ def test_preempted_in_mid_epoch_it_ends_with_the_very_same_bits(launch, undistur
     assert steps == sorted(set(steps))
 
 
-def test_the_time_limit_cuts_it_and_it_goes_on(launch):
-    launched = launch("train.epochs=5", "profile.timeout_min=1", "profile.lead_s=40")
+def test_the_time_limit_cuts_it_and_it_goes_on_to_the_exports_in_a_job_of_their_own(launch):
+    post = ("post.enabled=true", "post.profile=dev", "post.quantize=[]")
+    launched = launch("train.epochs=5", "profile.timeout_min=1", "profile.lead_s=40", *post)
     code, output = launched.finish(400)
     assert code == 0, output
-    causes = [cause for _, cause in ends(launched.run)]
+    run = launched.run
+    causes = [cause for _, cause in ends(run)]
     assert set(causes) == {"time_limit"}
     assert len(causes) >= 2
-    assert launched.run.read_status()["epoch"] == 5
+    assert run.read_status()["epoch"] == 5
+    (made,) = events(run, "export")
+    assert made["accepted"]
+    (submitted,) = events(run, "post_submitted")
+    assert launched.job_id != submitted["job_id"]
+    assert "model.onnx: top1" in run.supervisor_log(submitted["job_id"], 0).read_text()
+    assert "model.onnx: top1" in output
+    assert run.report_html.stat().st_mtime >= run.export_manifest.stat().st_mtime
 
 
 def test_a_killed_worker_is_started_again_in_the_same_job(launch, undisturbed):
