@@ -22,6 +22,7 @@ other commands:
   launch logs RUN [-f]     what the ranks wrote; --rank R, --attempt A, --grep X
   launch ps [FOLDER]       the runs below a folder: state, job, progress
   launch cancel RUN        stop a run, wherever it runs; a checkpoint is saved first
+  launch compare RUN …     runs or folders of runs side by side, the best first
   launch export RUN        export, quantize and measure a run's best checkpoint again
   launch report RUN        write report.html, report.json and model_card.md again
   launch why RUN           the first failure of a run, and its cure
@@ -130,6 +131,18 @@ def _cancel(argv: list[str]) -> int:
     return EXIT_OK
 
 
+def _compare(argv: list[str]) -> int:
+    parser = _parser("compare", "Put runs side by side: what differs in their recipes, and what came of it.")
+    parser.add_argument("paths", nargs="+", metavar="RUN|FOLDER", help="run directories, or folders that hold some")
+    parser.add_argument("--metric", metavar="M", help="what best means (default: what all watched, else val/top1)")
+    parser.add_argument("--json", action="store_true", dest="as_json", help="for programs")
+    args = parser.parse_args(argv)
+    from launcher.commands import compare
+
+    compare.run(args.paths, metric=args.metric, as_json=args.as_json)
+    return EXIT_OK
+
+
 def _models(argv: list[str]) -> int:
     parser = _parser("models", "List torchvision's classification models.")
     parser.add_argument("pattern", nargs="?", metavar="PATTERN", help="part of a name, or a glob: 'resnet*'")
@@ -177,6 +190,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "logs": _logs,
     "ps": _ps,
     "cancel": _cancel,
+    "compare": _compare,
     "models": _models,
     "doctor": _doctor,
     "recipes": _recipes,

@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher import history, network, node
@@ -39,7 +40,7 @@ def _supervise(run: RunDir) -> int:
     plan = run.read_plan()
     attempt = None
     if node_rank == 0:
-        history.close_attempt(run, lost_nodes=_lost_nodes(run))
+        history.close_attempt(run, lost_nodes=_lost_nodes())
         stopped = history.refusal(run)
         if stopped:
             run.append_event("refused", message=stopped)
@@ -53,10 +54,10 @@ def _supervise(run: RunDir) -> int:
     return node.supervise(run, plan, node_rank=node_rank, first_attempt=attempt)
 
 
-def _lost_nodes(run: RunDir) -> list[str]:
+def _lost_nodes() -> list[str]:
     """Of which srun said in the job's earlier starts that they failed."""
-    log = run.batch_log(os.environ["SLURM_JOB_ID"])
-    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    log = os.environ.get("LAUNCH_BATCH_LOG")  # set by the batch script; not in an allocation
+    text = Path(log).read_text(encoding="utf-8", errors="replace") if log else ""
     return re.findall(r"^srun: error: Node failure on (\S+)$", text, re.MULTILINE)
 
 

@@ -13,11 +13,15 @@ if TYPE_CHECKING:
 WAIT_FOR_TASKS_S = 60
 """After the first node's supervisor has ended by itself the others get this long."""
 
+RUNS = "runs.txt"
+"""In the folder of a sweep: the absolute path of each run directory, a line each."""
+
 # What binds the shell that submits to its own cores would bind every worker to them.
 _SETUP = """\
 unset "${{!SLURM_CPU_BIND@}}" "${{!SLURM_MEM_BIND@}}"
-log={log}"$SLURM_JOB_ID".log
-before=$(wc -l < "$log")"""
+run={run}
+export LAUNCH_BATCH_LOG={log}
+before=$(wc -l < "$LAUNCH_BATCH_LOG")"""
 # srun's own words about a task that was killed from outside name its node: it is not used again.
 _TEARDOWN = """\
 code=$?
@@ -26,13 +30,13 @@ code=$?
 case $code in 0 | 1 | 2 | 3) exit $code ;; esac
 [ "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)" = RUNNING ] || exit $code
 killed='s/^srun: error: \\([^ :,[]*\\): task [0-9]*: Killed$/\\1/p'
-lost=$(tail -n "+$((before + 1))" "$log" | sed -n "$killed" | head -n 1)
+lost=$(tail -n "+$((before + 1))" "$LAUNCH_BATCH_LOG" | sed -n "$killed" | head -n 1)
 exclude=$(scontrol show job --oneliner "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\\([^ (]*\\).*/\\1/p')
 trap '' TERM
 scontrol requeue "$SLURM_JOB_ID"
 if [ -n "$lost" ]; then
-  printf '{{"time": %s, "kind": "supervisor_lost", "host": "%s"}}\\n' "$(date +%s.%N)" "$lost" >> {events}
-  scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${{exclude:+$exclude,}}$lost"
+  printf '{"time": %s, "kind": "supervisor_lost", "host": "%s"}\\n' "$(date +%s.%N)" "$lost" >> "$run/events.jsonl"
+  scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${exclude:+$exclude,}$lost"
 fi
 exit $code"""
 
@@ -55,6 +59,16 @@ class Job:
     """The interpreter that runs ``launch``."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Array:
+    """A job array."""
+
+    num: int
+    """Elements."""
+    parallel: int
+    """How many of them run at the same time at most."""
+
+
 def step_command(job: Job, profile: Profile) -> tuple[str, ...]:
     """The plan as a step of an allocation that is there already (salloc): the same supervisors, by srun alone."""
     gpus = (f"--gpus-per-node={job.procs_per_node}",) if job.device == "cuda" else ()
@@ -73,30 +87,40 @@ def _srun_args(job: Job, profile: Profile) -> list[str]:
     ]
 
 
-def build_script(job: Job, profile: Profile) -> str:
+def build_script(job: Job, profile: Profile, array: Array | None = None) -> str:
     """The whole sbatch script, by the function that submitit itself uses.
 
     One task a node with all of the node's GPUs: with a GPU per task NCCL could not see its peers (nccl#1066).
+
+    Args:
+        job: with the folder of the sweep as its run directory, where there is an ``array``.
+        profile: the cluster's.
+        array: makes it a job array, one element a run.
     """
     from submitit.slurm.slurm import _make_sbatch_string
 
-    run = Path(job.run_dir)
-    log = run / "logs" / "slurm-%j.log"
-    options, more = _options(job, profile, log)
-    command = (
-        f"{profile.python or shlex.quote(job.python)} -u -m submitit.core._submit {shlex.quote(str(run / 'slurm'))}"
+    folder = Path(job.run_dir)
+    # sbatch fills in %j (%A_%a in an array), the shell the variables: two ways to write one name.
+    pattern, variables = (
+        ("%A_%a", '"$SLURM_ARRAY_JOB_ID"_"$SLURM_ARRAY_TASK_ID"') if array else ("%j", '"$SLURM_JOB_ID"')
     )
+    options, more = _options(job, profile, folder / "logs" / f"slurm-{pattern}.log")
+    own = f'$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {shlex.quote(str(folder / RUNS))})'
+    setup = _SETUP.format(
+        run=own if array else shlex.quote(str(folder)),
+        log=f"{shlex.quote(str(folder / 'logs' / 'slurm-'))}{variables}.log",
+    )
+    python = profile.python or shlex.quote(job.python)
     text: str = _make_sbatch_string(
-        command,
-        run / "slurm",
+        f"{python} -u -m submitit.core._submit {shlex.quote(str(folder / 'slurm'))}",
+        folder / "slurm",
         **options,
+        map_count=array.num if array else None,
+        array_parallelism=array.parallel if array else 1,
         additional_parameters={"requeue": True, **more},
-        setup=[
-            *_SETUP.format(log=shlex.quote(str(log).removesuffix("%j.log"))).splitlines(),
-            *_prepare(profile),
-        ],
+        setup=[*setup.splitlines(), *_prepare(profile)],
         srun_args=_srun_args(job, profile),
-        teardown=_TEARDOWN.format(events=shlex.quote(str(run / "events.jsonl"))).splitlines(),
+        teardown=_TEARDOWN.splitlines(),
     )
     return text + "\n"
 

@@ -80,7 +80,7 @@ def job_states(job_ids: Sequence[str]) -> dict[str, JobState]:
         return {}
     found: dict[str, JobState] = {}
     # All of a user's jobs in one question: one that is over is no error then.
-    for line in run("squeue", "--noheader", "--me", "--states=all", "--format=%i|%T|%r|%N").splitlines():
+    for line in run("squeue", "--noheader", "--me", "--states=all", "--array", "--format=%i|%T|%r|%N").splitlines():
         job_id, state, reason, nodes = line.strip().split("|", 3)
         if job_id in job_ids:
             found[job_id] = JobState(state=state, reason=reason, nodes=nodes)

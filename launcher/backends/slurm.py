@@ -15,6 +15,7 @@ from launcher.processes import STOP_SIGNALS
 from launcher.run_dir import RunDir, write_text_atomic
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from launcher.plan import LaunchPlan
@@ -50,6 +51,48 @@ def submit(plan: LaunchPlan) -> int:
     except KeyboardInterrupt:
         print(f"\nno longer following; job {job_id} goes on. Stop it by: launch cancel {run}")
     return EXIT_OK
+
+
+def submit_array(base: Path, runs: Sequence[RunDir], script: str, *, detach: bool) -> None:
+    """Submit the runs of a sweep as one job array, and say what becomes of them until all are over.
+
+    Raises:
+        SlurmError: sbatch refused the job.
+    """
+    from submitit.core.utils import DelayedSubmission, JobPaths
+
+    folder = base / "slurm"
+    (base / "logs").mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
+    file = folder / "array.sh"
+    write_text_atomic(file, script)
+    array_id = slurm_client.run("sbatch", "--parsable", str(file)).strip().split(";")[0]
+    ids = [f"{array_id}_{index}" for index in range(len(runs))]
+    for job_id, run in zip(ids, runs, strict=True):
+        DelayedSubmission(job.main, str(run.path)).dump(JobPaths(folder, job_id).submitted_pickle)
+        run.append_event("submitted", job_id=job_id)
+    print(f"job array {array_id}: {len(runs)} runs in {base}", flush=True)
+    if detach:
+        print(f"next: launch ps {base}, launch compare {base}")
+        return
+    try:
+        _watch(dict(zip(ids, runs, strict=True)))
+    except KeyboardInterrupt:
+        print(f"\nno longer following; the jobs go on. Stop them by: scancel {array_id}")
+
+
+def _watch(runs: dict[str, RunDir]) -> None:
+    """One line for each change of a job's state, until all jobs are over."""
+    shown: dict[str, str] = {}
+    while True:
+        states = slurm_client.job_states(list(runs))
+        for job_id, state in states.items():
+            if shown.get(job_id) != state.state:
+                print(f"{runs[job_id].path.name}: job {job_id} {state.state.lower()}", flush=True)
+                shown[job_id] = state.state
+        if all(state.over for state in states.values()):
+            return
+        time.sleep(POLL_S)
 
 
 def _run_step(run: RunDir, plan: LaunchPlan) -> int:

@@ -45,14 +45,19 @@ def run(argv: list[str], *, epilog: str) -> int:
     parser.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="where the nodes meet, without SLURM")
     parser.add_argument("--dry-run", action="store_true", help="print the plan; write and start nothing")
     parser.add_argument("--debug", action="store_true", help="a few steps in this process; breakpoints work")
+    parser.add_argument("--sweep", action="store_true", help="a run for every combination of key=a,b,c; then compare")
+    parser.add_argument("--parallel", type=int, metavar="N", help="runs of a sweep at the same time, on SLURM")
     parser.add_argument("--version", action="version", version=f"finetune-launcher {__version__}")
     args = parser.parse_intermixed_args(argv)
     _split_overrides(args)
+    if args.sweep:
+        from launcher.commands import sweep
 
+        return sweep.run(args)
     with processes.importing():
         from launcher import recipe as recipes
 
-    recipe, source = recipes.load(_find_recipe(args.recipe), args.overrides, _flags(args))
+    recipe, source = recipes.load(find_recipe(args.recipe), args.overrides, flags(args))
     existing = RunDir(args.run_dir) if args.run_dir else None
     if existing and existing.exists and not args.node_rank:
         if not args.resume:
@@ -86,7 +91,7 @@ def resume(argv: list[str]) -> int:
     run = RunDir.existing(args.run_dir)
     from launcher import recipe as recipes
 
-    recipe, source = recipes.load(str(run.recipe), (), _flags(args))
+    recipe, source = recipes.load(str(run.recipe), (), flags(args))
     return _carry_out(recipe, source, args, run_id=run.run_id)
 
 
@@ -96,20 +101,27 @@ def _split_overrides(args: argparse.Namespace) -> None:
     args.overrides = [item for item in args.overrides if not item.startswith("profile.")]
 
 
-def _carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_id: str) -> int:
-    """Plan, and print the plan or run it: one road for every backend."""
-    from launcher import backends, lint, topology
+def plan_run(recipe: Recipe, args: argparse.Namespace, *, run_id: str, run_dir: str | None) -> LaunchPlan:
+    """The plan of a recipe for this machine and this command line."""
+    from launcher import topology
     from launcher.plan import Request, make_plan
 
     request = Request(
         run_id=run_id,
-        run_dir=args.run_dir,
+        run_dir=run_dir,
         node_rank=args.node_rank,
         rdzv_endpoint=args.rdzv_endpoint,
         debug=args.debug,
         detach=args.detach,
     )
-    plan = make_plan(recipe, topology.detect(), request, *_profiles(recipe, args))
+    return make_plan(recipe, topology.detect(), request, *_profiles(recipe, args))
+
+
+def _carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_id: str) -> int:
+    """Plan, and print the plan or run it: one road for every backend."""
+    from launcher import backends, lint
+
+    plan = plan_run(recipe, args, run_id=run_id, run_dir=args.run_dir)
     if args.dry_run:
         print(plan)
         return EXIT_OK
@@ -120,7 +132,7 @@ def _carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_
     if plan.script:
         lint.check(plan.to_dict(), RunDir(plan.run_dir))
     if plan.node_rank == 0:
-        _write_run(plan, recipe)
+        write_run(plan, recipe)
         print(f"run {plan.run_id}: {plan.world_size} workers on {plan.device}, in {plan.run_dir}", flush=True)
     else:
         print(f"node {plan.node_rank} of {plan.nodes}: joining the run in {plan.run_dir}", flush=True)
@@ -138,7 +150,8 @@ def _profiles(recipe: Recipe, args: argparse.Namespace) -> tuple[Profile | None,
     return profile.load(name, overrides) if name else None, profile.load(post) if post else None
 
 
-def _write_run(plan: LaunchPlan, recipe: Recipe) -> None:
+def write_run(plan: LaunchPlan, recipe: Recipe) -> None:
+    """Make the run directory with its plan and recipe."""
     import time
 
     from launcher import recipe as recipes
@@ -165,7 +178,7 @@ def _write_run(plan: LaunchPlan, recipe: Recipe) -> None:
         run.update_status(state="pending", attempt=0, epoch=0, step=0, best=None)
 
 
-def _flags(args: argparse.Namespace) -> dict[str, tuple[str, Any]]:
+def flags(args: argparse.Namespace) -> dict[str, tuple[str, Any]]:
     """The flags as overrides of the recipe, each with its name for errors; ``--debug`` is a set of them."""
     names = ("nodes", "gpus", "procs", "backend", "profile")
     values = {name: getattr(args, name) for name in names}
@@ -178,7 +191,7 @@ def _flags(args: argparse.Namespace) -> dict[str, tuple[str, Any]]:
     return flags
 
 
-def _find_recipe(name: str) -> str:
+def find_recipe(name: str) -> str:
     """A path as it is; the bare name of a recipe that comes with the package, as its path there."""
     packaged = RECIPES / f"{name}.yaml"
     return str(packaged) if not Path(name).exists() and "/" not in name and packaged.is_file() else name

@@ -1,0 +1,129 @@
+"""``launch RECIPE key=a,b,c --sweep``: one run for every combination, as a job array or one after the other."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher import history, processes, sweep
+from launcher.commands import launch
+from launcher.errors import EXIT_FAILED, EXIT_OK, InterruptedRunError, LaunchError, RecipeError, UsageError
+from launcher.run_dir import RunDir, new_run_id, write_text_atomic
+
+if TYPE_CHECKING:
+    import argparse
+
+    from launcher.plan import LaunchPlan
+    from launcher.recipe import Recipe
+    from launcher.recipe_source import Source
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry a sweep out, and compare its runs; exit code 0 where all of them ended well.
+
+    Raises:
+        RecipeError: names everything that is wrong with any of the runs.
+        UsageError: the combinations, or where they would go, are wrong.
+    """
+    combinations = sweep.expand(args.overrides)
+    loaded = _load_all(args, combinations)
+    base = Path(args.run_dir or Path("runs") / new_run_id(f"{loaded[0][0].name}-sweep"))
+    if base.exists():
+        raise UsageError(f"--run-dir {base}: is there already; a sweep makes a folder of its own")
+    plans = [
+        launch.plan_run(recipe, args, run_id=f"{base.name}-{label}", run_dir=str(base / label))
+        for (recipe, _), label in zip(loaded, sweep.labels(combinations), strict=True)
+    ]
+    script = _array_script(plans, base, args.parallel or len(plans)) if plans[0].script else ""
+    if args.dry_run:
+        for plan, combination in zip(plans, combinations, strict=True):
+            print(f"{plan.run_dir}: {' '.join(combination)}")
+        print(f"\nscript\n{script}" if script else f"\nthe first of {len(plans)}, one after the other\n{plans[0]}")
+        return EXIT_OK
+    _check_all(plans, loaded)
+    for plan, (recipe, _) in zip(plans, loaded, strict=True):
+        launch.write_run(plan, recipe)
+    if script:
+        runs = [RunDir(plan.run_dir) for plan in plans]
+        write_text_atomic(base / "runs.txt", "".join(f"{found.path}\n" for found in runs))
+        importlib.import_module("launcher.backends.slurm").submit_array(base, runs, script, detach=args.detach)
+        if args.detach:
+            return EXIT_OK
+    else:
+        _run_one_after_the_other(plans)
+    from launcher.commands import compare
+
+    compare.run([str(base)], metric=None, as_json=False)
+    return EXIT_OK if all(_ended_well(RunDir(plan.run_dir)) for plan in plans) else EXIT_FAILED
+
+
+def _load_all(args: argparse.Namespace, combinations: list[tuple[str, ...]]) -> list[tuple[Recipe, Source]]:
+    with processes.importing():
+        from launcher import recipe as recipes
+
+    loaded, problems = [], {}
+    for combination in combinations:
+        try:
+            loaded.append(recipes.load(launch.find_recipe(args.recipe), combination, launch.flags(args)))
+        except RecipeError as error:
+            problems.update({str(problem): problem for problem in error.problems})
+    if problems:
+        raise RecipeError(list(problems.values()))
+    return loaded
+
+
+def _array_script(plans: list[LaunchPlan], base: Path, parallel: int) -> str:
+    from launcher import profile as profiles
+    from launcher import recipe as recipes
+    from launcher import sbatch
+
+    first = plans[0]
+    job = sbatch.Job(
+        name=base.name,
+        run_dir=str(base.absolute()),
+        nodes=first.nodes,
+        procs_per_node=first.procs_per_node,
+        device=first.device,
+        python=sys.executable,
+    )
+    if any(dataclasses.replace(plan, profile=first.profile).profile != plan.profile for plan in plans):
+        raise UsageError("--sweep: the runs of a job array have one profile; launch.profile cannot be swept")
+    shapes = {(plan.nodes, plan.procs_per_node, plan.device) for plan in plans}
+    if len(shapes) > 1:
+        raise UsageError("--sweep: the runs of a job array have one size; launch.nodes and the like cannot be swept")
+    profile: profiles.Profile = recipes.validate(profiles.Profile, first.profile or {})
+    return sbatch.build_script(job, profile, sbatch.Array(num=len(plans), parallel=parallel))
+
+
+def _check_all(plans: list[LaunchPlan], loaded: list[tuple[Recipe, Source]]) -> None:
+    from launcher import lint
+
+    os.environ.update(plans[0].env)
+    with processes.importing():
+        checks = importlib.import_module("launcher.engine.checks")
+    for recipe, source in loaded:
+        checks.check(recipe, source.where)
+    if plans[0].script:
+        lint.check(plans[0].to_dict(), RunDir(plans[0].run_dir))
+
+
+def _run_one_after_the_other(plans: list[LaunchPlan]) -> None:
+    from launcher import backends
+
+    for number, plan in enumerate(plans, start=1):
+        print(f"\nrun {number} of {len(plans)}: {plan.run_dir}", flush=True)
+        try:
+            backends.load(plan.backend).submit(plan)
+        except InterruptedRunError:
+            raise  # all of them are meant
+        except LaunchError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)  # one that fails keeps no other from running
+
+
+def _ended_well(run: RunDir) -> bool:
+    done = history.events(run, "completed")
+    return run.read_status()["state"] in ("completed", "early_stopped") and bool(done)
