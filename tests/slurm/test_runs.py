@@ -211,14 +211,14 @@ def test_preempted_in_mid_epoch_it_ends_with_the_very_same_bits(launch, undistur
 
 def test_the_time_limit_cuts_it_and_it_goes_on_to_the_exports_in_a_job_of_their_own(launch):
     post = ("post.enabled=true", "post.profile=dev", "post.quantize=[]")
-    launched = launch("train.epochs=5", "profile.timeout_min=1", "profile.lead_s=40", *post)
+    launched = launch("train.epochs=9", "profile.timeout_min=1", "profile.lead_s=40", *post)
     code, output = launched.finish(400)
     assert code == 0, output
     run = launched.run
     causes = [cause for _, cause in ends(run)]
     assert set(causes) == {"time_limit"}
     assert len(causes) >= 2
-    assert run.read_status()["epoch"] == 5
+    assert run.read_status()["epoch"] == 9
     (made,) = events(run, "export")
     assert made["accepted"]
     (submitted,) = events(run, "post_submitted")
