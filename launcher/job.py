@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher import history, network, node
 from launcher.errors import PreflightError, TrainingError, exit_code_of
-from launcher.run_dir import RunDir, write_json_atomic
+from launcher.run_dir import BATCH_LOG_VARIABLE, RunDir, write_json_atomic
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
@@ -56,7 +56,7 @@ def _supervise(run: RunDir) -> int:
 
 def _lost_nodes() -> list[str]:
     """Of which srun said in the job's earlier starts that they failed."""
-    log = os.environ.get("LAUNCH_BATCH_LOG")  # set by the batch script; not in an allocation
+    log = os.environ.get(BATCH_LOG_VARIABLE)
     text = Path(log).read_text(encoding="utf-8", errors="replace") if log else ""
     return re.findall(r"^srun: error: Node failure on (\S+)$", text, re.MULTILINE)
 

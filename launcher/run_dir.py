@@ -21,6 +21,9 @@ State = Literal["pending", "running", "preempted", "completed", "early_stopped",
 ATTEMPT_VARIABLE = "LAUNCH_ATTEMPT"
 """Environment variable by which a worker learns its attempt; the supervisor counts."""
 
+BATCH_LOG_VARIABLE = "LAUNCH_BATCH_LOG"
+"""Environment variable by which a node's supervisor learns where its batch script writes; unset outside of one."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSpec:

@@ -228,3 +228,21 @@ def test_two_nodes_started_by_hand_make_one_run(start, tmp_path):
     assert json.loads((run.last_checkpoint / "state.json").read_text())["world_size"] == 2
     assert [m["samples"] for m in read_jsonl(run.metrics) if m["split"] == "val"] == [360]
     assert {e["node"] for e in events(run, "attempt_started")} == {0, 1}
+
+
+def test_a_sweep_without_slurm_runs_one_after_the_other_and_one_that_fails_stops_no_other(start, tmp_path):
+    broken = tmp_path / "broken"
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (broken / split / name).mkdir(parents=True)
+            (broken / split / name / "0.jpg").write_text("no image")
+    data = f"data={{name: digits}},{{name: imagefolder, path: {broken}}},{{name: digits, image_size: 32}}"
+    process = start(RECIPE, data, "batch.size=32", NO_POST, "--backend", "torchrun", "--sweep", "--run-dir", "sweep")
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 1, output
+    runs = [RunDir(folder) for folder in sorted((tmp_path / "sweep").iterdir())]
+    assert [run.read_status()["state"] for run in runs] == ["completed", "failed", "completed"]
+    assert "cannot be decoded as an image" in output
+    comparison = output[output.rindex("run 3 of 3") :]
+    assert all(run.path.name in comparison for run in runs)
+    assert session_of(process) == []

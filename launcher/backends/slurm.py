@@ -96,7 +96,7 @@ def _watch(runs: dict[str, RunDir]) -> None:
 
 
 def _run_step(run: RunDir, plan: LaunchPlan) -> int:
-    """Run the plan in the allocation that this process is in; srun hands stop signals on to the supervisors.
+    """Run the plan in the allocation that this process is in.
 
     Of the profile's setup nothing is done: this shell has been set up by whoever asked for the allocation.
     """
@@ -105,7 +105,7 @@ def _run_step(run: RunDir, plan: LaunchPlan) -> int:
     process = subprocess.Popen(plan.command, start_new_session=True, env=environment)
 
     def stop(_number: int, _frame: object) -> None:
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGUSR2)  # which srun hands on; on SIGTERM it has its tasks killed
 
     before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
     try:

@@ -407,6 +407,38 @@ def test_in_an_allocation_it_is_a_step(launch_on, slurm_cluster, by, undisturbed
     assert weights(launched.run) == weights(undisturbed[0])
 
 
+def test_a_sweep_is_a_job_array_and_ends_in_a_comparison(slurm_cluster, tmp_path):
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "launcher", RECIPE, "optim.lr=0.05,0.01", "seed=0,1", "train.epochs=1"),
+            *("--sweep", "--parallel", "2", "--nodes", "1", "--procs", "1", "--profile", "dev", "--run-dir", "sweep"),
+            *SMALL[1:],
+        ],
+        cwd=tmp_path,
+        env=slurm_cluster | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=DEADLINE_S,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = [RunDir(folder) for folder in sorted((tmp_path / "sweep").glob("[0-9]-*"))]
+    assert [run.path.name for run in runs] == [
+        "0-optim.lr=0.05-seed=0",
+        "1-optim.lr=0.05-seed=1",
+        "2-optim.lr=0.01-seed=0",
+        "3-optim.lr=0.01-seed=1",
+    ]
+    assert [run.read_status()["state"] for run in runs] == ["completed"] * 4
+    jobs = [events(run, "submitted")[0]["job_id"] for run in runs]
+    assert [job.partition("_")[2] for job in jobs] == ["0", "1", "2", "3"]
+    spans = [(events(run, "attempt_started")[0]["time"], events(run, "training_ended")[0]["time"]) for run in runs]
+    for start, _ in spans:
+        assert sum(begin <= start < end for begin, end in spans) <= 2  # no more at the same time than was said
+    table = done.stdout[done.stdout.rindex("RUN") :] if "RUN" in done.stdout else done.stdout
+    assert all(run.path.name in table for run in runs)
+
+
 HANG = """
 import os
 import time
