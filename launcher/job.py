@@ -15,23 +15,54 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher import history, network, node
-from launcher.errors import PreflightError, TrainingError, exit_code_of
+from launcher.errors import EXIT_OK, EXIT_PREFLIGHT, PreflightError, TrainingError, exit_code_of
 from launcher.run_dir import BATCH_LOG_VARIABLE, RunDir, write_json_atomic
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
 
 MEET_TIMEOUT_S = 600
+LEAVE_TIMEOUT_S = 120
+POLL_S = 0.5
 STALE = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 STALE_BEGINNINGS = ("TORCHELASTIC_", "PET_", "ROLE_", "GROUP_")
 
 
 def main(run_path: str) -> None:
-    """Run this node's part of the job; leaves by SystemExit with the design's exit code where that is not 0."""
-    code = exit_code_of(lambda: _supervise(RunDir(run_path)))
+    """Run this node's part of the job; leaves by SystemExit with the design's exit code where that is not 0.
+
+    Node 0 speaks for the run. The others stay until it is done, exports and all, and leave with 0: srun ends the whole
+    step when a task leaves with anything else, and some time after the first has left.
+    """
+    run = RunDir(run_path)
+    code = exit_code_of(lambda: _supervise(run))
+    done = run.job_done(_start())
+    if os.environ["SLURM_NODEID"] == "0":
+        done.parent.mkdir(exist_ok=True)
+        done.touch()
+    elif code != EXIT_PREFLIGHT:
+        _wait_for(done, None if code == EXIT_OK else LEAVE_TIMEOUT_S)
+        code = EXIT_OK
     sys.stdout.flush()
     if code:
         sys.exit(code)
+
+
+def _start() -> str:
+    """Which start of which job this is; a requeued job has another, and so has another step of an allocation."""
+    return "-".join(
+        [os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0"), os.environ["SLURM_STEP_ID"]]
+    )
+
+
+def _wait_for(file: Path, timeout_s: float | None) -> bool:
+    """Wait until another node has made ``file``; False where it has not in time."""
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    while file not in list(file.parent.iterdir()):  # a listing is fresh where NFS still remembers that there was none
+        if deadline is not None and time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_S)
+    return True
 
 
 def _supervise(run: RunDir) -> int:
@@ -76,26 +107,21 @@ def _meet(run: RunDir, plan: dict[str, Any], node_rank: int) -> dict[str, Any]:
     """
     from submitit.slurm.slurm import SlurmJobEnvironment
 
-    job_id = os.environ["SLURM_JOB_ID"]
-    start = "-".join([job_id, os.environ.get("SLURM_RESTART_COUNT", "0"), os.environ["SLURM_STEP_ID"]])
     hosts = SlurmJobEnvironment().hostnames
     # To itself a node's route is the loopback; to any other it is the network that they share.
     address = _own_address(plan, toward=hosts[1 if node_rank == 0 else 0])
-    file = run.meeting(start)
+    file = run.meeting(_start())
     file.parent.mkdir(exist_ok=True)
     if node_rank == 0:
-        port = network.free_port(int(job_id))
+        port = network.free_port(int(os.environ["SLURM_JOB_ID"]))
         met = {"host": address, "port": port, "attempt": history.next_attempt(run)}
         write_json_atomic(file, met)
         return met
-    deadline = time.monotonic() + MEET_TIMEOUT_S
-    while file not in list(file.parent.iterdir()):  # a listing is fresh where NFS still remembers that there was none
-        if time.monotonic() > deadline:
-            raise PreflightError(
-                f"{file}: not there after {MEET_TIMEOUT_S} s; {hosts[0]} writes it: did it start, and is the folder "
-                "on a file system that all nodes share?"
-            )
-        time.sleep(0.2)
+    if not _wait_for(file, MEET_TIMEOUT_S):
+        raise PreflightError(
+            f"{file}: not there after {MEET_TIMEOUT_S} s; {hosts[0]} writes it: did it start, and is the folder on a "
+            "file system that all nodes share?"
+        )
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found
 

@@ -235,6 +235,10 @@ class RunDir:
         """Where the nodes meet in one start of a SLURM job: ``{host, port, attempt}``."""
         return self.slurm / f"meeting-{start}.json"
 
+    def job_done(self, start: str) -> Path:
+        """Made by node 0 when it has nothing left to do in one start of a SLURM job."""
+        return self.slurm / f"done-{start}"
+
     @property
     def wandb(self) -> Path:
         """The folder of wandb itself, when tracking is on."""

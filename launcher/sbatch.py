@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from launcher.profile import Profile
 
-WAIT_FOR_TASKS_S = 60
-"""After the first node's supervisor has ended by itself the others get this long."""
+WAIT_FOR_TASKS_S = 300
+"""After the first node's supervisor has ended the others get this long, then srun ends them."""
 
 RUNS = "runs.txt"
 """In the folder of a sweep: the absolute path of each run directory, a line each."""

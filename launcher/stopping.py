@@ -51,7 +51,7 @@ class StopSignals:
 
     @property
     def cause(self) -> str:
-        """What the signal means in a run's history: a batch job's USR2 comes before its time limit, TERM for the rest."""
+        """What the signal means in a run's history: a batch job's USR2 comes before its time limit."""
         if self._name == "SIGUSR2" and BATCH_LOG_VARIABLE in os.environ:
             return "time_limit"
         return "interrupted" if self._name in ("SIGINT", "SIGUSR2") else "preempted"

@@ -46,7 +46,11 @@ FLOORS = (
         "launcher.history",
         "launcher.diagnose",
         "launcher.report",
+        "launcher.report_charts",
         "launcher.report_html",
+        "launcher.report_markup",
+        "launcher.report_model_card",
+        "launcher.report_style",
     },
     {
         "launcher.agent",

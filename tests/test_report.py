@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from launcher import recipe as recipes
-from launcher import report, report_html
+from launcher import report, report_charts, report_markup, report_model_card
 from launcher.errors import UsageError
 from launcher.run_dir import RunDir
 
@@ -511,7 +511,7 @@ def test_a_loss_is_no_percentage(write_run):
     ("seconds", "text"), [(None, "-"), (0.04, "0.0 s"), (59.9, "59.9 s"), (61.0, "1 min 01 s"), (7384.0, "2 h 03 min")]
 )
 def test_durations_are_readable(seconds, text):
-    assert report_html._duration(seconds) == text
+    assert report_markup.duration(seconds) == text
 
 
 def test_the_table_of_exports_has_the_reference_first_and_says_why_not(write_run):
@@ -573,9 +573,9 @@ def test_every_point_has_a_tooltip_and_the_best_checkpoint_a_ring(write_run):
     ]
     rings = re.findall(r'<circle class="val best" cx="([\d.]+)" cy="([\d.]+)"', loss)
     # Step 8 of 12; 0.9 on an axis from 0.5 to 2.
-    span = report_html.WIDTH - report_html.LEFT - report_html.RIGHT
-    height = report_html.HEIGHT - report_html.TOP - report_html.BOTTOM
-    expected = (report_html.LEFT + span * 8 / 12, report_html.TOP + height * (2 - 0.9) / 1.5)
+    span = report_charts.WIDTH - report_charts.LEFT - report_charts.RIGHT
+    height = report_charts.HEIGHT - report_charts.TOP - report_charts.BOTTOM
+    expected = (report_charts.LEFT + span * 8 / 12, report_charts.TOP + height * (2 - 0.9) / 1.5)
     assert [(float(x), float(y)) for x, y in rings] == [pytest.approx(expected, abs=0.06)]
     assert re.findall(r"<text [^>]*>(.*?)</text>", loss) == [
         *("0.5", "1", "1.5", "2"),
@@ -614,7 +614,7 @@ def test_a_loss_that_explodes_is_drawn_on_a_logarithmic_axis(write_run):
     ],
 )
 def test_axes_have_round_ticks_around_the_data(low, high, expected):
-    assert report_html._ticks(low, high) == pytest.approx(expected)
+    assert report_charts._ticks(low, high) == pytest.approx(expected)
 
 
 # The model card
@@ -674,7 +674,7 @@ def test_random_weights_and_a_watched_training_loss_are_told_as_they_are(write_r
     ("fraction", "samples", "low", "high"), [(0.5, 100, 0.4038, 0.5962), (0.0, 10, 0.0, 0.2775), (1.0, 10, 0.7225, 1.0)]
 )
 def test_the_interval_is_wilsons(fraction, samples, low, high):
-    assert report.wilson_interval(fraction, samples) == pytest.approx((low, high), abs=5e-5)
+    assert report_model_card.wilson_interval(fraction, samples) == pytest.approx((low, high), abs=5e-5)
 
 
 def test_the_code_of_the_model_card_runs_and_names_the_class(write_run, monkeypatch, capsys):
@@ -709,7 +709,8 @@ def test_the_code_of_the_model_card_runs_and_names_the_class(write_run, monkeypa
 
 def test_a_report_costs_no_torch():
     code = (
-        "import sys; import launcher.report, launcher.report_html; print('torch' in sys.modules, 'rich' in sys.modules)"
+        "import sys; import launcher.report, launcher.report_html, launcher.report_model_card"
+        "; print('torch' in sys.modules, 'rich' in sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]

@@ -273,10 +273,10 @@ def _wandb() -> Verdict:
     verdict = _package("wandb")
     if verdict.status != "ok":
         return verdict
-    tracking = importlib.import_module("launcher.engine.tracking")  # by name: no command imports the engine
+    wandb_mode = importlib.import_module("launcher.engine.wandb_mode")  # by name: no command imports the engine
     try:
-        has_key = tracking.resolve_mode("online")[0] == "online"  # which asks for a key alone
-        mode, off = tracking.resolve_mode("auto")
+        has_key = wandb_mode.resolve_mode("online")[0] == "online"  # which asks for a key alone
+        mode, off = wandb_mode.resolve_mode("auto")
     except netrc.NetrcParseError as error:  # its text may quote the key
         cure = "mend the file: machine HOST login user password KEY; and chmod 600"
         return checks.warning(f"{verdict.found}; the netrc file cannot be read, near line {error.lineno}", cure)

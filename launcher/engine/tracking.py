@@ -7,77 +7,36 @@ killed before :meth:`Tracker.finish` returns, and the exit hook that would wait 
 
 from __future__ import annotations
 
-import configparser
 import contextlib
 import json
-import netrc
 import os
 import queue
 import signal
-import socket
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
+from typing import TYPE_CHECKING, Any
 
 from launcher import recipe as recipes
+from launcher.engine.wandb_mode import asked_mode, configured_url, resolve_mode
 from launcher.processes import children, descendants
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     import wandb
 
+    from launcher.engine.wandb_mode import Mode
     from launcher.recipe import Recipe
     from launcher.run_dir import RunDir
 
-Mode = Literal["online", "offline", "disabled"]
-
 DEFAULT_PROJECT = "finetune-launcher"
-OWN_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # two names of wandb's own server; a key may stand under either
-MODES: Mapping[str, Mode] = {
-    "online": "online",
-    "run": "online",
-    "offline": "offline",
-    "dryrun": "offline",
-    "disabled": "disabled",
-}
-"""What ``WANDB_MODE`` can be, and means."""
 NUMBERS = ("loss", "top1", "top5", "f1", "lr", "images_per_s")
 NOT_UPLOADED = ("optimizer.pt",)  # two thirds of a checkpoint, and of use to nobody but this run
 QUEUE_SIZE = 1000
-CONNECT_TIMEOUT_S = 2.0
 INIT_TIMEOUT_S = 60.0
 KILL_TIMEOUT_S = 2.0
-
-
-def resolve_mode(mode: str) -> tuple[Mode, str | None]:
-    """What a recipe's ``tracking.wandb.mode`` means here; looks at the environment and, for auto, at the network.
-
-    Args:
-        mode: online, offline, disabled, or auto: ``WANDB_MODE`` where it is set, else online where an API key is found
-            (``WANDB_API_KEY``, ``WANDB_IDENTITY_TOKEN_FILE``, or the server's entry in the netrc file) and the server,
-            or the proxy before it, accepts a connection within two seconds.
-
-    Returns:
-        The mode to run in, and one line that says why it is ``disabled`` where nobody asked for that.
-    """
-    asked = _asked(mode)
-    if asked in ("offline", "disabled"):
-        return MODES[asked], None
-    if asked not in ("auto", "online"):
-        return "disabled", f"wandb: off: WANDB_MODE is {asked}; it can be {', '.join(MODES)}"
-    url = _configured_url()
-    hosts = (urlsplit(url).netloc,) if url else OWN_HOSTS
-    if not _has_key(hosts):
-        cure = "`wandb login` stores one; tracking.wandb.mode=offline records without"
-        return "disabled", f"wandb: off: no API key for {hosts[0]} in WANDB_API_KEY or the netrc file ({cure})"
-    if asked == "auto" and (problem := _unreachable(url)):
-        return "disabled", f"wandb: off: {problem} (tracking.wandb.mode=offline records without a network)"
-    return "online", None
 
 
 class Tracker:
@@ -104,7 +63,7 @@ class Tracker:
         self._lock = threading.Lock()
         self._off = threading.Event()
         self._thread: threading.Thread | None = None
-        if _asked(recipe.tracking.wandb.mode) == "disabled":
+        if asked_mode(recipe.tracking.wandb.mode) == "disabled":
             self._off.set()
             return
         # What wandb would put into the home folder; and its crash reports, which need the network at exit.
@@ -291,7 +250,7 @@ def _settings(mode: Mode, warn: Callable[[str], None]) -> dict[str, Any]:
         # By default the stop button of wandb's page sends SIGINT to this process.
         "stop_fn": lambda: warn("wandb: its stop button does not stop training; `launch cancel RUN` does"),
     }
-    return values | ({"base_url": url} if (url := _configured_url()) else {})
+    return values | ({"base_url": url} if (url := configured_url()) else {})
 
 
 def _scalars(record: dict[str, Any]) -> dict[str, Any]:
@@ -299,50 +258,6 @@ def _scalars(record: dict[str, Any]) -> dict[str, Any]:
     split = record["split"]
     values = {f"{split}/{name}": record[name] for name in NUMBERS if record.get(name) is not None}
     return {**values, "epoch": record["epoch"], "step": record["step"]}
-
-
-def _asked(mode: str) -> str:
-    """The recipe's mode, or that of ``WANDB_MODE`` where the recipe leaves it open."""
-    wanted = os.environ.get("WANDB_MODE", "") if mode == "auto" else ""
-    return MODES.get(wanted, wanted) or mode
-
-
-def _configured_url() -> str | None:
-    """The server that ``WANDB_BASE_URL`` or wandb's settings file names, as ``wandb login --host`` does."""
-    if url := os.environ.get("WANDB_BASE_URL"):
-        return url
-    folder = os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb"
-    settings = configparser.ConfigParser(interpolation=None)
-    settings.read(Path(folder).expanduser() / "settings", encoding="utf-8")
-    return settings.get("default", "base_url", fallback=None)
-
-
-def _has_key(hosts: Sequence[str]) -> bool:
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    try:
-        entries = netrc.netrc(Path(os.environ.get("NETRC") or "~/.netrc").expanduser())
-    except FileNotFoundError:
-        return False
-    return any(entries.authenticators(host) for host in hosts)
-
-
-def _unreachable(url: str | None) -> str | None:
-    """What is wrong where neither the server nor the proxy before it accepts a connection."""
-    if url is None:
-        import wandb
-
-        url = wandb.Settings().base_url
-    parts = urlsplit(url)
-    proxy = getproxies().get(parts.scheme)
-    if proxy and not proxy_bypass(parts.netloc):
-        parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    port = parts.port or (80 if parts.scheme == "http" else 443)
-    try:
-        socket.create_connection((parts.hostname or "", port), timeout=CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        return f"{parts.hostname}:{port} cannot be reached: {error.strerror or error}"
-    return None
 
 
 def _kill_service() -> None:

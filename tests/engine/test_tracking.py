@@ -20,7 +20,8 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from launcher import recipe as recipes
 from launcher.engine import tracking
-from launcher.engine.tracking import Tracker, resolve_mode
+from launcher.engine.tracking import Tracker
+from launcher.engine.wandb_mode import resolve_mode
 from launcher.run_dir import RunDir, write_json_atomic
 
 if TYPE_CHECKING:
