@@ -41,6 +41,7 @@ FLOORS = (
     {
         "launcher.plan",
         "launcher.sbatch",
+        "launcher.sweep",
         "launcher.slurm_client",
         "launcher.lint",
         "launcher.history",

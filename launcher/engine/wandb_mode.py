@@ -1,0 +1,98 @@
+"""Whether runs are tracked with Weights & Biases here, by what the recipe, the environment and the network say."""
+
+from __future__ import annotations
+
+import configparser
+import netrc
+import os
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+Mode = Literal["online", "offline", "disabled"]
+
+OWN_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # two names of wandb's own server; a key may stand under either
+MODES: Mapping[str, Mode] = {
+    "online": "online",
+    "run": "online",
+    "offline": "offline",
+    "dryrun": "offline",
+    "disabled": "disabled",
+}
+"""What ``WANDB_MODE`` can be, and means."""
+CONNECT_TIMEOUT_S = 2.0
+
+
+def resolve_mode(mode: str) -> tuple[Mode, str | None]:
+    """What a recipe's ``tracking.wandb.mode`` means here; looks at the environment and, for auto, at the network.
+
+    Args:
+        mode: online, offline, disabled, or auto: ``WANDB_MODE`` where it is set, else online where an API key is found
+            (``WANDB_API_KEY``, ``WANDB_IDENTITY_TOKEN_FILE``, or the server's entry in the netrc file) and the server,
+            or the proxy before it, accepts a connection within two seconds.
+
+    Returns:
+        The mode to run in, and one line that says why it is ``disabled`` where nobody asked for that.
+    """
+    asked = asked_mode(mode)
+    if asked in ("offline", "disabled"):
+        return MODES[asked], None
+    if asked not in ("auto", "online"):
+        return "disabled", f"wandb: off: WANDB_MODE is {asked}; it can be {', '.join(MODES)}"
+    url = configured_url()
+    hosts = (urlsplit(url).netloc,) if url else OWN_HOSTS
+    if not _has_key(hosts):
+        cure = "`wandb login` stores one; tracking.wandb.mode=offline records without"
+        return "disabled", f"wandb: off: no API key for {hosts[0]} in WANDB_API_KEY or the netrc file ({cure})"
+    if asked == "auto" and (problem := _unreachable(url)):
+        return "disabled", f"wandb: off: {problem} (tracking.wandb.mode=offline records without a network)"
+    return "online", None
+
+
+def asked_mode(mode: str) -> str:
+    """The recipe's mode, or that of ``WANDB_MODE`` where the recipe leaves it open."""
+    wanted = os.environ.get("WANDB_MODE", "") if mode == "auto" else ""
+    return MODES.get(wanted, wanted) or mode
+
+
+def configured_url() -> str | None:
+    """The server that ``WANDB_BASE_URL`` or wandb's settings file names, as ``wandb login --host`` does."""
+    if url := os.environ.get("WANDB_BASE_URL"):
+        return url
+    folder = os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb"
+    settings = configparser.ConfigParser(interpolation=None)
+    settings.read(Path(folder).expanduser() / "settings", encoding="utf-8")
+    return settings.get("default", "base_url", fallback=None)
+
+
+def _has_key(hosts: Sequence[str]) -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    try:
+        entries = netrc.netrc(Path(os.environ.get("NETRC") or "~/.netrc").expanduser())
+    except FileNotFoundError:
+        return False
+    return any(entries.authenticators(host) for host in hosts)
+
+
+def _unreachable(url: str | None) -> str | None:
+    """What is wrong where neither the server nor the proxy before it accepts a connection."""
+    if url is None:
+        import wandb
+
+        url = wandb.Settings().base_url
+    parts = urlsplit(url)
+    proxy = getproxies().get(parts.scheme)
+    if proxy and not proxy_bypass(parts.netloc):
+        parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    port = parts.port or (80 if parts.scheme == "http" else 443)
+    try:
+        socket.create_connection((parts.hostname or "", port), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        return f"{parts.hostname}:{port} cannot be reached: {error.strerror or error}"
+    return None

@@ -1,0 +1,192 @@
+"""The model card: what the model is, what it was measured to do, how to use it, and what not to expect of it."""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+FEW_SAMPLES = 30
+Z_95 = 1.959964
+
+Json = dict[str, Any]
+
+CARD = """\
+# {name}
+
+{what} It tells {num_classes} classes apart: {classes}.
+
+Made by `{command}` (run {run_id}, {state}).
+
+## Data
+
+{data} The figures below are of {samples} validation images.
+
+## Metrics
+
+{metrics}
+
+## Exports
+
+{exports}
+
+## Use
+
+{use}
+
+## Limitations
+
+{limitations}
+
+## Recipe
+
+Every default is written out: `launch recipe.yaml` repeats the run.
+
+```yaml
+{recipe}```
+"""
+
+USAGE = """\
+`model.onnx` takes `images`, float32 N x 3 x {size} x {size} (RGB), and gives `logits`, float32 N x {num_classes}.
+An image's short side is resized to {resize} ({interpolation}, antialiased), the centre {size} x {size} cut out, its
+values divided by 255, then normalised with the mean {mean} and the standard deviation {std}.
+In this run's folder:
+
+```python
+import html
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+manifest = json.loads(Path("exports/manifest.json").read_text())
+facts = manifest["preprocessing"]
+image = Image.open("photo.jpg").convert("RGB")
+short, size = facts["resize_size"], facts["image_size"]
+width, height = (int(short * side / min(image.size)) for side in image.size)
+image = image.resize((width, height), Image.Resampling[facts["interpolation"].upper()])
+left, top = round((width - size) / 2), round((height - size) / 2)
+image = image.crop((left, top, left + size, top + size))
+pixels = (np.asarray(image, dtype=np.float32) / 255 - np.float32(facts["mean"])) / np.float32(facts["std"])
+session = onnxruntime.InferenceSession("exports/model.onnx", providers=["CPUExecutionProvider"])
+(logits,) = session.run(["logits"], {{"images": pixels.transpose(2, 0, 1)[None]}})
+print(manifest["classes"][int(logits[0].argmax())])
+```"""
+
+
+def render(report: Json, recipe_yaml: str) -> str:
+    """The model card, in Markdown, of what :func:`launcher.report.build_report` gives; ``recipe_yaml`` is quoted."""
+    model, data, exports = report["recipe"]["model"], report["recipe"]["data"], report["exports"]
+    origin = "random weights" if model["weights"] is None else f"the weights {_md(model['weights'])}"
+    frozen = f", {_md(', '.join(model['freeze']))} frozen" if model["freeze"] else ""
+    use = "There is no ONNX file; `launch export` on this run's folder makes one where the recipe names onnx."
+    if exports and any(row["format"] == "onnx" for row in exports["exports"]):
+        facts = exports["preprocessing"]
+        use = USAGE.format(
+            size=facts["image_size"],
+            resize=facts["resize_size"],
+            num_classes=len(exports["classes"]),
+            **{key: facts[key] for key in ("interpolation", "mean", "std")},
+        )
+    source = "scikit-learn's images of digits" if data["name"] == "digits" else f"image folder {_md(data['path'])}"
+    return CARD.format(
+        name=_md(report["name"]),
+        what=f"An image classifier: torchvision's {_md(model['arch'])}, trained from {origin}{frozen}.",
+        num_classes=len(report["classes"]) or "an unknown number of",
+        classes=_md(", ".join(report["classes"])) or "not recorded",
+        command=report["command"].replace("`", "'"),
+        run_id=_md(report["run_id"]),
+        state=report["state"].replace("_", " "),
+        data=f"Trained on the {source}, `train/`.",
+        samples=(report["best_val"] or {}).get("samples") or "an unknown number of",
+        metrics=_card_metrics(report),
+        exports=_card_exports(exports),
+        use=use,
+        limitations="\n".join(f"- {line}" for line in _limitations(report)),
+        recipe=recipe_yaml,
+    )
+
+
+def _md(value: Any) -> str:
+    """Text that Markdown, tables and HTML in it leave as it is."""
+    escaped = html.escape(" ".join(str(value).split()), quote=False)
+    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", escaped)
+
+
+def _md_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows))
+
+
+def _card_metrics(report: Json) -> str:
+    best, val = report["best"], report["best_val"]
+    if not (best and val):
+        return "No validation is recorded."
+    names = {"top1": "top-1", "top5": "top-5", "f1": "F1 (mean over classes)", "loss": "loss"}
+    rows = [(name, f"{val[key]:.4f}") for key, name in names.items() if val[key] is not None]
+    text = f"Of the best checkpoint by {best['metric']} (epoch {best['epoch'] + 1}, step {best['step']}):\n\n"
+    text += _md_table(("metric", "validation"), rows)
+    if report["per_class"]:
+        classes = [
+            (_md(name), *(f"{row[key]:.4f}" for key in ("recall", "precision", "f1")), str(row["samples"]))
+            for name, row in report["per_class"].items()
+        ]
+        text += "\n\n" + _md_table(("class", "recall", "precision", "F1", "images"), classes)
+    return text
+
+
+def _card_exports(exports: Json | None) -> str:
+    if not exports:
+        return "None."
+    head = ("file", "top-1", "points lost", "same class as the checkpoint", "MB", "ms per image (p50)", "accepted")
+    rows = [
+        (
+            f"`{row['file']}`",
+            f"{row['top1']:.4f}",
+            f"{row['top1_drop']:+.2f}",
+            f"{row['agreement']:.2%}",
+            f"{row['size_mb']:.1f}",
+            f"{row['latency_p50_ms']:.2f}",
+            "yes" if row["accepted"] else f"no: {_md(row['reason'])}",
+        )
+        for row in exports["exports"]
+    ]
+    other = (
+        "" if exports["of_best"] else "\n\nThey are of another checkpoint than the best; `launch export` renews them."
+    )
+    return _md_table(head, rows) + other
+
+
+def _limitations(report: Json) -> list[str]:
+    val, samples = report["best_val"] or {}, (report["best_val"] or {}).get("samples")
+    chosen = ", which also chose the checkpoint" if (report["best"] or {}).get("metric", "").startswith("val/") else ""
+    lines = [
+        f"All figures are of the validation images{chosen}; there was no test set, so expect less on new ones.",
+        "It always answers with one of its classes, for any image; its scores are not calibrated probabilities.",
+    ]
+    if samples and val["top1"] is not None:
+        low, high = wilson_interval(val["top1"], samples)
+        lines.append(f"{samples} images leave the top-1 uncertain: 95 % interval {low:.3f} to {high:.3f} (Wilson).")
+    few = [name for name, row in (report["per_class"] or {}).items() if row["samples"] < FEW_SAMPLES]
+    if few:
+        lines.append(f"Fewer than {FEW_SAMPLES} validation images, so figures of little worth: {_md(', '.join(few))}.")
+    if report["recipe"]["model"]["weights"] is not None:
+        lines.append("The licence and the biases of the weights that training started from are its own too.")
+    if report["exports"]:
+        lines.append("Times are of one image at a time on the CPU of the machine that made the exports.")
+    if report["state"] not in ("completed", "early_stopped"):
+        lines.append(f"Training had not come to its end when this was written (state: {report['state']}).")
+    return lines
+
+
+def wilson_interval(fraction: float, samples: int) -> tuple[float, float]:
+    """95 % interval of a fraction measured on ``samples`` images (score interval: Wilson, JASA 22, 1927)."""
+    squared = Z_95 * Z_95
+    centre = (fraction + squared / (2 * samples)) / (1 + squared / samples)
+    half = Z_95 / (1 + squared / samples) * math.sqrt(fraction * (1 - fraction) / samples + squared / (4 * samples**2))
+    return centre - half, centre + half
