@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher import history, network, node
 from launcher.errors import EXIT_OK, EXIT_PREFLIGHT, PreflightError, TrainingError, exit_code_of
-from launcher.run_dir import BATCH_LOG_VARIABLE, RunDir, write_json_atomic
+from launcher.run_dir import BATCH_LOG_VARIABLE, RunDir, write_json_atomic, write_text_atomic
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
@@ -39,7 +39,7 @@ def main(run_path: str) -> None:
     done = run.job_done(_start())
     if os.environ["SLURM_NODEID"] == "0":
         done.parent.mkdir(exist_ok=True)
-        done.touch()
+        write_text_atomic(done, f"{code}\n")  # for the batch script too: srun's own code may be that of a task it ended
     elif code != EXIT_PREFLIGHT:
         _wait_for(done, None if code == EXIT_OK else LEAVE_TIMEOUT_S)
         code = EXIT_OK

@@ -236,7 +236,7 @@ class RunDir:
         return self.slurm / f"meeting-{start}.json"
 
     def job_done(self, start: str) -> Path:
-        """Made by node 0 when it has nothing left to do in one start of a SLURM job."""
+        """The run's exit code in one start of a SLURM job; made by node 0 when it has nothing left to do."""
         return self.slurm / f"done-{start}"
 
     @property

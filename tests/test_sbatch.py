@@ -68,6 +68,9 @@ def test_one_task_a_node_sees_all_its_gpus():
 @pytest.mark.parametrize(
     ("code", "state", "log", "calls"),
     [
+        ((143, 1), "RUNNING", "", []),
+        ((143, 0), "RUNNING", "", []),
+        ((143, 75), "RUNNING", "", ["requeue 7"]),
         (0, "RUNNING", "", []),
         (1, "RUNNING", "", []),
         (2, "RUNNING", "", []),
@@ -87,11 +90,17 @@ def test_what_the_script_does_when_the_run_has_ended(code, state, log, calls, tm
     """The real script in bash, with SLURM's commands replaced by ones that write down how they were called."""
     run = tmp_path / "my run"
     (run / "logs").mkdir(parents=True)
+    (run / "slurm").mkdir()
+    if isinstance(code, tuple):  # srun's, and what the first node has said
+        (run / "slurm" / "done-7-0-0").write_text(f"{code[1]}\n")
+        srun, code = code
+    else:
+        srun = code
     (run / "logs" / "slurm-7.log").write_text("srun: error: n5: task 1: Killed\n")  # of an earlier start
     bin_ = tmp_path / "bin"
     bin_.mkdir()
     for name, body in {
-        "srun": f"printf '{log}' >> '{run}/logs/slurm-7.log'; exit {code}",
+        "srun": f"printf '{log}' >> '{run}/logs/slurm-7.log'; exit {srun}",
         "squeue": f"echo {state}",
         "scontrol": f'[ "$1" = show ] && echo "JobId=7 A=(null) ExcNodeList=n9 X=1" || echo "$@" >> "{tmp_path}/calls"',
     }.items():

@@ -108,8 +108,11 @@ def _run_step(run: RunDir, plan: LaunchPlan) -> int:
         process.send_signal(signal.SIGUSR2)  # which srun hands on; on SIGTERM it has its tasks killed
 
     before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    earlier = set(run.slurm.glob("done-*"))
     try:
         code = process.wait()
+        for said in set(run.slurm.glob("done-*")) - earlier:  # by the first node, for the whole run
+            code = int(said.read_text(encoding="utf-8"))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
