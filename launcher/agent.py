@@ -64,6 +64,8 @@ def run_workers(
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     _log_to_file(run, node_rank)
+    if plan["nodes"] == 1:
+        _meet_at_once()
     beats = Heartbeats(plan["procs_per_node"])
     logs = _attempt_logs(run, node_rank=node_rank, first_attempt=first_attempt, stop=stop, beats=beats)
     watchdog = Watchdog(
@@ -139,6 +141,20 @@ def _attempt_logs(run: RunDir, *, node_rank: int, first_attempt: int, stop: Stop
             print(f"attempt {self.attempt} ended: {message}; starting the workers again", file=sys.stderr, flush=True)
 
     return AttemptLogs()
+
+
+def _meet_at_once() -> None:
+    """Have a single node's rendezvous begin without the random delay (0 to 0.3 s) that keeps many from crowding."""
+    from torch.distributed.elastic.rendezvous import dynamic_rendezvous
+
+    delay = getattr(dynamic_rendezvous, "_delay", None)
+    if delay is not None:
+
+        def without_random(seconds: float | tuple[float, float]) -> None:
+            if not isinstance(seconds, tuple):
+                delay(seconds)
+
+        dynamic_rendezvous._delay = without_random  # noqa: SLF001  torch has no setting for it
 
 
 def _split(endpoint: str) -> tuple[str, int]:
