@@ -63,22 +63,23 @@ def close_attempt(run: RunDir, *, lost_nodes: Sequence[str] = ()) -> None:
 
 
 def refusal(run: RunDir) -> str | None:
-    """Why no further attempt should begin, or None."""
-    ends = {event["attempt"]: event["cause"] for event in events(run, "attempt_ended")}
+    """Why no further attempt should begin, or None. Only what happened since somebody last launched the run counts."""
+    since = max((event["time"] for event in events(run, "launched")), default=0.0)
+    ends = {e["attempt"]: e["cause"] for e in events(run, "attempt_ended") if e["time"] >= since}
     steps: dict[int, int] = {}
     for event in events(run, "checkpoint"):
         steps[event["attempt"]] = max(event["step"], steps.get(event["attempt"], 0))
     idle: list[str] = []
     reached = 0
-    for attempt in sorted(ends):
+    for attempt in sorted(ends.keys() | steps.keys()):
         if steps.get(attempt, 0) > reached:
             reached, idle = steps[attempt], []
-        else:
+        elif attempt in ends:
             idle.append(ends[attempt])
     if not idle or len(idle) < BUDGETS.get(idle[-1], 1):
         return None
     advice = ADVICE.get(idle[-1])
-    return (
-        f"{len(idle)} attempts in a row ended at step {reached} ({', '.join(idle)}), without a new one; not tried again"
-        + (f": {advice}" if advice else "")
+    count = f"{len(idle)} attempts in a row" if len(idle) > 1 else "an attempt"
+    return f"{count} ended at step {reached} ({', '.join(idle)}), without a new one; not tried again" + (
+        f": {advice}" if advice else ""
     )

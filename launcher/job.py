@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher import history, network, node
 from launcher.errors import EXIT_OK, EXIT_PREFLIGHT, PreflightError, TrainingError, exit_code_of
-from launcher.run_dir import BATCH_LOG_VARIABLE, RunDir, write_json_atomic, write_text_atomic
+from launcher.run_dir import BATCH_LOG_VARIABLE, RunDir, code_digest, write_json_atomic, write_text_atomic
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
@@ -71,6 +71,9 @@ def _supervise(run: RunDir) -> int:
     plan = run.read_plan()
     attempt = None
     if node_rank == 0:
+        if code_digest() != plan.get("code"):
+            run.append_event("code_changed", planned=plan.get("code"), found=code_digest())
+            print("warning: the code of finetune-launcher has changed since this run was launched", file=sys.stderr)
         history.close_attempt(run, lost_nodes=_lost_nodes())
         stopped = history.refusal(run)
         if stopped:

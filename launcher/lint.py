@@ -70,11 +70,13 @@ def check(plan: Mapping[str, Any], run: RunDir) -> None:
     """Ask the cluster whether the plan's job can run there; doubts are printed.
 
     Raises:
-        PreflightError: it cannot; names everything that is in the way.
-        SlurmError: the cluster does not answer.
+        PreflightError: it cannot; names everything that is in the way. Or there is no cluster that answers.
     """
     seconds = [event["seconds"] for event in history.events(run, "checkpoint")]
-    cluster = read_cluster()
+    try:
+        cluster = read_cluster()
+    except slurm_client.SlurmError as error:
+        raise PreflightError(f"{error}; nothing was submitted") from None
     warnings = list(find_doubts(cluster, plan, checkpoint_s=max(seconds, default=None)))
     for text in warnings:
         print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -40,6 +41,16 @@ class WorkerSpec:
 def new_run_id(name: str) -> str:
     """``NAME-YYYYmmdd-HHMMSS-xxxx``: the run's id, its folder's name and its wandb id, fixed before anything starts."""
     return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def code_digest() -> str:
+    """Of this package's code: a requeued run meets what was edited meanwhile (submitit#1717), and says so."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parent
+    for folder in (package, package / "tools"):  # the latter is a link, which rglob does not follow
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def write_text_atomic(path: Path, text: str) -> None:

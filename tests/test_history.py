@@ -63,7 +63,9 @@ def test_without_a_new_step_each_cause_has_its_budget(run, cause, budget):
         assert refusal(run) is None
         attempt(run, number, cause, steps=[5] if number % 2 else [])  # the same step once more is no progress
     found = refusal(run)
-    assert found.startswith(f"{budget} attempts in a row ended at step 5")
+    assert found.startswith(
+        f"{budget} attempts in a row ended at step 5" if budget > 1 else "an attempt ended at step 5"
+    )
     attempt(run, 50, cause, steps=[6])
     assert refusal(run) is None
 
@@ -85,3 +87,14 @@ def test_an_attempt_without_a_word_is_closed_with_what_is_known(run):
     run.append_event("supervisor_lost", host="n1")
     close_attempt(run, lost_nodes=["n2"])
     assert events(run, "attempt_ended")[-1]["message"] == "the supervisor on n1 was killed"
+
+
+def test_who_launches_a_run_again_begins_anew(run):
+    run.append_event("launched", backend="slurm")
+    attempt(run, 1, "preempted", steps=[5])
+    attempt(run, 2, "bug")
+    assert refusal(run).startswith("an attempt ended at step 5 (bug)")
+    run.append_event("launched", backend="slurm")
+    assert refusal(run) is None
+    attempt(run, 3, "bug", steps=[5])  # the same step is still no progress
+    assert refusal(run) is not None

@@ -123,3 +123,12 @@ def test_a_node_that_does_not_answer_is_not_usable(cluster):
     assert node.usable
     for state in ("down*", "drained", "draining", "idle*", "maint", "fail"):
         assert not dataclasses.replace(node, state=state).usable
+
+
+def test_a_cluster_that_does_not_answer_is_said_before_anything_is_written(launch, recipe_file):
+    """`launch` of its own, on a PATH without SLURM."""
+    text = "data: {name: digits}\nmodel: {arch: resnet18, weights: null}\n"
+    done = launch(str(recipe_file(text)), "--backend", "slurm", "--procs", "1", "--profile", "dev")
+    assert done.returncode == 3
+    assert "scontrol: not found; SLURM's commands are on PATH where jobs are submitted" in done.stderr
+    assert list(launch.cwd.iterdir()) == []

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from launcher.slurm_client import JobState
 
 POLL_S = 2.0
+MAX_FAILURES, PAUSE_S = 60, 10.0
 LAST_LINES = 15
 
 
@@ -85,7 +86,7 @@ def _watch(runs: dict[str, RunDir]) -> None:
     """One line for each change of a job's state, until all jobs are over."""
     shown: dict[str, str] = {}
     while True:
-        states = slurm_client.job_states(list(runs))
+        states = _states(list(runs))
         for job_id, state in states.items():
             if shown.get(job_id) != state.state:
                 print(f"{runs[job_id].path.name}: job {job_id} {state.state.lower()}", flush=True)
@@ -138,6 +139,7 @@ def _sbatch(run: RunDir, script: str) -> str:
     try:
         submitted = Executor(run.slurm).submit(job.main, str(run.path))
     except (FailedJobError, RuntimeError) as error:
+        run.update_status(state="failed")
         raise slurm_client.SlurmError(f"the job was refused: {error}") from None
     return str(submitted.job_id)
 
@@ -158,7 +160,7 @@ def _follow(job_id: str, log: Path) -> None:
     shown: JobState | None = None
     position = 0
     while True:
-        state = slurm_client.job_states([job_id])[job_id]
+        state = _states([job_id])[job_id]
         position = _print_from(log, position)
         if state != shown and state.state in ("PENDING", "RUNNING"):
             reason = f" ({state.reason})" if state.reason not in ("", "None") else ""
@@ -169,6 +171,17 @@ def _follow(job_id: str, log: Path) -> None:
             _print_from(log, position)
             return
         time.sleep(POLL_S)
+
+
+def _states(job_ids: list[str]) -> dict[str, JobState]:
+    """The jobs' states; waits for a controller that does not answer for a while, as when it is restarted."""
+    for _ in range(MAX_FAILURES):
+        try:
+            return slurm_client.job_states(job_ids)
+        except slurm_client.SlurmError as error:
+            print(f"SLURM does not answer, asking again: {error}", file=sys.stderr, flush=True)
+            time.sleep(PAUSE_S)
+    return slurm_client.job_states(job_ids)
 
 
 def _print_from(file: Path, position: int) -> int:

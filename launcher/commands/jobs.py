@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,11 @@ def _rows(runs: Sequence[RunDir]) -> list[dict[str, Any]]:
     jobs = {str(run.path): job_of(run) for run in runs}
     status = {str(run.path): run.read_status() for run in runs}
     alive = [job for path, job in jobs.items() if job and status[path]["state"] not in OVER]
-    states = slurm_client.job_states(alive)
+    try:
+        states = slurm_client.job_states(alive)
+    except slurm_client.SlurmError as error:
+        print(f"the jobs' states are unknown: {error}", file=sys.stderr)
+        states = {}
     rows = []
     for run in runs:
         path = str(run.path)

@@ -155,7 +155,7 @@ def write_run(plan: LaunchPlan, recipe: Recipe) -> None:
     import time
 
     from launcher import recipe as recipes
-    from launcher.run_dir import write_json_atomic, write_text_atomic
+    from launcher.run_dir import code_digest, write_json_atomic, write_text_atomic
 
     run = RunDir(plan.run_dir)
     if run.recipe.exists() and not run.plan.exists():
@@ -167,6 +167,7 @@ def write_run(plan: LaunchPlan, recipe: Recipe) -> None:
     # The recipe comes last: its presence says that the plan is there.
     facts = {
         "created": time.time(),
+        "code": code_digest(),
         "host": os.uname().nodename,
         "pid": os.getpid(),
         "process_started": processes.start_time(os.getpid()),
@@ -174,6 +175,7 @@ def write_run(plan: LaunchPlan, recipe: Recipe) -> None:
     }
     write_json_atomic(run.plan, plan.to_dict() | facts)
     write_text_atomic(run.recipe, recipes.to_yaml(recipe))
+    run.append_event("launched", backend=plan.backend)
     if not run.status.exists():
         run.update_status(state="pending", attempt=0, epoch=0, step=0, best=None)
 

@@ -354,6 +354,9 @@ def test_a_worker_that_raises_ends_the_run_and_why_shows_its_traceback_first(lau
     assert "with_a_bug" in why
     assert launched.run.read_status()["state"] == "failed"
     assert launched.processes() == []
+    (tmp_path / "site" / "sitecustomize.py").unlink()  # mended
+    _launch(slurm_cluster, "resume", str(launched.run.path))
+    assert launched.run.read_status()["state"] == "completed"
 
 
 def test_two_runs_of_the_same_second_on_the_same_nodes_do_not_meet(launch):
