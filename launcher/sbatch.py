@@ -25,8 +25,10 @@ before=$(wc -l < "$LAUNCH_BATCH_LOG")"""
 # srun's own words about a task that was killed from outside name its node: it is not used again.
 _TEARDOWN = """\
 code=$?
-said="$run/slurm/done-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-0"  # by the first node, for the whole run
-[ ! -s "$said" ] || code=$(cat "$said")
+# The first node speaks for the whole run; srun's own code may be that of a task it ended itself.
+for said in "$run/slurm/done-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-"*; do
+  [ ! -s "$said" ] || code=$(cat "$said")
+done
 # 0 is done, 1 failed, 2 and 3 refused. Else the run is queued again: 75 means saved and wants to go on, the rest that a
 # supervisor was lost. Not after scancel: then the job is no longer RUNNING.
 case $code in 0 | 1 | 2 | 3) exit $code ;; esac

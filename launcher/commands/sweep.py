@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher import history, processes, sweep
+from launcher import history, processes, sbatch, sweep
 from launcher.commands import launch
 from launcher.errors import EXIT_FAILED, EXIT_OK, InterruptedRunError, LaunchError, RecipeError, UsageError
 from launcher.run_dir import RunDir, new_run_id, write_text_atomic
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         launch.write_run(plan, recipe)
     if script:
         runs = [RunDir(plan.run_dir) for plan in plans]
-        write_text_atomic(base / "runs.txt", "".join(f"{found.path}\n" for found in runs))
+        write_text_atomic(base / sbatch.RUNS, "".join(f"{found.path}\n" for found in runs))
         importlib.import_module("launcher.backends.slurm").submit_array(base, runs, script, detach=args.detach)
         if args.detach:
             return EXIT_OK
@@ -79,7 +79,6 @@ def _load_all(args: argparse.Namespace, combinations: list[tuple[str, ...]]) -> 
 def _array_script(plans: list[LaunchPlan], base: Path, parallel: int) -> str:
     from launcher import profile as profiles
     from launcher import recipe as recipes
-    from launcher import sbatch
 
     first = plans[0]
     job = sbatch.Job(
