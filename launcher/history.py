@@ -39,6 +39,12 @@ def events(run: RunDir, kind: str) -> list[dict[str, Any]]:
     return [event for event in read_jsonl(run.events) if event.get("kind") == kind]
 
 
+def since_launched(run: RunDir, kind: str) -> list[dict[str, Any]]:
+    """The events of a kind since somebody last launched the run."""
+    since = max((event["time"] for event in events(run, "launched")), default=0.0)
+    return [event for event in events(run, kind) if event["time"] >= since]
+
+
 def close_attempt(run: RunDir, *, lost_nodes: Sequence[str] = ()) -> None:
     """Write down the end of an attempt that left no word of it: its first node or supervisor was lost.
 
@@ -64,8 +70,7 @@ def close_attempt(run: RunDir, *, lost_nodes: Sequence[str] = ()) -> None:
 
 def refusal(run: RunDir) -> str | None:
     """Why no further attempt should begin, or None. Only what happened since somebody last launched the run counts."""
-    since = max((event["time"] for event in events(run, "launched")), default=0.0)
-    ends = {e["attempt"]: e["cause"] for e in events(run, "attempt_ended") if e["time"] >= since}
+    ends = {event["attempt"]: event["cause"] for event in since_launched(run, "attempt_ended")}
     steps: dict[int, int] = {}
     for event in events(run, "checkpoint"):
         steps[event["attempt"]] = max(event["step"], steps.get(event["attempt"], 0))

@@ -14,8 +14,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import history, network, node
-from launcher.errors import EXIT_OK, EXIT_PREFLIGHT, PreflightError, TrainingError, exit_code_of
+from launcher import history, network, node, preflight
+from launcher.errors import (
+    EXIT_OK,
+    EXIT_PREFLIGHT,
+    InterruptedRunError,
+    LaunchError,
+    PreflightError,
+    TrainingError,
+    exit_code_of,
+)
 from launcher.run_dir import BATCH_LOG_VARIABLE, RunDir, code_digest, write_json_atomic, write_text_atomic
 
 if TYPE_CHECKING:
@@ -24,6 +32,9 @@ if TYPE_CHECKING:
 MEET_TIMEOUT_S = 600
 LEAVE_TIMEOUT_S = 120
 POLL_S = 0.5
+MAX_PREFLIGHTS = 3
+PREFLIGHT_PORT = 5000
+"""How far its port is from that of the rendezvous."""
 STALE = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 STALE_BEGINNINGS = ("TORCHELASTIC_", "PET_", "ROLE_", "GROUP_")
 
@@ -66,6 +77,8 @@ def _wait_for(file: Path, timeout_s: float | None) -> bool:
 
 
 def _supervise(run: RunDir) -> int:
+    from submitit.slurm.slurm import SlurmJobEnvironment
+
     scrub(os.environ)
     node_rank = int(os.environ["SLURM_NODEID"])
     plan = run.read_plan()
@@ -80,12 +93,34 @@ def _supervise(run: RunDir) -> int:
             run.append_event("refused", message=stopped)
             run.update_status(state="failed")
             raise TrainingError(f"{stopped}\nmore: launch why {run}")
+    address = "127.0.0.1"
+    plan["rdzv_endpoint"] = f"{address}:0"
     if plan["nodes"] > 1:
-        met = _meet(run, plan, node_rank)
+        hosts = SlurmJobEnvironment().hostnames
+        # To itself a node's route is the loopback; to any other it is the network that they share.
+        address = _own_address(plan, toward=hosts[1 if node_rank == 0 else 0])
+        met = _meet(run, node_rank, address, first_host=hosts[0])
         plan["rdzv_endpoint"], attempt = f"{met['host']}:{met['port']}", met["attempt"]
-    else:
-        plan["rdzv_endpoint"] = "127.0.0.1:0"
+    os.environ.update(plan["env"])
+    if plan["preflight"]:
+        seed = int(os.environ["SLURM_JOB_ID"]) + PREFLIGHT_PORT
+        problems = preflight.run(run.preflight(_start()), plan, address, node_rank=node_rank, seed=seed)
+        if problems and node_rank == 0:
+            raise _leave_out(run, problems)
+        if problems:
+            return EXIT_OK  # node 0 speaks for the run
     return node.supervise(run, plan, node_rank=node_rank, first_attempt=attempt)
+
+
+def _leave_out(run: RunDir, problems: dict[str, str]) -> LaunchError:
+    """Have the job queued again without its bad nodes, a few times; in an allocation there is no queue."""
+    text = "; ".join(f"{host}: {problem}" for host, problem in problems.items())
+    run.append_event("preflight_failed", problems=problems)
+    failed = history.since_launched(run, "preflight_failed")
+    if BATCH_LOG_VARIABLE not in os.environ or len(failed) >= MAX_PREFLIGHTS:
+        return PreflightError(f"the check of the nodes failed: {text}")
+    write_text_atomic(run.bad_nodes(_start()), ",".join(problems) + "\n")
+    return InterruptedRunError(f"the check of the nodes failed, the job is queued again without them: {text}")
 
 
 def _lost_nodes() -> list[str]:
@@ -102,17 +137,12 @@ def scrub(environment: MutableMapping[str, str]) -> None:
             del environment[name]
 
 
-def _meet(run: RunDir, plan: dict[str, Any], node_rank: int) -> dict[str, Any]:
+def _meet(run: RunDir, node_rank: int, address: str, *, first_host: str) -> dict[str, Any]:
     """Where the nodes of this start of the job meet: node 0 writes it, the others wait for it.
 
     Raises:
-        PreflightError: the nodes do not reach each other by what the cluster calls them, or share no file system.
+        PreflightError: the nodes share no file system.
     """
-    from submitit.slurm.slurm import SlurmJobEnvironment
-
-    hosts = SlurmJobEnvironment().hostnames
-    # To itself a node's route is the loopback; to any other it is the network that they share.
-    address = _own_address(plan, toward=hosts[1 if node_rank == 0 else 0])
     file = run.meeting(_start())
     file.parent.mkdir(exist_ok=True)
     if node_rank == 0:
@@ -122,7 +152,7 @@ def _meet(run: RunDir, plan: dict[str, Any], node_rank: int) -> dict[str, Any]:
         return met
     if not _wait_for(file, MEET_TIMEOUT_S):
         raise PreflightError(
-            f"{file}: not there after {MEET_TIMEOUT_S} s; {hosts[0]} writes it: did it start, and is the folder on a "
+            f"{file}: not there after {MEET_TIMEOUT_S} s; {first_host} writes it: did it start, and is the folder on a "
             "file system that all nodes share?"
         )
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))

@@ -61,6 +61,8 @@ class LaunchPlan:
     """CPU threads of each worker's computations: OMP_NUM_THREADS where it is set, else the node's cores shared out."""
     max_restarts: int
     """How often the workers are started again after one died."""
+    preflight: bool
+    """Check the nodes of a job before training."""
     hang_timeout_s: float | None
     """Seconds without a step after which the workers are taken for hung."""
     node_rank: int
@@ -177,6 +179,7 @@ def make_plan(
         procs_per_node=procs,
         threads_per_proc=threads,
         max_restarts=0 if backend == "local" else launch.max_restarts,
+        preflight=launch.preflight,
         hang_timeout_s=recipe.train.hang_timeout_s,
         node_rank=request.node_rank,
         rdzv_endpoint=endpoint,

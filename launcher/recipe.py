@@ -242,6 +242,8 @@ class LaunchConfig:
     auto: slurm where sbatch is on PATH and a profile or more than this machine is asked for, else torchrun."""
     profile: str | None = None
     """Profile of the cluster, a name or a path: what SLURM has to be told there (`slurm/profiles/template.yaml`)."""
+    preflight: bool = False
+    """On SLURM: check every node and the network between them before training; bad nodes are named and left out."""
     max_restarts: CountOrZero = 3
     """How often the workers are started again from the last checkpoint after one died."""
 

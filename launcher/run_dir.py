@@ -246,6 +246,14 @@ class RunDir:
         """Where the nodes meet in one start of a SLURM job: ``{host, port, attempt}``."""
         return self.slurm / f"meeting-{start}.json"
 
+    def preflight(self, start: str) -> Path:
+        """The folder of what the nodes say to each other before one start of a SLURM job."""
+        return self.slurm / f"preflight-{start}"
+
+    def bad_nodes(self, start: str) -> Path:
+        """Node names with commas between them, which one start of a SLURM job wants to do without; made by node 0."""
+        return self.slurm / f"bad-{start}"
+
     def job_done(self, start: str) -> Path:
         """The run's exit code in one start of a SLURM job; made by node 0 when it has nothing left to do."""
         return self.slurm / f"done-{start}"

@@ -36,12 +36,16 @@ case $code in 0 | 1 | 2 | 3) exit $code ;; esac
 killed='s/^srun: error: \\([^ :,[]*\\): task [0-9]*: Killed$/\\1/p'
 lost=$(tail -n "+$((before + 1))" "$LAUNCH_BATCH_LOG" | sed -n "$killed" | head -n 1)
 exclude=$(scontrol show job --oneliner "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\\([^ (]*\\).*/\\1/p')
+for bad in "$run/slurm/bad-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-"*; do  # found before training
+  [ ! -s "$bad" ] || exclude="${exclude:+$exclude,}$(cat "$bad")"
+done
 trap '' TERM
 scontrol requeue "$SLURM_JOB_ID"
 if [ -n "$lost" ]; then
   printf '{"time": %s, "kind": "supervisor_lost", "host": "%s"}\\n' "$(date +%s.%N)" "$lost" >> "$run/events.jsonl"
-  scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${exclude:+$exclude,}$lost"
+  exclude="${exclude:+$exclude,}$lost"
 fi
+[ -z "$exclude" ] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$exclude"
 exit $code"""
 
 

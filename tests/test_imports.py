@@ -44,6 +44,7 @@ FLOORS = (
         "launcher.sweep",
         "launcher.slurm_client",
         "launcher.lint",
+        "launcher.preflight",
         "launcher.history",
         "launcher.diagnose",
         "launcher.report",

@@ -70,14 +70,20 @@ def test_one_task_a_node_sees_all_its_gpus():
     [
         ((143, 1), "RUNNING", "", []),
         ((143, 0), "RUNNING", "", []),
-        ((143, 75), "RUNNING", "", ["requeue 7"]),
+        ((143, 75, "n3,n4"), "RUNNING", "", ["requeue 7", "update JobId=7 ExcNodeList=n9,n3,n4"]),
+        ((143, 75), "RUNNING", "", ["requeue 7", "update JobId=7 ExcNodeList=n9"]),
         (0, "RUNNING", "", []),
         (1, "RUNNING", "", []),
         (2, "RUNNING", "", []),
         (3, "RUNNING", "", []),
         (75, "CANCELLED", "", []),
-        (75, "RUNNING", "", ["requeue 7"]),
-        (75, "RUNNING", "srun: error: n1: task 0: Exited with exit code 75\n", ["requeue 7"]),
+        (75, "RUNNING", "", ["requeue 7", "update JobId=7 ExcNodeList=n9"]),
+        (
+            75,
+            "RUNNING",
+            "srun: error: n1: task 0: Exited with exit code 75\n",
+            ["requeue 7", "update JobId=7 ExcNodeList=n9"],
+        ),
         (
             137,
             "RUNNING",
@@ -93,7 +99,8 @@ def test_what_the_script_does_when_the_run_has_ended(code, state, log, calls, tm
     (run / "slurm").mkdir()
     if isinstance(code, tuple):  # srun's, and what the first node has said
         (run / "slurm" / "done-7-0-0").write_text(f"{code[1]}\n")
-        srun, code = code
+        (run / "slurm" / "bad-7-0-0").write_text("".join(code[2:]))
+        srun, code = code[:2]
     else:
         srun = code
     (run / "logs" / "slurm-7.log").write_text("srun: error: n5: task 1: Killed\n")  # of an earlier start

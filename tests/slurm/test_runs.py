@@ -442,6 +442,29 @@ def test_a_sweep_is_a_job_array_and_ends_in_a_comparison(slurm_cluster, tmp_path
     assert all(run.path.name in table for run in runs)
 
 
+BAD_NODE = """
+import os
+
+from launcher import processes
+
+if os.uname().nodename == "n2":
+    processes.die_with_parent = lambda: os._exit(9)  # the first thing that the all-reduce does
+"""
+
+
+def test_a_bad_node_is_found_before_training_and_left_out(launch, tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(BAD_NODE)
+    path = f"profile.env={{PYTHONPATH: '{tmp_path / 'site'}:{ROOT}'}}"
+    launched = launch("train.epochs=1", "launch.preflight=true", "--nodes", "3", "--procs", "1", path)
+    code, output = launched.finish()
+    assert code == 0, output
+    (failed,) = events(launched.run, "preflight_failed")
+    assert failed["problems"] == {"n2": "an all-reduce with it does not work"}
+    assert hosts(launched.run, 1) == {"n1", "n3", "n4"}
+    assert ends(launched.run) == []
+
+
 HANG = """
 import os
 import time
