@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from launcher.commands import RECIPES
-from launcher.errors import EXIT_OK, exit_code_of
+from launcher.errors import EXIT_OK, UsageError, exit_code_of
 from launcher.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ other commands:
   launch why RUN           the first failure of a run, and its cure
   launch models [PATTERN]  torchvision's classification models; --layers ARCH: names for freeze and groups
   launch recipes           the recipes that come with this package
-  launch doctor            check this machine; --json
+  launch doctor            check this machine; --nodes N: nodes of a cluster and their network
   launch schema            the JSON Schema of a recipe, for editors
 
 exit codes: 0 done, 1 failed, 2 wrong recipe or command line (nothing was started), 3 a check of the machine failed,
@@ -157,7 +157,16 @@ def _models(argv: list[str]) -> int:
 def _doctor(argv: list[str]) -> int:
     parser = _parser("doctor", "Check this machine: each line ok, warning or problem with the cure.")
     parser.add_argument("--json", action="store_true", dest="as_json", help="for programs")
+    parser.add_argument("--nodes", type=int, metavar="N", help="check N nodes of a SLURM cluster and their network")
+    parser.add_argument("--gpus", type=int, metavar="M", help="with --nodes: GPUs that each must have")
+    parser.add_argument("--profile", metavar="NAME", help="with --nodes: profile of the cluster")
     args = parser.parse_args(argv)
+    if args.nodes is not None:
+        from launcher.commands import doctor_nodes
+
+        return doctor_nodes.run(args.nodes, gpus=args.gpus, profile_name=args.profile, as_json=args.as_json)
+    if args.gpus or args.profile:
+        raise UsageError("--gpus and --profile are for the nodes of a cluster; add --nodes N")
     from launcher.commands import doctor
 
     return doctor.run(as_json=args.as_json)

@@ -123,6 +123,24 @@ def _leave_out(run: RunDir, problems: dict[str, str]) -> LaunchError:
     return InterruptedRunError(f"the check of the nodes failed, the job is queued again without them: {text}")
 
 
+def check(folder: str) -> None:
+    """Check this job's nodes and nothing else, for ``launch doctor --nodes``; node 0 leaves ``result.json``."""
+    from submitit.slurm.slurm import SlurmJobEnvironment
+
+    scrub(os.environ)
+    node_rank, hosts = int(os.environ["SLURM_NODEID"]), SlurmJobEnvironment().hostnames
+    plan = json.loads((Path(folder) / "plan.json").read_text(encoding="utf-8"))
+    address = _own_address(plan, toward=hosts[1 if node_rank == 0 else 0]) if len(hosts) > 1 else "127.0.0.1"
+    os.environ.update(plan["env"])
+    nodes = Path(folder) / "nodes"
+    try:
+        problems = preflight.run(nodes, plan, address, node_rank=node_rank, seed=int(os.environ["SLURM_JOB_ID"]))
+    except PreflightError as error:
+        problems = {"*": str(error)}
+    if node_rank == 0:
+        write_json_atomic(Path(folder) / "result.json", {"facts": preflight.read_facts(nodes), "problems": problems})
+
+
 def _lost_nodes() -> list[str]:
     """Of which srun said in the job's earlier starts that they failed."""
     log = os.environ.get(BATCH_LOG_VARIABLE)
@@ -180,4 +198,4 @@ def _own_address(plan: dict[str, Any], *, toward: str) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    check(sys.argv[2]) if sys.argv[1] == "--check" else main(sys.argv[1])

@@ -177,6 +177,12 @@ def run(folder: Path, plan: Mapping[str, Any], address: str, *, node_rank: int, 
     return _take_part(folder, facts, plan, node_rank)
 
 
+def read_facts(folder: Path) -> list[dict[str, Any]]:
+    """What the nodes have said of themselves, in the order of their ranks."""
+    files = sorted(folder.glob("node-*.json"), key=lambda file: int(file.stem.removeprefix("node-")))
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
 def _lead(folder: Path, facts: Sequence[Facts], plan: Mapping[str, Any]) -> dict[str, str]:
     rounds = 0
 

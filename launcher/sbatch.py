@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 WAIT_FOR_TASKS_S = 300
 """After the first node's supervisor has ended the others get this long, then srun ends them."""
 
+CHECK_MIN = 15
+"""Minutes that a job gets that only checks its nodes."""
+
 RUNS = "runs.txt"
 """In the folder of a sweep: the absolute path of each run directory, a line each."""
 
@@ -83,6 +86,21 @@ def step_command(job: Job, profile: Profile) -> tuple[str, ...]:
     python = shlex.split(profile.python) if profile.python else [job.python]
     size = (f"--nodes={job.nodes}", f"--ntasks={job.nodes}", "--ntasks-per-node=1", *gpus)
     return ("srun", *size, *_srun_args(job, profile), *python, "-u", "-m", "launcher.job", job.run_dir)
+
+
+def check_command(job: Job, profile: Profile) -> tuple[str, ...]:
+    """A job by srun alone that only checks its nodes (launcher.preflight); they leave the result in ``job.run_dir``."""
+    options, more = _options(job, profile, Path(job.run_dir) / "srun.log")
+    options = {name: value for name, value in options.items() if value is not None} | {"time": CHECK_MIN}
+    for name in ("signal_delay_s", "cpus_per_task"):
+        del options[name]
+    more = {name: value for name, value in more.items() if name not in ("output", "error")}
+    flags = [
+        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+        for name, value in (options | more).items()
+    ]
+    python = shlex.split(profile.python) if profile.python else [job.python]
+    return ("srun", *flags, *_srun_args(job, profile), *python, "-u", "-m", "launcher.job", "--check", job.run_dir)
 
 
 def _srun_args(job: Job, profile: Profile) -> list[str]:

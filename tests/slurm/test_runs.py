@@ -465,6 +465,22 @@ def test_a_bad_node_is_found_before_training_and_left_out(launch, tmp_path):
     assert ends(launched.run) == []
 
 
+def test_doctor_checks_nodes_and_names_a_bad_one(slurm_cluster, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(BAD_NODE)
+    command = [sys.executable, "-m", "launcher", "doctor", "--nodes", "4", "--profile", "dev", "--json"]
+    for path, code, problems in (
+        (ROOT, 0, {}),
+        (f"{tmp_path}:{ROOT}", 3, {"n2": "an all-reduce with it does not work"}),
+    ):
+        environment = slurm_cluster | {"PYTHONPATH": str(path)}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stdout + done.stderr
+        found = json.loads(done.stdout)
+        assert found["problems"] == problems
+        assert [facts["host"] for facts in found["facts"]] == ["n1", "n2", "n3", "n4"]
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
 HANG = """
 import os
 import time

@@ -1,0 +1,90 @@
+"""``launch doctor --nodes N``: the same check of a cluster's nodes that ``launch.preflight`` makes before training."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from launcher import profile as profiles
+from launcher import sbatch, slurm_client, topology
+from launcher.errors import EXIT_OK, EXIT_PREFLIGHT, PreflightError, UsageError
+from launcher.run_dir import write_json_atomic
+
+COLUMNS = ("host", "address", "torch", "cuda", "nccl", "driver", "num_gpus", "free_gb")
+
+
+def run(nodes: int, *, gpus: int | None, profile_name: str | None, as_json: bool) -> int:
+    """Check some nodes by a job of their own; print what each has, and which is bad.
+
+    Args:
+        nodes: how many.
+        gpus: that each must have; None: the network only, on the CPU.
+        profile_name: of the cluster.
+        as_json: ``{facts, problems}`` instead of a table.
+
+    Returns:
+        0, or 3 where a node or the network between them is bad.
+
+    Raises:
+        UsageError: a number that cannot be.
+        PreflightError: the job gave no result.
+    """
+    if nodes < 1:
+        raise UsageError(f"--nodes {nodes}: at least 1")
+    here = topology.detect()
+    profile = profiles.load(profile_name) if profile_name else profiles.Profile()
+    # Below runs/, as a run would be: whether the nodes share that is one of the questions.
+    folder = Path(here.cwd, "runs", f"doctor-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
+    job = sbatch.Job(
+        name="launch-doctor",
+        run_dir=str(folder),
+        nodes=nodes,
+        procs_per_node=gpus or 1,
+        device="cuda" if gpus else "cpu",
+        python=here.python,
+    )
+    plan = {"nodes": nodes, "procs_per_node": gpus or 1, "device": job.device, "env": {}}
+    folder.mkdir(parents=True)
+    try:
+        write_json_atomic(folder / "plan.json", plan | {"profile": profiles.to_dict(profile)})
+        found = _ask(sbatch.check_command(job, profile), folder, profile.env)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        _print(found)
+    return EXIT_PREFLIGHT if found["problems"] else EXIT_OK
+
+
+def _ask(command: tuple[str, ...], folder: Path, env: dict[str, str]) -> dict[str, Any]:
+    environment = slurm_client.clean_environment() | env
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise PreflightError("srun: not found; SLURM's commands are on PATH where jobs are submitted") from None
+    result = folder / "result.json"
+    if not result.exists():
+        said = "\n".join((done.stderr or done.stdout).strip().splitlines()[-10:])
+        raise PreflightError(f"the nodes gave no result (srun ended with {done.returncode}):\n{said}")
+    found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    return found
+
+
+def _print(found: dict[str, Any]) -> None:
+    rows = [tuple(name for name in COLUMNS)]
+    for facts in found["facts"]:
+        values = {**facts, "free_gb": f"{facts['free_gb']:.0f}"}
+        rows.append(tuple("-" if values[name] is None else str(values[name]) for name in COLUMNS))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for host, problem in found["problems"].items():
+        print(f"problem: {host}: {problem}" if host != "*" else f"problem: {problem}")
+    if not found["problems"]:
+        print(f"ok: an all-reduce over {len(found['facts'])} nodes works")
