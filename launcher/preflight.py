@@ -240,8 +240,11 @@ def _reduce(
     process = multiprocessing.get_context("fork").Process(target=reduce, args=arguments)
     start = time.monotonic()
     process.start()
-    process.join(REDUCE_S)
-    if process.exitcode is None:
+    failed = folder / f"round-{number}-failed-{group[0]}"  # made by the first that fails: the others need not wait
+    while process.exitcode is None and time.monotonic() - start < REDUCE_S and not failed.exists():
+        process.join(POLL_S)
+    if process.exitcode != 0:
+        failed.touch()
         process.kill()
         process.join()
     outcome = {"ok": process.exitcode == 0, "seconds": time.monotonic() - start}
