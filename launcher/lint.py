@@ -87,7 +87,7 @@ def check(plan: Mapping[str, Any], run: RunDir) -> None:
 
 
 def read_cluster() -> Cluster:
-    """Ask scontrol and sinfo; takes some 20 ms.
+    """Ask scontrol and sinfo.
 
     Raises:
         SlurmError: they do not answer.

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 
 from launcher import recipe_source
 from launcher.errors import RecipeError, UsageError, did_you_mean
-from launcher.recipe import STRICT, Count, Positive, validate
+from launcher.schema import STRICT, Count, Positive, validate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

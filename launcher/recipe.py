@@ -6,32 +6,20 @@ OmegaConf reads YAML, resolves interpolations and applies the overrides of the c
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from launcher.errors import RecipeError
+from launcher.schema import STRICT, Auto, Count, CountOrZero, Fraction, NonNegative, Positive, validate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from launcher.recipe_source import Source
-
-Schema = TypeVar("Schema")
-
-# Attribute docstrings become the descriptions in the JSON Schema; strict, so that "20" is no number and 1 no boolean.
-STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-Auto = Literal["auto"]
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 
 WEIGHT_FILES = (".pth", ".pt", ".safetensors")
 METRICS = {"train/loss": "min", "val/loss": "min", "val/top1": "max", "val/top5": "max", "val/f1": "max"}
@@ -317,16 +305,6 @@ def from_dict(values: dict[str, Any]) -> Recipe:
         pydantic.ValidationError: lists all values that do not fit the schema.
     """
     return validate(Recipe, values)
-
-
-def validate(schema: type[Schema], values: dict[str, Any]) -> Schema:
-    """Make a ``schema`` of nested plain values.
-
-    Raises:
-        pydantic.ValidationError: lists all values that do not fit.
-    """
-    # By way of JSON: pydantic's strict mode takes mappings for dataclasses from JSON only.
-    return TypeAdapter(schema).validate_json(json.dumps(values, default=str))
 
 
 def read_resolved(path: Path) -> Recipe:

@@ -37,7 +37,14 @@ HEAVY = {
 FLOORS = (
     {"launcher", "launcher.errors", "launcher.processes"},
     {"launcher.run_dir", "launcher.topology", "launcher.network", "launcher.image_folder", "launcher.catalog"},
-    {"launcher.recipe", "launcher.recipe_source", "launcher.recipe_yaml", "launcher.recipe_checks", "launcher.profile"},
+    {
+        "launcher.recipe",
+        "launcher.recipe_source",
+        "launcher.recipe_yaml",
+        "launcher.recipe_checks",
+        "launcher.profile",
+        "launcher.schema",
+    },
     {
         "launcher.plan",
         "launcher.sbatch",
@@ -141,7 +148,11 @@ def test_there_are_parts_of_every_kind():
 
 @pytest.mark.parametrize("name", LAUNCHER_SIDE)
 def test_the_launcher_side_imports_nothing_heavy_by_being_imported(name):
-    if name in ("launcher.recipe", "launcher.profile"):  # imported at first use: their schema is pydantic's words
+    if name in (
+        "launcher.recipe",
+        "launcher.profile",
+        "launcher.schema",
+    ):  # imported at first use: their schema is pydantic's words
         assert tops(imports(MODULES[name], inside_functions=False)) & HEAVY <= {"pydantic", "yaml"}
     else:
         assert tops(imports(MODULES[name], inside_functions=False)) & HEAVY == set()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.commands import logs
+from launcher.commands import log_lines, logs
 from launcher.errors import UsageError
 from launcher.run_dir import RunDir, append_jsonl, write_json_atomic
 
@@ -329,7 +329,7 @@ def test_a_log_is_printed_as_far_as_it_went_when_its_turn_came(run, capsys, monk
 
 @pytest.mark.parametrize("follow", [False, True])
 def test_a_long_line_is_cut_at_whole_characters_and_nothing_is_lost(follow, ended, capfdbinary, monkeypatch):
-    monkeypatch.setattr(logs, "LINE_BYTES", 16)
+    monkeypatch.setattr(log_lines, "LINE_BYTES", 16)
     text = "a" + "ä€😀" * 20
     write(ended, 1, 0, f"{text}\nshort\n" + "x" * 16 + "\n" + "y" * 17 + "\n" + "z" * 32)
     show(ended, follow=follow)
@@ -344,7 +344,7 @@ def test_a_long_line_is_cut_at_whole_characters_and_nothing_is_lost(follow, ende
 
 
 def test_bytes_that_begin_no_character_are_cut_too(run, capfdbinary, monkeypatch):
-    monkeypatch.setattr(logs, "LINE_BYTES", 16)
+    monkeypatch.setattr(log_lines, "LINE_BYTES", 16)
     write(run, 1, 0, b"\x80" * 100)
     show(run)
     assert capfdbinary.readouterr().out.replace(b"[0] ", b"").replace(b"\n", b"") == b"\x80" * 100
@@ -558,7 +558,7 @@ def test_a_long_line_is_followed_in_pieces(run, follow):
 
 
 def test_ranks_take_turns_when_much_is_there(run, capsys, monkeypatch):
-    monkeypatch.setattr(logs, "TURN_BYTES", 4)
+    monkeypatch.setattr(log_lines, "TURN_BYTES", 4)
     attempt = logs._AttemptLogs(run, 1, logs._Printer(None), rank=None)
     for rank in (0, 1):
         os.utime(write(run, 1, rank, "a\nb\nc\nd\n"), (1, 1))

@@ -46,20 +46,13 @@ def ps(folder: str, *, as_json: bool) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def find_runs(folder: Path) -> list[RunDir]:
-    """``folder`` itself where it is a run, else the runs in it and in its folders."""
+def find_runs(folder: Path, depth: int = 2) -> list[RunDir]:
+    """``folder`` itself where it is a run, else the runs in it and, ``depth`` levels down, in its folders."""
     if RunDir(folder).exists:
         return [RunDir(folder)]
-    with contextlib.suppress(PermissionError):
-        return [run for entry in folder.iterdir() if entry.is_dir() for run in _below(entry)]
-    return []
-
-
-def _below(folder: Path) -> list[RunDir]:
-    if RunDir(folder).exists:
-        return [RunDir(folder)]
-    with contextlib.suppress(PermissionError):
-        return [RunDir(entry) for entry in folder.iterdir() if entry.is_dir() and RunDir(entry).exists]
+    if depth:
+        with contextlib.suppress(PermissionError):
+            return [run for entry in folder.iterdir() if entry.is_dir() for run in find_runs(entry, depth - 1)]
     return []
 
 

@@ -8,16 +8,15 @@ import os
 import re
 import sys
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from launcher import history
+from launcher.commands.log_lines import LINE_BYTES, RankLog, read_lines
 from launcher.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
-    from typing import BinaryIO
 
     from launcher.run_dir import RunDir
 
@@ -27,16 +26,10 @@ TAIL_LINES = 10
 """So many of a rank's last lines are shown before what is appended."""
 TAIL_RANKS = 16
 """With more ranks than this, only the first rank's last lines are shown: they say the same, and fill the screen."""
-LINE_BYTES = 64 * 1024
-"""A longer line is cut into lines of this length, at whole UTF-8 characters."""
-TURN_BYTES = 1024 * 1024
-"""How much one rank may say before the next one's turn, while following."""
 POLL_S = 0.2
 QUIET_S = 1.0
 """An ended run is followed until nothing was appended for so long."""
 
-_CONTINUES = range(0x80, 0xC0)  # bytes of a UTF-8 character after its first
-_MARK_BYTES = 32
 _MAX_RANGES = 10
 _ATTEMPT = re.compile(r"attempt-([1-9][0-9]*)")
 _RANK = re.compile(r"rank-(0|[1-9][0-9]*)\.log")
@@ -127,7 +120,7 @@ def _print_all(run: RunDir, printer: _Printer, *, rank: int | None, attempt: int
     for number in ranks:
         try:
             with run.rank_log(chosen, number).open("rb", buffering=LINE_BYTES) as file:
-                for line, _ in _lines(file, os.fstat(file.fileno()).st_size):
+                for line, _ in read_lines(file, os.fstat(file.fileno()).st_size):
                     printer.line(number, line)
         except FileNotFoundError:  # removed since it was listed
             continue
@@ -167,46 +160,6 @@ def _follow(run: RunDir, printer: _Printer, *, rank: int | None, attempt: int | 
             time.sleep(max(POLL_S, time.monotonic() - began))
 
 
-@dataclass(slots=True)
-class _RankLog:
-    """How far one rank's log was printed: neither its text nor an open file, there may be thousands."""
-
-    offset: int = 0
-    """Where the first line begins that was not printed yet."""
-    tail: int | None = None
-    """So many lines before ``offset`` are to be printed too; None when they were looked for."""
-    mark: bytes = b""
-    """What stands right before ``offset``, to know the file again by."""
-    inode: int | None = None
-    size: int = 0
-    seen: tuple[int, int, int] | None = None
-    """Inode, size and time of the last change, as last listed."""
-    backlog: bool = False
-    """Whether there is more than a turn's worth to print."""
-
-    def new_lines(self, file: BinaryIO, *, at_end: bool) -> Iterator[bytes]:
-        """Yield the lines that were appended, at most ``TURN_BYTES``; an unfinished one only ``at_end``."""
-        stat = os.fstat(file.fileno())
-        if self.inode not in (None, stat.st_ino) or stat.st_size < self.size or not self._is_marked(file):
-            self.offset, self.tail, self.mark = 0, None, b""
-        self.inode, self.size, self.backlog = stat.st_ino, stat.st_size, False
-        if self.tail is not None:
-            self.offset, self.tail = _line_start(file, self.offset, self.tail), None
-        file.seek(self.offset)
-        for line, is_whole in _lines(file, min(stat.st_size, self.offset + TURN_BYTES)):
-            if not is_whole and not at_end:
-                return
-            self.offset += len(line)
-            self.mark = (self.mark + line)[-_MARK_BYTES:]
-            yield line
-        self.backlog = self.offset < stat.st_size
-
-    def _is_marked(self, file: BinaryIO) -> bool:
-        """Whether the file still has what was printed of it: a replaced one may get the old one's inode."""
-        file.seek(self.offset - len(self.mark))
-        return file.read(len(self.mark)) == self.mark
-
-
 class _AttemptLogs:
     """The logs of one attempt, while they are written; attempt 0 is none."""
 
@@ -215,7 +168,7 @@ class _AttemptLogs:
         self._run = run
         self._printer = printer
         self._only = rank
-        self._logs: dict[int, _RankLog] = {}
+        self._logs: dict[int, RankLog] = {}
 
     @property
     def backlog(self) -> bool:
@@ -229,7 +182,7 @@ class _AttemptLogs:
         for position, rank in enumerate(sorted(listed)):
             is_shown = position == 0 or len(listed) <= TAIL_RANKS
             size = listed[rank][1]
-            log = _RankLog(offset=size, tail=TAIL_LINES if is_shown else 0, size=size, seen=listed[rank])
+            log = RankLog(offset=size, tail=TAIL_LINES if is_shown else 0, size=size, seen=listed[rank])
             self._logs[rank] = log
             if is_shown:
                 self._print_new(rank, log)
@@ -240,7 +193,7 @@ class _AttemptLogs:
         for rank, seen in self._list().items():
             log = self._logs.get(rank)
             if log is None:
-                log = self._logs[rank] = _RankLog()
+                log = self._logs[rank] = RankLog()
                 self._printer.make_room_for(rank)
             if log.seen != seen or log.backlog:
                 log.seen = seen
@@ -260,7 +213,7 @@ class _AttemptLogs:
             while log.backlog:
                 self._print_new(rank, log, at_end=True)
 
-    def _print_new(self, rank: int, log: _RankLog, *, at_end: bool = False) -> None:
+    def _print_new(self, rank: int, log: RankLog, *, at_end: bool = False) -> None:
         try:
             with self._run.rank_log(self.attempt, rank).open("rb", buffering=LINE_BYTES) as file:
                 for line in log.new_lines(file, at_end=at_end):
@@ -280,44 +233,6 @@ class _AttemptLogs:
                     continue
                 listed[rank] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
         return listed
-
-
-def _lines(file: BinaryIO, end: int) -> Iterator[tuple[bytes, bool]]:
-    """Yield the lines that begin before ``end``, from where ``file`` stands.
-
-    Yields:
-        At most ``LINE_BYTES`` and a newline; and whether it is whole: ended by a newline, or cut because it is long.
-    """
-    position, rest = file.tell(), b""
-    while position < end:
-        line = rest + file.readline(LINE_BYTES + 1 - len(rest))
-        is_whole, rest = line.endswith(b"\n"), b""
-        if not is_whole and len(line) > LINE_BYTES:
-            cut = _character_start(line, LINE_BYTES)
-            line, rest, is_whole = line[:cut], line[cut:], True
-        if line:
-            yield line, is_whole
-        if not is_whole:
-            return
-        position += len(line)
-
-
-def _line_start(file: BinaryIO, end: int, num_lines: int) -> int:
-    """Where the ``num_lines`` lines before ``end`` begin, or for 0 the unfinished one; inside of one if it is long."""
-    begin = max(0, end - max(num_lines, 1) * LINE_BYTES)
-    file.seek(begin)
-    text = file.read(end - begin)
-    position = len(text) - (num_lines > 0 and text.endswith(b"\n"))
-    for _ in range(max(num_lines, 1)):
-        position = text.rfind(b"\n", 0, position)
-        if position < 0:
-            return begin + _character_start(text, 3) if begin else 0
-    return begin + position + 1
-
-
-def _character_start(text: bytes, position: int) -> int:
-    """The last ``position`` up to this one at which a UTF-8 character begins."""
-    return next((p for p in range(position, position - 3, -1) if text[p] not in _CONTINUES), position - 3)
 
 
 def _attempts(run: RunDir, *, after: int = 0) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import os
 import sys
@@ -78,7 +77,7 @@ def _load_all(args: argparse.Namespace, combinations: list[tuple[str, ...]]) -> 
 
 def _array_script(plans: list[LaunchPlan], base: Path, parallel: int) -> str:
     from launcher import profile as profiles
-    from launcher import recipe as recipes
+    from launcher import schema
 
     first = plans[0]
     job = sbatch.Job(
@@ -89,12 +88,12 @@ def _array_script(plans: list[LaunchPlan], base: Path, parallel: int) -> str:
         device=first.device,
         python=sys.executable,
     )
-    if any(dataclasses.replace(plan, profile=first.profile).profile != plan.profile for plan in plans):
+    if any(plan.profile != first.profile for plan in plans):
         raise UsageError("--sweep: the runs of a job array have one profile; launch.profile cannot be swept")
     shapes = {(plan.nodes, plan.procs_per_node, plan.device) for plan in plans}
     if len(shapes) > 1:
         raise UsageError("--sweep: the runs of a job array have one size; launch.nodes and the like cannot be swept")
-    profile: profiles.Profile = recipes.validate(profiles.Profile, first.profile or {})
+    profile: profiles.Profile = schema.validate(profiles.Profile, first.profile or {})
     return sbatch.build_script(job, profile, sbatch.Array(num=len(plans), parallel=parallel))
 
 

@@ -155,18 +155,9 @@ def weights(run):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, slurm_cluster):
     """Two epochs on two nodes with two workers each that nothing happened to, and what `launch` printed."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    done = subprocess.run(
-        [sys.executable, "-m", "launcher", RECIPE, *TWO_NODES, *SMALL, "train.epochs=2", "--run-dir", "run"],
-        cwd=folder,
-        env=slurm_cluster | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=DEADLINE_S,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return RunDir(folder / "run"), done.stdout
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    output = _launch(slurm_cluster, RECIPE, *TWO_NODES, *SMALL, "train.epochs=2", "--run-dir", str(folder))
+    return RunDir(folder), output
 
 
 def test_two_nodes_train_to_the_end_from_one_command(undisturbed):
@@ -318,7 +309,12 @@ def test_detached_it_returns_at_once_and_goes_on(launch, slurm_cluster):
 def _launch(environment, *arguments):
     command = [sys.executable, "-m", "launcher", *arguments]
     done = subprocess.run(
-        command, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False, timeout=120
+        command,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=DEADLINE_S,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -411,20 +407,9 @@ def test_in_an_allocation_it_is_a_step(launch_on, slurm_cluster, by, undisturbed
 
 
 def test_a_sweep_is_a_job_array_and_ends_in_a_comparison(slurm_cluster, tmp_path):
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "launcher", RECIPE, "optim.lr=0.05,0.01", "seed=0,1", "train.epochs=1"),
-            *("--sweep", "--parallel", "2", "--nodes", "1", "--procs", "1", "--profile", "dev", "--run-dir", "sweep"),
-            *SMALL[1:],
-        ],
-        cwd=tmp_path,
-        env=slurm_cluster | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=DEADLINE_S,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    swept = ("optim.lr=0.05,0.01", "seed=0,1", "--sweep", "--parallel", "2", "--run-dir", str(tmp_path / "sweep"))
+    size = ("--nodes", "1", "--procs", "1", "--profile", "dev", "train.epochs=1", *SMALL[1:])
+    output = _launch(slurm_cluster, RECIPE, *swept, *size)
     runs = [RunDir(folder) for folder in sorted((tmp_path / "sweep").glob("[0-9]-*"))]
     assert [run.path.name for run in runs] == [
         "0-optim.lr=0.05-seed=0",
@@ -438,7 +423,7 @@ def test_a_sweep_is_a_job_array_and_ends_in_a_comparison(slurm_cluster, tmp_path
     spans = [(events(run, "attempt_started")[0]["time"], events(run, "training_ended")[0]["time"]) for run in runs]
     for start, _ in spans:
         assert sum(begin <= start < end for begin, end in spans) <= 2  # no more at the same time than was said
-    table = done.stdout[done.stdout.rindex("RUN") :] if "RUN" in done.stdout else done.stdout
+    table = output.rpartition(" completed\n")[2]  # after the last word of a job
     assert all(run.path.name in table for run in runs)
 
 
