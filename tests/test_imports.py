@@ -36,7 +36,17 @@ HEAVY = {
 # From the ground up; a part imports from its own floor or from below it.
 FLOORS = (
     {"launcher", "launcher.errors", "launcher.processes"},
-    {"launcher.run_dir", "launcher.topology", "launcher.network", "launcher.image_folder", "launcher.catalog"},
+    {
+        "launcher.run_dir",
+        "launcher.topology",
+        "launcher.network",
+        "launcher.image_folder",
+        "launcher.image_probe",
+        "launcher.image_probe_pool",
+        "launcher.image_scan",
+        "launcher.image_scan_cache",
+        "launcher.catalog",
+    },
     {
         "launcher.recipe",
         "launcher.recipe_source",
@@ -54,6 +64,7 @@ FLOORS = (
         "launcher.preflight",
         "launcher.history",
         "launcher.diagnose",
+        "launcher.quarantine",
         "launcher.report",
         "launcher.report_charts",
         "launcher.report_html",
