@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,7 @@ def scan(config: DataConfig, progress: Callable[[int, int], None] | None = None)
     if leaks:
         print(
             f"warning: {len(leaks)} of the validation images are training images too, byte for byte, as "
-            f"{printable(leaks[0][1])}: what is measured will flatter; all of them: launch check {folder}",
+            f"{printable(leaks[0][1])}: what is measured will flatter; all of them: launch check {printable(shlex.quote(str(folder)))}",
             file=sys.stderr,
             flush=True,
         )
@@ -154,7 +155,7 @@ def _wait(run: RunDir, attempt: int, progress: Callable[[], None]) -> None:
 
 def _refusal(found: Scan, config: DataConfig) -> str | None:
     """Why a run must not start with these images, with what to do; None: it may."""
-    folder = printable(str(found.folder))
+    folder = printable(shlex.quote(str(found.folder)))
     if config.on_bad_image == "error":
         if not found.bad:
             return None

@@ -79,16 +79,16 @@ def _print(found: Scan, problems: list[str]) -> None:
         print(f"note     {len(paths):,} {image_scan.NOTES[note]}, as {printable(paths[0])}")
     leaks, contradictions = found.leaks(), found.contradictions()
     if leaks:
-        print(f"warning  {_images(len(leaks))} of val/ are in train/ too, byte for byte; measuring will flatter:")
+        print(f"warning  {_images(len(leaks))} of val/ also in train/, byte for byte; what is measured will flatter:")
         _print_some([f"{printable(val)} is {printable(train)}" for train, val in leaks], NUM_PAIRS_SHOWN)
     if contradictions:
-        print(f"warning  {_images(len(contradictions))} of train/ are in more than one class, byte for byte:")
+        print(f"warning  {_images(len(contradictions))} of train/ in more than one class, byte for byte:")
         _print_some([printable(", ".join(paths)) for paths in contradictions], NUM_PAIRS_SHOWN)
     for problem in problems:
         print(f"problem  {printable(problem)}")
     if found.bad:
         print(
-            f"problem  {_images(len(found.bad))} cannot be decoded; data.on_bad_image=quarantine would leave them out:"
+            f"problem  {_images(len(found.bad))} that cannot be decoded; data.on_bad_image=quarantine would leave out:"
         )
         _print_some([f"{image}; {image.cure}" for image in found.bad], NUM_SHOWN)
     known = len(found.images) - found.num_read
