@@ -83,12 +83,12 @@ class ProbePool:
         process, suspect = None, ""
         try:
             while todo := self._take():
-                while todo:
+                while todo and not self._closed:
                     process = process or self._start()
                     del todo[: self._ask(process, todo)]
                     if self._closed or not todo:
-                        continue
-                    code, process = process.wait(), None
+                        break
+                    code, process = self._end(process), None
                     if todo[0] == suspect:
                         how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
                         self._found.put((todo.pop(0), ("", "crashes_decoder", f"the decoder's process {how}", ())))
@@ -99,7 +99,7 @@ class ProbePool:
         finally:
             if process:
                 process.kill()
-                process.communicate()
+                self._end(process)
 
     def _take(self) -> list[str]:
         with self._lock:
@@ -123,8 +123,15 @@ class ProbePool:
             if process.stdout and process.stdout.readline().strip() == READY:
                 return process
             process.kill()
-            process.communicate()
+            self._end(process)
         raise LaunchError(f"the check of the images does not start; to see why: {' '.join(command)} < /dev/null")
+
+    def _end(self, process: subprocess.Popen[str]) -> int:
+        """Wait for a process that has died or is about to; return its exit code."""
+        process.communicate()
+        with self._lock:
+            self._processes.discard(process)
+        return process.returncode
 
     def _ask(self, process: subprocess.Popen[str], paths: list[str]) -> int:
         """Hand on the answers of a process; return how many it gave before it died."""

@@ -20,6 +20,7 @@ from launcher.run_dir import write_json_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from launcher.image_scan import Scan
     from launcher.recipe import DataConfig, Recipe
@@ -43,7 +44,7 @@ def scan(config: DataConfig, progress: Callable[[int, int], None] | None = None)
     if leaks:
         print(
             f"warning: {len(leaks)} of the validation images are training images too, byte for byte, as "
-            f"{printable(leaks[0][1])}: what is measured will flatter; all of them: launch check {printable(shlex.quote(str(folder)))}",
+            f"{printable(leaks[0][1])}: what is measured will flatter; all of them: {_command(folder)}",
             file=sys.stderr,
             flush=True,
         )
@@ -131,6 +132,10 @@ def record(run: RunDir, recipe: Recipe, found: Scan, *, attempt: int) -> None:
         print(f"{count} left out: they cannot be decoded ({run.bad_images.name})", flush=True)
 
 
+def _command(folder: Path) -> str:
+    return f"launch check {printable(shlex.quote(str(folder)))}"
+
+
 def _read(run: RunDir) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(run.bad_images.read_text(encoding="utf-8"))
@@ -155,7 +160,7 @@ def _wait(run: RunDir, attempt: int, progress: Callable[[], None]) -> None:
 
 def _refusal(found: Scan, config: DataConfig) -> str | None:
     """Why a run must not start with these images, with what to do; None: it may."""
-    folder = printable(shlex.quote(str(found.folder)))
+    folder = printable(str(found.folder))
     if config.on_bad_image == "error":
         if not found.bad:
             return None
@@ -165,7 +170,7 @@ def _refusal(found: Scan, config: DataConfig) -> str | None:
         named += f"\n    and {more} more" if more > 0 else ""
         return (
             f"{count} be decoded in {folder}; mend or remove what is listed, or leave it out by "
-            f"data.on_bad_image=quarantine; the whole list with cures: launch check {folder}{named}"
+            f"data.on_bad_image=quarantine; the whole list with cures: {_command(found.folder)}{named}"
         )
     lost = [
         f"{split}/{name}"
