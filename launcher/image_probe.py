@@ -75,8 +75,7 @@ def _decode(content: bytes) -> tuple[str | None, str, tuple[str, ...]]:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            _check_size(image.size)
+        with Image.open(io.BytesIO(content)) as image:  # refuses a bomb by its header
             is_jpeg = content.startswith(JPEG_START)
             if is_jpeg and content.find(JPEG_END, image.fp.tell() if image.fp else 0) < 0:
                 return "truncated", "its end is missing", ()  # which Pillow would not always mind
@@ -99,15 +98,6 @@ def _explain(error: Exception, content: bytes) -> tuple[str, str]:
     if isinstance(error, MemoryError):
         return "crashes_decoder", "needs more memory than there is"
     return "truncated" if "truncated" in text.lower() else "damaged", text
-
-
-def _check_size(size: tuple[int, int]) -> None:
-    """Refuse what Pillow refuses, in the formats too for which it does so only later or not at all."""
-    from PIL import Image
-
-    limit = 2 * (Image.MAX_IMAGE_PIXELS or sys.maxsize)
-    if size[0] * size[1] > limit:
-        raise Image.DecompressionBombError(f"{size[0]} x {size[1]} pixels are more than the limit of {limit:,}")
 
 
 def _load(image: Image, *, is_jpeg: bool) -> tuple[str, ...]:

@@ -248,6 +248,7 @@ LIGHT = HEAVY | {"onnxruntime", "torchmetrics", "safetensors", "PIL"}
         (["why", "--help"], LIGHT),
         (["quickstart", "--dry-run"], LIGHT - {"omegaconf", "pydantic", "yaml"}),
         (["photos_mobilenet_v2", "--dry-run", "data.path=IMAGES"], LIGHT - {"omegaconf", "pydantic", "yaml"}),
+        (["check", "IMAGES"], LIGHT),
         (["schema"], LIGHT - {"omegaconf", "pydantic", "yaml"}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -96,7 +96,9 @@ def test_validation_images_that_are_training_images_are_one_line(make, folder, c
 # What the run directory says
 
 
-def test_the_file_is_there_even_where_nothing_is_bad_and_for_the_digits_without_a_look(make):
+def test_the_file_is_there_even_where_nothing_is_bad_and_for_the_digits_without_a_look(make, monkeypatch, folder):
+    monkeypatch.setenv("FINETUNE_LAUNCHER_CACHE", str(folder.parent))
+    folder.rename(folder.parent / "digits")
     _, run = make("error", name="digits", path=None)
     prepare(run, 1)
     assert json.loads(run.bad_images.read_text()) == {

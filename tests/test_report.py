@@ -716,3 +716,55 @@ def test_a_report_costs_no_torch():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
     )
     assert done.stdout == "False False\n"
+
+
+# Images that were left out
+
+
+def bad_images(num, *, leaked=0):
+    images = [
+        {"path": f"train/<cat>/{i}\udcff.png", "split": "train", "kind": "not_an_image", "message": NASTY}
+        | {"since_attempt": 1}
+        for i in range(num)
+    ]
+    return {"version": 1, "attempt": 1, "scanned": 1000, "leaked": leaked, "images": images}
+
+
+@pytest.mark.parametrize("content", [None, bad_images(0)])
+def test_without_bad_images_nothing_is_said_of_them(write_run, content):
+    run = write_run()
+    if content:
+        run.bad_images.write_text(json.dumps(content))
+    data, page = written(run)
+    assert data["bad_images"] == (content and {"scanned": 1000, "leaked": 0, "images": []})
+    assert "Bad images" not in page
+    assert "cannot be decoded" not in run.model_card.read_text()
+    assert data["missing"] == []
+
+
+def test_bad_images_are_listed_with_nothing_in_their_names_taken_for_html(write_run):
+    run = write_run()
+    run.bad_images.write_text(json.dumps(bad_images(2)))
+    data, page = written(run)
+    assert [image["path"] for image in data["bad_images"]["images"]] == [f"train/<cat>/{i}\udcff.png" for i in range(2)]
+    assert "2 of 1,000 images cannot be decoded" in " ".join(Page(page).text_of("caption"))
+    assert "train/<cat>/1\\udcff.png" in Page(page).text_of("th")
+    assert "not an image" in Page(page).text_of("td")
+    assert "<cat>" not in page
+    assert "2 images that cannot be decoded took no part" in run.model_card.read_text()
+
+
+def test_of_very_many_bad_images_the_page_shows_some(write_run):
+    run = write_run()
+    run.bad_images.write_text(json.dumps(bad_images(500)))
+    _, page = written(run)
+    assert page.count("&lt;cat&gt;") == 200
+    assert "500 of 1,000 images cannot be decoded and have no part in this; the others are in bad_images.json" in page
+
+
+def test_validation_images_that_are_training_images_are_said_in_the_page_and_the_card(write_run):
+    run = write_run()
+    run.bad_images.write_text(json.dumps(bad_images(0, leaked=7)))
+    _, page = written(run)
+    assert "7 of the validation images are training images too" in page
+    assert "7 of the validation images are training images too" in run.model_card.read_text()
