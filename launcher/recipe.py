@@ -161,6 +161,9 @@ class TrainConfig:
     """When the state of training is written."""
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     """What the best checkpoint is, and when to stop."""
+    on_nan: Literal["stop", "skip", "rollback"] = "stop"
+    """When a step's loss or gradient is no number, which never reaches the weights: stop training; skip the step; or
+    roll back to the last checkpoint and do without the step, three times at most."""
     hang_timeout_s: Positive | None = 600.0
     """Seconds without a step or a validation batch after which the workers are taken for hung: their stacks go to
     their logs, and they are started again. null: never."""

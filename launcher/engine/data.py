@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import io
 import os
 import signal
@@ -82,11 +84,20 @@ class ImageDataset(Dataset[Batch]):
     def __init__(self, folder: Path, split: str, transform: v2.Transform, *, seed: int) -> None:
         self.classes = image_folder.find_classes(folder / "train")
         self.samples = image_folder.list_images(folder / split, self.classes)
+        self._folder = folder
         self._transform = transform
         self._seed = seed
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of the samples' paths below the folder and their classes, in their order."""
+        digest = hashlib.sha256()
+        for path, label in self.samples:
+            digest.update(f"{label} {os.path.relpath(path, self._folder)}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()
 
     def __getitem__(self, position: tuple[int, int]) -> Batch:
         """The image at (epoch, index), uint8 3 x S x S, and its class, int64."""

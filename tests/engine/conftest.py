@@ -111,6 +111,9 @@ class Records:
     def event(self, kind, **fields):
         self._run.append_event(kind, **fields)
 
+    def resumed(self, *, num_steps, **fields):
+        self.event("resumed", **fields)
+
     def train(self, *, epoch, step, values):
         kept = {k: v for k, v in values.items() if k != "images_per_s"}
         self.lines.append({"split": "train", "epoch": epoch, "step": step, **kept})
@@ -153,7 +156,7 @@ def train(run, ranks=None, *, stop=never, prepare=None):
         optimizer=parts.optimizer.state_dict(),
         lines=records.lines if records else [],
         best=trainer.best,
-        step=trainer.step,
+        step=trainer.state.step,
     )
 
 

@@ -53,6 +53,18 @@ def events(run, kind):
     return [event for line in run.events.read_text().splitlines() if (event := json.loads(line))["kind"] == kind]
 
 
+@pytest.fixture
+def on_the_disk_at_once(monkeypatch):
+    """Training waits for each checkpoint, so that none gives way to the next one."""
+    save = checkpoints.CheckpointWriter.save
+
+    def save_and_wait(self, checkpoint, *, best):
+        save(self, checkpoint, best=best)
+        self.wait()
+
+    monkeypatch.setattr(checkpoints.CheckpointWriter, "save", save_and_wait)
+
+
 def saved_steps(run):
     return sorted(int(folder.name.removeprefix("step-")) for folder in run.checkpoints.glob("step-*"))
 
@@ -195,7 +207,7 @@ def test_auxiliary_heads_learn_with_the_weight_of_their_loss(make_run, engine, o
 
 class Watched(torch.utils.data.Dataset):
     def __init__(self, dataset, seen):
-        self.dataset, self.classes, self.seen = dataset, dataset.classes, seen
+        self.dataset, self.classes, self.digest, self.seen = dataset, dataset.classes, dataset.digest, seen
 
     def __len__(self):
         return len(self.dataset)
@@ -479,7 +491,7 @@ def test_the_wish_of_one_rank_stops_all(make_run, engine, in_ranks):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("polls", [3, 6])
-def test_killed_and_resumed_ranks_end_with_the_very_same_bits(make_run, engine, in_ranks, polls):
+def test_killed_and_resumed_ranks_end_with_the_very_same_bits(make_run, engine, in_ranks, polls, on_the_disk_at_once):
     changes = {**LEARNING, "batch": {"size": 4}}
     changes["train"] = {**changes["train"], "checkpoint": {"every_steps": 1, "every_minutes": None}}
     whole = in_ranks(2, lambda who: engine.train(make_run("whole", **changes), who))[0]
@@ -502,7 +514,7 @@ def test_killed_and_resumed_ranks_end_with_the_very_same_bits(make_run, engine, 
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(make_run, engine, one_rank):
+def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(make_run, engine, one_rank, on_the_disk_at_once):
     changes = {**LEARNING, "batch": {"size": 8}}
     changes["train"] = {**changes["train"], "checkpoint": {"every_steps": 1, "every_minutes": None, "keep": 3}}
     whole = engine.train(make_run("whole", **changes))
@@ -606,7 +618,9 @@ def test_a_patience_is_counted_across_a_resume(make_run, engine, one_rank):
     assert (found.outcome, found.step) == ("early_stopped", 4 * 3)
 
 
-def test_checkpoints_are_written_at_the_recipes_steps_and_after_each_epoch(make_run, engine, one_rank):
+def test_checkpoints_are_written_at_the_recipes_steps_and_after_each_epoch(
+    make_run, engine, one_rank, on_the_disk_at_once
+):
     kept = {"every_steps": 2, "every_minutes": None, "keep": 20}
     run = make_run(batch={"size": 8}, train={"epochs": 2, "checkpoint": kept})
     engine.train(run)
@@ -627,7 +641,7 @@ def test_checkpoints_are_written_at_the_recipes_steps_and_after_each_epoch(make_
 
 
 @pytest.mark.slow
-def test_checkpoints_by_the_clock_are_agreed_upon(make_run, engine, in_ranks):
+def test_checkpoints_by_the_clock_are_agreed_upon(make_run, engine, in_ranks, on_the_disk_at_once):
     run = make_run(batch={"size": 4}, train={"checkpoint": {"every_minutes": 1e-9, "keep": 20}})
     ranks = in_ranks(2, lambda who: engine.train(run, who))
     assert {rank.outcome for rank in ranks} == {"completed"}
@@ -645,7 +659,7 @@ def test_debugging_is_a_handful_of_steps_in_this_process(make_run, engine, one_r
 
     trainer = Trainer(parts, recorder=None, stop_requested=look)
     assert trainer.run() == "completed"
-    assert trainer.step == parts.num_steps == 5
+    assert trainer.state.step == parts.num_steps == 5
     assert children <= before
 
 
@@ -705,7 +719,7 @@ def test_a_step_that_overflows_in_fp16_is_left_out_and_the_scale_halved(make_run
     trainer = Trainer(parts, recorder=None, stop_requested=engine.never)
     assert trainer.run() == "completed"
     assert identical(parts.model.module.state_dict(), before)
-    assert trainer._scaler.get_scale() == 2.0**59
+    assert trainer.state.scaler.get_scale() == 2.0**59
 
 
 @pytest.mark.slow
