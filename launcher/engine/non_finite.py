@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,8 @@ class NonFiniteStep:
     step: int
     """Optimizer steps before it."""
     samples: tuple[int, ...]
-    """Indices of this rank's samples that it may be about: of the batches with such a loss, else all; perhaps none."""
+    """Indices of this rank's samples that it may be about: of its batches with such a loss; all, where no rank has one
+    and only the gradient is no number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,15 +79,19 @@ class NonFiniteMonitor:
         self._watched.append(_Watched(step=step, values=values, micro_batches=micro_batches))
 
     def read(self, step: int | None = None) -> Iterator[NonFiniteStep]:
-        """The steps that were left out, of those whose flags are due before ``step``; None: of all."""
+        """The steps that were left out, of those whose flags are due before ``step``; None: of all.
+
+        Every rank must call it, at the same step.
+        """
         while self._watched and (step is None or self._watched[0].step <= step - LAG):
             watched = self._watched.popleft()
             flag, *losses = watched.values().tolist()
             self.num_in_a_row = self.num_in_a_row + 1 if flag else 0
             if flag:
                 pairs = list(zip(losses, watched.micro_batches, strict=True))
-                guilty = [batch for loss, batch in pairs if not torch.tensor(loss).isfinite()]
-                samples = [index for batch in guilty or watched.micro_batches for index in batch]
+                guilty = [batch for loss, batch in pairs if not math.isfinite(loss)]
+                some_loss = bool(max_over_ranks(torch.tensor(float(bool(guilty)))))
+                samples = [index for batch in (guilty if some_loss else watched.micro_batches) for index in batch]
                 yield NonFiniteStep(step=watched.step, samples=tuple(samples))
 
     def forget(self) -> None:

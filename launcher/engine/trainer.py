@@ -231,8 +231,9 @@ class Trainer:
         """``train.on_nan``. Raises TrainingError or RollBack, on every rank at the same step."""
         policy, number = self.recipe.train.on_nan, found.step + 1
         paths = [self.parts.train_set.samples[index][0] for index in found.samples]
-        with contextlib.suppress(OSError):  # a full disk
-            print(f"step {number}: the loss or its gradient is no number; of this rank's images:", *paths, sep="\n  ")
+        if paths:
+            with contextlib.suppress(OSError):  # a full disk
+                print(f"step {number}: the loss or its gradient is no number; images of this rank:", *paths, sep="\n  ")
         if self._recorder:
             self._recorder.event("non_finite", step=number, policy=policy)
             self._recorder.say(f"step {number}: the loss or its gradient is no number; train.on_nan={policy}")
