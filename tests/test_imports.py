@@ -36,7 +36,8 @@ HEAVY = {
 # From the ground up; a part imports from its own floor or from below it.
 FLOORS = (
     {"launcher", "launcher.errors", "launcher.processes"},
-    {"launcher.run_dir", "launcher.topology", "launcher.network", "launcher.image_folder", "launcher.catalog"},
+    {"launcher.run_dir", "launcher.topology", "launcher.network", "launcher.image_folder", "launcher.catalog"}
+    | {"launcher.wandb_folder"},
     {
         "launcher.recipe",
         "launcher.recipe_source",
@@ -73,6 +74,7 @@ FLOORS = (
     {"launcher.cli", "launcher.__main__"},
 )
 FOR_ENGINE = {f"launcher.{name}" for name in ("errors", "recipe", "run_dir", "image_folder", "processes", "watchdog")}
+FOR_ENGINE |= {"launcher.wandb_folder"}
 
 
 def module_name(path):
