@@ -35,7 +35,7 @@ HEAVY = {
 
 # From the ground up; a part imports from its own floor or from below it.
 FLOORS = (
-    {"launcher", "launcher.errors", "launcher.processes"},
+    {"launcher", "launcher.errors", "launcher.processes", "launcher.redact"},
     {"launcher.run_dir", "launcher.topology", "launcher.network", "launcher.image_folder", "launcher.catalog"}
     | {"launcher.wandb_folder"},
     {
@@ -74,7 +74,7 @@ FLOORS = (
     {"launcher.cli", "launcher.__main__"},
 )
 FOR_ENGINE = {f"launcher.{name}" for name in ("errors", "recipe", "run_dir", "image_folder", "processes", "watchdog")}
-FOR_ENGINE |= {"launcher.wandb_folder"}
+FOR_ENGINE |= {"launcher.wandb_folder", "launcher.redact"}
 
 
 def module_name(path):

@@ -23,6 +23,7 @@ from launcher import recipe as recipes
 from launcher import wandb_folder
 from launcher.engine import wandb_service
 from launcher.engine.wandb_mode import asked_mode, resolve_mode
+from launcher.redact import redact
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -287,4 +288,4 @@ def _describe(error: BaseException) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    return textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" …")
+    return textwrap.shorten(redact(f"{type(error).__name__}: {error}"), 300, placeholder=" …")
