@@ -17,7 +17,7 @@ _NAMES = r"(?:API_?KEY|ACCESS_?KEY|SECRET_?KEY|PRIVATE_?KEY|TOKEN|SECRET|PASSWO?
 _SECRET_NAME = re.compile(rf"{_NAMES}$", re.IGNORECASE)
 # No secret: a path or a variable, which say where one is, and a word (resnet50), which ordinary text may hold as well.
 _ORDINARY = re.compile(r"[~.]{0,2}/(?:[a-z0-9_/-]+|.*\..*)|\$.*|[A-Za-z][a-z_-]{,20}\d{,3}")
-_EDGE, _END = r"(?<![A-Za-z0-9_-])", r"(?![A-Za-z0-9_-])"
+_EDGE, _END = r"(?<![A-Za-z0-9])", r"(?![A-Za-z0-9])"
 _SHAPES: Mapping[str, re.Pattern[str]] = {
     "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END|\Z)", re.DOTALL),
     "a Hugging Face token": re.compile(rf"{_EDGE}hf_[A-Za-z0-9]{{30,}}{_END}"),
@@ -25,7 +25,7 @@ _SHAPES: Mapping[str, re.Pattern[str]] = {
     "a GitLab token": re.compile(rf"{_EDGE}glpat-[\w-]{{20,}}"),
     "a key of wandb": re.compile(rf"{_EDGE}wandb_v1_\w{{20,}}"),
     "an AWS key": re.compile(rf"{_EDGE}(?:AKIA|ASIA)[0-9A-Z]{{16}}{_END}"),
-    "an API key": re.compile(rf"{_EDGE}sk-(?=[\w-]*\d)(?=[\w-]*[A-Z])[\w-]{{20,}}"),
+    "an API key": re.compile(r"(?<![\w-])sk-(?=[\w-]*\d)(?=[\w-]*[A-Z])[\w-]{20,}"),
     "a Slack token": re.compile(rf"{_EDGE}xox[abeoprs]-(?=[\w-]*\d{{6}})[A-Za-z0-9-]{{20,}}"),
     "a JSON web token": re.compile(rf"{_EDGE}eyJ[\w-]{{10,}}\.[\w-]{{10,}}\.[\w-]{{10,}}"),
     "a password in an address": re.compile(r"(?<=://)[^\s/:@]+:[^\s/@]+(?=@)"),
