@@ -176,7 +176,7 @@ class WandbConfig:
     __pydantic_config__ = STRICT
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online where a key and the network are, else off."""
+    """auto: online where there is a key, else off. Where the server cannot be used, online and auto go on offline."""
     project: str | None = None
     """Project; null: finetune-launcher."""
     entity: str | None = None

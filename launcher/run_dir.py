@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from launcher.errors import UsageError
+from launcher.redact import redact_all
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -289,8 +290,9 @@ class RunDir:
         write_json_atomic(self.status, {**self.read_status(), **changes, "updated": time.time()})
 
     def append_event(self, kind: str, **fields: Any) -> None:
-        """Add a line ``{time, kind, host, …}`` to ``events.jsonl``."""
-        append_jsonl(self.events, {"time": time.time(), "kind": kind, "host": socket.gethostname(), **fields})
+        """Add a line ``{time, kind, host, …}`` to ``events.jsonl``; messages may quote what no file must hold."""
+        known = {"time": time.time(), "kind": kind, "host": socket.gethostname()}
+        append_jsonl(self.events, known | redact_all(fields))
 
     def append_metrics(self, **fields: Any) -> None:
         """Add a line to ``metrics.jsonl``."""
