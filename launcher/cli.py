@@ -28,11 +28,12 @@ other commands:
   launch why RUN           the first failure of a run, and its cure
   launch models [PATTERN]  torchvision's classification models; --layers ARCH: names for freeze and groups
   launch recipes           the recipes that come with this package
+  launch check DATA        look through an image folder: bad files, classes, images that are there twice
   launch doctor            check this machine; --nodes N: nodes of a cluster and their network
   launch schema            the JSON Schema of a recipe, for editors
 
-exit codes: 0 done, 1 failed, 2 wrong recipe or command line (nothing was started), 3 a check of the machine failed,
-75 interrupted with a checkpoint and resumable
+exit codes: 0 done, 1 failed, 2 wrong recipe or command line (nothing was started), 3 a check of the machine
+or of images failed, 75 interrupted with a checkpoint and resumable
 """
 
 
@@ -172,6 +173,16 @@ def _doctor(argv: list[str]) -> int:
     return doctor.run(as_json=args.as_json)
 
 
+def _check(argv: list[str]) -> int:
+    parser = _parser("check", "Look through an image folder: bad files, classes, images that are there twice.")
+    parser.add_argument("data", metavar="DATA", help="the folder that holds train/ and val/")
+    parser.add_argument("--json", action="store_true", dest="as_json", help="for programs; lists every file")
+    args = parser.parse_args(argv)
+    from launcher.commands import check
+
+    return check.run(args.data, as_json=args.as_json)
+
+
 def _recipes(argv: list[str]) -> int:
     _parser("recipes", "List the recipes that come with this package.").parse_args(argv)
     for path in sorted(RECIPES.rglob("*.yaml")):
@@ -202,6 +213,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "compare": _compare,
     "models": _models,
     "doctor": _doctor,
+    "check": _check,
     "recipes": _recipes,
     "schema": _schema,
 }

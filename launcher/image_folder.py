@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,6 +65,25 @@ def find_problems(path: Path) -> list[str]:
         if empty:
             problems.append(f"{path / split}: no images in {_few(empty)} (looked for {', '.join(EXTENSIONS)})")
     return problems
+
+
+def read_quarantine(bad_images: Path) -> frozenset[str]:
+    """What a run leaves out, of its ``bad_images.json``: paths relative to the data folder; none without the file."""
+    try:
+        listed = json.loads(bad_images.read_text(encoding="utf-8"))["images"]
+    except FileNotFoundError:  # a run of an earlier version
+        return frozenset()
+    return frozenset(image["path"] for image in listed)
+
+
+def relative(path: str, folder: Path) -> str:
+    """A listed path as seen from the data folder it was listed in."""
+    return path.removeprefix(f"{folder}/")
+
+
+def printable(path: str) -> str:
+    """A path for messages: bytes in it that are no UTF-8 could not be printed."""
+    return path.encode(errors="backslashreplace").decode()
 
 
 def _walk(folder: Path) -> Iterator[str]:

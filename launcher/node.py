@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import diagnose, history, processes
+from launcher import diagnose, history, processes, quarantine
 from launcher.errors import EXIT_FAILED, EXIT_OK, InterruptedRunError, TrainingError, UsageError, exit_code_of
 from launcher.redact import redact
 from launcher.run_dir import RunDir
@@ -56,6 +56,7 @@ def supervise(run: RunDir, plan: dict[str, Any], *, node_rank: int, first_attemp
     attempt = first_attempt or history.next_attempt(run)
     try:
         with stop:
+            _check_images(run, node_rank, stop, attempt)
             outcomes = _train(run, plan, node_rank, stop, attempt)
             if "preempted" in outcomes.values():
                 raise _interrupted(run, node_rank, stop)
@@ -78,6 +79,18 @@ def _wait_for_run(path: str) -> RunDir:
             )
         time.sleep(0.2)
     return run
+
+
+def _check_images(run: RunDir, node_rank: int, stop: StopSignals, attempt: int) -> None:
+    """Have it settled which images are left out before any worker deals them out."""
+
+    def heed_stop() -> None:
+        if stop.requested:
+            if node_rank == 0 and run.read_status()["state"] != "cancelled":
+                run.update_status(state="preempted")
+            raise InterruptedRunError(f"interrupted while the images were checked; go on with: launch resume {run}")
+
+    quarantine.prepare(run, attempt=attempt, node_rank=node_rank, progress=heed_stop)
 
 
 def _train(run: RunDir, plan: dict[str, Any], node_rank: int, stop: StopSignals, attempt: int) -> dict[int, str]:

@@ -74,6 +74,9 @@ class DataConfig:
     and mirrored)."""
     workers: CountOrZero | Auto = "auto"
     """Loader processes per rank; auto: the rank's cores but one, at most 8."""
+    on_bad_image: Literal["error", "quarantine"] = "error"
+    """Images that cannot be decoded are looked for before training. error: nothing is started; quarantine: they are
+    left out from the beginning, and listed in bad_images.json and the report."""
 
 
 @dataclass(frozen=True, kw_only=True)

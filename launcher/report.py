@@ -98,6 +98,7 @@ def build_report(run: RunDir) -> Json:
             "confusion": best_val.get("confusion"),
             "mistakes": _mistakes(best_val),
             "exports": exports,
+            "bad_images": _bad_images(run, missing),
             "recipe": recipe,
             "settings": _settings(recipe, recipes.to_dict(recipes.Recipe())),
             "next": _next_commands(run, state, best, exports) + _sync_command(run, state, events),
@@ -219,6 +220,14 @@ def _exports(manifest: Json, best: Json | None) -> Json | None:
     if not manifest:
         return None
     return {**manifest, "of_best": best is None or manifest["checkpoint"]["step"] == best["step"]}
+
+
+def _bad_images(run: RunDir, missing: list[str]) -> Json | None:
+    """What was left out because it cannot be decoded; None: the images were not looked through."""
+    if not run.bad_images.exists():  # a run of an earlier version, or one that has not begun
+        return None
+    found = _read_json(run.bad_images, missing, "images that cannot be decoded")
+    return _take(found, ("scanned", "leaked", "images"))
 
 
 def _settings(values: Json, defaults: Json, prefix: str = "") -> list[Json]:

@@ -6,6 +6,7 @@ import json
 import math
 from typing import Any
 
+from launcher.image_folder import printable
 from launcher.report_charts import Point, line_chart
 from launcher.report_markup import (
     Cell,
@@ -25,6 +26,7 @@ Json = dict[str, Any]
 
 MAX_HEAT_CLASSES = 30
 MAX_POINTS = 200
+MAX_BAD_IMAGES = 200
 
 
 def render(report: Json) -> str:
@@ -36,6 +38,7 @@ def render(report: Json) -> str:
         section("Exports", _exports(report["exports"])),
         section("Classes", _classes(report)),
         section("Confusion matrix", _confusion(report)),
+        section("Bad images", _bad_images(report["bad_images"])),
         section("Attempts", _attempts(report["attempts"])),
         section("Recipe", _recipe(report["settings"])),
     )
@@ -217,6 +220,27 @@ def _heat_cells(counts: list[int], *, hit: int) -> str:
         share = f"{0.55 * count / total:.2f}"
         cells.append(f'<td{css_class(css)} style="background:rgb(var(--heat)/{share})">{count}</td>')
     return "".join(cells)
+
+
+def _bad_images(found: Json | None) -> str:
+    if not found:
+        return ""
+    leaked, images = found["leaked"], found["images"]
+    text = f"{leaked:,} of the validation images are training images too, byte for byte: what is measured flatters."
+    leaks = f"<p>{text}</p>" if leaked else ""
+    if not images:
+        return leaks
+    rows = [
+        [
+            (escape(printable(row["path"])), ""),
+            (escape(row["kind"].replace("_", " ")), ""),
+            (escape(row["message"]), "text"),
+        ]
+        for row in images[:MAX_BAD_IMAGES]
+    ]
+    rest = "; the others are in bad_images.json" if len(images) > MAX_BAD_IMAGES else ""
+    caption = f"{len(images):,} of {found['scanned']:,} images cannot be decoded and have no part in this{rest}"
+    return leaks + html_table(caption, [("image", ""), ("kind", ""), ("found", "")], rows)
 
 
 def _attempts(attempts: list[Json]) -> str:

@@ -103,7 +103,7 @@ def render(report: Json, recipe_yaml: str) -> str:
         command=report["command"].replace("`", "'"),
         run_id=_md(report["run_id"]),
         state=report["state"].replace("_", " "),
-        data=f"Trained on the {source}, `train/`.",
+        data=f"Trained on the {source}, `train/`.{_left_out(report['bad_images'])}",
         samples=(report["best_val"] or {}).get("samples") or "an unknown number of",
         metrics=_card_metrics(report),
         exports=_card_exports(exports),
@@ -121,6 +121,11 @@ def _md(value: Any) -> str:
 
 def _md_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows))
+
+
+def _left_out(found: Json | None) -> str:
+    num = len(found["images"]) if found else 0
+    return f" {num} image{'s' if num > 1 else ''} that cannot be decoded took no part in anything." if num else ""
 
 
 def _card_metrics(report: Json) -> str:
@@ -175,6 +180,9 @@ def _limitations(report: Json) -> list[str]:
     few = [name for name, row in (report["per_class"] or {}).items() if row["samples"] < FEW_SAMPLES]
     if few:
         lines.append(f"Fewer than {FEW_SAMPLES} validation images, so figures of little worth: {_md(', '.join(few))}.")
+    leaked = (report["bad_images"] or {}).get("leaked")
+    if leaked:
+        lines.append(f"{leaked} of the validation images are training images too, so the figures flatter.")
     if report["recipe"]["model"]["weights"] is not None:
         lines.append("The licence and the biases of the weights that training started from are its own too.")
     if report["exports"]:

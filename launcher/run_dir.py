@@ -150,6 +150,11 @@ class RunDir:
         return self.path / "status.json"
 
     @property
+    def bad_images(self) -> Path:
+        """Images that cannot be decoded: ``{version, attempt, scanned, leaked, images}``; made before the workers."""
+        return self.path / "bad_images.json"
+
+    @property
     def events(self) -> Path:
         """One line per attempt, restart, signal, failure, checkpoint, export."""
         return self.path / "events.jsonl"

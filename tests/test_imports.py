@@ -36,8 +36,18 @@ HEAVY = {
 # From the ground up; a part imports from its own floor or from below it.
 FLOORS = (
     {"launcher", "launcher.errors", "launcher.processes", "launcher.redact"},
-    {"launcher.run_dir", "launcher.topology", "launcher.network", "launcher.image_folder", "launcher.catalog"}
-    | {"launcher.wandb_folder"},
+    {
+        "launcher.run_dir",
+        "launcher.topology",
+        "launcher.network",
+        "launcher.image_folder",
+        "launcher.image_probe",
+        "launcher.image_probe_pool",
+        "launcher.image_scan",
+        "launcher.image_scan_cache",
+        "launcher.catalog",
+        "launcher.wandb_folder",
+    },
     {
         "launcher.recipe",
         "launcher.recipe_source",
@@ -55,6 +65,7 @@ FLOORS = (
         "launcher.preflight",
         "launcher.history",
         "launcher.diagnose",
+        "launcher.quarantine",
         "launcher.report",
         "launcher.report_charts",
         "launcher.report_html",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
+from launcher import image_scan
 from launcher.history import events
 from launcher.run_dir import RunDir, read_jsonl
 
@@ -187,11 +189,66 @@ def test_a_killed_worker_is_started_again_and_the_weights_are_the_same(start, tm
     assert session_of(process) == []
 
 
-def test_a_broken_image_ends_the_run_once_and_why_names_it(start, tmp_path):
-    data = tmp_path / "photos"
-    subprocess.run(["cp", "-r", str(Path(os.environ["FINETUNE_LAUNCHER_CACHE"]) / "digits"), str(data)], check=True)
+@pytest.fixture
+def photos(undisturbed, tmp_path):
+    """The digits as a user's own image folder."""
+    return shutil.copytree(Path(os.environ["FINETUNE_LAUNCHER_CACHE"]) / "digits", tmp_path / "photos")
+
+
+def break_unseen(file):
+    """Put rubbish in a file's place, of its size and its time: what was known of the file is now wrong."""
+    before = file.stat()
+    file.write_bytes(b"x" * before.st_size)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def spoil(photos):
+    """Two bad training images and a bad validation image."""
+    first, second = sorted((photos / "train/7").iterdir())[:2]
+    val = min((photos / "val/3").iterdir())
+    first.write_bytes(b"not an image")
+    second.write_bytes(second.read_bytes()[:60])
+    val.write_bytes(b"")
+    return [str(file.relative_to(photos)) for file in (first, second, val)]
+
+
+def test_bad_images_are_refused_before_anything_is_written(start, tmp_path, photos):
+    bad = spoil(photos)
+    process = start(RECIPE, "data.name=imagefolder", f"data.path={photos}", "--run-dir", "run")
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 2, output
+    assert "nothing was started" in output
+    assert "data.on_bad_image=quarantine" in output
+    assert all(path in output for path in bad)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_bad_images_are_left_out_on_every_rank_and_listed(start, tmp_path, photos, debug):
+    bad = spoil(photos)
+    data = ("data.name=imagefolder", f"data.path={photos}", "data.on_bad_image=quarantine")
+    process = start(RECIPE, *data, "--run-dir", "run", *(["--debug"] if debug else []))
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0, output
+    assert "3 images are left out" in output
+    run = RunDir(tmp_path / "run")
+    found = json.loads(run.bad_images.read_text())
+    assert [image["path"] for image in found["images"]] == bad
+    assert found["scanned"] == 1797
+    if debug:
+        return
+    assert [m["samples"] for m in read_jsonl(run.metrics) if m["split"] == "val"] == [359]
+    assert json.loads(run.export_manifest.read_text())["val_samples"] == 359
+    assert json.loads(run.report_json.read_text())["bad_images"]["images"] == found["images"]
+    assert all(path in run.report_html.read_text() for path in bad)
+    assert "3 images that cannot be decoded" in run.model_card.read_text()
+
+
+def test_an_image_that_breaks_later_ends_the_run_once_and_why_names_it(start, tmp_path, photos):
+    data = photos
+    image_scan.scan(data)
     broken = min((data / "train/7").iterdir())
-    broken.write_bytes(b"not an image")
+    break_unseen(broken)
     process = start(
         RECIPE, "data.name=imagefolder", f"data.path={data}", NO_POST, "launch.max_restarts=3", "--run-dir", "run"
     )
@@ -230,12 +287,11 @@ def test_two_nodes_started_by_hand_make_one_run(start, tmp_path):
     assert {e["node"] for e in events(run, "attempt_started")} == {0, 1}
 
 
-def test_a_sweep_without_slurm_runs_one_after_the_other_and_one_that_fails_stops_no_other(start, tmp_path):
-    broken = tmp_path / "broken"
-    for split in ("train", "val"):
-        for name in ("a", "b"):
-            (broken / split / name).mkdir(parents=True)
-            (broken / split / name / "0.jpg").write_text("no image")
+def test_a_sweep_without_slurm_runs_one_after_the_other_and_one_that_fails_stops_no_other(start, tmp_path, photos):
+    broken = photos
+    image_scan.scan(broken)
+    for file in (broken / "train").rglob("*.png"):
+        break_unseen(file)
     data = f"data={{name: digits}},{{name: imagefolder, path: {broken}}},{{name: digits, image_size: 32}}"
     process = start(RECIPE, data, "batch.size=32", NO_POST, "--backend", "torchrun", "--sweep", "--run-dir", "sweep")
     output, _ = process.communicate(timeout=DEADLINE_S)

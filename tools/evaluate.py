@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from launcher import image_folder
 from launcher import recipe as recipes
 from launcher.engine import checkpoint, data
 from launcher.engine.data import ImageDataset, Preprocessing, build_loader
@@ -52,11 +53,14 @@ class BestModel:
     """``state.json`` of the checkpoint."""
     folder: Path
     """The checkpoint."""
+    left_out: frozenset[str]
+    """Paths of the images that the run does without, relative to its data folder."""
 
     def dataset(self, split: str) -> ImageDataset:
         """One split, as validation sees it."""
         folder = data.prepare(self.recipe.data)
-        return ImageDataset(folder, split, self.preprocessing.transform(), seed=self.recipe.seed)
+        transform = self.preprocessing.transform()
+        return ImageDataset(folder, split, transform, seed=self.recipe.seed, left_out=self.left_out)
 
     def batches(self, split: str, indices: Sequence[int] | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Normalised images (float32 N x 3 x S x S) and labels (int64 N) of a split, or of some of its indices."""
@@ -93,6 +97,7 @@ def load_best(run: RunDir) -> BestModel:
         preprocessing=preprocessing,
         state=loaded.state,
         folder=folder,
+        left_out=image_folder.read_quarantine(run.bad_images),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from launcher import history
+from launcher import history, quarantine
 from launcher.errors import EXIT_OK, InterruptedRunError
 from launcher.run_dir import RunDir, WorkerSpec
 
@@ -17,6 +17,7 @@ def submit(plan: LaunchPlan) -> int:
     """Train here; an error leaves with its whole traceback."""
     run = RunDir(plan.run_dir)
     attempt = history.next_attempt(run)
+    quarantine.prepare(run, attempt=attempt, node_rank=0, progress=lambda: None)
     run.append_event("attempt_started", attempt=attempt, node=0, workers=1)
     spec = WorkerSpec(run_dir=str(run.path), attempt=attempt, debug=plan.debug)
     outcome = importlib.import_module("launcher.engine.worker").train_here(spec)

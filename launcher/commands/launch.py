@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import __version__, processes
+from launcher import __version__, history, processes
 from launcher.commands import RECIPES
 from launcher.errors import EXIT_OK, UsageError
 from launcher.redact import find_secret, redact
@@ -122,7 +122,7 @@ def plan_run(recipe: Recipe, args: argparse.Namespace, *, run_id: str, run_dir: 
 
 def _carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_id: str) -> int:
     """Plan, and print the plan or run it: one road for every backend."""
-    from launcher import backends, lint
+    from launcher import backends, lint, quarantine
 
     plan = plan_run(recipe, args, run_id=run_id, run_dir=args.run_dir)
     if args.dry_run:
@@ -132,10 +132,16 @@ def _carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_
     with processes.importing():
         checks = importlib.import_module("launcher.engine.checks")
     checks.check(recipe, source.where)
+    found = None
     if plan.script:
         lint.check(plan.to_dict(), RunDir(plan.run_dir))
+    elif plan.node_rank == 0:
+        found = quarantine.check(recipe, source.where)
     if plan.node_rank == 0:
         write_run(plan, recipe)
+        if found:
+            run = RunDir(plan.run_dir)
+            quarantine.record(run, recipe, found, attempt=history.next_attempt(run))
         print(f"run {plan.run_id}: {plan.world_size} workers on {plan.device}, in {plan.run_dir}", flush=True)
     else:
         print(f"node {plan.node_rank} of {plan.nodes}: joining the run in {plan.run_dir}", flush=True)

@@ -98,7 +98,7 @@ def _array_script(plans: list[LaunchPlan], base: Path, parallel: int) -> str:
 
 
 def _check_all(plans: list[LaunchPlan], loaded: list[tuple[Recipe, Source]]) -> None:
-    from launcher import lint
+    from launcher import lint, quarantine
 
     os.environ.update(plans[0].env)
     with processes.importing():
@@ -107,6 +107,9 @@ def _check_all(plans: list[LaunchPlan], loaded: list[tuple[Recipe, Source]]) -> 
         checks.check(recipe, source.where)
     if plans[0].script:
         lint.check(plans[0].to_dict(), RunDir(plans[0].run_dir))
+        return
+    for recipe, source in {recipe.data: (recipe, source) for recipe, source in loaded}.values():
+        quarantine.check(recipe, source.where)
 
 
 def _run_one_after_the_other(plans: list[LaunchPlan]) -> None:

@@ -79,12 +79,23 @@ class ImageDataset(Dataset[Batch]):
         split: train or val.
         transform: uint8 3 x H x W to uint8 3 x S x S.
         seed: the recipe's; the randomness of a sample's transform follows from (seed, epoch, index).
+        left_out: paths relative to ``folder`` that are no samples. Of training images the schedule leaves them out,
+            so that the others keep their indices.
     """
 
-    def __init__(self, folder: Path, split: str, transform: v2.Transform, *, seed: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        transform: v2.Transform,
+        *,
+        seed: int,
+        left_out: frozenset[str] = frozenset(),
+    ) -> None:
         self.classes = image_folder.find_classes(folder / "train")
-        self.samples = image_folder.list_images(folder / split, self.classes)
         self._folder = folder
+        listed = image_folder.list_images(folder / split, self.classes)
+        self.samples = [sample for sample in listed if image_folder.relative(sample[0], folder) not in left_out]
         self._transform = transform
         self._seed = seed
 
@@ -96,8 +107,13 @@ class ImageDataset(Dataset[Batch]):
         """Of the samples' paths below the folder and their classes, in their order."""
         digest = hashlib.sha256()
         for path, label in self.samples:
-            digest.update(f"{label} {os.path.relpath(path, self._folder)}\n".encode(errors="surrogateescape"))
+            digest.update(f"{label} {image_folder.relative(path, self._folder)}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
+
+    def find(self, paths: frozenset[str]) -> frozenset[int]:
+        """Indices of the samples with these paths, relative to the data folder."""
+        listed = (image_folder.relative(path, self._folder) for path, _ in self.samples)
+        return frozenset(index for index, path in enumerate(listed) if path in paths)
 
     def __getitem__(self, position: tuple[int, int]) -> Batch:
         """The image at (epoch, index), uint8 3 x S x S, and its class, int64."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from launcher import image_folder
 from launcher import recipe as recipes
 from launcher.engine import data, optim
 from launcher.engine.distributed import broadcast_buffers
@@ -147,8 +148,9 @@ def build_parts(run: RunDir, ranks: Ranks, device: Device, *, debug: bool = Fals
     recipe = recipes.read_resolved(run.recipe)
     folder = data.prepare(recipe.data)
     preprocessing = build_preprocessing(recipe.model, recipe.data)
+    left_out = image_folder.read_quarantine(run.bad_images)
     train_set = data.ImageDataset(folder, "train", preprocessing.transform(recipe.data.augment), seed=recipe.seed)
-    val_set = data.ImageDataset(folder, "val", preprocessing.transform(), seed=recipe.seed)
+    val_set = data.ImageDataset(folder, "val", preprocessing.transform(), seed=recipe.seed, left_out=left_out)
     channels_last = device.channels_last if recipe.train.channels_last == "auto" else recipe.train.channels_last
     model = build_model(
         recipe,
@@ -173,6 +175,7 @@ def build_parts(run: RunDir, ranks: Ranks, device: Device, *, debug: bool = Fals
             num_samples=len(train_set),
             batch_sizes=batch_sizes,
             global_batch_size=recipe.batch.global_size or sum(batch_sizes) * recipe.batch.accumulate,
+            excluded=train_set.find(left_out),
         ),
         train_set=train_set,
         val_set=val_set,

@@ -1,0 +1,128 @@
+"""``launch check DATA``: what is bad or unusual about an image folder, before anybody trains on it."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher import image_folder, image_scan
+from launcher.errors import EXIT_OK, EXIT_PREFLIGHT, UsageError
+from launcher.image_folder import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from launcher.image_scan import Scan
+
+NUM_SHOWN = 20
+NUM_PAIRS_SHOWN = 5
+FEW_IMAGES = 10
+IMBALANCE = 10.0
+"""How many times more images the largest class has than the smallest before that is worth a word."""
+
+
+def run(path: str, *, as_json: bool) -> int:
+    """Look through an image folder and say what was found.
+
+    Args:
+        path: holds train/ and val/.
+        as_json: print :func:`describe` instead of lines for people.
+
+    Returns:
+        ``EXIT_OK``, or ``EXIT_PREFLIGHT`` where training on it would be refused; warnings do not count.
+
+    Raises:
+        UsageError: there is no such folder.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UsageError(image_folder.find_problems(folder)[0])
+    problems = image_folder.find_problems(folder)
+    found = image_scan.scan(folder, progress=image_scan.show_progress())
+    for warning in found.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(describe(found, problems), indent=2))
+    else:
+        _print(found, problems)
+    return EXIT_PREFLIGHT if problems or found.bad else EXIT_OK
+
+
+def describe(found: Scan, problems: list[str]) -> dict[str, Any]:
+    """All that was found, for programs; paths are relative to the folder."""
+    return {
+        "folder": str(found.folder),
+        "ok": not (problems or found.bad),
+        "problems": problems,
+        "classes": {split: dict(found.class_counts(split)) for split in _splits(found)},
+        "bad": [
+            {"path": image.path, "split": image.split, "kind": image.kind, "message": image.message, "cure": image.cure}
+            for image in found.bad
+        ],
+        "notes": found.noted(),
+        "leaks": [{"train": train, "val": val} for train, val in found.leaks()],
+        "contradictions": found.contradictions(),
+    }
+
+
+def _splits(found: Scan) -> list[str]:
+    return [split for split in image_folder.SPLITS if (found.folder / split).is_dir()]
+
+
+def _print(found: Scan, problems: list[str]) -> None:
+    for split in _splits(found):
+        _print_split(split, found)
+    for note, paths in found.noted().items():
+        print(f"note     {len(paths):,} {image_scan.NOTES[note]}, as {printable(paths[0])}")
+    leaks, contradictions = found.leaks(), found.contradictions()
+    if leaks:
+        print(f"warning  {_images(len(leaks))} of val/ also in train/, byte for byte; what is measured will flatter:")
+        _print_some([f"{printable(val)} is {printable(train)}" for train, val in leaks], NUM_PAIRS_SHOWN)
+    if contradictions:
+        print(f"warning  {_images(len(contradictions))} of train/ in more than one class, byte for byte:")
+        _print_some([printable(", ".join(paths)) for paths in contradictions], NUM_PAIRS_SHOWN)
+    for problem in problems:
+        print(f"problem  {printable(problem)}")
+    if found.bad:
+        print(
+            f"problem  {_images(len(found.bad))} that cannot be decoded; data.on_bad_image=quarantine would leave out:"
+        )
+        _print_some([f"{image}; {image.cure}" for image in found.bad], NUM_SHOWN)
+    known = len(found.images) - found.num_read
+    seen = f"{found.num_read:,} were read, {known:,} have not changed since they were"
+    print(f"\n{_images(len(found.images))} in {printable(str(found.folder))}: {seen}")
+
+
+def _print_split(split: str, found: Scan) -> None:
+    counts = found.class_counts(split)
+    total = f"{split + '/':<8} {_images(counts.total())} in {len(counts)} class{'' if len(counts) == 1 else 'es'}"
+    if not counts:
+        print(total)
+        return
+    fewest, most = min(counts, key=lambda name: counts[name]), max(counts, key=lambda name: counts[name])
+    if counts[fewest] == counts[most]:
+        print(f"{total}: {counts[most]:,} in each")
+    else:
+        ends = [f"{counts[name]:,} ({printable(name)})" for name in (fewest, most)]
+        print(f"{total}: {' to '.join(ends)}, the median is {statistics.median(counts.values()):,.0f}")
+    few = [f"{printable(name)} ({count})" for name, count in counts.items() if count < FEW_IMAGES]
+    if few:
+        print(f"warning  fewer than {FEW_IMAGES} images in {len(few)} of them:")
+        _print_some(few, NUM_PAIRS_SHOWN)
+    elif counts[most] > IMBALANCE * counts[fewest]:
+        times = counts[most] / counts[fewest]
+        print(f"warning  {printable(most)} has {times:.0f} times the images of {printable(fewest)}")
+
+
+def _images(num: int) -> str:
+    return f"{num:,} image{'' if num == 1 else 's'}"
+
+
+def _print_some(lines: Sequence[str], limit: int) -> None:
+    for line in lines[:limit]:
+        print(f"           {line}")
+    if len(lines) > limit:
+        print(f"           and {len(lines) - limit:,} more (--json has all)")

@@ -1,0 +1,209 @@
+"""Looks through the images of a data folder once: what cannot be decoded, what is unusual, what is there twice."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from launcher import image_folder, image_scan_cache
+from launcher.image_folder import printable
+from launcher.image_probe_pool import ProbePool
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterator
+    from pathlib import Path
+
+    from launcher.image_probe import Answer
+    from launcher.image_scan_cache import Entries, Stamp
+
+CURES = {
+    "unreadable": "mend its permissions, its name or the disk",
+    "empty": "copy it again, or remove it",
+    "not_an_image": "remove it, or give it the ending that it should have",
+    "truncated": "copy it again, or remove it",
+    "damaged": "copy or save it again, or remove it",
+    "bomb": "scale it down, or remove it",
+    "crashes_decoder": "save it again by another program, or remove it",
+}
+"""What can be bad about a file, and what to do."""
+NOTES = {
+    "cmyk": "CMYK, turned into RGB",
+    "16_bit": "16 bits per channel, scaled to 8",
+    "palette": "with a palette, turned into RGB",
+    "rgba": "with transparency, which is dropped",
+    "exif_rotated": "turned or mirrored as their EXIF data say",
+    "animated": "with several frames or pages, of which the first counts",
+}
+"""What the engine does about files that are unusual but good."""
+NOT_CACHED = ("unreadable", "crashes_decoder")
+"""What may be over without a change of the file."""
+FILES_PER_WORKER = 100
+PROGRESS_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScannedImage:
+    """One file, as it was found."""
+
+    path: str
+    """Relative to the data folder."""
+    split: str
+    """train or val."""
+    class_name: str
+    """Its class folder."""
+    digest: str
+    """Hash of its content; empty where it cannot be read."""
+    kind: str | None
+    """What is bad about it, a key of CURES; None: nothing."""
+    message: str
+    """The same in words."""
+    notes: tuple[str, ...]
+    """What is unusual about it, keys of NOTES."""
+
+    @property
+    def cure(self) -> str:
+        """What to do about a bad one."""
+        return CURES[str(self.kind)]
+
+    def __str__(self) -> str:
+        return f"{printable(self.path)}: {str(self.kind).replace('_', ' ')}: {self.message}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scan:
+    """A data folder, looked through."""
+
+    folder: Path
+    """It holds train/ and val/."""
+    images: list[ScannedImage]
+    """All of them, in the order in which they are listed."""
+    num_read: int
+    """How many had to be read; the rest was known."""
+    warnings: list[str]
+    """What went wrong beside the images."""
+
+    @property
+    def bad(self) -> list[ScannedImage]:
+        """Images that cannot be trained on."""
+        return [image for image in self.images if image.kind]
+
+    def class_counts(self, split: str) -> Counter[str]:
+        """Good images of each class, 0 too, in the order of the classes."""
+        counts = Counter(dict.fromkeys(image_folder.find_classes(self.folder / split), 0))
+        counts.update(image.class_name for image in self.images if image.split == split and not image.kind)
+        return counts
+
+    def noted(self) -> dict[str, list[str]]:
+        """Paths of the images that each note is about; only notes that there are."""
+        found = {
+            note: [image.path for image in self.images if note in image.notes]
+            for note in {note for image in self.images for note in image.notes}
+        }
+        return {note: found[note] for note in NOTES if note in found}
+
+    def leaks(self) -> list[tuple[str, str]]:
+        """Validation images whose very bytes are a training image too: (training path, validation path)."""
+        train = {image.digest: image.path for image in self.images if image.split == "train" and not image.kind}
+        val = (image for image in self.images if image.split == "val" and not image.kind)
+        return [(train[image.digest], image.path) for image in val if image.digest in train]
+
+    def contradictions(self) -> list[list[str]]:
+        """Training images with the same bytes in different classes."""
+        same: dict[str, list[ScannedImage]] = {}
+        for image in self.images:
+            if image.split == "train" and not image.kind:
+                same.setdefault(image.digest, []).append(image)
+        return [[i.path for i in group] for group in same.values() if len({i.class_name for i in group}) > 1]
+
+
+def scan(folder: Path, *, workers: int | None = None, progress: Callable[[int, int], None] | None = None) -> Scan:
+    """Look through both splits of ``folder``; files that were seen before and have not changed are not read again.
+
+    Args:
+        folder: holds train/ and val/; a split that is missing has no images.
+        workers: processes that decode; None: one a core, fewer where there is little to do.
+        progress: told how many of how many files are read, twice a second at least; what it raises ends the scan, and
+            what was found until then is remembered.
+    """
+    listed = list(_list(folder))
+    entries = image_scan_cache.load(folder)
+    stamps = {path: _stamp(f"{folder}/{path}") for path, _, _ in listed}
+    new = [path for path, stamp in stamps.items() if path not in entries or entries[path][0] != stamp]
+    warnings: list[str] = []
+    try:
+        with contextlib.closing(_read(folder, new, workers, progress)) as found:
+            for path, answer in found:
+                entries[path] = stamps[path], answer
+    finally:
+        if new:
+            warnings += _save(folder, {path: entries[path] for path in stamps if path in entries})
+    images = []
+    for path, split, class_name in listed:
+        digest, kind, message, notes = entries[path][1]
+        image = ScannedImage(
+            path=path, split=split, class_name=class_name, digest=digest, kind=kind, message=message, notes=notes
+        )
+        images.append(image)
+    return Scan(folder=folder, images=images, num_read=len(new), warnings=warnings)
+
+
+def show_progress() -> Callable[[int, int], None]:
+    """Progress for people: a line every few seconds, on standard error."""
+    next_line = time.monotonic() + PROGRESS_S
+
+    def show(done: int, total: int) -> None:
+        nonlocal next_line
+        if time.monotonic() > next_line:
+            next_line += PROGRESS_S
+            print(f"checking the images: {done:,} of {total:,} are read", file=sys.stderr, flush=True)
+
+    return show
+
+
+def _list(folder: Path) -> Iterator[tuple[str, str, str]]:
+    """Relative path, split and class of every image."""
+    for split in image_folder.SPLITS:
+        if (folder / split).is_dir():
+            classes = image_folder.find_classes(folder / split)
+            for path, label in image_folder.list_images(folder / split, classes):
+                yield image_folder.relative(path, folder), split, classes[label]
+
+
+def _stamp(file: str) -> Stamp:
+    with contextlib.suppress(OSError):
+        found = os.stat(file)  # noqa: PTH116  a million times
+        return found.st_size, found.st_mtime_ns
+    return -1, -1
+
+
+def _read(
+    folder: Path, paths: list[str], workers: int | None, progress: Callable[[int, int], None] | None
+) -> Generator[tuple[str, Answer]]:
+    """Have files looked into by processes; in the order in which they are done."""
+    if not paths:
+        return
+    num = workers or max(1, min(len(os.sched_getaffinity(0)), len(paths) // FILES_PER_WORKER))
+    absolute = {f"{folder}/{path}": path for path in paths}
+    done = 0
+    with ProbePool(absolute, workers=num) as pool:
+        for answers in pool.answers():
+            yield from ((absolute[path], answer) for path, answer in answers)
+            done += len(answers)
+            if progress:
+                progress(done, len(paths))
+
+
+def _save(folder: Path, entries: Entries) -> list[str]:
+    """Remember the answers; where that cannot be, return what to say about it."""
+    lasting = {path: entry for path, entry in entries.items() if entry[1][1] not in NOT_CACHED}
+    try:
+        image_scan_cache.save(folder, lasting)
+    except OSError as error:
+        what = f"{image_scan_cache.file_of(folder)}: cannot be written ({error.strerror})"
+        return [f"{what}, so all images are read again next time; FINETUNE_LAUNCHER_CACHE names another folder"]
+    return []
