@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import difflib
 import os
+import stat
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
+
+from launcher.redact import redact
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -78,11 +81,15 @@ def did_you_mean(found: str, valid: Iterable[str], *, num: int = 3) -> str:
 
 
 def exit_code_of(main: Callable[[], int]) -> int:
-    """Run a command line's ``main``; print what a LaunchError says instead of its traceback, and return its code."""
+    """Run a command line's ``main``; print what a LaunchError says instead of its traceback, and return its code.
+
+    From here on no file or folder is made that everybody may write, whatever the shell's umask says.
+    """
+    os.umask(os.umask(0o077) | stat.S_IWOTH)
     try:
         return main()
     except LaunchError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {redact(str(error))}", file=sys.stderr, flush=True)  # a job's goes to a log
         return error.exit_code
     except BrokenPipeError:  # `launch models | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher import diagnose, history, processes, quarantine
-from launcher.errors import EXIT_OK, InterruptedRunError, TrainingError, UsageError, exit_code_of
+from launcher.errors import EXIT_FAILED, EXIT_OK, InterruptedRunError, TrainingError, UsageError, exit_code_of
+from launcher.redact import redact
 from launcher.run_dir import RunDir
 from launcher.stopping import StopSignals
 
@@ -166,6 +167,7 @@ def run_post_step(run: RunDir) -> str | None:
 def _post_step(run: RunDir) -> None:
     import importlib
     import signal
+    import traceback
 
     for number in processes.STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
@@ -174,7 +176,11 @@ def _post_step(run: RunDir) -> None:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     export_run: Callable[[RunDir], None] = importlib.import_module("launcher.tools.export").export_run
-    export_run(run)
+    try:
+        export_run(run)
+    except Exception:  # whatever it is, its text goes to a file
+        print(redact(traceback.format_exc()), file=sys.stderr, flush=True)
+        sys.exit(EXIT_FAILED)
 
 
 def summary(run: RunDir) -> str:

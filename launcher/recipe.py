@@ -164,6 +164,9 @@ class TrainConfig:
     """When the state of training is written."""
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     """What the best checkpoint is, and when to stop."""
+    on_nan: Literal["stop", "skip", "rollback"] = "stop"
+    """When a step's loss or gradient is no number, which never reaches the weights: stop training; skip the step; or
+    roll back to the last checkpoint and do without the step, three times at most."""
     hang_timeout_s: Positive | None = 600.0
     """Seconds without a step or a validation batch after which the workers are taken for hung: their stacks go to
     their logs, and they are started again. null: never."""
@@ -176,7 +179,7 @@ class WandbConfig:
     __pydantic_config__ = STRICT
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online where a key and the network are, else off."""
+    """auto: online where there is a key, else off. Where the server cannot be used, online and auto go on offline."""
     project: str | None = None
     """Project; null: finetune-launcher."""
     entity: str | None = None

@@ -9,13 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import recipe_yaml
+from launcher import recipe_yaml, redact
 from launcher.errors import Problem, RecipeError, did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from pydantic import ValidationError
+
+NO_SECRETS = (
+    "what stands here is written into files that others read. Take it out and export it in the shell that starts "
+    "`launch`, which SLURM hands on to the job (for wandb, `wandb login` does as well)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +72,41 @@ def read(path: str, overrides: Sequence[str], flags: dict[str, tuple[str, Any]])
     values = typing.cast("dict[str, Any]", OmegaConf.to_container(config, resolve=False))
     source = Source(path=path, values=values, origins=origins)
     problems += _resolve(config, values, "", source.where)
-    return dataclasses.replace(source, problems=tuple(problems))
+    return _without_secrets(dataclasses.replace(source, problems=tuple(problems)))
+
+
+def _without_secrets(source: Source) -> Source:
+    """Refuse each value that is or looks like a secret; neither it nor the override it came by is shown."""
+    secrets = {key: (value, kind) for key, value, kind in _find_secrets(source.values, "")}
+    if not secrets:
+        return source
+    values = [value for value, _ in secrets.values()]
+    origins = {key: _hide(origin, values) for key, origin in source.origins.items()}
+    problems = [
+        dataclasses.replace(problem, where=_hide(problem.where, values), message=_hide(problem.message, values))
+        for problem in source.problems
+    ]
+    clean = dataclasses.replace(source, values=without(source.values, list(secrets)), origins=origins)
+    problems += [
+        Problem(key=key, where=clean.where(key), message=f"{kind}, it seems; {NO_SECRETS}")
+        for key, (_, kind) in secrets.items()
+    ]
+    return dataclasses.replace(clean, problems=tuple(problems))
+
+
+def _find_secrets(values: Any, prefix: str) -> Iterator[tuple[str, str, str]]:
+    """Key, value and kind of each secret in nested values."""
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        if isinstance(value, dict | list):
+            yield from _find_secrets(value, f"{prefix}{key}.")
+        elif isinstance(value, str) and (kind := redact.find_secret(value, str(key))):
+            yield f"{prefix}{key}", value, kind
+
+
+def _hide(text: str, values: Sequence[str]) -> str:
+    for value in values:
+        text = text.replace(value, redact.HIDDEN)
+    return text
 
 
 def _override(config: Any, overrides: Sequence[str], origins: dict[str, str]) -> Iterator[Problem]:

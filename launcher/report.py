@@ -13,6 +13,7 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 from launcher import recipe as recipes
+from launcher import wandb_folder
 from launcher.errors import UsageError
 from launcher.run_dir import write_json_atomic, write_text_atomic
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 TRAIN_FIELDS = ("epoch", "step", "samples", "loss", "top1", "top5", "lr", "images_per_s")
 VAL_FIELDS = ("epoch", "step", "samples", "loss", "top1", "top5", "f1")
-AFTER_TRAINING = ("export", "completed")
+AFTER_TRAINING = ("export", "completed", wandb_folder.UNSYNCED)
 """Kinds of events that may come days after training, and so say nothing about how long it took."""
 NUM_MISTAKES = 10
 
@@ -100,7 +101,7 @@ def build_report(run: RunDir) -> Json:
             "bad_images": _bad_images(run, missing),
             "recipe": recipe,
             "settings": _settings(recipe, recipes.to_dict(recipes.Recipe())),
-            "next": _next_commands(run, state, best, exports),
+            "next": _next_commands(run, state, best, exports) + _sync_command(run, state, events),
             "missing": missing,
         }
     )
@@ -252,6 +253,13 @@ def _next_commands(run: RunDir, state: str, best: Json | None, exports: Json | N
         rows.append(("export", "export, quantize and measure the best checkpoint"))
     # The whole path: whoever reads the report stands in another folder than the one who launched.
     return [{"command": f"launch {verb} {shlex.quote(str(run.path))}", "why": why} for verb, why in rows]
+
+
+def _sync_command(run: RunDir, state: str, events: list[Json]) -> list[Json]:
+    """What sends wandb's records; while the run goes on they are still written."""
+    records = wandb_folder.unsynced(run, events) if state not in ("pending", "running") else []
+    why = "send wandb's server what it has not got of this run"
+    return [{"command": wandb_folder.sync_command(records), "why": why}] if records else []
 
 
 def _clean(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from launcher.errors import UsageError
+from launcher.redact import redact_all
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -73,7 +75,9 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
         size = os.fstat(descriptor).st_size
         if size and os.pread(descriptor, 1, size - 1) != b"\n":  # the last writer was killed in the middle of a line
             line = "\n" + line
-        os.write(descriptor, line.encode())
+        encoded = line.encode()
+        if os.write(descriptor, encoded) != len(encoded):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(descriptor)
 
@@ -291,8 +295,9 @@ class RunDir:
         write_json_atomic(self.status, {**self.read_status(), **changes, "updated": time.time()})
 
     def append_event(self, kind: str, **fields: Any) -> None:
-        """Add a line ``{time, kind, host, …}`` to ``events.jsonl``."""
-        append_jsonl(self.events, {"time": time.time(), "kind": kind, "host": socket.gethostname(), **fields})
+        """Add a line ``{time, kind, host, …}`` to ``events.jsonl``; messages may quote what no file must hold."""
+        known = {"time": time.time(), "kind": kind, "host": socket.gethostname()}
+        append_jsonl(self.events, known | redact_all(fields))
 
     def append_metrics(self, **fields: Any) -> None:
         """Add a line to ``metrics.jsonl``."""

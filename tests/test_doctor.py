@@ -669,17 +669,17 @@ def test_a_slurm_client_that_cannot_submit_is_pointed_out(version, error, has_sr
 
 
 @pytest.mark.parametrize(
-    ("has_key", "mode", "off", "status", "fragment"),
+    ("has_key", "mode", "reason", "status", "fragment"),
     [
         (True, "online", None, "ok", "an API key, so runs are tracked by default"),
-        (False, "disabled", "wandb: off: no API key", "ok", "no API key, so runs are not tracked by default"),
+        (False, "disabled", "no API key for x", "ok", "no API key, so runs are not tracked by default"),
         (False, "offline", None, "ok", "recorded offline"),
         (True, "disabled", None, "ok", "not tracked"),
-        (True, "disabled", "wandb: off: no route", "warning", "no route"),
+        (True, "offline", "no route", "warning", "an API key, but no route: runs are recorded offline"),
     ],
 )
-def test_tracking_that_will_not_happen_is_pointed_out(has_key, mode, off, status, fragment):
-    says(checks.check_wandb("0.31.0", has_key=has_key, mode=mode, off=off), status, "0.31.0", fragment)
+def test_tracking_that_will_not_happen_is_pointed_out(has_key, mode, reason, status, fragment):
+    says(checks.check_wandb("0.31.0", has_key=has_key, mode=mode, reason=reason), status, "0.31.0", fragment)
 
 
 KEY = "0123456789abcdef0123456789abcdef01234567"

@@ -326,6 +326,20 @@ def test_next_are_the_commands_worth_running(write_run, state, exported_step, ve
     assert all(row["why"] for row in rows)
 
 
+@pytest.mark.parametrize(("state", "shown"), [("completed", True), ("failed", True), ("running", False)])
+def test_records_that_wandbs_server_lacks_come_with_the_command_that_sends_them(write_run, state, shown):
+    event = {"time": START + 95_000, "kind": "wandb_unsynced", "folder": "run-2-a", "reason": "given up"}
+    run = write_run(status=STATUS | {"state": state}, events=[*EVENTS, event])
+    for name in ("offline-run-1-a", "run-2-a", "run-3-a"):
+        (run.wandb / name).mkdir(parents=True)
+        (run.wandb / name / "run-a.wandb").touch()
+    command = f"wandb sync --include-online '{run.wandb}/offline-run-1-a' '{run.wandb}/run-2-a'"
+    data, page = written(run)
+    assert (command in [row["command"] for row in data["next"]]) == shown
+    assert (html.escape(command) in page) == shown
+    assert data["wall_s"] < 100  # the exports of another day may have written the event
+
+
 def test_exports_of_another_checkpoint_than_the_best_are_said_to_be(write_run):
     run = write_run(manifest=MANIFEST | {"checkpoint": MANIFEST["checkpoint"] | {"step": 4}})
     data, page = written(run)

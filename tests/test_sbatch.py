@@ -38,6 +38,25 @@ def test_no_value_is_ever_a_command(value, path):
     assert done.returncode == 0, done.stderr
 
 
+@given(value=LINES, name=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{,20}", fullmatch=True), path=LINES)
+def test_every_value_reaches_its_command_as_one_word(value, name, path):
+    """What bash itself makes of the lines that hold values, with a srun that only writes down its words."""
+    folder = "/p" + path.replace("/", "")
+    job = {"name": name, "run_dir": folder, "python": f"{folder}/python"}
+    text = script(job, constraint=value, env={"A": value}, srun_args=[f"--container-image={value}"])
+    (called,) = [line for line in text.splitlines() if line.startswith("srun ")]
+    exports = [line for line in text.splitlines() if line.startswith(("export A=", "run="))]
+    code = "\n".join(["srun() { printf '%s\\0' \"$@\"; }", *exports, called, 'printf \'%s\\0\' "$A" "$run"'])
+    done = subprocess.run(["bash", "-c", code], capture_output=True, check=True)
+    *words, seen, run = done.stdout.decode().split("\0")[:-1]
+    assert (seen, run) == (value, folder)
+    assert f"--container-image={value}" in words
+    assert words[-5:] == [f"{folder}/python", "-u", "-m", "submitit.core._submit", f"{folder}/slurm"]
+    assert shlex.split(directives(text)["job-name"]) == [name]
+    assert shlex.split(directives(text)["constraint"]) == [value]
+    assert shlex.split(directives(text)["output"]) == [f"{folder}/logs/slurm-%j.log"]
+
+
 @pytest.mark.parametrize(
     ("profile", "expected"),
     [

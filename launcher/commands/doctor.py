@@ -275,12 +275,12 @@ def _wandb() -> Verdict:
         return verdict
     wandb_mode = importlib.import_module("launcher.engine.wandb_mode")  # by name: no command imports the engine
     try:
-        has_key = wandb_mode.resolve_mode("online")[0] == "online"  # which asks for a key alone
-        mode, off = wandb_mode.resolve_mode("auto")
+        has_key = wandb_mode.has_key()
     except netrc.NetrcParseError as error:  # its text may quote the key
         cure = "mend the file: machine HOST login user password KEY; and chmod 600"
         return checks.warning(f"{verdict.found}; the netrc file cannot be read, near line {error.lineno}", cure)
-    return checks.check_wandb(verdict.found, has_key=has_key, mode=mode, off=off)
+    mode, reason = wandb_mode.resolve_mode("auto")
+    return checks.check_wandb(verdict.found, has_key=has_key, mode=mode, reason=reason)
 
 
 def _print(verdicts: Mapping[str, Verdict]) -> None:

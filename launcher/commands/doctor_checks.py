@@ -290,10 +290,11 @@ def check_slurm(version: str | None, error: str | None, *, has_srun: bool) -> Ve
     return ok(version)
 
 
-def check_wandb(version: str, *, has_key: bool, mode: str, off: str | None) -> Verdict:
-    """Whether runs will be tracked: ``mode`` is what ``auto`` means here; ``off`` says why that is off unasked."""
+def check_wandb(version: str, *, has_key: bool, mode: str, reason: str | None) -> Verdict:
+    """Whether runs will be tracked: ``mode`` is what ``auto`` means here, ``reason`` why it is not online unasked."""
     meaning = {"online": "runs are tracked", "offline": "runs are recorded offline", "disabled": "runs are not tracked"}
     found = f"{version}; {'an' if has_key else 'no'} API key, so {meaning[mode]} by default"
-    if has_key and off is not None:
-        return warning(f"{version}; an API key, but {off}", "set tracking.wandb.mode=offline, or mend the network")
+    if has_key and reason is not None:
+        cure = "mend that; until then each run's report has the `wandb sync` command that sends its record"
+        return warning(f"{version}; an API key, but {reason}: {meaning[mode]}", cure)
     return ok(found)

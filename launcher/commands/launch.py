@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from launcher import __version__, history, processes
 from launcher.commands import RECIPES
 from launcher.errors import EXIT_OK, UsageError
+from launcher.redact import find_secret, redact
 from launcher.run_dir import RunDir, new_run_id
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ def run(argv: list[str], *, epilog: str) -> int:
         from launcher import recipe as recipes
 
     recipe, source = recipes.load(find_recipe(args.recipe), args.overrides, flags(args))
+    if secret := find_secret(args.run_dir or ""):
+        raise UsageError(f"--run-dir: {secret}, it seems, which would be written into files; name another folder")
     existing = RunDir(args.run_dir) if args.run_dir else None
     if existing and existing.exists and not args.node_rank:
         if not args.resume:
@@ -177,7 +180,7 @@ def write_run(plan: LaunchPlan, recipe: Recipe) -> None:
         "host": os.uname().nodename,
         "pid": os.getpid(),
         "process_started": processes.start_time(os.getpid()),
-        "launched_by": shlex.join(["launch", *sys.argv[1:]]),
+        "launched_by": redact(shlex.join(["launch", *sys.argv[1:]])),
     }
     write_json_atomic(run.plan, plan.to_dict() | facts)
     write_text_atomic(run.recipe, recipes.to_yaml(recipe))

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.pt", "state.json", "manifest.json"
 FILES = (MODEL, OPTIMIZER, STATE)
 REPLACED = ".old"
+RETRY_S = 30.0
+"""After which a checkpoint that the disk did not take is tried again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,53 +50,100 @@ class CheckpointError(TrainingError):
 
 
 class CheckpointWriter:
-    """Writes checkpoints in a thread of its own, so that training does not wait for the disk; for rank 0.
+    """Writes checkpoints in a thread of its own, so that training never waits for the disk; for rank 0.
+
+    While one is written, the next waits; one that is not begun when a newer one comes gives way to it, but for the best
+    one. So there are at most three copies on the host. One that the disk does not take is tried again, at the latest
+    when the next one comes; those that are there stay as they are.
 
     Args:
         run: where to.
         keep: how many of the newest stay; the best stays besides.
         on_written: called in the thread with (step, seconds, size_mb, best) after each.
+        on_failed: called in the thread with (step, what went wrong) after each attempt that failed.
     """
 
-    def __init__(self, run: RunDir, *, keep: int, on_written: Callable[[int, float, float, bool], None]) -> None:
+    def __init__(
+        self,
+        run: RunDir,
+        *,
+        keep: int,
+        on_written: Callable[[int, float, float, bool], None],
+        on_failed: Callable[[int, str], None],
+    ) -> None:
         self._run = run
         self._keep = keep
         self._on_written = on_written
+        self._on_failed = on_failed
+        self._changed = threading.Condition()
+        self._waiting: dict[bool, Checkpoint] = {}  # by whether it is the best; each the newest of its kind
+        self._writing = False
+        self._last_step = 0
+        self._failure: str | None = None
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
         _clean_up(run)
 
     def save(self, checkpoint: Checkpoint, *, best: bool) -> None:
-        """Begin to write; waits for the one before, and raises here what went wrong with that."""
-        self.wait()
-        self._thread = threading.Thread(target=self._work, args=(checkpoint, best), name="checkpoint", daemon=True)
-        self._thread.start()
+        """Have it written soon."""
+        with self._changed:
+            self._waiting[best] = checkpoint
+            if best:
+                self._waiting.pop(False, None)  # the best one is also the last
+            self._changed.notify_all()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="checkpoint", daemon=True)
+            self._thread.start()
 
     def wait(self) -> None:
-        """Until the last one is on the disk.
+        """Until all that was saved is on the disk.
 
         Raises:
-            TrainingError: it could not be written (disk full, folder gone).
+            CheckpointError: the disk did not take it, also not when it was tried once more now.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise TrainingError(f"{self._run.checkpoints}: the checkpoint could not be written: {error}") from error
+        with self._changed:
+            if self._failure is not None:
+                self._failure = None
+                self._changed.notify_all()
+            self._changed.wait_for(lambda: self._failure is not None or not (self._waiting or self._writing))
+            if self._failure is not None:
+                raise CheckpointError(f"{self._run.checkpoints}: {self._failure}")
 
-    def _work(self, checkpoint: Checkpoint, best: bool) -> None:  # noqa: FBT001  Thread passes it by position
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting)
+                best = True in self._waiting
+                checkpoint = self._waiting.pop(best)
+                self._writing = True
+            failure = self._write(checkpoint, best=best)
+            with self._changed:
+                self._writing = False
+                self._failure = failure
+                newer = any(waiting.step >= checkpoint.step for waiting in self._waiting.values())
+                if failure and (best not in self._waiting if best else not newer):
+                    self._waiting[best] = checkpoint
+                self._changed.notify_all()
+                if failure:
+                    self._changed.wait(RETRY_S)
+
+    def _write(self, checkpoint: Checkpoint, *, best: bool) -> str | None:
+        """Write one; return what went wrong."""
         try:
             start = time.monotonic()
             folder = write(self._run, checkpoint)
-            _point(self._run.last_checkpoint, folder)
+            if checkpoint.step >= self._last_step:
+                _point(self._run.last_checkpoint, folder)
+                self._last_step = checkpoint.step
             if best:
                 _point(self._run.best_checkpoint, folder)
             self._remove_old()
             size_mb = sum(f.stat().st_size for f in folder.iterdir()) / 1e6
-            self._on_written(checkpoint.step, time.monotonic() - start, size_mb, best)
-        except BaseException as error:  # raised where training waits for it
-            self._error = error
+        except Exception as error:  # torch and safetensors report a full disk each by a type of its own
+            failure = f"the checkpoint of step {checkpoint.step} could not be written: {_first_line(error)}"
+            self._on_failed(checkpoint.step, failure)
+            return failure
+        self._on_written(checkpoint.step, time.monotonic() - start, size_mb, best)
+        return None
 
     def _remove_old(self) -> None:
         kept = {self._run.best_checkpoint.resolve().name, self._run.last_checkpoint.resolve().name}
@@ -149,11 +198,18 @@ def verify(folder: Path) -> None:
 
 
 def load(folder: Path) -> Checkpoint:
-    """Verify and read one checkpoint; nothing in it is ever executed (safetensors, ``weights_only``)."""
+    """Verify and read one checkpoint; nothing in it is ever executed (safetensors, ``weights_only``).
+
+    Raises:
+        CheckpointError: it is damaged, or holds more than numbers and tensors.
+    """
     verify(folder)
-    state = read_state(folder)
-    optimizer = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
-    return Checkpoint(step=state["step"], model=load_file(folder / MODEL), optimizer=optimizer, state=state)
+    try:
+        state = read_state(folder)
+        optimizer = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+        return Checkpoint(step=state["step"], model=load_file(folder / MODEL), optimizer=optimizer, state=state)
+    except Exception as error:  # its hashes are right, so somebody made it so: whatever such bytes make readers raise
+        raise CheckpointError(f"{folder}: is as its manifest says, but refused: {_first_line(error)}") from error
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -193,6 +249,10 @@ def _clean_up(run: RunDir) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 def _newest_first(run: RunDir) -> list[Path]:
     return sorted(run.checkpoints.glob("step-*"), reverse=True)
 
@@ -203,6 +263,7 @@ def _point(link: Path, folder: Path) -> None:
         beside.unlink()
     beside.symlink_to(folder.name)
     beside.replace(link)
+    _fsync(link.parent)  # before what it pointed to is removed
 
 
 def _describe(file: Path) -> dict[str, Any]:

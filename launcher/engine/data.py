@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import io
 import os
 import signal
@@ -99,6 +101,14 @@ class ImageDataset(Dataset[Batch]):
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of the samples' paths below the folder and their classes, in their order."""
+        digest = hashlib.sha256()
+        for path, label in self.samples:
+            digest.update(f"{label} {image_folder.relative(path, self._folder)}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()
 
     def find(self, paths: frozenset[str]) -> frozenset[int]:
         """Indices of the samples with these paths, relative to the data folder."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -70,6 +71,22 @@ class Device:
         if precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.type, dtype=DTYPES[precision])
+
+    def to_host_later(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin to copy to the host; calling what is returned waits for the copy and gives it."""
+        if not self.is_cuda:
+            copied = tensor.clone()
+            return lambda: copied
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record()
+
+        def wait() -> torch.Tensor:
+            arrived.synchronize()
+            return host
+
+        return wait
 
     def grad_scaler(self, precision: Precision) -> torch.amp.GradScaler:
         """Loss scaling, which only fp16 needs."""

@@ -55,6 +55,12 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def max_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The largest over all ranks, in place."""
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
 def broadcast_buffers(module: torch.nn.Module) -> None:
     """Give every rank the buffers (BatchNorm statistics) of rank 0, which are the ones a checkpoint holds."""
     for buffer in module.buffers():

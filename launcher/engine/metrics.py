@@ -25,11 +25,15 @@ class TrainTotals:
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
 
     def add(self, loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Count a batch: the sum of its losses (scalar), its logits (N x C) and labels (int64 N)."""
+        """Count a batch: the sum of its losses (scalar), its logits (N x C) and labels (int64 N).
+
+        A batch whose loss is no number is not counted; its step is left out (:mod:`launcher.engine.non_finite`).
+        """
         if not len(labels):
             return
         hits = _hits(logits, labels)
-        self._sums += torch.stack([loss_sum.double(), hits[:, 0].sum(), hits.sum(), hits.new_tensor(len(labels))])
+        counts = torch.stack([loss_sum.double(), hits[:, 0].sum(), hits.sum(), hits.new_tensor(len(labels))])
+        self._sums += counts.where(loss_sum.isfinite(), 0.0)
 
     def restore(self, sums: Sequence[float]) -> None:
         """Go on from sums over all ranks, which one rank takes over."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
 import time
 from typing import IO, TYPE_CHECKING, Any
 
 from launcher.engine.tracking import Tracker
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from rich.progress import Progress, TaskID
@@ -40,6 +43,8 @@ class Recorder:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._epochs = recipe.train.epochs
+        self._writing = threading.Lock()
+        self._unwritten: list[Callable[[], None]] = []
         self._tracker = Tracker(run, recipe, run.read_plan(), self.say) if tracked else None
         if console.isatty():
             self._start_progress()
@@ -47,7 +52,8 @@ class Recorder:
     def say(self, line: str) -> None:
         """One line for the person at the terminal, and for the rank's log."""
         if self._console is not sys.stdout:
-            print(line, flush=True)  # the rank's log
+            with contextlib.suppress(OSError):  # a full disk
+                print(line, flush=True)  # the rank's log
         if self._progress is not None:
             self._progress.console.print(line, highlight=False, markup=False)
         else:
@@ -55,11 +61,20 @@ class Recorder:
 
     def event(self, kind: str, **fields: Any) -> None:
         """A line of events.jsonl."""
-        self._run.append_event(kind, attempt=self._attempt, rank=0, **fields)
+        now = time.time()
+        self._write(lambda: self._run.append_event(kind, time=now, attempt=self._attempt, rank=0, **fields))
+
+    def resumed(self, *, epoch: int, step: int, offset: int, num_steps: int) -> None:
+        """Training goes on from a checkpoint; the number of steps may have changed with the number of ranks."""
+        self._num_steps = num_steps
+        self.event("resumed", step=step, epoch=epoch, offset=offset)
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, total=num_steps, completed=step)
+        self.say(f"resumed at epoch {epoch + 1}, step {step}")
 
     def status(self, state: State = "running", **fields: Any) -> None:
         """Write status.json."""
-        self._run.update_status(state=state, attempt=self._attempt, **fields)
+        self._write(lambda: self._run.update_status(state=state, attempt=self._attempt, **fields))
 
     def step(self, step: int) -> None:
         """An optimizer step was taken; costs nothing off a terminal."""
@@ -68,7 +83,7 @@ class Recorder:
 
     def train(self, *, epoch: int, step: int, values: dict[str, Any]) -> None:
         """The means over a window of steps."""
-        self._write("train", epoch, step, values)
+        self._metrics("train", epoch, step, values)
         text = f"loss {values['loss']:.4f}  top1 {values['top1']:.3f}  {values['images_per_s']:.0f} images/s"
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, epoch=epoch + 1, text=text)
@@ -77,7 +92,7 @@ class Recorder:
 
     def validation(self, *, epoch: int, step: int, values: dict[str, Any], best: bool) -> None:
         """The counts over the validation set after an epoch."""
-        self._write("val", epoch, step, values)
+        self._metrics("val", epoch, step, values)
         text = "  ".join(f"{name} {values[name]:.4f}" for name in ("loss", "top1", "top5", "f1"))
         self.say(f"epoch {epoch + 1}/{self._epochs}  val  {text}{'  best so far' if best else ''}")
 
@@ -98,11 +113,26 @@ class Recorder:
         if self._tracker is not None:
             self._tracker.finish(timeout_s=30.0 if finished else 5.0, exit_code=0 if finished else 1)
 
-    def _write(self, split: str, epoch: int, step: int, values: dict[str, Any]) -> None:
-        record = {"split": split, "attempt": self._attempt, "epoch": epoch, "step": step, **values}
-        self._run.append_metrics(**record)
+    def _metrics(self, split: str, epoch: int, step: int, values: dict[str, Any]) -> None:
+        record = {"time": time.time(), "split": split, "attempt": self._attempt, "epoch": epoch, "step": step, **values}
+        self._write(lambda: self._run.append_metrics(**record))
         if self._tracker is not None:
-            self._tracker.log({"time": time.time(), **record})
+            self._tracker.log(record)
+
+    def _write(self, write: Callable[[], None]) -> None:
+        """Write to the run directory; what a full disk does not take now is kept, in its order, for the next time."""
+        with self._writing:  # the checkpoint's thread has events to tell
+            self._unwritten.append(write)
+            try:
+                while self._unwritten:
+                    self._unwritten[0]()
+                    del self._unwritten[0]
+            except OSError as error:
+                problem = error
+            else:
+                return
+        if len(self._unwritten) == 1:
+            self.say(f"{self._run}: cannot be written to: {problem.strerror}; training goes on, its records wait")
 
     def _start_progress(self) -> None:
         from rich.console import Console

@@ -6,6 +6,7 @@ saved to go on from there, at the same world size or another.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -32,6 +33,7 @@ def epoch_order(seed: int, epoch: int, num_samples: int) -> NDArray[np.int64]:
     return np.argsort(keys, kind="stable").astype(np.int64)
 
 
+@functools.lru_cache(maxsize=8)  # the steps of an epoch are all of one size but the last
 def split_by_shares(num: int, shares: tuple[int, ...]) -> list[tuple[int, int]]:
     """Cut ``range(num)`` into one slice (start, end) per share, in proportion; the first is never empty if num >= 1."""
     total, bounds, seen = sum(shares), [0], 0
@@ -41,6 +43,18 @@ def split_by_shares(num: int, shares: tuple[int, ...]) -> list[tuple[int, int]]:
     return list(pairwise(bounds))
 
 
+def _num_batches(share: int, size: int) -> int:
+    """Micro-batches of a rank's share of a step: as few as its size allows, as even as can be; at least one."""
+    return max(1, -(-share // size))
+
+
+@functools.lru_cache(maxsize=8)
+def has_lone_sample(num: int, batch_sizes: tuple[int, ...]) -> bool:
+    """Whether, in a step of ``num`` samples, some rank has a micro-batch of a single one."""
+    shares = [end - start for start, end in split_by_shares(num, batch_sizes)]
+    return any(share // _num_batches(share, size) == 1 for share, size in zip(shares, batch_sizes, strict=True))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """What one rank does for one optimizer step."""
@@ -48,11 +62,15 @@ class Step:
     epoch: int
     """From 0."""
     offset: int
-    """Samples of the epoch before this step."""
+    """Where in the epoch's order this step begins."""
+    end: int
+    """Where the next one begins; beyond the last step it is the order's length."""
     num_samples: int
     """Samples of this step over all ranks: what the loss is averaged over."""
     micro_batches: tuple[tuple[int, ...], ...]
     """Sample indices of this rank, in the batches that go through the model at once; at least one, perhaps empty."""
+    lone: bool
+    """Whether on any rank one of them is a single sample."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,37 +80,44 @@ class Schedule:
     seed: int
     """The recipe's."""
     num_samples: int
-    """Of the training set."""
+    """Of the training set, with those that are left out: the length of an epoch's order."""
     batch_sizes: tuple[int, ...]
     """What each rank takes through the model at once."""
     global_batch_size: int
     """Samples of an optimizer step over all ranks; an epoch's last step may have fewer."""
+    excluded: frozenset[int] = frozenset()
+    """Samples that keep their place in every order and are passed over there. So one more of them moves no position
+    that a checkpoint holds, and no other sample to another place."""
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of a whole epoch."""
-        return -(-self.num_samples // self.global_batch_size)
+        return -(-(self.num_samples - len(self.excluded)) // self.global_batch_size)
 
     def steps(self, rank: int, *, epoch: int, offset: int, end_epoch: int) -> Iterator[Step]:
         """What ``rank`` does from a position up to ``end_epoch`` (excluded)."""
-        while epoch < end_epoch:
-            order = epoch_order(self.seed, epoch, self.num_samples)
-            while offset < self.num_samples:
-                indices = order[offset : offset + self.global_batch_size]
+        used = np.ones(self.num_samples, dtype=bool)
+        used[list(self.excluded)] = False
+        for number in range(epoch, end_epoch):
+            order = epoch_order(self.seed, number, self.num_samples)
+            places = np.flatnonzero(used[order])
+            places = places[places >= offset] if number == epoch else places
+            for start in range(0, len(places), self.global_batch_size):
+                chosen = places[start : start + self.global_batch_size]
+                following = places[start + self.global_batch_size :][:1].tolist()
                 yield Step(
-                    epoch=epoch,
-                    offset=offset,
-                    num_samples=len(indices),
-                    micro_batches=self._micro_batches(indices, rank),
+                    epoch=number,
+                    offset=int(chosen[0]),
+                    end=following[0] if following else self.num_samples,
+                    num_samples=len(chosen),
+                    micro_batches=self._micro_batches(order[chosen], rank),
+                    lone=has_lone_sample(len(chosen), self.batch_sizes),
                 )
-                offset += len(indices)
-            epoch, offset = epoch + 1, 0
 
     def _micro_batches(self, indices: NDArray[np.int64], rank: int) -> tuple[tuple[int, ...], ...]:
         start, end = split_by_shares(len(indices), self.batch_sizes)[rank]
-        own = indices[start:end]
-        num = max(1, -(-len(own) // self.batch_sizes[rank]))
-        return tuple(tuple(part.tolist()) for part in np.array_split(own, num))
+        num = _num_batches(end - start, self.batch_sizes[rank])
+        return tuple(tuple(part.tolist()) for part in np.array_split(indices[start:end], num))
 
 
 def validation_batches(num_samples: int, *, rank: int, batch_sizes: tuple[int, ...]) -> list[list[int]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from launcher import image_folder
 from launcher import recipe as recipes
 from launcher.engine import data, optim
 from launcher.engine.distributed import broadcast_buffers
@@ -18,11 +19,12 @@ from launcher.engine.schedule import Schedule, validation_batches
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
     from torch.utils.data import DataLoader
 
     from launcher.engine.data import Batch, ImageDataset, Preprocessing
-    from launcher.engine.device import Device
+    from launcher.engine.device import Device, Precision
     from launcher.engine.distributed import Ranks
     from launcher.recipe import Recipe
     from launcher.run_dir import RunDir
@@ -42,6 +44,8 @@ class Parts:
     """Who this process is."""
     device: Device
     """Where it computes."""
+    precision: Precision
+    """Of the forward pass."""
     model: FineTunedModel
     """The network, on the device."""
     optimizer: torch.optim.Optimizer
@@ -97,6 +101,22 @@ class Parts:
             self.ddp.reducer._push_all_rebuilt_params()  # noqa: SLF001  as torch's Join does
             self.ddp.reducer._rebuild_buckets()  # noqa: SLF001
 
+    def to_device(self, batch: Batch) -> Batch:
+        """Normalised float images, N x 3 x S x S, and labels, on the rank's device."""
+        images, labels = batch
+        if not len(labels):
+            size = self.preprocessing.image_size
+            images = images.new_zeros(0, 3, size, size)
+        images = images.to(self.device.torch_device, non_blocking=True)
+        images = self.preprocessing.normalize(images)
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return images, labels.to(self.device.torch_device, non_blocking=True)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Run the forward pass in the precision chosen."""
+        return self.device.autocast(self.precision)
+
     def train_loader(self, epoch: int, offset: int) -> DataLoader[Batch]:
         """This rank's micro-batches from a position to the end; one set of loader processes for all."""
         steps = self.schedule.steps(self.ranks.rank, epoch=epoch, offset=offset, end_epoch=self.recipe.train.epochs)
@@ -128,8 +148,9 @@ def build_parts(run: RunDir, ranks: Ranks, device: Device, *, debug: bool = Fals
     recipe = recipes.read_resolved(run.recipe)
     folder = data.prepare(recipe.data)
     preprocessing = build_preprocessing(recipe.model, recipe.data)
+    left_out = image_folder.read_quarantine(run.bad_images)
     train_set = data.ImageDataset(folder, "train", preprocessing.transform(recipe.data.augment), seed=recipe.seed)
-    val_set = data.ImageDataset(folder, "val", preprocessing.transform(), seed=recipe.seed)
+    val_set = data.ImageDataset(folder, "val", preprocessing.transform(), seed=recipe.seed, left_out=left_out)
     channels_last = device.channels_last if recipe.train.channels_last == "auto" else recipe.train.channels_last
     model = build_model(
         recipe,
@@ -146,13 +167,15 @@ def build_parts(run: RunDir, ranks: Ranks, device: Device, *, debug: bool = Fals
         run=run,
         ranks=ranks,
         device=device,
+        precision=device.precision(recipe.precision),
         model=model,
-        optimizer=optim.build_optimizer(model, recipe.optim, device),
+        optimizer=optim.build_optimizer(model, recipe.optim),
         schedule=Schedule(
             seed=recipe.seed,
             num_samples=len(train_set),
             batch_sizes=batch_sizes,
             global_batch_size=recipe.batch.global_size or sum(batch_sizes) * recipe.batch.accumulate,
+            excluded=train_set.find(left_out),
         ),
         train_set=train_set,
         val_set=val_set,

@@ -1,8 +1,9 @@
 """Weights & Biases, from rank 0: whatever it does, training neither stops nor waits for it.
 
 All of wandb happens in one daemon thread behind a bounded queue, because ``wandb.init`` takes seconds and, before a
-server that hangs, minutes; and each call after it can hang as well. Its service process (wandb-core) is stopped or
-killed before :meth:`Tracker.finish` returns, and the exit hook that would wait for it is taken out.
+server that hangs, minutes; and each call after it can hang as well. Where the server cannot be used the record is kept
+in the run directory, for ``wandb sync``. wandb's service process is stopped or killed before :meth:`Tracker.finish`
+returns.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ import contextlib
 import json
 import os
 import queue
-import signal
 import sys
+import textwrap
 import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher import recipe as recipes
-from launcher.engine.wandb_mode import asked_mode, configured_url, resolve_mode
-from launcher.processes import children, descendants
+from launcher import wandb_folder
+from launcher.engine import wandb_service
+from launcher.engine.wandb_mode import asked_mode, resolve_mode
+from launcher.redact import redact
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,15 +38,18 @@ DEFAULT_PROJECT = "finetune-launcher"
 NUMBERS = ("loss", "top1", "top5", "f1", "lr", "images_per_s")
 NOT_UPLOADED = ("optimizer.pt",)  # two thirds of a checkpoint, and of use to nobody but this run
 QUEUE_SIZE = 1000
-INIT_TIMEOUT_S = 60.0
-KILL_TIMEOUT_S = 2.0
+FALLBACK_S = 10.0
+"""How long an offline record may take to begin where training is over before the server has answered."""
+PROBE_S = 10.0
+"""How often it is looked whether wandb's folder can still be written."""
 
 
 class Tracker:
     """A wandb run that follows a run directory. Every method returns at once, but for :meth:`finish`; none raises.
 
-    What goes wrong becomes one line to ``warn``, and tracking is off from then on. With mode ``disabled`` there is no
-    thread and wandb is never imported.
+    A server that cannot be used becomes one line to ``warn``, and the record is kept offline. What else goes wrong
+    becomes one line too, and tracking is off from then on. With mode ``disabled`` there is no thread and wandb is never
+    imported.
 
     Args:
         run: the run; wandb's own files go to its ``wandb/``.
@@ -62,6 +68,10 @@ class Tracker:
         self._exit_code = 0
         self._lock = threading.Lock()
         self._off = threading.Event()
+        self._contacting = threading.Event()  # the server's first answer is awaited
+        self._hurry = threading.Event()  # training is over, and it need not come any more
+        self._folder: Path | None = None  # of the record
+        self._probed = 0.0
         self._thread: threading.Thread | None = None
         if asked_mode(recipe.tracking.wandb.mode) == "disabled":
             self._off.set()
@@ -103,7 +113,8 @@ class Tracker:
         """Send what is queued, end the wandb run and its service process; kill that after ``timeout_s`` seconds.
 
         Args:
-            timeout_s: how long to wait; up to two seconds more where a process has to be killed.
+            timeout_s: how long to wait; up to two seconds more where a process has to be killed, and ``FALLBACK_S``
+                more where the record is then kept offline.
             exit_code: not 0 marks the wandb run as failed.
         """
         if self._thread is None:
@@ -111,10 +122,13 @@ class Tracker:
         self._exit_code = exit_code
         self._put(None)
         self._thread.join(timeout_s)
+        if self._thread.is_alive() and self._contacting.is_set():
+            self._hurry.set()
+            wandb_service.kill()  # which ends the wait for the server
+            self._thread.join(FALLBACK_S)
         if self._thread.is_alive():
-            cure = f"`wandb sync {self._run.wandb}/*run-*` sends the rest"
-            self._turn_off(f"wandb: not done after {timeout_s:g} s and given up; {cure}")
-            _kill_service()
+            self._turn_off(f"wandb: not done after {timeout_s:g} s and given up", "given up at the end of training")
+            wandb_service.kill()
         self._off.set()
 
     def _put(self, action: Callable[[wandb.Run], object] | None) -> None:
@@ -130,12 +144,20 @@ class Tracker:
             else:
                 return
 
-    def _turn_off(self, line: str | None) -> None:
+    def _turn_off(self, line: str, reason: str) -> None:
+        """Say ``line`` and how to send what was recorded, which the server lacks for that ``reason``."""
         with self._lock:  # the thread and finish() may both be here; the first one speaks
             if not self._off.is_set():
                 self._off.set()
-                if line:
-                    self._say(line)
+                self._say(line + self._unsent(reason))
+
+    def _unsent(self, reason: str) -> str:
+        """Note in the run's history that the server lacks the record or some of it; the command that sends it."""
+        if self._folder is None:
+            return ""
+        with contextlib.suppress(OSError):
+            self._run.append_event(wandb_folder.UNSYNCED, folder=self._folder.name, reason=reason)
+        return f"; `{wandb_folder.sync_command([self._folder])}` sends what is recorded"
 
     def _say(self, line: str) -> None:
         with contextlib.suppress(Exception):  # wandb is not worth a failure of whoever prints it
@@ -146,31 +168,51 @@ class Tracker:
         try:
             mode, reason = resolve_mode(self._recipe.tracking.wandb.mode)
             if mode == "disabled":
-                self._turn_off(reason)
+                self._turn_off(f"wandb: off: {reason}", "off")
                 return
-            tracked = self._start(mode)
+            tracked = self._begin(mode, reason)
             while action := self._queue.get():
+                self._check_folder()
                 action(tracked)
+            self._check_folder()
             tracked.finish(exit_code=self._exit_code)
             sys.modules["wandb"].teardown()
+            if self._folder and mode == "online" and (problem := wandb_folder.upload_error(self._folder)):
+                self._turn_off(f"wandb: not all was sent: {problem}", problem)
         except BaseException as error:  # SystemExit as well, which wandb raises where its service failed
-            self._turn_off(_describe(error))
-            _kill_service()
-            with contextlib.suppress(BaseException):
-                sys.modules["wandb"].teardown()  # it still has threads, and knows of a service that is gone
+            self._turn_off(_describe(error), _one_line(error))
+            wandb_service.end()
+
+    def _begin(self, mode: Mode, reason: str | None) -> wandb.Run:
+        """Start the record: online, or offline where the server cannot be used, which is said with its reason."""
+        self._check_folder()
+        if mode == "online":
+            self._contacting.set()
+            try:
+                return self._start("online")
+            except BaseException as error:  # a wrong key, a server that is down or slow: the record can be kept here
+                self._stop_if_finished()
+                reason = "the server gave no answer" if self._hurry.is_set() else _one_line(error)
+                wandb_service.end()
+            finally:
+                self._contacting.clear()
+        tracked = self._start("offline")
+        if reason:
+            self._say(f"wandb: offline: {reason}; training goes on{self._unsent(reason)}")
+        return tracked
+
+    def _check_folder(self) -> None:
+        if time.monotonic() - self._probed > PROBE_S:
+            wandb_folder.check_writable(self._run.wandb)
+            self._probed = time.monotonic()
 
     def _start(self, mode: Mode) -> wandb.Run:
         import wandb
 
-        values = _settings(mode, self._say)
-        settings = wandb.Settings(**{key: v for key, v in values.items() if key in wandb.Settings.model_fields})
-        self._stop_if_finished()
-        # The service first, by itself: it comes with an exit hook that waits until all is sent, however long that
-        # takes, and init may hang. wandb has no public way to leave that hook out.
-        service = wandb.setup(settings)
-        if unregister_exit_hook := getattr(getattr(service, "_connection", None), "_cleanup", None):
-            unregister_exit_hook()
-        self._stop_if_finished()
+        options = wandb_service.settings(mode, self._say)
+        self._stop_if_finished(mode)
+        wandb_service.start(options)
+        self._stop_if_finished(mode)
         config = {**recipes.to_dict(self._recipe), "plan": self._plan}
         tracked = wandb.init(
             id=self._plan["run_id"],
@@ -181,16 +223,17 @@ class Tracker:
             config=json.loads(json.dumps(config, default=str)),
             resume="allow",
             allow_val_change=True,  # a resumed run may have another plan
-            settings=settings,
+            settings=options,
         )
+        self._folder = Path(tracked.settings.sync_dir)
         # Over our own step, never wandb's: that only grows, and steps that come again after a resume would be lost.
         tracked.define_metric("step")
         for pattern in ("train/*", "val/*", "epoch"):
             tracked.define_metric(pattern, step_metric="step")
         return tracked
 
-    def _stop_if_finished(self) -> None:
-        if self._off.is_set():
+    def _stop_if_finished(self, mode: Mode = "offline") -> None:
+        if self._off.is_set() or (mode == "online" and self._hurry.is_set()):
             raise InterruptedError("finished before it began")
 
     def _log_exports(self, tracked: wandb.Run) -> None:
@@ -233,26 +276,6 @@ def log_exports(run: RunDir, warn: Callable[[str], None], *, timeout_s: float = 
         warn(_describe(error))
 
 
-def _settings(mode: Mode, warn: Callable[[str], None]) -> dict[str, Any]:
-    """Settings of wandb, some of which older versions lack."""
-    values: dict[str, Any] = {
-        "mode": mode,
-        "silent": True,
-        "console": "off",  # logs/ has what the ranks print
-        "save_code": False,
-        "disable_code": True,
-        "disable_git": True,  # on a large or remote checkout git takes its time
-        "label_disable": True,
-        "sagemaker_disable": True,  # it would replace the run's id
-        "reinit": "create_new",
-        "init_timeout": INIT_TIMEOUT_S,
-        "x_transaction_log_flush_interval": 2.0,  # what a service that has to be killed may lose
-        # By default the stop button of wandb's page sends SIGINT to this process.
-        "stop_fn": lambda: warn("wandb: its stop button does not stop training; `launch cancel RUN` does"),
-    }
-    return values | ({"base_url": url} if (url := configured_url()) else {})
-
-
 def _scalars(record: dict[str, Any]) -> dict[str, Any]:
     """A line of metrics.jsonl as wandb's names and values."""
     split = record["split"]
@@ -260,26 +283,9 @@ def _scalars(record: dict[str, Any]) -> dict[str, Any]:
     return {**values, "epoch": record["epoch"], "step": record["step"]}
 
 
-def _kill_service() -> None:
-    """Kill wandb-core, a child of this process, with what it started (the system monitor), and wait for its end."""
-    for core in children(os.getpid()):
-        if _name(core) == "wandb-core":
-            for pid in (*descendants(core), core):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            until = time.monotonic() + KILL_TIMEOUT_S
-            with contextlib.suppress(ChildProcessError):  # wandb's own thread may reap it first
-                while os.waitpid(core, os.WNOHANG) == (0, 0) and time.monotonic() < until:
-                    time.sleep(0.01)
-
-
-def _name(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    except OSError:
-        return ""
-
-
 def _describe(error: BaseException) -> str:
-    message = str(error).strip().partition("\n")[0]
-    return f"wandb: off: {type(error).__name__}: {message}; training goes on, and metrics.jsonl has every number"
+    return f"wandb: off: {_one_line(error)}; training goes on, and metrics.jsonl has every number"
+
+
+def _one_line(error: BaseException) -> str:
+    return textwrap.shorten(redact(f"{type(error).__name__}: {error}"), 300, placeholder=" …")

@@ -29,29 +29,28 @@ CONNECT_TIMEOUT_S = 2.0
 
 
 def resolve_mode(mode: str) -> tuple[Mode, str | None]:
-    """What a recipe's ``tracking.wandb.mode`` means here; looks at the environment and, for auto, at the network.
+    """What a recipe's ``tracking.wandb.mode`` means here; looks at the environment and the network.
 
     Args:
-        mode: online, offline, disabled, or auto: ``WANDB_MODE`` where it is set, else online where an API key is found
-            (``WANDB_API_KEY``, ``WANDB_IDENTITY_TOKEN_FILE``, or the server's entry in the netrc file) and the server,
-            or the proxy before it, accepts a connection within two seconds.
+        mode: offline, disabled, or online: where an API key is found (``WANDB_API_KEY``,
+            ``WANDB_IDENTITY_TOKEN_FILE``, or the server's entry in the netrc file) and the server, or the proxy before
+            it, accepts a connection within two seconds; else offline. auto: ``WANDB_MODE`` where it is set, else as
+            online where there is a key, and disabled where there is none.
 
     Returns:
-        The mode to run in, and one line that says why it is ``disabled`` where nobody asked for that.
+        The mode to run in, and why it is another one than was asked for.
     """
     asked = asked_mode(mode)
     if asked in ("offline", "disabled"):
         return MODES[asked], None
     if asked not in ("auto", "online"):
-        return "disabled", f"wandb: off: WANDB_MODE is {asked}; it can be {', '.join(MODES)}"
-    url = configured_url()
-    hosts = (urlsplit(url).netloc,) if url else OWN_HOSTS
-    if not _has_key(hosts):
-        cure = "`wandb login` stores one; tracking.wandb.mode=offline records without"
-        return "disabled", f"wandb: off: no API key for {hosts[0]} in WANDB_API_KEY or the netrc file ({cure})"
-    if asked == "auto" and (problem := _unreachable(url)):
-        return "disabled", f"wandb: off: {problem} (tracking.wandb.mode=offline records without a network)"
-    return "online", None
+        return "disabled", f"WANDB_MODE is {asked}; it can be {', '.join(MODES)}"
+    if lacking := _lacking_key():
+        if asked == "online":
+            return "offline", f"{lacking} (`wandb login` stores one)"
+        return "disabled", f"{lacking} (`wandb login` stores one; tracking.wandb.mode=offline records without)"
+    problem = _unreachable(configured_url())
+    return ("offline", problem) if problem else ("online", None)
 
 
 def asked_mode(mode: str) -> str:
@@ -70,14 +69,31 @@ def configured_url() -> str | None:
     return settings.get("default", "base_url", fallback=None)
 
 
-def _has_key(hosts: Sequence[str]) -> bool:
+def has_key() -> bool:
+    """Whether there is an API key for the server.
+
+    Raises:
+        netrc.NetrcParseError: where it might be in a file that cannot be read.
+    """
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     try:
         entries = netrc.netrc(Path(os.environ.get("NETRC") or "~/.netrc").expanduser())
     except FileNotFoundError:
         return False
-    return any(entries.authenticators(host) for host in hosts)
+    return any(entries.authenticators(host) for host in _hosts())
+
+
+def _lacking_key() -> str | None:
+    try:
+        return None if has_key() else f"no API key for {_hosts()[0]} in WANDB_API_KEY or the netrc file"
+    except netrc.NetrcParseError as error:  # its text may quote the key
+        return f"the netrc file cannot be read, near line {error.lineno}"
+
+
+def _hosts() -> Sequence[str]:
+    url = configured_url()
+    return (urlsplit(url).netloc,) if url else OWN_HOSTS
 
 
 def _unreachable(url: str | None) -> str | None:

@@ -22,6 +22,7 @@ from launcher.engine.stopping import StopFlag
 from launcher.engine.trainer import Outcome, Trainer
 from launcher.errors import EXIT_FAILED, EXIT_RESUMABLE, LaunchError
 from launcher.processes import die_with_parent
+from launcher.redact import redact
 from launcher.run_dir import ATTEMPT_VARIABLE, RunDir, WorkerSpec, write_json_atomic
 from launcher.watchdog import DUMP_SIGNAL
 
@@ -114,7 +115,7 @@ def train(spec: WorkerSpec, ranks: Ranks, stop: Callable[[], bool], console: IO[
 
 def write_error(run: RunDir, spec: WorkerSpec, ranks: Ranks, error: BaseException) -> None:
     """Leave what ended this rank in its error file."""
-    text = traceback.format_exc()
+    text = redact(traceback.format_exc())
     print(text, file=sys.stderr, flush=True)
     file = run.rank_error(spec.attempt, ranks.rank)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +129,7 @@ def write_error(run: RunDir, spec: WorkerSpec, ranks: Ranks, error: BaseExceptio
             "host": socket.gethostname(),
             "kind": error_kind(error),
             "type": type(error).__name__,
-            "message": str(error),
+            "message": redact(str(error)),
             "traceback": text,
         },
     )

@@ -9,6 +9,7 @@ import multiprocessing.connection
 import os
 import time
 import traceback
+from dataclasses import dataclass
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -111,12 +112,46 @@ class Records:
     def event(self, kind, **fields):
         self._run.append_event(kind, **fields)
 
+    def resumed(self, *, num_steps, **fields):
+        self.event("resumed", **fields)
+
     def train(self, *, epoch, step, values):
         kept = {k: v for k, v in values.items() if k != "images_per_s"}
         self.lines.append({"split": "train", "epoch": epoch, "step": step, **kept})
 
     def validation(self, *, epoch, step, values, best):
         self.lines.append({"split": "val", "epoch": epoch, "step": step, "best": best, **values})
+
+
+def largest_difference(one, other):
+    assert one.keys() == other.keys()
+    return max((one[name].double() - other[name].double()).abs().max().item() for name in one)
+
+
+def identical(one, other):
+    """Whether nested states are the same to the last bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(identical(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(identical, one, other))
+    return one == other
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromScale(Device):
+    """A CPU whose gradient scaler begins at a scale at which nothing overflows, or at which everything does."""
+
+    scale: float
+
+    def grad_scaler(self, precision):
+        return torch.amp.GradScaler("cpu", init_scale=self.scale, enabled=precision == "fp16")
+
+
+def from_scale(scale):
+    """A CPU that scales losses from here on, where the precision is fp16."""
+    return FromScale(type="cpu", scale=scale)
 
 
 def never():
@@ -153,7 +188,7 @@ def train(run, ranks=None, *, stop=never, prepare=None):
         optimizer=parts.optimizer.state_dict(),
         lines=records.lines if records else [],
         best=trainer.best,
-        step=trainer.step,
+        step=trainer.state.step,
     )
 
 
@@ -233,5 +268,14 @@ def in_ranks(tmp_path_factory):
 def engine():
     """The helpers of this file, for tests that are in no package and cannot import it."""
     return SimpleNamespace(
-        train=train, at_poll=at_poll, never=never, without_dropout=without_dropout, write_images=write_images, cpu=CPU
+        train=train,
+        at_poll=at_poll,
+        never=never,
+        without_dropout=without_dropout,
+        write_images=write_images,
+        cpu=CPU,
+        from_scale=from_scale,
+        identical=identical,
+        largest_difference=largest_difference,
+        records=Records,
     )

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -79,8 +80,8 @@ def rejected(run):
     return [event for event in events(run) if event["kind"] == "checkpoint_rejected"]
 
 
-def writer(run, *, keep=2, on_written=lambda *_: None):
-    return CheckpointWriter(run, keep=keep, on_written=on_written)
+def writer(run, *, keep=2, on_written=lambda *_: None, on_failed=lambda *_: None):
+    return CheckpointWriter(run, keep=keep, on_written=on_written, on_failed=on_failed)
 
 
 def written_steps(run):
@@ -348,7 +349,7 @@ def test_the_newest_are_kept_and_the_best_besides(run):
     own = writer(run, keep=2)
     for step, best in [(1, True), (2, False), (3, True), (4, False), (5, False), (6, False)]:
         own.save(checkpoint(step), best=best)
-    own.wait()
+        own.wait()
     assert written_steps(run) == [3, 5, 6]
     assert linked_step(run.last_checkpoint) == 6
     assert linked_step(run.best_checkpoint) == 3
@@ -362,7 +363,7 @@ def test_as_many_are_kept_as_the_recipe_says(run, keep):
     own = writer(run, keep=keep)
     for step in range(1, 6):
         own.save(checkpoint(step), best=step == 5)
-    own.wait()
+        own.wait()
     assert written_steps(run) == list(range(6 - keep, 6))
 
 
@@ -378,39 +379,86 @@ def test_each_is_told_of_when_it_is_on_the_disk(run):
 
     own = writer(run, on_written=on_written)
     own.save(checkpoint(1), best=True)
+    own.wait()
     own.save(checkpoint(2), best=False)
     own.wait()
     assert told == [(1, True), (2, False)]
 
 
-def test_training_does_not_wait_for_the_disk(run, monkeypatch):
-    real, reading = checkpoints.write, os.pipe()
+def test_training_does_not_wait_for_the_disk_and_what_is_waiting_gives_way_to_the_newest_but_not_the_best(
+    run, monkeypatch
+):
+    real, reading, begun = checkpoints.write, os.pipe(), threading.Event()
+    order = []
 
-    def slow_write(*arguments):
+    def slow_write(run, checkpoint):
+        begun.set()
         os.read(reading[0], 1)
-        return real(*arguments)
+        order.append(checkpoint.step)
+        return real(run, checkpoint)
 
     monkeypatch.setattr(checkpoints, "write", slow_write)
-    own = writer(run)
+    own = writer(run, keep=9)
     own.save(checkpoint(1), best=False)  # returns although nothing can be written yet
+    begun.wait(10)
+    for step, best in [(2, False), (3, True), (4, False), (5, False)]:
+        own.save(checkpoint(step), best=best)
     assert written_steps(run) == []
-    os.write(reading[1], b"x")
+    os.write(reading[1], b"xxx")
     own.wait()
-    assert written_steps(run) == [1]
+    assert order == written_steps(run) == [1, 3, 5]
+    assert linked_step(run.last_checkpoint) == 5
+    assert linked_step(run.best_checkpoint) == 3
 
 
-def test_what_cannot_be_written_is_an_error_of_the_next_call_and_only_of_that(run):
-    own = writer(run)
+def test_what_cannot_be_written_is_told_and_tried_again_with_the_next_and_at_the_end(run):
+    told = []
+    own = writer(run, on_failed=lambda step, problem: told.append((step, problem)))
+    shutil.rmtree(run.checkpoints)
+    run.checkpoints.write_text("not a folder")
+    own.save(checkpoint(1), best=True)
+    with pytest.raises(CheckpointError, match=r"the checkpoint of step 1 could not be written: .*Not a directory"):
+        own.wait()
+    own.save(checkpoint(2), best=False)
+    with pytest.raises(TrainingError):
+        own.wait()
+    assert {step for step, _ in told} == {1}  # the best comes first
+    assert "could not be written" in told[0][1]
+    run.checkpoints.unlink()
+    own.wait()
+    assert written_steps(run) == [1, 2]
+    assert linked_step(run.best_checkpoint) == 1
+
+
+def test_it_is_tried_again_by_itself(run, monkeypatch):
+    monkeypatch.setattr(checkpoints, "RETRY_S", 0.05)
+    written = threading.Event()
+    own = writer(run, on_written=lambda *_: written.set())
     shutil.rmtree(run.checkpoints)
     run.checkpoints.write_text("not a folder")
     own.save(checkpoint(1), best=False)
-    with pytest.raises(TrainingError, match="the checkpoint could not be written") as caught:
-        own.save(checkpoint(2), best=False)
-    assert str(run.checkpoints) in str(caught.value)
+    assert not written.wait(0.3)
     run.checkpoints.unlink()
-    own.save(checkpoint(3), best=False)
-    own.wait()
-    assert written_steps(run) == [3]
+    assert written.wait(10)
+    assert written_steps(run) == [1]
+
+
+def test_code_in_a_checkpoint_is_never_run_also_where_its_manifest_is_right(run, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'owned'}",)
+
+    checkpoints.write(run, checkpoint(1))
+    folder = checkpoints.write(run, checkpoint(2))
+    (folder / "optimizer.pt").write_bytes(pickle.dumps(Evil()))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["optimizer.pt"] = checkpoints._describe(folder / "optimizer.pt")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="refused"):
+        checkpoints.load(folder)
+    assert checkpoints.load_newest(run).step == 1
+    assert len(rejected(run)) == 1
+    assert not (tmp_path / "owned").exists()
 
 
 # Copies

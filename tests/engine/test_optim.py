@@ -71,14 +71,14 @@ def test_frozen_parameters_are_in_their_groups_too():
 @pytest.mark.parametrize(("momentum", "nesterov"), [(0.9, True), (0.0, False)])
 def test_sgd_has_the_recipes_numbers(engine, momentum, nesterov):
     config = OptimConfig(momentum=momentum, weight_decay=0.02, groups={"head": 0.5})
-    optimizer = build_optimizer(model_of(), config, engine.cpu)
+    optimizer = build_optimizer(model_of(), config)
     assert type(optimizer) is torch.optim.SGD
     for group in optimizer.param_groups:
         assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (momentum, nesterov, 0.02)
 
 
 def test_adamw_has_the_recipes_numbers(engine):
-    optimizer = build_optimizer(model_of(), OptimConfig(name="adamw", weight_decay=0.02), engine.cpu)
+    optimizer = build_optimizer(model_of(), OptimConfig(name="adamw", weight_decay=0.02))
     assert type(optimizer) is torch.optim.AdamW
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.02]
 
@@ -97,7 +97,7 @@ def test_adamw_has_the_recipes_numbers(engine):
 def test_every_group_keeps_its_share_of_the_rate_through_training(engine, schedule, progress, factor):
     config = OptimConfig(lr=0.01, schedule=schedule, warmup_epochs=2, groups={"head": 0.4, "layer4": 0.0})
     recipe = Recipe(optim=config, train=TrainConfig(epochs=10))
-    optimizer = build_optimizer(model_of(), config, engine.cpu)
+    optimizer = build_optimizer(model_of(), config)
     for _ in range(2):  # the rate is set, and not multiplied further
         assert set_lr(optimizer, recipe, progress) == pytest.approx(0.4 * factor, abs=1e-12)
     rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
@@ -108,7 +108,7 @@ def test_every_group_keeps_its_share_of_the_rate_through_training(engine, schedu
 def test_weight_decay_does_not_touch_what_is_frozen(engine, name):
     model = FineTunedModel(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)), ModelConfig(freeze=["0"]))
     before = [p.clone() for p in model.module.parameters()]
-    optimizer = build_optimizer(model, OptimConfig(name=name, weight_decay=0.5), engine.cpu)
+    optimizer = build_optimizer(model, OptimConfig(name=name, weight_decay=0.5))
     model.freeze(0)
     model.module(torch.ones(1, 2)).sum().backward()
     optimizer.step()

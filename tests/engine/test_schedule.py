@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -14,12 +15,15 @@ SEEDS = st.integers(0, 2**32)
 
 
 @st.composite
-def schedules(draw, num_samples=None, seed=None):
+def schedules(draw, num_samples=None, seed=None, excluded=frozenset()):
+    """Of any ranks; of the samples that are left out, ``excluded`` are among them."""
+    num_samples = draw(st.integers(1, 60)) if num_samples is None else num_samples
     return Schedule(
         seed=draw(SEEDS) if seed is None else seed,
-        num_samples=draw(st.integers(1, 60)) if num_samples is None else num_samples,
+        num_samples=num_samples,
         batch_sizes=draw(SIZES),
         global_batch_size=draw(st.integers(1, 40)),
+        excluded=excluded | draw(st.frozensets(st.integers(0, num_samples - 1), max_size=5)),
     )
 
 
@@ -38,39 +42,65 @@ def visited(steps):
 @given(plan=schedules(), epochs=st.integers(1, 3))
 def test_an_epoch_visits_every_index_exactly_once(plan, epochs):
     seen = visited(steps_of_ranks(plan, end_epoch=epochs))
-    assert sorted(seen) == [(epoch, i) for epoch in range(epochs) for i in range(plan.num_samples)]
+    used = [i for i in range(plan.num_samples) if i not in plan.excluded]
+    assert sorted(seen) == [(epoch, i) for epoch in range(epochs) for i in used]
 
 
 @given(data=st.data(), plan=schedules())
-def test_also_when_it_is_resumed_with_other_ranks_and_another_global_batch(data, plan):
-    steps = steps_of_ranks(plan, end_epoch=2)
-    done = steps[: data.draw(st.integers(0, len(steps)))]
-    offset, epoch = 0, 0
-    if done:
-        last = done[-1][0]
-        epoch, offset = last.epoch, last.offset + last.num_samples
-    other = data.draw(schedules(plan.num_samples, plan.seed))
-    seen = visited(done) + visited(steps_of_ranks(other, epoch=epoch, offset=offset, end_epoch=2))
-    assert sorted(seen) == [(epoch, i) for epoch in range(2) for i in range(plan.num_samples)]
+def test_also_when_it_is_resumed_twice_with_other_ranks_another_global_batch_and_more_left_out(data, plan):
+    epochs, epoch, offset, seen = 2, 0, 0, []
+    for last in (False, False, True):
+        steps = steps_of_ranks(plan, epoch=epoch, offset=offset, end_epoch=epochs)
+        done = steps if last else steps[: data.draw(st.integers(0, len(steps)))]
+        seen += visited(done)
+        if done:
+            epoch, offset = done[-1][0].epoch, done[-1][0].end
+        if not last:
+            plan = data.draw(schedules(plan.num_samples, plan.seed, plan.excluded))
+    assert len(set(seen)) == len(seen)
+    missed = {(e, i) for e in range(epochs) for i in range(plan.num_samples)} - set(seen)
+    assert {i for _, i in missed} <= plan.excluded  # nothing else, whatever happened on the way
+
+
+@given(plan=schedules(), data=st.data())
+def test_one_more_that_is_left_out_moves_no_other_sample_to_another_place(plan, data):
+    index = data.draw(st.integers(0, plan.num_samples - 1))
+    more = replace(plan, excluded=plan.excluded | {index}, global_batch_size=1)
+    before = [(s[0].offset, visited([s])) for s in steps_of_ranks(replace(plan, global_batch_size=1))]
+    after = [(s[0].offset, visited([s])) for s in steps_of_ranks(more)]
+    assert after == [(offset, samples) for offset, samples in before if samples != [(0, index)]]
+
+
+@given(plan=schedules())
+def test_a_lone_sample_on_any_rank_is_known_to_all(plan):
+    for ranks in steps_of_ranks(plan):
+        expected = any(len(batch) == 1 for step in ranks for batch in step.micro_batches)
+        assert {step.lone for step in ranks} == {expected}
 
 
 @given(plan=schedules(), data=st.data())
 def test_resumed_at_any_offset_the_rest_of_the_order_follows_and_nothing_of_it_twice(plan, data):
     offset = data.draw(st.integers(0, plan.num_samples))
     seen = [i for _, i in visited(steps_of_ranks(plan, epoch=3, offset=offset, end_epoch=4))]
-    assert seen == epoch_order(plan.seed, 3, plan.num_samples)[offset:].tolist()
+    rest = epoch_order(plan.seed, 3, plan.num_samples)[offset:].tolist()
+    assert seen == [i for i in rest if i not in plan.excluded]
 
 
 @given(plan=schedules())
 def test_the_ranks_part_each_step_among_them_in_the_orders_order(plan):
-    order = epoch_order(plan.seed, 0, plan.num_samples)
+    order = [i for i in epoch_order(plan.seed, 0, plan.num_samples).tolist() if i not in plan.excluded]
     steps = steps_of_ranks(plan)
     assert len(steps) == plan.steps_per_epoch
     for number, ranks in enumerate(steps):
-        offset = number * plan.global_batch_size
-        expected = order[offset : offset + plan.global_batch_size].tolist()
+        start = number * plan.global_batch_size
+        expected = order[start : start + plan.global_batch_size]
         assert [i for step in ranks for batch in step.micro_batches for i in batch] == expected
-        assert {(step.epoch, step.offset, step.num_samples) for step in ranks} == {(0, offset, len(expected))}
+        assert {(step.epoch, step.num_samples) for step in ranks} == {(0, len(expected))}
+        assert {step.offset for step in ranks} == {
+            epoch_order(plan.seed, 0, plan.num_samples).tolist().index(expected[0])
+        }
+    ends = [ranks[0].end for ranks in steps]
+    assert ends == [ranks[0].offset for ranks in steps[1:]] + [plan.num_samples] * bool(steps)
 
 
 @given(plan=schedules())

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import socket
 import struct
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING
@@ -22,7 +24,9 @@ from launcher import recipe as recipes
 from launcher.engine import tracking
 from launcher.engine.tracking import Tracker
 from launcher.engine.wandb_mode import resolve_mode
-from launcher.run_dir import RunDir, write_json_atomic
+from launcher.history import events
+from launcher.run_dir import RunDir, read_jsonl, write_json_atomic
+from launcher.wandb_folder import UNSYNCED, sync_command, unsynced
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -106,6 +110,7 @@ class FakeWandb(ModuleType):
 
     def init(self, **_):
         return SimpleNamespace(
+            settings=SimpleNamespace(sync_dir="/runs/a/wandb/offline-run-1-a"),
             define_metric=lambda *_, **__: None,
             log=self.log,
             log_artifact=lambda artifact, aliases: self.artifacts.append(artifact),
@@ -145,11 +150,12 @@ def test_auto_without_a_key_is_off_and_says_why():
     assert "\n" not in reason
 
 
-def test_auto_with_a_key_and_no_server_is_off_and_says_why(monkeypatch, nobody):
+@pytest.mark.parametrize("asked", ["auto", "online"])
+def test_a_key_and_no_server_is_offline_and_says_why(monkeypatch, nobody, asked):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", nobody)
-    mode, reason = resolve_mode("auto")
-    assert mode == "disabled"
+    mode, reason = resolve_mode(asked)
+    assert mode == "offline"
     assert f"{nobody.removeprefix('http://')} cannot be reached" in reason
     assert "\n" not in reason
 
@@ -181,13 +187,22 @@ def test_auto_asks_the_proxy_where_there_is_one(monkeypatch, server, nobody):
     monkeypatch.setenv("https_proxy", server)
     assert resolve_mode("auto") == ("online", None)
     monkeypatch.setenv("https_proxy", nobody)
-    assert resolve_mode("auto")[0] == "disabled"
+    assert resolve_mode("auto")[0] == "offline"
 
 
-def test_online_without_a_key_is_off_and_says_why():
+def test_online_without_a_key_is_offline_and_says_why():
     mode, reason = resolve_mode("online")
-    assert mode == "disabled"
+    assert mode == "offline"
     assert "no API key" in reason
+
+
+@pytest.mark.parametrize(("asked", "mode"), [("auto", "disabled"), ("online", "offline")])
+def test_a_netrc_file_that_cannot_be_read_is_no_key_and_its_text_is_not_shown(home, asked, mode):
+    (home / ".netrc").write_text(f"machine here login user password\n{KEY} {KEY}\n")
+    found, reason = resolve_mode(asked)
+    assert found == mode
+    assert "the netrc file cannot be read, near line" in reason
+    assert KEY not in reason
 
 
 @pytest.mark.parametrize("mode", ["offline", "disabled"])
@@ -199,7 +214,7 @@ def test_offline_and_disabled_need_nothing(mode):
 def test_wandb_mode_decides_for_auto_alone(monkeypatch, value, mode):
     monkeypatch.setenv("WANDB_MODE", value)
     assert resolve_mode("auto") == (mode, None)
-    assert resolve_mode("online")[0] == "disabled"  # there is no key
+    assert resolve_mode("online")[0] == "offline"  # there is no key
     assert "no API key" in resolve_mode("online")[1]
 
 
@@ -437,10 +452,10 @@ def read_log(file: Path) -> Iterator[bytes]:
             record = b""
 
 
-def read_record(run: RunDir) -> dict:
+def read_record(run: RunDir, folders: str = "offline-run-*") -> dict:
     """What all of wandb's offline records of the run hold, oldest first, by kind."""
     found: dict = {"run": [], "history": [], "summary": {}, "metric": [], "artifact": [], "exit": []}
-    for file in sorted(run.wandb.glob("offline-run-*/run-*.wandb")):
+    for file in sorted(run.wandb.glob(f"{folders}/run-*.wandb")):
         for data in read_log(file):
             record = Record.FromString(data)
             kind = record.WhichOneof("record_type")
@@ -613,7 +628,7 @@ IN_TRAINING = """
 
 
 @pytest.mark.slow
-def test_a_server_that_hangs_is_given_up_and_leaves_no_service(tmp_path, server):
+def test_a_server_that_hangs_is_given_up_at_the_end_and_the_record_kept_offline(tmp_path, server):
     run = make_run(tmp_path, "online")
     code = IN_INIT + "\n    before = services()\n    tracker.finish(1.0)\n    report(before=before)"
     done = python(code, run.path, json.dumps(TRAIN), WANDB_BASE_URL=server, WANDB_API_KEY=KEY)
@@ -621,7 +636,9 @@ def test_a_server_that_hangs_is_given_up_and_leaves_no_service(tmp_path, server)
     assert found["before"]
     assert found["left"] == []
     assert len(found["said"]) == 1, found
-    assert "given up" in found["said"][0]
+    assert "wandb: offline: the server gave no answer" in found["said"][0]
+    assert f"`wandb sync {offline_folder(run)}`" in found["said"][0]
+    assert steps_in(run) == [10] * 100
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -665,3 +682,296 @@ def test_the_exit_hook_that_waits_for_the_service_is_taken_out(tmp_path):
     )
     assert last_line(done)["hooks"] == []
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# --- a server that cannot be used ------------------------------------------------------------------------------------
+
+
+class FakeServer(BaseHTTPRequestHandler):
+    """As much of wandb's server as a run needs; ``how`` it answers is a path's last part: /down/401, /down/close …"""
+
+    how = "200"
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("content-length", 0)))
+        if self.path.startswith("/down/"):
+            type(self).how, how = self.path.rpartition("/")[2], "200"
+        else:
+            how = self.how
+        if how == "close":
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        answer = json.dumps({"data": self._answer(body), "errors": None} if how == "200" else {"error": "no"}).encode()
+        self.send_response(int(how))
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    do_GET = do_PUT = do_POST  # noqa: N815  http.server's names
+
+    def _answer(self, body):
+        project = {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}}
+        if self.path == "/graphql" and b"mutation UpsertBucket" in body:
+            bucket = {"id": "b", "name": RUN_ID, "displayName": RUN_ID, "config": "{}", "historyLineCount": 0}
+            return {"upsertBucket": {"inserted": True, "bucket": {**bucket, "project": project}}}
+        return {"model": {**project, "bucket": None}} if b"RunResumeStatus" in body else {}
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def answering():
+    """Start a server that answers in a given way; return its address."""
+    servers = []
+
+    def begin(how):
+        handler = type("Handler", (FakeServer,), {"how": how})
+        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield begin
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mount a disk of 1 MiB at a folder, with further options."""
+    mounted = []
+
+    def mount(folder, *options):
+        folder.mkdir(parents=True, exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", ",".join(["size=1m", *options]), "none", str(folder)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            pytest.skip("there is no mount here")
+        if done.returncode:
+            pytest.skip(f"a disk cannot be mounted here (it takes root): {done.stderr.strip()}")
+        mounted.append(folder)
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def offline_folder(run: RunDir) -> Path:
+    (folder,) = run.wandb.glob("offline-run-*")
+    return folder
+
+
+def unsynced_in(run: RunDir) -> list[Path]:
+    return unsynced(run, read_jsonl(run.events))
+
+
+def steps_in(run: RunDir) -> list[int]:
+    return [row["step"] for row in read_record(run)["history"]]
+
+
+def assert_nowhere(secret: str, folder: Path) -> None:
+    found = [path for path in folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+    assert found == []
+
+
+def test_a_start_online_that_fails_goes_on_offline_with_all_that_was_queued(tmp_path, fake, monkeypatch, server):
+    begin, modes = fake.init, []
+    monkeypatch.setattr(fake, "Settings", type("Settings", (SimpleNamespace,), {"model_fields": {"mode": None}}))
+    queued = threading.Event()
+
+    def init(settings, **_):
+        modes.append(settings.mode)
+        if settings.mode == "online":
+            queued.wait()
+            fail()
+        return begin()
+
+    monkeypatch.setattr(fake, "init", init)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", server)
+    said: list[str] = []
+    run = make_run(tmp_path, "auto")
+    tracker = start(run, said.append)
+    for number in range(50):
+        tracker.log(step(number))
+    queued.set()
+    tracker.finish(ENDED_S, exit_code=3)
+    assert modes == ["online", "offline"]
+    assert fake.steps == list(range(50))
+    command = "wandb sync /runs/a/wandb/offline-run-1-a"
+    line = f"wandb: offline: RuntimeError: broken and more; training goes on; `{command}` sends what is recorded"
+    assert said == [line]
+    assert fake.ends == ["teardown", 3, "teardown"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "key", "reason"),
+    [
+        ("401", KEY, "401"),
+        ("403", KEY, "403"),
+        ("500", KEY, "500"),
+        ("close", KEY, "EOF"),
+        ("200", "short", "API key"),
+    ],
+)
+def test_a_server_that_refuses_leaves_a_whole_offline_record(tmp_path, home, answering, how, key, reason):
+    run = make_run(tmp_path, "auto")
+    done = python(
+        """
+        from launcher.engine import wandb_service
+
+        wandb_service.INIT_TIMEOUT_S = 2
+        tracker = start()
+        for step in range(20):
+            tracker.log({**json.loads(sys.argv[2]), "step": step})
+        wait_for(lambda: said)
+        for step in range(20, 30):
+            tracker.log({**json.loads(sys.argv[2]), "step": step})
+        tracker.finish(30)
+        report()
+        """,
+        run.path,
+        json.dumps(TRAIN),
+        WANDB_BASE_URL=answering(how),
+        WANDB_API_KEY=key,
+    )
+    found = last_line(done)
+    folder = offline_folder(run)
+    assert len(found["said"]) == 1, found
+    assert found["said"][0].startswith("wandb: offline: ")
+    assert reason in found["said"][0]
+    assert f"`wandb sync {folder}`" in found["said"][0]
+    assert found["left"] == []
+    assert (done.returncode, done.stderr) == (0, "")
+    assert steps_in(run) == list(range(30))
+    assert read_record(run)["exit"]  # it was ended in order
+    assert [event["folder"] for event in events(run, UNSYNCED)] == [folder.name]
+    assert unsynced_in(run) == [folder]
+    assert list(home.rglob("*")) == []
+    assert_nowhere(KEY, run.path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["auto", "online"])
+def test_a_server_where_nobody_listens_leaves_an_offline_record_at_once(tmp_path, nobody, mode):
+    run = make_run(tmp_path, mode)
+    code = "tracker = start(); tracker.log(json.loads(sys.argv[2])); tracker.finish(30); report()"
+    done = python(code, run.path, json.dumps(TRAIN), WANDB_BASE_URL=nobody, WANDB_API_KEY=KEY)
+    (line,) = last_line(done)["said"]
+    assert "cannot be reached" in line
+    assert f"`wandb sync {offline_folder(run)}`" in line
+    assert steps_in(run) == [10]
+    assert not list(run.wandb.glob("run-*"))  # the server was not waited for
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "timeout_s"), [("500", 3), ("401", 30)])
+def test_a_server_that_is_lost_in_training_leaves_the_record_and_says_how_to_send_it(
+    tmp_path, answering, how, timeout_s
+):
+    run = make_run(tmp_path, "online")
+    done = python(
+        """
+        import urllib.request
+
+        tracker = start()
+        wait_for(lambda: len(services()) == 2)  # training with a server that is well
+        tracker.log(json.loads(sys.argv[2]))
+        wait_for(tracker._queue.empty)
+        urllib.request.urlopen(os.environ["WANDB_BASE_URL"] + "/down/" + sys.argv[3], data=b"").close()
+        for step in range(20, 25):
+            tracker.log({**json.loads(sys.argv[2]), "step": step})
+        began = time.monotonic()
+        tracker.finish(float(sys.argv[4]))
+        report(took=time.monotonic() - began)
+        """,
+        *(run.path, json.dumps(TRAIN), how, timeout_s),
+        WANDB_BASE_URL=answering("200"),
+        WANDB_API_KEY=KEY,
+    )
+    found = last_line(done)
+    (folder,) = [path for path in run.wandb.glob("run-*") if path.is_dir()]
+    assert len(found["said"]) == 1, found
+    assert f"`wandb sync --include-online {folder}`" in found["said"][0]
+    assert ("given up" in found["said"][0]) == (how == "500")
+    assert found["took"] < timeout_s + 5
+    assert found["left"] == []
+    assert (done.returncode, done.stderr) == (0, "")
+    assert unsynced_in(run) == [folder]
+    assert events(run, UNSYNCED)[0]["reason"]
+    assert [row["step"] for row in read_record(run, "run-*")["history"]] == [10, *range(20, 25)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("ro",)])
+def test_a_folder_that_is_full_or_read_only_turns_tracking_off_and_nothing_else(tmp_path, small_disk, options):
+    run = make_run(tmp_path, "offline")
+    small_disk(run.wandb, *options)
+    if not options:
+        (run.wandb / "others").write_bytes(bytes(500_000))
+    done = python(
+        """
+        from launcher.engine import tracking
+
+        tracking.PROBE_S = 0.1
+        tracker = start()
+        record = json.loads(sys.argv[2])
+        for step in range(1000):
+            if not said:
+                tracker.log({**record, "step": step})
+                run.append_metrics(**record)
+                tracker.summary({str(index): "x" * 1000 + str(step) for index in range(20)})
+                time.sleep(0.02)
+        tracker.finish(30)
+        report()
+        """,
+        run.path,
+        json.dumps(TRAIN),
+    )
+    found = last_line(done)
+    assert len(found["said"]) == 1, found
+    assert found["said"][0].startswith("wandb: off: OSError: ")
+    assert ("Read-only file system" if options else "No space left on device") in found["said"][0]
+    assert found["left"] == []
+    assert (done.returncode, done.stderr) == (0, "")
+    assert run.metrics.stat().st_size > 0
+
+
+def test_what_is_not_sent_is_known_from_the_folder_and_from_events(tmp_path):
+    run = RunDir(tmp_path / "a run")
+    run.create()
+    for name in ("offline-run-3-a", "offline-run-1-a", "run-2-a", "run-0-a", "offline-run-4-a"):
+        (run.wandb / name).mkdir(parents=True)
+        (run.wandb / name / "run-a.wandb").touch()
+    (run.wandb / "offline-run-5-a").mkdir()  # nothing in it
+    (run.wandb / "latest-run").symlink_to("offline-run-3-a")
+    run.append_event(UNSYNCED, folder="run-2-a", reason="given up")
+    run.append_event(UNSYNCED, folder="offline-run-1-a", reason="no network")
+    run.append_event(UNSYNCED, folder="run-9-a", reason="gone since")
+    (run.wandb / "offline-run-4-a/run-a.wandb.synced").touch()
+    assert [folder.name for folder in unsynced_in(run)] == ["offline-run-1-a", "run-2-a", "offline-run-3-a"]
+    first, second, _ = unsynced_in(run)
+    assert sync_command([first]) == f"wandb sync '{first}'"
+    assert sync_command([first, second]) == f"wandb sync --include-online '{first}' '{second}'"
+    (run.wandb / "run-2-a/run-a.wandb.synced").touch()
+    assert [folder.name for folder in unsynced_in(run)] == ["offline-run-1-a", "offline-run-3-a"]
+
+
+@pytest.mark.slow
+def test_wandb_itself_finds_what_the_command_names(tmp_path):
+    run = make_run(tmp_path, "offline")
+    for name in ("offline-run-20260101_000000-a", "run-20260101_000001-a"):
+        (run.wandb / name).mkdir(parents=True)
+        (run.wandb / name / "run-a.wandb").touch()
+    run.append_event(UNSYNCED, folder="run-20260101_000001-a", reason="given up")
+    command = [*shlex.split(sync_command(unsynced_in(run))), "--dry-run"]
+    wandb = str(Path(sys.executable).with_name("wandb"))
+    done = subprocess.run([wandb, *command[1:]], capture_output=True, text=True, check=False, timeout=ENDED_S)
+    assert done.returncode == 0, done.stderr
+    assert "Would sync 2 run(s)" in done.stdout + done.stderr

@@ -1,0 +1,107 @@
+"""Finds the steps whose loss or gradient is no number: the same on every rank, and no step waits for the device."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from launcher.engine.distributed import max_over_ranks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from launcher.engine.device import Device
+
+LAG = 2
+"""How many steps later a flag is read. By then the device has long computed it, and no rank reads it earlier or later
+than another."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NonFiniteStep:
+    """A step that was left out."""
+
+    step: int
+    """Optimizer steps before it."""
+    samples: tuple[int, ...]
+    """Indices of this rank's samples that it may be about: of its batches with such a loss; all, where no rank has one
+    and only the gradient is no number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Watched:
+    step: int
+    values: Callable[[], torch.Tensor]
+    """The flag, then the sum of losses of each of this rank's batches."""
+    micro_batches: Sequence[Sequence[int]]
+
+
+class NonFiniteMonitor:
+    """Keeps the flags of the last steps until they are read.
+
+    Gradients are the same on every rank once DDP has averaged them, and a loss that is no number leaves none of them a
+    number; so each rank comes to the same flag by itself. Only under loss scaling, where a gradient overflows now and
+    then and all is well, the ranks have to exchange whether it was the loss.
+
+    Args:
+        device: where the flags are computed.
+        scaled: whether losses are scaled (fp16).
+    """
+
+    def __init__(self, device: Device, *, scaled: bool) -> None:
+        self._device = device
+        self._scaled = scaled
+        self._watched: deque[_Watched] = deque()
+        self.num_in_a_row = 0
+        """Steps left out since the last one that was not."""
+
+    def flag(self, gradient_norm: torch.Tensor, losses: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Float32, 1 where the step has to be left out, else 0; on the device, as fused optimizers take it.
+
+        Args:
+            gradient_norm: of all gradients, averaged over the ranks.
+            losses: the sum over each of this rank's batches.
+        """
+        if self._scaled:
+            finite = torch.stack([loss.isfinite() for loss in losses]).all()
+            return max_over_ranks(finite.logical_not().float())
+        return gradient_norm.isfinite().logical_not().float()
+
+    def watch(
+        self, step: int, flag: torch.Tensor, losses: Sequence[torch.Tensor], micro_batches: Sequence[Sequence[int]]
+    ) -> None:
+        """Keep what :meth:`flag` gave for a step, and what it was trained on."""
+        values = self._device.to_host_later(torch.stack([flag, *(loss.float() for loss in losses)]))
+        self._watched.append(_Watched(step=step, values=values, micro_batches=micro_batches))
+
+    def read(self, step: int | None = None) -> Iterator[NonFiniteStep]:
+        """The steps that were left out, of those whose flags are due before ``step``; None: of all.
+
+        Every rank must call it, at the same step.
+        """
+        while self._watched and (step is None or self._watched[0].step <= step - LAG):
+            watched = self._watched.popleft()
+            flag, *losses = watched.values().tolist()
+            self.num_in_a_row = self.num_in_a_row + 1 if flag else 0
+            if flag:
+                pairs = list(zip(losses, watched.micro_batches, strict=True))
+                guilty = [batch for loss, batch in pairs if not math.isfinite(loss)]
+                some_loss = bool(max_over_ranks(torch.tensor(float(bool(guilty)))))
+                samples = [index for batch in (guilty if some_loss else watched.micro_batches) for index in batch]
+                yield NonFiniteStep(step=watched.step, samples=tuple(samples))
+
+    def forget(self) -> None:
+        """Drop what was not read: training goes back to before it."""
+        self._watched.clear()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps; every flag has to be read before."""
+        return {"num_in_a_row": self.num_in_a_row}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state`."""
+        self.num_in_a_row = state["num_in_a_row"]

@@ -1,0 +1,110 @@
+"""The state of training, in one place: all that changes while a model trains, and that a checkpoint therefore holds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from launcher.engine import checkpoint as checkpoints
+from launcher.engine.metrics import BestMetric, TrainTotals
+from launcher.engine.model import load_state
+from launcher.engine.non_finite import NonFiniteMonitor
+from launcher.errors import UsageError
+
+if TYPE_CHECKING:
+    from launcher.engine.checkpoint import Checkpoint
+    from launcher.engine.setup import Parts
+
+
+class TrainingState:
+    """Everything that a step changes, besides the weights, buffers and optimizer of ``parts``, which belong to it.
+
+    What else changes follows from it: layers are frozen as the epoch says, learning rates are set before each step, and
+    random numbers are seeded by (seed, epoch, sample) and (seed, step, rank, micro-batch). A test walks through the
+    trainer and fails when it meets a change that is of neither kind.
+
+    Args:
+        parts: what is trained.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        device, stop = parts.device, parts.recipe.train.early_stopping
+        self.step = 0
+        """Optimizer steps done."""
+        self.epoch = 0
+        """The one under way, from 0."""
+        self.offset = 0
+        """Where in its order the next step begins."""
+        self.skipped: list[int] = []
+        """Steps that are left out since training went back because of them (train.on_nan)."""
+        self.best = BestMetric(metric=stop.metric, mode=stop.mode, min_delta=stop.min_delta, patience=stop.patience)
+        self.scaler = device.grad_scaler(parts.precision)
+        self.numbers = NonFiniteMonitor(device, scaled=self.scaler.is_enabled())
+        self.epoch_totals = TrainTotals(device.torch_device)
+        self.window_totals = TrainTotals(device.torch_device)
+
+    def capture(self) -> Checkpoint | None:
+        """On rank 0 a copy on the host. Every rank must call it: sums over steps are added up over the ranks."""
+        parts = self._parts
+        sums = {"epoch_sums": list(self.epoch_totals.reduce()), "window_sums": list(self.window_totals.reduce())}
+        if parts.ranks.rank != 0:
+            return None
+        optimizer = {"optimizer": parts.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        state: dict[str, Any] = {
+            "run_id": parts.run_id,
+            "step": self.step,
+            "epoch": self.epoch,
+            "offset": self.offset,
+            "skipped": self.skipped,
+            "world_size": parts.ranks.world_size,
+            "batch_sizes": list(parts.schedule.batch_sizes),
+            "global_batch_size": parts.schedule.global_batch_size,
+            "early_stopping": self.best.state(),
+            "numbers": self.numbers.state(),
+            "classes": list(parts.classes),
+            "train_set": parts.train_set.digest,
+            **sums,
+        }
+        return checkpoints.Checkpoint(
+            step=self.step,
+            model=checkpoints.to_host(parts.model.module.state_dict()),
+            optimizer=checkpoints.to_host(optimizer),
+            state=state,
+        )
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from what :meth:`capture` gave, at the same world size or another.
+
+        The global batch is the checkpoint's unless the recipe names one; accumulation fills in what the ranks do not
+        hold at once. So every step has the samples that it would have had.
+
+        Raises:
+            UsageError: the training images are not those of the checkpoint.
+        """
+        parts, state = self._parts, checkpoint.state
+        if parts.ranks.rank == 0:
+            self._check_train_set(state)
+        load_state(parts.model.module, checkpoint.model)
+        parts.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
+        self.scaler.load_state_dict(checkpoint.optimizer["scaler"])
+        if parts.recipe.batch.global_size is None:
+            parts.schedule = replace(parts.schedule, global_batch_size=state["global_batch_size"])
+        self.best.restore(state["early_stopping"])
+        self.numbers.restore(state["numbers"])
+        self.step, self.epoch, self.offset = state["step"], state["epoch"], state["offset"]
+        self.skipped = list(state["skipped"])
+        for totals, sums in ((self.epoch_totals, "epoch_sums"), (self.window_totals, "window_sums")):
+            totals.reset()
+            if parts.ranks.rank == 0:
+                totals.restore(state[sums])
+
+    def _check_train_set(self, state: dict[str, Any]) -> None:
+        """A position in an epoch's order means nothing for another set of images."""
+        if self._parts.train_set.digest != state["train_set"]:
+            checkpoint = self._parts.run.checkpoint(state["step"])
+            raise UsageError(
+                f"the training images are not those that the run began with (now {len(self._parts.train_set)}): images "
+                "were added, removed, renamed or moved to another class. Undo that and resume, or begin a new run from "
+                f"these weights: model.weights={checkpoint / checkpoints.MODEL}"
+            )

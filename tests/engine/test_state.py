@@ -1,0 +1,232 @@
+"""That a checkpoint holds all that changes in training: found by walking through a trainer, and by resuming from it."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from launcher.engine import checkpoint as checkpoints
+from launcher.engine.distributed import Ranks
+from launcher.engine.schedule import epoch_order
+from launcher.engine.setup import build_parts
+from launcher.engine.trainer import Trainer
+from launcher.errors import UsageError
+from launcher.run_dir import read_jsonl
+
+EVERYTHING = {
+    "model": {"arch": "mobilenet_v3_small"},  # BatchNorm and dropout
+    "data": {"augment": "standard"},
+    "optim": {"lr": 0.01, "schedule": "cosine", "warmup_epochs": 0.5},
+    "precision": "fp16",
+    "train": {
+        "epochs": 3,
+        "label_smoothing": 0.1,
+        "clip_grad_norm": 5.0,
+        "early_stopping": {"metric": "val/top1", "mode": "max", "patience": 2},
+    },
+    "tracking": {"log_every": 3},
+}
+
+SAVED = ("state.", "parts.model.module", "parts.optimizer.state", "parts.optimizer.param_groups")
+DERIVED = {
+    "parts.optimizer.found_inf": "set in each step before it is used",
+    "state.scaler._init_growth_tracker": "what it was made with",
+    "state.numbers._watched": "read before each checkpoint",
+    "parts.optimizer._need_device_dtype_check_for_fused": "torch's own, once",
+    "parts.train_set.digest": "of what does not change, once it is asked for",
+    "parts.ddp": "made anew around the model",
+    "_step._statistics": "views of the model's buffers",
+    "_step._parameters": "the model's",
+    "_agreement": "what is on its way between the ranks at this moment",
+    "_saved_step": "where the last checkpoint is",
+    "_saved_at": "the clock",
+    "_timed_since": "the clock",
+    "_timed_samples": "for the speed since then",
+    "_writer": "files",
+    "_recorder": "files",
+    "random.torch": "seeded by position before it is used",
+}
+
+
+def leaves(value, path, seen):
+    """Everything below ``value``: pairs of a path and what can be compared."""
+    if isinstance(value, torch.Tensor):
+        yield path, (value.dtype, tuple(value.shape), value.detach().double().numpy().tobytes())
+    elif isinstance(value, np.ndarray):
+        yield path, value.tobytes()
+    elif value is None or isinstance(value, bool | int | float | str | bytes):
+        yield path, value
+    elif id(value) not in seen:
+        seen.add(id(value))
+        if isinstance(value, Mapping):
+            items = ((str(key), item) for key, item in value.items())
+        elif isinstance(value, list | tuple | set | frozenset | deque):
+            items = ((str(number), item) for number, item in enumerate(value))
+        elif hasattr(value, "__dict__") and (
+            type(value).__module__.startswith("launcher")
+            or isinstance(value, nn.Module | torch.optim.Optimizer | torch.amp.GradScaler)
+        ):
+            items = vars(value).items()
+        else:
+            yield path, type(value).__name__
+            return
+        names = {id(p): str(n) for n, p in enumerate(value)} if path == "parts.optimizer.state" else {}
+        by_id = dict(zip(map(str, value), map(id, value), strict=True)) if names else {}
+        for name, item in items:
+            yield from leaves(item, f"{path}.{names[by_id[name]] if names else name}".lstrip("."), seen)
+
+
+def snapshot(trainer):
+    seen = {id(trainer)}
+    found = dict(leaves(trainer.parts, "parts", seen))
+    for name, value in vars(trainer).items():
+        found |= dict(leaves(value, name, seen))
+    found["random.torch"] = torch.get_rng_state().numpy().tobytes()
+    found["random.numpy"] = repr(np.random.get_state())  # noqa: NPY002  the one that others may use
+    found["random.python"] = repr(random.getstate())
+    return found
+
+
+def new_trainer(run, engine, stop):
+    parts = build_parts(run, Ranks(), engine.from_scale(256.0))
+    trainer = Trainer(parts, recorder=engine.records(run), stop_requested=lambda: stop(trainer))
+    return trainer
+
+
+def is_saved(path):
+    return path.startswith(SAVED) and not path.startswith(tuple(DERIVED))
+
+
+@pytest.mark.slow
+def test_all_that_changes_in_training_is_in_a_checkpoint_or_follows_from_the_position(make_run, engine, one_rank):
+    run = make_run(**EVERYTHING, batch={"size": 4, "accumulate": 2})
+    seen = []
+
+    def look(trainer):
+        assert all(p.grad is None for p in trainer.parts.model.module.parameters())
+        seen.append(snapshot(trainer))
+        return len(seen) >= 14
+
+    first = new_trainer(run, engine, look)
+    assert first.run() == "preempted"
+    assert (first.state.step, first.state.epoch) == (8, 1)
+    changed = {
+        path for before in seen for path in before.keys() | seen[-1].keys() if before.get(path) != seen[-1].get(path)
+    }
+    unknown = {path for path in changed if not path.startswith((*SAVED, *DERIVED))}
+    assert unknown == set()
+    for path in (
+        "state.step",
+        "state.offset",
+        "parts.model.module._modules.features",
+        "state.window_totals",
+        "random.",
+    ):
+        assert any(name.startswith(path) for name in changed), path
+    second = new_trainer(run, engine, lambda _: False)
+    assert second._restore()
+    second.state.scaler.scale(torch.zeros(1))  # it makes its tensors at first use
+    before, after = snapshot(first), snapshot(second)
+    different = {p for p in before.keys() | after.keys() if is_saved(p) and before.get(p) != after.get(p)}
+    # Whether a module is in training mode follows from the epoch, and is set before the next step.
+    assert {path for path in different if not path.endswith(".training")} == set()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3")  # more than there are cores
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_run_stopped_anywhere_ends_with_the_bits_of_one_that_was_not(make_run, engine, in_ranks, world_size, workers):
+    changes = {**EVERYTHING, "data": {"augment": "standard", "workers": workers}, "precision": "fp32"}
+    changes["train"] = {**EVERYTHING["train"], "epochs": 2}
+    changes["batch"] = {"size": 5, "accumulate": 3 - world_size}
+
+    def train(run, stop=engine.never):
+        return in_ranks(world_size, lambda who: engine.train(run, who, stop=stop))[0]
+
+    whole = train(make_run("whole", **changes))
+    run, lines, outcomes = make_run("stopped", **changes), [], []
+    chance = random.Random(10 * world_size + workers)  # noqa: S311  where it is stopped
+    while not outcomes or outcomes[-1] == "preempted":
+        found = train(run, engine.at_poll(chance.randint(2, 7)))
+        outcomes.append(found.outcome)
+        lines += found.lines
+    assert len(outcomes) > 1
+    assert outcomes[-1] == whole.outcome
+    for part in ("state", "optimizer", "best", "step"):
+        assert engine.identical(getattr(found, part), getattr(whole, part)), part
+    last = {(line["split"], line["step"]): line for line in lines}
+    assert list(last.values()) == whole.lines
+
+
+@pytest.mark.slow
+def test_a_lone_image_on_a_rank_is_normalised_alike_in_a_resumed_run(make_run, engine, in_ranks):
+    """By running statistics, of which a checkpoint has only rank 0's."""
+    changes = {"model": {"arch": "mobilenet_v3_small"}, "batch": {"size": 2, "global_size": 6}}  # 2 + 1 on each rank
+    whole = in_ranks(2, lambda who: engine.train(make_run("whole", **changes), who))[0]
+    run = make_run("stopped", **changes)
+    in_ranks(2, lambda who: engine.train(run, who, stop=engine.at_poll(4)))
+    found = in_ranks(2, lambda who: engine.train(run, who))[0]
+    assert found.step == whole.step
+    assert engine.identical(found.state, whole.state)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3), (3, 2)])
+def test_at_another_world_size_every_step_has_the_samples_that_it_would_have_had(
+    make_run, engine, in_ranks, before, after
+):
+    changes = {"batch": {"size": 4}, "train": {"epochs": 2}}
+
+    def train(run, world_size, stop=engine.never):
+        return in_ranks(world_size, lambda who: engine.train(run, who, stop=stop, prepare=engine.without_dropout))[0]
+
+    whole = train(make_run("whole", **changes), before)
+    run = make_run("resumed", **changes)
+    first = train(run, before, engine.at_poll(3))
+    second = train(run, after)
+    assert second.step == whole.step
+    lines = [*first.lines, *second.lines]
+    steps = [
+        [(line["step"], line["offset"], line["samples"]) for line in of if line["split"] == "train"]
+        for of in (lines, whole.lines)
+    ]
+    assert steps[0] == steps[1]
+    assert engine.largest_difference(second.state, whole.state) < 1e-5
+
+
+def test_other_images_than_the_run_began_with_are_refused(make_run, engine, one_rank, tmp_path):
+    folder = engine.write_images(tmp_path / "images", train=14, val=7)
+    run = make_run(data={"path": str(folder)}, batch={"size": 4})
+    engine.train(run, stop=engine.at_poll(2))
+    gone = next((folder / "train" / "cow").iterdir())
+    gone.rename(tmp_path / gone.name)
+    with pytest.raises(UsageError, match=r"are not those that the run began with.*model\.weights=.*step-00000002"):
+        engine.train(run)
+    (tmp_path / gone.name).rename(gone)
+    assert engine.train(run).outcome == "completed"
+
+
+def test_images_left_out_from_now_on_change_no_other_sample_place(make_run, engine, one_rank):
+    run = make_run(batch={"size": 6})
+    engine.train(run, stop=engine.at_poll(3))
+    state = checkpoints.read_state(run.last_checkpoint)
+    assert (state["step"], state["offset"]) == (3, 18)
+
+    def leave_out(parts):
+        parts.schedule = replace(parts.schedule, excluded=frozenset(range(37)) - left)
+
+    order = epoch_order(0, 0, 37).tolist()
+    left = frozenset([*order[:18], *order[20:36]])  # three of those to come are bad
+    found = engine.train(run, prepare=leave_out)
+    lines = [(line["step"], line["offset"], line["samples"]) for line in found.lines if line["split"] == "train"]
+    assert lines == [(4, 26, 6), (5, 32, 6), (6, 37, 4)]
+    assert found.outcome == "completed"
+    assert [event["offset"] for event in read_jsonl(run.events) if event["kind"] == "resumed"] == [18]
