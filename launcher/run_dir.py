@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import socket
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,16 +56,26 @@ def code_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def write_text_atomic(path: Path, text: str) -> None:
-    """Write ``text`` beside ``path`` and rename it there: a reader sees the old file or the new one, whole."""
+def write_text_atomic(path: Path, text: str, *, durable: bool = False) -> None:
+    """Write ``text`` beside ``path`` and rename it there: a reader sees the old file or the new one, whole.
+
+    Args:
+        path: the file.
+        text: its new content.
+        durable: wait for the disk, so that a loss of power leaves no empty file: for what cannot be made again.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.write_text(text, encoding="utf-8")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
     beside.replace(path)
 
 
-def write_json_atomic(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically."""
-    write_text_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+def write_json_atomic(path: Path, value: Any, *, durable: bool = False) -> None:
+    """Write ``value`` as indented JSON, as :func:`write_text_atomic` does."""
+    write_text_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n", durable=durable)
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
@@ -177,6 +188,15 @@ class RunDir:
         """Standard output and error of one rank."""
         return self.attempt_logs(attempt) / f"rank-{rank}.log"
 
+    def nccl_dump(self, attempt: int) -> Path:
+        """Beginning of the names of what NCCL's flight recorder writes; torch adds the rank."""
+        return self.attempt_logs(attempt) / "nccl-rank-"
+
+    def nccl_pipe(self, attempt: int) -> Path:
+        """Beginning of the names of the pipes that ask for it; torch adds the rank and ``.pipe``, and makes them."""
+        digest = hashlib.sha256(f"{self.path} {attempt}".encode()).hexdigest()[:16]
+        return Path(tempfile.gettempdir()) / f"launch-{digest}-"
+
     def node_log(self, node_rank: int) -> Path:
         """What torch's elastic agent on one node had to say."""
         return self.logs / f"node-{node_rank}.log"
@@ -286,7 +306,7 @@ class RunDir:
         """The content of ``status.json``; ``{"state": "pending"}`` where none was written yet."""
         try:
             status: dict[str, Any] = json.loads(self.status.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, json.JSONDecodeError):  # or empty: it is not forced to the disk
             return {"state": "pending"}
         return status
 

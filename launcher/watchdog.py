@@ -11,6 +11,7 @@ import struct
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from launcher.run_dir import write_json_atomic
@@ -110,6 +111,8 @@ class Watchdog:
         attempt = self._attempt()
         print(f"no step for {self._timeout_s:g} s: the workers hang; their stacks go to their logs", flush=True)
         _signal(found, DUMP_SIGNAL)
+        for beat in found:
+            _ask_flight_recorder(Path(f"{self._run.nccl_pipe(attempt)}{beat.rank}.pipe"))
         time.sleep(DUMP_S)
         for beat in found:
             stack = _last_stack(self._run, attempt, beat.rank)
@@ -136,6 +139,16 @@ def _signal(found: list[Beat], number: signal.Signals) -> None:
     for beat in found:
         with contextlib.suppress(ProcessLookupError):
             os.kill(beat.pid, number)
+
+
+def _ask_flight_recorder(pipe: Path) -> None:
+    """Have a worker write down its last collectives; only NCCL has such a pipe."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        try:
+            os.write(descriptor, b"1\n")
+        finally:
+            os.close(descriptor)
 
 
 def _last_stack(run: RunDir, attempt: int, rank: int) -> list[str]:

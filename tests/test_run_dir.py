@@ -70,12 +70,21 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     file = tmp_path / "report.html"
     write_text_atomic(file, "old")
 
-    def disk_full(path, text, encoding):
-        with path.open("w", encoding=encoding) as opened:
-            opened.write(text[: len(text) // 2])
-        raise OSError(28, "No space left on device")
+    class OnFullDisk:
+        def __init__(self, path, mode, encoding):
+            self.file = open(path, mode, encoding=encoding)  # noqa: PTH123, SIM115  Path.open is what is replaced
 
-    monkeypatch.setattr(Path, "write_text", disk_full)
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, text):
+            self.file.write(text[: len(text) // 2])
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", OnFullDisk)
     with pytest.raises(OSError, match="No space"):
         write_text_atomic(file, "new and longer")
     assert file.read_text() == "old"

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +43,22 @@ def worker(run):
     process.kill()
     process.wait()
     process.stdout.close()
+
+
+def test_the_flight_recorder_is_asked_where_there_is_one(run, worker, monkeypatch):
+    """NCCL's own end of the pipe is not to be had here: a mock reads it."""
+    monkeypatch.setattr(watchdog, "DUMP_S", 0.0)
+    pipe = Path(f"{run.nccl_pipe(1)}5.pipe")
+    os.mkfifo(pipe)
+    try:
+        reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        Watchdog(run, Heartbeats(1), timeout_s=1.0, node_rank=0, attempt=lambda: 1)._end(
+            [watchdog.Beat(age_s=2.0, pid=worker.pid, rank=rank) for rank in (5, 6)]  # 6 has no pipe
+        )
+        assert os.read(reader, 10) == b"1\n"
+        os.close(reader)
+    finally:
+        pipe.unlink()
 
 
 def test_a_worker_beats_in_memory_that_its_parent_reads():

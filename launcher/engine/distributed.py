@@ -10,7 +10,12 @@ import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from launcher.engine.device import Device
+
+NUM_RECORDED = 2000
+"""Collectives that NCCL's flight recorder keeps; torch's own documentation takes as many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +44,25 @@ class Ranks:
             "node_rank": "GROUP_RANK",
         }
         return cls(**{field: int(os.environ[name]) for field, name in names.items() if name in os.environ})
+
+
+def record_collectives(dump: Path, pipe: Path) -> None:
+    """Have NCCL's flight recorder keep the last collectives, and write them down on a timeout or when it is asked to.
+
+    Args:
+        dump: beginning of the names of its files.
+        pipe: beginning of the names of the pipes through which it is asked.
+    """
+    values = {
+        "TORCH_FR_BUFFER_SIZE": NUM_RECORDED,
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": NUM_RECORDED,  # its older name, and that of the file
+        "TORCH_FR_DUMP_TEMP_FILE": dump,
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": dump,
+        "TORCH_NCCL_DEBUG_INFO_PIPE_FILE": pipe,
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": 1,
+    }
+    for name, value in values.items():
+        os.environ.setdefault(name, str(value))
 
 
 def init_process_group(device: Device, ranks: Ranks) -> None:

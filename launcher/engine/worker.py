@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from launcher.engine.device import Device
-from launcher.engine.distributed import Ranks, init_process_group
+from launcher.engine.distributed import Ranks, init_process_group, record_collectives
 from launcher.engine.recorder import Recorder
 from launcher.engine.setup import build_parts
 from launcher.engine.stopping import StopFlag
@@ -85,6 +85,8 @@ def train(spec: WorkerSpec, ranks: Ranks, stop: Callable[[], bool], console: IO[
     device = Device(type=run.read_plan()["device"], index=ranks.local_rank)
     device.activate()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if device.is_cuda:
+        record_collectives(run.nccl_dump(spec.attempt), run.nccl_pipe(spec.attempt))
     init_process_group(device, ranks)
     recorder = None
     finished = False
