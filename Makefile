@@ -1,4 +1,4 @@
-# demo: from nothing to a measured model.  test: all tests.  lint: style and types.  bench: start-up against the others.
+# demo: from nothing to a measured model.  test: all tests.  lint: style and types.  bench: start-up against the others, checkpoints.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -27,6 +27,7 @@ lint: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python -m tests.bench.startup
+	$(BIN)/python -m tests.bench.checkpoint
 
 clean:
 	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -84,9 +84,10 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
             self.file.write(text[: len(text) // 2])
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "open", OnFullDisk)
-    with pytest.raises(OSError, match="No space"):
-        write_text_atomic(file, "new and longer")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda *where, encoding: OnFullDisk(*where, encoding))
+        with pytest.raises(OSError, match="No space"):
+            write_text_atomic(file, "new and longer")
     assert file.read_text() == "old"
 
 

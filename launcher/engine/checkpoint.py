@@ -61,6 +61,7 @@ class CheckpointWriter:
         keep: how many of the newest stay; the best stays besides.
         on_written: called in the thread with (step, seconds, size_mb, best) after each.
         on_failed: called in the thread with (step, what went wrong) after each attempt that failed.
+        on_done: called in the thread with each checkpoint that is not needed any more.
     """
 
     def __init__(
@@ -70,11 +71,13 @@ class CheckpointWriter:
         keep: int,
         on_written: Callable[[int, float, float, bool], None],
         on_failed: Callable[[int, str], None],
+        on_done: Callable[[Checkpoint], None],
     ) -> None:
         self._run = run
         self._keep = keep
         self._on_written = on_written
         self._on_failed = on_failed
+        self._on_done = on_done
         self._changed = threading.Condition()
         self._waiting: dict[bool, Checkpoint] = {}  # by whether it is the best; each the newest of its kind
         self._writing = False
@@ -86,10 +89,11 @@ class CheckpointWriter:
     def save(self, checkpoint: Checkpoint, *, best: bool) -> None:
         """Have it written soon."""
         with self._changed:
-            self._waiting[best] = checkpoint
-            if best:
-                self._waiting.pop(False, None)  # the best one is also the last
+            given_up = [self._waiting.pop(best, None), self._waiting.pop(False, None) if best else None]
+            self._waiting[best] = checkpoint  # the best one is also the last
             self._changed.notify_all()
+        for one in filter(None, given_up):
+            self._on_done(one)
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="checkpoint", daemon=True)
             self._thread.start()
@@ -120,8 +124,11 @@ class CheckpointWriter:
                 self._writing = False
                 self._failure = failure
                 newer = any(waiting.step >= checkpoint.step for waiting in self._waiting.values())
-                if failure and (best not in self._waiting if best else not newer):
+                again = failure and (best not in self._waiting if best else not newer)
+                if again:
                     self._waiting[best] = checkpoint
+                else:
+                    self._on_done(checkpoint)
                 self._changed.notify_all()
                 if failure:
                     self._changed.wait(RETRY_S)
@@ -226,17 +233,6 @@ def load_newest(run: RunDir) -> Checkpoint | None:
         except CheckpointError as error:
             run.append_event("checkpoint_rejected", path=str(folder), message=str(error))
     return None
-
-
-def to_host(value: Any) -> Any:
-    """A copy on the host of tensors in nested dicts and lists, which later steps do not change."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: to_host(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [to_host(item) for item in value]
-    return value
 
 
 def _clean_up(run: RunDir) -> None:

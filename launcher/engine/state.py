@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from launcher.engine import checkpoint as checkpoints
+from launcher.engine.host_copies import HostCopies
 from launcher.engine.metrics import BestMetric, TrainTotals
 from launcher.engine.model import load_state
 from launcher.engine.non_finite import NonFiniteMonitor
@@ -43,6 +44,7 @@ class TrainingState:
         self.numbers = NonFiniteMonitor(device, scaled=self.scaler.is_enabled())
         self.epoch_totals = TrainTotals(device.torch_device)
         self.window_totals = TrainTotals(device.torch_device)
+        self._copies = HostCopies()
 
     def capture(self) -> Checkpoint | None:
         """On rank 0 a copy on the host. Every rank must call it: sums over steps are added up over the ranks."""
@@ -68,10 +70,14 @@ class TrainingState:
         }
         return checkpoints.Checkpoint(
             step=self.step,
-            model=checkpoints.to_host(parts.model.module.state_dict()),
-            optimizer=checkpoints.to_host(optimizer),
+            model=self._copies.copy(parts.model.module.state_dict()),
+            optimizer=self._copies.copy(optimizer),
             state=state,
         )
+
+    def release(self, checkpoint: Checkpoint) -> None:
+        """What :meth:`capture` gave is not needed any more."""
+        self._copies.give_back([checkpoint.model, checkpoint.optimizer])
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from what :meth:`capture` gave, at the same world size or another.

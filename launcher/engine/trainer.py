@@ -60,18 +60,12 @@ class Trainer:
         self._recorder = recorder
         self._stop_requested = stop_requested
         self._agreement = distributed.Agreement(num_wishes=2)
-        self._writer = (
-            checkpoints.CheckpointWriter(
-                parts.run, keep=self.recipe.train.checkpoint.keep, on_written=self._written, on_failed=self._not_written
-            )
-            if recorder
-            else None
-        )
+        self.state = TrainingState(parts)
+        self._writer = self._build_writer() if recorder else None
         self._timed_since = self._saved_at = time.monotonic()
         self._timed_samples = 0
         self._wrapped = False
         self._saved_step = 0
-        self.state = TrainingState(parts)
         self._step = TrainStep(parts, self.state)
 
     @property
@@ -271,6 +265,15 @@ class Trainer:
         self._saved_at, self._saved_step = time.monotonic(), self.state.step
         if self._writer and checkpoint:
             self._writer.save(checkpoint, best=best)
+
+    def _build_writer(self) -> checkpoints.CheckpointWriter:
+        return checkpoints.CheckpointWriter(
+            self.parts.run,
+            keep=self.recipe.train.checkpoint.keep,
+            on_written=self._written,
+            on_failed=self._not_written,
+            on_done=self.state.release,
+        )
 
     def _written(self, step: int, seconds: float, size_mb: float, best: bool) -> None:  # noqa: FBT001  a callback
         if self._recorder:

@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launcher.engine import checkpoint as checkpoints
-from launcher.engine.checkpoint import Checkpoint, CheckpointError, CheckpointWriter, to_host
+from launcher.engine.checkpoint import Checkpoint, CheckpointError, CheckpointWriter
+from launcher.engine.host_copies import HostCopies
 from launcher.errors import TrainingError
 from launcher.processes import die_with_parent
 from launcher.run_dir import RunDir
@@ -80,8 +81,8 @@ def rejected(run):
     return [event for event in events(run) if event["kind"] == "checkpoint_rejected"]
 
 
-def writer(run, *, keep=2, on_written=lambda *_: None, on_failed=lambda *_: None):
-    return CheckpointWriter(run, keep=keep, on_written=on_written, on_failed=on_failed)
+def writer(run, *, keep=2, on_written=lambda *_: None, on_failed=lambda *_: None, on_done=lambda _: None):
+    return CheckpointWriter(run, keep=keep, on_written=on_written, on_failed=on_failed, on_done=on_done)
 
 
 def written_steps(run):
@@ -398,7 +399,8 @@ def test_training_does_not_wait_for_the_disk_and_what_is_waiting_gives_way_to_th
         return real(run, checkpoint)
 
     monkeypatch.setattr(checkpoints, "write", slow_write)
-    own = writer(run, keep=9)
+    done = []
+    own = writer(run, keep=9, on_done=lambda checkpoint: done.append(checkpoint.step))
     own.save(checkpoint(1), best=False)  # returns although nothing can be written yet
     begun.wait(10)
     for step, best in [(2, False), (3, True), (4, False), (5, False)]:
@@ -407,6 +409,7 @@ def test_training_does_not_wait_for_the_disk_and_what_is_waiting_gives_way_to_th
     os.write(reading[1], b"xxx")
     own.wait()
     assert order == written_steps(run) == [1, 3, 5]
+    assert done == [2, 4, 1, 3, 5]  # no memory is lost
     assert linked_step(run.last_checkpoint) == 5
     assert linked_step(run.best_checkpoint) == 3
 
@@ -467,7 +470,7 @@ def test_code_in_a_checkpoint_is_never_run_also_where_its_manifest_is_right(run,
 def test_copies_on_the_host_do_not_change_later():
     weight = torch.nn.Parameter(torch.zeros(3))
     value = {"state": {0: {"buffer": torch.zeros(2)}}, "groups": [{"params": [0], "extra": [weight]}], "lr": 0.1}
-    copy = to_host(value)
+    copy = HostCopies().copy(value)
     with torch.no_grad():
         weight.fill_(7)
         value["state"][0]["buffer"].fill_(7)
@@ -477,6 +480,19 @@ def test_copies_on_the_host_do_not_change_later():
     assert copy["state"][0]["buffer"].tolist() == [0, 0]
     assert copy["groups"][0]["params"] == [0]
     assert copy["lr"] == 0.1
+
+
+def test_memory_is_used_again_when_it_was_given_back_and_not_before():
+    copies, value = HostCopies(), {"a": [torch.zeros(3), torch.ones(2, 2).T], "b": 1}
+    first, second = copies.copy(value), copies.copy(value)
+    assert first["a"][0].data_ptr() != second["a"][0].data_ptr()
+    copies.give_back(first)
+    value["a"][0].fill_(5)
+    third = copies.copy(value)
+    assert third["a"][0].data_ptr() == first["a"][0].data_ptr()
+    assert [third["a"][0].tolist(), second["a"][0].tolist()] == [[5, 5, 5], [0, 0, 0]]
+    assert third["a"][1].stride() == value["a"][1].stride()
+    assert third["b"] == 1
 
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
@@ -490,8 +506,9 @@ def test_a_saved_state_is_of_its_moment_although_training_goes_on(run, name):
         optimizer.zero_grad()
 
     step()
+    copy = HostCopies().copy
     saved = Checkpoint(
-        step=1, model=to_host(module.state_dict()), optimizer=to_host(optimizer.state_dict()), state={"step": 1}
+        step=1, model=copy(module.state_dict()), optimizer=copy(optimizer.state_dict()), state={"step": 1}
     )
     expected = pickle.loads(pickle.dumps((module.state_dict(), optimizer.state_dict())))  # noqa: S301  our own
     own = writer(run)
