@@ -7,6 +7,7 @@ for each image. It is replaced as a whole: of two scans at the same time the lat
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import importlib.metadata
 import json
@@ -37,12 +38,18 @@ def file_of(folder: Path) -> Path:
 def load(folder: Path) -> Entries:
     """The answers about a data folder; none where there is no file, or one that is damaged or of another version."""
     entries: Entries = {}
-    with contextlib.suppress(OSError, ValueError), file_of(folder).open(encoding="ascii") as lines:
-        if json.loads(next(lines, "null")) != _header(folder):
-            return {}
-        for line in lines:
-            path, size, mtime_ns, digest, kind, message, notes = json.loads(line)
-            entries[path] = (size, mtime_ns), (digest, kind, message, tuple(notes))
+    collects = gc.isenabled()
+    gc.disable()  # it would go over a million entries again and again while they are read
+    try:
+        with contextlib.suppress(OSError, ValueError), file_of(folder).open(encoding="ascii") as lines:
+            if json.loads(next(lines, "null")) != _header(folder):
+                return {}
+            for line in lines:
+                path, size, mtime_ns, digest, kind, message, notes = json.loads(line)
+                entries[path] = (size, mtime_ns), (digest, kind, message, tuple(notes))
+    finally:
+        if collects:
+            gc.enable()
     return entries
 
 
