@@ -18,7 +18,7 @@ demo: $(VENV)/installed
 	$(BIN)/launch recipes/quickstart.yaml --run-dir $(RUN)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

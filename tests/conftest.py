@@ -19,6 +19,14 @@ hypothesis.settings.register_profile("launcher", deadline=None)
 hypothesis.settings.load_profile("launcher")
 
 
+def pytest_collection_modifyitems(items):
+    """With several processes: one has the SLURM cluster, from the start; the others take file after file."""
+    items.sort(key=lambda item: "slurm" not in item.keywords)
+    for item in items:
+        group = "slurm" if "slurm" in item.keywords else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     """Keep digits and weights out of the home folder; subprocesses inherit the variables."""
