@@ -152,7 +152,8 @@ class Trainer:
         totals = means(state.epoch_totals.reduce())
         values = self._validate()
         if not math.isfinite(values["loss"]):
-            raise TrainingError(f"training diverged: the validation loss is {values['loss']} {self._where()}; {CURE}")
+            where = f"at step {state.step} (epoch {state.epoch + 1})"
+            raise TrainingError(f"training diverged: the validation loss is {values['loss']} {where}; {CURE}")
         epoch = state.epoch
         watched = {f"val/{k}": v for k, v in values.items()} | {"train/loss": totals["loss"]}
         is_best = state.best.update(watched[state.best.metric], epoch=epoch, step=state.step)
@@ -233,8 +234,8 @@ class Trainer:
             self._recorder.say(f"step {number}: the loss or its gradient is no number; train.on_nan={policy}")
         if policy == "stop":
             raise TrainingError(
-                f"the loss or its gradient is no number (NaN or infinite) in step {number}; each rank's log names its "
-                f"images; the weights are those before it; {CURE}; train.on_nan=skip leaves such steps out"
+                f"the loss or its gradient is no number (NaN or infinite) in step {number}, which did not reach the "
+                f"weights; each rank's log names its images; {CURE}; or train.on_nan=skip leaves such steps out"
             )
         if self.state.numbers.num_in_a_row >= MAX_NON_FINITE_IN_A_ROW:
             raise TrainingError(f"{MAX_NON_FINITE_IN_A_ROW} steps in a row up to {number} had no finite loss; {CURE}")
@@ -254,9 +255,6 @@ class Trainer:
         self._prepare_epoch()
         if self._recorder:
             self._recorder.event("rolled_back", step=self.state.step, skipped=bad + 1)
-
-    def _where(self) -> str:
-        return f"at step {self.state.step} (epoch {self.state.epoch + 1})"
 
     def _save(self, *, best: bool) -> None:
         """Have rank 0 write a checkpoint; every rank takes part in adding up the running sums."""
