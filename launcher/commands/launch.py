@@ -93,7 +93,7 @@ def resume(argv: list[str]) -> int:
     if args.overrides:
         raise UsageError(f"{args.overrides[0]}: a run goes on with its own recipe; only profile.key=value can change")
     run = RunDir.existing(args.run_dir)
-    args.kept_profile = run.read_plan()["profile"]
+    args.kept_profile = run.read_plan().get("profile")
     from launcher import recipe as recipes
 
     recipe, source = recipes.load(str(run.recipe), (), flags(args))
