@@ -80,8 +80,11 @@ def explain(run: RunDir, job: JobState | None = None) -> str:
         failure |= {"kind": "cancelled", "type": "cancelled"}
     if failure is None and job and job.over and job.state not in ("COMPLETED", "UNKNOWN"):
         lines += [f"job {job.job_id} ended as {job.state}", *job_end.last_words(run, job.job_id)]
+    elif failure is None and (failed := failed_checks(run)):
+        lines += ["the check of the nodes failed", *failed]
     elif failure is None:
-        lines.append(f"no failure is recorded for this attempt; the logs are in {run.attempt_logs(attempt)}")
+        logs = run.attempt_logs(attempt) if attempt else run.logs
+        lines.append(f"no failure is recorded for this attempt; the logs are in {logs}")
     if failure is None:
         return "\n".join([*lines, *_evidence(run), *_refused(run)])
     rank, host = failure["rank"], failure["host"]
@@ -92,6 +95,14 @@ def explain(run: RunDir, job: JobState | None = None) -> str:
     if rank is not None:
         lines.append(f"log: {run.rank_log(attempt, rank)}")
     return "\n".join([*lines, *_evidence(run), *_refused(run), f"what to do: {CURES.get(failure['kind'], RESUME)}"])
+
+
+def failed_checks(run: RunDir) -> list[str]:
+    """What nodes found wrong with themselves or each other, which has kept the run from starting since it was launched."""
+    if history.since_launched(run, "attempt_started"):
+        return []
+    failed = [event["problems"] for event in history.since_launched(run, "preflight_failed")]
+    return [f"{host}: {text}" for problems in failed for host, text in problems.items()]
 
 
 def _as_recorded(run: RunDir, attempt: int) -> dict[str, Any] | None:

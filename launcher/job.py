@@ -121,7 +121,9 @@ def _supervise(run: RunDir) -> int:
 def _leave_out(run: RunDir, problems: dict[str, str], *, node_rank: int) -> None:
     """Have the batch script queue the job again without its bad nodes, a few times; in an allocation there is none."""
     run.append_event("preflight_failed", problems=problems)
-    write_text_atomic(run.bad_nodes(_start(), node_rank), ",".join(problems) + "\n")
+    bad = run.bad_nodes(_start(), node_rank)
+    bad.parent.mkdir(exist_ok=True)
+    write_text_atomic(bad, ",".join(problems) + "\n")
 
 
 def check(folder: str) -> None:

@@ -18,7 +18,8 @@ LAST_LINES = 5
 NOISE = ("srun: job ", "srun: Job step aborted", "srun: launch/slurm", "srun: Force Terminated", "*** STEP")
 """What srun says of every step that it ends."""
 REASONS = {
-    "JobLaunchFailure": "SLURM could not start the job's script or write its log: see that all nodes share the folder",
+    "JobLaunchFailure": "SLURM could not start the script or write its log: see that all nodes share the folder of the "
+    "run (--run-dir)",
     "BadConstraints": "no nodes are left that fit: see exclude, constraint and the like in the profile",
     "ReqNodeNotAvail": "the nodes that fit are down, drained or reserved: sinfo -R",
     "PartitionTimeLimit": "lower timeout_min in the profile",
@@ -26,14 +27,14 @@ REASONS = {
 }
 """What to do, by SLURM's word."""
 WORDS = {
+    "the profile's setup": "correct that line of the profile, or end it in `|| true` where it may fail",
     "execve": "see `python` in the profile, and that the nodes have what it names",
     "command not found": "see `setup` and `python` in the profile",
     "No module named": "the nodes' Python lacks it: see `setup` and `python` in the profile",
     "No such file or directory": "see that the nodes share what the line names",
-    "unable to open": "see that all nodes share the folder, or name another by --run-dir",
-    "could not open": "see that all nodes share the folder, or name another by --run-dir",
+    "unable to open": "see that all nodes share the folder of the run (--run-dir)",
+    "could not open": "see that all nodes share the folder of the run (--run-dir)",
     "has no interface": "name one that all nodes have: profile.interface",
-    "the profile's setup": "correct that line of the profile, or end it in `|| true` where it may fail",
 }
 """What to do, by what a log says; the first that is found counts."""
 AGAIN = "launch resume RUN starts it again"
@@ -53,7 +54,7 @@ def explain(run: RunDir, job: JobState) -> list[str]:
             None,
             [
                 job.reason if job.reason not in ("None", "NonZeroExitCode") else "",
-                f"exit code {code}" if code is not None else "",
+                f"exit code {code}" if code else "",
             ],
         )
     )
@@ -61,11 +62,12 @@ def explain(run: RunDir, job: JobState) -> list[str]:
     text = "\n".join(words)
     cures = [cure for word, cure in REASONS.items() if word == job.reason]
     cures += [cure for word, cure in WORDS.items() if word in text]
-    cure = f"{cures[0]}; then {AGAIN}" if cures else f"correct what stands above; then {AGAIN}"
+    cure = cures[0] if cures else "correct what stands above" if words else "see `setup` and `python` in the profile"
+    again = AGAIN.replace("RUN", "RUN --profile NAME") if "profile" in cure else AGAIN  # which reads it anew
     return [
         f"job {job.job_id} ended before training began: {job.state}" + (f" ({ended})" if ended else ""),
         *(words or [f"nothing stands in the logs: neither in {run.logs} nor in {run.slurm}"]),
-        f"what to do: {cure}",
+        f"what to do: {cure}; then {again}",
     ]
 
 

@@ -225,7 +225,7 @@ def launched_again(run):
             3,
             "that line of the profile",
         ),
-        (None, "nothing stands in the logs", "NonZeroExitCode", 1, "correct what stands above"),
+        (None, "nothing stands in the logs", "NonZeroExitCode", 1, "see `setup` and `python` in the profile"),
         (None, "nothing stands in the logs", "JobLaunchFailure", 1, "all nodes share the folder"),
     ],
 )
@@ -244,6 +244,7 @@ def test_why_of_a_job_that_left_no_word_has_its_logs_and_a_cure(
     assert words in text
     assert cure in text.splitlines()[-1]
     assert "launch resume RUN" in text.splitlines()[-1]
+    assert ("--profile NAME" in text) == ("profile" in text)
     assert "the old bug" not in text
     assert "queued" not in text
 
@@ -256,3 +257,14 @@ def test_why_of_a_job_that_waits_says_for_what(launched_again):
     cancelled = diagnose.explain(launched_again, JobState(job_id="8", state="CANCELLED"))
     assert "run: cancelled" in cancelled
     assert "job 8 was cancelled before training began" in cancelled
+
+
+def test_why_of_a_step_of_an_allocation_whose_nodes_failed_their_check(run):
+    run.append_event("preflight_failed", problems={"n1": "of an earlier launch"})
+    run.append_event("launched")
+    assert f"the logs are in {run.logs}" in diagnose.explain(run)
+    run.append_event("preflight_failed", problems={"n2": "has no interface ib9"})
+    run.update_status(state="failed", attempt=0)
+    assert diagnose.explain(run).splitlines()[1:] == ["the check of the nodes failed", "n2: has no interface ib9"]
+    run.append_event("attempt_started", attempt=1, node=0)  # without the bad node
+    assert "no failure is recorded" in diagnose.explain(run)

@@ -7,7 +7,7 @@ import signal
 import subprocess
 from typing import TYPE_CHECKING
 
-from launcher import history, job, slurm_client
+from launcher import diagnose, job, slurm_client, whereabouts
 from launcher.backends import slurm_follow
 from launcher.errors import EXIT_OK, EXIT_RESUMABLE, InterruptedRunError, PreflightError, TrainingError
 from launcher.processes import STOP_SIGNALS
@@ -111,12 +111,13 @@ def _run_step(run: RunDir, plan: LaunchPlan) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    failed = [event["problems"] for event in history.since_launched(run, "preflight_failed")]
-    if failed:
-        texts = (f"{host}: {text}" for problems in failed for host, text in problems.items())
-        raise PreflightError("\n".join(["the check of the nodes failed", *texts]))
     if code == EXIT_RESUMABLE:
         raise InterruptedRunError(f"interrupted; go on with: launch resume {run}")
+    if code and run.read_status()["state"] in whereabouts.UNSETTLED:
+        run.update_status(state="failed")
+    failed = diagnose.failed_checks(run)
+    if failed:
+        raise PreflightError("\n".join(["the check of the nodes failed", *failed]))
     if code:
         raise TrainingError(f"srun ended with {code}; more: launch why {run}")
     return EXIT_OK
