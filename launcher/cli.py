@@ -21,7 +21,7 @@ other commands:
   launch resume RUN        go on from a run's last checkpoint
   launch logs RUN [-f]     what the ranks wrote; --rank R, --attempt A, --grep X
   launch ps [FOLDER]       the runs below a folder: state, job, progress
-  launch cancel RUN        stop a run, wherever it runs; a checkpoint is saved first
+  launch cancel RUN        stop a run (or a sweep's folder), wherever it runs; a checkpoint is saved first
   launch compare RUN …     runs or folders of runs side by side, the best first
   launch export RUN        export, quantize and measure a run's best checkpoint again
   launch report RUN        write report.html, report.json and model_card.md again
@@ -87,9 +87,9 @@ def _why(argv: list[str]) -> int:
     parser = _parser("why", "Show the first failure of a run's last attempt, and its cure.")
     parser.add_argument("run_dir", metavar="RUN")
     run = RunDir.existing(parser.parse_args(argv).run_dir)
-    from launcher import diagnose
+    from launcher import diagnose, whereabouts
 
-    print(diagnose.explain(run))
+    print(diagnose.explain(run, whereabouts.job_state(run)))
     return EXIT_OK
 
 
@@ -123,12 +123,12 @@ def _ps(argv: list[str]) -> int:
 
 
 def _cancel(argv: list[str]) -> int:
-    parser = _parser("cancel", "Stop a run, wherever it runs; a checkpoint is saved first.")
-    parser.add_argument("run_dir", metavar="RUN")
-    run = RunDir.existing(parser.parse_args(argv).run_dir)
-    from launcher.commands import jobs
+    parser = _parser("cancel", "Stop a run, or all of a sweep, wherever they run; a checkpoint is saved first.")
+    parser.add_argument("path", metavar="RUN|SWEEP")
+    args = parser.parse_args(argv)
+    from launcher.commands import cancel
 
-    jobs.cancel(run)
+    cancel.run(args.path)
     return EXIT_OK
 
 

@@ -6,10 +6,11 @@ import json
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from launcher import history
+from launcher import history, job_end, whereabouts
 
 if TYPE_CHECKING:
     from launcher.run_dir import RunDir
+    from launcher.slurm_client import JobState
 
 NOT_RETRYABLE = ("bug", "usage", "out_of_memory")
 """Causes that the same start would meet again."""
@@ -26,7 +27,7 @@ CURES = {
 }
 SLURM_WORDS = ("oom_kill", "oom-kill", "DUE TO", "Node failure", "Exceeded job memory")
 OURS = "DUE TO JOB REQUEUE"
-STOPS = ("preempted", "time_limit", "interrupted")
+STOPS = ("preempted", "time_limit", "interrupted", "cancelled")
 TRACEBACK_LINES = 12
 
 
@@ -59,15 +60,32 @@ def first_failure(run: RunDir, attempt: int) -> dict[str, Any] | None:
     return {**echo, "kind": "lost_worker", "rank": None, "type": "lost worker", "message": message, "traceback": ""}
 
 
-def explain(run: RunDir) -> str:
-    """The answer of ``launch why``, in some ten lines: the first failure in time, the evidence and the cure."""
+def explain(run: RunDir, job: JobState | None = None) -> str:
+    """The answer of ``launch why``, in some ten lines: the first failure in time, the evidence and the cure.
+
+    Args:
+        run: the run directory.
+        job: what SLURM says of the run's job, where it has one and somebody has asked.
+    """
     status = run.read_status()
-    attempt = int(status.get("attempt", 1))
-    head = f"{run}: {status['state']}, attempt {attempt}, epoch {status.get('epoch', 0)}, step {status.get('step', 0)}"
-    failure = first_failure(run, attempt) or _as_recorded(run, attempt)
+    attempt, state = int(status.get("attempt", 1)), whereabouts.settled(status["state"], job)
+    head = f"{run}: {state}, attempt {attempt}, epoch {status.get('epoch', 0)}, step {status.get('step', 0)}"
+    if job and not history.since_launched(run, "attempt_started"):
+        return "\n".join([head, *_before(run, attempt + 1), *job_end.explain(run, job), *_refused(run)])
     lines = [head, *_before(run, attempt)]
+    if job and job.state == "PENDING":
+        lines += job_end.explain(run, job)
+    failure = first_failure(run, attempt) or _as_recorded(run, attempt)
+    if failure and failure["kind"] == "preempted" and state == "cancelled":  # both begin by SIGTERM
+        failure |= {"kind": "cancelled", "type": "cancelled"}
+    if failure is None and job and job.over and job.state not in ("COMPLETED", "UNKNOWN"):
+        lines += [f"job {job.job_id} ended as {job.state}", *job_end.last_words(run, job.job_id)]
+    elif failure is None and (failed := failed_checks(run)):
+        lines += ["the check of the nodes failed", *failed]
+    elif failure is None:
+        logs = run.attempt_logs(attempt) if attempt else run.logs
+        lines.append(f"no failure is recorded for this attempt; the logs are in {logs}")
     if failure is None:
-        lines.append(f"no failure is recorded for this attempt; the logs are in {run.attempt_logs(attempt)}")
         return "\n".join([*lines, *_evidence(run), *_refused(run)])
     rank, host = failure["rank"], failure["host"]
     where = f"rank {rank} on {host}" if rank is not None else f"seen from {host}"
@@ -77,6 +95,14 @@ def explain(run: RunDir) -> str:
     if rank is not None:
         lines.append(f"log: {run.rank_log(attempt, rank)}")
     return "\n".join([*lines, *_evidence(run), *_refused(run), f"what to do: {CURES.get(failure['kind'], RESUME)}"])
+
+
+def failed_checks(run: RunDir) -> list[str]:
+    """What nodes found wrong with themselves or each other, which has kept the run from starting since it was launched."""
+    if history.since_launched(run, "attempt_started"):
+        return []
+    failed = [event["problems"] for event in history.since_launched(run, "preflight_failed")]
+    return [f"{host}: {text}" for problems in failed for host, text in problems.items()]
 
 
 def _as_recorded(run: RunDir, attempt: int) -> dict[str, Any] | None:
@@ -90,8 +116,9 @@ def _as_recorded(run: RunDir, attempt: int) -> dict[str, Any] | None:
 
 def _before(run: RunDir, attempt: int) -> list[str]:
     """How the attempts before the last one ended, in a line."""
-    causes = [event["cause"] for event in history.events(run, "attempt_ended") if event["attempt"] < attempt]
-    counts = [f"{count} x {cause.replace('_', ' ')}" for cause, count in Counter(causes).items()]
+    ended = history.events(run, "attempt_ended")  # each node may have written one
+    causes = {event["attempt"]: event["cause"] for event in ended if event["attempt"] < attempt}
+    counts = [f"{count} x {cause.replace('_', ' ')}" for cause, count in Counter(causes.values()).items()]
     return [f"attempts before it ended by: {', '.join(counts)}"] if counts else []
 
 

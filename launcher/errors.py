@@ -65,12 +65,12 @@ class Problem:
 
 
 class RecipeError(UsageError):
-    """Everything that is wrong with a recipe, at once."""
+    """Everything that is wrong with a recipe, or a profile, at once."""
 
-    def __init__(self, problems: Sequence[Problem]) -> None:
+    def __init__(self, problems: Sequence[Problem], *, of: str = "recipe") -> None:
         self.problems = tuple(problems)
         count = len(self.problems)
-        head = "1 problem in the recipe" if count == 1 else f"{count} problems in the recipe"
+        head = f"1 problem in the {of}" if count == 1 else f"{count} problems in the {of}"
         super().__init__("\n".join([f"{head}; nothing was started", *(f"  {p}" for p in self.problems)]))
 
 

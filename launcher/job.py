@@ -14,12 +14,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import history, network, node, preflight
+from launcher import history, network, node, preflight, whereabouts
 from launcher.errors import (
     EXIT_OK,
     EXIT_PREFLIGHT,
-    InterruptedRunError,
-    LaunchError,
     PreflightError,
     TrainingError,
     exit_code_of,
@@ -32,7 +30,6 @@ if TYPE_CHECKING:
 MEET_TIMEOUT_S = 600
 LEAVE_TIMEOUT_S = 120
 POLL_S = 0.5
-MAX_PREFLIGHTS = 3
 PREFLIGHT_PORT = 5000
 """How far its port is from that of the rendezvous."""
 STALE = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
@@ -43,7 +40,8 @@ def main(run_path: str) -> None:
     """Run this node's part of the job; leaves by SystemExit with the design's exit code where that is not 0.
 
     Node 0 speaks for the run. The others stay until it is done, exports and all, and leave with 0: srun ends the whole
-    step when a task leaves with anything else, and some time after the first has left.
+    step when a task leaves with anything else, and some time after the first has left. That is meant where a node's
+    own check has failed: the others could wait for it long.
     """
     run = RunDir(run_path)
     code = exit_code_of(lambda: _supervise(run))
@@ -84,6 +82,7 @@ def _supervise(run: RunDir) -> int:
     plan = run.read_plan()
     attempt = None
     if node_rank == 0:
+        whereabouts.refuse_second_job(run, str(SlurmJobEnvironment().job_id))
         if code_digest() != plan.get("code"):
             run.append_event("code_changed", planned=plan.get("code"), found=code_digest())
             print("warning: the code of finetune-launcher has changed since this run was launched", file=sys.stderr)
@@ -98,7 +97,12 @@ def _supervise(run: RunDir) -> int:
     if plan["nodes"] > 1:
         hosts = SlurmJobEnvironment().hostnames
         # To itself a node's route is the loopback; to any other it is the network that they share.
-        address = _own_address(plan, toward=hosts[1 if node_rank == 0 else 0])
+        try:
+            address = _own_address(plan, toward=hosts[1 if node_rank == 0 else 0])
+        except PreflightError as error:
+            host = os.uname().nodename
+            _leave_out(run, {host: str(error).removeprefix(f"{host}: ")}, node_rank=node_rank)
+            raise
         met = _meet(run, node_rank, address, first_host=hosts[0])
         plan["rdzv_endpoint"], attempt = f"{met['host']}:{met['port']}", met["attempt"]
     os.environ.update(plan["env"])
@@ -106,21 +110,20 @@ def _supervise(run: RunDir) -> int:
         seed = int(os.environ["SLURM_JOB_ID"]) + PREFLIGHT_PORT
         problems = preflight.run(run.preflight(_start()), plan, address, node_rank=node_rank, seed=seed)
         if problems and node_rank == 0:
-            raise _leave_out(run, problems)
+            _leave_out(run, problems, node_rank=node_rank)
+            text = "; ".join(f"{host}: {problem}" for host, problem in problems.items())
+            raise PreflightError(f"the check of the nodes failed: {text}")
         if problems:
             return EXIT_OK  # node 0 speaks for the run
     return node.supervise(run, plan, node_rank=node_rank, first_attempt=attempt)
 
 
-def _leave_out(run: RunDir, problems: dict[str, str]) -> LaunchError:
-    """Have the job queued again without its bad nodes, a few times; in an allocation there is no queue."""
-    text = "; ".join(f"{host}: {problem}" for host, problem in problems.items())
+def _leave_out(run: RunDir, problems: dict[str, str], *, node_rank: int) -> None:
+    """Have the batch script queue the job again without its bad nodes, a few times; in an allocation there is none."""
     run.append_event("preflight_failed", problems=problems)
-    failed = history.since_launched(run, "preflight_failed")
-    if BATCH_LOG_VARIABLE not in os.environ or len(failed) >= MAX_PREFLIGHTS:
-        return PreflightError(f"the check of the nodes failed: {text}")
-    write_text_atomic(run.bad_nodes(_start()), ",".join(problems) + "\n")
-    return InterruptedRunError(f"the check of the nodes failed, the job is queued again without them: {text}")
+    bad = run.bad_nodes(_start(), node_rank)
+    bad.parent.mkdir(exist_ok=True)
+    write_text_atomic(bad, ",".join(problems) + "\n")
 
 
 def check(folder: str) -> None:

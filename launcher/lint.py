@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -66,8 +67,13 @@ class Cluster:
     """``sinfo``: one for each node in each partition."""
 
 
-def check(plan: Mapping[str, Any], run: RunDir) -> None:
+def check(plan: Mapping[str, Any], run: RunDir, *scripts: str) -> None:
     """Ask the cluster whether the plan's job can run there; doubts are printed.
+
+    Args:
+        plan: the run's.
+        run: the run directory, which need not be there.
+        scripts: what is to be submitted.
 
     Raises:
         PreflightError: it cannot; names everything that is in the way. Or there is no cluster that answers.
@@ -80,10 +86,33 @@ def check(plan: Mapping[str, Any], run: RunDir) -> None:
     warnings = list(find_doubts(cluster, plan, checkpoint_s=max(seconds, default=None)))
     for text in warnings:
         print(f"warning: {text}", file=sys.stderr, flush=True)
-    problems = list(find_problems(cluster, plan))
+    problems = list(find_problems(cluster, plan)) or list(_refusals(scripts))
     if problems:
         head = "this cluster cannot run the job; nothing was submitted"
         raise PreflightError("\n".join([head, *(f"  {text}" for text in problems)]))
+
+
+def check_step(plan: Mapping[str, Any]) -> None:
+    """The same inside an allocation, which has the nodes that it has.
+
+    Raises:
+        PreflightError: it is too small.
+    """
+    held = int(os.environ.get("SLURM_JOB_NUM_NODES", plan["nodes"]))
+    if plan["nodes"] > held:
+        raise PreflightError(
+            f"--nodes {plan['nodes']}: the allocation {os.environ['SLURM_JOB_ID']} holds {held}; ask for more "
+            f"(salloc --nodes={plan['nodes']}) or give --nodes {held}; nothing was started"
+        )
+
+
+def _refusals(scripts: Sequence[str]) -> Iterator[str]:
+    """What sbatch itself has against the very scripts."""
+    for script in filter(None, scripts):
+        try:
+            slurm_client.run("sbatch", "--test-only", stdin=script)
+        except slurm_client.SlurmError as error:
+            yield " ".join(str(error).split())
 
 
 def read_cluster() -> Cluster:

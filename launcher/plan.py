@@ -149,6 +149,8 @@ def make_plan(
         profile = profile or profiles.Profile()
         device, procs = _choose_for_job(recipe)
         run_dir, endpoint, threads = str(Path(topology.cwd, run_dir)), "", profile.cpus_per_gpu
+        if "%" in run_dir:
+            raise UsageError(f"--run-dir {run_dir}: SLURM puts something else in the place of a %; name another folder")
         job = sbatch.Job(
             name=recipe.name,
             run_dir=run_dir,

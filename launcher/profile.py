@@ -16,6 +16,8 @@ from launcher.schema import STRICT, Count, Positive, validate
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from launcher.recipe_source import Source
+
 Line = Annotated[str, Field(pattern=r"^[^\r\n]*$")]
 """Text of one line: a second one would become a command of the batch script."""
 PACKAGED = Path(__file__).parent / "slurm" / "profiles"
@@ -62,7 +64,8 @@ class Profile:
     interface: Line | None = None
     """Network interface of the workers (`ib0`); null: the one on the route between the nodes."""
     setup: list[Line] = field(default_factory=list)
-    """Lines of shell on the first node before anything else: modules, conda, a virtual environment."""
+    """Lines of shell on the first node before anything else: modules, conda, a virtual environment. One that fails ends
+    the job; where it may fail let it end in `|| true`."""
     env: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], Line] = field(default_factory=dict)
     """Environment variables of the job."""
     python: Line | None = None
@@ -78,20 +81,33 @@ def load(name: str, overrides: Sequence[str] = ()) -> Profile:
 
     Args:
         name: a path of a YAML file, or a bare name.
-        overrides: items such as ``timeout_min=30``.
+        overrides: items such as ``profile.timeout_min=30``, as typed.
 
     Raises:
         UsageError: there is none of this name; lists those there are.
         RecipeError: names every problem in it.
     """
-    source = recipe_source.read(str(find(name)), overrides, {})
+    return _checked(recipe_source.read(str(find(name)), overrides, {}, prefix=OVERRIDE), name)
+
+
+def change(values: dict[str, Any], overrides: Sequence[str]) -> Profile:
+    """A profile from the values of an earlier one (:func:`to_dict`) and overrides.
+
+    Raises:
+        RecipeError: names every problem in it.
+    """
+    source = recipe_source.from_values(f"profile {values['name']}", values, overrides, prefix=OVERRIDE)
+    return _checked(source, str(values["name"]))
+
+
+def _checked(source: Source, name: str) -> Profile:
     problems = list(source.problems)
     try:
         profile: Profile = validate(Profile, source.values)
     except ValidationError as error:
         problems += recipe_source.explain(error, source, Profile)
     if problems:
-        raise RecipeError(problems)
+        raise RecipeError(problems, of=f"profile {name}")
     return profile
 
 
@@ -106,16 +122,22 @@ def find(name: str) -> Path:
     Raises:
         UsageError: there is none.
     """
-    if "/" in name or name.endswith((".yaml", ".yml")):
-        if not Path(name).is_file():
+    if is_path(name):
+        path = Path(name).expanduser()
+        if not path.is_file():
             raise UsageError(f"--profile {name}: no such file")
-        return Path(name)
+        return path
     found = available()
     if name not in found:
         near = did_you_mean(name, found)
         valid = f"valid: {', '.join(sorted(found))}, or a path; your own go into {user_folder()}/NAME.yaml"
         raise UsageError(" ".join(filter(None, [f"--profile {name}: no such profile;", near, valid])))
     return found[name]
+
+
+def is_path(name: str) -> bool:
+    """Whether a profile is named by its file."""
+    return "/" in name or name.endswith((".yaml", ".yml"))
 
 
 def available() -> dict[str, Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -45,8 +46,14 @@ class Source:
         return self.path
 
 
-def read(path: str, overrides: Sequence[str], flags: dict[str, tuple[str, Any]]) -> Source:
+def read(path: str, overrides: Sequence[str], flags: dict[str, tuple[str, Any]], *, prefix: str = "") -> Source:
     """Read a YAML file and apply overrides (``a.b=c``) and flags (key to (flag, value)).
+
+    Args:
+        path: the file.
+        overrides: as typed.
+        flags: by key.
+        prefix: what each override begins with before its key.
 
     Raises:
         RecipeError: the file is missing, is no YAML, or is no mapping.
@@ -63,7 +70,36 @@ def read(path: str, overrides: Sequence[str], flags: dict[str, tuple[str, Any]])
         raise RecipeError([Problem(key=key, where=origins.get(key, path), message=_first_line(error))]) from None
     if "name" not in origins:
         config["name"] = Path(path).stem
-    problems = list(_override(config, overrides, origins))
+    return _apply(config, path, origins, overrides, flags, prefix)
+
+
+def from_values(path: str, values: dict[str, Any], overrides: Sequence[str], *, prefix: str = "") -> Source:
+    """The same from nested plain values, taken as they are; ``path`` is what stands for the file in errors."""
+    from omegaconf import OmegaConf
+
+    return _apply(OmegaConf.create(_escaped(values)), path, {}, overrides, {}, prefix)
+
+
+def _escaped(value: Any) -> Any:
+    """Nested values in which OmegaConf finds no interpolation."""
+    if isinstance(value, dict):
+        return {key: _escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_escaped(inner) for inner in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def _apply(
+    config: Any,
+    path: str,
+    origins: dict[str, str],
+    overrides: Sequence[str],
+    flags: dict[str, tuple[str, Any]],
+    prefix: str,
+) -> Source:
+    from omegaconf import OmegaConf
+
+    problems = list(_override(config, overrides, origins, prefix))
     for key, (flag, value) in flags.items():
         origins[key] = f"command line ({flag} {value})"
         section = OmegaConf.select(config, key.rpartition(".")[0])
@@ -109,22 +145,23 @@ def _hide(text: str, values: Sequence[str]) -> str:
     return text
 
 
-def _override(config: Any, overrides: Sequence[str], origins: dict[str, str]) -> Iterator[Problem]:
+def _override(config: Any, overrides: Sequence[str], origins: dict[str, str], prefix: str) -> Iterator[Problem]:
     """Apply overrides to ``config`` and note where they came from."""
     import yaml
     from omegaconf.errors import OmegaConfBaseException
 
-    for item in overrides:
+    for typed in overrides:
+        item = typed.removeprefix(prefix)
         key, equals, _ = item.partition("=")
         if not equals or not key:
-            yield Problem(key="", where="command line", message=f"{item!r} is no override; write key=value")
+            yield Problem(key="", where="command line", message=f"{typed!r} is no override; write key=value")
             continue
-        origins[key] = f"command line ({item})"
+        origins[key] = f"command line ({typed})"
         _blame(config, key, origins, origins[key])
         try:
             config.merge_with_dotlist([item])
         except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
-            yield Problem(key=key, where=f"command line ({item})", message=_first_line(error))
+            yield Problem(key=key, where=origins[key], message=_first_line(error))
 
 
 def explain(error: ValidationError, source: Source, schema: type) -> list[Problem]:

@@ -279,9 +279,9 @@ class RunDir:
         """The folder of what the nodes say to each other before one start of a SLURM job."""
         return self.slurm / f"preflight-{start}"
 
-    def bad_nodes(self, start: str) -> Path:
-        """Node names with commas between them, which one start of a SLURM job wants to do without; made by node 0."""
-        return self.slurm / f"bad-{start}"
+    def bad_nodes(self, start: str, node_rank: int) -> Path:
+        """Node names with commas between them that, as a node found, one start of a SLURM job should do without."""
+        return self.slurm / f"bad-{start}-{node_rank}"
 
     def job_done(self, start: str) -> Path:
         """The run's exit code in one start of a SLURM job; made by node 0 when it has nothing left to do."""

@@ -19,37 +19,63 @@ CHECK_MIN = 15
 RUNS = "runs.txt"
 """In the folder of a sweep: the absolute path of each run directory, a line each."""
 
+MAX_STARTS = 3
+"""So many starts of a job in a row may end before a worker begins; then it is not queued again."""
+
 # What binds the shell that submits to its own cores would bind every worker to them.
 _SETUP = """\
 unset "${{!SLURM_CPU_BIND@}}" "${{!SLURM_MEM_BIND@}}"
 run={run}
 export LAUNCH_BATCH_LOG={log}
-before=$(wc -l < "$LAUNCH_BATCH_LOG")"""
-# srun's own words about a task that was killed from outside name its node: it is not used again.
+before=$(wc -l < "$LAUNCH_BATCH_LOG")
+begun=$(grep -cs '"kind": "attempt_started"' "$run/events.jsonl")"""
 _TEARDOWN = """\
 code=$?
+start=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+words=$(tail -n "+$((before + 1))" "$LAUNCH_BATCH_LOG")
+event() { printf '{"time": %s, "kind": "%s", %s}\\n' "$(date +%s.%N)" "$1" "$2" >> "$run/events.jsonl"; }
 # The first node speaks for the whole run; srun's own code may be that of a task it ended itself.
-for said in "$run/slurm/done-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-"*; do
+for said in "$run/slurm/done-$start-"*; do
   [ ! -s "$said" ] || code=$(cat "$said")
 done
-# 0 is done, 1 failed, 2 and 3 refused. Else the run is queued again: 75 means saved and wants to go on, the rest that a
-# supervisor was lost. Not after scancel: then the job is no longer RUNNING.
-case $code in 0 | 1 | 2 | 3) exit $code ;; esac
+# A node that fails its check leaves with 3, and its name where it is to blame itself.
+[ "$code" = 0 ] || ! grep -q ': Exited with exit code 3$' <<< "$words" || code=3
+bad=$(cat "$run/slurm/bad-$start-"* 2> /dev/null | tr , '\\n' | sort -u)
+# 0 is done, 1 failed, 2 and 3 refused. Else, or without a few bad nodes, the run is queued again: 75 means saved and
+# wants to go on, the rest that a supervisor was lost. Not after scancel: then the job is no longer RUNNING.
+case $code in
+  0 | 1 | 2) exit $code ;;
+  3) # Where all of several nodes are bad at the same time it is not the nodes.
+    num=$(grep -c . <<< "$bad")
+    [ "$num" -gt 0 ] && { [ "$num" -lt "$SLURM_JOB_NUM_NODES" ] || [ "$num" = 1 ]; } || exit 3 ;;
+esac
 [ "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)" = RUNNING ] || exit $code
-killed='s/^srun: error: \\([^ :,[]*\\): task [0-9]*: Killed$/\\1/p'
-lost=$(tail -n "+$((before + 1))" "$LAUNCH_BATCH_LOG" | sed -n "$killed" | head -n 1)
-exclude=$(scontrol show job --oneliner "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\\([^ (]*\\).*/\\1/p')
-for bad in "$run/slurm/bad-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-"*; do  # found before training
-  [ ! -s "$bad" ] || exclude="${exclude:+$exclude,}$(cat "$bad")"
-done
+if [ "$(grep -cs '"kind": "attempt_started"' "$run/events.jsonl")" = "$begun" ]; then
+  event start_failed "\\"job_id\\": \\"$SLURM_JOB_ID\\", \\"code\\": $code"
+  count='/"kind": "(launched|attempt_started)"/ {n = 0} /"kind": "start_failed"/ {n++} END {print n}'
+  failed=$(awk "$count" "$run/events.jsonl")
+  if [ "$failed" -ge @MAX_STARTS@ ]; then
+    event refused "\\"message\\": \\"$failed starts of the job in a row ended before training; not tried again\\""
+    [ $code = 3 ] && exit 3 || exit 1
+  fi
+fi
+# srun's words about a task that was killed from outside name its node; after another one has left it kills by itself.
+lost=$(sed -n '/: Exited with exit code/q; s/^srun: error: \\([^ :,[]*\\): task [0-9]*: Killed$/\\1/p' <<< "$words" |
+  head -n 1)
+own=$(scontrol show job --oneliner "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\\([^ (]*\\).*/\\1/p')
+exclude=$(printf '%s\\n' "$own" "$bad" "$lost" | sed '/^$/d' | paste -s -d ,)
+# Could the job start at all without them? Else it would wait for ever.
+if [ -n "$bad$lost" ] && ! sbatch --test-only --exclude="$exclude" "$0" > /dev/null 2>&1; then
+  [ $code != 3 ] || exit 3
+  exclude=$own
+fi
 trap '' TERM
 scontrol requeue "$SLURM_JOB_ID"
-if [ -n "$lost" ]; then
-  printf '{"time": %s, "kind": "supervisor_lost", "host": "%s"}\\n' "$(date +%s.%N)" "$lost" >> "$run/events.jsonl"
-  exclude="${exclude:+$exclude,}$lost"
-fi
+[ -z "$lost" ] || event supervisor_lost "\\"host\\": \\"$lost\\""
 [ -z "$exclude" ] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$exclude"
-exit $code"""
+exit $code""".replace("@MAX_STARTS@", str(MAX_STARTS))
+
+_CHECK = """launch_check() { [ "$1" = 0 ] || { echo "the profile's setup failed (exit code $1): $2" >&2; exit 3; }; }"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,4 +222,14 @@ def _options(job: Job, profile: Profile, log: Path) -> tuple[dict[str, Any], dic
 
 
 def _prepare(profile: Profile) -> list[str]:
-    return [*(f"export {key}={shlex.quote(value)}" for key, value in profile.env.items()), *profile.setup]
+    """The profile's environment and setup; each of its lines is asked by itself whether it failed.
+
+    Not by `set -e`: what modules and conda source is not made for it. Not by `line || …`: a line may end in a comment,
+    or belong to an `if` of several.
+    """
+    lines = [f"export {key}={shlex.quote(value)}" for key, value in profile.env.items()]
+    if profile.setup:
+        lines.append(_CHECK)
+    for line in profile.setup:
+        lines += [line, f"launch_check $? {shlex.quote(line)}"]
+    return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -26,6 +27,8 @@ class SlurmError(LaunchError):
 class JobState:
     """A job as SLURM sees it now."""
 
+    job_id: str = ""
+    """Its id."""
     state: str
     """PENDING, RUNNING, COMPLETED and so on; UNKNOWN where SLURM has forgotten it."""
     reason: str = ""
@@ -51,15 +54,21 @@ def clean_environment() -> dict[str, str]:
     }
 
 
-def run(*command: str) -> str:
-    """Standard output of one of SLURM's commands.
+def run(*command: str, stdin: str | None = None) -> str:
+    """Standard output of one of SLURM's commands; ``stdin`` is what it reads.
 
     Raises:
         SlurmError: it failed, is not there or gave no answer; with its own words.
     """
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S, env=clean_environment()
+            command,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=TIMEOUT_S,
+            env=clean_environment(),
         )
     except FileNotFoundError:
         raise SlurmError(f"{command[0]}: not found; SLURM's commands are on PATH where jobs are submitted") from None
@@ -83,7 +92,7 @@ def job_states(job_ids: Sequence[str]) -> dict[str, JobState]:
     for line in run("squeue", "--noheader", "--me", "--states=all", "--array", "--format=%i|%T|%r|%N").splitlines():
         job_id, state, reason, nodes = line.strip().split("|", 3)
         if job_id in job_ids:
-            found[job_id] = JobState(state=state, reason=reason, nodes=nodes)
+            found[job_id] = JobState(job_id=job_id, state=state, reason=reason, nodes=nodes)
     return {job_id: found.get(job_id) or _remembered(job_id) for job_id in job_ids}
 
 
@@ -91,12 +100,26 @@ def _remembered(job_id: str) -> JobState:
     try:
         text = run("scontrol", "show", "job", "--oneliner", job_id)
         fields = dict(part.split("=", 1) for part in re.findall(r"(?:^|\s)((?:JobState|Reason|NodeList)=\S*)", text))
-        return JobState(state=fields["JobState"], reason=fields.get("Reason", ""), nodes=fields.get("NodeList", ""))
+        reason, nodes = fields.get("Reason", ""), fields.get("NodeList", "")
+        return JobState(job_id=job_id, state=fields["JobState"], reason=reason, nodes=nodes)
     except (SlurmError, KeyError):
         pass
     try:
         text = run("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job_id}", "--format=State,NodeList")
         state, _, nodes = text.splitlines()[0].partition("|")
-        return JobState(state=state.split()[0], nodes=nodes)
+        return JobState(job_id=job_id, state=state.split()[0], nodes=nodes)
     except (SlurmError, IndexError):  # no accounting on this cluster
-        return JobState(state="UNKNOWN")
+        return JobState(job_id=job_id, state="UNKNOWN")
+
+
+def exit_code(job_id: str) -> int | None:
+    """What the script of a job that is over has left with; None where SLURM has forgotten it."""
+    for command in (
+        ("scontrol", "show", "job", "--oneliner", job_id),
+        ("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job_id}", "--format=ExitCode"),
+    ):
+        with contextlib.suppress(SlurmError):
+            found = re.search(r"(?:^|\sExitCode=)(\d+):\d+", run(*command))
+            if found:
+                return int(found[1])
+    return None

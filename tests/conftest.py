@@ -10,6 +10,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from launcher.run_dir import RunDir, write_json_atomic
+
 ROOT = Path(__file__).parents[1]
 CLASSES = ("cat", "dog", "fox")
 
@@ -65,6 +67,25 @@ def recipe_file(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """Make a run directory by hand, as it is while a process or a SLURM job carries the run out."""
+
+    def make(name, *, job_id=None, pid=0, started="0", host=None, recipe="name: a\n", **status):
+        run = RunDir(tmp_path / "runs" / name)
+        run.create()
+        run.recipe.write_text(recipe)
+        facts = {"host": host or os.uname().nodename, "pid": pid, "process_started": started, "debug": False}
+        write_json_atomic(run.plan, {"run_id": name, **facts})
+        run.append_event("launched")
+        run.update_status(**status)
+        if job_id:
+            run.append_event("submitted", job_id=job_id)
+        return run
+
+    return make
 
 
 @pytest.fixture

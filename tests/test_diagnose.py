@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from launcher import diagnose
+from launcher import diagnose, slurm_client
 from launcher.run_dir import RunDir, write_json_atomic
+from launcher.slurm_client import JobState
 
 TRACEBACK = "Traceback (most recent call last):\n" + "".join(f'  File "m.py", line {n}\n' for n in range(30))
 
@@ -179,3 +180,91 @@ def test_why_shows_what_slurm_said_last_of_the_job_and_why_no_further_attempt_be
         "slurm-7.log: slurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-24T12:46:28 DUE TO TIME LIMIT" in text
     )
     assert "3 attempts in a row" in text
+
+
+def test_an_attempt_before_counts_once_whatever_the_number_of_its_nodes(run):
+    for node in (0, 1):
+        run.append_event("attempt_ended", attempt=1, node=node, cause="lost_worker", message="x")
+    run.update_status(state="failed", attempt=2)
+    assert "attempts before it ended by: 1 x lost worker" in diagnose.explain(run)
+
+
+def test_a_job_that_was_cancelled_was_not_preempted(run):
+    run.append_event("attempt_started", attempt=1, node=0)
+    run.append_event("attempt_ended", attempt=1, node=0, cause="preempted", message="stopped by SIGTERM")
+    run.update_status(state="preempted", attempt=1)
+    text = diagnose.explain(run, JobState(job_id="7", state="CANCELLED"))
+    assert "run: cancelled, attempt 1" in text
+    assert "cancelled: stopped by SIGTERM" in text
+    assert "preempted" not in text
+    assert "preempted: stopped by SIGTERM" in diagnose.explain(run, JobState(job_id="7", state="PENDING"))
+
+
+@pytest.fixture
+def launched_again(run):
+    """A run whose first job ended by a bug, and whose second left no word."""
+    run.slurm.mkdir()
+    fail(run, rank=0, time=1.0, message="the old bug")
+    run.append_event("attempt_started", attempt=1, node=0)
+    run.append_event("attempt_ended", attempt=1, node=0, cause="bug", message="the old bug")
+    run.append_event("launched")
+    run.append_event("submitted", job_id="8")
+    run.update_status(state="pending", attempt=1, epoch=0, step=3)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("log", "words", "reason", "code", "cure"),
+    [
+        ("8_1_log.err", "error: n2: has no interface ib9", "NonZeroExitCode", 3, "profile.interface"),
+        ("slurm-8.log", "slurmstepd: error: execve(): /no/python: No such file or directory", "None", 2, "`python`"),
+        (
+            "slurm-8.log",
+            "launch: the profile's setup failed (exit code 1): false",
+            "None",
+            3,
+            "that line of the profile",
+        ),
+        (None, "nothing stands in the logs", "NonZeroExitCode", 1, "see `setup` and `python` in the profile"),
+        (None, "nothing stands in the logs", "JobLaunchFailure", 1, "all nodes share the folder"),
+    ],
+)
+def test_why_of_a_job_that_left_no_word_has_its_logs_and_a_cure(
+    log, words, reason, code, cure, launched_again, monkeypatch
+):
+    run = launched_again
+    monkeypatch.setattr(slurm_client, "exit_code", lambda job_id: code)
+    if log:
+        (run.slurm / log if log.endswith("err") else run.logs / log).write_text(f"srun: job 8 queued\n{words}\n")
+    text = diagnose.explain(run, JobState(job_id="8", state="FAILED", reason=reason))
+    assert "run: failed, attempt 1" in text
+    assert "attempts before it ended by: 1 x bug" in text
+    assert "job 8 ended before training began: FAILED" in text
+    assert f"exit code {code}" in text
+    assert words in text
+    assert cure in text.splitlines()[-1]
+    assert "launch resume RUN" in text.splitlines()[-1]
+    assert ("--profile NAME" in text) == ("profile" in text)
+    assert "the old bug" not in text
+    assert "queued" not in text
+
+
+def test_why_of_a_job_that_waits_says_for_what(launched_again):
+    text = diagnose.explain(launched_again, JobState(job_id="8", state="PENDING", reason="BadConstraints"))
+    assert "run: pending" in text
+    assert "job 8 is pending (BadConstraints)" in text
+    assert "no nodes are left that fit" in text
+    cancelled = diagnose.explain(launched_again, JobState(job_id="8", state="CANCELLED"))
+    assert "run: cancelled" in cancelled
+    assert "job 8 was cancelled before training began" in cancelled
+
+
+def test_why_of_a_step_of_an_allocation_whose_nodes_failed_their_check(run):
+    run.append_event("preflight_failed", problems={"n1": "of an earlier launch"})
+    run.append_event("launched")
+    assert f"the logs are in {run.logs}" in diagnose.explain(run)
+    run.append_event("preflight_failed", problems={"n2": "has no interface ib9"})
+    run.update_status(state="failed", attempt=0)
+    assert diagnose.explain(run).splitlines()[1:] == ["the check of the nodes failed", "n2: has no interface ib9"]
+    run.append_event("attempt_started", attempt=1, node=0)  # without the bad node
+    assert "no failure is recorded" in diagnose.explain(run)

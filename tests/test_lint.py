@@ -118,6 +118,30 @@ def test_all_problems_come_at_once_and_doubts_are_printed(cluster, tmp_path, cap
     assert capsys.readouterr().err.count("warning: ") == 2
 
 
+def test_sbatch_itself_is_asked_about_the_very_scripts(cluster, tmp_path, monkeypatch):
+    answer, asked = slurm_client.run, []
+
+    def run(*command, stdin=None):
+        if command[0] != "sbatch":
+            return answer(*command)
+        asked.append((command, stdin))
+        raise slurm_client.SlurmError("sbatch --test-only: Invalid node name specified\nTry it again")
+
+    monkeypatch.setattr(slurm_client, "run", run)
+    with pytest.raises(PreflightError) as caught:
+        lint.check(plan_of(), RunDir(tmp_path / "none"), "script", "", "post")
+    assert asked == [(("sbatch", "--test-only"), "script"), (("sbatch", "--test-only"), "post")]
+    assert str(caught.value).splitlines()[1:] == ["  sbatch --test-only: Invalid node name specified Try it again"] * 2
+
+
+def test_an_allocation_has_the_nodes_that_it_has(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    lint.check_step(plan_of(2))
+    with pytest.raises(PreflightError, match=r"--nodes 3: the allocation 7 holds 2; .*--nodes 2"):
+        lint.check_step(plan_of(3))
+
+
 def test_a_node_that_does_not_answer_is_not_usable(cluster):
     node = cluster.nodes[0]
     assert node.usable

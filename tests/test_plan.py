@@ -138,6 +138,13 @@ def test_a_jobs_run_directory_is_absolute_whatever_the_nodes_working_directory()
     assert (plan.device, plan.procs_per_node, plan.threads_per_proc) == ("cuda", 8, 8)
 
 
+def test_a_jobs_run_directory_has_no_percent_sign_which_slurm_would_replace():
+    with pytest.raises(UsageError, match=r"--run-dir /shared/run 1%j: SLURM puts something else"):
+        plan_of({"nodes": 2, "gpus": 8}, LOGIN, run_dir="/shared/run 1%j")
+    assert plan_of({"nodes": 2, "gpus": 8}, LOGIN, run_dir="/my runs/1").run_dir == "/my runs/1"
+    assert plan_of({}, run_dir="1%j").run_dir == "1%j"
+
+
 def test_planning_a_thousand_nodes_takes_no_longer_than_planning_one():
     """Nothing in a plan is made for each node; the time itself is measured by `make bench`."""
     one, many = (plan_of({"nodes": nodes, "gpus": 8}, LOGIN) for nodes in (1, 1024))

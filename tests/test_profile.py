@@ -57,7 +57,7 @@ def test_what_is_not_there_is_said_with_what_there_is(mine):
 
 def test_overrides_win(mine):
     mine("partition: a\ntimeout_min: 10\n")
-    found = profile.load("mine", ["timeout_min=20", "env={A: b}", "sbatch={licenses: 'x:1'}"])
+    found = profile.load("mine", ["profile.timeout_min=20", "profile.env={A: b}", "profile.sbatch={licenses: 'x:1'}"])
     assert (found.name, found.partition, found.timeout_min) == ("mine", "a", 20)
     assert (found.env, found.sbatch) == ({"A": "b"}, {"licenses": "x:1"})
 
@@ -80,3 +80,23 @@ def test_what_does_not_fit_is_said_with_its_line(text, problem, mine):
     with pytest.raises(RecipeError) as caught:
         profile.load("mine")
     assert re.search(problem.replace("mine.yaml", re.escape(str(path))), str(caught.value)), caught.value
+
+
+def test_what_does_not_fit_on_the_command_line_is_said_as_it_was_typed(mine):
+    mine("partition: a\n")
+    with pytest.raises(RecipeError) as caught:
+        profile.load("mine", ["profile.partion=low", "profile.lead_s"])
+    head, *problems = str(caught.value).splitlines()
+    assert head == "2 problems in the profile mine; nothing was started"
+    assert "'profile.lead_s' is no override" in problems[0]
+    assert "command line (profile.partion=low): partion: unknown key; did you mean 'partition'" in problems[1]
+
+
+def test_a_profile_is_changed_from_the_values_of_an_earlier_one():
+    text = [r"export A=${HOME} B=\${C} D=\\${E}", "echo $F"]
+    before = profile.Profile(name="mine", timeout_min=7, exclude="n1", setup=text, env={"A": "${x}"})
+    assert profile.change(profile.to_dict(before), []) == before
+    changed = profile.change(profile.to_dict(before), ["profile.timeout_min=9"])
+    assert changed == dataclasses.replace(before, timeout_min=9)
+    with pytest.raises(RecipeError, match=r"1 problem in the profile mine.*\n.*profile.foo=1\): foo: unknown key"):
+        profile.change(profile.to_dict(before), ["profile.foo=1"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 
@@ -9,15 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launcher import sbatch
 from launcher.profile import Profile
-from launcher.sbatch import Job, build_script
+from launcher.sbatch import MAX_STARTS, build_script
 
 LINES = st.text(st.characters(blacklist_categories=("Cs", "Cc"), blacklist_characters="\u2028\u2029"), max_size=30)
 
 
 def script(job=None, **profile):
     values = {"name": "a", "run_dir": "/runs/a", "nodes": 2, "procs_per_node": 4, "device": "cuda", "python": "python"}
-    return build_script(Job(**values | (job or {})), Profile(**profile))
+    return build_script(sbatch.Job(**values | (job or {})), Profile(**profile))
 
 
 def directives(text):
@@ -84,63 +86,155 @@ def test_one_task_a_node_sees_all_its_gpus():
     assert not {"gres", "gpus-per-node"} & directives(script({"device": "cpu"})).keys()
 
 
+REQUEUED = ["requeue 7", "update JobId=7 ExcNodeList=n9"]
+LEFT = "srun: error: n2: task 1: Exited with exit code {}\nsrun: error: n1: task 0: Killed\n".format
+
+
+class Job:
+    """The real script in bash, with SLURM's commands replaced by ones that write down how they were called."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.run = folder / "my run"
+        for name in ("logs", "slurm"):
+            (self.run / name).mkdir(parents=True)
+        (self.run / "logs" / "slurm-7.log").write_text("srun: error: n5: task 1: Killed\n")  # of an earlier start
+        self.event("launched")
+
+    def event(self, kind):
+        with (self.run / "events.jsonl").open("a") as file:
+            file.write(json.dumps({"time": 1.0, "kind": kind}) + "\n")
+
+    def events(self, kind):
+        lines = (self.run / "events.jsonl").read_text().splitlines()
+        return [event for event in map(json.loads, lines) if event["kind"] == kind]
+
+    def says(self, **words):
+        for name, text in words.items():
+            (self.run / "slurm" / f"{name}-7-0-0-{len(text)}").write_text(f"{text}\n")
+
+    def start(self, srun, log="", *, state="RUNNING", nodes=2, fits="true", begins=True, **profile):
+        """Run the script; srun ends with a code and some words. What it had SLURM do is in calls."""
+        bin_ = self.folder / "bin"
+        bin_.mkdir(exist_ok=True)
+        start = f"echo '{json.dumps({'kind': 'attempt_started'})}' >> '{self.run}/events.jsonl'" if begins else "true"
+        self.calls = self.folder / "calls"
+        self.calls.write_text("")
+        show = 'echo "JobId=7 A=(null) ExcNodeList=n9 X=1"'
+        for name, body in {
+            "srun": f"printf '{log}' >> '{self.run}/logs/slurm-7.log'; {start}; exit {srun}",
+            "squeue": f"echo {state}",
+            "scontrol": f'[ "$1" = show ] && {show} || echo "$@" >> "{self.calls}"',
+            "sbatch": fits,
+        }.items():
+            (bin_ / name).write_text(f"#!/bin/bash\n{body}\n")
+            (bin_ / name).chmod(0o755)
+        return subprocess.run(
+            ["bash", "-c", script({"run_dir": str(self.run)}, **profile)],
+            env={"PATH": f"{bin_}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": str(nodes)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def end(self, *arguments, **changes):
+        """The same: the script's exit code, and what it had SLURM do."""
+        done = self.start(*arguments, **changes)
+        assert done.stderr == ""
+        return done.returncode, self.calls.read_text().splitlines()
+
+
+@pytest.fixture
+def job(tmp_path):
+    return Job(tmp_path)
+
+
 @pytest.mark.parametrize(
-    ("code", "state", "log", "calls"),
+    ("srun", "done", "state", "calls"),
     [
-        ((143, 1), "RUNNING", "", []),
-        ((143, 0), "RUNNING", "", []),
-        ((143, 75, "n3,n4"), "RUNNING", "", ["requeue 7", "update JobId=7 ExcNodeList=n9,n3,n4"]),
-        ((143, 75), "RUNNING", "", ["requeue 7", "update JobId=7 ExcNodeList=n9"]),
-        (0, "RUNNING", "", []),
-        (1, "RUNNING", "", []),
-        (2, "RUNNING", "", []),
-        (3, "RUNNING", "", []),
-        (75, "CANCELLED", "", []),
-        (75, "RUNNING", "", ["requeue 7", "update JobId=7 ExcNodeList=n9"]),
-        (
-            75,
-            "RUNNING",
-            "srun: error: n1: task 0: Exited with exit code 75\n",
-            ["requeue 7", "update JobId=7 ExcNodeList=n9"],
-        ),
-        (
-            137,
-            "RUNNING",
-            "srun: error: n2: task 1: Killed\nsrun: error: n1: task 0: Killed\n",
-            ["requeue 7", "update JobId=7 ExcNodeList=n9,n2"],
-        ),
+        (143, 1, "RUNNING", []),
+        (143, 0, "RUNNING", []),
+        (143, 75, "RUNNING", REQUEUED),
+        (0, None, "RUNNING", []),
+        (1, None, "RUNNING", []),
+        (2, None, "RUNNING", []),
+        (3, None, "RUNNING", []),
+        (75, None, "CANCELLED", []),
+        (75, None, "RUNNING", REQUEUED),
+        (137, None, "RUNNING", REQUEUED),
     ],
 )
-def test_what_the_script_does_when_the_run_has_ended(code, state, log, calls, tmp_path):
-    """The real script in bash, with SLURM's commands replaced by ones that write down how they were called."""
-    run = tmp_path / "my run"
-    (run / "logs").mkdir(parents=True)
-    (run / "slurm").mkdir()
-    if isinstance(code, tuple):  # srun's, and what the first node has said
-        (run / "slurm" / "done-7-0-0").write_text(f"{code[1]}\n")
-        (run / "slurm" / "bad-7-0-0").write_text("".join(code[2:]))
-        srun, code = code[:2]
-    else:
-        srun = code
-    (run / "logs" / "slurm-7.log").write_text("srun: error: n5: task 1: Killed\n")  # of an earlier start
-    bin_ = tmp_path / "bin"
-    bin_.mkdir()
-    for name, body in {
-        "srun": f"printf '{log}' >> '{run}/logs/slurm-7.log'; exit {srun}",
-        "squeue": f"echo {state}",
-        "scontrol": f'[ "$1" = show ] && echo "JobId=7 A=(null) ExcNodeList=n9 X=1" || echo "$@" >> "{tmp_path}/calls"',
-    }.items():
-        (bin_ / name).write_text(f"#!/bin/bash\n{body}\n")
-        (bin_ / name).chmod(0o755)
-    done = subprocess.run(
-        ["bash", "-c", script({"run_dir": str(run)})],
-        env={"PATH": f"{bin_}:/usr/bin:/bin", "SLURM_JOB_ID": "7"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == code
-    assert done.stderr == ""
-    made = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
-    assert made == calls
-    assert (run / "events.jsonl").exists() == (code == 137)
+def test_the_first_nodes_word_or_else_sruns_says_whether_the_job_is_queued_again(srun, done, state, calls, job):
+    if done is not None:
+        job.says(done=str(done))
+    assert job.end(srun, state=state) == (srun if done is None else done, calls)
+
+
+def test_a_supervisor_that_was_killed_from_outside_has_its_node_left_out(job):
+    log = "srun: error: n2: task 1: Killed\nsrun: error: n1: task 0: Killed\n"
+    assert job.end(137, log) == (137, ["requeue 7", "update JobId=7 ExcNodeList=n9,n2"])
+    assert [event["host"] for event in job.events("supervisor_lost")] == ["n2"]
+
+
+@pytest.mark.parametrize("code", [75, 137])
+def test_tasks_that_srun_kills_after_another_has_left_are_not_lost(code, job):
+    assert job.end(code, LEFT(code)) == (code, REQUEUED)
+    assert job.events("supervisor_lost") == []
+
+
+def test_where_no_other_nodes_fit_a_lost_one_is_used_again(job):
+    log = "srun: error: n2: task 1: Killed\n"
+    assert job.end(137, log, fits='[ "$2" != --exclude=n9,n2 ]') == (137, REQUEUED)
+
+
+def test_a_node_that_fails_its_check_is_left_out_and_not_the_one_that_srun_kills_then(job):
+    job.says(bad="n2")
+    assert job.end(137, LEFT(3), begins=False) == (3, ["requeue 7", "update JobId=7 ExcNodeList=n9,n2"])
+    assert job.events("supervisor_lost") == []
+
+
+def test_nodes_that_the_first_node_found_bad_are_left_out(job):
+    job.says(done="3", bad="n3,n4")
+    assert job.end(3, nodes=3, begins=False)[1] == ["requeue 7", "update JobId=7 ExcNodeList=n9,n3,n4"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "nodes", "fits"), [("n2", 2, "false"), ("n1,n2", 2, "true"), (None, 2, "true"), ("n1", 1, "false")]
+)
+def test_exit_code_3_stands_where_there_is_no_node_to_blame_or_none_to_take_instead(bad, nodes, fits, job):
+    if bad:
+        job.says(bad=bad)
+    assert job.end(137, LEFT(3), nodes=nodes, fits=fits, begins=False) == (3, [])
+
+
+@pytest.mark.parametrize(("code", "last"), [(137, 1), (3, 3)])
+def test_starts_that_end_before_a_worker_begins_are_counted(code, last, job):
+    if code == 3:
+        job.says(bad="n2")
+    ended = [job.end(code, begins=False) for _ in range(MAX_STARTS)]
+    assert [bool(calls) for _, calls in ended] == [True, True, False]
+    assert ended[-1][0] == last
+    assert "3 starts of the job in a row ended before training" in job.events("refused")[0]["message"]
+    job.event("launched")
+    assert job.end(code, begins=False)[1] != []
+    assert job.end(75)[1] != []  # one that trains begins the count anew
+    assert [bool(job.end(code, begins=False)[1]) for _ in range(MAX_STARTS)] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("setup", "code", "said"),
+    [
+        (
+            ["x=1  # a comment", "if [ $x = 1 ]; then", "export A=b", "fi", "[ -d /no ] || true", "unset y; echo $y"],
+            0,
+            "",
+        ),
+        (["true", "module load cuda/12 'x'", "touch /never"], 3, "(exit code 127): module load cuda/12 'x'\n"),
+        (["false  # a comment"], 3, "the profile's setup failed (exit code 1): false  # a comment\n"),
+    ],
+)
+def test_a_line_of_setup_that_fails_ends_the_job_and_is_named(setup, code, said, job):
+    done = job.start(75, setup=setup)
+    assert done.returncode == (code or 75)
+    assert done.stderr.endswith(said)
+    assert bool(job.events("attempt_started")) == (code == 0)

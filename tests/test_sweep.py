@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher import sweep
-from launcher.errors import UsageError
+from launcher import slurm_client, sweep
+from launcher.backends import slurm, slurm_follow
+from launcher.commands import sweep as command
+from launcher.errors import PreflightError, UsageError
 
 
 def test_every_combination_the_last_key_changing_fastest():
@@ -57,3 +59,46 @@ def test_labels_are_distinct_names_of_folders_in_the_order_of_the_runs():
     assert found[0].count("/") == 0
     assert len(set(many)) == 12
     assert all(re.fullmatch(r"\d\d-[A-Za-z0-9._=+-]{1,57}", name) for name in many)
+
+
+@pytest.mark.parametrize(
+    ("states", "code"),
+    [
+        (("completed", "early_stopped"), 0),
+        (("cancelled", "cancelled"), 75),
+        (("completed", "preempted"), 75),
+        (("completed", "cancelled", "failed"), 1),
+        (("pending",), 1),
+    ],
+)
+def test_a_sweeps_exit_code_is_that_of_a_single_run_where_all_end_alike(states, code, make_run):
+    runs = [make_run(str(number), state=state) for number, state in enumerate(states)]
+    for run, state in zip(runs, states, strict=True):
+        if state in ("completed", "early_stopped"):
+            run.append_event("completed")
+    assert command._exit_code(runs) == code
+
+
+def test_ctrl_c_ends_the_following_of_a_sweep_and_not_the_sweep(make_run, monkeypatch, capsys):
+    runs = [make_run(f"sweep/{number}", state="pending") for number in range(2)]
+    base = runs[0].path.parent
+
+    def interrupted(_runs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(slurm_client, "run", lambda *_: "7\n")
+    monkeypatch.setattr(slurm_follow, "follow_all", interrupted)
+    assert not slurm.submit_array(base, runs, "script", detach=False)
+    assert f"the jobs go on. Stop them by: launch cancel {base}" in capsys.readouterr().out
+
+
+def test_a_sweep_that_sbatch_refuses_was_not_started(make_run, monkeypatch):
+    runs = [make_run(f"sweep/{number}", state="pending") for number in range(2)]
+
+    def refuses(*_):
+        raise slurm_client.SlurmError("sbatch: no")
+
+    monkeypatch.setattr(slurm_client, "run", refuses)
+    with pytest.raises(PreflightError, match="the job was refused: sbatch: no"):
+        slurm.submit_array(runs[0].path.parent, runs, "script", detach=False)
+    assert [run.read_status()["state"] for run in runs] == ["failed", "failed"]

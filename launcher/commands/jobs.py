@@ -1,26 +1,23 @@
-"""``launch ps`` and ``launch cancel``: the runs below a folder, and an end to one of them."""
+"""``launch ps``: the runs below a folder, with what SLURM says of their jobs."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import history, processes, slurm_client
-from launcher.errors import TrainingError, UsageError
+from launcher import slurm_client, whereabouts
+from launcher.errors import UsageError
 from launcher.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-OVER = ("completed", "early_stopped", "failed", "cancelled")
-END_S = 90
-"""More than SLURM gives a job between SIGTERM and SIGKILL (KillWait, 30 s) and what a checkpoint takes."""
+    from launcher.slurm_client import JobState
+
 MINUTE_S, HOUR_S, DAY_S = 60, 3600, 86_400
 
 
@@ -56,35 +53,40 @@ def find_runs(folder: Path, depth: int = 2) -> list[RunDir]:
     return []
 
 
-def job_of(run: RunDir) -> str | None:
-    """The id of the run's last SLURM job, or None."""
-    submitted = history.events(run, "submitted")
-    return str(submitted[-1]["job_id"]) if submitted else None
-
-
 def _rows(runs: Sequence[RunDir]) -> list[dict[str, Any]]:
-    jobs = {str(run.path): job_of(run) for run in runs}
-    status = {str(run.path): run.read_status() for run in runs}
-    alive = [job for path, job in jobs.items() if job and status[path]["state"] not in OVER]
+    status = {run: run.read_status() for run in runs}
+    jobs = {run: _job_that_counts(run, status[run]["state"]) for run in runs}
     try:
-        states = slurm_client.job_states(alive)
+        states = slurm_client.job_states([job_id for job_id in jobs.values() if job_id])
     except slurm_client.SlurmError as error:
         print(f"the jobs' states are unknown: {error}", file=sys.stderr)
         states = {}
-    rows = []
-    for run in runs:
-        path = str(run.path)
-        job = jobs[path]
-        found = status[path]
-        fields = {key: found.get(key) for key in ("state", "attempt", "epoch", "step", "best", "updated")}
-        state = states.get(job) if job else None
-        rows.append({"run": str(run), "job_id": job, "job_state": state.state if state else None, **fields})
-    return rows
+    return [_row(run, status[run], jobs[run], states.get(jobs[run] or "")) for run in runs]
+
+
+def _job_that_counts(run: RunDir, state: str) -> str | None:
+    """The job of a run that may run still: of one that is trained, the one that makes its exports."""
+    if state in whereabouts.TRAINED:
+        return whereabouts.post_job_of(run)
+    return None if state in whereabouts.OVER else whereabouts.job_of(run)
+
+
+def _row(run: RunDir, status: dict[str, Any], asked: str | None, job: JobState | None) -> dict[str, Any]:
+    is_trained = status["state"] in whereabouts.TRAINED
+    exports = asked if is_trained and job and not job.over else None
+    return {
+        "run": str(run),
+        "job_id": exports or whereabouts.job_of(run),
+        "job_state": job.state if job and (exports or not is_trained) else None,
+        "job_makes": "exports" if exports else None,
+        "state": whereabouts.settled(status["state"], None if is_trained else job),
+        **{key: status.get(key) for key in ("attempt", "epoch", "step", "best", "updated")},
+    }
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     best = row["best"]
-    job = " ".join(filter(None, [row["job_id"], row["job_state"]]))
+    job = " ".join(filter(None, [row["job_id"], row["job_state"], row["job_makes"]]))
     numbers = (str(row[key]) if row[key] is not None else "-" for key in ("attempt", "epoch", "step"))
     value = f"{best['metric']} {best['value']:.4f}" if best else "-"
     return (row["run"], row["state"], job or "-", *numbers, value, _age(row["updated"]))
@@ -98,42 +100,3 @@ def _age(then: float | None) -> str:
         if age >= seconds:
             return f"{age / seconds:.0f} {unit} ago"
     return f"{age:.0f} s ago"
-
-
-def cancel(run: RunDir) -> None:
-    """End a run: its job, or its process on this machine; wait until nothing of it is left.
-
-    Raises:
-        UsageError: it is over already, or runs on another machine.
-        TrainingError: it did not end.
-    """
-    state = run.read_status()["state"]
-    if state in OVER:
-        raise UsageError(f"{run}: {state} already")
-    job_id = job_of(run)
-    if job_id is not None:
-        slurm_client.run("scancel", job_id)
-        _wait(lambda: slurm_client.job_states([job_id])[job_id].over, f"job {job_id}")
-    else:
-        _cancel_here(run)
-    run.update_status(state="cancelled")
-    run.append_event("cancelled", job_id=job_id)
-    print(f"cancelled; go on with: launch resume {run}")
-
-
-def _cancel_here(run: RunDir) -> None:
-    plan = run.read_plan()
-    if plan["host"] != os.uname().nodename:
-        raise UsageError(f"{run}: runs on {plan['host']}; cancel it there")
-    pid, started = plan["pid"], plan["process_started"]
-    if processes.start_time(pid) == started:  # else it died without a word, and the number may be another's
-        os.kill(pid, signal.SIGTERM)
-    _wait(lambda: processes.start_time(pid) != started, f"process {pid}")
-
-
-def _wait(is_over: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + END_S
-    while not is_over():
-        if time.monotonic() > deadline:
-            raise TrainingError(f"{what} has not ended in {END_S} s")
-        time.sleep(0.5)

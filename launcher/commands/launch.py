@@ -51,6 +51,7 @@ def run(argv: list[str], *, epilog: str) -> int:
     parser.add_argument("--version", action="version", version=f"finetune-launcher {__version__}")
     args = parser.parse_intermixed_args(argv)
     _split_overrides(args)
+    args.kept_profile = None
     if args.sweep:
         from launcher.commands import sweep
 
@@ -81,7 +82,7 @@ def resume(argv: list[str]) -> int:
     for flag, metavar in (("--nodes", "N"), ("--gpus", "M"), ("--procs", "P")):
         parser.add_argument(flag, type=int, metavar=metavar)
     parser.add_argument("--backend", metavar="NAME")
-    parser.add_argument("--profile", metavar="NAME")
+    parser.add_argument("--profile", metavar="NAME", help="read this one (default: as the run was last launched)")
     parser.add_argument("--detach", action="store_true")
     parser.add_argument("--node-rank", type=int, default=0, metavar="K")
     parser.add_argument("--rdzv-endpoint", metavar="HOST:PORT")
@@ -92,6 +93,7 @@ def resume(argv: list[str]) -> int:
     if args.overrides:
         raise UsageError(f"{args.overrides[0]}: a run goes on with its own recipe; only profile.key=value can change")
     run = RunDir.existing(args.run_dir)
+    args.kept_profile = run.read_plan().get("profile")
     from launcher import recipe as recipes
 
     recipe, source = recipes.load(str(run.recipe), (), flags(args))
@@ -122,25 +124,33 @@ def plan_run(recipe: Recipe, args: argparse.Namespace, *, run_id: str, run_dir: 
 
 def _carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_id: str) -> int:
     """Plan, and print the plan or run it: one road for every backend."""
-    from launcher import backends, lint, quarantine
+    from launcher import backends, lint, quarantine, whereabouts
+    from launcher.commands import going_on
 
     plan = plan_run(recipe, args, run_id=run_id, run_dir=args.run_dir)
     if args.dry_run:
         print(plan)
         return EXIT_OK
+    run = RunDir(plan.run_dir)
+    if run.exists and going_on.has_nothing_left(run, recipe):
+        return EXIT_OK
+    if run.exists and plan.node_rank == 0:
+        whereabouts.refuse_second(run)
     os.environ.update(plan.env)  # before torch is imported: it reads its thread count then
     with processes.importing():
         checks = importlib.import_module("launcher.engine.checks")
     checks.check(recipe, source.where)
     found = None
     if plan.script:
-        lint.check(plan.to_dict(), RunDir(plan.run_dir))
-    elif plan.node_rank == 0:
-        found = quarantine.check(recipe, source.where)
+        lint.check(plan.to_dict(), run, plan.script, plan.post_script)
+    else:
+        if plan.backend == "slurm":
+            lint.check_step(plan.to_dict())
+        if plan.node_rank == 0:
+            found = quarantine.check(recipe, source.where)
     if plan.node_rank == 0:
         write_run(plan, recipe)
         if found:
-            run = RunDir(plan.run_dir)
             quarantine.record(run, recipe, found, attempt=history.next_attempt(run))
         print(f"run {plan.run_id}: {plan.world_size} workers on {plan.device}, in {plan.run_dir}", flush=True)
     else:
@@ -152,11 +162,12 @@ def _profiles(recipe: Recipe, args: argparse.Namespace) -> tuple[Profile | None,
     """The profiles of the training and of the exports; the command line's ``profile.key=value`` changes the first."""
     from launcher import profile
 
-    overrides = [item.removeprefix(profile.OVERRIDE) for item in args.profile_overrides]
-    name, post = recipe.launch.profile, recipe.post.profile
-    if name is None and overrides:
-        raise UsageError(f"{args.profile_overrides[0]}: there is no profile to change; add --profile NAME")
-    return profile.load(name, overrides) if name else None, profile.load(post) if post else None
+    name, post, overrides = recipe.launch.profile, recipe.post.profile, args.profile_overrides
+    kept = args.kept_profile if args.profile is None else None
+    if name is None and kept is None and overrides:
+        raise UsageError(f"{overrides[0]}: there is no profile to change; add --profile NAME")
+    found = profile.change(kept, overrides) if kept else profile.load(name, overrides) if name else None
+    return found, profile.load(post) if post else None
 
 
 def write_run(plan: LaunchPlan, recipe: Recipe) -> None:
@@ -164,6 +175,7 @@ def write_run(plan: LaunchPlan, recipe: Recipe) -> None:
     import time
 
     from launcher import recipe as recipes
+    from launcher import recipe_paths
     from launcher.run_dir import code_digest, write_json_atomic, write_text_atomic
 
     run = RunDir(plan.run_dir)
@@ -183,10 +195,10 @@ def write_run(plan: LaunchPlan, recipe: Recipe) -> None:
         "launched_by": redact(shlex.join(["launch", *sys.argv[1:]])),
     }
     write_json_atomic(run.plan, plan.to_dict() | facts, durable=True)
-    write_text_atomic(run.recipe, recipes.to_yaml(recipe), durable=True)
+    before = run.read_status() if run.status.exists() else {"attempt": 0, "epoch": 0, "step": 0, "best": None}
+    run.update_status(**before | {"state": "pending"})
+    write_text_atomic(run.recipe, recipes.to_yaml(recipe_paths.absolute(recipe)), durable=True)
     run.append_event("launched", backend=plan.backend)
-    if not run.status.exists():
-        run.update_status(state="pending", attempt=0, epoch=0, step=0, best=None)
 
 
 def flags(args: argparse.Namespace) -> dict[str, tuple[str, Any]]:

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 
 from launcher import history, processes, sbatch, sweep
 from launcher.commands import launch
-from launcher.errors import EXIT_FAILED, EXIT_OK, InterruptedRunError, LaunchError, RecipeError, UsageError
+from launcher.errors import (
+    EXIT_FAILED,
+    EXIT_OK,
+    EXIT_RESUMABLE,
+    InterruptedRunError,
+    LaunchError,
+    RecipeError,
+    UsageError,
+)
 from launcher.run_dir import RunDir, new_run_id, write_text_atomic
 
 if TYPE_CHECKING:
@@ -43,21 +51,21 @@ def run(args: argparse.Namespace) -> int:
             print(f"{plan.run_dir}: {' '.join(combination)}")
         print(f"\nscript\n{script}" if script else f"\nthe first of {len(plans)}, one after the other\n{plans[0]}")
         return EXIT_OK
-    _check_all(plans, loaded)
+    _check_all(plans, loaded, script)
     for plan, (recipe, _) in zip(plans, loaded, strict=True):
         launch.write_run(plan, recipe)
+    runs = [RunDir(plan.run_dir) for plan in plans]
+    write_text_atomic(base / sbatch.RUNS, "".join(f"{found.path}\n" for found in runs))
     if script:
-        runs = [RunDir(plan.run_dir) for plan in plans]
-        write_text_atomic(base / sbatch.RUNS, "".join(f"{found.path}\n" for found in runs))
-        importlib.import_module("launcher.backends.slurm").submit_array(base, runs, script, detach=args.detach)
-        if args.detach:
+        backend = importlib.import_module("launcher.backends.slurm")
+        if not backend.submit_array(base, runs, script, detach=args.detach):
             return EXIT_OK
     else:
         _run_one_after_the_other(plans)
     from launcher.commands import compare
 
     compare.run([str(base)], metric=None, as_json=False)
-    return EXIT_OK if all(_ended_well(RunDir(plan.run_dir)) for plan in plans) else EXIT_FAILED
+    return _exit_code(runs)
 
 
 def _load_all(args: argparse.Namespace, combinations: list[tuple[str, ...]]) -> list[tuple[Recipe, Source]]:
@@ -97,7 +105,7 @@ def _array_script(plans: list[LaunchPlan], base: Path, parallel: int) -> str:
     return sbatch.build_script(job, profile, sbatch.Array(num=len(plans), parallel=parallel))
 
 
-def _check_all(plans: list[LaunchPlan], loaded: list[tuple[Recipe, Source]]) -> None:
+def _check_all(plans: list[LaunchPlan], loaded: list[tuple[Recipe, Source]], script: str) -> None:
     from launcher import lint, quarantine
 
     os.environ.update(plans[0].env)
@@ -105,9 +113,11 @@ def _check_all(plans: list[LaunchPlan], loaded: list[tuple[Recipe, Source]]) -> 
         checks = importlib.import_module("launcher.engine.checks")
     for recipe, source in loaded:
         checks.check(recipe, source.where)
-    if plans[0].script:
-        lint.check(plans[0].to_dict(), RunDir(plans[0].run_dir))
+    if script:
+        lint.check(plans[0].to_dict(), RunDir(plans[0].run_dir), script)
         return
+    if plans[0].backend == "slurm":
+        lint.check_step(plans[0].to_dict())
     for recipe, source in {recipe.data: (recipe, source) for recipe, source in loaded}.values():
         quarantine.check(recipe, source.where)
 
@@ -125,6 +135,9 @@ def _run_one_after_the_other(plans: list[LaunchPlan]) -> None:
             print(f"error: {error}", file=sys.stderr, flush=True)  # one that fails keeps no other from running
 
 
-def _ended_well(run: RunDir) -> bool:
-    done = history.events(run, "completed")
-    return run.read_status()["state"] in ("completed", "early_stopped") and bool(done)
+def _exit_code(runs: list[RunDir]) -> int:
+    """That of a single run where all ended alike; else of those that did not end well the worst."""
+    bad = [run.read_status()["state"] for run in runs if not history.events(run, "completed")]
+    if not bad:
+        return EXIT_OK
+    return EXIT_RESUMABLE if all(state in ("preempted", "cancelled") for state in bad) else EXIT_FAILED
