@@ -102,7 +102,7 @@ def launch(tmp_path):
             capture_output=True,
             text=True,
             check=False,
-            timeout=120,
+            timeout=240,
         )
 
     _launch.cwd = folder

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 RECIPE = str(ROOT / "recipes/debug.yaml")
 NO_POST = "post.enabled=false"
 LONG = ("train.epochs=200", "tracking.log_every=1", NO_POST)
-DEADLINE_S = 120
+DEADLINE_S = 240
 
 
 @pytest.fixture
