@@ -36,6 +36,7 @@ EVERYTHING = {
 
 SAVED = ("state.", "parts.model.module", "parts.optimizer.state", "parts.optimizer.param_groups")
 DERIVED = {
+    "state._copies": "memory for the next copies",
     "parts.optimizer.found_inf": "set in each step before it is used",
     "state.scaler._init_growth_tracker": "what it was made with",
     "state.numbers._watched": "read before each checkpoint",
