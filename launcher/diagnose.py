@@ -98,7 +98,7 @@ def explain(run: RunDir, job: JobState | None = None) -> str:
 
 
 def failed_checks(run: RunDir) -> list[str]:
-    """What nodes found wrong with themselves or each other, which has kept a launched run from starting."""
+    """What nodes found wrong with themselves or each other, where that has kept the run from starting."""
     if history.since_launched(run, "attempt_started"):
         return []
     failed = [event["problems"] for event in history.since_launched(run, "preflight_failed")]

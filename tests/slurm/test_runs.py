@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -32,10 +33,6 @@ SMALL = (
 OFTEN = "train.checkpoint.every_steps=5"
 ALLOCATION = ("salloc", "--quiet", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2")
 DEADLINE_S = 180
-KILL_WAIT_S = 32
-"""What SLURM gives a step between SIGTERM and SIGKILL."""
-NODE_DOWN_S = 40
-"""How long the dev cluster takes to see that a node is gone (slurm/dev/README.md)."""
 
 
 class Launched:
@@ -140,6 +137,18 @@ def launch(launch_on, slurm_cluster):
     return lambda *arguments, name="run": launch_on(slurm_cluster, RECIPE, *TWO_NODES, *SMALL, *arguments, name=name)
 
 
+@pytest.fixture
+def patched(tmp_path):
+    """Have the nodes' Python run some code when it starts; returns the override that does."""
+
+    def patch(code):
+        (tmp_path / "site").mkdir()
+        (tmp_path / "site" / "sitecustomize.py").write_text(code)
+        return f"profile.env={{PYTHONPATH: '{tmp_path / 'site'}:{ROOT}'}}"
+
+    return patch
+
+
 def ends(run):
     return [(event["attempt"], event["cause"]) for event in events(run, "attempt_ended")]
 
@@ -160,7 +169,7 @@ def undisturbed(tmp_path_factory, slurm_cluster):
     return RunDir(folder), output
 
 
-def test_two_nodes_train_to_the_end_from_one_command(undisturbed):
+def test_two_nodes_train_to_the_end_from_one_command(undisturbed, slurm_cluster):
     run, output = undisturbed
     assert run.read_status()["state"] == "completed"
     assert len(hosts(run, 1)) == 2
@@ -178,6 +187,8 @@ def test_two_nodes_train_to_the_end_from_one_command(undisturbed):
         check=True,
     )
     assert dry.stdout.endswith(f"\nscript\n{script.read_text()}"), dry.stdout  # without SLURM on PATH
+    assert "completed already" in _launch(slurm_cluster, "resume", str(run.path))
+    assert len(events(run, "submitted")) == 1
 
 
 def test_preempted_in_mid_epoch_it_ends_with_the_very_same_bits(launch, undisturbed):
@@ -200,16 +211,37 @@ def test_preempted_in_mid_epoch_it_ends_with_the_very_same_bits(launch, undistur
     assert steps == sorted(set(steps))
 
 
-def test_the_time_limit_cuts_it_and_it_goes_on_to_the_exports_in_a_job_of_their_own(launch):
+SLOW = """
+import os
+import time
+
+from launcher.engine import schedule
+
+derive_seed = schedule.derive_seed
+
+
+def that_is_slow_twice(*numbers):
+    if len(numbers) == 4 and os.environ["LAUNCH_ATTEMPT"] in ("1", "2"):
+        time.sleep(2)
+    return derive_seed(*numbers)
+
+
+schedule.derive_seed = that_is_slow_twice
+"""
+
+
+def test_the_time_limit_cuts_it_and_it_goes_on_to_the_exports_in_a_job_of_their_own(launch, patched):
     post = ("post.enabled=true", "post.profile=dev", "post.quantize=[]")
-    launched = launch("train.epochs=9", "profile.timeout_min=1", "profile.lead_s=40", *post)
-    code, output = launched.finish(400)
-    assert code == 0, output
+    # The shortest limit that SLURM knows is a minute, and it looks every thirty seconds whether a job is near its end.
+    short = ("--procs", "1", "profile.timeout_min=1", "profile.lead_s=50")
+    launched = launch("train.epochs=1", "batch.size=32", *short, *post, patched(SLOW))
     run = launched.run
-    causes = [cause for _, cause in ends(run)]
-    assert set(causes) == {"time_limit"}
-    assert len(causes) >= 2
-    assert run.read_status()["epoch"] == 9
+    launched.wait_until(lambda: len(ends(run)) == 2)
+    launched.slurm("scontrol", "update", f"JobId={launched.job_id}", "TimeLimit=10")  # enough for the rest
+    code, output = launched.finish()
+    assert code == 0, output
+    assert ends(run) == [(1, "time_limit"), (2, "time_limit")]
+    assert run.read_status()["epoch"] == 1
     (made,) = events(run, "export")
     assert made["accepted"]
     (submitted,) = events(run, "post_submitted")
@@ -285,14 +317,15 @@ def test_nothing_is_left_of_a_cancelled_run(launch, by, slurm_cluster):
     assert code == 75, output
     assert launched.processes() == []
     assert launched.run.last_checkpoint.exists()
-    assert launched.run.read_status()["state"] == ("preempted" if by == "scancel" else "cancelled")
-    time.sleep(15)  # more than it takes to start a requeued job again
-    assert launched.slurm("squeue", "--noheader", "--job", launched.job_id) == ""
+    assert launched.run.read_status()["state"] == "cancelled"
+    # Over, and no script of it left that could queue it again.
+    assert "JobState=CANCELLED" in launched.slurm("scontrol", "show", "job", launched.job_id)
+    assert not any("slurm_script" in command and launched.job_id in command for command in _commands())
 
 
-def test_detached_it_returns_at_once_and_goes_on(launch, slurm_cluster):
+def test_detached_it_returns_at_once_and_goes_on_and_nothing_else_may(launch, slurm_cluster):
     start = time.monotonic()
-    launched = launch("train.epochs=3", "--detach")
+    launched = launch("train.epochs=2", "--detach")
     code, output = launched.finish()
     print(f"returned after {time.monotonic() - start:.1f} s")
     assert code == 0
@@ -300,10 +333,21 @@ def test_detached_it_returns_at_once_and_goes_on(launch, slurm_cluster):
     assert launched.run.read_status()["state"] != "completed"
     listed = json.loads(_launch(slurm_cluster, "ps", str(launched.run.path.parent), "--json"))
     assert [(row["job_id"], row["job_state"] in ("PENDING", "RUNNING")) for row in listed] == [(launched.job_id, True)]
+    again = [sys.executable, "-m", "launcher", "resume", str(launched.run.path)]
+    environment = slurm_cluster | {"PYTHONPATH": str(ROOT)}
+    second = subprocess.run(again, env=environment, capture_output=True, text=True, check=False, timeout=DEADLINE_S)
+    assert second.returncode == 2, second.stdout
+    assert f"runs as job {launched.job_id}" in second.stderr
     end = time.monotonic() + DEADLINE_S
     while launched.run.read_status()["state"] != "completed":
         assert time.monotonic() < end
         time.sleep(0.5)
+
+
+def _commands():
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            yield " ".join(process.cmdline())
 
 
 def _launch(environment, *arguments):
@@ -336,10 +380,8 @@ schedule.derive_seed = with_a_bug
 """
 
 
-def test_a_worker_that_raises_ends_the_run_and_why_shows_its_traceback_first(launch, slurm_cluster, tmp_path):
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(BUG)
-    launched = launch("train.epochs=3", f"profile.env={{PYTHONPATH: '{tmp_path / 'site'}:{ROOT}'}}")
+def test_a_worker_that_raises_ends_the_run_and_why_shows_its_traceback_first(launch, slurm_cluster, patched, tmp_path):
+    launched = launch("train.epochs=2", patched(BUG))
     code, output = launched.finish()
     assert code == 1, output
     assert "ZeroDivisionError: a bug in the user's own code" in output
@@ -372,7 +414,7 @@ def test_two_runs_of_the_same_second_on_the_same_nodes_do_not_meet(launch):
     assert ports[0] != ports[1]
 
 
-def test_without_accounting_it_is_all_the_same(launch_on, own_cluster):
+def test_without_accounting_it_is_all_the_same(own_cluster, launch_on):  # in this order: jobs end before the cluster
     environment = own_cluster.up("--no-accounting")
     launched = launch_on(environment, RECIPE, *TWO_NODES, *SMALL, "train.epochs=2", "--detach")
     code, output = launched.finish()
@@ -407,19 +449,18 @@ def test_in_an_allocation_it_is_a_step(launch_on, slurm_cluster, by, undisturbed
 
 
 def test_a_sweep_is_a_job_array_and_ends_in_a_comparison(slurm_cluster, tmp_path):
-    swept = ("optim.lr=0.05,0.01", "seed=0,1", "--sweep", "--parallel", "2", "--run-dir", str(tmp_path / "sweep"))
+    swept = ("optim.lr=0.05,0.02,0.01", "--sweep", "--parallel", "2", "--run-dir", str(tmp_path / "sweep"))
     size = ("--nodes", "1", "--procs", "1", "--profile", "dev", "train.epochs=1", *SMALL[1:])
     output = _launch(slurm_cluster, RECIPE, *swept, *size)
     runs = [RunDir(folder) for folder in sorted((tmp_path / "sweep").glob("[0-9]-*"))]
     assert [run.path.name for run in runs] == [
-        "0-optim.lr=0.05-seed=0",
-        "1-optim.lr=0.05-seed=1",
-        "2-optim.lr=0.01-seed=0",
-        "3-optim.lr=0.01-seed=1",
+        "0-optim.lr=0.05",
+        "1-optim.lr=0.02",
+        "2-optim.lr=0.01",
     ]
-    assert [run.read_status()["state"] for run in runs] == ["completed"] * 4
+    assert [run.read_status()["state"] for run in runs] == ["completed"] * 3
     jobs = [events(run, "submitted")[0]["job_id"] for run in runs]
-    assert [job.partition("_")[2] for job in jobs] == ["0", "1", "2", "3"]
+    assert [job.partition("_")[2] for job in jobs] == ["0", "1", "2"]
     spans = [(events(run, "attempt_started")[0]["time"], events(run, "training_ended")[0]["time"]) for run in runs]
     for start, _ in spans:
         assert sum(begin <= start < end for begin, end in spans) <= 2  # no more at the same time than was said
@@ -437,17 +478,57 @@ if os.uname().nodename == "n2":
 """
 
 
-def test_a_bad_node_is_found_before_training_and_left_out(launch, tmp_path):
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(BAD_NODE)
-    path = f"profile.env={{PYTHONPATH: '{tmp_path / 'site'}:{ROOT}'}}"
-    launched = launch("train.epochs=1", "launch.preflight=true", "--nodes", "3", "--procs", "1", path)
+def test_a_bad_node_is_found_before_training_and_left_out(launch, patched):
+    three = ("--nodes", "3", "--procs", "1", "batch.size=32")
+    launched = launch("train.epochs=1", "launch.preflight=true", *three, patched(BAD_NODE))
     code, output = launched.finish()
     assert code == 0, output
     (failed,) = events(launched.run, "preflight_failed")
     assert failed["problems"] == {"n2": "an all-reduce with it does not work"}
     assert hosts(launched.run, 1) == {"n1", "n3", "n4"}
     assert ends(launched.run) == []
+
+
+OTHER_NETWORK = """
+import os
+
+from launcher import network
+
+if os.uname().nodename == "n2":
+    network.address_of = lambda interface: None
+"""
+
+
+def test_a_node_without_the_interface_ends_the_job_where_there_is_no_other(launch, patched, slurm_cluster):
+    wanted = ("profile.interface=eth0", 'profile.exclude="n[3-4]"')
+    launched = launch("--procs", "1", *wanted, patched(OTHER_NETWORK))
+    code, output = launched.finish()
+    assert code == 3, output
+    assert "n2: has no interface eth0" in output
+    assert events(launched.run, "supervisor_lost") == []
+    job = launched.slurm("scontrol", "show", "job", launched.job_id)
+    assert "Restarts=0" in job
+    assert "ExcNodeList=n[3-4]\n" in job
+    why = _launch(slurm_cluster, "why", str(launched.run.path))
+    assert ": failed, attempt 0" in why
+    assert "what to do: name one that all nodes have: profile.interface" in why
+
+
+def test_what_cannot_start_is_refused_and_a_setup_that_fails_is_named(slurm_cluster, tmp_path):
+    def launch(*arguments):
+        command = [sys.executable, "-m", "launcher", RECIPE, *TWO_NODES, *SMALL, *arguments]
+        environment = slurm_cluster | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=DEADLINE_S
+        )
+        return done.returncode, done.stderr
+
+    code, said = launch("profile.exclude=nx")
+    assert (code, list(tmp_path.iterdir())) == (3, [])
+    assert "nothing was submitted\n  sbatch --test-only: allocation failure: Invalid node name specified" in said
+    code, said = launch("profile.setup=[module load cuda]")
+    assert code == 3
+    assert "the profile's setup failed (exit code 127): module load cuda" in said
 
 
 def test_doctor_checks_nodes_and_names_a_bad_one(slurm_cluster, tmp_path):
@@ -485,11 +566,8 @@ schedule.derive_seed = that_hangs_once
 """
 
 
-def test_a_rank_that_hangs_is_found_in_time_with_the_stacks_of_all(launch, tmp_path, undisturbed):
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(HANG)
-    path = f"profile.env={{PYTHONPATH: '{tmp_path / 'site'}:{ROOT}'}}"
-    launched = launch("train.epochs=2", "train.hang_timeout_s=8", path)
+def test_a_rank_that_hangs_is_found_in_time_with_the_stacks_of_all(launch, patched, undisturbed):
+    launched = launch("train.epochs=2", "train.hang_timeout_s=8", patched(HANG))
     launched.wait_until(lambda: list(launched.run.attempt_errors(1).glob("rank-*.json")))
     found = launched.run.rank_error(1, 2)
     launched.wait_until(found.exists)

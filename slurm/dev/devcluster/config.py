@@ -40,12 +40,14 @@ MailProg=/bin/true
 ReturnToService=2
 # A node that was cut is down after this many seconds, not after five minutes.
 SlurmdTimeout=15
+# A third of the default: what a task gets between SIGTERM and SIGKILL where it has not saved long ago.
+KillWait=10
 
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 DefMemPerCPU=2000
 GresTypes=gpu
-SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
