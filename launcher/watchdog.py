@@ -110,6 +110,7 @@ class Watchdog:
         attempt = self._attempt()
         print(f"no step for {self._timeout_s:g} s: the workers hang; their stacks go to their logs", flush=True)
         _signal(found, DUMP_SIGNAL)
+        _signal(found, signal.SIGCONT)  # one that was stopped (SIGSTOP, a debugger) writes only when it goes on
         time.sleep(DUMP_S)
         for beat in found:
             stack = _last_stack(self._run, attempt, beat.rank)

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 
     from launcher.watchdog import Heartbeats
 
+LOADER_KILLED = ("by signal: Killed", "by signal: Terminated", "exited unexpectedly")
+"""How torch says that somebody else, such as the out-of-memory killer, ended a loader process. What ends one by its own
+fault (an exception, a segmentation fault) would come again."""
+
 
 def worker_main(run_path: str, beats: Heartbeats) -> Outcome:
     """Entry point of a forked worker; torch's agent has set torchrun's environment variables.
@@ -136,15 +140,21 @@ def write_error(run: RunDir, spec: WorkerSpec, ranks: Ranks, error: BaseExceptio
 
 
 def error_kind(error: BaseException) -> str:
-    """``usage`` (the user's to mend), ``peer_lost`` (another rank died first), ``out_of_memory``, or ``bug``."""
+    """What kind of failure an error is.
+
+    ``usage`` (the user's to mend), ``peer_lost`` (another rank died first), ``lost_worker`` (a loader process was killed
+    from outside), ``out_of_memory``, or ``bug``.
+    """
     if isinstance(error, LaunchError):
         return "usage"
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return "out_of_memory"
     if isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError):
         return "peer_lost"
-    # gloo reports a peer that went away as a plain RuntimeError from its transport.
     text = str(error)
+    if text.startswith("DataLoader worker") and any(sign in text for sign in LOADER_KILLED):
+        return "lost_worker"
+    # gloo reports a peer that went away as a plain RuntimeError from its transport.
     lost = "gloo" in text and any(
         sign in text for sign in ("Connection closed by peer", "Connection reset", "Broken pipe")
     )
