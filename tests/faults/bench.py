@@ -137,6 +137,8 @@ class Bench:
     """How many kills a run is given at random moments."""
     places: int = 20
     """How many random places of a checkpoint are damaged."""
+    chances: int = 1
+    """How many disks that keep what chance has them keep are tried at each point."""
     seed: int = 0
     """Of all chance."""
     _started: list[Launched] = field(default_factory=list)
