@@ -182,11 +182,14 @@ def write_run(plan: LaunchPlan, recipe: Recipe) -> None:
         "process_started": processes.start_time(os.getpid()),
         "launched_by": redact(shlex.join(["launch", *sys.argv[1:]])),
     }
-    write_json_atomic(run.plan, plan.to_dict() | facts)
-    write_text_atomic(run.recipe, recipes.to_yaml(recipe))
-    run.append_event("launched", backend=plan.backend)
-    if not run.status.exists():
-        run.update_status(state="pending", attempt=0, epoch=0, step=0, best=None)
+    try:
+        write_json_atomic(run.plan, plan.to_dict() | facts, durable=True)
+        write_text_atomic(run.recipe, recipes.to_yaml(recipe), durable=True)
+        run.append_event("launched", backend=plan.backend)
+        if not run.status.exists():
+            run.update_status(state="pending", attempt=0, epoch=0, step=0, best=None)
+    except OSError as error:
+        raise UsageError(f"--run-dir {run}: cannot be written to: {error.strerror}; nothing was started") from None
 
 
 def flags(args: argparse.Namespace) -> dict[str, tuple[str, Any]]:
