@@ -132,11 +132,9 @@ def _attempt_logs(run: RunDir, *, node_rank: int, first_attempt: int, stop: Stop
             return LogsDest(stdouts=streams, stderrs=streams, error_files=nowhere)
 
         def _check_restart(self) -> None:
-            failure = diagnose.first_failure(run, self.attempt)
-            cause = failure["kind"] if failure else "lost_worker"
+            cause, message = diagnose.cause_of_end(run, self.attempt)
             if stop.requested or cause in diagnose.NOT_RETRYABLE:
                 raise _NoRestartError(cause)
-            message = failure["message"] if failure else "a worker was killed"
             run.append_event("attempt_ended", attempt=self.attempt, node=node_rank, cause=cause, message=message)
             print(f"attempt {self.attempt} ended: {message}; starting the workers again", file=sys.stderr, flush=True)
 
@@ -165,6 +163,7 @@ def _split(endpoint: str) -> tuple[str, int]:
 def _log_to_file(run: RunDir, node_rank: int) -> None:
     """Keep the agent's talk off the terminal, where it would bury the first traceback (pytorch#113546)."""
     handler = logging.FileHandler(run.node_log(node_rank), delay=True)
+    handler.handleError = lambda _: None  # type: ignore[method-assign]  # a full disk: it prints tracebacks
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for name in ("torch.distributed", "torch.multiprocessing"):
         logger = logging.getLogger(name)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from launcher.run_dir import RunDir
     from launcher.slurm_client import JobState
 
-NOT_RETRYABLE = ("bug", "usage", "out_of_memory")
+NOT_RETRYABLE = ("bug", "usage", "out_of_memory", "full_disk")
 """Causes that the same start would meet again."""
 RESUME = "`launch resume RUN` goes on from the last checkpoint"
 CURES = {
@@ -21,6 +21,7 @@ CURES = {
     "out_of_memory": "lower batch.size (batch.global_size keeps the step's size), or data.image_size",
     "hang": "the workers' stacks are in their logs; one that waits for data or a lock holds up all others; a step that "
     "really takes this long needs a higher train.hang_timeout_s",
+    "full_disk": f"make room where the run directory is; {RESUME}",
     "lost_node": f"{RESUME}; ask whoever runs the cluster about the node",
     "lost_worker": "a worker was killed from outside: look for the out-of-memory killer (`dmesg | grep -i oom`) "
     f"or whoever sent the signal; {RESUME}",
@@ -58,6 +59,15 @@ def first_failure(run: RunDir, attempt: int) -> dict[str, Any] | None:
     echo = found[0]
     message = "a worker vanished without a word (killed, or its machine lost)"
     return {**echo, "kind": "lost_worker", "rank": None, "type": "lost worker", "message": message, "traceback": ""}
+
+
+def cause_of_end(run: RunDir, attempt: int) -> tuple[str, str]:
+    """The cause of an attempt's end and the message that goes with it, as its supervisor sees them right after."""
+    failure = first_failure(run, attempt)
+    if failure:
+        return failure["kind"], failure["message"]
+    problem = run.problem()  # which is then why nobody left a word
+    return ("full_disk", problem) if problem else ("lost_worker", "a worker was killed")
 
 
 def explain(run: RunDir, job: JobState | None = None) -> str:

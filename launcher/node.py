@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -19,7 +20,7 @@ from launcher.run_dir import RunDir
 from launcher.stopping import StopSignals
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 WAIT_FOR_RUN_DIR_S = 600
 
@@ -102,26 +103,33 @@ def _train(run: RunDir, plan: dict[str, Any], node_rank: int, stop: StopSignals,
     except agent.WorkersFailedError as error:
         if stop.requested:
             raise _interrupted(run, node_rank, stop) from None
-        if node_rank == 0:
-            run.update_status(state="failed", attempt=error.attempt)
-        failure = diagnose.first_failure(run, error.attempt)
-        run.append_event(
-            "attempt_ended",
-            attempt=error.attempt,
-            node=node_rank,
-            cause=failure["kind"] if failure else "lost_worker",
-            message=failure["message"] if failure else str(error),
-        )
-        raise TrainingError(f"training failed\n{diagnose.explain(run)}\nmore: launch why {run}") from None
+        cause, message = diagnose.cause_of_end(run, error.attempt)
+        with _even_if_full(run):
+            if node_rank == 0:
+                run.update_status(state="failed", attempt=error.attempt)
+            run.append_event("attempt_ended", attempt=error.attempt, node=node_rank, cause=cause, message=message)
+        why = f"{message}\nwhat to do: {diagnose.CURES[cause]}" if cause == "full_disk" else diagnose.explain(run)
+        raise TrainingError(f"training failed\n{why}\nmore: launch why {run}") from None
+
+
+@contextlib.contextmanager
+def _even_if_full(run: RunDir) -> Iterator[None]:
+    """Go on also where the run directory takes nothing more."""
+    try:
+        yield
+    except OSError as error:
+        print(f"{run}: cannot be written to: {error.strerror}", file=sys.stderr, flush=True)
 
 
 def _interrupted(run: RunDir, node_rank: int, stop: StopSignals) -> InterruptedRunError:
     """What to tell after a stop; the run's state and history say so too."""
     if node_rank == 0:
         attempt = history.next_attempt(run) - 1
-        run.append_event("attempt_ended", attempt=attempt, node=0, cause=stop.cause, message=f"stopped by {stop.name}")
-        if run.read_status()["state"] != "cancelled":
-            run.update_status(state="preempted")
+        message = f"stopped by {stop.name}"
+        with _even_if_full(run):
+            run.append_event("attempt_ended", attempt=attempt, node=0, cause=stop.cause, message=message)
+            if run.read_status()["state"] != "cancelled":
+                run.update_status(state="preempted")
     last = run.last_checkpoint
     kept = f"the checkpoint {last.resolve().name} is saved" if last.exists() else "it had not begun to train"
     return InterruptedRunError(f"interrupted; {kept}; go on with: launch resume {run}")
@@ -140,8 +148,14 @@ def _finish(run: RunDir, plan: dict[str, Any], stop: StopSignals) -> None:
         problem = run_post_step(run)
         if stop.requested:
             raise InterruptedRunError(f"training is complete, its exports are not; make them with: launch export {run}")
-    report.write_report(run)
-    run.append_event("completed", exported=here and problem is None)
+    try:
+        report.write_report(run)
+        run.append_event("completed", exported=here and problem is None)
+    except OSError as error:
+        raise TrainingError(
+            f"training is complete, but {run}: cannot be written to: {error.strerror}; after making room: "
+            f"launch report {run}"
+        ) from None
     print(summary(run), flush=True)
     if problem:
         raise TrainingError(f"training is complete, but {problem}\nafter mending it: launch export {run}")

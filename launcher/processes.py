@@ -58,6 +58,15 @@ def start_time(pid: int) -> str | None:
     return None if fields[0] == "Z" else fields[19]
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a process was stopped (SIGSTOP, a debugger) and not continued yet."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return fields[0] in "Tt"
+
+
 def children(pid: int) -> list[int]:
     """Living processes whose parent is ``pid``."""
     return _children_by_parent().get(pid, [])

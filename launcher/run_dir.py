@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -24,6 +25,8 @@ State = Literal["pending", "running", "preempted", "completed", "early_stopped",
 
 ATTEMPT_VARIABLE = "LAUNCH_ATTEMPT"
 """Environment variable by which a worker learns its attempt; the supervisor counts."""
+
+PROBE_BYTES = 1 << 16
 
 BATCH_LOG_VARIABLE = "LAUNCH_BATCH_LOG"
 """Environment variable by which a node's supervisor learns where its batch script writes; unset outside of one."""
@@ -62,20 +65,29 @@ def write_text_atomic(path: Path, text: str, *, durable: bool = False) -> None:
     Args:
         path: the file.
         text: its new content.
-        durable: wait for the disk, so that a loss of power leaves no empty file: for what cannot be made again.
+        durable: whether a loss of power right after must not undo it.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
+    beside.write_text(text, encoding="utf-8")
+    if durable:
+        fsync(beside)
     beside.replace(path)
+    if durable:
+        fsync(path.parent)
 
 
 def write_json_atomic(path: Path, value: Any, *, durable: bool = False) -> None:
-    """Write ``value`` as indented JSON, as :func:`write_text_atomic` does."""
+    """Write ``value`` as indented JSON, atomically."""
     write_text_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n", durable=durable)
+
+
+def fsync(path: Path) -> None:
+    """Have what a file holds, or the names in a folder, survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
@@ -96,7 +108,7 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the records of a ``.jsonl`` file; a last line cut off by a crash, or a missing file, yields nothing."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return
     for line in lines:
@@ -293,9 +305,25 @@ class RunDir:
         return self.path / "wandb"
 
     def create(self) -> None:
-        """Make the folder and those of its folders that every run has."""
+        """Make the folder and those of its folders that every run has; they survive a loss of power."""
         self.logs.mkdir(parents=True, exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
+        fsync(self.path)
+        for above in list(self.path.parents)[:2]:  # runs/ may be new, too
+            with contextlib.suppress(OSError):  # a folder that may be passed through but not be read
+                fsync(above)
+
+    def problem(self) -> str | None:
+        """Why nothing can be written here, as when the disk is full; None: it can."""
+        probe = self.path / f".room-{socket.gethostname()}-{os.getpid()}"
+        try:
+            probe.write_bytes(bytes(PROBE_BYTES))
+        except OSError as error:
+            return f"{self}: cannot be written to: {error.strerror}"
+        finally:
+            with contextlib.suppress(OSError):
+                probe.unlink(missing_ok=True)
+        return None
 
     def read_plan(self) -> dict[str, Any]:
         """The content of ``plan.json``."""
@@ -303,10 +331,10 @@ class RunDir:
         return plan
 
     def read_status(self) -> dict[str, Any]:
-        """The content of ``status.json``; ``{"state": "pending"}`` where none was written yet."""
+        """The content of ``status.json``; ``{"state": "pending"}`` where there is none, or half of one."""
         try:
             status: dict[str, Any] = json.loads(self.status.read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):  # or empty: it is not forced to the disk
+        except (FileNotFoundError, ValueError):
             return {"state": "pending"}
         return status
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from launcher import processes
 from launcher.run_dir import write_json_atomic
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ WAITING = ("torch/autograd/", "torch/distributed/", "launcher/engine/distributed
 """Files of the innermost call of a worker that waits for the others. The outer ones are torch's in any worker."""
 TAIL_BYTES = 64 * 1024
 _CELL = struct.Struct("dqq")
+_FAILED = -1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,15 @@ class Heartbeats:
         """No step is to be expected any more."""
         _CELL.pack_into(self._memory, local_rank * _CELL.size, 0.0, 0, 0)
 
+    def fail(self, local_rank: int) -> None:
+        """This worker failed; for its peers, where the disk does not take its error file."""
+        _CELL.pack_into(self._memory, local_rank * _CELL.size, _FAILED, 0, 0)
+
+    @property
+    def any_failed(self) -> bool:
+        """Whether a worker of this node failed."""
+        return any(then == _FAILED for then, _, _ in self._cells())
+
     def clear(self) -> None:
         """Forget the workers of an attempt that is over."""
         for local_rank in range(self._num):
@@ -67,8 +78,10 @@ class Heartbeats:
     def read(self) -> list[Beat]:
         """Of the workers that have taken a step and have others to take."""
         now = time.monotonic()
-        cells = [_CELL.unpack_from(self._memory, index * _CELL.size) for index in range(self._num)]
-        return [Beat(age_s=now - then, pid=pid, rank=rank) for then, pid, rank in cells if then]
+        return [Beat(age_s=now - then, pid=pid, rank=rank) for then, pid, rank in self._cells() if then > 0]
+
+    def _cells(self) -> list[tuple[float, int, int]]:
+        return [_CELL.unpack_from(self._memory, index * _CELL.size) for index in range(self._num)]
 
 
 class Watchdog:
@@ -110,28 +123,31 @@ class Watchdog:
     def _end(self, found: list[Beat]) -> None:
         attempt = self._attempt()
         print(f"no step for {self._timeout_s:g} s: the workers hang; their stacks go to their logs", flush=True)
+        stopped = [beat for beat in found if processes.is_stopped(beat.pid)]
         _signal(found, DUMP_SIGNAL)
+        _signal(stopped, signal.SIGCONT)  # by SIGSTOP or a debugger: it writes only when it goes on
         for beat in found:
             _ask_flight_recorder(Path(f"{self._run.nccl_pipe(attempt)}{beat.rank}.pipe"))
-        time.sleep(DUMP_S)
+        time.sleep(DUMP_S / 6)
+        _signal(stopped, signal.SIGSTOP)
+        time.sleep(DUMP_S * 5 / 6)
         for beat in found:
             stack = _last_stack(self._run, attempt, beat.rank)
             top = next((line for line in stack if line.lstrip().startswith("File")), "an unknown place").strip()
-            write_json_atomic(
-                self._run.rank_error(attempt, beat.rank),
-                {
-                    "time": time.time(),
-                    "attempt": attempt,
-                    "rank": beat.rank,
-                    "node": self._node_rank,
-                    "host": os.uname().nodename,
-                    "kind": "hang",
-                    "waiting": any(place in top for place in WAITING),
-                    "type": "hang",
-                    "message": f"no step for {beat.age_s:.0f} s (train.hang_timeout_s); it is in {top}",
-                    "traceback": "\n".join(stack),
-                },
-            )
+            error = {
+                "time": time.time(),
+                "attempt": attempt,
+                "rank": beat.rank,
+                "node": self._node_rank,
+                "host": os.uname().nodename,
+                "kind": "hang",
+                "waiting": any(place in top for place in WAITING),
+                "type": "hang",
+                "message": f"no step for {beat.age_s:.0f} s (train.hang_timeout_s); it is in {top}",
+                "traceback": "\n".join(stack),
+            }
+            with contextlib.suppress(OSError):  # a full disk must not keep them alive
+                write_json_atomic(self._run.rank_error(attempt, beat.rank), error)
         _signal(found, signal.SIGKILL)
 
 

@@ -70,24 +70,14 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     file = tmp_path / "report.html"
     write_text_atomic(file, "old")
 
-    class OnFullDisk:
-        def __init__(self, path, mode, encoding):
-            self.file = open(path, mode, encoding=encoding)  # noqa: PTH123, SIM115  Path.open is what is replaced
+    def disk_full(path, text, encoding):
+        with path.open("w", encoding=encoding) as opened:
+            opened.write(text[: len(text) // 2])
+        raise OSError(28, "No space left on device")
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
-        def write(self, text):
-            self.file.write(text[: len(text) // 2])
-            raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", lambda *where, encoding: OnFullDisk(*where, encoding))
-        with pytest.raises(OSError, match="No space"):
-            write_text_atomic(file, "new and longer")
+    monkeypatch.setattr(Path, "write_text", disk_full)
+    with pytest.raises(OSError, match="No space"):
+        write_text_atomic(file, "new and longer")
     assert file.read_text() == "old"
 
 

@@ -194,11 +194,14 @@ def write_run(plan: LaunchPlan, recipe: Recipe) -> None:
         "process_started": processes.start_time(os.getpid()),
         "launched_by": redact(shlex.join(["launch", *sys.argv[1:]])),
     }
-    write_json_atomic(run.plan, plan.to_dict() | facts, durable=True)
-    before = run.read_status() if run.status.exists() else {"attempt": 0, "epoch": 0, "step": 0, "best": None}
-    run.update_status(**before | {"state": "pending"})
-    write_text_atomic(run.recipe, recipes.to_yaml(recipe_paths.absolute(recipe)), durable=True)
-    run.append_event("launched", backend=plan.backend)
+    try:
+        write_json_atomic(run.plan, plan.to_dict() | facts, durable=True)
+        before = run.read_status() if run.status.exists() else {"attempt": 0, "epoch": 0, "step": 0, "best": None}
+        run.update_status(**before | {"state": "pending"})
+        write_text_atomic(run.recipe, recipes.to_yaml(recipe_paths.absolute(recipe)), durable=True)
+        run.append_event("launched", backend=plan.backend)
+    except OSError as error:
+        raise UsageError(f"--run-dir {run}: cannot be written to: {error.strerror}; nothing was started") from None
 
 
 def flags(args: argparse.Namespace) -> dict[str, tuple[str, Any]]:

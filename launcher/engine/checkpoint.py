@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import threading
 import time
@@ -16,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from launcher.errors import TrainingError
-from launcher.run_dir import write_json_atomic
+from launcher.run_dir import fsync, write_json_atomic
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from launcher.run_dir import RunDir
@@ -171,12 +170,12 @@ def write(run: RunDir, checkpoint: Checkpoint) -> Path:
     write_json_atomic(beside / STATE, checkpoint.state)
     write_json_atomic(beside / MANIFEST, {"version": 1, "files": {f: _describe(beside / f) for f in FILES}})
     for file in (*beside.iterdir(), beside):
-        _fsync(file)
+        fsync(file)
     old = target.with_name(f".{target.name}{REPLACED}")
     if target.exists():  # the same step once more: at the end of an epoch, or after a resume from the one before it
         target.rename(old)
     beside.rename(target)
-    _fsync(target.parent)
+    fsync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
     return target
 
@@ -259,23 +258,9 @@ def _point(link: Path, folder: Path) -> None:
         beside.unlink()
     beside.symlink_to(folder.name)
     beside.replace(link)
-    _fsync(link.parent)  # before what it pointed to is removed
+    fsync(link.parent)  # before what it pointed to is removed
 
 
 def _describe(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-
-
-def _fsync(path: Path) -> None:
-    with _opened(path) as descriptor:
-        os.fsync(descriptor)
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 
     from launcher.watchdog import Heartbeats
 
+LOADER_KILLED = ("by signal: Killed", "by signal: Terminated", "exited unexpectedly")
+"""How torch says that somebody else, such as the out-of-memory killer, ended a loader process. What ends one by its own
+fault (an exception, a segmentation fault) would come again."""
+
 
 def worker_main(run_path: str, beats: Heartbeats) -> Outcome:
     """Entry point of a forked worker; torch's agent has set torchrun's environment variables.
@@ -43,7 +47,7 @@ def worker_main(run_path: str, beats: Heartbeats) -> Outcome:
     ranks = Ranks.from_environment()
     run = RunDir(run_path)
     own, folder = run.rank_error(spec.attempt, ranks.rank), run.attempt_errors(spec.attempt)
-    stop = StopFlag(peer_failed=lambda: any(file != own for file in folder.glob("rank-*.json")))
+    stop = StopFlag(peer_failed=lambda: beats.any_failed or any(file != own for file in folder.glob("rank-*.json")))
     stop.install()
     supervisor = os.getppid()
     console = _redirect_output(run, spec, ranks)
@@ -51,7 +55,9 @@ def worker_main(run_path: str, beats: Heartbeats) -> Outcome:
         outcome = train(spec, ranks, _beating(stop, beats, ranks), console)
         beats.rest(ranks.local_rank)
     except BaseException as error:  # whatever it was, the error file is how the supervisor and `launch why` learn of it
-        write_error(run, spec, ranks, error)
+        with contextlib.suppress(OSError):  # a full disk; the supervisor looks whether it is
+            write_error(run, spec, ranks, error)
+        beats.fail(ranks.local_rank)
         _flush()
         os._exit(EXIT_FAILED)  # the agent would print the same traceback once more
     _flush()
@@ -118,7 +124,8 @@ def train(spec: WorkerSpec, ranks: Ranks, stop: Callable[[], bool], console: IO[
 def write_error(run: RunDir, spec: WorkerSpec, ranks: Ranks, error: BaseException) -> None:
     """Leave what ended this rank in its error file."""
     text = redact(traceback.format_exc())
-    print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
     file = run.rank_error(spec.attempt, ranks.rank)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json_atomic(
@@ -138,15 +145,21 @@ def write_error(run: RunDir, spec: WorkerSpec, ranks: Ranks, error: BaseExceptio
 
 
 def error_kind(error: BaseException) -> str:
-    """``usage`` (the user's to mend), ``peer_lost`` (another rank died first), ``out_of_memory``, or ``bug``."""
+    """What kind of failure an error is.
+
+    ``usage`` (the user's to mend), ``peer_lost`` (another rank died first), ``lost_worker`` (a loader process was
+    killed from outside), ``out_of_memory``, or ``bug``.
+    """
     if isinstance(error, LaunchError):
         return "usage"
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return "out_of_memory"
     if isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError):
         return "peer_lost"
-    # gloo reports a peer that went away as a plain RuntimeError from its transport.
     text = str(error)
+    if text.startswith("DataLoader worker") and any(sign in text for sign in LOADER_KILLED):
+        return "lost_worker"
+    # gloo reports a peer that went away as a plain RuntimeError from its transport.
     lost = "gloo" in text and any(
         sign in text for sign in ("Connection closed by peer", "Connection reset", "Broken pipe")
     )
@@ -171,6 +184,10 @@ def _redirect_output(run: RunDir, spec: WorkerSpec, ranks: Ranks) -> IO[str]:
 
 
 def _flush() -> None:
+    """Write what the streams still hold; what nobody takes (a full disk, a reader that has gone) is dropped."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # whoever read our output has gone
+        try:
+            stream.flush()
+        except OSError:  # multiprocessing would try once more, and fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             stream.flush()
