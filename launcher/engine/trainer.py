@@ -228,7 +228,7 @@ class Trainer:
         paths = [self.parts.train_set.samples[index][0] for index in found.samples]
         if paths:
             with contextlib.suppress(OSError):  # a full disk
-                print(f"step {number}: the loss or its gradient is no number; images of this rank:", *paths, sep="\n  ")
+                print("\n  ".join([f"step {number}: loss or gradient is no number; images of this rank:", *paths]))
         if self._recorder:
             self._recorder.event("non_finite", step=number, policy=policy)
             self._recorder.say(f"step {number}: the loss or its gradient is no number; train.on_nan={policy}")
