@@ -163,7 +163,7 @@ def _split(endpoint: str) -> tuple[str, int]:
 def _log_to_file(run: RunDir, node_rank: int) -> None:
     """Keep the agent's talk off the terminal, where it would bury the first traceback (pytorch#113546)."""
     handler = logging.FileHandler(run.node_log(node_rank), delay=True)
-    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk: it prints tracebacks
+    handler.handleError = lambda _: None  # type: ignore[assignment]  # on a full disk it prints tracebacks
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for name in ("torch.distributed", "torch.multiprocessing"):
         logger = logging.getLogger(name)

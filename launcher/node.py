@@ -153,8 +153,8 @@ def _finish(run: RunDir, plan: dict[str, Any], stop: StopSignals) -> None:
         run.append_event("completed", exported=here and problem is None)
     except OSError as error:
         raise TrainingError(
-            f"training is complete, but {run}: cannot be written to: {error.strerror}; after making room: launch report "
-            f"{run}"
+            f"training is complete, but {run}: cannot be written to: {error.strerror}; after making room: "
+            f"launch report {run}"
         ) from None
     print(summary(run), flush=True)
     if problem:

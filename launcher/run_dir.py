@@ -321,7 +321,7 @@ class RunDir:
         return plan
 
     def read_status(self) -> dict[str, Any]:
-        """The content of ``status.json``; ``{"state": "pending"}`` where there is none, or a loss of power emptied it."""
+        """Content of ``status.json``; ``{"state": "pending"}`` where there is none or a loss of power emptied it."""
         try:
             status: dict[str, Any] = json.loads(self.status.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):

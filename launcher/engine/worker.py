@@ -145,8 +145,8 @@ def write_error(run: RunDir, spec: WorkerSpec, ranks: Ranks, error: BaseExceptio
 def error_kind(error: BaseException) -> str:
     """What kind of failure an error is.
 
-    ``usage`` (the user's to mend), ``peer_lost`` (another rank died first), ``lost_worker`` (a loader process was killed
-    from outside), ``out_of_memory``, or ``bug``.
+    ``usage`` (the user's to mend), ``peer_lost`` (another rank died first), ``lost_worker`` (a loader process was
+    killed from outside), ``out_of_memory``, or ``bug``.
     """
     if isinstance(error, LaunchError):
         return "usage"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launcher.engine import checkpoint as checkpoints
 from launcher.history import events
@@ -13,6 +13,9 @@ from tests.faults import records
 from tests.faults.bench import CLASSES, EPOCHS, NUM_TRAIN, Bench, Outcome, step
 from tests.faults.processes import AT
 from tests.faults.spoilt import whiten
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 NAN_EPOCHS = "train.epochs=2"
 SPOILT = "tests.faults.spoilt"
@@ -103,7 +106,10 @@ def nan_rollback(bench: Bench) -> Outcome:
     bench.launch(run.path, NAN_EPOCHS, "train.on_nan=rollback", photos=photos, module=SPOILT).ends(0)
     back = events(run, "rolled_back")
     assert [e["skipped"] for e in back] == [e["step"] for e in events(skipped, "non_finite")]
-    for ours, theirs in ((run.last_checkpoint, skipped.last_checkpoint), (run.best_checkpoint, skipped.best_checkpoint)):
+    for ours, theirs in (
+        (run.last_checkpoint, skipped.last_checkpoint),
+        (run.best_checkpoint, skipped.best_checkpoint),
+    ):
         found, expected = checkpoints.load(ours), checkpoints.load(theirs)
         assert found.step == expected.step
         assert records.identical(found.model, expected.model), "the weights are others"

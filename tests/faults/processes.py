@@ -5,8 +5,6 @@ from __future__ import annotations
 import signal
 import time
 
-import psutil
-
 from launcher.history import events
 from launcher.run_dir import RunDir
 from tests.faults import records
@@ -107,9 +105,7 @@ def ctrl_c_twice(bench: Bench) -> Outcome:
     seconds = time.monotonic() - start
     bench.resume(run.path).ends(0)
     lost = records.went_on(run, bench.undisturbed(), epochs=EPOCHS)
-    return Outcome(
-        happened=f"exit 75 after {seconds:.1f} s, nobody left; resumed: the same bits", steps_lost=lost
-    )
+    return Outcome(happened=f"exit 75 after {seconds:.1f} s, nobody left; resumed: the same bits", steps_lost=lost)
 
 
 def hang(bench: Bench) -> Outcome:
@@ -124,13 +120,3 @@ def hang(bench: Bench) -> Outcome:
     return Outcome(
         happened="found; the stacks of both ranks are in their logs; started again: the same bits", steps_lost=lost
     )
-
-
-def reader_gone(bench: Bench) -> Outcome:
-    """Whoever reads what `launch` prints goes away: ``launch … | head``."""
-    raise NotImplementedError
-
-
-def alive(process: psutil.Process) -> bool:
-    """Whether a process runs."""
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
