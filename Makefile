@@ -1,10 +1,11 @@
 # demo: from nothing to a measured model.  test: all tests.  lint: style and types.  bench: start-up against the others, checkpoints.
+# faults: provoke every fault that a run is to survive, and write docs/faults.md.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench faults clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12 …")'
@@ -28,6 +29,9 @@ lint: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m tests.bench.startup
 	$(BIN)/python -m tests.bench.checkpoint
+
+faults: $(VENV)/installed
+	$(BIN)/python -m tests.faults
 
 clean:
 	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import psutil
@@ -17,6 +17,9 @@ from PIL import Image
 
 from launcher.history import events
 from launcher.run_dir import RunDir, read_jsonl
+
+if TYPE_CHECKING:
+    import signal
 
 ROOT = Path(__file__).parents[2]
 RECIPE = Path(__file__).with_name("recipe.yaml")

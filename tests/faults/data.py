@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launcher.engine import checkpoint as checkpoints
 from launcher.history import events
@@ -13,6 +13,9 @@ from tests.faults import records
 from tests.faults.bench import CLASSES, EPOCHS, NUM_TRAIN, Bench, Outcome, step
 from tests.faults.processes import AT
 from tests.faults.spoilt import whiten
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 NAN_EPOCHS = "train.epochs=2"
 SPOILT = "tests.faults.spoilt"

@@ -8,15 +8,18 @@ import random
 import shutil
 import subprocess
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launcher.engine import checkpoint as checkpoints
-from launcher.engine.checkpoint import CheckpointError, CheckpointWriter
+from launcher.engine.checkpoint import CheckpointWriter
 from launcher.history import events
 from launcher.run_dir import RunDir
 from tests.faults import records
-from tests.faults.bench import EPOCHS, Bench, Launched, NotHereError, Outcome, step
+from tests.faults.bench import EPOCHS, STEPS_PER_EPOCH, Bench, Launched, NotHereError, Outcome, step
 from tests.faults.processes import AT, begin
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 DISK_MB = 32
 FILES = ("model.safetensors", "optimizer.pt", "state.json", "manifest.json")
@@ -54,7 +57,7 @@ def _fill_for_good(folder: Path) -> Path:
     """Until also what was being written meanwhile has failed and given its bytes back."""
     filler = fill(folder)
     with filler.open("ab", buffering=0) as stream:
-        for _ in range(100):
+        for _ in range(30):
             with contextlib.suppress(OSError):
                 while True:
                     stream.write(bytes(1 << 12))
@@ -108,7 +111,7 @@ def full_to_the_end(bench: Bench) -> Outcome:
         records.same_bits(run, bench.undisturbed())
     return Outcome(
         happened=f"exit 1 and why; step {kept} stayed whole; room made and resumed: the same bits",
-        steps_lost=3 * 12 - kept,
+        steps_lost=EPOCHS * STEPS_PER_EPOCH - kept,
     )
 
 
@@ -160,7 +163,10 @@ def damaged(bench: Bench) -> Outcome:
             name = chance.choice(FILES)
             run = _copy(whole, bench.place("damaged") / "run")
             file = run.checkpoint(newest) / name
-            size = file.stat().st_size
+            data = file.read_bytes()
+            file.unlink()  # it is the undisturbed run's, too
+            file.write_bytes(data)
+            size = len(data)
             at = chance.randrange(size)
             how(file, at)
             CheckpointWriter(run, keep=2, on_written=lambda *_: None, on_failed=lambda *_: None)  # as a start does
@@ -176,8 +182,8 @@ def damaged(bench: Bench) -> Outcome:
             shutil.rmtree(run.path.parent)
     lost = _resume_damaged(bench, chance)
     return Outcome(
-        happened=f"{passed} of {2 * bench.places} times passed over with an event that says which file, the others did no "
-        "harm; a run went on from the one before: the same bits",
+        happened=f"{passed} of {2 * bench.places} times passed over with an event that says which file, the others did "
+        "no harm; a run went on from the one before: the same bits",
         steps_lost=lost,
     )
 
@@ -199,7 +205,7 @@ def _resume_damaged(bench: Bench, chance: random.Random) -> int:
 def _copy(whole: RunDir, to: Path) -> RunDir:
     run = RunDir(to)
     run.create()
-    shutil.copytree(whole.checkpoints, run.checkpoints, symlinks=True, dirs_exist_ok=True)
+    shutil.copytree(whole.checkpoints, run.checkpoints, symlinks=True, dirs_exist_ok=True, copy_function=os.link)
     return run
 
 
@@ -213,6 +219,3 @@ def _flip(file: Path, at: int) -> None:
         byte = stream.read(1)[0]
         stream.seek(at)
         stream.write(bytes([byte ^ 0xFF]))
-
-
-__all__ = ["CheckpointError", "damaged", "full_from_the_start", "full_then_freed", "full_to_the_end"]

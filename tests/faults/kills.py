@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import signal
 import time
 from collections import Counter
-from typing import TYPE_CHECKING
 
 import psutil
 
 from launcher.history import events
 from launcher.run_dir import RunDir
 from tests.faults import records
-from tests.faults.bench import STEPS_PER_EPOCH, Bench, Launched, Outcome, step
-
-if TYPE_CHECKING:
-    import signal
+from tests.faults.bench import DEADLINE_S, STEPS_PER_EPOCH, Bench, Launched, Outcome, step
 
 MOMENTS = ("start-up", "step", "step", "validation", "checkpoint")
 VICTIMS = ("rank", "rank", "loader", "supervisor", "everything")
 STEPS_A_KILL = 6
 """Steps that an attempt may get on before it is killed, so that the run is long enough for all its kills."""
-PATIENCE_S = 5.0
+START_UP_S = 3.0
 
 
 class Killer:
@@ -41,68 +39,75 @@ class Killer:
         self._kills = kills
         self._chance = random.Random(bench.seed)  # noqa: S311  no secret
         self.done: Counter[str] = Counter()
-        """Kills by moment and victim."""
+        """Kills by victim."""
 
     def go(self) -> None:
         """Start the run, kill it as often as it shall be, and see it to its end."""
         launched = self._bench.launch(self._run.path, *self._changes)
-        while self.done.total() < self._kills:
-            moment, victim = self._chance.choice(MOMENTS), self._chance.choice(VICTIMS)
-            self._wait_for(moment, launched)
-            if launched.process.poll() is None and self._kill(launched, victim):
-                self.done[f"{victim} at {moment}"] += 1
-            launched = self._started_again(launched)
-            assert self._run.read_status()["state"] != "completed", f"over after {self.done.total()} kills"
+        for moment, victim in zip(self._deal(MOMENTS), self._deal(VICTIMS), strict=True):
+            self._wait_for(moment, victim, launched)
+            assert launched.process.poll() is None, f"over after {self.done.total()} kills: {launched.output}"
+            attempts = len(events(self._run, "attempt_started"))
+            self._kill(launched, victim)
+            self.done[victim] += 1
+            launched = self._started_again(launched, attempts)
         if launched.process.wait(timeout=600) != 0:
             launched = self._bench.resume(self._run.path)
             assert launched.process.wait(timeout=600) == 0, launched.output
         assert launched.leaves_nobody()
 
-    def _wait_for(self, moment: str, launched: Launched) -> None:
-        """Until a moment of that kind, or until it does not come."""
-        begun = step(self._run)
-        if moment == "start-up":
-            time.sleep(self._chance.uniform(0, 3))
-            return
-        until = begun + self._chance.randint(1, STEPS_A_KILL)
-        end = time.monotonic() + PATIENCE_S + 10
-        while launched.process.poll() is None and time.monotonic() < end and step(self._run) < until:
-            if moment == "validation" and step(self._run) % STEPS_PER_EPOCH == 0 and step(self._run) > begun:
-                break
-            if moment == "checkpoint" and step(self._run) > begun and list(self._run.checkpoints.glob(".*")):
-                break
-            time.sleep(0.002)
-        time.sleep(self._chance.uniform(0, 0.05))
+    def _deal(self, cards: tuple[str, ...]) -> list[str]:
+        """As many as there are kills, in an order by chance, each about equally often."""
+        packs = [self._chance.sample(cards, len(cards)) for _ in range(-(-self._kills // len(cards)))]
+        return [card for pack in packs for card in pack][: self._kills]
 
-    def _kill(self, launched: Launched, victim: str) -> bool:
-        """kill -9; return whether there was somebody of that kind."""
-        if victim == "everything":
-            launched.signal(9)
-            return True
-        if victim == "supervisor":
-            launched.process.kill()
-            return True
+    def _wait_for(self, moment: str, victim: str, launched: Launched) -> None:
+        """Until a moment of that kind comes; start-up is that of the workers where one of them is to be killed."""
+        begun = step(self._run)
+        until = begun + self._chance.randint(1, STEPS_A_KILL)
+
+        def has_come() -> bool:
+            if victim in ("rank", "loader") and not self._found(launched, victim):
+                return False
+            now = step(self._run)
+            if moment == "start-up" or now >= until:
+                return True
+            if moment == "validation":
+                return now > begun and now % STEPS_PER_EPOCH == 0
+            return moment == "checkpoint" and now > begun and bool(list(self._run.checkpoints.glob(".*")))
+
+        launched.until(has_come, f"{moment} of a {victim}")
+        longest = 0.05 if moment != "start-up" else 0.5 if victim in ("rank", "loader") else START_UP_S
+        end = time.monotonic() + self._chance.uniform(0, longest)
+        while time.monotonic() < end and step(self._run) < until:
+            time.sleep(0.002)
+
+    def _found(self, launched: Launched, victim: str) -> list[psutil.Process]:
         try:
             workers = launched.workers()
-            found = workers if victim == "rank" else [child for worker in workers for child in worker.children()]
-            if not found:
-                return False
-            self._chance.choice(found).kill()
+            return workers if victim == "rank" else [child for worker in workers for child in worker.children()]
         except psutil.NoSuchProcess:
-            return False
-        return True
+            return []
 
-    def _started_again(self, launched: Launched) -> Launched:
+    def _kill(self, launched: Launched, victim: str) -> None:
+        """kill -9."""
+        if victim == "everything":
+            launched.signal(signal.SIGKILL)
+        elif victim == "supervisor":
+            launched.process.kill()
+        else:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._chance.choice(self._found(launched, victim)).kill()
+
+    def _started_again(self, launched: Launched, attempts: int) -> Launched:
         """Wait until the supervisor has started the workers again; where it is gone, resume at once."""
-        attempts = len(events(self._run, "attempt_started"))
-        end = time.monotonic() + PATIENCE_S
-        while launched.process.poll() is None and time.monotonic() < end:
+        end = time.monotonic() + DEADLINE_S
+        while launched.process.poll() is None:
             if len(events(self._run, "attempt_started")) > attempts:
                 return launched
+            assert time.monotonic() < end, f"not started again: {launched.output}"
             time.sleep(0.02)
-        if launched.process.poll() is None:
-            return launched
-        if not self._run.exists:
+        if not self._run.exists:  # killed before there was a run
             return self._bench.launch(self._run.path, *self._changes)
         return self._bench.resume(self._run.path)
 
@@ -116,12 +121,9 @@ def at_random_moments(bench: Bench) -> Outcome:
     killer.go()
     lost = records.went_on(run, expected, epochs=epochs)
     attempts = len(events(run, "attempt_started"))
-    victims = Counter[str]()
-    for name, count in killer.done.items():
-        victims[name.partition(" ")[0]] += count
-    counted = ", ".join(f"{count} x {name}" for name, count in victims.most_common())
+    counted = ", ".join(f"{count} x {name}" for name, count in killer.done.most_common())
     return Outcome(
-        happened=f"{killer.done.total()} kills ({counted}; seed {bench.seed}), {attempts} attempts at {epochs * STEPS_PER_EPOCH} "
-        "steps: the same bits, no sample repeated or missed",
+        happened=f"{killer.done.total()} kills ({counted}; seed {bench.seed}), {attempts} attempts at "
+        f"{epochs * STEPS_PER_EPOCH} steps: the same bits, no sample repeated or missed",
         steps_lost=lost,
     )

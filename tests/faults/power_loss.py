@@ -1,7 +1,7 @@
 """Power loss: the system calls of a process, replayed onto a disk that keeps no more than it must.
 
-What is kept for certain is what was fsynced: of a file its content, of a folder its names. All else may have reached the
-disk or not, in any order; so at every point of the record several disks are possible, and the worst of them are tried.
+What is kept for certain is what was fsynced: of a file its content, of a folder its names. All else may have reached
+the disk or not, in any order; so at every point of the record several disks are possible, and the worst are tried.
 """
 
 from __future__ import annotations
@@ -21,9 +21,18 @@ if TYPE_CHECKING:
     import random
     from collections.abc import Iterator
 
-WRITING = "openat,open,creat,write,pwrite64,writev,pwritev,ftruncate,truncate,lseek,rename,renameat,renameat2"
+WRITING = "openat,open,write,pwrite64,writev,pwritev,ftruncate,truncate,lseek,rename,renameat,renameat2"
 OTHERS = "mkdir,mkdirat,unlink,unlinkat,rmdir,symlink,symlinkat,link,linkat,fsync,fdatasync,sync_file_range"
 UNKNOWN = ("writev", "pwritev", "link", "linkat", "truncate", "sync_file_range")
+MEANS = {
+    **dict.fromkeys(("mkdir", "mkdirat"), "mkdir"),
+    **dict.fromkeys(("symlink", "symlinkat"), "symlink"),
+    **dict.fromkeys(("rename", "renameat", "renameat2"), "rename"),
+    **dict.fromkeys(("unlink", "unlinkat", "rmdir"), "remove"),
+    **dict.fromkeys(("fsync", "fdatasync"), "sync"),
+    "lseek": "seek",
+    "ftruncate": "size",
+}
 KEEPS = ("all names, no content", "all names, half the content", "no names", "first names", "some names")
 """What a disk keeps of what was not fsynced."""
 _CALL = re.compile(r"^(\d+) +(\w+)\((.*)\) += (-?\d+)")
@@ -60,6 +69,8 @@ class Folder:
 
 
 Node = File | Link | Folder
+Tree = dict[Path, bytes | str | None]
+"""All that is in a folder: the content of files, the targets of links, None for folders."""
 
 
 def _apply(names: dict[str, Node], change: dict[str, Node | None]) -> None:
@@ -158,12 +169,12 @@ class Disk:
         assert isinstance(file, File), path
         return file
 
-    def write_now(self, to: Path) -> None:
-        """What the disk looks like while the power is on."""
-        self._materialise(self._tree, to, lambda folder: folder.names, lambda file: file.content)
+    def now(self) -> Tree:
+        """What is on it while the power is on."""
+        return dict(_walk(self._tree, Path(), lambda folder: folder.names, lambda file: file.content))
 
-    def write_after_loss(self, to: Path, keeps: str, chance: random.Random) -> None:
-        """What it looks like when the power comes back, if it kept what ``keeps`` says."""
+    def after_loss(self, keeps: str, chance: random.Random) -> Tree:
+        """What is on it when the power comes back, if it kept what ``keeps`` says."""
 
         def names(folder: Folder) -> dict[str, Node]:
             found = dict(folder.synced)
@@ -184,17 +195,28 @@ class Disk:
             kept = {"all names, no content": 0.0, "all names, half the content": 0.5}.get(keeps, chance.random())
             return file.content[: int(kept * len(file.content))]
 
-        self._materialise(self._tree, to, names, content)
+        return dict(_walk(self._tree, Path(), names, content))
 
-    def _materialise(self, folder: Folder, to: Path, names, content) -> None:
-        to.mkdir()
-        for name, node in names(folder).items():
-            if isinstance(node, Folder):
-                self._materialise(node, to / name, names, content)
-            elif isinstance(node, Link):
-                (to / name).symlink_to(node.target)
-            else:
-                (to / name).write_bytes(content(node))
+
+def _walk(folder: Folder, path: Path, names, content) -> Iterator[tuple[Path, bytes | str | None]]:
+    for name, node in names(folder).items():
+        if isinstance(node, Folder):
+            yield path / name, None
+            yield from _walk(node, path / name, names, content)
+        else:
+            yield path / name, node.target if isinstance(node, Link) else content(node)
+
+
+def write(tree: Tree, to: Path) -> None:
+    """Make a folder of it."""
+    to.mkdir(parents=True)
+    for path, content in tree.items():
+        if content is None:
+            (to / path).mkdir()
+        elif isinstance(content, str):
+            (to / path).symlink_to(content)
+        else:
+            (to / path).write_bytes(content)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,27 +293,19 @@ def _call(name: str, values: list, result: int, root: Path, told: Path) -> Itera
         return
     assert name not in UNKNOWN, f"{name} is not known to the model of the disk: {values}"
     path = paths[0]
-    if name in ("open", "openat", "creat"):
+    if name in ("open", "openat"):
         flags = next(v for v in values if isinstance(v, str) and v.startswith("O_"))
         if "O_CREAT" in flags or "O_TRUNC" in flags:
             yield Call(name="create", arguments=(path, "O_TRUNC" in flags))
-    elif name in ("write", "pwrite64"):
+        return
+    if name in ("write", "pwrite64"):
         at = int(values[3]) if name == "pwrite64" else None
         yield Call(name="write", arguments=(path, values[1][:result], at))
-    elif name == "lseek":
-        yield Call(name="seek", arguments=(path, result))
-    elif name == "ftruncate":
-        yield Call(name="size", arguments=(path, int(values[1])))
-    elif name.startswith("mkdir"):
-        yield Call(name="mkdir", arguments=(path,))
-    elif name.startswith("symlink"):
-        yield Call(name="symlink", arguments=(values[0].decode(), path))
-    elif name.startswith("rename"):
-        yield Call(name="rename", arguments=(path, paths[1]))
-    elif name in ("unlink", "unlinkat", "rmdir"):
-        yield Call(name="remove", arguments=(path,))
-    else:
-        yield Call(name="sync", arguments=(path,))
+        return
+    number = {"lseek": result, "ftruncate": values[1] if name == "ftruncate" else 0}.get(name)
+    more = [int(number)] if number is not None else paths[1:]
+    first = [values[0].decode()] if name.startswith("symlink") else []
+    yield Call(name=MEANS[name], arguments=(*first, path, *more))
 
 
 def _paths(name: str, values: list) -> list[Path]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import signal
 import time
 
-import psutil
-
 from launcher.history import events
 from launcher.run_dir import RunDir
 from tests.faults import records
@@ -122,13 +120,3 @@ def hang(bench: Bench) -> Outcome:
     return Outcome(
         happened="found; the stacks of both ranks are in their logs; started again: the same bits", steps_lost=lost
     )
-
-
-def reader_gone(bench: Bench) -> Outcome:
-    """Whoever reads what `launch` prints goes away: ``launch … | head``."""
-    raise NotImplementedError
-
-
-def alive(process: psutil.Process) -> bool:
-    """Whether a process runs."""
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE

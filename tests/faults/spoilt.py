@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 from torchvision.models import ShuffleNetV2
@@ -11,6 +11,9 @@ from torchvision.models import ShuffleNetV2
 from launcher.cli import main
 from launcher.errors import exit_code_of
 from tests.faults.bench import SIZE
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _forward = ShuffleNetV2.forward
 
