@@ -267,7 +267,7 @@ def test_a_killed_worker_is_started_again_in_the_same_job(launch, undisturbed):
 
 
 def test_a_killed_supervisor_has_the_run_go_on_without_its_node(launch):
-    launched = launch("train.epochs=2", OFTEN)
+    launched = launch("train.epochs=1", OFTEN)
     launched.wait_for_step(12)
     first = hosts(launched.run, 1)
     (*_, host) = sorted(first)
@@ -381,7 +381,7 @@ schedule.derive_seed = with_a_bug
 
 
 def test_a_worker_that_raises_ends_the_run_and_why_shows_its_traceback_first(launch, slurm_cluster, patched, tmp_path):
-    launched = launch("train.epochs=2", patched(BUG))
+    launched = launch("train.epochs=1", patched(BUG))
     code, output = launched.finish()
     assert code == 1, output
     assert "ZeroDivisionError: a bug in the user's own code" in output
@@ -398,8 +398,8 @@ def test_a_worker_that_raises_ends_the_run_and_why_shows_its_traceback_first(lau
 
 
 def test_two_runs_of_the_same_second_on_the_same_nodes_do_not_meet(launch):
-    one = launch("train.epochs=2", "profile.sbatch={nodelist: 'n[1-2]'}", name="one")
-    other = launch("train.epochs=2", "profile.sbatch={nodelist: 'n[1-2]'}", "seed=1", name="other")
+    one = launch("train.epochs=1", "profile.sbatch={nodelist: 'n[1-2]'}", name="one")
+    other = launch("train.epochs=1", "profile.sbatch={nodelist: 'n[1-2]'}", "seed=1", name="other")
     for launched in (one, other):
         code, output = launched.finish()
         assert code == 0, output
