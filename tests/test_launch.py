@@ -296,7 +296,7 @@ def test_a_sweep_without_slurm_runs_one_after_the_other_and_one_that_fails_stops
     process = start(RECIPE, data, "batch.size=32", NO_POST, "--backend", "torchrun", "--sweep", "--run-dir", "sweep")
     output, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 1, output
-    runs = [RunDir(folder) for folder in sorted((tmp_path / "sweep").iterdir())]
+    runs = [RunDir(folder) for folder in sorted((tmp_path / "sweep").glob("[0-9]-*"))]
     assert [run.read_status()["state"] for run in runs] == ["completed", "failed", "completed"]
     assert "cannot be decoded as an image" in output
     comparison = output[output.rindex("run 3 of 3") :]
