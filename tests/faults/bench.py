@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -101,12 +102,18 @@ class Launched:
             time.sleep(0.02)
         return not self.session()
 
-    def workers(self) -> list[psutil.Process]:
-        """The ranks on this machine, in their order."""
-        try:
-            return sorted(psutil.Process(self.process.pid).children(), key=lambda child: child.pid)
-        except psutil.NoSuchProcess:
-            return []
+    def workers(self, run: RunDir) -> list[psutil.Process]:
+        """The ranks of the present attempt that have opened their logs, in their order."""
+        logs = run.attempt_logs(max((e["attempt"] for e in events(run, "attempt_started")), default=0))
+        found: dict[Path, psutil.Process] = {}
+        with contextlib.suppress(psutil.NoSuchProcess):
+            # The supervisor adopts loader processes whose rank is gone; of those a rank is the eldest.
+            for child in sorted(psutil.Process(self.process.pid).children(), key=lambda child: child.create_time()):
+                with contextlib.suppress(OSError):
+                    output = Path(f"/proc/{child.pid}/fd/1").readlink()
+                    if output.parent == logs:
+                        found.setdefault(output, child)
+        return [found[log] for log in sorted(found)]
 
     def session(self) -> list[psutil.Process]:
         """All its living processes."""

@@ -7,25 +7,29 @@ import shutil
 from typing import TYPE_CHECKING
 
 from launcher.engine import checkpoint as checkpoints
+from launcher.engine.schedule import epoch_order
 from launcher.history import events
-from launcher.run_dir import RunDir, read_jsonl
+from launcher.run_dir import RunDir
 from tests.faults import records
-from tests.faults.bench import CLASSES, EPOCHS, NUM_TRAIN, Bench, Outcome, step
+from tests.faults.bench import EPOCHS, NUM_TRAIN, STEPS_PER_EPOCH, Bench, Outcome, step
 from tests.faults.processes import AT
 from tests.faults.spoilt import whiten
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+AT_STEP = 7
 NAN_EPOCHS = "train.epochs=2"
 SPOILT = "tests.faults.spoilt"
 
 
 def _photos(bench: Bench, name: str) -> tuple[RunDir, Path, Path]:
-    """A run to be, images of its own, and one of them that it trains on."""
+    """A run to be, images of its own, and the one that is the first of a step in the first epoch."""
     place = bench.place(name)
     photos = shutil.copytree(bench.photos, place / "photos")
-    return RunDir(place / "run"), photos, sorted((photos / "train" / CLASSES[1]).iterdir())[7]
+    position = AT_STEP * (NUM_TRAIN // STEPS_PER_EPOCH + 1)
+    images = sorted((photos / "train").rglob("*.png"))
+    return RunDir(place / "run"), photos, images[epoch_order(0, 0, NUM_TRAIN)[position]]
 
 
 def corrupt_before(bench: Bench) -> Outcome:
@@ -78,10 +82,14 @@ def nan_stop(bench: Bench) -> Outcome:
     run, photos, image = _spoilt_photos(bench, "nan-stop")
     output = bench.launch(run.path, NAN_EPOCHS, photos=photos, module=SPOILT).ends(1)
     (event,) = events(run, "non_finite")
+    assert event["step"] == AT_STEP + 1
     assert f"in step {event['step']}" in output
     logs = [run.rank_log(1, rank).read_text() for rank in (0, 1)]
     assert sum(str(image) in log for log in logs) == 1, "not exactly one rank names the image"
-    assert all(tensor.isfinite().all() for tensor in checkpoints.load_newest(run).model.values())
+    kept = checkpoints.load_newest(run)
+    assert kept is not None
+    assert kept.step <= AT_STEP
+    assert all(tensor.isfinite().all() for tensor in kept.model.values())
     return Outcome(happened=f"exit 1 at step {event['step']} on both ranks; the log of one names its images")
 
 
@@ -91,7 +99,6 @@ def _nan_skipped(bench: Bench) -> tuple[RunDir, int]:
     skipped = [e["step"] for e in events(run, "non_finite")]
     assert len(skipped) == 2, "the image comes once in each of two epochs"
     assert all(t.isfinite().all() for t in checkpoints.load(run.last_checkpoint).model.values())
-    assert not {line["step"] for line in read_jsonl(run.metrics) if line["split"] == "train"} & set(skipped)
     return run, len(skipped)
 
 
@@ -119,12 +126,12 @@ def nan_rollback(bench: Bench) -> Outcome:
 
 
 def wandb_down(bench: Bench) -> Outcome:
-    run = RunDir(bench.place("wandb") / "run")
+    run = RunDir(bench.place("tracked") / "run")
     # Port 9 discards; nothing listens there. The key has the form of one.
     env = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
     output = bench.launch(run.path, "tracking.wandb.mode=online", env=env).ends(0)
     warnings = [line for line in output.splitlines() if "wandb" in line]
-    assert 1 <= len(warnings) <= 2, warnings
+    assert len(warnings) == 1, warnings
     assert list(run.path.glob("wandb/offline-run-*/*.wandb")), "there is no offline record"
     assert "wandb sync" in run.report_html.read_text()
     assert "0" * 40 not in "".join(f.read_text() for f in (run.plan, run.events, run.recipe))

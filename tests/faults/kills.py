@@ -84,7 +84,7 @@ class Killer:
 
     def _found(self, launched: Launched, victim: str) -> list[psutil.Process]:
         try:
-            workers = launched.workers()
+            workers = launched.workers(self._run)
             return workers if victim == "rank" else [child for worker in workers for child in worker.children()]
         except psutil.NoSuchProcess:
             return []

@@ -24,7 +24,7 @@ def begin(bench: Bench, name: str, *changes: str, at: int = AT) -> tuple[Launche
 
 def rank(bench: Bench) -> Outcome:
     launched, run = begin(bench, "rank")
-    launched.workers()[1].kill()
+    launched.workers(run)[1].kill()
     launched.ends(0)
     assert [e["attempt"] for e in events(run, "attempt_started")] == [1, 2]
     assert [e["cause"] for e in events(run, "attempt_ended")] == ["lost_worker"]
@@ -34,7 +34,7 @@ def rank(bench: Bench) -> Outcome:
 
 def loader(bench: Bench) -> Outcome:
     launched, run = begin(bench, "loader", "data.workers=1")
-    loaders = launched.workers()[1].children()
+    loaders = launched.workers(run)[1].children()
     assert loaders, "there is no loader process"
     loaders[0].kill()
     launched.ends(0)
@@ -95,7 +95,7 @@ def _stopped(bench: Bench, launched: Launched, run: RunDir) -> Outcome:
 
 def ctrl_c_twice(bench: Bench) -> Outcome:
     launched, run = begin(bench, "ctrl-c-twice")
-    for worker in launched.workers():
+    for worker in launched.workers(run):
         worker.suspend()  # so that they cannot leave by themselves
     launched.signal(signal.SIGINT)
     launched.until(lambda: events(run, "signal"), "the first signal")
@@ -110,7 +110,7 @@ def ctrl_c_twice(bench: Bench) -> Outcome:
 
 def hang(bench: Bench) -> Outcome:
     launched, run = begin(bench, "hang", "train.hang_timeout_s=5")
-    launched.workers()[1].suspend()
+    launched.workers(run)[1].suspend()
     launched.ends(0)
     assert [e["cause"] for e in events(run, "attempt_ended")] == ["hang"]
     for number in (0, 1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+import torch
 from PIL import Image
 from torchvision.models import ShuffleNetV2
 
@@ -25,7 +26,7 @@ def whiten(file: Path) -> None:
 
 def _spoilt(self, images):
     white = (images.amin(dim=(1, 2, 3)) > 2).any()  # the darkest value of white, normalised, is 2.2
-    return _forward(self, images) * (float("nan") if white else 1.0)
+    return _forward(self, images) * torch.where(white, torch.nan, 1.0)
 
 
 if __name__ == "__main__":
