@@ -21,6 +21,7 @@ hypothesis.settings.register_profile("launcher", deadline=None)
 hypothesis.settings.load_profile("launcher")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """With several processes: one has the SLURM cluster, from the start; the others take file after file."""
     items.sort(key=lambda item: "slurm" not in item.keywords)
