@@ -21,13 +21,9 @@ hypothesis.settings.register_profile("launcher", deadline=None)
 hypothesis.settings.load_profile("launcher")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """With several processes: one has the SLURM cluster, from the start; the others take file after file."""
+    """Several processes take file after file: the SLURM tests come first, since they take longest and mostly wait."""
     items.sort(key=lambda item: "slurm" not in item.keywords)
-    for item in items:
-        group = "slurm" if "slurm" in item.keywords else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session", autouse=True)
