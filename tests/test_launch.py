@@ -1,20 +1,17 @@
-"""`launch` as a person runs it: real workers, real signals, real files."""
+"""`launch` as a person runs it: real workers, real files; signals and kills are in tests/faults."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
-from safetensors.numpy import load_file
 
 from launcher import image_scan
 from launcher.history import events
@@ -24,7 +21,6 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 RECIPE = str(ROOT / "recipes/debug.yaml")
 NO_POST = "post.enabled=false"
-LONG = ("train.epochs=200", "tracking.log_every=1", NO_POST)
 DEADLINE_S = 240
 
 
@@ -64,26 +60,6 @@ def session_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
         except (ProcessLookupError, psutil.NoSuchProcess):
             continue
     return found
-
-
-def wait_until(condition, process: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < end, "it never came to that"
-        time.sleep(0.05)
-
-
-def steps(run: RunDir) -> int:
-    return max((m["step"] for m in read_jsonl(run.metrics)), default=0)
-
-
-def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    return psutil.Process(process.pid).children()
-
-
-def weights(run: RunDir) -> dict[str, bytes]:
-    return {k: v.tobytes() for k, v in load_file(run.last_checkpoint / "model.safetensors").items()}
 
 
 @pytest.fixture(scope="module")
@@ -139,54 +115,6 @@ def test_a_training_epoch_counts_every_sample_once(undisturbed):
     state = json.loads((undisturbed.last_checkpoint / "state.json").read_text())
     assert (state["epoch"], state["offset"], state["step"]) == (3, 0, 3 * 12)  # 1437 images, 2 x 64 a step
     assert [m["samples"] for m in read_jsonl(undisturbed.metrics) if m["split"] == "val"] == [360] * 3
-
-
-def test_ctrl_c_saves_exits_75_and_resume_gives_the_same_bits(start, tmp_path, undisturbed):
-    process = start(RECIPE, "train.epochs=3", NO_POST, "tracking.log_every=1", "--run-dir", "run")
-    run = RunDir(tmp_path / "run")
-    wait_until(lambda: steps(run) >= 4, process)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
-    output, _ = process.communicate(timeout=DEADLINE_S)
-    assert process.returncode == 75, output
-    assert "launch resume run" in output
-    assert run.read_status()["state"] == "preempted"
-    assert session_of(process) == []
-    stopped_at = json.loads((run.last_checkpoint / "state.json").read_text())["step"]
-    assert 4 <= stopped_at < 36
-
-    resumed = start("resume", "run")
-    output, _ = resumed.communicate(timeout=DEADLINE_S)
-    assert resumed.returncode == 0, output
-    assert events(run, "resumed")[0]["step"] == stopped_at
-    assert weights(run) == weights(undisturbed)
-
-
-def test_a_second_ctrl_c_ends_at_once_with_no_process_left(start, tmp_path):
-    process = start(RECIPE, *LONG, "--run-dir", "run")
-    run = RunDir(tmp_path / "run")
-    wait_until(lambda: steps(run) >= 1, process)
-    for worker in workers(process):
-        worker.suspend()  # so that they cannot leave by themselves
-    os.kill(process.pid, signal.SIGINT)
-    wait_until(lambda: events(run, "signal"), process)
-    os.kill(process.pid, signal.SIGINT)
-    assert process.wait(timeout=30) == 75
-    assert session_of(process) == []
-
-
-def test_a_killed_worker_is_started_again_and_the_weights_are_the_same(start, tmp_path, undisturbed):
-    process = start(
-        RECIPE, "train.epochs=3", "train.checkpoint.every_steps=5", NO_POST, "launch.max_restarts=1", "--run-dir", "run"
-    )
-    run = RunDir(tmp_path / "run")
-    wait_until(lambda: any(e["step"] >= 10 for e in events(run, "checkpoint")), process)
-    workers(process)[1].kill()
-    output, _ = process.communicate(timeout=DEADLINE_S)
-    assert process.returncode == 0, output
-    assert [e["attempt"] for e in events(run, "attempt_started")] == [1, 2]
-    assert [e["cause"] for e in events(run, "attempt_ended")] == ["lost_worker"]
-    assert weights(run) == weights(undisturbed)
-    assert session_of(process) == []
 
 
 @pytest.fixture

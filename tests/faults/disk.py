@@ -169,7 +169,7 @@ def damaged(bench: Bench) -> Outcome:
             size = len(data)
             at = chance.randrange(size)
             how(file, at)
-            CheckpointWriter(run, keep=2, on_written=lambda *_: None, on_failed=lambda *_: None)  # as a start does
+            CheckpointWriter(run, keep=2, on_written=_nothing, on_failed=_nothing, on_done=_nothing)  # as a start does
             found = checkpoints.load_newest(run)
             where = f"{how.__name__} {name} at {at} of {size}"
             rejected = events(run, "checkpoint_rejected")[-1:]
@@ -207,6 +207,10 @@ def _copy(whole: RunDir, to: Path) -> RunDir:
     run.create()
     shutil.copytree(whole.checkpoints, run.checkpoints, symlinks=True, dirs_exist_ok=True, copy_function=os.link)
     return run
+
+
+def _nothing(*_: object) -> None:
+    pass
 
 
 def _truncate(file: Path, at: int) -> None:

@@ -252,7 +252,9 @@ def recording(log: Path) -> list[str]:
 
 def record(program: str, *arguments: str, log: Path) -> None:
     """Run a Python program and record its calls."""
-    subprocess.run([*recording(log), sys.executable, "-c", program, *arguments], check=True, cwd=ROOT)
+    command = [*recording(log), sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, check=False, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def calls(log: Path, root: Path, told: Path) -> Iterator[Call]:
