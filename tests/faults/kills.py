@@ -17,7 +17,7 @@ from tests.faults.bench import DEADLINE_S, STEPS_PER_EPOCH, Bench, Launched, Out
 
 MOMENTS = ("start-up", "step", "step", "validation", "checkpoint")
 VICTIMS = ("rank", "rank", "loader", "supervisor", "everything")
-STEPS_A_KILL = 6
+STEPS_A_KILL = 4
 """Steps that an attempt may get on before it is killed, so that the run is long enough for all its kills."""
 START_UP_S = 3.0
 

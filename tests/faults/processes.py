@@ -10,8 +10,8 @@ from launcher.run_dir import RunDir
 from tests.faults import records
 from tests.faults.bench import EPOCHS, Bench, Launched, Outcome, state_of, step, written
 
-AT = 14
-"""A step in the second of three epochs; faults come after it."""
+AT = 17
+"""A step in the middle of the second of three epochs; faults come after it."""
 
 
 def begin(bench: Bench, name: str, *changes: str, at: int = AT) -> tuple[Launched, RunDir]:
