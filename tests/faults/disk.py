@@ -78,8 +78,7 @@ def full_then_freed(bench: Bench) -> Outcome:
         launched.until(lambda: step(run) >= AT, f"step {AT}")
         filler = _fill_for_good(disk)
         launched.until(lambda: "could not be written" in launched.output, "the disk was missed")
-        missed = _last_said(launched)
-        launched.until(lambda: _last_said(launched) >= missed + 4, "training went on")
+        launched.until(lambda: _last_said(launched) > step(run) + 3, "records had to wait")
         kept = checkpoints.load(run.last_checkpoint).step
         filler.unlink()
         output = launched.ends(0)
