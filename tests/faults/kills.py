@@ -96,14 +96,19 @@ class Killer:
         elif victim == "supervisor":
             launched.process.kill()
         else:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                self._chance.choice(self._found(launched, victim)).kill()
+            found: list[psutil.Process] = []
+            launched.until(lambda: found.extend(self._found(launched, victim)) or found, f"there is a {victim}")
+            with contextlib.suppress(psutil.NoSuchProcess):  # gone that very moment
+                self._chance.choice(found).kill()
 
     def _started_again(self, launched: Launched, attempts: int) -> Launched:
-        """Wait until the supervisor has started the workers again; where it is gone, resume at once."""
-        end = time.monotonic() + DEADLINE_S
+        """Wait until the supervisor has started the workers again; where it is gone, resume at once.
+
+        A loader that had nothing left to do is not missed: then the run goes on as it is.
+        """
+        end, killed_at = time.monotonic() + DEADLINE_S, step(self._run)
         while launched.process.poll() is None:
-            if len(events(self._run, "attempt_started")) > attempts:
+            if len(events(self._run, "attempt_started")) > attempts or step(self._run) > killed_at + 2:
                 return launched
             assert time.monotonic() < end, f"not started again: {launched.output}"
             time.sleep(0.02)
