@@ -332,15 +332,17 @@ def test_killed_at_any_moment_a_whole_one_is_left(tmp_path):
             own = writer(run, keep=1)
             for step in range(newest + 1, newest + 10**6):
                 own.save(checkpoint(step), best=False)
-        time.sleep(chance.uniform(0.02, 0.1))
+        last = run.last_checkpoint.resolve()
+        while run.last_checkpoint.resolve() == last:  # one at least is written, however slow the machine
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.08))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         found = checkpoints.load_newest(run)
         assert rejected(run) == []
         assert same(found, checkpoint(found.step))
-        assert found.step >= newest
+        assert found.step > newest
         newest = found.step
-    assert newest > 15
 
 
 # The writer

@@ -109,10 +109,11 @@ def ctrl_c_twice(bench: Bench) -> Outcome:
 
 
 def hang(bench: Bench) -> Outcome:
-    launched, run = begin(bench, "hang", "train.hang_timeout_s=5")
+    launched, run = begin(bench, "hang", "train.hang_timeout_s=15")
     launched.workers(run)[1].suspend()
     launched.ends(0)
-    assert [e["cause"] for e in events(run, "attempt_ended")] == ["hang"]
+    ended = [(e["cause"], e["message"]) for e in events(run, "attempt_ended")]
+    assert [cause for cause, _ in ended] == ["hang"], ended
     for number in (0, 1):
         log = run.rank_log(1, number).read_text()
         assert "most recent call first" in log, f"no stack in the log of rank {number}"
