@@ -12,7 +12,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from launcher import diagnose, network, processes
+from launcher import diagnose, host_memory, network, processes
 from launcher.run_dir import ATTEMPT_VARIABLE
 from launcher.watchdog import Heartbeats, Watchdog
 
@@ -123,8 +123,9 @@ def _attempt_logs(run: RunDir, *, node_rank: int, first_attempt: int, stop: Stop
                 self._check_restart()
             self.attempt += 1
             beats.clear()
+            free = str(host_memory.free())  # before any worker takes some
             for env in envs.values():
-                env[ATTEMPT_VARIABLE] = str(self.attempt)
+                env |= {ATTEMPT_VARIABLE: str(self.attempt), host_memory.FREE_VARIABLE: free}
             run.append_event("attempt_started", attempt=self.attempt, node=node_rank, workers=len(envs))
             nowhere = dict.fromkeys(envs, os.devnull)
             run.attempt_errors(self.attempt).mkdir(parents=True, exist_ok=True)

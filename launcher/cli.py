@@ -28,6 +28,7 @@ other commands:
   launch why RUN           the first failure of a run, and its cure
   launch models [PATTERN]  torchvision's classification models; --layers ARCH: names for freeze and groups
   launch recipes           the recipes that come with this package
+  launch tune RECIPE       measure batch sizes on this machine, and show what was measured
   launch check DATA        look through an image folder: bad files, classes, images that are there twice
   launch doctor            check this machine; --nodes N: nodes of a cluster and their network
   launch schema            the JSON Schema of a recipe, for editors
@@ -183,6 +184,19 @@ def _check(argv: list[str]) -> int:
     return check.run(args.data, as_json=args.as_json)
 
 
+def _tune(argv: list[str]) -> int:
+    parser = _parser("tune", "Measure which batch size is best on this machine; nothing is trained.")
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of one that `launch recipes` lists")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="change the recipe: data.image_size=160")
+    parser.add_argument("--gpus", type=int, metavar="M", help="GPUs, one worker each")
+    parser.add_argument("--procs", type=int, metavar="P", help="workers, on whatever device the recipe names")
+    parser.add_argument("--json", action="store_true", dest="as_json", help="for programs")
+    args = parser.parse_intermixed_args(argv)
+    from launcher.commands import tune
+
+    return tune.run(args)
+
+
 def _recipes(argv: list[str]) -> int:
     _parser("recipes", "List the recipes that come with this package.").parse_args(argv)
     for path in sorted(RECIPES.rglob("*.yaml")):
@@ -214,6 +228,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "models": _models,
     "doctor": _doctor,
     "check": _check,
+    "tune": _tune,
     "recipes": _recipes,
     "schema": _schema,
 }

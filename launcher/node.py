@@ -61,7 +61,7 @@ def supervise(run: RunDir, plan: dict[str, Any], *, node_rank: int, first_attemp
             outcomes = _train(run, plan, node_rank, stop, attempt)
             if "preempted" in outcomes.values():
                 raise _interrupted(run, node_rank, stop)
-            if 0 in outcomes:  # the node that holds rank 0 finishes the run
+            if 0 in outcomes and not plan["tune"]:  # the node that holds rank 0 finishes the run
                 _finish(run, plan, stop)
     finally:
         processes.kill_descendants()

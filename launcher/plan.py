@@ -35,6 +35,8 @@ class Request:
     """``HOST:PORT`` of node 0, where the nodes meet; None on a single node."""
     debug: bool = False
     """A handful of steps in this process."""
+    tune: bool = False
+    """Only measure batch sizes."""
     detach: bool = False
     """Return when the job is submitted."""
 
@@ -71,6 +73,8 @@ class LaunchPlan:
     """Where torch's elastic agents meet; port 0 is any free one; empty: the job's first node decides."""
     debug: bool
     """A handful of steps in this process."""
+    tune: bool
+    """Only measure batch sizes (`launch tune`)."""
     detach: bool
     """Return when the job is submitted, for slurm."""
     env: dict[str, str]
@@ -171,6 +175,8 @@ def make_plan(
         endpoint = _choose_endpoint(launch.nodes, request)
         threads = topology.omp_num_threads or max(1, topology.num_cores // procs)
         command = ("python", "-m", "launcher.node", run_dir, "--node-rank", str(request.node_rank))
+    if launch.threads != "auto":
+        threads = launch.threads
     return LaunchPlan(
         run_id=request.run_id,
         name=recipe.name,
@@ -186,6 +192,7 @@ def make_plan(
         node_rank=request.node_rank,
         rdzv_endpoint=endpoint,
         debug=request.debug,
+        tune=request.tune,
         detach=request.detach,
         env=_environment(device=device, nodes=launch.nodes, threads=threads),
         command=command if backend != "local" else (),

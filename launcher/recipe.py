@@ -73,7 +73,7 @@ class DataConfig:
     """Training images: none (as in validation), light (random crop of 64 to 100 % of the area), standard (25 to 100 %,
     and mirrored)."""
     workers: CountOrZero | Auto = "auto"
-    """Loader processes per rank; auto: the rank's cores but one, at most 8."""
+    """Loader processes per rank; auto: the rank's cores but one, at most 8; measured with batch.size: auto."""
     on_bad_image: Literal["error", "quarantine"] = "error"
     """Images that cannot be decoded are looked for before training. error: nothing is started; quarantine: they are
     left out from the beginning, and listed in bad_images.json and the report."""
@@ -85,8 +85,11 @@ class BatchConfig:
 
     __pydantic_config__ = STRICT
 
-    size: Count = 32
-    """Images per rank that go through the model at once."""
+    size: Count | Auto = 32
+    """Images per rank that go through the model at once; auto: measured on every rank before training."""
+    objective: Literal["throughput", "memory"] = "throughput"
+    """With size: auto. throughput: the smallest batch within 2 % of the most images per second; memory: the largest
+    that fits."""
     global_size: Count | None = None
     """Images per optimizer step over all ranks; accumulation fills in what the ranks do not hold at once.
     null: size x ranks x accumulate."""
@@ -112,6 +115,9 @@ class OptimConfig:
     """After warm-up: down to zero by a half cosine, or constant; counted in optimizer steps."""
     warmup_epochs: NonNegative = 0.0
     """Epochs (or a fraction of one) over which the rate rises linearly from near zero."""
+    lr_batch_size: Count | None = None
+    """Global batch that lr and groups are meant for: at another one the rates are scaled, in proportion for sgd
+    (Goyal et al. 2017), with the square root for adamw (Malladi et al. 2022). null: not scaled."""
     groups: dict[str, NonNegative] = field(default_factory=dict)
     """Peak learning rates by layer pattern, the first that matches counts; `head` is the new head, "*" the rest."""
 
@@ -229,6 +235,9 @@ class LaunchConfig:
     """GPUs per node, one worker each; auto: all there are. A number implies device: cuda."""
     procs: Count | Auto = "auto"
     """Workers per node; auto: one per GPU, or one on a CPU."""
+    threads: Count | Auto = "auto"
+    """CPU threads of each worker's computations; auto: OMP_NUM_THREADS, or the node's cores shared out; measured on a
+    CPU with batch.size: auto."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: cuda where a GPU is, else cpu."""
     backend: Literal["auto", "local", "torchrun", "slurm"] = "auto"

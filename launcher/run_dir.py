@@ -178,6 +178,11 @@ class RunDir:
         return self.path / "bad_images.json"
 
     @property
+    def tuning(self) -> Path:
+        """Batch sizes that were measured: ``{version, batching, ranks}``; there with ``batch.size: auto``."""
+        return self.path / "tuning.json"
+
+    @property
     def events(self) -> Path:
         """One line per attempt, restart, signal, failure, checkpoint, export."""
         return self.path / "events.jsonl"

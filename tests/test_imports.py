@@ -40,6 +40,7 @@ FLOORS = (
         "launcher.run_dir",
         "launcher.topology",
         "launcher.network",
+        "launcher.host_memory",
         "launcher.image_folder",
         "launcher.image_probe",
         "launcher.image_probe_pool",
@@ -88,7 +89,7 @@ FLOORS = (
     {"launcher.cli", "launcher.__main__"},
 )
 FOR_ENGINE = {f"launcher.{name}" for name in ("errors", "recipe", "run_dir", "image_folder", "processes", "watchdog")}
-FOR_ENGINE |= {"launcher.wandb_folder", "launcher.redact"}
+FOR_ENGINE |= {"launcher.wandb_folder", "launcher.redact", "launcher.host_memory"}
 
 
 def module_name(path):

@@ -66,8 +66,8 @@ def run(argv: list[str], *, epilog: str) -> int:
     if existing and existing.exists and not args.node_rank:
         if not args.resume:
             raise UsageError(f"{existing}: holds a run already; go on with it by: launch resume {existing}")
-        return _carry_out(recipe, source, args, run_id=existing.run_id)
-    return _carry_out(recipe, source, args, run_id=new_run_id(recipe.name))
+        return carry_out(recipe, source, args, run_id=existing.run_id)
+    return carry_out(recipe, source, args, run_id=new_run_id(recipe.name))
 
 
 def resume(argv: list[str]) -> int:
@@ -97,7 +97,7 @@ def resume(argv: list[str]) -> int:
     from launcher import recipe as recipes
 
     recipe, source = recipes.load(str(run.recipe), (), flags(args))
-    return _carry_out(recipe, source, args, run_id=run.run_id)
+    return carry_out(recipe, source, args, run_id=run.run_id)
 
 
 def _split_overrides(args: argparse.Namespace) -> None:
@@ -117,12 +117,13 @@ def plan_run(recipe: Recipe, args: argparse.Namespace, *, run_id: str, run_dir: 
         node_rank=args.node_rank,
         rdzv_endpoint=args.rdzv_endpoint,
         debug=args.debug,
+        tune=getattr(args, "tune", False),
         detach=args.detach,
     )
     return make_plan(recipe, topology.detect(), request, *_profiles(recipe, args))
 
 
-def _carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_id: str) -> int:
+def carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_id: str) -> int:
     """Plan, and print the plan or run it: one road for every backend."""
     from launcher import backends, lint, quarantine, whereabouts
     from launcher.commands import going_on

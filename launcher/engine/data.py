@@ -36,6 +36,8 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 """Images, uint8 N x 3 x S x S, and class indices, int64 N."""
 
 MAX_LOADER_WORKERS = 8
+PREFETCH = 4
+"""Batches that each loader process makes ahead."""
 JPEG_START = [0xFF, 0xD8]
 CROP_SCALES = {"light": (0.64, 1.0), "standard": (0.25, 1.0)}
 
@@ -173,15 +175,20 @@ def build_loader(
         pin_memory=device.pin_memory,
         worker_init_fn=_start_loader_worker if workers else None,
         multiprocessing_context="fork" if workers else None,  # torch is imported already; a new one would cost seconds
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=PREFETCH if workers else None,
     )
 
 
 def num_loader_workers(config: DataConfig, ranks: Ranks) -> int:
-    """``data.workers``; auto: the rank's cores but the one that trains, at most 8."""
+    """``data.workers``; auto: the rank's cores but the one that trains, at most 8, where nothing was measured."""
     if config.workers != "auto":
         return config.workers
-    return min(MAX_LOADER_WORKERS, max(0, num_cores() // ranks.local_world_size - 1))
+    return min(MAX_LOADER_WORKERS, num_rank_cores(ranks) - 1)
+
+
+def num_rank_cores(ranks: Ranks) -> int:
+    """Cores of each of the node's workers."""
+    return max(1, num_cores() // ranks.local_world_size)
 
 
 def _collate(samples: list[Batch]) -> Batch:

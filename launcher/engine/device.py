@@ -10,11 +10,16 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from launcher import host_memory
+from launcher.host_memory import FreeMemory
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
 Precision = Literal["fp32", "bf16", "fp16"]
+CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+"""torch's word for it on the CPU, in a plain RuntimeError."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -57,6 +62,59 @@ class Device:
         if self.is_cuda:
             torch.cuda.set_device(self.index)
             torch.backends.cudnn.benchmark = True
+
+    @property
+    def name(self) -> str:
+        """What it is called, and how much of it is ours."""
+        if self.is_cuda:
+            return torch.cuda.get_device_name(self.index)
+        return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+    def total_memory(self) -> int:
+        """Bytes of the GPU, or of the machine."""
+        if self.is_cuda:
+            return int(torch.cuda.get_device_properties(self.index).total_memory)
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+    def free_memory(self, local_world_size: int) -> FreeMemory:
+        """What this rank may take: of its GPU, or its part of what the machine, the job and its limits allow.
+
+        Args:
+            local_world_size: workers that share the machine.
+        """
+        if self.is_cuda:
+            return FreeMemory(num_bytes=torch.cuda.mem_get_info(self.index)[0], limit=f"free on {self.torch_device}")
+        told = os.environ.get(host_memory.FREE_VARIABLE)
+        free = FreeMemory.parse(told) if told else host_memory.free()
+        limit = free.limit if local_world_size == 1 else f"{free.limit}, shared by {local_world_size} workers"
+        shared = FreeMemory(num_bytes=free.num_bytes // local_world_size, limit=limit)
+        return min(shared, host_memory.process_limit() or shared, key=lambda one: one.num_bytes)
+
+    def measure_memory(self) -> Callable[[], int]:
+        """Begin to measure; calling what is returned gives the most bytes that were taken since."""
+        if self.is_cuda:
+            free = torch.cuda.mem_get_info(self.index)[0]
+            torch.cuda.reset_peak_memory_stats(self.index)
+
+            def cuda_peak() -> int:
+                taken = free - torch.cuda.mem_get_info(self.index)[0]
+                beside = max(0, taken - torch.cuda.memory_reserved(self.index))  # by libraries, not torch's allocator
+                return int(torch.cuda.max_memory_reserved(self.index) + beside)
+
+            return cuda_peak
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew (proc(5))
+        before = host_memory.status_bytes("VmRSS")
+        return lambda: host_memory.status_bytes("VmHWM") - before
+
+    def synchronize(self) -> None:
+        """Wait until all is computed."""
+        if self.is_cuda:
+            torch.cuda.synchronize(self.index)
+
+    def release_memory(self) -> None:
+        """Give what torch's allocator holds in store back."""
+        if self.is_cuda:
+            torch.cuda.empty_cache()
 
     def precision(self, wanted: str) -> Precision:
         """What ``precision: auto`` means here; anything else is returned as it is."""
@@ -101,6 +159,20 @@ def cpu_has_bf16_units(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
         return False
     flags = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
     return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this error says that memory ran out."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or CPU_OUT_OF_MEMORY in str(error)
+
+
+def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's own name for itself."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "cpu")
 
 
 def num_cores() -> int:

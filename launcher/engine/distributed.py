@@ -113,6 +113,12 @@ class Agreement:
         work = dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         self._pending = (flags, work)
 
+    def gather(self, number: int) -> list[int]:
+        """The numbers of all ranks. Every rank must call it, after a :meth:`collect` and before a :meth:`propose`."""
+        found = [torch.zeros((), dtype=torch.int64) for _ in range(dist.get_world_size(self._group))]
+        dist.all_gather(found, torch.tensor(number), group=self._group)
+        return [int(one) for one in found]
+
     def collect(self) -> tuple[bool, ...]:
         """What any rank wished at the last :meth:`propose`."""
         if self._pending is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,9 +65,17 @@ def prepare_momentum(optimizer: torch.optim.Optimizer) -> None:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, recipe: Recipe, progress: float) -> float:
+def lr_scale(config: OptimConfig, global_batch_size: int) -> float:
+    """By what the recipe's rates are multiplied at this global batch (``optim.lr_batch_size``)."""
+    if config.lr_batch_size is None:
+        return 1.0
+    ratio = global_batch_size / config.lr_batch_size
+    return ratio if config.name == "sgd" else math.sqrt(ratio)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, recipe: Recipe, progress: float, global_batch_size: int) -> float:
     """Set every group's rate for the step around ``progress`` (epochs done); return the highest."""
-    factor = lr_factor(
+    factor = lr_scale(recipe.optim, global_batch_size) * lr_factor(
         progress,
         schedule=recipe.optim.schedule,
         warmup_epochs=recipe.optim.warmup_epochs,

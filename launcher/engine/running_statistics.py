@@ -41,6 +41,11 @@ class RunningStatistics:
         """As they are now, for :meth:`put_back`."""
         return [flat.clone() for flat in self._flat]
 
+    def restore(self, copied: Sequence[torch.Tensor]) -> None:
+        """Make them what they were."""
+        for flat, before in zip(self._flat, copied, strict=True):
+            flat.copy_(before)
+
     def put_back(self, copied: Sequence[torch.Tensor], *, where: torch.Tensor) -> None:
         """Make them what they were, if ``where`` (a number on the device) is not 0; nobody waits for it."""
         for flat, before in zip(self._flat, copied, strict=True):

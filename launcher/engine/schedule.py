@@ -49,10 +49,28 @@ def _num_batches(share: int, size: int) -> int:
 
 
 @functools.lru_cache(maxsize=8)
-def has_lone_sample(num: int, batch_sizes: tuple[int, ...]) -> bool:
+def has_lone_sample(num: int, batch_sizes: tuple[int, ...], shares: tuple[int, ...]) -> bool:
     """Whether, in a step of ``num`` samples, some rank has a micro-batch of a single one."""
-    shares = [end - start for start, end in split_by_shares(num, batch_sizes)]
-    return any(share // _num_batches(share, size) == 1 for share, size in zip(shares, batch_sizes, strict=True))
+    dealt = [end - start for start, end in split_by_shares(num, shares)]
+    return any(one // _num_batches(one, size) == 1 for one, size in zip(dealt, batch_sizes, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batching:
+    """How the samples of a step are spread over the ranks."""
+
+    batch_sizes: tuple[int, ...]
+    """What each rank takes through the model at once."""
+    shares: tuple[int, ...]
+    """In what proportion a step's samples are dealt to the ranks."""
+    global_batch_size: int
+    """Samples of an optimizer step over all ranks; an epoch's last step may have fewer."""
+
+    @classmethod
+    def even(cls, size: int, *, world_size: int, global_size: int | None, accumulate: int) -> Batching:
+        """The same for every rank."""
+        sizes = (size,) * world_size
+        return cls(batch_sizes=sizes, shares=sizes, global_batch_size=global_size or sum(sizes) * accumulate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +99,8 @@ class Schedule:
     """The recipe's."""
     num_samples: int
     """Of the training set, with those that are left out: the length of an epoch's order."""
-    batch_sizes: tuple[int, ...]
-    """What each rank takes through the model at once."""
-    global_batch_size: int
-    """Samples of an optimizer step over all ranks; an epoch's last step may have fewer."""
+    batching: Batching
+    """How the samples of a step are spread over the ranks."""
     excluded: frozenset[int] = frozenset()
     """Samples that keep their place in every order and are passed over there. So one more of them moves no position
     that a checkpoint holds, and no other sample to another place."""
@@ -92,35 +108,36 @@ class Schedule:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of a whole epoch."""
-        return -(-(self.num_samples - len(self.excluded)) // self.global_batch_size)
+        return -(-(self.num_samples - len(self.excluded)) // self.batching.global_batch_size)
 
     def steps(self, rank: int, *, epoch: int, offset: int, end_epoch: int) -> Iterator[Step]:
         """What ``rank`` does from a position up to ``end_epoch`` (excluded)."""
         used = np.ones(self.num_samples, dtype=bool)
         used[list(self.excluded)] = False
+        dealt, size = self.batching, self.batching.global_batch_size
         for number in range(epoch, end_epoch):
             order = epoch_order(self.seed, number, self.num_samples)
             places = np.flatnonzero(used[order])
             places = places[places >= offset] if number == epoch else places
-            for start in range(0, len(places), self.global_batch_size):
-                chosen = places[start : start + self.global_batch_size]
-                following = places[start + self.global_batch_size :][:1].tolist()
+            for start in range(0, len(places), size):
+                chosen = places[start : start + size]
+                following = places[start + size :][:1].tolist()
                 yield Step(
                     epoch=number,
                     offset=int(chosen[0]),
                     end=following[0] if following else self.num_samples,
                     num_samples=len(chosen),
                     micro_batches=self._micro_batches(order[chosen], rank),
-                    lone=has_lone_sample(len(chosen), self.batch_sizes),
+                    lone=has_lone_sample(len(chosen), dealt.batch_sizes, dealt.shares),
                 )
 
     def _micro_batches(self, indices: NDArray[np.int64], rank: int) -> tuple[tuple[int, ...], ...]:
-        start, end = split_by_shares(len(indices), self.batch_sizes)[rank]
-        num = _num_batches(end - start, self.batch_sizes[rank])
+        start, end = split_by_shares(len(indices), self.batching.shares)[rank]
+        num = _num_batches(end - start, self.batching.batch_sizes[rank])
         return tuple(tuple(part.tolist()) for part in np.array_split(indices[start:end], num))
 
 
-def validation_batches(num_samples: int, *, rank: int, batch_sizes: tuple[int, ...]) -> list[list[int]]:
+def validation_batches(num_samples: int, *, rank: int, batching: Batching) -> list[list[int]]:
     """A rank's share of the validation set in batches: every sample on exactly one rank, nothing padded or dropped.
 
     Every rank gets the same number of batches (the last ones may be empty), so that all can agree to stop at one.
@@ -128,11 +145,11 @@ def validation_batches(num_samples: int, *, rank: int, batch_sizes: tuple[int, .
     Args:
         num_samples: of the validation set.
         rank: whose share.
-        batch_sizes: of all ranks; shares are in proportion.
+        batching: what all ranks take.
     """
-    slices = split_by_shares(num_samples, batch_sizes)
-    num_batches = max(-(-(end - start) // size) for (start, end), size in zip(slices, batch_sizes, strict=True))
-    own, size = range(*slices[rank]), batch_sizes[rank]
+    slices, sizes = split_by_shares(num_samples, batching.shares), batching.batch_sizes
+    num_batches = max(-(-(end - start) // size) for (start, end), size in zip(slices, sizes, strict=True))
+    own, size = range(*slices[rank]), sizes[rank]
     return [list(own[i * size : (i + 1) * size]) for i in range(num_batches)]
 
 

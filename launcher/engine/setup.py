@@ -15,7 +15,7 @@ from launcher import recipe as recipes
 from launcher.engine import data, optim
 from launcher.engine.distributed import broadcast_buffers
 from launcher.engine.model import FineTunedModel, build_model, build_preprocessing
-from launcher.engine.schedule import Schedule, validation_batches
+from launcher.engine.schedule import Batching, Schedule, validation_batches
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from launcher.engine.data import Batch, ImageDataset, Preprocessing
     from launcher.engine.device import Device, Precision
     from launcher.engine.distributed import Ranks
-    from launcher.recipe import Recipe
+    from launcher.recipe import BatchConfig, Recipe
     from launcher.run_dir import RunDir
 
 DEBUG_STEPS = 5
@@ -60,6 +60,8 @@ class Parts:
     """What is done to an image."""
     channels_last: bool
     """Memory layout of the images."""
+    loader_workers: int
+    """Processes that load images; 0: they are loaded here."""
     max_steps: int | None
     """Where debugging ends."""
     ddp: DistributedDataParallel = field(init=False)
@@ -128,14 +130,40 @@ class Parts:
         batches = validation_batches(
             len(self.val_set),
             rank=self.ranks.rank,
-            batch_sizes=self.schedule.batch_sizes,
+            batching=self.schedule.batching,
         )
         return self._loader(self.val_set, ([(0, i) for i in batch] for batch in islice(batches, self.max_steps)))
 
     def _loader(self, dataset: ImageDataset, batches: Iterator[list[tuple[int, int]]]) -> DataLoader[Batch]:
-        debug = self.max_steps is not None  # breakpoints work in this process only
-        workers = 0 if debug else data.num_loader_workers(self.recipe.data, self.ranks)
-        return data.build_loader(dataset, batches, workers=workers, device=self.device)
+        return data.build_loader(dataset, batches, workers=self.loader_workers, device=self.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSets:
+    """The images of a run, listed."""
+
+    train: ImageDataset
+    """To learn from."""
+    val: ImageDataset
+    """To measure with."""
+    preprocessing: Preprocessing
+    """What is done to an image."""
+    left_out: frozenset[str]
+    """Paths of those that cannot be decoded."""
+
+
+def open_data_sets(run: RunDir) -> DataSets:
+    """List the images that the recipe of ``run`` names; touches no device."""
+    recipe = recipes.read_resolved(run.recipe)
+    folder = data.prepare(recipe.data)
+    preprocessing = build_preprocessing(recipe.model, recipe.data)
+    left_out = image_folder.read_quarantine(run.bad_images)
+    return DataSets(
+        train=data.ImageDataset(folder, "train", preprocessing.transform(recipe.data.augment), seed=recipe.seed),
+        val=data.ImageDataset(folder, "val", preprocessing.transform(), seed=recipe.seed, left_out=left_out),
+        preprocessing=preprocessing,
+        left_out=left_out,
+    )
 
 
 def num_classes(recipe: Recipe, classes: list[str]) -> int:
@@ -143,25 +171,50 @@ def num_classes(recipe: Recipe, classes: list[str]) -> int:
     return len(classes) if recipe.model.num_classes == "auto" else recipe.model.num_classes
 
 
-def build_parts(run: RunDir, ranks: Ranks, device: Device, *, debug: bool = False) -> Parts:
-    """Read the recipe of ``run`` and build everything a rank needs. Only :meth:`Parts.wrap` uses the process group."""
+def fixed_batching(config: BatchConfig, ranks: Ranks) -> Batching:
+    """That of a recipe which names the batch size."""
+    assert config.size != "auto", "the ranks have to agree on it first"  # noqa: S101
+    return Batching.even(
+        config.size, world_size=ranks.world_size, global_size=config.global_size, accumulate=config.accumulate
+    )
+
+
+def build_parts(
+    run: RunDir,
+    ranks: Ranks,
+    device: Device,
+    *,
+    data_sets: DataSets | None = None,
+    batching: Batching | None = None,
+    loader_workers: int | None = None,
+    with_weights: bool | None = None,
+    debug: bool = False,
+) -> Parts:
+    """Build everything a rank needs. Only :meth:`Parts.wrap` uses the process group.
+
+    Args:
+        run: its recipe says what.
+        ranks: who this process is.
+        device: where it computes.
+        data_sets: of the run; None: list the images now.
+        batching: how samples are spread over the ranks; None: as the recipe says.
+        loader_workers: as was measured; None: as the recipe says.
+        with_weights: read the starting weights; None: on rank 0, which hands them on.
+        debug: a handful of steps.
+    """
     recipe = recipes.read_resolved(run.recipe)
-    folder = data.prepare(recipe.data)
-    preprocessing = build_preprocessing(recipe.model, recipe.data)
-    left_out = image_folder.read_quarantine(run.bad_images)
-    train_set = data.ImageDataset(folder, "train", preprocessing.transform(recipe.data.augment), seed=recipe.seed)
-    val_set = data.ImageDataset(folder, "val", preprocessing.transform(), seed=recipe.seed, left_out=left_out)
+    images = data_sets or open_data_sets(run)
     channels_last = device.channels_last if recipe.train.channels_last == "auto" else recipe.train.channels_last
     model = build_model(
         recipe,
-        num_classes=num_classes(recipe, train_set.classes),
-        image_size=preprocessing.image_size,
-        with_weights=ranks.rank == 0,
+        num_classes=num_classes(recipe, images.train.classes),
+        image_size=images.preprocessing.image_size,
+        with_weights=ranks.rank == 0 if with_weights is None else with_weights,
     )
     model.module.to(device.torch_device)
     if channels_last:
         model.module.to(memory_format=torch.channels_last)
-    batch_sizes = (recipe.batch.size,) * ranks.world_size
+    workers = data.num_loader_workers(recipe.data, ranks) if loader_workers is None else loader_workers
     return Parts(
         recipe=recipe,
         run=run,
@@ -172,14 +225,14 @@ def build_parts(run: RunDir, ranks: Ranks, device: Device, *, debug: bool = Fals
         optimizer=optim.build_optimizer(model, recipe.optim),
         schedule=Schedule(
             seed=recipe.seed,
-            num_samples=len(train_set),
-            batch_sizes=batch_sizes,
-            global_batch_size=recipe.batch.global_size or sum(batch_sizes) * recipe.batch.accumulate,
-            excluded=train_set.find(left_out),
+            num_samples=len(images.train),
+            batching=batching or fixed_batching(recipe.batch, ranks),
+            excluded=images.train.find(images.left_out),
         ),
-        train_set=train_set,
-        val_set=val_set,
-        preprocessing=preprocessing,
+        train_set=images.train,
+        val_set=images.val,
+        preprocessing=images.preprocessing,
         channels_last=channels_last,
+        loader_workers=0 if debug else workers,  # breakpoints work in this process only
         max_steps=DEBUG_STEPS if debug else None,
     )

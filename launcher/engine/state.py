@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from launcher.engine import checkpoint as checkpoints
@@ -39,6 +39,8 @@ class TrainingState:
         """Where in its order the next step begins."""
         self.skipped: list[int] = []
         """Steps that are left out since training went back because of them (train.on_nan)."""
+        self.batch_limits: list[int] | None = None
+        """What each rank can take at once, since memory ran out on one of them."""
         self.best = BestMetric(metric=stop.metric, mode=stop.mode, min_delta=stop.min_delta, patience=stop.patience)
         self.scaler = device.grad_scaler(parts.precision)
         self.numbers = NonFiniteMonitor(device, scaled=self.scaler.is_enabled())
@@ -59,9 +61,9 @@ class TrainingState:
             "epoch": self.epoch,
             "offset": self.offset,
             "skipped": self.skipped,
+            "batch_limits": self.batch_limits,
             "world_size": parts.ranks.world_size,
-            "batch_sizes": list(parts.schedule.batch_sizes),
-            "global_batch_size": parts.schedule.global_batch_size,
+            "batching": asdict(parts.schedule.batching),
             "early_stopping": self.best.state(),
             "numbers": self.numbers.state(),
             "classes": list(parts.classes),
@@ -79,6 +81,13 @@ class TrainingState:
         """What :meth:`capture` gave is not needed any more."""
         self._copies.give_back([checkpoint.model, checkpoint.optimizer])
 
+    def limit_batches(self, limits: list[int]) -> None:
+        """Let no rank take more at once than this; accumulation fills in."""
+        schedule = self._parts.schedule
+        sizes = tuple(map(min, schedule.batching.batch_sizes, limits))
+        self._parts.schedule = replace(schedule, batching=replace(schedule.batching, batch_sizes=sizes))
+        self.batch_limits = list(limits)
+
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from what :meth:`capture` gave, at the same world size or another.
 
@@ -95,11 +104,15 @@ class TrainingState:
         parts.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
         self.scaler.load_state_dict(checkpoint.optimizer["scaler"])
         if parts.recipe.batch.global_size is None:
-            parts.schedule = replace(parts.schedule, global_batch_size=state["global_batch_size"])
+            kept = state["batching"]["global_batch_size"]
+            parts.schedule = replace(parts.schedule, batching=replace(parts.schedule.batching, global_batch_size=kept))
         self.best.restore(state["early_stopping"])
         self.numbers.restore(state["numbers"])
         self.step, self.epoch, self.offset = state["step"], state["epoch"], state["offset"]
         self.skipped = list(state["skipped"])
+        limits = state["batch_limits"]
+        if limits and len(limits) == parts.ranks.world_size:
+            self.limit_batches(limits)
         for totals, sums in ((self.epoch_totals, "epoch_sums"), (self.window_totals, "window_sums")):
             totals.reset()
             if parts.ranks.rank == 0:

@@ -1,16 +1,14 @@
-"""One optimizer step: forward, backward, the weighting of losses, the update (invariant 3)."""
+"""One optimizer step: its micro-batches, and the update."""
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from launcher.engine.model import split_outputs
+from launcher.engine.micro_batch import MicroBatch
 from launcher.engine.running_statistics import RunningStatistics
-from launcher.engine.schedule import derive_seed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,6 +32,12 @@ class TrainStep:
         self._state = state
         self._parameters = list(parts.model.module.parameters())
         self._statistics = RunningStatistics(parts.model.module)
+        self._micro_batch = MicroBatch(parts, state, self._statistics)
+
+    @property
+    def largest_that_fits(self) -> int | None:
+        """The largest batch that this rank could do since memory ran out for a larger one; None: it never has."""
+        return self._micro_batch.largest_that_fits
 
     def run(self, step: Step, batches: Iterator[Batch]) -> None:
         """One optimizer step over this rank's micro-batches; only the last exchanges gradients."""
@@ -46,10 +50,7 @@ class TrainStep:
             batch: Batch = next(batches)
             if state.step in state.skipped:
                 continue
-            # After the batch: without loader processes its transforms use this same generator.
-            torch.manual_seed(derive_seed(self._parts.recipe.seed, state.step, self._parts.ranks.rank, number))
-            with contextlib.nullcontext() if number == last else self._parts.ddp.no_sync():
-                losses.append(self._backward(batch, num_samples=step.num_samples))
+            losses.append(self._micro_batch.run(batch, (number,), num_samples=step.num_samples, sync=number == last))
         if losses:
             self._statistics.put_back(statistics, where=self._update(step, losses))
 
@@ -72,30 +73,3 @@ class TrainStep:
         state.scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return flag
-
-    def _backward(self, batch: Batch, *, num_samples: int) -> torch.Tensor:
-        """Add a micro-batch's share of the global batch's mean gradient (invariant 3); return the sum of its losses.
-
-        DDP averages over W ranks; with each sample's loss weighted W / num_samples that average is the gradient of the
-        mean loss over all samples of the step, however they are spread over ranks and micro-batches.
-        """
-        images, labels = self._parts.to_device(batch)
-        num = len(labels)
-        if not num:  # a rank with no sample left still takes part in DDP; the output is not used
-            images = images.new_zeros(1, *images.shape[1:])
-        fixed = self._parts.model.fixed_statistics() if len(images) == 1 else contextlib.nullcontext()
-        with fixed, self._parts.autocast():
-            outputs = self._parts.ddp(images)
-            logits, auxiliary = split_outputs(self._parts.recipe.model.arch, outputs)
-            logits = logits[:num]
-            loss = self._loss_sum(logits, labels)
-            total = loss + sum(weight * self._loss_sum(o[:num], labels) for weight, o in auxiliary)
-        scaled = self._state.scaler.scale(total * (self._parts.ranks.world_size / num_samples))
-        scaled.backward()  # type: ignore[no-untyped-call]
-        for totals in (self._state.window_totals, self._state.epoch_totals):
-            totals.add(loss.detach(), logits.detach(), labels)
-        return loss.detach()
-
-    def _loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        smoothing = self._parts.recipe.train.label_smoothing
-        return nn.functional.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)

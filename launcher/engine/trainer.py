@@ -45,6 +45,10 @@ class RollBack(Exception):  # noqa: N818  a signal to leave the loops, no error
         self.step = step
 
 
+class Redeal(Exception):  # noqa: N818  a signal to leave the loops, no error
+    """Memory ran out on some rank: from here on it takes smaller batches, and all have to know."""
+
+
 class Trainer:
     """Trains on one rank, from the parts that :mod:`launcher.engine.setup` built.
 
@@ -59,7 +63,7 @@ class Trainer:
         self.recipe = parts.recipe
         self._recorder = recorder
         self._stop_requested = stop_requested
-        self._agreement = distributed.Agreement(num_wishes=2)
+        self._agreement = distributed.Agreement(num_wishes=3)
         self.state = TrainingState(parts)
         self._writer = self._build_writer() if recorder else None
         self._timed_since = self._saved_at = time.monotonic()
@@ -90,6 +94,8 @@ class Trainer:
                 break
             except RollBack as bad:
                 self._roll_back(bad.step)
+            except Redeal:
+                self._redeal()
         self._agreement.collect()
         if self._writer:
             self._finish_writing(self._writer, outcome)
@@ -112,7 +118,9 @@ class Trainer:
         batches = iter(parts.train_loader(state.epoch, state.offset))
         for step in steps:
             self._poll()
-            lr = optim.set_lr(parts.optimizer, self.recipe, self._progress(step))
+            lr = optim.set_lr(
+                parts.optimizer, self.recipe, self._progress(step), parts.schedule.batching.global_batch_size
+            )
             self._step.run(step, batches)
             state.step += 1
             state.offset = step.end
@@ -195,16 +203,18 @@ class Trainer:
 
     def _poll(self) -> None:
         """Learn whether all stop or save here. Raises StopTraining."""
-        stop, save = self._agreement.collect()
+        stop, save, smaller = self._agreement.collect()
         if stop:
             raise StopTraining
+        if smaller:
+            raise Redeal
         step = self.state.step
         self._check_numbers(step)
         every, minutes = self.recipe.train.checkpoint.every_steps, self.recipe.train.checkpoint.every_minutes
         if step > self._saved_step and (save or (every is not None and step % every == 0)):
             self._save(best=False)
         due = minutes is not None and time.monotonic() - self._saved_at > minutes * 60
-        self._agreement.propose(self._stop_requested(), due)
+        self._agreement.propose(self._stop_requested(), due, self._fitting_size < self._batch_size)
 
     def _log_window(self, lr: float) -> None:
         state = self.state
@@ -255,6 +265,31 @@ class Trainer:
         self._prepare_epoch()
         if self._recorder:
             self._recorder.event("rolled_back", step=self.state.step, skipped=bad + 1)
+
+    @property
+    def _batch_size(self) -> int:
+        """What this rank is to take at once."""
+        return self.parts.schedule.batching.batch_sizes[self.parts.ranks.rank]
+
+    @property
+    def _fitting_size(self) -> int:
+        """What this rank can take at once, as far as it knows."""
+        limit = self._step.largest_that_fits
+        return self._batch_size if limit is None else min(limit, self._batch_size)
+
+    def _redeal(self) -> None:
+        """Take smaller batches where memory ran out; the samples of every step stay the same."""
+        before, sizes = self.parts.schedule.batching.batch_sizes, self._agreement.gather(self._fitting_size)
+        self.state.limit_batches(sizes)
+        if self._recorder:
+            pairs = enumerate(zip(before, sizes, strict=True))
+            changed = {str(rank): [old, new] for rank, (old, new) in pairs if old != new}
+            self._recorder.event("out_of_memory", step=self.state.step, batch_sizes=changed)
+            for rank, (old, new) in changed.items():
+                self._recorder.say(
+                    f"step {self.state.step}: memory ran out on rank {rank}: it goes on with batches of {new} instead "
+                    f"of {old}, more of them a step; nothing is lost"
+                )
 
     def _save(self, *, best: bool) -> None:
         """Have rank 0 write a checkpoint; every rank takes part in adding up the running sums."""

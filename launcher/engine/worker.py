@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import os
 import socket
 import sys
 import time
 import traceback
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from launcher.engine.device import Device
+from launcher import recipe as recipes
+from launcher.engine import autotune
+from launcher.engine.device import Device, is_out_of_memory
 from launcher.engine.distributed import Ranks, init_process_group, record_collectives
 from launcher.engine.recorder import Recorder
-from launcher.engine.setup import build_parts
+from launcher.engine.setup import build_parts, open_data_sets
 from launcher.engine.stopping import StopFlag
 from launcher.engine.trainer import Outcome, Trainer
 from launcher.errors import EXIT_FAILED, EXIT_RESUMABLE, LaunchError
@@ -52,7 +55,7 @@ def worker_main(run_path: str, beats: Heartbeats) -> Outcome:
     supervisor = os.getppid()
     console = _redirect_output(run, spec, ranks)
     try:
-        outcome = train(spec, ranks, _beating(stop, beats, ranks), console)
+        outcome = train(spec, ranks, stop, console, alive=lambda: beats.beat(ranks.local_rank, ranks.rank))
         beats.rest(ranks.local_rank)
     except BaseException as error:  # whatever it was, the error file is how the supervisor and `launch why` learn of it
         with contextlib.suppress(OSError):  # a full disk; the supervisor looks whether it is
@@ -68,16 +71,6 @@ def worker_main(run_path: str, beats: Heartbeats) -> Outcome:
     return outcome
 
 
-def _beating(stop: StopFlag, beats: Heartbeats, ranks: Ranks) -> Callable[[], bool]:
-    """``stop``, which training asks at every step and validation batch; being asked is a sign of life."""
-
-    def asked() -> bool:
-        beats.beat(ranks.local_rank, ranks.rank)
-        return stop()
-
-    return asked
-
-
 def train_here(spec: WorkerSpec) -> Outcome:
     """Train as the only worker, in this process and on this terminal."""
     stop = StopFlag()
@@ -85,19 +78,52 @@ def train_here(spec: WorkerSpec) -> Outcome:
     return train(spec, Ranks(), stop, sys.stdout)
 
 
-def train(spec: WorkerSpec, ranks: Ranks, stop: Callable[[], bool], console: IO[str]) -> Outcome:
-    """Train on this rank until the end or an agreed stop."""
+def train(
+    spec: WorkerSpec,
+    ranks: Ranks,
+    stop: Callable[[], bool],
+    console: IO[str],
+    *,
+    alive: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """Train on this rank until the end or an agreed stop.
+
+    Args:
+        spec: what to train.
+        ranks: who this is.
+        stop: whether this rank was asked to stop.
+        console: what rank 0 talks to the user by.
+        alive: called at every step and validation batch.
+    """
     run = RunDir(spec.run_dir)
-    device = Device(type=run.read_plan()["device"], index=ranks.local_rank)
-    device.activate()
+    plan, recipe, data_sets = run.read_plan(), recipes.read_resolved(run.recipe), open_data_sets(run)
+    device = Device(type=plan["device"], index=ranks.local_rank)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    own: dict[str, Any] = {}
+    if recipe.batch.size == "auto":  # in children, before this process touches its device
+        say = functools.partial(print, file=console if ranks.rank == 0 else sys.stdout, flush=True)
+        own = autotune.tune_rank(run, recipe, ranks, device, data_sets, fresh=plan["tune"], stop=stop, say=say)
+    device.activate()
     if device.is_cuda:
         record_collectives(run.nccl_dump(spec.attempt), run.nccl_pipe(spec.attempt))
     init_process_group(device, ranks)
     recorder = None
-    finished = False
+    outcome: Outcome = "preempted"
     try:
-        parts = build_parts(run, ranks, device, debug=spec.debug)
+        batching = autotune.agree(run, recipe, ranks, own) if own else None
+        if plan["tune"]:
+            return "completed"
+        if own:
+            torch.set_num_threads(own["threads"])
+        parts = build_parts(
+            run,
+            ranks,
+            device,
+            data_sets=data_sets,
+            batching=batching,
+            loader_workers=own.get("workers"),
+            debug=spec.debug,
+        )
         if ranks.rank == 0:
             recorder = Recorder(
                 run,
@@ -108,17 +134,23 @@ def train(spec: WorkerSpec, ranks: Ranks, stop: Callable[[], bool], console: IO[
                 tracked=not spec.debug,
             )
             recorder.status(epoch=0, step=0)
-        trainer = Trainer(parts, recorder=recorder, stop_requested=stop)
+
+        def stop_requested() -> bool:
+            alive()
+            return stop()
+
+        trainer = Trainer(parts, recorder=recorder, stop_requested=stop_requested)
         outcome = trainer.run()
         if recorder:
             recorder.end(outcome, trainer.best, run.best_checkpoint)
-        finished = outcome != "preempted"
-        return outcome
+    except autotune.StoppedError:  # before it had begun to train
+        pass
     finally:
         if recorder:
-            recorder.close(finished=finished)
+            recorder.close(finished=outcome != "preempted")
         with contextlib.suppress(Exception):  # a peer that died already has closed its end
             dist.destroy_process_group()
+    return outcome
 
 
 def write_error(run: RunDir, spec: WorkerSpec, ranks: Ranks, error: BaseException) -> None:
@@ -152,7 +184,7 @@ def error_kind(error: BaseException) -> str:
     """
     if isinstance(error, LaunchError):
         return "usage"
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if is_out_of_memory(error):
         return "out_of_memory"
     if isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError):
         return "peer_lost"

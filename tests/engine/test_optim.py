@@ -5,7 +5,7 @@ import torch
 
 from launcher.engine.layers import build_meta
 from launcher.engine.model import FineTunedModel
-from launcher.engine.optim import build_optimizer, group_parameters, set_lr
+from launcher.engine.optim import build_optimizer, group_parameters, lr_scale, set_lr
 from launcher.errors import UsageError
 from launcher.recipe import ModelConfig, OptimConfig, Recipe, TrainConfig
 
@@ -99,7 +99,7 @@ def test_every_group_keeps_its_share_of_the_rate_through_training(engine, schedu
     recipe = Recipe(optim=config, train=TrainConfig(epochs=10))
     optimizer = build_optimizer(model_of(), config)
     for _ in range(2):  # the rate is set, and not multiplied further
-        assert set_lr(optimizer, recipe, progress) == pytest.approx(0.4 * factor, abs=1e-12)
+        assert set_lr(optimizer, recipe, progress, 256) == pytest.approx(0.4 * factor, abs=1e-12)
     rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
     assert rates == pytest.approx({"head": 0.4 * factor, "layer4": 0.0, "rest": 0.01 * factor}, abs=1e-12)
 
@@ -114,3 +114,14 @@ def test_weight_decay_does_not_touch_what_is_frozen(engine, name):
     optimizer.step()
     moved = [not torch.equal(a, b) for a, b in zip(before, model.module.parameters(), strict=True)]
     assert moved == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant_for", "expected"),
+    [("sgd", None, 1.0), ("sgd", 64, 4.0), ("sgd", 512, 0.5), ("adamw", 64, 2.0), ("adamw", 256, 1.0)],
+)
+def test_rates_follow_the_global_batch_they_are_not_meant_for(name, meant_for, expected):
+    config = OptimConfig(name=name, lr=0.01, schedule="constant", lr_batch_size=meant_for)
+    assert lr_scale(config, 256) == expected
+    optimizer = build_optimizer(model_of(), config)
+    assert set_lr(optimizer, Recipe(optim=config), 1.0, 256) == pytest.approx(0.01 * expected)

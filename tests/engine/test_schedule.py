@@ -8,10 +8,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.engine.schedule import Schedule, derive_seed, epoch_order, lr_factor, split_by_shares, validation_batches
+from launcher.engine.schedule import (
+    Batching,
+    Schedule,
+    derive_seed,
+    epoch_order,
+    lr_factor,
+    split_by_shares,
+    validation_batches,
+)
 
 SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=5).map(tuple)
 SEEDS = st.integers(0, 2**32)
+
+
+@st.composite
+def batchings(draw):
+    """Of any ranks, whose shares are those of their batch sizes or others."""
+    sizes = draw(SIZES)
+    shares = draw(st.one_of(st.just(sizes), st.tuples(*(st.integers(1, 1000) for _ in sizes))))
+    return Batching(batch_sizes=sizes, shares=shares, global_batch_size=draw(st.integers(1, 40)))
 
 
 @st.composite
@@ -21,15 +37,14 @@ def schedules(draw, num_samples=None, seed=None, excluded=frozenset()):
     return Schedule(
         seed=draw(SEEDS) if seed is None else seed,
         num_samples=num_samples,
-        batch_sizes=draw(SIZES),
-        global_batch_size=draw(st.integers(1, 40)),
+        batching=draw(batchings()),
         excluded=excluded | draw(st.frozensets(st.integers(0, num_samples - 1), max_size=5)),
     )
 
 
 def steps_of_ranks(plan, *, epoch=0, offset=0, end_epoch=1):
     """Step by step, what each rank does."""
-    ranks = range(len(plan.batch_sizes))
+    ranks = range(len(plan.batching.batch_sizes))
     return list(
         zip(*(plan.steps(r, epoch=epoch, offset=offset, end_epoch=end_epoch) for r in ranks), strict=True),
     )
@@ -65,8 +80,9 @@ def test_also_when_it_is_resumed_twice_with_other_ranks_another_global_batch_and
 @given(plan=schedules(), data=st.data())
 def test_one_more_that_is_left_out_moves_no_other_sample_to_another_place(plan, data):
     index = data.draw(st.integers(0, plan.num_samples - 1))
-    more = replace(plan, excluded=plan.excluded | {index}, global_batch_size=1)
-    before = [(s[0].offset, visited([s])) for s in steps_of_ranks(replace(plan, global_batch_size=1))]
+    single = replace(plan, batching=replace(plan.batching, global_batch_size=1))
+    more = replace(single, excluded=plan.excluded | {index})
+    before = [(s[0].offset, visited([s])) for s in steps_of_ranks(single)]
     after = [(s[0].offset, visited([s])) for s in steps_of_ranks(more)]
     assert after == [(offset, samples) for offset, samples in before if samples != [(0, index)]]
 
@@ -92,8 +108,8 @@ def test_the_ranks_part_each_step_among_them_in_the_orders_order(plan):
     steps = steps_of_ranks(plan)
     assert len(steps) == plan.steps_per_epoch
     for number, ranks in enumerate(steps):
-        start = number * plan.global_batch_size
-        expected = order[start : start + plan.global_batch_size]
+        start = number * plan.batching.global_batch_size
+        expected = order[start : start + plan.batching.global_batch_size]
         assert [i for step in ranks for batch in step.micro_batches for i in batch] == expected
         assert {(step.epoch, step.num_samples) for step in ranks} == {(0, len(expected))}
         assert {step.offset for step in ranks} == {
@@ -105,15 +121,15 @@ def test_the_ranks_part_each_step_among_them_in_the_orders_order(plan):
 
 @given(plan=schedules())
 def test_a_rank_takes_its_share_in_batches_no_bigger_than_its_size_and_rank_0_is_never_without(plan):
-    total = sum(plan.batch_sizes)
+    dealt = plan.batching
     for ranks in steps_of_ranks(plan):
         assert ranks[0].micro_batches[0]
-        for step, size in zip(ranks, plan.batch_sizes, strict=True):
+        for step, size, share in zip(ranks, dealt.batch_sizes, dealt.shares, strict=True):
             lengths = [len(batch) for batch in step.micro_batches]
             assert lengths
             assert max(lengths) <= size
             assert max(lengths) - min(lengths) <= 1
-            assert abs(sum(lengths) - step.num_samples * size / total) < 1
+            assert abs(sum(lengths) - step.num_samples * share / sum(dealt.shares)) < 1
             assert len(lengths) == max(1, -(-sum(lengths) // size))
 
 
@@ -166,14 +182,16 @@ def test_seeds_of_different_numbers_differ_and_fit_torch(numbers):
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-@given(num=st.integers(0, 200), sizes=SIZES)
-def test_validation_takes_every_sample_once_and_every_rank_has_as_many_batches(num, sizes):
-    ranks = [validation_batches(num, rank=r, batch_sizes=sizes) for r in range(len(sizes))]
+@given(num=st.integers(0, 200), batching=batchings())
+def test_validation_takes_every_sample_once_and_every_rank_has_as_many_batches(num, batching):
+    sizes, shares = batching.batch_sizes, batching.shares
+    ranks = [validation_batches(num, rank=r, batching=batching) for r in range(len(sizes))]
     assert [i for batches in ranks for batch in batches for i in batch] == list(range(num))
     assert len({len(batches) for batches in ranks}) == 1
     assert all(len(batch) <= size for batches, size in zip(ranks, sizes, strict=True) for batch in batches)
     assert all(
-        abs(sum(map(len, batches)) - num * size / sum(sizes)) < 1 for batches, size in zip(ranks, sizes, strict=True)
+        abs(sum(map(len, batches)) - num * share / sum(shares)) < 1
+        for batches, share in zip(ranks, shares, strict=True)
     )
 
 

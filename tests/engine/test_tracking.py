@@ -923,11 +923,12 @@ def test_a_folder_that_is_full_or_read_only_turns_tracking_off_and_nothing_else(
         tracker = start()
         record = json.loads(sys.argv[2])
         for step in range(1000):
-            if not said:
-                tracker.log({**record, "step": step})
-                run.append_metrics(**record)
-                tracker.summary({str(index): "x" * 1000 + str(step) for index in range(20)})
-                time.sleep(0.02)
+            tracker.log({**record, "step": step})
+            run.append_metrics(**record)
+            tracker.summary({str(index): "x" * 1000 + str(step) for index in range(20)})
+            if said:
+                break
+            time.sleep(0.02)
         tracker.finish(30)
         report()
         """,

@@ -19,13 +19,16 @@ from launcher.engine import checkpoint as checkpoints
 from launcher.engine.data import read_image
 from launcher.engine.distributed import Ranks
 from launcher.engine.recorder import Recorder
-from launcher.engine.schedule import epoch_order
+from launcher.engine.schedule import Batching, epoch_order
 from launcher.engine.setup import build_parts
 from launcher.engine.trainer import Trainer
 from launcher.errors import TrainingError
 
 MEAN = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
 STD = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
+
+
+UNEVEN = Batching(batch_sizes=(1, 5, 3), shares=(1, 5, 3), global_batch_size=18)
 
 
 def moved(one, other, prefix=""):
@@ -144,7 +147,7 @@ def test_ranks_of_different_batch_sizes_give_the_same_weights(make_run, engine, 
 
     def prepare(parts):
         engine.without_dropout(parts)
-        parts.schedule = replace(parts.schedule, batch_sizes=(1, 5, 3), global_batch_size=18)
+        parts.schedule = replace(parts.schedule, batching=UNEVEN)
 
     # It stops at the start of validation, where a stop is learned of one poll after it was asked for.
     found = in_ranks(3, lambda who: engine.train(run, who, prepare=prepare, stop=engine.at_poll(3)))[0]
@@ -157,7 +160,7 @@ def test_ranks_of_different_batch_sizes_have_as_many_validation_batches(make_run
     numbers, seen = [], Counter()
     for rank in range(3):
         parts = build_parts(run, Ranks(rank=rank, world_size=3), engine.cpu)
-        parts.schedule = replace(parts.schedule, batch_sizes=(1, 5, 3))
+        parts.schedule = replace(parts.schedule, batching=UNEVEN)
         batches = list(parts.val_loader())
         numbers.append(len(batches))
         seen.update(labels.numel() for _, labels in batches)

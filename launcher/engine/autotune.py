@@ -1,0 +1,299 @@
+"""``batch.size: auto``: each rank measures, before it touches its device, and then all agree on how samples are dealt.
+
+What was found is kept in the run directory (``tuning.json``): a run that goes on keeps its batch sizes, unless its
+devices are others. It is also kept in a cache for other runs of the same kind on the same kind of device.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import socket
+import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from launcher.engine import data, probe, tuning_cache
+from launcher.engine.batch_search import Attempt, BatchSearch, Found, NothingFitsError
+from launcher.engine.batch_shares import RankBatch, deal
+from launcher.engine.child import TooSlowError, call_in_child
+from launcher.engine.host_split import split_cpu, split_gpu
+from launcher.engine.schedule import Batching
+from launcher.errors import TrainingError, UsageError
+from launcher.run_dir import write_json_atomic
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from launcher.engine.device import Device
+    from launcher.engine.distributed import Ranks
+    from launcher.engine.probe import Probe
+    from launcher.engine.setup import DataSets
+    from launcher.host_memory import FreeMemory
+    from launcher.recipe import Recipe
+    from launcher.run_dir import RunDir
+
+PROBE_TIMEOUT_S = 180
+AGREE_TIMEOUT_S = 1800
+"""For how long ranks wait for the one whose probes take longest."""
+MARGIN = 0.05
+"""Part of the memory that is left alone: in hours of training memory falls to pieces more than in a few steps."""
+MIN_STEPS_PER_EPOCH = 10
+"""However fast a batch would be: of a few steps nothing is learned."""
+LOADER_BYTES = 64 << 20
+"""What a loader process takes for itself, beside its batches."""
+NCCL_BYTES = 512 << 20
+"""What NCCL takes for its channels to other ranks, of which a probe has none."""
+CHECKPOINT_COPIES = 4
+"""On the host: one is written, one waits, one is the best; and what the files are made of."""
+CURE = "lower data.image_size, freeze layers (model.freeze), take a smaller model.arch, or give each worker more memory"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceFacts:
+    """What there is to train on."""
+
+    name: str
+    """Its kind."""
+    total_bytes: int
+    """Its memory."""
+    free: FreeMemory
+    """What this rank may take."""
+
+
+class StoppedError(Exception):
+    """The run was asked to stop before it had begun to train."""
+
+
+def tune_rank(
+    run: RunDir,
+    recipe: Recipe,
+    ranks: Ranks,
+    device: Device,
+    data_sets: DataSets,
+    *,
+    fresh: bool,
+    stop: Callable[[], bool],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """What this rank has to say to the others: the batch size that is best for it, or why there is none.
+
+    Leaves this process as it was: all is tried in children.
+
+    Args:
+        run: of which recipe.
+        recipe: that recipe.
+        ranks: who this is.
+        device: not touched yet.
+        data_sets: of the run.
+        fresh: measure, whatever is known.
+        stop: whether this rank was asked to stop.
+        say: takes a line for the user.
+
+    Returns:
+        JSON: rank, host, device, total_bytes, free_bytes, budget_bytes, limit, batch_size, max_size, images_per_s,
+        needed_bytes, attempts, workers, threads, seconds, and from: ``run``, ``cache`` or ``probes``; or
+        ``{"stopped": true}``; or ``{error, kind}``, of kind usage or training.
+    """
+
+    def heed_stop() -> None:
+        if stop():
+            raise StoppedError
+
+    who = {"rank": ranks.rank, "host": socket.gethostname()}
+    try:
+        facts = _facts(device, ranks, heed_stop)
+        known = who | {"device": facts.name, "total_bytes": facts.total_bytes}
+        kept = None if fresh else _kept(run, known, ranks)
+        if kept:
+            return kept | {"from": "run"}
+        key = tuning_cache.key(recipe, facts.name, facts.total_bytes, data_sets, device)
+        budget = budget_bytes(facts.free)
+        cached = None if fresh else tuning_cache.read(key, budget)
+        if cached:
+            return cached | who | {"from": "cache"}
+        start = time.monotonic()
+        search = BatchSearch(
+            _measured(run, device, data_sets, heed_stop, say),
+            needed=functools.partial(needed_bytes, recipe=recipe, ranks=ranks, device=device, data_sets=data_sets),
+            budget_bytes=budget,
+            objective=recipe.batch.objective,
+            max_size=_max_size(recipe, ranks, data_sets),
+        )
+        found = search.run()
+        split = _split(run, recipe, ranks, device, data_sets, found, heed_stop)
+        report = known | {"free_bytes": facts.free.num_bytes, "budget_bytes": budget, "limit": facts.free.limit}
+        report |= _describe(found) | split | {"seconds": round(time.monotonic() - start, 2)}
+        tuning_cache.write(key, report)
+        return report | {"from": "probes"}
+    except StoppedError:
+        return who | {"stopped": True}
+    except NothingFitsError as error:
+        return who | {"error": f"{error} ({facts.free.limit}); {CURE}", "kind": "usage"}
+    except (TrainingError, TooSlowError) as error:
+        return who | {"error": str(error), "kind": "training"}
+
+
+def agree(run: RunDir, recipe: Recipe, ranks: Ranks, own: dict[str, Any]) -> Batching:
+    """Exchange what the ranks found and decide, the same on every rank; rank 0 keeps it in the run.
+
+    Raises:
+        UsageError: on some rank nothing fits.
+        TrainingError: some rank could not measure.
+        StoppedError: some rank was asked to stop.
+    """
+    # All may come late: nobody's collectives may run out of time for it.
+    group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=AGREE_TIMEOUT_S))
+    found: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(found, own, group=group)
+    errors = [one for one in found if "error" in one]
+    if errors:
+        text = "; ".join(f"rank {one['rank']} on {one['host']}: {one['error']}" for one in errors[:3])
+        text += f"; and {len(errors) - 3} other ranks" if len(errors) > 3 else ""  # noqa: PLR2004
+        raise (UsageError if errors[0]["kind"] == "usage" else TrainingError)(text)
+    if any("stopped" in one for one in found):
+        raise StoppedError
+    if all(one["from"] == "run" for one in found):
+        return _read(run)
+    batching = deal(
+        [RankBatch(**{name: one[name] for name in RankBatch.__dataclass_fields__}) for one in found],
+        global_size=recipe.batch.global_size,
+        accumulate=recipe.batch.accumulate,
+    )
+    if ranks.rank == 0:
+        write_json_atomic(run.tuning, {"version": 1, "batching": asdict(batching), "ranks": found}, durable=True)
+        run.append_event(
+            "tuned",
+            batch_sizes=list(batching.batch_sizes),
+            shares=list(batching.shares),
+            global_batch_size=batching.global_batch_size,
+        )
+    dist.barrier(group=group)
+    return batching
+
+
+def budget_bytes(free: FreeMemory) -> int:
+    """How much of what is free training may take."""
+    return int(free.num_bytes * (1 - MARGIN))
+
+
+def needed_bytes(measured: Probe, *, recipe: Recipe, ranks: Ranks, device: Device, data_sets: DataSets) -> int:
+    """What training takes on the device, of which ``measured`` is the part that a probe can see."""
+    if device.is_cuda:
+        return measured.memory_bytes + (NCCL_BYTES if ranks.world_size > 1 else 0)
+    workers = data.num_loader_workers(recipe.data, ranks)
+    image = 3 * data_sets.preprocessing.image_size**2
+    loaded = data.PREFETCH * workers + 2  # batches: those ahead, the one in use and the one that is made
+    checkpoints = CHECKPOINT_COPIES * measured.state_bytes if ranks.rank == 0 else 0
+    return measured.memory_bytes + workers * LOADER_BYTES + loaded * measured.batch_size * image + checkpoints
+
+
+def _facts(device: Device, ranks: Ranks, heed_stop: Callable[[], None]) -> DeviceFacts:
+    """Of a GPU a child asks: this process must not touch it before it forks others."""
+
+    def ask() -> DeviceFacts:
+        device.activate()
+        free = device.free_memory(ranks.local_world_size)
+        return DeviceFacts(name=device.name, total_bytes=device.total_memory(), free=free)
+
+    found: DeviceFacts = call_in_child(ask, timeout_s=PROBE_TIMEOUT_S, heed_stop=heed_stop) if device.is_cuda else ask()
+    return found
+
+
+def _measured(
+    run: RunDir, device: Device, data_sets: DataSets, heed_stop: Callable[[], None], say: Callable[[str], None]
+) -> Callable[[int], Probe]:
+    def measure(batch_size: int) -> Probe:
+        found: Probe = call_in_child(
+            functools.partial(probe.measure, run, device, data_sets, batch_size),
+            timeout_s=PROBE_TIMEOUT_S,
+            heed_stop=heed_stop,
+        )
+        say(f"batch {found.batch_size}: {found.images_per_s:.0f} images/s, {found.memory_bytes / 1e9:.2f} GB")
+        return found
+
+    return measure
+
+
+def _split(
+    run: RunDir,
+    recipe: Recipe,
+    ranks: Ranks,
+    device: Device,
+    data_sets: DataSets,
+    found: Found,
+    heed_stop: Callable[[], None],
+) -> dict[str, int]:
+    """Loader processes and threads of this rank, with the batch size that was found: ``{workers, threads}``."""
+    threads, cores = torch.get_num_threads(), data.num_rank_cores(ranks)
+    workers = None if recipe.data.workers == "auto" else recipe.data.workers
+    fixed = recipe.launch.threads != "auto"
+    chosen = found.chosen.probe
+    assert chosen  # noqa: S101  it ran
+    if (workers is not None and (fixed or device.is_cuda)) or cores == 1:
+        return {"workers": workers or 0, "threads": threads}
+    call = functools.partial(call_in_child, timeout_s=PROBE_TIMEOUT_S, heed_stop=heed_stop)
+    load = call(functools.partial(probe.loading_speed, data_sets))
+    if device.is_cuda:
+        split = split_gpu(train=chosen.images_per_s, load=load, cores=cores, threads=threads)
+        return {"workers": split.workers, "threads": threads}
+    train = {threads: chosen.images_per_s}
+    if threads > 1 and not fixed:
+        measure = functools.partial(probe.measure, run, device, data_sets, chosen.batch_size, threads=threads - 1)
+        train[threads - 1] = call(measure).images_per_s
+    split = split_cpu(train=train, load=load, cores=cores, workers=workers)
+    return {"workers": split.workers, "threads": split.threads}
+
+
+def _max_size(recipe: Recipe, ranks: Ranks, data_sets: DataSets) -> int:
+    """The step that the recipe asks for is the most a rank can have of it; else an epoch is to have some steps."""
+    most = recipe.batch.global_size or len(data_sets.train) // (ranks.world_size * MIN_STEPS_PER_EPOCH)
+    return max(1, min(most, len(data_sets.train)))
+
+
+def _describe(found: Found) -> dict[str, Any]:
+    chosen = found.chosen.probe
+    assert chosen  # noqa: S101  it ran
+    return {
+        "batch_size": found.chosen.batch_size,
+        "max_size": found.largest.batch_size,
+        "images_per_s": round(chosen.images_per_s, 2),
+        "needed_bytes": found.largest.needed_bytes,
+        "attempts": [_row(one) for one in found.attempts],
+    }
+
+
+def _row(attempt: Attempt) -> dict[str, Any]:
+    speed = round(attempt.probe.images_per_s, 2) if attempt.probe else None
+    return {
+        "batch_size": attempt.batch_size,
+        "images_per_s": speed,
+        "needed_bytes": attempt.needed_bytes,
+        "problem": attempt.problem,
+    }
+
+
+def _kept(run: RunDir, known: dict[str, Any], ranks: Ranks) -> dict[str, Any] | None:
+    """What this rank found in an earlier attempt of the run, if it has such a device again among as many ranks."""
+    try:
+        found = json.loads(run.tuning.read_text(encoding="utf-8"))["ranks"]
+    except FileNotFoundError:
+        return None
+    if len(found) != ranks.world_size:
+        return None
+    own: dict[str, Any] = found[ranks.rank]
+    same = all(own[name] == known[name] for name in ("device", "total_bytes"))
+    return own if same else None
+
+
+def _read(run: RunDir) -> Batching:
+    kept = json.loads(run.tuning.read_text(encoding="utf-8"))["batching"]
+    return Batching(
+        batch_sizes=tuple(kept["batch_sizes"]),
+        shares=tuple(kept["shares"]),
+        global_batch_size=kept["global_batch_size"],
+    )

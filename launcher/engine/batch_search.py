@@ -1,0 +1,210 @@
+"""Which batch size trains fastest within the memory: a search with few probes, all of whose answers were tried."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from launcher.engine.child import OutOfMemoryError, TooSlowError
+from launcher.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from launcher.engine.probe import Probe
+
+Objective = Literal["throughput", "memory"]
+
+MULTIPLE = 8
+"""Of which batch sizes are, from there on: tensor cores and vector units come in eights."""
+GROWTH = 4
+NEAR_PEAK = 0.98
+"""The smallest batch with this part of the peak's images per second is taken."""
+MAX_PROBES, MAX_PROBES_BISECTING = 6, 10
+
+
+class NothingFitsError(UsageError):
+    """Not even a single image fits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """A batch size that was tried."""
+
+    batch_size: int
+    """Images at once."""
+    needed_bytes: int | None
+    """What training with it takes; None: it was not to be learned."""
+    probe: Probe | None
+    """What was measured; None where it did not run."""
+    problem: str = ""
+    """Why it will not do; empty: it fits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search came to."""
+
+    chosen: Attempt
+    """What serves the objective best."""
+    largest: Attempt
+    """The largest that is known to fit."""
+    attempts: tuple[Attempt, ...]
+    """All that were tried, in their order."""
+
+
+class BatchSearch:
+    """Finds the batch size for one device.
+
+    Memory grows in a line with the batch, but for jumps (libraries' workspaces), so a line through the two largest that
+    ran says how far to go; what it says is tried before it is believed, and bisected where it was wrong. Speed rises to
+    a plateau, at which small batches do as well as large ones.
+
+    Args:
+        measure: runs a batch size, or raises OutOfMemoryError or TooSlowError.
+        needed: bytes that training takes, of which a probe measured a part.
+        budget_bytes: what there is.
+        objective: what is looked for.
+        max_size: the largest batch that makes sense.
+    """
+
+    def __init__(
+        self,
+        measure: Callable[[int], Probe],
+        *,
+        needed: Callable[[Probe], int],
+        budget_bytes: int,
+        objective: Objective,
+        max_size: int,
+    ) -> None:
+        self._measure = measure
+        self._needed = needed
+        self._budget = budget_bytes
+        self._objective = objective
+        self._max_size = max_size
+        self._attempts: list[Attempt] = []
+
+    def run(self) -> Found:
+        """Search.
+
+        Raises:
+            NothingFitsError: not even one image fits.
+        """
+        size = self._smallest()
+        if size >= min(MULTIPLE, self._max_size):
+            self._grow(size)
+            if self._objective == "throughput":
+                self._refine()
+        fitting = self._fitting()
+        largest = fitting[-1]
+        if self._objective == "memory":
+            return Found(chosen=largest, largest=largest, attempts=tuple(self._attempts))
+        peak = max(map(_speed, fitting))
+        chosen = next(one for one in fitting if _speed(one) >= NEAR_PEAK * peak)
+        return Found(chosen=chosen, largest=largest, attempts=tuple(self._attempts))
+
+    def _smallest(self) -> int:
+        """The first size that fits: 8, or below."""
+        size = min(MULTIPLE, self._max_size)
+        while not self._try(size):
+            if size == 1:
+                raise NothingFitsError(self._nothing_fits())
+            size //= 2
+        below = 3 * size // 2  # of 8, 4, 2, 1 there is one between
+        if size > 1 and self._failed(above=below):
+            return below if self._try(below) else size
+        return size
+
+    def _grow(self, size: int) -> None:
+        """Go up in big steps as long as it serves the objective and the memory is said to suffice."""
+        while self._may_try():
+            following = self._following(size)
+            if following <= size:
+                return
+            if self._try(following):
+                size = following
+            if self._objective == "throughput" and self._has_peaked():
+                return
+
+    def _following(self, size: int) -> int:
+        """The next size to try, beyond the largest that fits; ``size`` itself where there is none."""
+        failed = self._failed(above=size)
+        if failed:  # between what fits and what does not
+            middle = _whole((size + failed[0]) / 2)
+            return middle if size < middle < failed[0] else size
+        predicted = self._predict()
+        aim = size * GROWTH
+        if predicted is not None and (self._objective == "memory" or predicted < aim * 1.25):
+            aim = predicted
+        return max(size, min(_whole(aim), self._max_size))
+
+    def _predict(self) -> int | None:
+        """The largest batch for which, by a line through the two largest that ran, the memory suffices."""
+        ran = sorted((a for a in self._attempts if a.probe), key=lambda a: a.batch_size)[-2:]
+        if len(ran) < 2:  # noqa: PLR2004  a line needs two points
+            return None
+        (one, other), (low, high) = (a.batch_size for a in ran), (a.needed_bytes or 0 for a in ran)
+        per_image = (high - low) / (other - one)
+        if per_image <= 0:
+            return None
+        return int(other + (self._budget - high) / per_image)
+
+    def _has_peaked(self) -> bool:
+        """Whether the largest of at least three sizes is no faster than a smaller one."""
+        fitting = self._fitting()
+        if len(fitting) < 3:  # noqa: PLR2004
+            return False
+        return _speed(fitting[-1]) * NEAR_PEAK <= max(map(_speed, fitting[:-1]))
+
+    def _refine(self) -> None:
+        """Try the middles between the fastest and its neighbours."""
+        for neighbour in (1, -1):
+            fitting = self._fitting()
+            best = max(range(len(fitting)), key=lambda i: _speed(fitting[i]))
+            if not (self._may_try() and 0 <= best + neighbour < len(fitting)):
+                continue
+            here, there = fitting[best].batch_size, fitting[best + neighbour].batch_size
+            middle = _whole((here * there) ** 0.5)
+            if middle not in (here, there):
+                self._try(middle)
+
+    def _try(self, size: int) -> bool:
+        probe, problem = None, ""
+        try:
+            probe = self._measure(size)
+        except (OutOfMemoryError, TooSlowError) as error:
+            problem = str(error)
+        needed = self._needed(probe) if probe else None
+        if needed is not None and needed > self._budget:
+            problem = "takes more than there is"
+        self._attempts.append(Attempt(batch_size=size, needed_bytes=needed, probe=probe, problem=problem))
+        return not problem
+
+    def _may_try(self) -> bool:
+        failed = any(a.problem for a in self._attempts)
+        return len(self._attempts) < (MAX_PROBES_BISECTING if failed else MAX_PROBES)
+
+    def _fitting(self) -> list[Attempt]:
+        return sorted((a for a in self._attempts if not a.problem), key=lambda a: a.batch_size)
+
+    def _failed(self, *, above: int) -> list[int]:
+        return sorted(a.batch_size for a in self._attempts if a.problem and a.batch_size > above)
+
+    def _nothing_fits(self) -> str:
+        last = self._attempts[-1]
+        ran = next((a for a in reversed(self._attempts) if a.needed_bytes is not None), None)
+        needed = f"{ran.needed_bytes / 1e9:.2f} GB with {ran.batch_size}" if ran and ran.needed_bytes else last.problem
+        return (
+            f"batch.size: auto: not even a batch of {last.batch_size} image fits: needed {needed}, "
+            f"free {self._budget / 1e9:.2f} GB"
+        )
+
+
+def _speed(attempt: Attempt) -> float:
+    assert attempt.probe  # noqa: S101  it fits, so it ran
+    return attempt.probe.images_per_s
+
+
+def _whole(size: float) -> int:
+    """As a batch size: a multiple of 8, unless it is smaller than that."""
+    return int(size) // MULTIPLE * MULTIPLE if size >= MULTIPLE else int(size)

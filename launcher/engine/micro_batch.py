@@ -1,0 +1,201 @@
+"""A micro-batch's share of a step's gradient: forward, backward, the weighting of losses (invariant 3).
+
+Where memory runs out, in the forward or the backward pass, on one rank or on all, the micro-batch is done again in
+smaller pieces. The other ranks notice nothing but the time: they wait in DDP's exchange of gradients, as ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from launcher.engine.device import is_out_of_memory
+from launcher.engine.model import split_outputs
+from launcher.engine.schedule import derive_seed
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from launcher.engine.data import Batch
+    from launcher.engine.running_statistics import RunningStatistics
+    from launcher.engine.setup import Parts
+    from launcher.engine.state import TrainingState
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Forward:
+    """What a forward pass gave."""
+
+    weighted: torch.Tensor
+    """What to differentiate."""
+    loss: torch.Tensor
+    """Sum over the images."""
+    logits: torch.Tensor
+    labels: torch.Tensor
+
+
+class MicroBatch:
+    """Takes micro-batches on one rank.
+
+    Args:
+        parts: model, data, optimizer and who we are.
+        state: of the training; its sums of losses grow.
+        statistics: of the model.
+    """
+
+    def __init__(self, parts: Parts, state: TrainingState, statistics: RunningStatistics) -> None:
+        self._parts = parts
+        self._state = state
+        self._statistics = statistics
+        self._parameters = list(parts.model.module.parameters())
+        self._accumulated: set[nn.Parameter] = set()
+        """Those whose gradients the backward pass under way has come to: they hold its share, and DDP knows of it."""
+        self.largest_that_fits: int | None = None
+        """The largest batch that could be done since memory ran out for a larger one; None: it never has."""
+        for parameter in self._parameters:
+            learns = parameter.requires_grad
+            parameter.requires_grad_(True)  # torch takes hooks of no others; which learn may change
+            parameter.register_post_accumulate_grad_hook(self._accumulated.add)  # type: ignore[no-untyped-call]
+            parameter.requires_grad_(learns)
+
+    def run(self, batch: Batch, number: tuple[int, ...], *, num_samples: int, sync: bool) -> torch.Tensor:
+        """Add a micro-batch's share of the global batch's mean gradient; return the sum of its losses.
+
+        Args:
+            batch: its images and labels.
+            number: of the micro-batch in its step, then of the piece of it, and so on: its randomness follows from it.
+            num_samples: of the whole step, over all ranks.
+            sync: exchange gradients with the other ranks.
+
+        Raises:
+            torch.OutOfMemoryError: there is not enough memory for a single image.
+        """
+        statistics = self._statistics.copy()
+        done = self._try(batch, number, num_samples, sync=sync)
+        if done is not None:
+            return done
+        # Out here nothing of the failed pass is referred to any more.
+        self._statistics.restore(statistics)
+        self._parts.device.release_memory()
+        if self._accumulated:
+            loss = self._complete(batch, number, num_samples, sync=sync)
+        else:
+            halves = [(*number, index) for index in (0, 1)], _halves(batch)
+            losses = [
+                self.run(half, name, num_samples=num_samples, sync=sync and name[-1] == 1)
+                for name, half in zip(*halves, strict=True)
+            ]
+            loss = torch.stack(losses).sum()
+        self._note(-(-len(batch[1]) // 2))
+        return loss
+
+    def _try(self, batch: Batch, number: tuple[int, ...], num_samples: int, *, sync: bool) -> torch.Tensor | None:
+        """The usual way; None where memory ran out."""
+        self._accumulated.clear()
+        try:
+            with self._exchange(sync=sync):
+                found = self._forward(self._parts.ddp, batch, number, num_samples)
+                found.weighted.backward()  # type: ignore[no-untyped-call]
+        except Exception as error:
+            if not _can_be_smaller(error, batch):
+                raise
+            return None
+        return self._count(found)
+
+    def _complete(self, batch: Batch, number: tuple[int, ...], num_samples: int, *, sync: bool) -> torch.Tensor:
+        """Go on after a backward pass that broke off in the middle: the gradients that it did not come to.
+
+        They are computed piece by piece, without DDP, and then handed to it as if the backward pass had come to them:
+        so every exchange with the other ranks that was not begun yet begins, with the right values. (BatchNorm depends
+        on what else is in a batch: with it those that the pass had come to are of the whole batch, in this one step.)
+        """
+        missing = [p for p in self._parameters if p.requires_grad and p not in self._accumulated]
+        sums = [torch.zeros_like(p) for p in missing]
+        losses = [
+            self._add_gradients(half, (*number, index), num_samples, missing, sums)
+            for index, half in enumerate(_halves(batch))
+        ]
+        with self._exchange(sync=sync):
+            torch.autograd.backward(missing, sums)
+        return torch.stack(losses).sum()
+
+    def _add_gradients(
+        self,
+        batch: Batch,
+        number: tuple[int, ...],
+        num_samples: int,
+        parameters: list[nn.Parameter],
+        sums: list[torch.Tensor],
+    ) -> torch.Tensor:
+        statistics = self._statistics.copy()
+        try:
+            found = self._forward(self._parts.model.module, batch, number, num_samples)
+            gradients = torch.autograd.grad(found.weighted, parameters, allow_unused=True)
+        except Exception as error:
+            if not _can_be_smaller(error, batch):
+                raise
+            found = None
+        if found:
+            for one, gradient in zip(sums, gradients, strict=True):
+                if gradient is not None:
+                    one.add_(gradient)
+            return self._count(found)
+        self._statistics.restore(statistics)
+        self._parts.device.release_memory()
+        losses = [
+            self._add_gradients(half, (*number, index), num_samples, parameters, sums)
+            for index, half in enumerate(_halves(batch))
+        ]
+        self._note(-(-len(batch[1]) // 2))
+        return torch.stack(losses).sum()
+
+    def _forward(self, module: nn.Module, batch: Batch, number: tuple[int, ...], num_samples: int) -> _Forward:
+        """The loss of a batch, weighted so that DDP's average is the gradient of the global batch.
+
+        DDP averages over W ranks; with each sample's loss weighted W / num_samples that average is the gradient of the
+        mean loss over all samples of the step, however they are spread over ranks and micro-batches.
+        """
+        parts = self._parts
+        # After the batch: without loader processes its transforms use this same generator.
+        torch.manual_seed(derive_seed(parts.recipe.seed, self._state.step, parts.ranks.rank, *number))
+        images, labels = parts.to_device(batch)
+        num = len(labels)
+        if not num:  # a rank with no sample left still takes part in DDP; the output is not used
+            images = images.new_zeros(1, *images.shape[1:])
+        fixed = parts.model.fixed_statistics() if len(images) == 1 else contextlib.nullcontext()
+        with fixed, parts.autocast():
+            outputs = module(images)
+            logits, auxiliary = split_outputs(parts.recipe.model.arch, outputs)
+            logits = logits[:num]
+            loss = self._loss_sum(logits, labels)
+            total = loss + sum(weight * self._loss_sum(o[:num], labels) for weight, o in auxiliary)
+        weighted = self._state.scaler.scale(total * (parts.ranks.world_size / num_samples))
+        return _Forward(weighted=weighted, loss=loss, logits=logits, labels=labels)
+
+    def _loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        smoothing = self._parts.recipe.train.label_smoothing
+        return nn.functional.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
+
+    def _count(self, found: _Forward) -> torch.Tensor:
+        loss = found.loss.detach()
+        for totals in (self._state.window_totals, self._state.epoch_totals):
+            totals.add(loss, found.logits.detach(), found.labels)
+        return loss
+
+    def _exchange(self, *, sync: bool) -> AbstractContextManager[None]:
+        return contextlib.nullcontext() if sync else self._parts.ddp.no_sync()
+
+    def _note(self, size: int) -> None:
+        self.largest_that_fits = min(self.largest_that_fits or size, size)
+
+
+def _halves(batch: Batch) -> list[Batch]:
+    return list(zip(*(part.chunk(2) for part in batch), strict=True))
+
+
+def _can_be_smaller(error: Exception, batch: Batch) -> bool:
+    return is_out_of_memory(error) and len(batch[1]) > 1

@@ -1,0 +1,68 @@
+"""What was measured of batch sizes, kept for later runs of the same kind on the same kind of device."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torchvision
+
+from launcher import image_folder
+from launcher.run_dir import write_json_atomic
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from launcher.engine.device import Device
+    from launcher.engine.setup import DataSets
+    from launcher.recipe import Recipe
+
+SAME_BUDGET = 0.05
+"""How much the memory may differ from that of then."""
+
+
+def key(recipe: Recipe, device_name: str, total_bytes: int, data_sets: DataSets, device: Device) -> str:
+    """Of all that speed and memory depend on."""
+    model = asdict(recipe.model)
+    del model["weights"]
+    facts = {
+        "device": [device_name, total_bytes],
+        "model": model,
+        "classes": len(data_sets.train.classes),
+        "image_size": data_sets.preprocessing.image_size,
+        "precision": device.precision(recipe.precision),
+        "channels_last": recipe.train.channels_last,
+        "optimizer": [recipe.optim.name, recipe.optim.momentum > 0],
+        "clip": recipe.train.clip_grad_norm is not None,
+        "last_epoch": recipe.train.epochs if recipe.model.unfreeze else None,
+        "batch": [recipe.batch.objective, recipe.batch.global_size],
+        "workers": recipe.data.workers,
+        "versions": [importlib.metadata.version("finetune-launcher"), torch.__version__, torchvision.__version__],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def read(found_key: str, budget_bytes: int) -> dict[str, Any] | None:
+    """What was found then, if there is as much memory as there was."""
+    try:
+        found: dict[str, Any] = json.loads(_file(found_key).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    near = abs(budget_bytes / found["budget_bytes"] - 1) <= SAME_BUDGET
+    return found if near and found["needed_bytes"] <= budget_bytes else None
+
+
+def write(found_key: str, report: dict[str, Any]) -> None:
+    """Keep it; a cache that cannot be written is none."""
+    with contextlib.suppress(OSError):
+        _file(found_key).parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(_file(found_key), report)
+
+
+def _file(found_key: str) -> Path:
+    return image_folder.cache_dir() / "batch-sizes" / f"{found_key}.json"

@@ -1,0 +1,118 @@
+"""How much memory there is for us: the least of what the machine, the job and the control groups still allow."""
+
+from __future__ import annotations
+
+import os
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+FREE_VARIABLE = "LAUNCH_FREE_MEMORY"
+"""Environment variable by which a worker learns what was free, and by what limit, before any worker of its node began
+to take some: ``BYTES LIMIT``."""
+UNLIMITED = 1 << 60
+"""What control groups of version 1 say where there is no limit is beyond this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreeMemory:
+    """Memory that can still be taken."""
+
+    num_bytes: int
+    """How much."""
+    limit: str
+    """What limits it, in words."""
+
+    def __str__(self) -> str:
+        return f"{self.num_bytes} {self.limit}"
+
+    @classmethod
+    def parse(cls, text: str) -> FreeMemory:
+        """Read what ``str`` gave."""
+        num_bytes, _, limit = text.partition(" ")
+        return cls(num_bytes=int(num_bytes), limit=limit)
+
+
+def free(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> FreeMemory:
+    """What all processes here together can still take: reclaimable page cache counts as free.
+
+    Args:
+        root: where /proc and /sys are; another one in tests.
+        environment: of this process; SLURM names the job's memory there.
+    """
+    found = [_machine(root), *_control_groups(root), *_job(environment)]
+    return min(found, key=lambda one: one.num_bytes)
+
+
+def process_limit() -> FreeMemory | None:
+    """What this process alone can still take where ``ulimit`` sets its data or address space; None: no limit."""
+    found = []
+    for kind, field, name in (
+        (resource.RLIMIT_DATA, "VmData", "ulimit -d"),
+        (resource.RLIMIT_AS, "VmSize", "ulimit -v"),
+    ):
+        limit = resource.getrlimit(kind)[0]
+        if limit != resource.RLIM_INFINITY:
+            found.append(FreeMemory(num_bytes=max(0, limit - status_bytes(field)), limit=name))
+    return min(found, key=lambda one: one.num_bytes, default=None)
+
+
+def status_bytes(field: str) -> int:
+    """A size of this process as ``/proc/self/status`` has it: VmRSS, VmHWM (its peak), VmData, VmSize."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1]) * 1024
+
+
+def _machine(root: Path) -> FreeMemory:
+    lines = (root / "proc/meminfo").read_text(encoding="utf-8").splitlines()
+    values = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    return FreeMemory(num_bytes=values["MemAvailable"], limit="the machine's memory")
+
+
+def _job(environment: Mapping[str, str]) -> Iterator[FreeMemory]:
+    """What SLURM gave the job on this node (MB in its variables); a job of ours has just begun."""
+    by_node, by_cpu = environment.get("SLURM_MEM_PER_NODE"), environment.get("SLURM_MEM_PER_CPU")
+    cpus = environment.get("SLURM_CPUS_ON_NODE", "1")
+    if by_node and by_node != "0":  # 0: all that the node has
+        yield FreeMemory(num_bytes=int(by_node) << 20, limit="the job's --mem")
+    elif by_cpu and by_cpu != "0":
+        yield FreeMemory(num_bytes=(int(by_cpu) << 20) * int(cpus), limit="the job's --mem-per-cpu")
+
+
+def _control_groups(root: Path) -> Iterator[FreeMemory]:
+    """Every control group above this process that has a limit, of version 1 or 2."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            yield from _limits(root / "sys/fs/cgroup", path, limit="memory.max", usage="memory.current", prefix="")
+        elif "memory" in controllers.split(","):
+            mount = root / "sys/fs/cgroup/memory"
+            names = {"limit": "memory.limit_in_bytes", "usage": "memory.usage_in_bytes", "prefix": "total_"}
+            yield from _limits(mount, path, **names)
+
+
+def _limits(mount: Path, path: str, *, limit: str, usage: str, prefix: str) -> Iterator[FreeMemory]:
+    folder = mount / path.lstrip("/")
+    # Within a container the path may be that of the host, and the mount point itself is ours.
+    folders = [folder, *folder.parents] if folder.is_dir() else [mount]
+    for group in folders:
+        if not group.is_relative_to(mount):
+            return
+        try:
+            most = int((group / limit).read_text(encoding="utf-8"))  # "max" is no number
+            used = int((group / usage).read_text(encoding="utf-8"))
+            stat = (group / "memory.stat").read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError):
+            continue
+        if most < UNLIMITED:
+            values = dict(line.split() for line in stat)
+            cache = sum(int(values.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+            yield FreeMemory(num_bytes=max(0, most - (used - cache)), limit=f"the control group {group}")

@@ -1,0 +1,171 @@
+"""batch.size: auto against trying every batch size, under memory limits that the kernel enforces (control groups).
+
+    python -m tests.bench.autotune [--models NAME …] [--rounds N]
+
+For each model and limit: a run that tunes itself and then trains 20 steps or more in a control group with the limit;
+then, in the same group, every multiple of 8 up to what fits, one after the other, in rounds. Printed: what was chosen,
+its speed against the best that fits, probes, seconds, and the memory that training took at most against the limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tests.cgroups import MemoryGroup
+
+SIZES = [*range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, 1025, 128)]
+CASES = {
+    "resnet18": {"image_size": 64, "num_images": 4000, "limits_gb": (1.0, 2.0)},
+    "mobilenet_v3_small": {"image_size": 96, "num_images": 4000, "limits_gb": (1.0, 2.0)},
+    "vit_b_16": {"image_size": 64, "num_images": 960, "limits_gb": (5.0, 6.0)},
+}
+RECIPE = """
+name: bench
+model: {{arch: {arch}, weights: null}}
+data: {{path: {photos}, image_size: {image_size}, workers: 0, augment: none}}
+batch: {{size: auto}}
+optim: {{lr: 0.001}}
+train: {{epochs: 2, early_stopping: {{patience: null}}, checkpoint: {{every_steps: 5}}}}
+tracking: {{wandb: {{mode: disabled}}}}
+post: {{enabled: false}}
+launch: {{device: cpu, procs: 1}}
+"""
+
+
+def write_photos(folder: Path, *, size: int, num: int) -> Path:
+    """JPEGs of noise, of two classes."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", num), ("val", 16)):
+        for index in range(count):
+            file = folder / split / "ab"[index % 2] / f"{index:05d}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(file)
+    return folder
+
+
+def rss_bytes(group: MemoryGroup) -> int:
+    """What all processes of a control group hold now that cannot be taken from them (no page cache)."""
+    values = dict(line.split() for line in (group.path / "memory.stat").read_text().splitlines())
+    return int(values.get("total_rss", values.get("anon", 0))) + int(values.get("total_shmem", values.get("shmem", 0)))
+
+
+def train(group: MemoryGroup, recipe: Path, run: Path, env: dict[str, str]) -> tuple[int, int]:
+    """Let a run tune itself and train; the exit code, and the most memory it held once it had begun to train."""
+    peak, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            if (run / "tuning.json").exists():
+                peak[0] = max(peak[0], rss_bytes(group))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    command = [sys.executable, "-m", "launcher", str(recipe), "--run-dir", str(run)]
+    finished = group.run(command, env=env, stdout=subprocess.DEVNULL)
+    done.set()
+    thread.join()
+    return finished.returncode, peak[0]
+
+
+def sweep(run_dir: str, rounds: int) -> None:
+    """Measure all sizes; prints ``{size: [images_per_s, needed_bytes]}``. Runs in the control group."""
+    import torch
+
+    from launcher import recipe as recipes
+    from launcher.engine import autotune
+    from launcher.engine.child import OutOfMemoryError, TooSlowError, call_in_child
+    from launcher.engine.device import Device
+    from launcher.engine.distributed import Ranks
+    from launcher.engine.probe import measure
+    from launcher.engine.setup import open_data_sets
+    from launcher.run_dir import RunDir
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    run, device = RunDir(run_dir), Device(type="cpu")
+    recipe, data_sets = recipes.read_resolved(run.recipe), open_data_sets(run)
+    budget = autotune.budget_bytes(device.free_memory(1))
+    most = len(data_sets.train) // autotune.MIN_STEPS_PER_EPOCH
+    found: dict[int, list[float]] = {}
+    for _ in range(rounds):
+        for size in [s for s in SIZES if s <= most]:
+            try:
+                probe = call_in_child(
+                    lambda size=size: measure(run, device, data_sets, size), timeout_s=600, heed_stop=lambda: None
+                )
+            except (OutOfMemoryError, TooSlowError):
+                break
+            needed = autotune.needed_bytes(probe, recipe=recipe, ranks=Ranks(), device=device, data_sets=data_sets)
+            if needed > budget:
+                break
+            speed = max(probe.images_per_s, found.get(size, [0])[0])
+            found[size] = [speed, needed]
+    print(json.dumps(found))
+
+
+def main() -> None:
+    """Print a line for each model and limit."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(CASES))
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--sweep", metavar="RUN", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.sweep:
+        sweep(args.sweep, args.rounds)
+        return
+    for arch in args.models:
+        case = CASES[arch]
+        for limit_gb in case["limits_gb"]:
+            with tempfile.TemporaryDirectory() as name:
+                compare(arch, case, limit_gb, Path(name), rounds=args.rounds)
+
+
+def compare(arch: str, case: dict, limit_gb: float, folder: Path, *, rounds: int) -> None:
+    """One model under one limit."""
+    photos = write_photos(folder / "photos", size=case["image_size"], num=case["num_images"])
+    recipe, run = folder / "recipe.yaml", folder / "run"
+    recipe.write_text(RECIPE.format(arch=arch, photos=photos, image_size=case["image_size"]))
+    root = Path(__file__).parents[2]
+    threads = str(os.cpu_count())
+    env = os.environ | {"PYTHONPATH": str(root), "XDG_CACHE_HOME": str(folder), "OMP_NUM_THREADS": threads}
+    limit = int(limit_gb * 1e9)
+    with MemoryGroup(f"bench-{os.getpid()}", limit) as group:
+        code, peak = train(group, recipe, run, env)
+        if code:
+            print(f"{arch} {limit_gb:g} GB: exit code {code}")
+            return
+        command = [sys.executable, "-m", "tests.bench.autotune", "--sweep", str(run), "--rounds", str(rounds)]
+        start = time.monotonic()
+        done = group.run(command, env=env, cwd=root, stdout=subprocess.PIPE)
+        took = time.monotonic() - start
+        # Processes of a group that has ended are gone a moment later.
+        time.sleep(0.5)
+    found = {int(size): value for size, value in json.loads(done.stdout).items()}
+    (rank,) = json.loads((run / "tuning.json").read_text())["ranks"]
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    steps = max(e["step"] for e in events if e["kind"] == "checkpoint")
+    ran_out = sum(e["kind"] == "out_of_memory" for e in events)
+    chosen, best = rank["batch_size"], max(found, key=lambda size: found[size][0])
+    ratio = found[chosen][0] / found[best][0] if chosen in found else float("nan")
+    tried = " ".join(f"{a['batch_size']}{'!' if a['problem'] else ''}" for a in rank["attempts"])
+    print(
+        f"{arch} at {case['image_size']} px, {limit_gb:g} GB: chose {chosen}, the best that fits is {best} of "
+        f"{len(found)}: {ratio:.3f} of its speed; {len(rank['attempts'])} probes ({tried}) in {rank['seconds']:.0f} s "
+        f"(the sweep: {took:.0f} s); {steps} steps held {peak / 1e9:.2f} GB at most ({peak / limit:.2f} of the limit), "
+        f"ran out {ran_out} times",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Memory that runs out in training. A module that refuses batches of more than a size stands for a GPU that is full."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from launcher.engine.checkpoint import read_state
+
+
+class _FailsInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, images):
+        return images.clone()
+
+    @staticmethod
+    def backward(ctx, _):
+        raise torch.OutOfMemoryError("CUDA out of memory (a test)")
+
+
+class Full(nn.Module):
+    """Passes batches on, up to a size."""
+
+    def __init__(self, inner, *, most, where):
+        super().__init__()
+        self.inner = inner
+        self._most = most
+        self._where = where
+
+    def forward(self, images):
+        if self.training and len(images) > self._most:
+            if self._where == "forward":
+                self.inner(images)  # some way in
+                raise torch.OutOfMemoryError("CUDA out of memory (a test)")
+            return _FailsInBackward.apply(self.inner(images))
+        return self.inner(images)
+
+
+def full(parts, *, layer, **options):
+    module = parts.model.module.features
+    module[layer] = Full(module[layer], **options)
+
+
+def strip(state):
+    return {name.replace("inner.", ""): value for name, value in state.items()}
+
+
+def events(run, kind):
+    return [e for line in run.events.read_text().splitlines() if (e := json.loads(line))["kind"] == kind]
+
+
+# In squeezenet layer 0 comes first in the forward pass and last in the backward pass: DDP has begun to exchange the
+# gradients of all others by then. After layer 12 none has been.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("where", "layer", "world_size", "size", "accumulate"),
+    [
+        ("forward", 0, 2, 9, 1),
+        ("forward", 7, 2, 5, 2),
+        ("backward", 0, 2, 9, 1),
+        ("backward", 7, 2, 5, 2),
+        ("backward", 12, 2, 9, 1),
+        ("backward", 7, 1, 9, 2),
+    ],
+)
+def test_one_rank_out_of_memory_takes_smaller_batches_and_the_weights_are_the_same(
+    make_run, engine, in_ranks, where, layer, world_size, size, accumulate
+):
+    batch = {"size": size, "accumulate": accumulate}
+
+    def prepare(parts, last):
+        engine.without_dropout(parts)
+        full(parts, layer=layer, most=2 if parts.ranks.rank == last else 1000, where=where)
+
+    undisturbed = in_ranks(
+        world_size, lambda who: engine.train(make_run("quiet", batch=batch), who, prepare=engine.without_dropout)
+    )
+    run = make_run("full", batch=batch)
+    found = in_ranks(
+        world_size, lambda who: engine.train(run, who, prepare=lambda parts: prepare(parts, world_size - 1))
+    )
+    assert found[0].outcome == "completed"
+    assert engine.largest_difference(strip(found[0].state), undisturbed[0].state) < 2e-6
+    assert all(engine.identical(rank.state, found[0].state) for rank in found)
+    lines = [{k: v for k, v in line.items() if "loss" not in k} for line in found[0].lines]
+    assert lines == [{k: v for k, v in line.items() if "loss" not in k} for line in undisturbed[0].lines]
+    (event,) = events(run, "out_of_memory")
+    old, new = event["batch_sizes"][str(world_size - 1)]
+    assert (old, len(event["batch_sizes"])) == (size, 1)
+    assert new == 2
+    assert read_state(run.last_checkpoint)["batch_limits"][world_size - 1] == 2
+    assert read_state(run.last_checkpoint)["batching"]["batch_sizes"][world_size - 1] == 2
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_after_memory_ran_out_keeps_the_smaller_batches(make_run, engine, in_ranks):
+    def prepare(parts):
+        full(parts, layer=7, most=2 if parts.ranks.rank else 1000, where="backward")
+
+    run, whole = make_run("stopped", train={"epochs": 2}), make_run("whole", train={"epochs": 2})
+    stop = engine.at_poll(5)
+    cut = in_ranks(2, lambda who: engine.train(run, who, prepare=prepare, stop=stop))[0]
+    assert cut.outcome == "preempted"
+    resumed = in_ranks(2, lambda who: engine.train(run, who, prepare=prepare))
+    undisturbed = in_ranks(2, lambda who: engine.train(whole, who, prepare=prepare))
+    assert engine.identical(resumed[0].state, undisturbed[0].state)
+    assert len(events(run, "out_of_memory")) == 1
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_not_even_one_image_fits(make_run, engine, one_rank, where):
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.train(make_run(), prepare=lambda parts: full(parts, layer=7, most=0, where=where))
+
+
+def test_another_error_is_no_lack_of_memory(make_run, engine, one_rank):
+    def prepare(parts):
+        def fail(*_):
+            raise RuntimeError("something else")
+
+        parts.model.module.features[7].register_forward_hook(fail)
+
+    with pytest.raises(RuntimeError, match="something else"):
+        engine.train(make_run(), prepare=prepare)
+
+
+def test_batchnorm_statistics_are_those_of_the_batches_that_went_through(make_run, engine, one_rank):
+    """A pass that broke off leaves nothing behind: the same as if the smaller batches had been meant."""
+    run, halves = (make_run(name, model={"arch": "shufflenet_v2_x0_5"}, batch={"size": 18}) for name in ("a", "b"))
+
+    def prepare(parts):
+        parts.model.module.stage3 = Full(parts.model.module.stage3, most=9, where="forward")
+
+    def small(parts):
+        batching = parts.schedule.batching
+        parts.schedule = replace(parts.schedule, batching=replace(batching, batch_sizes=(9,)))
+
+    found = engine.train(run, prepare=prepare)
+    expected = engine.train(halves, prepare=small)
+    assert engine.largest_difference(strip(found.state), expected.state) < 1e-5
