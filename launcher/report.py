@@ -98,6 +98,7 @@ def build_report(run: RunDir) -> Json:
             "confusion": best_val.get("confusion"),
             "mistakes": _mistakes(best_val),
             "exports": exports,
+            "batch_sizes": _batch_sizes(run, events, missing),
             "bad_images": _bad_images(run, missing),
             "recipe": recipe,
             "settings": _settings(recipe, recipes.to_dict(recipes.Recipe())),
@@ -220,6 +221,13 @@ def _exports(manifest: Json, best: Json | None) -> Json | None:
     if not manifest:
         return None
     return {**manifest, "of_best": best is None or manifest["checkpoint"]["step"] == best["step"]}
+
+
+def _batch_sizes(run: RunDir, events: list[Json], missing: list[str]) -> Json | None:
+    """What batch.size: auto measured, and where memory ran out later; None: neither."""
+    tuned = _read_json(run.tuning, missing, "batch sizes that were measured") if run.tuning.exists() else {}
+    ran_out = [_take(event, ("attempt", "step", "batch_sizes")) for event in events if event["kind"] == "out_of_memory"]
+    return {"tuned": tuned or None, "out_of_memory": ran_out} if tuned or ran_out else None
 
 
 def _bad_images(run: RunDir, missing: list[str]) -> Json | None:

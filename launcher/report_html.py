@@ -26,6 +26,7 @@ Json = dict[str, Any]
 
 MAX_HEAT_CLASSES = 30
 MAX_POINTS = 200
+MAX_RANKS = 64
 MAX_BAD_IMAGES = 200
 
 
@@ -38,6 +39,7 @@ def render(report: Json) -> str:
         section("Exports", _exports(report["exports"])),
         section("Classes", _classes(report)),
         section("Confusion matrix", _confusion(report)),
+        section("Batch sizes", _batch_sizes(report["batch_sizes"])),
         section("Bad images", _bad_images(report["bad_images"])),
         section("Attempts", _attempts(report["attempts"])),
         section("Recipe", _recipe(report["settings"])),
@@ -220,6 +222,39 @@ def _heat_cells(counts: list[int], *, hit: int) -> str:
         share = f"{0.55 * count / total:.2f}"
         cells.append(f'<td{css_class(css)} style="background:rgb(var(--heat)/{share})">{count}</td>')
     return "".join(cells)
+
+
+def _batch_sizes(found: Json | None) -> str:
+    if not found:
+        return ""
+    parts = []
+    if found["tuned"]:
+        batching, ranks = found["tuned"]["batching"], found["tuned"]["ranks"]
+        total = sum(batching["shares"])
+        dealt = list(zip(ranks, batching["batch_sizes"], batching["shares"], strict=True))
+        rows = [
+            [
+                num(rank["rank"], "{}"),
+                (escape(f"{rank['host']}: {rank['device']}"), ""),
+                num(size, "{:,}"),
+                num(share / total, "{:.1%}"),
+                num(rank["images_per_s"], "{:,.0f}"),
+                num(rank["needed_bytes"] / 1e9, "{:.2f}"),
+                num(rank["budget_bytes"] / 1e9, "{:.2f}"),
+            ]
+            for rank, size, share in dealt[:MAX_RANKS]
+        ]
+        names = ("batch", "of a step", "images/s", "GB needed", "GB to take")
+        head = [("rank", "num"), ("device", ""), *((name, "num") for name in names)]
+        more = f" The first {MAX_RANKS} of {len(ranks)} ranks; tuning.json has all." if len(ranks) > MAX_RANKS else ""
+        parts.append(html_table("Measured for batch.size: auto", head, rows))
+        parts.append(f'<p class="soft">Global batch: {batching["global_batch_size"]:,}.{more}</p>')
+    for event in found["out_of_memory"]:
+        changes = ", ".join(f"rank {rank} from {old} to {new}" for rank, (old, new) in event["batch_sizes"].items())
+        parts.append(
+            f"<p>Memory ran out in step {event['step']:,}: smaller batches on {changes}. Nothing was lost.</p>"
+        )
+    return "".join(parts)
 
 
 def _bad_images(found: Json | None) -> str:

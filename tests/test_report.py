@@ -782,3 +782,25 @@ def test_validation_images_that_are_training_images_are_said_in_the_page_and_the
     _, page = written(run)
     assert "7 of the validation images are training images too" in page
     assert "7 of the validation images are training images too" in run.model_card.read_text()
+
+
+def tuned(num_ranks):
+    rank = {"host": "<n1>", "device": "H100", "images_per_s": 2500.0, "needed_bytes": 40e9, "budget_bytes": 76e9}
+    sizes = [256] * num_ranks
+    batching = {"batch_sizes": sizes, "shares": sizes, "global_batch_size": sum(sizes)}
+    return {"version": 1, "batching": batching, "ranks": [{**rank, "rank": number} for number in range(num_ranks)]}
+
+
+def test_batch_sizes_that_were_measured_and_memory_that_ran_out_are_in_the_report(write_run):
+    run = write_run()
+    data, page = written(run)
+    assert data["batch_sizes"] is None
+    assert "Batch sizes" not in page
+    run.tuning.write_text(json.dumps(tuned(100)))
+    run.append_event("out_of_memory", attempt=1, step=7, batch_sizes={"3": [256, 128]})
+    data, page = written(run)
+    assert data["batch_sizes"]["tuned"]["batching"]["global_batch_size"] == 25600
+    assert data["batch_sizes"]["out_of_memory"] == [{"attempt": 1, "step": 7, "batch_sizes": {"3": [256, 128]}}]
+    assert "&lt;n1&gt;: H100" in page
+    assert "rank 3 from 256 to 128" in page
+    assert "The first 64 of 100 ranks" in page

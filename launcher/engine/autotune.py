@@ -111,7 +111,8 @@ def tune_rank(
         kept = None if fresh else _kept(run, known, ranks)
         if kept:
             return kept | {"from": "run"}
-        key = tuning_cache.key(recipe, facts.name, facts.total_bytes, data_sets, device)
+        most = _max_size(recipe, ranks, data_sets)
+        key = tuning_cache.key(recipe, facts.name, facts.total_bytes, data_sets, device, ranks, most)
         budget = budget_bytes(facts.free)
         cached = None if fresh else tuning_cache.read(key, budget)
         if cached:
@@ -122,7 +123,7 @@ def tune_rank(
             needed=functools.partial(needed_bytes, recipe=recipe, ranks=ranks, device=device, data_sets=data_sets),
             budget_bytes=budget,
             objective=recipe.batch.objective,
-            max_size=_max_size(recipe, ranks, data_sets),
+            max_size=most,
         )
         found = search.run()
         split = _split(run, recipe, ranks, device, data_sets, found, heed_stop)

@@ -17,9 +17,15 @@ Objective = Literal["throughput", "memory"]
 
 MULTIPLE = 8
 """Of which batch sizes are, from there on: tensor cores and vector units come in eights."""
-GROWTH = 4
+GROWTH, FAST_GROWTH = 4, 16
+PROPORTIONAL = 0.8
+"""From which part of the batch's growth on speed is said to grow with it: far from the plateau."""
+CLOSE = 0.1
+"""Two sizes that differ by no more are not worth another probe between them."""
 NEAR_PEAK = 0.98
 """The smallest batch with this part of the peak's images per second is taken."""
+FEW = 3
+"""Probes of which two may lie on either side of a jump."""
 MAX_PROBES, MAX_PROBES_BISECTING = 6, 10
 
 
@@ -83,6 +89,8 @@ class BatchSearch:
         self._objective = objective
         self._max_size = max_size
         self._attempts: list[Attempt] = []
+        self._surprised = False
+        """Whether a size failed that was said to fit."""
 
     def run(self) -> Found:
         """Search.
@@ -104,15 +112,15 @@ class BatchSearch:
         return Found(chosen=chosen, largest=largest, attempts=tuple(self._attempts))
 
     def _smallest(self) -> int:
-        """The first size that fits: 8, or below."""
+        """The first size that fits: 8, or the largest below it that does."""
         size = min(MULTIPLE, self._max_size)
         while not self._try(size):
             if size == 1:
                 raise NothingFitsError(self._nothing_fits())
             size //= 2
-        below = 3 * size // 2  # of 8, 4, 2, 1 there is one between
-        if size > 1 and self._failed(above=below):
-            return below if self._try(below) else size
+        while (failed := self._failed(above=size)) and failed[0] > size + 1:
+            middle = (size + failed[0]) // 2
+            size = middle if self._try(middle) else size
         return size
 
     def _grow(self, size: int) -> None:
@@ -129,14 +137,26 @@ class BatchSearch:
     def _following(self, size: int) -> int:
         """The next size to try, beyond the largest that fits; ``size`` itself where there is none."""
         failed = self._failed(above=size)
+        if failed and failed[0] - size <= max(MULTIPLE, CLOSE * size):
+            return size
         if failed:  # between what fits and what does not
             middle = _whole((size + failed[0]) / 2)
-            return middle if size < middle < failed[0] else size
-        predicted = self._predict()
-        aim = size * GROWTH
+            middle = middle if middle > size else _whole(size) + MULTIPLE
+            return middle if middle < failed[0] else size
+        predicted, aim = self._predict(), size * (FAST_GROWTH if self._still_doubles() else GROWTH)
         if predicted is not None and (self._objective == "memory" or predicted < aim * 1.25):
-            aim = predicted
-        return max(size, min(_whole(aim), self._max_size))
+            aim = _whole(predicted)
+            if aim <= size and (self._objective == "memory" or len(self._attempts) <= FEW):
+                # A line through a jump is too steep: a little more than it allows shows whether it is.
+                aim = max(_whole(size * (1 + CLOSE)), size + MULTIPLE)
+        return min(_whole(aim), self._max_size)
+
+    def _still_doubles(self) -> bool:
+        """Whether speed has grown nearly in proportion to the batch, of late."""
+        two = self._fitting()[-2:]
+        if len(two) < 2:  # noqa: PLR2004
+            return False
+        return _speed(two[1]) / _speed(two[0]) > PROPORTIONAL * two[1].batch_size / two[0].batch_size
 
     def _predict(self) -> int | None:
         """The largest batch for which, by a line through the two largest that ran, the memory suffices."""
@@ -157,32 +177,39 @@ class BatchSearch:
         return _speed(fitting[-1]) * NEAR_PEAK <= max(map(_speed, fitting[:-1]))
 
     def _refine(self) -> None:
-        """Try the middles between the fastest and its neighbours."""
-        for neighbour in (1, -1):
-            fitting = self._fitting()
-            best = max(range(len(fitting)), key=lambda i: _speed(fitting[i]))
-            if not (self._may_try() and 0 <= best + neighbour < len(fitting)):
+        """Try the middles between the fastest and neighbours that are clearly slower, or far above."""
+        while self._may_try() and (middle := self._middle()):
+            self._try(middle)
+
+    def _middle(self) -> int | None:
+        """A size that may be faster than all, or smaller and nearly as fast, and was not tried."""
+        fitting = self._fitting()
+        best = max(range(len(fitting)), key=lambda i: _speed(fitting[i]))
+        for neighbour in (best + 1, best - 1):
+            if not 0 <= neighbour < len(fitting):
                 continue
-            here, there = fitting[best].batch_size, fitting[best + neighbour].batch_size
+            here, there = fitting[best].batch_size, fitting[neighbour].batch_size
+            slower = _speed(fitting[neighbour]) < NEAR_PEAK * _speed(fitting[best])
             middle = _whole((here * there) ** 0.5)
-            if middle not in (here, there):
-                self._try(middle)
+            if (slower or there >= GROWTH * here) and middle not in (here, there):
+                return middle
+        return None
 
     def _try(self, size: int) -> bool:
-        probe, problem = None, ""
+        probe, problem, predicted = None, "", self._predict()
         try:
             probe = self._measure(size)
         except (OutOfMemoryError, TooSlowError) as error:
-            problem = str(error)
+            problem = str(error) or type(error).__name__
         needed = self._needed(probe) if probe else None
         if needed is not None and needed > self._budget:
             problem = "takes more than there is"
+        self._surprised |= bool(problem) and (predicted is None or size <= predicted)
         self._attempts.append(Attempt(batch_size=size, needed_bytes=needed, probe=probe, problem=problem))
         return not problem
 
     def _may_try(self) -> bool:
-        failed = any(a.problem for a in self._attempts)
-        return len(self._attempts) < (MAX_PROBES_BISECTING if failed else MAX_PROBES)
+        return len(self._attempts) < (MAX_PROBES_BISECTING if self._surprised else MAX_PROBES)
 
     def _fitting(self) -> list[Attempt]:
         return sorted((a for a in self._attempts if not a.problem), key=lambda a: a.batch_size)
@@ -192,12 +219,9 @@ class BatchSearch:
 
     def _nothing_fits(self) -> str:
         last = self._attempts[-1]
-        ran = next((a for a in reversed(self._attempts) if a.needed_bytes is not None), None)
-        needed = f"{ran.needed_bytes / 1e9:.2f} GB with {ran.batch_size}" if ran and ran.needed_bytes else last.problem
-        return (
-            f"batch.size: auto: not even a batch of {last.batch_size} image fits: needed {needed}, "
-            f"free {self._budget / 1e9:.2f} GB"
-        )
+        needed = f"needed {last.needed_bytes / 1e9:.2f} GB" if last.needed_bytes else f"more is needed ({last.problem})"
+        free = f"{self._budget / 1e9:.2f} GB"
+        return f"batch.size: auto: not even a batch of {last.batch_size} image fits: {needed}, free to take {free}"
 
 
 def _speed(attempt: Attempt) -> float:

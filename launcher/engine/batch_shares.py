@@ -42,9 +42,9 @@ def deal(ranks: Sequence[RankBatch], *, global_size: int | None, accumulate: int
         accumulate: where ``global_size`` is None.
 
     Returns:
-        With a global size: each rank's best batch size, as often as its share takes. Else each rank goes through the
-        model once: the time for which the slowest needs its best batch, or, where that is too much for some rank's
-        memory, the longest for which all have memory.
+        With a global size each rank has its best batch size, and goes through the model as often as its share takes.
+        Else a step takes the time that the slowest to do so needs for its best batch, and shares are what each does in
+        that time: at once, or where its memory does not hold them in several batches of its best size.
     """
     speeds = _level(ranks)
     if global_size is not None:
@@ -52,11 +52,12 @@ def deal(ranks: Sequence[RankBatch], *, global_size: int | None, accumulate: int
         return Batching(
             batch_sizes=tuple(rank.batch_size for rank in ranks), shares=shares, global_batch_size=global_size
         )
-    wanted = max(rank.batch_size / speed for rank, speed in zip(ranks, speeds, strict=True))
-    possible = min(rank.max_size / speed for rank, speed in zip(ranks, speeds, strict=True))
-    seconds = min(wanted, possible)
-    sizes = tuple(_round(seconds * speed, rank.max_size) for rank, speed in zip(ranks, speeds, strict=True))
-    return Batching(batch_sizes=sizes, shares=sizes, global_batch_size=sum(sizes) * accumulate)
+    seconds = max(rank.batch_size / speed for rank, speed in zip(ranks, speeds, strict=True))
+    shares = tuple(_round(seconds * speed) for speed in speeds)
+    sizes = tuple(
+        share if share <= rank.max_size else rank.batch_size for rank, share in zip(ranks, shares, strict=True)
+    )
+    return Batching(batch_sizes=sizes, shares=shares, global_batch_size=sum(shares) * accumulate)
 
 
 def _level(ranks: Sequence[RankBatch]) -> list[float]:
@@ -71,6 +72,5 @@ def _level(ranks: Sequence[RankBatch]) -> list[float]:
     ]
 
 
-def _round(size: float, max_size: int) -> int:
-    near = int(size + 1e-6) // MULTIPLE * MULTIPLE if size >= IN_EIGHTS else round(size)
-    return max(1, min(near, max_size))
+def _round(size: float) -> int:
+    return int(size + 1e-6) // MULTIPLE * MULTIPLE if size >= IN_EIGHTS else max(1, round(size))

@@ -57,7 +57,7 @@ def call_in_child(function: Callable[[], Any], *, timeout_s: float, heed_stop: C
             if time.monotonic() > deadline:
                 raise TooSlowError(f"not done after {timeout_s:g} s")
         kind, value = receiver.recv()
-    except EOFError:
+    except (EOFError, OSError):  # the latter where it was killed in the middle of a word
         child.join()
         if child.exitcode == -signal.SIGKILL:
             raise OutOfMemoryError("killed, as the kernel does with a process when memory has run out") from None

@@ -104,7 +104,9 @@ class Device:
             return cuda_peak
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew (proc(5))
         before = host_memory.status_bytes("VmRSS")
-        return lambda: host_memory.status_bytes("VmHWM") - before
+        # A fork shares its parent's pages until it writes to them, as counting references does, little by little.
+        shared = host_memory.status_bytes("RssAnon")
+        return lambda: host_memory.status_bytes("VmHWM") - before + shared
 
     def synchronize(self) -> None:
         """Wait until all is computed."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from launcher.engine.device import Device
+    from launcher.engine.distributed import Ranks
     from launcher.engine.setup import DataSets
     from launcher.recipe import Recipe
 
@@ -26,8 +27,10 @@ SAME_BUDGET = 0.05
 """How much the memory may differ from that of then."""
 
 
-def key(recipe: Recipe, device_name: str, total_bytes: int, data_sets: DataSets, device: Device) -> str:
-    """Of all that speed and memory depend on."""
+def key(
+    recipe: Recipe, device_name: str, total_bytes: int, data_sets: DataSets, device: Device, ranks: Ranks, max_size: int
+) -> str:
+    """Of all that speed and memory depend on, and the search."""
     model = asdict(recipe.model)
     del model["weights"]
     facts = {
@@ -40,8 +43,9 @@ def key(recipe: Recipe, device_name: str, total_bytes: int, data_sets: DataSets,
         "optimizer": [recipe.optim.name, recipe.optim.momentum > 0],
         "clip": recipe.train.clip_grad_norm is not None,
         "last_epoch": recipe.train.epochs if recipe.model.unfreeze else None,
-        "batch": [recipe.batch.objective, recipe.batch.global_size],
-        "workers": recipe.data.workers,
+        "batch": [recipe.batch.objective, max_size],
+        "role": [ranks.rank == 0, ranks.world_size > 1, ranks.local_world_size],
+        "cores": [recipe.data.workers, recipe.launch.threads],
         "versions": [importlib.metadata.version("finetune-launcher"), torch.__version__, torchvision.__version__],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
@@ -51,10 +55,11 @@ def read(found_key: str, budget_bytes: int) -> dict[str, Any] | None:
     """What was found then, if there is as much memory as there was."""
     try:
         found: dict[str, Any] = json.loads(_file(found_key).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        near = abs(budget_bytes / found["budget_bytes"] - 1) <= SAME_BUDGET
+        fits = near and found["needed_bytes"] <= budget_bytes
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError):  # no file, or one of something else
         return None
-    near = abs(budget_bytes / found["budget_bytes"] - 1) <= SAME_BUDGET
-    return found if near and found["needed_bytes"] <= budget_bytes else None
+    return found if fits else None
 
 
 def write(found_key: str, report: dict[str, Any]) -> None:
