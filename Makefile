@@ -1,4 +1,4 @@
-# demo: from nothing to a measured model.  test: all tests.  lint: style and types.  bench: start-up against the others, checkpoints.
+# demo: from nothing to a measured model.  test: all tests.  lint: style and types.  bench: start-up against the others, checkpoints, batch sizes.
 # faults: provoke every fault that a run is to survive, and write docs/faults.md.
 PYTHON ?= python3
 VENV := .venv
@@ -19,7 +19,7 @@ demo: $(VENV)/installed
 	$(BIN)/launch recipes/quickstart.yaml --run-dir $(RUN)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -29,6 +29,8 @@ lint: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m tests.bench.startup
 	$(BIN)/python -m tests.bench.checkpoint
+	$(BIN)/python -m tests.bench.autotune
+	$(BIN)/python -m tests.bench.uneven
 
 faults: $(VENV)/installed
 	$(BIN)/python -m tests.faults

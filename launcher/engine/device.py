@@ -87,7 +87,9 @@ class Device:
         told = os.environ.get(host_memory.FREE_VARIABLE)
         free = FreeMemory.parse(told) if told else host_memory.free()
         limit = free.limit if local_world_size == 1 else f"{free.limit}, shared by {local_world_size} workers"
-        shared = FreeMemory(num_bytes=free.num_bytes // local_world_size, limit=limit)
+        # A fork shares its parent's pages until it writes to them, as counting references does, little by little.
+        own = host_memory.status_bytes("RssAnon")
+        shared = FreeMemory(num_bytes=max(0, free.num_bytes // local_world_size - own), limit=limit)
         return min(shared, host_memory.process_limit() or shared, key=lambda one: one.num_bytes)
 
     def measure_memory(self) -> Callable[[], int]:
@@ -104,9 +106,7 @@ class Device:
             return cuda_peak
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew (proc(5))
         before = host_memory.status_bytes("VmRSS")
-        # A fork shares its parent's pages until it writes to them, as counting references does, little by little.
-        shared = host_memory.status_bytes("RssAnon")
-        return lambda: host_memory.status_bytes("VmHWM") - before + shared
+        return lambda: host_memory.status_bytes("VmHWM") - before
 
     def synchronize(self) -> None:
         """Wait until all is computed."""

@@ -1,10 +1,11 @@
 """batch.size: auto against trying every batch size, under memory limits that the kernel enforces (control groups).
 
-    python -m tests.bench.autotune [--models NAME …] [--rounds N]
+    python -m tests.bench.autotune [--models NAME …]
 
 For each model and limit: a run that tunes itself and then trains 20 steps or more in a control group with the limit;
-then, in the same group, every multiple of 8 up to what fits, one after the other, in rounds. Printed: what was chosen,
-its speed against the best that fits, probes, seconds, and the memory that training took at most against the limit.
+then, in the same group, many sizes up to what fits, one after the other; then the chosen and the best of them in turn.
+Printed: what was chosen, its speed against the best that fits, probes, seconds, and the memory that training took at
+most against the limit.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,11 +26,13 @@ from PIL import Image
 
 from tests.cgroups import MemoryGroup
 
-SIZES = [*range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, 1025, 128)]
+SIZES = [8, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384]
+AGAIN = 3
+"""How often the chosen and the best of the sweep are measured once more, in turn."""
 CASES = {
-    "resnet18": {"image_size": 64, "num_images": 4000, "limits_gb": (1.0, 2.0)},
-    "mobilenet_v3_small": {"image_size": 96, "num_images": 4000, "limits_gb": (1.0, 2.0)},
-    "vit_b_16": {"image_size": 64, "num_images": 960, "limits_gb": (5.0, 6.0)},
+    "resnet18": {"image_size": 64, "num_images": 1600, "limits_gb": (1.6, 2.5)},
+    "mobilenet_v3_small": {"image_size": 96, "num_images": 1600, "limits_gb": (1.4, 2.2)},
+    "vit_b_16": {"image_size": 64, "num_images": 640, "limits_gb": (5.5, 7.0)},
 }
 RECIPE = """
 name: bench
@@ -78,8 +82,11 @@ def train(group: MemoryGroup, recipe: Path, run: Path, env: dict[str, str]) -> t
     return finished.returncode, peak[0]
 
 
-def sweep(run_dir: str, rounds: int) -> None:
-    """Measure all sizes; prints ``{size: [images_per_s, needed_bytes]}``. Runs in the control group."""
+def sweep(run_dir: str, chosen: int) -> None:
+    """Measure all sizes; prints ``[chosen's images_per_s, best size, its images_per_s, sizes that fit]``.
+
+    Runs in the control group.
+    """
     import torch
 
     from launcher import recipe as recipes
@@ -87,50 +94,52 @@ def sweep(run_dir: str, rounds: int) -> None:
     from launcher.engine.child import OutOfMemoryError, TooSlowError, call_in_child
     from launcher.engine.device import Device
     from launcher.engine.distributed import Ranks
-    from launcher.engine.probe import measure
+    from launcher.engine.probe import Probe, measure
     from launcher.engine.setup import open_data_sets
     from launcher.run_dir import RunDir
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     run, device = RunDir(run_dir), Device(type="cpu")
     recipe, data_sets = recipes.read_resolved(run.recipe), open_data_sets(run)
-    budget = autotune.budget_bytes(device.free_memory(1))
+    budget = json.loads(run.tuning.read_text())["ranks"][0]["budget_bytes"]
     most = len(data_sets.train) // autotune.MIN_STEPS_PER_EPOCH
-    found: dict[int, list[float]] = {}
-    for _ in range(rounds):
-        for size in [s for s in SIZES if s <= most]:
-            try:
-                probe = call_in_child(
-                    lambda size=size: measure(run, device, data_sets, size), timeout_s=600, heed_stop=lambda: None
-                )
-            except (OutOfMemoryError, TooSlowError):
-                break
-            needed = autotune.needed_bytes(probe, recipe=recipe, ranks=Ranks(), device=device, data_sets=data_sets)
-            if needed > budget:
-                break
-            speed = max(probe.images_per_s, found.get(size, [0])[0])
-            found[size] = [speed, needed]
-    print(json.dumps(found))
+
+    def probe(size: int) -> Probe:
+        return call_in_child(lambda: measure(run, device, data_sets, size), timeout_s=600, heed_stop=lambda: None)
+
+    speeds: dict[int, float] = {}
+    for size in sorted({chosen, *(s for s in SIZES if s <= most)}):
+        try:
+            found = probe(size)
+        except (OutOfMemoryError, TooSlowError):
+            break
+        if autotune.needed_bytes(found, recipe=recipe, ranks=Ranks(), device=device, data_sets=data_sets) > budget:
+            break
+        speeds[size] = found.images_per_s
+    print(" ".join(f"{size}:{speed:.1f}" for size, speed in speeds.items()), file=sys.stderr)
+    best = max(speeds, key=lambda size: speeds[size])
+    pairs = [(probe(chosen).images_per_s, probe(best).images_per_s) for _ in range(AGAIN if best != chosen else 1)]
+    one, other = (statistics.median(values) for values in zip(*pairs, strict=True))
+    print(json.dumps([one, best, other if best != chosen else one, len(speeds)]))
 
 
 def main() -> None:
     """Print a line for each model and limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(CASES))
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--sweep", metavar="RUN", help=argparse.SUPPRESS)
+    parser.add_argument("--sweep", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.sweep:
-        sweep(args.sweep, args.rounds)
+        sweep(args.sweep[0], int(args.sweep[1]))
         return
     for arch in args.models:
         case = CASES[arch]
         for limit_gb in case["limits_gb"]:
             with tempfile.TemporaryDirectory() as name:
-                compare(arch, case, limit_gb, Path(name), rounds=args.rounds)
+                compare(arch, case, limit_gb, Path(name))
 
 
-def compare(arch: str, case: dict, limit_gb: float, folder: Path, *, rounds: int) -> None:
+def compare(arch: str, case: dict, limit_gb: float, folder: Path) -> None:
     """One model under one limit."""
     photos = write_photos(folder / "photos", size=case["image_size"], num=case["num_images"])
     recipe, run = folder / "recipe.yaml", folder / "run"
@@ -144,23 +153,22 @@ def compare(arch: str, case: dict, limit_gb: float, folder: Path, *, rounds: int
         if code:
             print(f"{arch} {limit_gb:g} GB: exit code {code}")
             return
-        command = [sys.executable, "-m", "tests.bench.autotune", "--sweep", str(run), "--rounds", str(rounds)]
+        (rank,) = json.loads((run / "tuning.json").read_text())["ranks"]
+        chosen = rank["batch_size"]
+        command = [sys.executable, "-m", "tests.bench.autotune", "--sweep", str(run), str(chosen)]
         start = time.monotonic()
         done = group.run(command, env=env, cwd=root, stdout=subprocess.PIPE)
         took = time.monotonic() - start
-        # Processes of a group that has ended are gone a moment later.
-        time.sleep(0.5)
-    found = {int(size): value for size, value in json.loads(done.stdout).items()}
-    (rank,) = json.loads((run / "tuning.json").read_text())["ranks"]
+        time.sleep(0.5)  # a group's processes are gone a moment after they have ended
+    speed, best, best_speed, num_fit = json.loads(done.stdout)
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     steps = max(e["step"] for e in events if e["kind"] == "checkpoint")
     ran_out = sum(e["kind"] == "out_of_memory" for e in events)
-    chosen, best = rank["batch_size"], max(found, key=lambda size: found[size][0])
-    ratio = found[chosen][0] / found[best][0] if chosen in found else float("nan")
     tried = " ".join(f"{a['batch_size']}{'!' if a['problem'] else ''}" for a in rank["attempts"])
     print(
-        f"{arch} at {case['image_size']} px, {limit_gb:g} GB: chose {chosen}, the best that fits is {best} of "
-        f"{len(found)}: {ratio:.3f} of its speed; {len(rank['attempts'])} probes ({tried}) in {rank['seconds']:.0f} s "
+        f"{arch} at {case['image_size']} px, {limit_gb:g} GB: chose {chosen}, {speed:.1f} images/s; the best of "
+        f"{num_fit} sizes that fit is {best}, {best_speed:.1f}: {speed / best_speed:.3f} of it; "
+        f"{len(rank['attempts'])} probes ({tried}) in {rank['seconds']:.0f} s "
         f"(the sweep: {took:.0f} s); {steps} steps held {peak / 1e9:.2f} GB at most ({peak / limit:.2f} of the limit), "
         f"ran out {ran_out} times",
         flush=True,

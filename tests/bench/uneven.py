@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from tests.bench.autotune import write_photos
 
 GLOBAL_SIZE, NUM_IMAGES, IMAGE_SIZE = 48, 960, 96
-LIMIT_BYTES = 400 << 20
+LIMIT_BYTES = 330 << 20
 RECIPE = """
 name: uneven
 model: {{arch: squeezenet1_1, weights: null}}
