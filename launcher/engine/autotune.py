@@ -7,6 +7,7 @@ devices are others. It is also kept in a cache for other runs of the same kind o
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import socket
 import time
@@ -139,8 +140,15 @@ def tune_rank(
         return who | {"error": str(error), "kind": "training"}
 
 
-def agree(run: RunDir, recipe: Recipe, ranks: Ranks, own: dict[str, Any]) -> Batching:
+def agree(run: RunDir, recipe: Recipe, ranks: Ranks, own: dict[str, Any], say: Callable[[str], None]) -> Batching:
     """Exchange what the ranks found and decide, the same on every rank; rank 0 keeps it in the run.
+
+    Args:
+        run: of the recipe.
+        recipe: what is trained.
+        ranks: who this is.
+        own: what :func:`tune_rank` gave.
+        say: takes a line for the user, on rank 0.
 
     Raises:
         UsageError: on some rank nothing fits.
@@ -166,6 +174,9 @@ def agree(run: RunDir, recipe: Recipe, ranks: Ranks, own: dict[str, Any]) -> Bat
         accumulate=recipe.batch.accumulate,
     )
     if ranks.rank == 0:
+        scaled = recipe.optim.lr_batch_size or recipe.batch.global_size
+        hint = "" if scaled else f"; optim.lr={recipe.optim.lr:g} is not scaled to it (optim.lr_batch_size)"
+        say(f"batch sizes {_brief(batching.batch_sizes)}, global batch {batching.global_batch_size}{hint}")
         write_json_atomic(run.tuning, {"version": 1, "batching": asdict(batching), "ranks": found}, durable=True)
         run.append_event(
             "tuned",
@@ -175,6 +186,11 @@ def agree(run: RunDir, recipe: Recipe, ranks: Ranks, own: dict[str, Any]) -> Bat
         )
     dist.barrier(group=group)
     return batching
+
+
+def _brief(sizes: tuple[int, ...]) -> str:
+    """``64 x 8`` for eight of them."""
+    return ", ".join(f"{size} x {len(list(same))}" for size, same in itertools.groupby(sizes))
 
 
 def budget_bytes(free: FreeMemory) -> int:

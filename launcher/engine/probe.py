@@ -117,6 +117,8 @@ def _timed_steps(parts: Parts, state: TrainingState, device: Device, batch_size:
         start = time.monotonic()
         train_step.run(step, iter([(images, labels)]))
         device.synchronize()
+        if train_step.largest_that_fits is not None:  # training would go on with smaller ones; here that is the answer
+            raise torch.OutOfMemoryError(f"memory ran out in a step with a batch of {batch_size}")
         yield time.monotonic() - start
         state.step += 1
         if number == 0:

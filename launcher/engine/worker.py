@@ -100,8 +100,8 @@ def train(
     device = Device(type=plan["device"], index=ranks.local_rank)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     own: dict[str, Any] = {}
+    say = functools.partial(print, file=console if ranks.rank == 0 else sys.stdout, flush=True)
     if recipe.batch.size == "auto":  # in children, before this process touches its device
-        say = functools.partial(print, file=console if ranks.rank == 0 else sys.stdout, flush=True)
         own = autotune.tune_rank(run, recipe, ranks, device, data_sets, fresh=plan["tune"], stop=stop, say=say)
     device.activate()
     if device.is_cuda:
@@ -110,7 +110,7 @@ def train(
     recorder = None
     outcome: Outcome = "preempted"
     try:
-        batching = autotune.agree(run, recipe, ranks, own) if own else None
+        batching = autotune.agree(run, recipe, ranks, own, say) if own else None
         if plan["tune"]:
             return "completed"
         if own:

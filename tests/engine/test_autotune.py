@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -9,10 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torchvision.models import SqueezeNet
 
 from launcher import host_memory
-from launcher.engine import autotune
+from launcher.engine import autotune, probe
 from launcher.engine.autotune import StoppedError, agree, tune_rank
+from launcher.engine.child import OutOfMemoryError, call_in_child
 from launcher.engine.distributed import Ranks
 from launcher.engine.schedule import Batching
 from launcher.engine.setup import build_parts, open_data_sets
@@ -65,10 +69,12 @@ def test_what_a_rank_finds_was_measured_and_fits(make_run, tune):
 
 @pytest.mark.slow
 def test_where_nothing_fits_the_error_says_how_much_is_needed_and_what_limits_it(make_run, tune, monkeypatch):
-    monkeypatch.setattr(host_memory, "free", lambda: FreeMemory(num_bytes=GB // 100, limit="the job's --mem"))
+    free = host_memory.status_bytes("RssAnon") + GB // 50
+    monkeypatch.setattr(host_memory, "free", lambda: FreeMemory(num_bytes=free, limit="the job's --mem"))
     found = tune(make_run(**AUTO))
     assert "not even a batch of 1 image fits: needed 0." in found["error"]
-    assert "free to take 0.01 GB (the job's --mem)" in found["error"]
+    assert "free to take 0.0" in found["error"]
+    assert "GB (the job's --mem)" in found["error"]
     assert "data.image_size" in found["error"]
 
 
@@ -86,6 +92,21 @@ def test_what_fails_in_a_probe_is_told_with_its_traceback(make_run, tune, monkey
     assert "ZeroDivisionError" in found["error"]
 
 
+def test_a_probe_whose_memory_runs_out_does_not_go_on_with_halves(make_run, engine, monkeypatch):
+    def fail_above_4(self, images):
+        if len(images) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory (a test)")
+        return forward(self, images)
+
+    forward = SqueezeNet.forward
+    monkeypatch.setattr(SqueezeNet, "forward", fail_above_4)
+    run = make_run(**AUTO)
+    call = functools.partial(probe.measure, run, engine.cpu, open_data_sets(run))
+    assert call_in_child(functools.partial(call, 4), timeout_s=60, heed_stop=lambda: None).batch_size == 4
+    with pytest.raises(OutOfMemoryError, match="a batch of 5"):
+        call_in_child(functools.partial(call, 5), timeout_s=60, heed_stop=lambda: None)
+
+
 # Agreement
 
 
@@ -99,7 +120,7 @@ def agreed(in_ranks, run, *found):
 
     def rank(who):
         try:
-            return agree(run, recipe, who, found[who.rank])
+            return agree(run, recipe, who, found[who.rank], print)
         except (UsageError, TrainingError, StoppedError) as error:
             return f"{type(error).__name__}: {error}"
 

@@ -567,7 +567,7 @@ schedule.derive_seed = that_hangs_once
 
 
 def test_a_rank_that_hangs_is_found_in_time_with_the_stacks_of_all(launch, patched, undisturbed):
-    launched = launch("train.epochs=2", "train.hang_timeout_s=8", patched(HANG))
+    launched = launch("train.epochs=2", "train.hang_timeout_s=15", patched(HANG))
     launched.wait_until(lambda: list(launched.run.attempt_errors(1).glob("rank-*.json")))
     found = launched.run.rank_error(1, 2)
     launched.wait_until(found.exists)
