@@ -567,13 +567,14 @@ schedule.derive_seed = that_hangs_once
 
 
 def test_a_rank_that_hangs_is_found_in_time_with_the_stacks_of_all(launch, patched, undisturbed):
-    launched = launch("train.epochs=2", "train.hang_timeout_s=15", patched(HANG))
+    timeout_s = 15
+    launched = launch("train.epochs=2", f"train.hang_timeout_s={timeout_s}", patched(HANG))
     launched.wait_until(lambda: list(launched.run.attempt_errors(1).glob("rank-*.json")))
     found = launched.run.rank_error(1, 2)
     launched.wait_until(found.exists)
     error = json.loads(found.read_text())
     last = max(line["time"] for line in read_jsonl(launched.run.metrics))
-    assert 8 <= error["time"] - last < 8 + 10
+    assert timeout_s <= error["time"] - last < timeout_s + 10
     code, output = launched.finish()
     assert code == 0, output
     assert ends(launched.run)[0] == (1, "hang")
