@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from launcher.run_dir import read_jsonl
+from launcher.files import read_jsonl
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -22,7 +22,8 @@ from launcher.errors import (
     TrainingError,
     exit_code_of,
 )
-from launcher.run_dir import BATCH_LOG_VARIABLE, RunDir, code_digest, write_json_atomic, write_text_atomic
+from launcher.files import write_json_atomic, write_text_atomic
+from launcher.run_dir import BATCH_LOG_VARIABLE, RunDir, code_digest
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping

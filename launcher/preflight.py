@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher import __version__, network, processes
 from launcher.errors import PreflightError
-from launcher.run_dir import write_json_atomic
+from launcher.files import write_json_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

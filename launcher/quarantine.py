@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from launcher import image_folder, image_scan
 from launcher.errors import Problem, RecipeError, TrainingError
+from launcher.files import write_json_atomic
 from launcher.image_folder import printable
-from launcher.run_dir import write_json_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from launcher import recipe as recipes
 from launcher import wandb_folder
 from launcher.errors import UsageError
-from launcher.run_dir import write_json_atomic, write_text_atomic
+from launcher.files import write_json_atomic, write_text_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -133,7 +133,7 @@ def _read_json(path: Path, missing: list[str], holds: str) -> Json:
 
 
 def _read_lines(path: Path, missing: list[str], holds: str) -> list[Json]:
-    """The records of a ``.jsonl`` file. Unlike run_dir.read_jsonl it tells of a file or line that is not whole."""
+    """The records of a ``.jsonl`` file. Unlike files.read_jsonl it tells of a file or line that is not whole."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

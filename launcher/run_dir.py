@@ -1,9 +1,8 @@
-"""Every file name of a run, in one class; and how its files are written so that a reader never sees half of one."""
+"""Every file name of a run, in one class."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -13,13 +12,11 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from launcher.errors import UsageError
+from launcher.files import append_jsonl, fsync, write_json_atomic
 from launcher.redact import redact_all
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 State = Literal["pending", "running", "preempted", "completed", "early_stopped", "failed", "cancelled"]
 
@@ -57,65 +54,6 @@ def code_digest() -> str:
         for file in sorted(folder.rglob("*.py")):
             digest.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def write_text_atomic(path: Path, text: str, *, durable: bool = False) -> None:
-    """Write ``text`` beside ``path`` and rename it there: a reader sees the old file or the new one, whole.
-
-    Args:
-        path: the file.
-        text: its new content.
-        durable: whether a loss of power right after must not undo it.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    if durable:
-        fsync(beside)
-    beside.replace(path)
-    if durable:
-        fsync(path.parent)
-
-
-def write_json_atomic(path: Path, value: Any, *, durable: bool = False) -> None:
-    """Write ``value`` as indented JSON, atomically."""
-    write_text_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n", durable=durable)
-
-
-def fsync(path: Path) -> None:
-    """Have what a file holds, or the names in a folder, survive a loss of power."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def append_jsonl(path: Path, record: dict[str, Any]) -> None:
-    """Append one line in one ``write``, so that lines of several processes never mix."""
-    line = json.dumps(record, allow_nan=False) + "\n"
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":  # the last writer was killed in the middle of a line
-            line = "\n" + line
-        encoded = line.encode()
-        if os.write(descriptor, encoded) != len(encoded):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-    finally:
-        os.close(descriptor)
-
-
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a ``.jsonl`` file; a last line cut off by a crash, or a missing file, yields nothing."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return
-    for line in lines:
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            continue
 
 
 class RunDir:

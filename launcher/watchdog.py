@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from launcher import processes
-from launcher.run_dir import write_json_atomic
+from launcher.files import write_json_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Callable

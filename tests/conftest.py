@@ -10,7 +10,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from launcher.run_dir import RunDir, write_json_atomic
+from launcher.files import write_json_atomic
+from launcher.run_dir import RunDir
 
 ROOT = Path(__file__).parents[1]
 CLASSES = ("cat", "dog", "fox")

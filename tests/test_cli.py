@@ -21,7 +21,8 @@ from torchvision import models
 
 from launcher import __version__, cli, errors
 from launcher import recipe as recipes
-from launcher.run_dir import RunDir, write_json_atomic
+from launcher.files import write_json_atomic
+from launcher.run_dir import RunDir
 
 CLOSED_PORT = "http://127.0.0.1:9"
 GOOD = "data: {name: digits}\n"

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from launcher import diagnose, slurm_client
-from launcher.run_dir import RunDir, write_json_atomic
+from launcher.files import write_json_atomic
+from launcher.run_dir import RunDir
 from launcher.slurm_client import JobState
 
 TRACEBACK = "Traceback (most recent call last):\n" + "".join(f'  File "m.py", line {n}\n' for n in range(30))

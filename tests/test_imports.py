@@ -35,7 +35,7 @@ HEAVY = {
 
 # From the ground up; a part imports from its own floor or from below it.
 FLOORS = (
-    {"launcher", "launcher.errors", "launcher.processes", "launcher.redact"},
+    {"launcher", "launcher.errors", "launcher.files", "launcher.processes", "launcher.redact"},
     {
         "launcher.run_dir",
         "launcher.topology",
@@ -88,7 +88,9 @@ FLOORS = (
     },
     {"launcher.cli", "launcher.__main__"},
 )
-FOR_ENGINE = {f"launcher.{name}" for name in ("errors", "recipe", "run_dir", "image_folder", "processes", "watchdog")}
+FOR_ENGINE = {
+    f"launcher.{name}" for name in ("errors", "files", "recipe", "run_dir", "image_folder", "processes", "watchdog")
+}
 FOR_ENGINE |= {"launcher.wandb_folder", "launcher.redact", "launcher.host_memory"}
 
 

@@ -14,8 +14,9 @@ import psutil
 import pytest
 
 from launcher import image_scan
+from launcher.files import read_jsonl
 from launcher.history import events
-from launcher.run_dir import RunDir, read_jsonl
+from launcher.run_dir import RunDir
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]

@@ -15,7 +15,8 @@ import pytest
 
 from launcher.commands import log_lines, logs
 from launcher.errors import UsageError
-from launcher.run_dir import RunDir, append_jsonl, write_json_atomic
+from launcher.files import append_jsonl, write_json_atomic
+from launcher.run_dir import RunDir
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -10,7 +10,8 @@ import pytest
 from launcher import history, image_folder, quarantine
 from launcher import recipe as recipes
 from launcher.errors import InterruptedRunError, RecipeError, TrainingError
-from launcher.run_dir import RunDir, write_json_atomic, write_text_atomic
+from launcher.files import write_json_atomic, write_text_atomic
+from launcher.run_dir import RunDir
 
 
 @pytest.fixture

@@ -8,9 +8,10 @@ import pytest
 
 from launcher import recipe as recipes
 from launcher.errors import RecipeError
+from launcher.files import read_jsonl
 from launcher.history import events
 from launcher.plan import Request, make_plan
-from launcher.run_dir import RunDir, read_jsonl
+from launcher.run_dir import RunDir
 from launcher.topology import Topology
 
 FOLDER = Path(__file__).parents[1] / "recipes"

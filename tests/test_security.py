@@ -23,9 +23,10 @@ from launcher.engine import worker
 from launcher.engine.checkpoint import Checkpoint, load_newest, write
 from launcher.engine.distributed import Ranks
 from launcher.errors import LaunchError, RecipeError, exit_code_of
+from launcher.files import write_json_atomic
 from launcher.history import events
 from launcher.redact import find_secret
-from launcher.run_dir import RunDir, WorkerSpec, write_json_atomic
+from launcher.run_dir import RunDir, WorkerSpec
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "hf_" + "aB3dE" * 7

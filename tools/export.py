@@ -20,7 +20,8 @@ import torch
 from launcher.engine import tracking
 from launcher.engine.device import num_cores
 from launcher.errors import EXIT_OK, exit_code_of
-from launcher.run_dir import RunDir, write_json_atomic
+from launcher.files import write_json_atomic
+from launcher.run_dir import RunDir
 from launcher.tools import evaluate
 from launcher.tools.quantize import quantize_onnx
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from launcher import diagnose, job, slurm_client, whereabouts
 from launcher.backends import slurm_follow
 from launcher.errors import EXIT_OK, EXIT_RESUMABLE, InterruptedRunError, PreflightError, TrainingError
+from launcher.files import write_text_atomic
 from launcher.processes import STOP_SIGNALS
-from launcher.run_dir import RunDir, write_text_atomic
+from launcher.run_dir import RunDir
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

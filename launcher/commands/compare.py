@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 from launcher.commands import jobs
 from launcher.errors import UsageError, did_you_mean
+from launcher.files import read_jsonl
 from launcher.recipe import METRICS
 from launcher.report import AFTER_TRAINING
-from launcher.run_dir import RunDir, read_jsonl
+from launcher.run_dir import RunDir
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

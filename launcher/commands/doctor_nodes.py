@@ -13,7 +13,7 @@ from typing import Any
 from launcher import profile as profiles
 from launcher import sbatch, slurm_client, topology
 from launcher.errors import EXIT_OK, EXIT_PREFLIGHT, PreflightError, UsageError
-from launcher.run_dir import write_json_atomic
+from launcher.files import write_json_atomic
 
 COLUMNS = ("host", "address", "torch", "cuda", "nccl", "driver", "num_gpus", "free_gb")
 

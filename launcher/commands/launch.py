@@ -51,7 +51,7 @@ def run(argv: list[str], *, epilog: str) -> int:
     parser.add_argument("--version", action="version", version=f"finetune-launcher {__version__}")
     args = parser.parse_intermixed_args(argv)
     _split_overrides(args)
-    args.kept_profile = None
+    args.kept_profile, args.tune = None, False
     if args.sweep:
         from launcher.commands import sweep
 
@@ -88,7 +88,7 @@ def resume(argv: list[str]) -> int:
     parser.add_argument("--rdzv-endpoint", metavar="HOST:PORT")
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_intermixed_args(argv)
-    args.debug = False
+    args.debug = args.tune = False
     _split_overrides(args)
     if args.overrides:
         raise UsageError(f"{args.overrides[0]}: a run goes on with its own recipe; only profile.key=value can change")
@@ -117,7 +117,7 @@ def plan_run(recipe: Recipe, args: argparse.Namespace, *, run_id: str, run_dir: 
         node_rank=args.node_rank,
         rdzv_endpoint=args.rdzv_endpoint,
         debug=args.debug,
-        tune=getattr(args, "tune", False),
+        tune=args.tune,
         detach=args.detach,
     )
     return make_plan(recipe, topology.detect(), request, *_profiles(recipe, args))
@@ -177,7 +177,8 @@ def write_run(plan: LaunchPlan, recipe: Recipe) -> None:
 
     from launcher import recipe as recipes
     from launcher import recipe_paths
-    from launcher.run_dir import code_digest, write_json_atomic, write_text_atomic
+    from launcher.files import write_json_atomic, write_text_atomic
+    from launcher.run_dir import code_digest
 
     run = RunDir(plan.run_dir)
     if run.recipe.exists() and not run.plan.exists():

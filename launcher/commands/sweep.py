@@ -19,7 +19,8 @@ from launcher.errors import (
     RecipeError,
     UsageError,
 )
-from launcher.run_dir import RunDir, new_run_id, write_text_atomic
+from launcher.files import write_text_atomic
+from launcher.run_dir import RunDir, new_run_id
 
 if TYPE_CHECKING:
     import argparse

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -15,27 +17,31 @@ from launcher.errors import EXIT_OK
 from launcher.run_dir import RunDir, new_run_id
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Iterator
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure in a run directory that is thrown away, and print a table for each rank."""
-    given = vars(args) | {"nodes": None, "profile": None, "kept_profile": None, "profile_overrides": []}
-    given |= {"backend": "torchrun", "node_rank": 0, "rdzv_endpoint": None, "detach": False, "debug": False}
-    given |= {"dry_run": False, "tune": True}
     with processes.importing():
         from launcher import recipe as recipes
     with tempfile.TemporaryDirectory(prefix="launch-tune-") as folder:
-        given["run_dir"] = str(Path(folder) / "run")
-        for name, value in given.items():
-            setattr(args, name, value)
+        options = argparse.Namespace(
+            gpus=args.gpus,
+            procs=args.procs,
+            run_dir=str(Path(folder) / "run"),
+            backend="torchrun",
+            **dict.fromkeys(("nodes", "profile", "kept_profile", "rdzv_endpoint")),
+            **dict.fromkeys(("detach", "debug", "dry_run"), False),
+            node_rank=0,
+            profile_overrides=[],
+            tune=True,
+        )
         overrides = [*args.overrides, "batch.size=auto"]
-        recipe, source = recipes.load(launch.find_recipe(args.recipe), overrides, launch.flags(args))
+        recipe, source = recipes.load(launch.find_recipe(args.recipe), overrides, launch.flags(options))
         with _output_to_stderr() if args.as_json else contextlib.nullcontext():
-            code = launch.carry_out(recipe, source, args, run_id=new_run_id(recipe.name))
+            code = launch.carry_out(recipe, source, options, run_id=new_run_id(recipe.name))
         if code == EXIT_OK:
-            found = json.loads(RunDir(args.run_dir).tuning.read_text(encoding="utf-8"))
+            found = json.loads(RunDir(options.run_dir).tuning.read_text(encoding="utf-8"))
             print(json.dumps(found, indent=2)) if args.as_json else _show(found)
     return code
 
@@ -43,8 +49,6 @@ def run(args: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def _output_to_stderr() -> Iterator[None]:
     """Keep what is said meanwhile, by other processes too, out of what a program reads."""
-    import os
-
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)

@@ -22,10 +22,10 @@ from launcher.engine import data, probe, tuning_cache
 from launcher.engine.batch_search import Attempt, BatchSearch, Found, NothingFitsError
 from launcher.engine.batch_shares import RankBatch, deal
 from launcher.engine.child import TooSlowError, call_in_child
-from launcher.engine.host_split import split_cpu, split_gpu
+from launcher.engine.host_split import gpu_workers, split_cpu
 from launcher.engine.schedule import Batching
 from launcher.errors import TrainingError, UsageError
-from launcher.run_dir import write_json_atomic
+from launcher.files import write_json_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -256,14 +256,12 @@ def _split(
     call = functools.partial(call_in_child, timeout_s=PROBE_TIMEOUT_S, heed_stop=heed_stop)
     load = call(functools.partial(probe.loading_speed, data_sets))
     if device.is_cuda:
-        split = split_gpu(train=chosen.images_per_s, load=load, cores=cores, threads=threads)
-        return {"workers": split.workers, "threads": threads}
+        return {"workers": gpu_workers(train=chosen.images_per_s, load=load, cores=cores), "threads": threads}
     train = {threads: chosen.images_per_s}
     if threads > 1 and not fixed:
         measure = functools.partial(probe.measure, run, device, data_sets, chosen.batch_size, threads=threads - 1)
         train[threads - 1] = call(measure).images_per_s
-    split = split_cpu(train=train, load=load, cores=cores, workers=workers)
-    return {"workers": split.workers, "threads": split.threads}
+    return split_cpu(train=train, load=load, cores=cores, workers=workers)._asdict()
 
 
 def _max_size(recipe: Recipe, ranks: Ranks, data_sets: DataSets) -> int:

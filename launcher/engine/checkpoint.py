@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from launcher.errors import TrainingError
-from launcher.run_dir import fsync, write_json_atomic
+from launcher.files import fsync, write_json_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Callable

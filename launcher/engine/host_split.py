@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,16 +16,13 @@ WORTH_IT = 1.05
 """How much faster a split with more processes has to be."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class HostSplit:
+class HostSplit(NamedTuple):
     """What a rank does with its cores."""
 
     threads: int
     """Of its computations."""
     workers: int
     """Loader processes; 0: it loads between the steps."""
-    images_per_s: float
-    """What that should give."""
 
 
 def split_cpu(*, train: Mapping[int, float], load: float, cores: int, workers: int | None) -> HostSplit:
@@ -38,21 +34,28 @@ def split_cpu(*, train: Mapping[int, float], load: float, cores: int, workers: i
         cores: of this rank.
         workers: of the recipe; None: to be chosen.
     """
-    best: HostSplit | None = None
-    for num in range(cores) if workers is None else [workers]:
-        for threads, speed in sorted(train.items(), reverse=True):
-            together = 1 / (1 / speed + 1 / load) if num == 0 else min(speed, IN_STEP * num * load)
-            if num + threads > cores and num:  # they take turns on the cores
-                together *= cores / (num + threads)
-            if best is None or together > best.images_per_s * (WORTH_IT if num > best.workers else 1):
-                best = HostSplit(threads=threads, workers=num, images_per_s=together)
-    assert best  # noqa: S101  there is at least one
+
+    def images_per_s(split: HostSplit) -> float:
+        if not split.workers:
+            return 1 / (1 / train[split.threads] + 1 / load)
+        crowded = max(1, (split.workers + split.threads) / cores)  # they take turns on the cores
+        return min(train[split.threads], IN_STEP * split.workers * load) / crowded
+
+    numbers = range(cores) if workers is None else [workers]
+    by_number = [max((HostSplit(n, num) for n in sorted(train, reverse=True)), key=images_per_s) for num in numbers]
+    best = by_number[0]
+    for split in by_number[1:]:
+        if images_per_s(split) > WORTH_IT * images_per_s(best):
+            best = split
     return best
 
 
-def split_gpu(*, train: float, load: float, cores: int, threads: int) -> HostSplit:
-    """As many loader processes as the GPU needs, if there are as many cores beside the rank's own."""
-    wanted = math.ceil(SPARE * train / (IN_STEP * load))
-    workers = max(0, min(wanted, cores - 1))
-    reaches = IN_STEP * workers * load if workers else 1 / (1 / train + 1 / load)
-    return HostSplit(threads=threads, workers=workers, images_per_s=min(train, reaches))
+def gpu_workers(*, train: float, load: float, cores: int) -> int:
+    """As many loader processes as the GPU needs, if there are as many cores beside the rank's own.
+
+    Args:
+        train: images per second of training.
+        load: images per second of one loader process.
+        cores: of this rank.
+    """
+    return min(math.ceil(SPARE * train / (IN_STEP * load)), cores - 1)

@@ -18,6 +18,7 @@ from launcher.engine.model import split_outputs
 from launcher.engine.schedule import derive_seed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
 
     from launcher.engine.data import Batch
@@ -62,7 +63,15 @@ class MicroBatch:
             parameter.register_post_accumulate_grad_hook(self._accumulated.add)  # type: ignore[no-untyped-call]
             parameter.requires_grad_(learns)
 
-    def run(self, batch: Batch, number: tuple[int, ...], *, num_samples: int, sync: bool) -> torch.Tensor:
+    def run(
+        self,
+        batch: Batch,
+        number: tuple[int, ...],
+        *,
+        num_samples: int,
+        sync: bool,
+        before: Sequence[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """Add a micro-batch's share of the global batch's mean gradient; return the sum of its losses.
 
         Args:
@@ -70,28 +79,41 @@ class MicroBatch:
             number: of the micro-batch in its step, then of the piece of it, and so on: its randomness follows from it.
             num_samples: of the whole step, over all ranks.
             sync: exchange gradients with the other ranks.
+            before: a copy of the running statistics as they are now, where there is one.
 
         Raises:
             torch.OutOfMemoryError: there is not enough memory for a single image.
         """
-        statistics = self._statistics.copy()
+        statistics = self._statistics.copy() if before is None else before
         done = self._try(batch, number, num_samples, sync=sync)
         if done is not None:
             return done
-        # Out here nothing of the failed pass is referred to any more.
+        if self._accumulated:
+            return self._complete(batch, number, num_samples, statistics, sync=sync)
+
+        def again(half: Batch, name: tuple[int, ...]) -> torch.Tensor:
+            return self.run(half, name, num_samples=num_samples, sync=sync and name[-1] == 1)
+
+        return self._in_halves(batch, number, statistics, again)
+
+    def _in_halves(
+        self,
+        batch: Batch,
+        number: tuple[int, ...],
+        statistics: Sequence[torch.Tensor],
+        again: Callable[[Batch, tuple[int, ...]], torch.Tensor],
+    ) -> torch.Tensor:
+        """Do a batch for which memory ran out once more, by ``again``, in two pieces; return the sum of its losses.
+
+        By now nothing refers to what the pass that failed had made.
+        """
         self._statistics.restore(statistics)
         self._parts.device.release_memory()
-        if self._accumulated:
-            loss = self._complete(batch, number, num_samples, sync=sync)
-        else:
-            halves = [(*number, index) for index in (0, 1)], _halves(batch)
-            losses = [
-                self.run(half, name, num_samples=num_samples, sync=sync and name[-1] == 1)
-                for name, half in zip(*halves, strict=True)
-            ]
-            loss = torch.stack(losses).sum()
-        self._note(-(-len(batch[1]) // 2))
-        return loss
+        halves: list[Batch] = list(zip(*(part.chunk(2) for part in batch), strict=True))
+        losses = [again(half, (*number, index)) for index, half in enumerate(halves)]
+        size = len(halves[0][1])
+        self.largest_that_fits = min(self.largest_that_fits or size, size)
+        return torch.stack(losses).sum()
 
     def _try(self, batch: Batch, number: tuple[int, ...], num_samples: int, *, sync: bool) -> torch.Tensor | None:
         """The usual way; None where memory ran out."""
@@ -106,7 +128,15 @@ class MicroBatch:
             return None
         return self._count(found)
 
-    def _complete(self, batch: Batch, number: tuple[int, ...], num_samples: int, *, sync: bool) -> torch.Tensor:
+    def _complete(
+        self,
+        batch: Batch,
+        number: tuple[int, ...],
+        num_samples: int,
+        statistics: Sequence[torch.Tensor],
+        *,
+        sync: bool,
+    ) -> torch.Tensor:
         """Go on after a backward pass that broke off in the middle: the gradients that it did not come to.
 
         They are computed piece by piece, without DDP, and then handed to it as if the backward pass had come to them:
@@ -115,43 +145,27 @@ class MicroBatch:
         """
         missing = [p for p in self._parameters if p.requires_grad and p not in self._accumulated]
         sums = [torch.zeros_like(p) for p in missing]
-        losses = [
-            self._add_gradients(half, (*number, index), num_samples, missing, sums)
-            for index, half in enumerate(_halves(batch))
-        ]
-        with self._exchange(sync=sync):
-            torch.autograd.backward(missing, sums)
-        return torch.stack(losses).sum()
 
-    def _add_gradients(
-        self,
-        batch: Batch,
-        number: tuple[int, ...],
-        num_samples: int,
-        parameters: list[nn.Parameter],
-        sums: list[torch.Tensor],
-    ) -> torch.Tensor:
-        statistics = self._statistics.copy()
-        try:
-            found = self._forward(self._parts.model.module, batch, number, num_samples)
-            gradients = torch.autograd.grad(found.weighted, parameters, allow_unused=True)
-        except Exception as error:
-            if not _can_be_smaller(error, batch):
-                raise
-            found = None
-        if found:
+        def add(piece: Batch, name: tuple[int, ...]) -> torch.Tensor:
+            before = self._statistics.copy()
+            try:
+                found = self._forward(self._parts.model.module, piece, name, num_samples)
+                gradients = torch.autograd.grad(found.weighted, missing, allow_unused=True)
+            except Exception as error:
+                if not _can_be_smaller(error, piece):
+                    raise
+                found = None
+            if found is None:
+                return self._in_halves(piece, name, before, add)
             for one, gradient in zip(sums, gradients, strict=True):
                 if gradient is not None:
                     one.add_(gradient)
             return self._count(found)
-        self._statistics.restore(statistics)
-        self._parts.device.release_memory()
-        losses = [
-            self._add_gradients(half, (*number, index), num_samples, parameters, sums)
-            for index, half in enumerate(_halves(batch))
-        ]
-        self._note(-(-len(batch[1]) // 2))
-        return torch.stack(losses).sum()
+
+        loss = self._in_halves(batch, number, statistics, add)
+        with self._exchange(sync=sync):
+            torch.autograd.backward(missing, sums)
+        return loss
 
     def _forward(self, module: nn.Module, batch: Batch, number: tuple[int, ...], num_samples: int) -> _Forward:
         """The loss of a batch, weighted so that DDP's average is the gradient of the global batch.
@@ -188,13 +202,6 @@ class MicroBatch:
 
     def _exchange(self, *, sync: bool) -> AbstractContextManager[None]:
         return contextlib.nullcontext() if sync else self._parts.ddp.no_sync()
-
-    def _note(self, size: int) -> None:
-        self.largest_that_fits = min(self.largest_that_fits or size, size)
-
-
-def _halves(batch: Batch) -> list[Batch]:
-    return list(zip(*(part.chunk(2) for part in batch), strict=True))
 
 
 def _can_be_smaller(error: Exception, batch: Batch) -> bool:

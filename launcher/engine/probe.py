@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 MIN_STEPS, MAX_STEPS = 3, 40
 TIMED_S = 1.5
 """How long steps are timed; at least MIN_STEPS of them."""
-MAX_LOADED = 256
 LONG_S = 8.0
 """Beyond which two steps have to do."""
+MAX_LOADED = 256
+"""Images that are loaded to see how fast that is, if there is time for as many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,6 @@ def measure(run: RunDir, device: Device, data_sets: DataSets, batch_size: int, *
     if threads is not None:
         torch.set_num_threads(threads)
     device.activate()
-    device.synchronize()
     peak = device.measure_memory()
     init_process_group(device, Ranks())
     try:
@@ -112,7 +112,6 @@ def _timed_steps(parts: Parts, state: TrainingState, device: Device, batch_size:
         labels = torch.randint(0, num_classes, (batch_size,))
         if device.pin_memory:
             images, labels = images.pin_memory(), labels.pin_memory()
-        optim.set_lr(parts.optimizer, parts.recipe, 0.0, batch_size)
         device.synchronize()
         start = time.monotonic()
         train_step.run(step, iter([(images, labels)]))

@@ -50,7 +50,9 @@ class TrainStep:
             batch: Batch = next(batches)
             if state.step in state.skipped:
                 continue
-            losses.append(self._micro_batch.run(batch, (number,), num_samples=step.num_samples, sync=number == last))
+            before, sync = None if number else statistics, number == last
+            loss = self._micro_batch.run(batch, (number,), num_samples=step.num_samples, sync=sync, before=before)
+            losses.append(loss)
         if losses:
             self._statistics.put_back(statistics, where=self._update(step, losses))
 

@@ -13,7 +13,7 @@ import torch
 import torchvision
 
 from launcher import image_folder
-from launcher.run_dir import write_json_atomic
+from launcher.files import write_json_atomic
 
 if TYPE_CHECKING:
     from pathlib import Path

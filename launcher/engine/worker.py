@@ -24,9 +24,10 @@ from launcher.engine.setup import build_parts, open_data_sets
 from launcher.engine.stopping import StopFlag
 from launcher.engine.trainer import Outcome, Trainer
 from launcher.errors import EXIT_FAILED, EXIT_RESUMABLE, LaunchError
+from launcher.files import write_json_atomic
 from launcher.processes import die_with_parent
 from launcher.redact import redact
-from launcher.run_dir import ATTEMPT_VARIABLE, RunDir, WorkerSpec, write_json_atomic
+from launcher.run_dir import ATTEMPT_VARIABLE, RunDir, WorkerSpec
 from launcher.watchdog import DUMP_SIGNAL
 
 if TYPE_CHECKING:

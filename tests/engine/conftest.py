@@ -25,8 +25,9 @@ from launcher.engine.device import Device
 from launcher.engine.distributed import Ranks
 from launcher.engine.setup import build_parts
 from launcher.engine.trainer import Trainer
+from launcher.files import write_json_atomic
 from launcher.processes import die_with_parent
-from launcher.run_dir import RunDir, write_json_atomic
+from launcher.run_dir import RunDir
 
 SIZE = 32
 CLASSES = ("bee", "cat", "cow", "dog", "elk", "fox", "gnu")

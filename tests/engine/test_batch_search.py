@@ -251,6 +251,16 @@ def test_what_a_probe_cannot_see_counts_as_needed():
     assert found.chosen.needed_bytes == pytest.approx((model.memory(found.chosen.batch_size) + 20) * GB)
 
 
+def search_on_80_gb(measure, objective):
+    return BatchSearch(
+        measure,
+        needed=lambda probe: probe.memory_bytes,
+        budget_bytes=76 * GB,
+        objective=objective,
+        max_size=4096,
+    ).run()
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_batch_that_takes_too_long_to_measure_is_never_taken(objective):
     model = MODELS["80 GB"]
@@ -262,13 +272,7 @@ def test_a_batch_that_takes_too_long_to_measure_is_never_taken(objective):
             raise TooSlowError("not done after 180 s")
         return device.measure(size)
 
-    found = BatchSearch(
-        measure,
-        needed=lambda probe: probe.memory_bytes,
-        budget_bytes=76 * GB,
-        objective=objective,
-        max_size=4096,
-    ).run()
+    found = search_on_80_gb(measure, objective)
     assert found.largest.batch_size <= 100
     assert found.chosen.batch_size >= 80
     assert {a.problem for a in found.attempts if a.batch_size > 100} == {"not done after 180 s"}
@@ -283,13 +287,7 @@ def test_an_error_without_a_word_counts_as_any_other(objective, error):
             raise error  # Python's own MemoryError has no text
         return FakeDevice(MODELS["80 GB"]).measure(size)
 
-    found = BatchSearch(
-        measure,
-        needed=lambda probe: probe.memory_bytes,
-        budget_bytes=76 * GB,
-        objective=objective,
-        max_size=4096,
-    ).run()
+    found = search_on_80_gb(measure, objective)
     assert found.chosen.batch_size == found.largest.batch_size == 16
 
 

@@ -18,7 +18,7 @@ from launcher.engine.schedule import epoch_order
 from launcher.engine.setup import build_parts
 from launcher.engine.trainer import Trainer
 from launcher.errors import UsageError
-from launcher.run_dir import read_jsonl
+from launcher.files import read_jsonl
 
 EVERYTHING = {
     "model": {"arch": "mobilenet_v3_small"},  # BatchNorm and dropout

@@ -24,8 +24,9 @@ from launcher import recipe as recipes
 from launcher.engine import tracking
 from launcher.engine.tracking import Tracker
 from launcher.engine.wandb_mode import resolve_mode
+from launcher.files import read_jsonl, write_json_atomic
 from launcher.history import events
-from launcher.run_dir import RunDir, read_jsonl, write_json_atomic
+from launcher.run_dir import RunDir
 from launcher.wandb_folder import UNSYNCED, sync_command, unsynced
 
 if TYPE_CHECKING:

@@ -16,8 +16,9 @@ import numpy as np
 import psutil
 from PIL import Image
 
+from launcher.files import read_jsonl
 from launcher.history import events
-from launcher.run_dir import RunDir, read_jsonl
+from launcher.run_dir import RunDir
 
 if TYPE_CHECKING:
     import signal

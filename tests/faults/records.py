@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
+from launcher.files import read_jsonl
 from launcher.history import events
-from launcher.run_dir import RunDir, read_jsonl
 from tests.faults.bench import NUM_TRAIN, NUM_VAL
+
+if TYPE_CHECKING:
+    from launcher.run_dir import RunDir
 
 
 @dataclass(frozen=True, kw_only=True)

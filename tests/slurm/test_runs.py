@@ -16,8 +16,9 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
+from launcher.files import read_jsonl
 from launcher.history import events
-from launcher.run_dir import RunDir, read_jsonl
+from launcher.run_dir import RunDir
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(420)]
 ROOT = Path(__file__).parents[2]

@@ -19,9 +19,10 @@ import torch
 from launcher import recipe as recipes
 from launcher.engine import checkpoint
 from launcher.errors import UsageError
+from launcher.files import write_json_atomic
 from launcher.history import events
 from launcher.recipe import DataConfig, LaunchConfig, ModelConfig, PostConfig, Recipe
-from launcher.run_dir import RunDir, write_json_atomic
+from launcher.run_dir import RunDir
 from launcher.tools import evaluate, export, quantize
 
 if TYPE_CHECKING:
