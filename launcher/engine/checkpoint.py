@@ -8,7 +8,7 @@ import json
 import shutil
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +42,8 @@ class Checkpoint:
     """State dicts of the optimizer and the gradient scaler."""
     state: dict[str, Any]
     """The rest, as JSON: position, best value, sums of the epoch under way."""
+    arrived: Callable[[], Any] = field(default=lambda: None, compare=False)
+    """Waits until the tensors' numbers are there; they may still be on their way."""
 
 
 class CheckpointError(TrainingError):
@@ -135,6 +137,7 @@ class CheckpointWriter:
     def _write(self, checkpoint: Checkpoint, *, best: bool) -> str | None:
         """Write one; return what went wrong."""
         try:
+            checkpoint.arrived()
             start = time.monotonic()
             folder = write(self._run, checkpoint)
             if checkpoint.step >= self._last_step:

@@ -49,7 +49,10 @@ class TrainingState:
         self._copies = HostCopies()
 
     def capture(self) -> Checkpoint | None:
-        """On rank 0 a copy on the host. Every rank must call it: sums over steps are added up over the ranks."""
+        """On rank 0 a copy on the host, which is under way until :meth:`finish_capture`.
+
+        Every rank must call it: sums over steps are added up over the ranks.
+        """
         parts = self._parts
         sums = {"epoch_sums": list(self.epoch_totals.reduce()), "window_sums": list(self.window_totals.reduce())}
         if parts.ranks.rank != 0:
@@ -70,15 +73,23 @@ class TrainingState:
             "train_set": parts.train_set.digest,
             **sums,
         }
+        model = parts.model.module.state_dict()
+        named = parts.model.module.named_buffers(remove_duplicate=False)
+        # A forward pass changes buffers: BatchNorm's statistics. They are few, and copied now.
+        buffers = {name: model.pop(name) for name, _ in named if name in model}
+        buffers = self._copies.copy(buffers)
+        (model, optimizer), arrived = self._copies.copy_later([model, optimizer])
         return checkpoints.Checkpoint(
-            step=self.step,
-            model=self._copies.copy(parts.model.module.state_dict()),
-            optimizer=self._copies.copy(optimizer),
-            state=state,
+            step=self.step, model=model | buffers, optimizer=optimizer, state=state, arrived=arrived
         )
+
+    def finish_capture(self) -> None:
+        """From here on weights and optimizer may change."""
+        self._copies.finish()
 
     def release(self, checkpoint: Checkpoint) -> None:
         """What :meth:`capture` gave is not needed any more."""
+        checkpoint.arrived()
         self._copies.give_back([checkpoint.model, checkpoint.optimizer])
 
     def limit_batches(self, limits: list[int]) -> None:
@@ -98,6 +109,7 @@ class TrainingState:
             UsageError: the training images are not those of the checkpoint.
         """
         parts, state = self._parts, checkpoint.state
+        self.finish_capture()
         if parts.ranks.rank == 0:
             self._check_train_set(state)
         load_state(parts.model.module, checkpoint.model)

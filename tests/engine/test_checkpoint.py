@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launcher.engine import checkpoint as checkpoints
+from launcher.engine import host_copies
 from launcher.engine.checkpoint import Checkpoint, CheckpointError, CheckpointWriter
 from launcher.engine.host_copies import HostCopies
 from launcher.errors import TrainingError
@@ -495,6 +496,30 @@ def test_memory_is_used_again_when_it_was_given_back_and_not_before():
     assert [third["a"][0].tolist(), second["a"][0].tolist()] == [[5, 5, 5], [0, 0, 0]]
     assert third["a"][1].stride() == value["a"][1].stride()
     assert third["b"] == 1
+
+
+def test_a_copy_under_way_is_waited_for_before_what_it_copies_may_change(monkeypatch):
+    slow, value = threading.Event(), {"weight": torch.zeros(3)}
+    fill = host_copies._fill
+    monkeypatch.setattr(host_copies, "_fill", lambda pairs: (slow.wait(), fill(pairs)))
+    copies = HostCopies()
+    copy, arrived = copies.copy_later(value)
+    threading.Timer(0.2, slow.set).start()
+    copies.finish()
+    assert slow.is_set()
+    value["weight"].fill_(7)
+    arrived()
+    assert copy["weight"].tolist() == [0, 0, 0]
+
+
+def test_a_checkpoint_is_not_written_before_its_numbers_are_there(run):
+    weight, late = torch.zeros(2), threading.Event()
+    own = writer(run)
+    tensors = {"model": {"w": weight}, "optimizer": {"m": weight}, "state": {"step": 1}}
+    own.save(Checkpoint(step=1, **tensors, arrived=lambda: late.wait(10) and weight.fill_(3)), best=False)
+    late.set()
+    own.wait()
+    assert checkpoints.load(run.checkpoint(1)).model["w"].tolist() == [3, 3]
 
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])

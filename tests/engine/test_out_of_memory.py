@@ -76,10 +76,8 @@ def test_one_rank_out_of_memory_takes_smaller_batches_and_the_weights_are_the_sa
         engine.without_dropout(parts)
         full(parts, layer=layer, most=2 if parts.ranks.rank == last else 1000, where=where)
 
-    undisturbed = in_ranks(
-        world_size, lambda who: engine.train(make_run("quiet", batch=batch), who, prepare=engine.without_dropout)
-    )
-    run = make_run("full", batch=batch)
+    quiet, run = make_run("quiet", batch=batch), make_run("full", batch=batch)
+    undisturbed = in_ranks(world_size, lambda who: engine.train(quiet, who, prepare=engine.without_dropout))
     found = in_ranks(
         world_size, lambda who: engine.train(run, who, prepare=lambda parts: prepare(parts, world_size - 1))
     )

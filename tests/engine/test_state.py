@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 
 from launcher.engine import checkpoint as checkpoints
+from launcher.engine import host_copies
 from launcher.engine.distributed import Ranks
 from launcher.engine.schedule import epoch_order
 from launcher.engine.setup import build_parts
@@ -171,12 +174,36 @@ def test_a_run_stopped_anywhere_ends_with_the_bits_of_one_that_was_not(make_run,
     assert list(last.values()) == whole.lines
 
 
+@pytest.mark.parametrize("arch", ["squeezenet1_1", "shufflenet_v2_x0_5"])
+def test_a_checkpoint_has_the_numbers_of_its_step_however_long_copying_takes(
+    make_run, engine, one_rank, monkeypatch, arch
+):
+    changes = {"model": {"arch": arch}, "batch": {"size": 12}, "train": {"checkpoint": {"every_steps": 2, "keep": 9}}}
+    undisturbed, run = make_run("whole", **changes), make_run("slow", **changes)
+    expected = engine.train(undisturbed)
+    fill = host_copies._fill
+
+    def slow_fill(pairs):
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(1)
+        fill(pairs)
+
+    monkeypatch.setattr(host_copies, "_fill", slow_fill)
+    assert engine.identical(engine.train(run).state, expected.state)
+    folders = sorted(run.checkpoints.glob("step-*"))
+    assert len(folders) > 1
+    for folder in folders:
+        found, whole = checkpoints.load(folder), checkpoints.load(undisturbed.checkpoint(int(folder.name[5:])))
+        assert engine.identical(found.model, whole.model)
+        assert engine.identical(found.optimizer, whole.optimizer)
+
+
 @pytest.mark.slow
 def test_a_lone_image_on_a_rank_is_normalised_alike_in_a_resumed_run(make_run, engine, in_ranks):
     """By running statistics, of which a checkpoint has only rank 0's."""
     changes = {"model": {"arch": "mobilenet_v3_small"}, "batch": {"size": 2, "global_size": 6}}  # 2 + 1 on each rank
-    whole = in_ranks(2, lambda who: engine.train(make_run("whole", **changes), who))[0]
-    run = make_run("stopped", **changes)
+    undisturbed, run = make_run("whole", **changes), make_run("stopped", **changes)
+    whole = in_ranks(2, lambda who: engine.train(undisturbed, who))[0]
     in_ranks(2, lambda who: engine.train(run, who, stop=engine.at_poll(4)))
     found = in_ranks(2, lambda who: engine.train(run, who))[0]
     assert found.step == whole.step

@@ -443,7 +443,8 @@ def test_stopped_at_any_poll_and_resumed_one_rank_ends_with_the_very_same_bits(m
 @pytest.mark.slow
 def test_three_stopped_and_resumed_ranks_end_with_the_very_same_bits(make_run, engine, in_ranks):
     world_size, changes = 3, {**LEARNING, "batch": {"size": 4}}
-    whole = in_ranks(world_size, lambda who: engine.train(make_run("whole", **changes), who))
+    undisturbed = make_run("whole", **changes)
+    whole = in_ranks(world_size, lambda who: engine.train(undisturbed, who))
     for poll in (2, 8):
         run = make_run(f"stopped-{poll}", **changes)
         first = in_ranks(world_size, lambda who, run=run, poll=poll: engine.train(run, who, stop=engine.at_poll(poll)))
@@ -479,7 +480,8 @@ def test_the_wish_of_one_rank_stops_all(make_run, engine, in_ranks):
 def test_killed_and_resumed_ranks_end_with_the_very_same_bits(make_run, engine, in_ranks, polls, on_the_disk_at_once):
     changes = {**LEARNING, "batch": {"size": 4}}
     changes["train"] = {**changes["train"], "checkpoint": {"every_steps": 1, "every_minutes": None}}
-    whole = in_ranks(2, lambda who: engine.train(make_run("whole", **changes), who))[0]
+    undisturbed = make_run("whole", **changes)
+    whole = in_ranks(2, lambda who: engine.train(undisturbed, who))[0]
     run = make_run("killed", **changes)
     asked = engine.at_poll(polls)
 
