@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -12,8 +13,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 
 from launcher.files import read_jsonl
@@ -396,6 +399,30 @@ def test_a_worker_that_raises_ends_the_run_and_why_shows_its_traceback_first(lau
     (tmp_path / "site" / "sitecustomize.py").unlink()  # mended
     _launch(slurm_cluster, "resume", str(launched.run.path))
     assert launched.run.read_status()["state"] == "completed"
+
+
+def test_a_bad_image_is_left_out_on_all_nodes(launch_on, slurm_cluster, tmp_path):
+    rng = np.random.default_rng(0)
+    for split, number, name in itertools.product(("train", "val"), range(13), ("cat", "dog")):
+        folder = tmp_path / "images" / split / name
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), "uint8")).save(folder / f"{number}.png")
+    bad = tmp_path / "images/train/cat/7.png"
+    bad.write_bytes(bad.read_bytes()[:200])
+    arguments = (
+        f"data.path={tmp_path / 'images'}",
+        "data.name=imagefolder",
+        "batch.size=3",
+        "train.epochs=2",
+    )
+    launched = launch_on(slurm_cluster, RECIPE, *TWO_NODES, *SMALL, *arguments, "data.on_bad_image=quarantine")
+    code, output = launched.finish()
+    assert code == 0, output
+    assert len(hosts(launched.run, 1)) == 2
+    assert [image["path"] for image in json.loads(launched.run.bad_images.read_text())["images"]] == ["train/cat/7.png"]
+    lines = list(read_jsonl(launched.run.metrics))
+    for epoch in range(2):
+        assert sum(line["samples"] for line in lines if (line["split"], line["epoch"]) == ("train", epoch)) == 25
 
 
 def test_two_runs_of_the_same_second_on_the_same_nodes_do_not_meet(launch):
