@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -22,6 +24,10 @@ PROPORTIONAL = 0.8
 """From which part of the batch's growth on speed is said to grow with it: far from the plateau."""
 CLOSE = 0.1
 """Two sizes that differ by no more are not worth another probe between them."""
+MIN_GAP = 0.25
+"""Nothing is tried between two sizes that differ by less, to see whether it is faster."""
+PROMISING = 0.96
+"""From which part of the peak on, between two sizes, one between them is thought to be near it."""
 NEAR_PEAK = 0.98
 """The smallest batch with this part of the peak's images per second is taken."""
 FEW = 3
@@ -177,23 +183,26 @@ class BatchSearch:
         return _speed(fitting[-1]) * NEAR_PEAK <= max(map(_speed, fitting[:-1]))
 
     def _refine(self) -> None:
-        """Try the middles between the fastest and neighbours that are clearly slower, or far above."""
+        """Try what lies beside the fastest: speed is no smooth curve of the batch (tiles and caches have sizes)."""
         while self._may_try() and (middle := self._middle()):
             self._try(middle)
 
     def _middle(self) -> int | None:
-        """A size that may be faster than all, or smaller and nearly as fast, and was not tried."""
+        """A size that was not tried and may be faster than all, or smaller and nearly as fast.
+
+        It is in the middle of the widest gap beside one that is near the peak; of gaps that are as wide, of the first
+        of those at whose ends the speed promises to be near the peak in the middle too.
+        """
         fitting = self._fitting()
-        best = max(range(len(fitting)), key=lambda i: _speed(fitting[i]))
-        for neighbour in (best + 1, best - 1):
-            if not 0 <= neighbour < len(fitting):
-                continue
-            here, there = fitting[best].batch_size, fitting[neighbour].batch_size
-            slower = _speed(fitting[neighbour]) < NEAR_PEAK * _speed(fitting[best])
-            middle = _whole((here * there) ** 0.5)
-            if (slower or there >= GROWTH * here) and middle not in (here, there):
-                return middle
-        return None
+        peak = max(map(_speed, fitting))
+        gaps = []
+        for low, high in itertools.pairwise(fitting):
+            middle = _middle_between(low.batch_size, high.batch_size)
+            if middle and max(_speed(low), _speed(high)) >= NEAR_PEAK * peak:
+                width = round(math.log2(high.batch_size / low.batch_size))
+                promising = (_speed(low) * _speed(high)) ** 0.5 >= PROMISING * peak
+                gaps.append((width, promising, -middle))
+        return -max(gaps)[2] if gaps else None
 
     def _try(self, size: int) -> bool:
         probe, problem, predicted = None, "", self._predict()
@@ -227,6 +236,19 @@ class BatchSearch:
 def _speed(attempt: Attempt) -> float:
     assert attempt.probe  # noqa: S101  it fits, so it ran
     return attempt.probe.images_per_s
+
+
+def _middle_between(low: int, high: int) -> int | None:
+    """A batch size in the middle of two, in proportion; 16, 24, 32, 48, 64, 96 and so on where there is room."""
+    if high < low * (1 + MIN_GAP):
+        return None
+    middle = (low * high) ** 0.5
+    step = 2 ** max(0, int(math.log2(middle)) - 1)
+    rounded = round(middle / step) * step
+    for size in (rounded if rounded % MULTIPLE == 0 else 0, _whole(middle)):
+        if low < size < high:
+            return size
+    return None
 
 
 def _whole(size: float) -> int:

@@ -27,7 +27,7 @@ from PIL import Image
 from tests.cgroups import MemoryGroup
 
 SIZES = [8, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384]
-AGAIN = 3
+AGAIN = 5
 """How often the chosen and the best of the sweep are measured once more, in turn."""
 CASES = {
     "resnet18": {"image_size": 64, "num_images": 1600, "limits_gb": (1.6, 2.5)},
