@@ -28,7 +28,7 @@ from launcher.errors import TrainingError, UsageError
 from launcher.files import write_json_atomic
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from launcher.engine.device import Device
     from launcher.engine.distributed import Ranks
@@ -97,7 +97,7 @@ def tune_rank(
 
     Returns:
         JSON: rank, host, device, total_bytes, free_bytes, budget_bytes, limit, batch_size, max_size, images_per_s,
-        needed_bytes, attempts, workers, threads, seconds, and from: ``run``, ``cache`` or ``probes``; or
+        needed_bytes, attempts, compared, workers, threads, seconds, and from: ``run``, ``cache`` or ``probes``; or
         ``{"stopped": true}``; or ``{error, kind}``, of kind usage or training.
     """
 
@@ -121,6 +121,7 @@ def tune_rank(
         start = time.monotonic()
         search = BatchSearch(
             _measured(run, device, data_sets, heed_stop, say),
+            compare=_compared(run, device, data_sets, heed_stop, say),
             needed=functools.partial(needed_bytes, recipe=recipe, ranks=ranks, device=device, data_sets=data_sets),
             budget_bytes=budget,
             objective=recipe.batch.objective,
@@ -236,6 +237,22 @@ def _measured(
     return measure
 
 
+def _compared(
+    run: RunDir, device: Device, data_sets: DataSets, heed_stop: Callable[[], None], say: Callable[[str], None]
+) -> Callable[[Sequence[int]], list[float]]:
+    def compare(batch_sizes: Sequence[int]) -> list[float]:
+        found: list[float] = call_in_child(
+            functools.partial(probe.compare, run, device, data_sets, batch_sizes),
+            timeout_s=PROBE_TIMEOUT_S,
+            heed_stop=heed_stop,
+        )
+        pairs = zip(batch_sizes, found, strict=True)
+        say(f"in turn: {', '.join(f'batch {size}: {speed:.0f} images/s' for size, speed in pairs)}")
+        return found
+
+    return compare
+
+
 def _split(
     run: RunDir,
     recipe: Recipe,
@@ -279,6 +296,7 @@ def _describe(found: Found) -> dict[str, Any]:
         "images_per_s": round(chosen.images_per_s, 2),
         "needed_bytes": found.largest.needed_bytes,
         "attempts": [_row(one) for one in found.attempts],
+        "compared": list(found.compared),
     }
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from launcher.engine.child import OutOfMemoryError, TooSlowError
 from launcher.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from launcher.engine.probe import Probe
 
@@ -27,12 +27,17 @@ CLOSE = 0.1
 MIN_GAP = 0.25
 """Nothing is tried between two sizes that differ by less, to see whether it is faster."""
 PROMISING = 0.96
-"""From which part of the peak on, between two sizes, one between them is thought to be near it."""
+"""From which part of the peak on, between two sizes, all gaps promise as much."""
+PER_DOUBLING = 0.05
+"""What a gap promises more for each doubling from its one end to the other."""
 NEAR_PEAK = 0.98
 """The smallest batch with this part of the peak's images per second is taken."""
 FEW = 3
 """Probes of which two may lie on either side of a jump."""
 MAX_PROBES, MAX_PROBES_BISECTING = 6, 10
+CONTENDER, MAX_CONTENDERS = 0.85, 3
+"""So many sizes, with this part of the peak's speed, are compared in turn: from probe to probe speeds vary on a machine
+that is shared."""
 
 
 class NothingFitsError(UsageError):
@@ -63,6 +68,8 @@ class Found:
     """The largest that is known to fit."""
     attempts: tuple[Attempt, ...]
     """All that were tried, in their order."""
+    compared: tuple[int, ...]
+    """Batch sizes whose speeds were measured in turn."""
 
 
 class BatchSearch:
@@ -74,6 +81,7 @@ class BatchSearch:
 
     Args:
         measure: runs a batch size, or raises OutOfMemoryError or TooSlowError.
+        compare: runs several in turn and gives the images per second of each; raises as ``measure`` does.
         needed: bytes that training takes, of which a probe measured a part.
         budget_bytes: what there is.
         objective: what is looked for.
@@ -84,12 +92,14 @@ class BatchSearch:
         self,
         measure: Callable[[int], Probe],
         *,
+        compare: Callable[[Sequence[int]], Sequence[float]],
         needed: Callable[[Probe], int],
         budget_bytes: int,
         objective: Objective,
         max_size: int,
     ) -> None:
         self._measure = measure
+        self._compare = compare
         self._needed = needed
         self._budget = budget_bytes
         self._objective = objective
@@ -109,13 +119,15 @@ class BatchSearch:
             self._grow(size)
             if self._objective == "throughput":
                 self._refine()
-        fitting = self._fitting()
-        largest = fitting[-1]
         if self._objective == "memory":
-            return Found(chosen=largest, largest=largest, attempts=tuple(self._attempts))
-        peak = max(map(_speed, fitting))
-        chosen = next(one for one in fitting if _speed(one) >= NEAR_PEAK * peak)
-        return Found(chosen=chosen, largest=largest, attempts=tuple(self._attempts))
+            largest = self._fitting()[-1]
+            return Found(chosen=largest, largest=largest, attempts=tuple(self._attempts), compared=())
+        compared = self._compare_in_turn()
+        fitting = self._fitting()
+        contenders = [one for one in fitting if not compared or one.batch_size in compared]
+        peak = max(map(_speed, contenders))
+        chosen = next(one for one in contenders if _speed(one) >= NEAR_PEAK * peak)
+        return Found(chosen=chosen, largest=fitting[-1], attempts=tuple(self._attempts), compared=compared)
 
     def _smallest(self) -> int:
         """The first size that fits: 8, or the largest below it that does."""
@@ -184,14 +196,14 @@ class BatchSearch:
 
     def _refine(self) -> None:
         """Try what lies beside the fastest: speed is no smooth curve of the batch (tiles and caches have sizes)."""
-        while self._may_try() and (middle := self._middle()):
+        while self._may_try(but=1) and (middle := self._middle()):  # the last one compares
             self._try(middle)
 
     def _middle(self) -> int | None:
         """A size that was not tried and may be faster than all, or smaller and nearly as fast.
 
-        It is in the middle of the widest gap beside one that is near the peak; of gaps that are as wide, of the first
-        of those at whose ends the speed promises to be near the peak in the middle too.
+        It is in the middle of a gap beside one that is near the peak: of one that is wide, and between whose ends the
+        speed promises to be high; of several that are as good, of the first.
         """
         fitting = self._fitting()
         peak = max(map(_speed, fitting))
@@ -199,10 +211,10 @@ class BatchSearch:
         for low, high in itertools.pairwise(fitting):
             middle = _middle_between(low.batch_size, high.batch_size)
             if middle and max(_speed(low), _speed(high)) >= NEAR_PEAK * peak:
-                width = round(math.log2(high.batch_size / low.batch_size))
-                promising = (_speed(low) * _speed(high)) ** 0.5 >= PROMISING * peak
-                gaps.append((width, promising, -middle))
-        return -max(gaps)[2] if gaps else None
+                doublings = round(math.log2(high.batch_size / low.batch_size))
+                between = (_speed(low) * _speed(high)) ** 0.5 / peak
+                gaps.append((min(between, PROMISING) + PER_DOUBLING * doublings, -middle))
+        return -max(gaps)[1] if gaps else None
 
     def _try(self, size: int) -> bool:
         probe, problem, predicted = None, "", self._predict()
@@ -217,8 +229,27 @@ class BatchSearch:
         self._attempts.append(Attempt(batch_size=size, needed_bytes=needed, probe=probe, problem=problem))
         return not problem
 
-    def _may_try(self) -> bool:
-        return len(self._attempts) < (MAX_PROBES_BISECTING if self._surprised else MAX_PROBES)
+    def _compare_in_turn(self) -> tuple[int, ...]:
+        """Take the speeds of the fastest sizes from one more probe, which runs them in turn."""
+        fastest = sorted(self._fitting(), key=_speed, reverse=True)[:MAX_CONTENDERS]
+        sizes = tuple(sorted(a.batch_size for a in fastest if _speed(a) >= CONTENDER * _speed(fastest[0])))
+        if len(sizes) == 1 or not self._may_try():
+            return ()
+        try:
+            speeds = dict(zip(sizes, self._compare(sizes), strict=True))
+        except (OutOfMemoryError, TooSlowError):  # all of them in one process are too much for it
+            return ()
+        self._attempts = [
+            replace(a, probe=replace(a.probe, images_per_s=speeds[a.batch_size]))
+            if a.probe and a.batch_size in speeds
+            else a
+            for a in self._attempts
+        ]
+        return sizes
+
+    def _may_try(self, *, but: int = 0) -> bool:
+        """Whether a probe is left, after ``but`` others."""
+        return len(self._attempts) + but < (MAX_PROBES_BISECTING if self._surprised else MAX_PROBES)
 
     def _fitting(self) -> list[Attempt]:
         return sorted((a for a in self._attempts if not a.problem), key=lambda a: a.batch_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from launcher.engine.state import TrainingState
 from launcher.engine.train_step import TrainStep
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from launcher.engine.device import Device
     from launcher.engine.setup import DataSets, Parts
@@ -29,8 +30,10 @@ TIMED_S = 2.5
 QUICK_PART = 0.2
 """Of the steps, so many are quicker than the speed that is reported: others on the machine only ever make steps slower,
 and on a shared machine that speed varies half as much from probe to probe as the median's."""
+TURNS, TURN_S = 3, 0.8
+"""When sizes are compared: how often, and for how long, it is the turn of each; for a step at least."""
 LONG_S = 8.0
-"""Beyond which two steps have to do."""
+"""Beyond which two steps have to do, or the turns that all have had."""
 MAX_LOADED = 256
 """Images that are loaded to see how fast that is, if there is time for as many."""
 
@@ -67,25 +70,35 @@ def measure(run: RunDir, device: Device, data_sets: DataSets, batch_size: int, *
         torch.set_num_threads(threads)
     device.activate()
     peak = device.measure_memory()
-    init_process_group(device, Ranks())
-    try:
-        batching = Batching.even(batch_size, world_size=1, global_size=None, accumulate=1)
-        parts = build_parts(run, Ranks(), device, data_sets=data_sets, batching=batching, with_weights=False)
-        parts.model.freeze(parts.recipe.train.epochs - 1)
-        parts.wrap()
-        optim.prepare_momentum(parts.optimizer)
-        parts.model.train()
-        state = TrainingState(parts)
-        seconds = list(_timed_steps(parts, state, device, batch_size))
-        state_bytes = _num_bytes([parts.model.module.state_dict(), parts.optimizer.state_dict()])
+    with _training(run, device, data_sets, batch_size) as training:
+        seconds = list(_timed_steps(training, batch_size))
         return Probe(
             batch_size=batch_size,
-            images_per_s=batch_size / sorted(seconds[1:])[int(QUICK_PART * (len(seconds) - 2))],
+            images_per_s=_speed(batch_size, seconds[1:]),
             memory_bytes=peak(),
-            state_bytes=state_bytes,
+            state_bytes=training.state_bytes,
         )
-    finally:
-        dist.destroy_process_group()
+
+
+def compare(run: RunDir, device: Device, data_sets: DataSets, batch_sizes: Sequence[int]) -> list[float]:
+    """Images per second of several batch sizes, as :func:`measure` would find them, but measured in turn.
+
+    What else happens on the machine meanwhile then slows all of them down alike.
+    """
+    device.activate()
+    seconds: dict[int, list[float]] = {size: [] for size in batch_sizes}
+    with _training(run, device, data_sets, max(batch_sizes)) as training:
+        began = time.monotonic()
+        for turn in range(TURNS):
+            for size in batch_sizes if turn % 2 else reversed(batch_sizes):
+                training.step(size)  # after one of another size memory is found anew
+                until = time.monotonic() + TURN_S
+                seconds[size].append(training.step(size))
+                while time.monotonic() < until:
+                    seconds[size].append(training.step(size))
+            if time.monotonic() - began > LONG_S:
+                break
+    return [_speed(size, seconds[size]) for size in batch_sizes]
 
 
 def loading_speed(data_sets: DataSets) -> float:
@@ -102,26 +115,63 @@ def loading_speed(data_sets: DataSets) -> float:
     return num / (time.monotonic() - start)
 
 
-def _timed_steps(parts: Parts, state: TrainingState, device: Device, batch_size: int) -> Iterator[float]:
+class _Training:
+    """Real training steps on random images."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._state = TrainingState(parts)
+        self._train_step = TrainStep(parts, self._state)
+
+    def step(self, batch_size: int) -> float:
+        """Take one; return its seconds."""
+        parts, size = self._parts, self._parts.preprocessing.image_size
+        indices = tuple(range(batch_size))
+        step = Step(epoch=0, offset=0, end=0, num_samples=batch_size, micro_batches=(indices,), lone=False)
+        images = torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8)
+        labels = torch.randint(0, len(parts.classes), (batch_size,))
+        if parts.device.pin_memory:
+            images, labels = images.pin_memory(), labels.pin_memory()
+        parts.device.synchronize()
+        start = time.monotonic()
+        self._train_step.run(step, iter([(images, labels)]))
+        parts.device.synchronize()
+        if self._train_step.largest_that_fits is not None:  # training would go on with smaller ones; here it must not
+            raise torch.OutOfMemoryError(f"memory ran out in a step with a batch of {batch_size}")
+        self._state.step += 1
+        return time.monotonic() - start
+
+    @property
+    def state_bytes(self) -> int:
+        """Of the model and the optimizer."""
+        return _num_bytes([self._parts.model.module.state_dict(), self._parts.optimizer.state_dict()])
+
+
+@contextlib.contextmanager
+def _training(run: RunDir, device: Device, data_sets: DataSets, batch_size: int) -> Iterator[_Training]:
+    """Training in a process group of this process alone."""
+    init_process_group(device, Ranks())
+    try:
+        batching = Batching.even(batch_size, world_size=1, global_size=None, accumulate=1)
+        parts = build_parts(run, Ranks(), device, data_sets=data_sets, batching=batching, with_weights=False)
+        parts.model.freeze(parts.recipe.train.epochs - 1)
+        parts.wrap()
+        optim.prepare_momentum(parts.optimizer)
+        parts.model.train()
+        yield _Training(parts)
+    finally:
+        dist.destroy_process_group()
+
+
+def _speed(batch_size: int, seconds: list[float]) -> float:
+    return batch_size / sorted(seconds)[int(QUICK_PART * (len(seconds) - 1))]
+
+
+def _timed_steps(training: _Training, batch_size: int) -> Iterator[float]:
     """Seconds of each step; the first is slower: it makes the optimizer's state, and libraries choose their ways."""
-    train_step = TrainStep(parts, state)
-    size, num_classes = parts.preprocessing.image_size, len(parts.classes)
-    indices = tuple(range(batch_size))
-    step = Step(epoch=0, offset=0, end=0, num_samples=batch_size, micro_batches=(indices,), lone=False)
     began = time.monotonic()
     for number in range(MAX_STEPS + 1):
-        images = torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8)
-        labels = torch.randint(0, num_classes, (batch_size,))
-        if device.pin_memory:
-            images, labels = images.pin_memory(), labels.pin_memory()
-        device.synchronize()
-        start = time.monotonic()
-        train_step.run(step, iter([(images, labels)]))
-        device.synchronize()
-        if train_step.largest_that_fits is not None:  # training would go on with smaller ones; here that is the answer
-            raise torch.OutOfMemoryError(f"memory ran out in a step with a batch of {batch_size}")
-        yield time.monotonic() - start
-        state.step += 1
+        yield training.step(batch_size)
         if number == 0:
             timed_since = time.monotonic()
         timed = time.monotonic() - timed_since

@@ -116,7 +116,6 @@ def sweep(run_dir: str, chosen: int) -> None:
         if autotune.needed_bytes(found, recipe=recipe, ranks=Ranks(), device=device, data_sets=data_sets) > budget:
             break
         speeds[size] = found.images_per_s
-    print(" ".join(f"{size}:{speed:.1f}" for size, speed in speeds.items()), file=sys.stderr)
     best = max(speeds, key=lambda size: speeds[size])
     pairs = [(probe(chosen).images_per_s, probe(best).images_per_s) for _ in range(AGAIN if best != chosen else 1)]
     one, other = (statistics.median(values) for values in zip(*pairs, strict=True))
@@ -165,10 +164,12 @@ def compare(arch: str, case: dict, limit_gb: float, folder: Path) -> None:
     steps = max(e["step"] for e in events if e["kind"] == "checkpoint")
     ran_out = sum(e["kind"] == "out_of_memory" for e in events)
     tried = " ".join(f"{a['batch_size']}{'!' if a['problem'] else ''}" for a in rank["attempts"])
+    tried += f"; in turn {' '.join(map(str, rank['compared']))}" if rank["compared"] else ""
+    num_probes = len(rank["attempts"]) + bool(rank["compared"])
     print(
         f"{arch} at {case['image_size']} px, {limit_gb:g} GB: chose {chosen}, {speed:.1f} images/s; the best of "
         f"{num_fit} sizes that fit is {best}, {best_speed:.1f}: {speed / best_speed:.3f} of it; "
-        f"{len(rank['attempts'])} probes ({tried}) in {rank['seconds']:.0f} s "
+        f"{num_probes} probes ({tried}) in {rank['seconds']:.0f} s "
         f"(the sweep: {took:.0f} s); {steps} steps held {peak / 1e9:.2f} GB at most ({peak / limit:.2f} of the limit), "
         f"ran out {ran_out} times",
         flush=True,
