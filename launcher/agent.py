@@ -5,6 +5,7 @@ Measured against torchrun, which imports them in every worker: README, "Start-up
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import logging
@@ -12,8 +13,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from launcher import diagnose, host_memory, network, processes
-from launcher.run_dir import ATTEMPT_VARIABLE
+from launcher import diagnose, history, host_memory, network, processes
+from launcher.run_dir import ATTEMPT_VARIABLE, MEMORY_KILLS_VARIABLE
 from launcher.watchdog import Heartbeats, Watchdog
 
 if TYPE_CHECKING:
@@ -99,6 +100,8 @@ def run_workers(
         with watchdog:
             outcomes: dict[int, str] = elastic_launch(config, worker_main)(str(run.path), beats)
     except (ChildFailedError, _NoRestartError, RendezvousError) as error:
+        with contextlib.suppress(OSError):  # a full disk
+            logs.note_kill()
         raise WorkersFailedError(logs.attempt, str(error).splitlines()[0]) from error
     return outcomes
 
@@ -113,6 +116,8 @@ def _attempt_logs(run: RunDir, *, node_rank: int, first_attempt: int, stop: Stop
         """
 
         attempt = first_attempt - 1
+        num_kills = 0
+        """By the kernel because memory ran out, before this attempt."""
 
         @property
         def root_log_dir(self) -> str:
@@ -123,16 +128,27 @@ def _attempt_logs(run: RunDir, *, node_rank: int, first_attempt: int, stop: Stop
                 self._check_restart()
             self.attempt += 1
             beats.clear()
-            free = str(host_memory.free())  # before any worker takes some
+            self.num_kills = host_memory.num_kills()
+            told = {
+                ATTEMPT_VARIABLE: str(self.attempt),
+                host_memory.FREE_VARIABLE: str(host_memory.free()),  # before any worker takes some
+                MEMORY_KILLS_VARIABLE: str(history.num_memory_kills(run, node_rank)),
+            }
             for env in envs.values():
-                env |= {ATTEMPT_VARIABLE: str(self.attempt), host_memory.FREE_VARIABLE: free}
+                env.update(told)
             run.append_event("attempt_started", attempt=self.attempt, node=node_rank, workers=len(envs))
             nowhere = dict.fromkeys(envs, os.devnull)
             run.attempt_errors(self.attempt).mkdir(parents=True, exist_ok=True)
             streams = dict.fromkeys(envs, "")
             return LogsDest(stdouts=streams, stderrs=streams, error_files=nowhere)
 
+        def note_kill(self) -> None:
+            """Write down that the kernel killed a worker, if it did: it leaves no word itself."""
+            if host_memory.num_kills() > self.num_kills:
+                run.append_event("memory_kill", attempt=self.attempt, node=node_rank)
+
         def _check_restart(self) -> None:
+            self.note_kill()
             cause, message = diagnose.cause_of_end(run, self.attempt)
             if stop.requested or cause in diagnose.NOT_RETRYABLE:
                 raise _NoRestartError(cause)

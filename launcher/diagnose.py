@@ -21,6 +21,8 @@ CURES = {
     "out_of_memory": "lower batch.size (batch.global_size keeps the step's size), or data.image_size",
     "hang": "the workers' stacks are in their logs; one that waits for data or a lock holds up all others; a step that "
     "really takes this long needs a higher train.hang_timeout_s",
+    "memory_kill": "it goes on with batches of half the size, as often as that takes; if that does not help: fewer "
+    f"data.workers, a lower data.image_size or more memory; {RESUME}",
     "full_disk": f"make room where the run directory is; {RESUME}",
     "lost_node": f"{RESUME}; ask whoever runs the cluster about the node",
     "lost_worker": "a worker was killed from outside: look for the out-of-memory killer (`dmesg | grep -i oom`) "
@@ -47,7 +49,8 @@ def first_failure(run: RunDir, attempt: int) -> dict[str, Any] | None:
     """What ended an attempt: the first error in time that is no echo of another rank's death.
 
     Returns:
-        The error file's content; with the cause ``lost_worker`` where ranks report only that another one vanished.
+        The error file's content; with the cause ``lost_worker`` or ``memory_kill`` where ranks report only that another
+        one vanished.
     """
     found = errors(run, attempt)
     # Where all hang, the one that does not wait for the others is what they wait for.
@@ -57,8 +60,9 @@ def first_failure(run: RunDir, attempt: int) -> dict[str, Any] | None:
     if not found:
         return None
     echo = found[0]
-    message = "a worker vanished without a word (killed, or its machine lost)"
-    return {**echo, "kind": "lost_worker", "rank": None, "type": "lost worker", "message": message, "traceback": ""}
+    lost = {"kind": "lost_worker", "message": "a worker vanished without a word (killed, or its machine lost)"}
+    lost |= _memory_kill(run, attempt) or {}
+    return {**echo, **lost, "rank": None, "type": lost["kind"].replace("_", " "), "traceback": ""}
 
 
 def cause_of_end(run: RunDir, attempt: int) -> tuple[str, str]:
@@ -66,6 +70,9 @@ def cause_of_end(run: RunDir, attempt: int) -> tuple[str, str]:
     failure = first_failure(run, attempt)
     if failure:
         return failure["kind"], failure["message"]
+    killed = _memory_kill(run, attempt)
+    if killed:
+        return killed["kind"], killed["message"]
     problem = run.problem()  # which is then why nobody left a word
     return ("full_disk", problem) if problem else ("lost_worker", "a worker was killed")
 
@@ -113,6 +120,14 @@ def failed_checks(run: RunDir) -> list[str]:
         return []
     failed = [event["problems"] for event in history.since_launched(run, "preflight_failed")]
     return [f"{host}: {text}" for problems in failed for host, text in problems.items()]
+
+
+def _memory_kill(run: RunDir, attempt: int) -> dict[str, str] | None:
+    """What is to be said where the kernel killed a worker in this attempt."""
+    for event in history.events(run, "memory_kill"):
+        if event["attempt"] == attempt:
+            return {"kind": "memory_kill", "message": f"the kernel killed a worker on {event['host']}: memory ran out"}
+    return None
 
 
 def _as_recorded(run: RunDir, attempt: int) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ BUDGETS = {
     "time_limit": 3,
     "lost_node": 3,
     "lost_worker": 3,
+    "memory_kill": 5,
     "hang": 2,
     "out_of_memory": 1,
     "bug": 1,
@@ -43,6 +44,12 @@ def since_launched(run: RunDir, kind: str) -> list[dict[str, Any]]:
     """The events of a kind since somebody last launched the run."""
     since = max((event["time"] for event in events(run, "launched")), default=0.0)
     return [event for event in events(run, kind) if event["time"] >= since]
+
+
+def num_memory_kills(run: RunDir, node_rank: int) -> int:
+    """How often the kernel killed a worker of a node because memory ran out, since the last checkpoint was written."""
+    saved = max((event["time"] for event in events(run, "checkpoint")), default=0.0)
+    return sum(e["node"] == node_rank and e["time"] > saved for e in events(run, "memory_kill"))
 
 
 def close_attempt(run: RunDir, *, lost_nodes: Sequence[str] = ()) -> None:

@@ -48,6 +48,16 @@ def free(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) ->
     return min(found, key=lambda one: one.num_bytes)
 
 
+def num_kills(root: Path = Path("/")) -> int:
+    """How many processes the kernel has killed because memory ran out: in our control group, or on this machine."""
+    for mount, path, version in _own_groups(root):
+        group = mount / path if (mount / path).is_dir() else mount  # as in _limits
+        counts = _counts(group / ("memory.events" if version == 2 else "memory.oom_control"))  # noqa: PLR2004
+        if "oom_kill" in counts:
+            return counts["oom_kill"]
+    return _counts(root / "proc/vmstat").get("oom_kill", 0)
+
+
 def process_limit() -> FreeMemory | None:
     """What this process alone can still take where ``ulimit`` sets its data or address space; None: no limit."""
     found = []
@@ -85,6 +95,16 @@ def _job(environment: Mapping[str, str]) -> Iterator[FreeMemory]:
 
 def _control_groups(root: Path) -> Iterator[FreeMemory]:
     """Every control group above this process that has a limit, of version 1 or 2."""
+    names = {
+        1: {"limit": "memory.limit_in_bytes", "usage": "memory.usage_in_bytes", "prefix": "total_"},
+        2: {"limit": "memory.max", "usage": "memory.current", "prefix": ""},
+    }
+    for mount, path, version in _own_groups(root):
+        yield from _limits(mount, path, **names[version])
+
+
+def _own_groups(root: Path) -> Iterator[tuple[Path, str, int]]:
+    """The control groups of this process that are about memory: mount point, path below it, version."""
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -92,15 +112,22 @@ def _control_groups(root: Path) -> Iterator[FreeMemory]:
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            yield from _limits(root / "sys/fs/cgroup", path, limit="memory.max", usage="memory.current", prefix="")
+            yield root / "sys/fs/cgroup", path.lstrip("/"), 2
         elif "memory" in controllers.split(","):
-            mount = root / "sys/fs/cgroup/memory"
-            names = {"limit": "memory.limit_in_bytes", "usage": "memory.usage_in_bytes", "prefix": "total_"}
-            yield from _limits(mount, path, **names)
+            yield root / "sys/fs/cgroup/memory", path.lstrip("/"), 1
+
+
+def _counts(file: Path) -> dict[str, int]:
+    """Lines of a name and a number; none where the file is not there."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    return {name: int(number) for name, _, number in (line.partition(" ") for line in lines)}
 
 
 def _limits(mount: Path, path: str, *, limit: str, usage: str, prefix: str) -> Iterator[FreeMemory]:
-    folder = mount / path.lstrip("/")
+    folder = mount / path
     # Within a container the path may be that of the host, and the mount point itself is ours.
     folders = [folder, *folder.parents] if folder.is_dir() else [mount]
     for group in folders:

@@ -85,7 +85,7 @@ class BatchConfig:
 
     __pydantic_config__ = STRICT
 
-    size: Count | Auto = 32
+    size: Count | Auto = "auto"
     """Images per rank that go through the model at once; auto: measured on every rank before training."""
     objective: Literal["throughput", "memory"] = "throughput"
     """With size: auto. throughput: the smallest batch within 2 % of the most images per second; memory: the largest

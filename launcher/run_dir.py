@@ -22,6 +22,9 @@ State = Literal["pending", "running", "preempted", "completed", "early_stopped",
 
 ATTEMPT_VARIABLE = "LAUNCH_ATTEMPT"
 """Environment variable by which a worker learns its attempt; the supervisor counts."""
+MEMORY_KILLS_VARIABLE = "LAUNCH_MEMORY_KILLS"
+"""Environment variable by which a worker learns how often, since the last checkpoint, the kernel has killed one of its
+node because memory had run out."""
 
 PROBE_BYTES = 1 << 16
 

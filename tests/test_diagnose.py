@@ -115,7 +115,27 @@ def test_each_cause_has_a_cure(run, kind, cure):
 
 
 def test_causes_that_would_only_come_again_are_not_tried_again():
-    assert set(diagnose.NOT_RETRYABLE) == set(diagnose.CURES) - {"lost_worker", "lost_node", "hang"}
+    assert set(diagnose.NOT_RETRYABLE) == set(diagnose.CURES) - {"lost_worker", "lost_node", "hang", "memory_kill"}
+
+
+def test_a_worker_that_the_kernel_killed_is_told_from_one_that_vanished(run):
+    fail(run, rank=2, time=1.0, kind="peer_lost")
+    assert diagnose.cause_of_end(run, 1)[0] == "lost_worker"
+    run.append_event("memory_kill", attempt=2, node=0)
+    assert diagnose.cause_of_end(run, 1)[0] == "lost_worker"
+    run.append_event("memory_kill", attempt=1, node=0, host="n7")
+    assert diagnose.cause_of_end(run, 1) == ("memory_kill", "the kernel killed a worker on n7: memory ran out")
+    run.update_status(state="failed", attempt=1)
+    text = diagnose.explain(run)
+    assert "first failure: seen from node1: memory kill: the kernel killed a worker on n7: memory ran out" in text
+    assert diagnose.CURES["memory_kill"] in text
+    fail(run, rank=3, time=2.0, kind="bug")  # some rank did leave a word
+    assert diagnose.cause_of_end(run, 1) == ("bug", "boom 3")
+
+
+def test_of_a_lone_worker_that_the_kernel_killed_nobody_leaves_a_word(run):
+    run.append_event("memory_kill", attempt=1, node=0, host="n7")
+    assert diagnose.cause_of_end(run, 1)[0] == "memory_kill"
 
 
 def test_why_of_a_lost_worker_says_who_saw_it_and_no_rank(run):

@@ -149,6 +149,18 @@ def test_where_all_is_used_nothing_is_free(root, make_group):
     assert host_memory.free(root, {}).num_bytes == 0
 
 
+def test_kills_are_those_in_our_group_and_where_it_does_not_count_them_the_machines(root, version_1, version_2):
+    (root / "proc/vmstat").write_text("nr_free_pages 12\noom_kill 7\n")
+    assert host_memory.num_kills(root) == 7
+    version_1("job", limit=GIB)
+    group = root / "sys/fs/cgroup/memory/job"
+    (group / "memory.oom_control").write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 2\n")
+    assert host_memory.num_kills(root) == 2
+    version_2("job", limit=GIB)
+    (root / "sys/fs/cgroup/job/memory.events").write_text("low 0\nhigh 0\nmax 90\noom 5\noom_kill 3\n")
+    assert host_memory.num_kills(root) == 3
+
+
 def test_where_both_versions_are_the_one_with_a_limit_counts(root, version_1):
     version_1("job", limit=3 * GIB)
     with (root / "proc/self/cgroup").open("a") as file:

@@ -156,7 +156,7 @@ def test_bad_images_are_refused_before_anything_is_written(start, tmp_path, phot
 def test_bad_images_are_left_out_on_every_rank_and_listed(start, tmp_path, photos, debug):
     bad = spoil(photos)
     data = ("data.name=imagefolder", f"data.path={photos}", "data.on_bad_image=quarantine")
-    process = start(RECIPE, *data, "--run-dir", "run", *(["--debug"] if debug else []))
+    process = start(RECIPE, *data, "--run-dir", "run", *(["--debug", "batch.size=auto"] if debug else []))
     output, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0, output
     assert "3 images are left out" in output

@@ -285,7 +285,7 @@ def test_the_schema_and_the_recipe_agree_on_what_fits(data, junk):
 # --- precedence
 
 LEVELS = ("file", "overrides", "flags")
-KEYS = {"seed": 0, "train.epochs": 20, "batch.size": 32, "train.checkpoint.keep": 2, "launch.max_restarts": 3}
+KEYS = {"seed": 0, "train.epochs": 20, "batch.accumulate": 1, "train.checkpoint.keep": 2, "launch.max_restarts": 3}
 
 
 def look_up(recipe, key):

@@ -239,15 +239,14 @@ def _measured(
 
 def _compared(
     run: RunDir, device: Device, data_sets: DataSets, heed_stop: Callable[[], None], say: Callable[[str], None]
-) -> Callable[[Sequence[int]], list[float]]:
-    def compare(batch_sizes: Sequence[int]) -> list[float]:
-        found: list[float] = call_in_child(
+) -> Callable[[Sequence[int]], list[Probe]]:
+    def compare(batch_sizes: Sequence[int]) -> list[Probe]:
+        found: list[Probe] = call_in_child(
             functools.partial(probe.compare, run, device, data_sets, batch_sizes),
             timeout_s=PROBE_TIMEOUT_S,
             heed_stop=heed_stop,
         )
-        pairs = zip(batch_sizes, found, strict=True)
-        say(f"in turn: {', '.join(f'batch {size}: {speed:.0f} images/s' for size, speed in pairs)}")
+        say(f"in turn: {', '.join(f'batch {one.batch_size}: {one.images_per_s:.0f} images/s' for one in found)}")
         return found
 
     return compare

@@ -35,9 +35,9 @@ NEAR_PEAK = 0.98
 FEW = 3
 """Probes of which two may lie on either side of a jump."""
 MAX_PROBES, MAX_PROBES_BISECTING = 6, 10
-CONTENDER, MAX_CONTENDERS = 0.85, 3
-"""So many sizes, with this part of the peak's speed, are compared in turn: from probe to probe speeds vary on a machine
-that is shared."""
+CONTENDER, MAX_CONTENDERS, MAX_COMPARED = 0.85, 3, 4
+"""Of the sizes with this part of the peak's speed so many are compared in turn, and with new ones between them so many:
+from probe to probe speeds vary on a machine that is shared."""
 
 
 class NothingFitsError(UsageError):
@@ -81,7 +81,7 @@ class BatchSearch:
 
     Args:
         measure: runs a batch size, or raises OutOfMemoryError or TooSlowError.
-        compare: runs several in turn and gives the images per second of each; raises as ``measure`` does.
+        compare: runs several in turn; of the memory of each it may say too much. Raises as ``measure`` does.
         needed: bytes that training takes, of which a probe measured a part.
         budget_bytes: what there is.
         objective: what is looked for.
@@ -92,7 +92,7 @@ class BatchSearch:
         self,
         measure: Callable[[int], Probe],
         *,
-        compare: Callable[[Sequence[int]], Sequence[float]],
+        compare: Callable[[Sequence[int]], Sequence[Probe]],
         needed: Callable[[Probe], int],
         budget_bytes: int,
         objective: Objective,
@@ -196,14 +196,14 @@ class BatchSearch:
 
     def _refine(self) -> None:
         """Try what lies beside the fastest: speed is no smooth curve of the batch (tiles and caches have sizes)."""
-        while self._may_try(but=1) and (middle := self._middle()):  # the last one compares
-            self._try(middle)
+        while self._may_try(but=1) and (middles := self._middles()):  # the last one compares
+            self._try(middles[0])
 
-    def _middle(self) -> int | None:
-        """A size that was not tried and may be faster than all, or smaller and nearly as fast.
+    def _middles(self) -> list[int]:
+        """Sizes that were not tried and may be faster than all, or smaller and nearly as fast; the best guess first.
 
-        It is in the middle of a gap beside one that is near the peak: of one that is wide, and between whose ends the
-        speed promises to be high; of several that are as good, of the first.
+        They are in the middle of gaps beside one that is near the peak: of those first that are wide, and between whose
+        ends the speed promises to be high.
         """
         fitting = self._fitting()
         peak = max(map(_speed, fitting))
@@ -213,39 +213,45 @@ class BatchSearch:
             if middle and max(_speed(low), _speed(high)) >= NEAR_PEAK * peak:
                 doublings = round(math.log2(high.batch_size / low.batch_size))
                 between = (_speed(low) * _speed(high)) ** 0.5 / peak
-                gaps.append((min(between, PROMISING) + PER_DOUBLING * doublings, -middle))
-        return -max(gaps)[1] if gaps else None
+                gaps.append((-min(between, PROMISING) - PER_DOUBLING * doublings, middle))
+        return [middle for _, middle in sorted(gaps)]
 
     def _try(self, size: int) -> bool:
-        probe, problem, predicted = None, "", self._predict()
+        predicted = self._predict()
         try:
-            probe = self._measure(size)
+            fits = self._add(size, self._measure(size))
         except (OutOfMemoryError, TooSlowError) as error:
-            problem = str(error) or type(error).__name__
+            fits = self._add(size, None, str(error) or type(error).__name__)
+        self._surprised |= not fits and (predicted is None or size <= predicted)
+        return fits
+
+    def _add(self, size: int, probe: Probe | None, problem: str = "") -> bool:
+        """Note what came of a size; return whether it fits."""
         needed = self._needed(probe) if probe else None
         if needed is not None and needed > self._budget:
             problem = "takes more than there is"
-        self._surprised |= bool(problem) and (predicted is None or size <= predicted)
         self._attempts.append(Attempt(batch_size=size, needed_bytes=needed, probe=probe, problem=problem))
         return not problem
 
     def _compare_in_turn(self) -> tuple[int, ...]:
-        """Take the speeds of the fastest sizes from one more probe, which runs them in turn."""
+        """Take the speeds of the fastest sizes from one more probe, which runs them in turn, and some between them."""
         fastest = sorted(self._fitting(), key=_speed, reverse=True)[:MAX_CONTENDERS]
-        sizes = tuple(sorted(a.batch_size for a in fastest if _speed(a) >= CONTENDER * _speed(fastest[0])))
+        sizes = [a.batch_size for a in fastest if _speed(a) >= CONTENDER * _speed(fastest[0])]
+        sizes = sorted(sizes + self._middles()[: MAX_COMPARED - len(sizes)])
         if len(sizes) == 1 or not self._may_try():
             return ()
         try:
-            speeds = dict(zip(sizes, self._compare(sizes), strict=True))
+            probes = {probe.batch_size: probe for probe in self._compare(sizes)}
         except (OutOfMemoryError, TooSlowError):  # all of them in one process are too much for it
             return ()
-        self._attempts = [
-            replace(a, probe=replace(a.probe, images_per_s=speeds[a.batch_size]))
-            if a.probe and a.batch_size in speeds
-            else a
-            for a in self._attempts
-        ]
-        return sizes
+        for index, known in enumerate(self._attempts):
+            found = probes.pop(known.batch_size, None)
+            if found and known.probe:
+                probe = replace(known.probe, images_per_s=found.images_per_s)
+                self._attempts[index] = replace(known, probe=probe)
+        for new in probes.values():
+            self._add(new.batch_size, new)
+        return tuple(sizes)
 
     def _may_try(self, *, but: int = 0) -> bool:
         """Whether a probe is left, after ``but`` others."""

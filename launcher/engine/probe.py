@@ -30,9 +30,9 @@ TIMED_S = 2.5
 QUICK_PART = 0.2
 """Of the steps, so many are quicker than the speed that is reported: others on the machine only ever make steps slower,
 and on a shared machine that speed varies half as much from probe to probe as the median's."""
-TURNS, TURN_S = 3, 0.8
+TURNS, TURN_S = 4, 0.6
 """When sizes are compared: how often, and for how long, it is the turn of each; for a step at least."""
-LONG_S = 8.0
+LONG_S = 10.0
 """Beyond which two steps have to do, or the turns that all have had."""
 MAX_LOADED = 256
 """Images that are loaded to see how fast that is, if there is time for as many."""
@@ -80,12 +80,13 @@ def measure(run: RunDir, device: Device, data_sets: DataSets, batch_size: int, *
         )
 
 
-def compare(run: RunDir, device: Device, data_sets: DataSets, batch_sizes: Sequence[int]) -> list[float]:
-    """Images per second of several batch sizes, as :func:`measure` would find them, but measured in turn.
+def compare(run: RunDir, device: Device, data_sets: DataSets, batch_sizes: Sequence[int]) -> list[Probe]:
+    """As :func:`measure`, but for several batch sizes in turn: what else happens on the machine slows them all alike.
 
-    What else happens on the machine meanwhile then slows all of them down alike.
+    The memory that it gives for each is the most that the process took with any of them.
     """
     device.activate()
+    peak = device.measure_memory()
     seconds: dict[int, list[float]] = {size: [] for size in batch_sizes}
     with _training(run, device, data_sets, max(batch_sizes)) as training:
         began = time.monotonic()
@@ -98,7 +99,11 @@ def compare(run: RunDir, device: Device, data_sets: DataSets, batch_sizes: Seque
                     seconds[size].append(training.step(size))
             if time.monotonic() - began > LONG_S:
                 break
-    return [_speed(size, seconds[size]) for size in batch_sizes]
+        taken, state = peak(), training.state_bytes
+    return [
+        Probe(batch_size=size, images_per_s=_speed(size, seconds[size]), memory_bytes=taken, state_bytes=state)
+        for size in batch_sizes
+    ]
 
 
 def loading_speed(data_sets: DataSets) -> float:

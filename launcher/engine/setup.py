@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from launcher.recipe import BatchConfig, Recipe
     from launcher.run_dir import RunDir
 
-DEBUG_STEPS = 5
+DEBUG_STEPS, DEBUG_BATCH_SIZE = 5, 8
+"""With ``--debug``: steps, and their batch size where the recipe leaves it to measurement, which takes a while."""
 
 
 @dataclass(kw_only=True)
@@ -171,11 +172,12 @@ def num_classes(recipe: Recipe, classes: list[str]) -> int:
     return len(classes) if recipe.model.num_classes == "auto" else recipe.model.num_classes
 
 
-def fixed_batching(config: BatchConfig, ranks: Ranks) -> Batching:
-    """That of a recipe which names the batch size."""
-    assert config.size != "auto", "the ranks have to agree on it first"  # noqa: S101
+def fixed_batching(config: BatchConfig, ranks: Ranks, *, debug: bool) -> Batching:
+    """That of a recipe which names the batch size, or is debugged."""
+    assert config.size != "auto" or debug, "the ranks have to agree on it first"  # noqa: S101
+    size = DEBUG_BATCH_SIZE if config.size == "auto" else config.size
     return Batching.even(
-        config.size, world_size=ranks.world_size, global_size=config.global_size, accumulate=config.accumulate
+        size, world_size=ranks.world_size, global_size=config.global_size, accumulate=config.accumulate
     )
 
 
@@ -226,7 +228,7 @@ def build_parts(
         schedule=Schedule(
             seed=recipe.seed,
             num_samples=len(images.train),
-            batching=batching or fixed_batching(recipe.batch, ranks),
+            batching=batching or fixed_batching(recipe.batch, ranks, debug=debug),
             excluded=images.train.find(images.left_out),
         ),
         train_set=images.train,

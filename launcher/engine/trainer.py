@@ -8,11 +8,10 @@ import time
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.distributed as dist
 
-from launcher.engine import checkpoint as checkpoints
 from launcher.engine import distributed, optim
 from launcher.engine.metrics import ValidationTotals, means
+from launcher.engine.saving import Saving
 from launcher.engine.state import TrainingState
 from launcher.engine.train_step import TrainStep
 from launcher.errors import TrainingError
@@ -56,20 +55,28 @@ class Trainer:
         parts: model, data, optimizer and who we are.
         recorder: on rank 0.
         stop_requested: whether this rank has been asked to stop.
+        memory_kills: how often the kernel killed a worker of this node for want of memory since the last checkpoint.
     """
 
-    def __init__(self, parts: Parts, *, recorder: Recorder | None, stop_requested: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        *,
+        recorder: Recorder | None,
+        stop_requested: Callable[[], bool],
+        memory_kills: int = 0,
+    ) -> None:
         self.parts = parts
         self.recipe = parts.recipe
         self._recorder = recorder
         self._stop_requested = stop_requested
+        self._memory_kills = memory_kills
         self._agreement = distributed.Agreement(num_wishes=3)
         self.state = TrainingState(parts)
-        self._writer = self._build_writer() if recorder else None
-        self._timed_since = self._saved_at = time.monotonic()
+        self._saving = Saving(parts, self.state, recorder)
+        self._timed_since = time.monotonic()
         self._timed_samples = 0
         self._wrapped = False
-        self._saved_step = 0
         self._step = TrainStep(parts, self.state)
 
     @property
@@ -84,7 +91,8 @@ class Trainer:
             TrainingError: the loss or the gradient is no number and ``train.on_nan`` says to stop; or the disk does not
                 take the last checkpoint.
         """
-        resumed = self._restore()
+        resumed = self._saving.restore()
+        self._limit_batches(max(1, self._batch_size >> self._memory_kills))
         self._prepare_epoch()
         if not resumed and self.recipe.train.on_nan == "rollback":
             self._save(best=False)
@@ -95,10 +103,9 @@ class Trainer:
             except RollBack as bad:
                 self._roll_back(bad.step)
             except Redeal:
-                self._redeal()
+                self._limit_batches(self._fitting_size)
         self._agreement.collect()
-        if self._writer:
-            self._finish_writing(self._writer, outcome)
+        self._saving.finish(again=outcome == "preempted")
         return outcome
 
     def _go_on(self) -> Outcome:
@@ -210,11 +217,9 @@ class Trainer:
             raise Redeal
         step = self.state.step
         self._check_numbers(step)
-        every, minutes = self.recipe.train.checkpoint.every_steps, self.recipe.train.checkpoint.every_minutes
-        if step > self._saved_step and (save or (every is not None and step % every == 0)):
+        if self._saving.is_due(wished=save):
             self._save(best=False)
-        due = minutes is not None and time.monotonic() - self._saved_at > minutes * 60
-        self._agreement.propose(self._stop_requested(), due, self._fitting_size < self._batch_size)
+        self._agreement.propose(self._stop_requested(), self._saving.wish, self._fitting_size < self._batch_size)
 
     def _log_window(self, lr: float) -> None:
         state = self.state
@@ -257,10 +262,9 @@ class Trainer:
         skipped = sorted({*self.state.skipped, bad})
         if len(skipped) > MAX_ROLLBACKS:
             raise TrainingError(f"went back {MAX_ROLLBACKS} times already, and now step {bad + 1} is no number; {CURE}")
-        if self._writer:
-            self._writer.wait()
+        self._saving.wait()
         self.state.numbers.forget()
-        self._restore()
+        self._saving.restore()
         self.state.skipped = skipped
         self._prepare_epoch()
         if self._recorder:
@@ -277,9 +281,15 @@ class Trainer:
         limit = self._step.largest_that_fits
         return self._batch_size if limit is None else min(limit, self._batch_size)
 
-    def _redeal(self) -> None:
-        """Take smaller batches where memory ran out; the samples of every step stay the same."""
-        before, sizes = self.parts.schedule.batching.batch_sizes, self._agreement.gather(self._fitting_size)
+    def _limit_batches(self, fitting: int) -> None:
+        """Take smaller batches where memory ran out; the samples of every step stay the same.
+
+        Args:
+            fitting: what this rank can take at once.
+        """
+        before, sizes = self.parts.schedule.batching.batch_sizes, self._agreement.gather(fitting)
+        if sizes == list(before):
+            return
         self.state.limit_batches(sizes)
         if self._recorder:
             pairs = enumerate(zip(before, sizes, strict=True))
@@ -292,54 +302,6 @@ class Trainer:
                 )
 
     def _save(self, *, best: bool) -> None:
-        """Have rank 0 write a checkpoint; every rank takes part in adding up the running sums."""
+        """Have a checkpoint written, of steps whose numbers were looked at."""
         self._check_numbers()
-        checkpoint = self.state.capture()
-        self._saved_at, self._saved_step = time.monotonic(), self.state.step
-        if self._writer and checkpoint:
-            self._writer.save(checkpoint, best=best)
-
-    def _build_writer(self) -> checkpoints.CheckpointWriter:
-        return checkpoints.CheckpointWriter(
-            self.parts.run,
-            keep=self.recipe.train.checkpoint.keep,
-            on_written=self._written,
-            on_failed=self._not_written,
-            on_done=self.state.release,
-        )
-
-    def _written(self, step: int, seconds: float, size_mb: float, best: bool) -> None:  # noqa: FBT001  a callback
-        if self._recorder:
-            self._recorder.event(
-                "checkpoint", step=step, seconds=round(seconds, 3), size_mb=round(size_mb, 3), best=best
-            )
-
-    def _not_written(self, step: int, problem: str) -> None:
-        if self._recorder:
-            self._recorder.event("checkpoint_failed", step=step, message=problem)
-            self._recorder.say(f"{problem}; training goes on, and it is tried again")
-
-    def _finish_writing(self, writer: checkpoints.CheckpointWriter, outcome: Outcome) -> None:
-        try:
-            writer.wait()
-        except checkpoints.CheckpointError as error:
-            if outcome != "preempted":
-                raise
-            if self._recorder:
-                self._recorder.say(f"{error}; the run goes on from the one before it")
-
-    def _restore(self) -> bool:
-        """Go on from the newest checkpoint that is whole; rank 0 chooses, so that all take the same."""
-        found = [checkpoints.load_newest(self.parts.run) if self._recorder else None]
-        chosen = [found[0].step if found[0] else None]
-        dist.broadcast_object_list(chosen, src=0)
-        if chosen[0] is None:
-            return False
-        state = self.state
-        state.restore(found[0] or checkpoints.load(self.parts.run.checkpoint(chosen[0])))
-        self._saved_step = state.step
-        if self._recorder:
-            self._recorder.resumed(
-                epoch=state.epoch, step=state.step, offset=state.offset, num_steps=self.parts.num_steps
-            )
-        return True
+        self._saving.save(best=best)

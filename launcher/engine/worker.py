@@ -27,7 +27,7 @@ from launcher.errors import EXIT_FAILED, EXIT_RESUMABLE, LaunchError
 from launcher.files import write_json_atomic
 from launcher.processes import die_with_parent
 from launcher.redact import redact
-from launcher.run_dir import ATTEMPT_VARIABLE, RunDir, WorkerSpec
+from launcher.run_dir import ATTEMPT_VARIABLE, MEMORY_KILLS_VARIABLE, RunDir, WorkerSpec
 from launcher.watchdog import DUMP_SIGNAL
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def train(
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     own: dict[str, Any] = {}
     say = functools.partial(print, file=console if ranks.rank == 0 else sys.stdout, flush=True)
-    if recipe.batch.size == "auto":  # in children, before this process touches its device
+    if recipe.batch.size == "auto" and not spec.debug:  # in children, before this process touches its device
         own = autotune.tune_rank(run, recipe, ranks, device, data_sets, fresh=plan["tune"], stop=stop, say=say)
     device.activate()
     if device.is_cuda:
@@ -140,7 +140,8 @@ def train(
             alive()
             return stop()
 
-        trainer = Trainer(parts, recorder=recorder, stop_requested=stop_requested)
+        memory_kills = int(os.environ.get(MEMORY_KILLS_VARIABLE, "0"))
+        trainer = Trainer(parts, recorder=recorder, stop_requested=stop_requested, memory_kills=memory_kills)
         outcome = trainer.run()
         if recorder:
             recorder.end(outcome, trainer.best, run.best_checkpoint)

@@ -241,6 +241,30 @@ def group(request):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("group", [int(1.0 * GB)], indirect=True)
+def test_a_worker_that_the_kernel_kills_is_started_again_with_batches_of_half_the_size(recipe, tmp_path, group):
+    path = tmp_path / "run"
+    large = (
+        "data.image_size=160",
+        "batch.size=37",
+        "batch.global_size=null",
+        "train.epochs=2",
+        "launch.max_restarts=3",
+    )
+    done = launch(str(recipe), *large, "--procs", "1", "--run-dir", str(path), group=group)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in (path / "events.jsonl").read_text().splitlines()]
+    kills = [event for event in found if event["kind"] == "memory_kill"]
+    assert kills, "the limit is too high for this test"
+    assert [e["cause"] for e in found if e["kind"] == "attempt_ended"] == ["memory_kill"] * len(kills)
+    halved = [event["batch_sizes"] for event in found if event["kind"] == "out_of_memory"]
+    assert halved == [{"0": [37, 37 >> kill]} for kill in range(1, len(kills) + 1)]
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["split"] == "val"] == [1, 2]  # steps are of 37 images as before
+    assert str(halved[-1]["0"][1]) in (path / "report.html").read_text()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("group", [int(1.2 * GB)], indirect=True)
 def test_under_a_limit_that_the_kernel_enforces_it_finds_a_batch_that_trains(recipe, tmp_path, group):
     path = tmp_path / "run"

@@ -59,7 +59,16 @@ class FakeDevice:
         """Measured in turn, the sizes meet the same noise."""
         self.compared = tuple(batch_sizes)
         factor = max(0.1, self._random.gauss(1, self._noise))
-        return [self._model.speed(size) * factor * self._random.gauss(1, self._noise / 5) for size in batch_sizes]
+        taken = int(max(map(self._model.memory, batch_sizes)) * GB)
+        return [
+            Probe(
+                batch_size=size,
+                images_per_s=self._model.speed(size) * factor * self._random.gauss(1, self._noise / 5),
+                memory_bytes=taken,
+                state_bytes=0,
+            )
+            for size in batch_sizes
+        ]
 
     @property
     def num_probes(self):
@@ -152,12 +161,18 @@ def test_what_is_chosen_was_measured_and_fits_and_so_was_the_largest(model, obje
     device = FakeDevice(model)
     found = search(model, objective=objective, device=device)
     for one in (found.chosen, found.largest):
-        assert one.batch_size in device.tried
+        needed = int(model.memory(one.batch_size) * GB)
+        if one.batch_size in device.tried:
+            assert one.needed_bytes == needed
+        else:
+            assert one.batch_size in device.compared
+            assert needed <= one.needed_bytes <= int(model.budget * GB)
         assert one.probe.batch_size == one.batch_size
-        assert one.needed_bytes == int(model.memory(one.batch_size) * GB)
         assert model.fits(one.batch_size)
     assert found.chosen.batch_size <= found.largest.batch_size
-    assert [a.batch_size for a in found.attempts] == device.tried
+    new = [size for size in device.compared if size not in device.tried]
+    assert [a.batch_size for a in found.attempts] == device.tried + new
+    assert len(device.compared) <= 4
     assert found.largest.batch_size == max(size for size in device.tried if model.fits(size))
 
 
@@ -411,7 +426,7 @@ def test_whatever_the_device_only_what_fits_is_chosen_and_nothing_only_where_one
             search(model, objective=objective, device=device)
         return
     found = search(model, objective=objective, device=device)
-    assert found.chosen.batch_size in device.tried
+    assert found.chosen.batch_size in {*device.tried, *device.compared}
     assert model.fits(found.chosen.batch_size)
     assert model.fits(found.largest.batch_size)
     assert device.num_probes <= (6 if all(map(model.fits, device.tried)) else 10)

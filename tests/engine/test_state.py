@@ -53,11 +53,9 @@ DERIVED = {
     "_step._micro_batch._accumulated": "within a backward pass",
     "_step._micro_batch.largest_that_fits": "what becomes state.batch_limits, once all ranks know",
     "_agreement": "what is on its way between the ranks at this moment",
-    "_saved_step": "where the last checkpoint is",
-    "_saved_at": "the clock",
     "_timed_since": "the clock",
     "_timed_samples": "for the speed since then",
-    "_writer": "files",
+    "_saving": "files, where the last checkpoint is, and the clock",
     "_recorder": "files",
     "random.torch": "seeded by position before it is used",
 }
