@@ -49,10 +49,10 @@ def free(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) ->
 
 
 def num_kills(root: Path = Path("/")) -> int:
-    """How many processes the kernel has killed because memory ran out: in our control group, or on this machine."""
+    """How many processes the kernel has killed because memory ran out: of our control group, or of this machine."""
     for mount, path, version in _own_groups(root):
         group = mount / path if (mount / path).is_dir() else mount  # as in _limits
-        counts = _counts(group / ("memory.events" if version == 2 else "memory.oom_control"))  # noqa: PLR2004
+        counts = _counts(group / ("memory.events.local" if version == 2 else "memory.oom_control"))  # noqa: PLR2004
         if "oom_kill" in counts:
             return counts["oom_kill"]
     return _counts(root / "proc/vmstat").get("oom_kill", 0)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.history import BUDGETS, close_attempt, events, next_attempt, refusal
+from launcher.history import BUDGETS, close_attempt, events, next_attempt, num_memory_kills, refusal
 from launcher.run_dir import RunDir
 
 
@@ -29,6 +29,16 @@ def test_an_attempt_whose_event_was_cut_off_by_a_crash_does_not_stop_the_count(r
     with run.events.open("a") as file:
         file.write('{"time": 1, "kind": "attempt_sta')
     assert next_attempt(run) == 2
+
+
+def test_kills_of_a_nodes_workers_for_want_of_memory_count_since_the_last_checkpoint(run):
+    for attempt, node in ((1, 0), (2, 0), (2, 1)):
+        run.append_event("memory_kill", attempt=attempt, node=node)
+    assert [num_memory_kills(run, node) for node in range(3)] == [2, 1, 0]
+    run.append_event("checkpoint", attempt=3, step=10)
+    assert num_memory_kills(run, 0) == 0
+    run.append_event("memory_kill", attempt=3, node=0)
+    assert num_memory_kills(run, 0) == 1
 
 
 def test_events_of_a_kind_come_in_the_order_they_happened(run):

@@ -157,7 +157,8 @@ def test_kills_are_those_in_our_group_and_where_it_does_not_count_them_the_machi
     (group / "memory.oom_control").write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 2\n")
     assert host_memory.num_kills(root) == 2
     version_2("job", limit=GIB)
-    (root / "sys/fs/cgroup/job/memory.events").write_text("low 0\nhigh 0\nmax 90\noom 5\noom_kill 3\n")
+    (root / "sys/fs/cgroup/job/memory.events").write_text("oom_kill 9\n")  # with those of groups within
+    (root / "sys/fs/cgroup/job/memory.events.local").write_text("low 0\nhigh 0\nmax 90\noom 5\noom_kill 3\n")
     assert host_memory.num_kills(root) == 3
 
 

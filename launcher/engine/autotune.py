@@ -97,8 +97,8 @@ def tune_rank(
 
     Returns:
         JSON: rank, host, device, total_bytes, free_bytes, budget_bytes, limit, batch_size, max_size, images_per_s,
-        needed_bytes, attempts, compared, workers, threads, seconds, and from: ``run``, ``cache`` or ``probes``; or
-        ``{"stopped": true}``; or ``{error, kind}``, of kind usage or training.
+        needed_bytes, attempts, compared, num_probes, workers, threads, seconds, and from: ``run``, ``cache`` or
+        ``probes``; or ``{"stopped": true}``; or ``{error, kind}``, of kind usage or training.
     """
 
     def heed_stop() -> None:
@@ -296,6 +296,7 @@ def _describe(found: Found) -> dict[str, Any]:
         "needed_bytes": found.largest.needed_bytes,
         "attempts": [_row(one) for one in found.attempts],
         "compared": list(found.compared),
+        "num_probes": found.num_probes,
     }
 
 

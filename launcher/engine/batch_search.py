@@ -70,6 +70,8 @@ class Found:
     """All that were tried, in their order."""
     compared: tuple[int, ...]
     """Batch sizes whose speeds were measured in turn."""
+    num_probes: int
+    """Processes that it took."""
 
 
 class BatchSearch:
@@ -105,6 +107,7 @@ class BatchSearch:
         self._objective = objective
         self._max_size = max_size
         self._attempts: list[Attempt] = []
+        self._num_probes = 0
         self._surprised = False
         """Whether a size failed that was said to fit."""
 
@@ -120,14 +123,21 @@ class BatchSearch:
             if self._objective == "throughput":
                 self._refine()
         if self._objective == "memory":
-            largest = self._fitting()[-1]
-            return Found(chosen=largest, largest=largest, attempts=tuple(self._attempts), compared=())
+            return self._found(self._fitting()[-1], ())
         compared = self._compare_in_turn()
-        fitting = self._fitting()
-        contenders = [one for one in fitting if not compared or one.batch_size in compared]
+        contenders = [one for one in self._fitting() if not compared or one.batch_size in compared]
         peak = max(map(_speed, contenders))
         chosen = next(one for one in contenders if _speed(one) >= NEAR_PEAK * peak)
-        return Found(chosen=chosen, largest=fitting[-1], attempts=tuple(self._attempts), compared=compared)
+        return self._found(chosen, compared)
+
+    def _found(self, chosen: Attempt, compared: tuple[int, ...]) -> Found:
+        return Found(
+            chosen=chosen,
+            largest=self._fitting()[-1],
+            attempts=tuple(self._attempts),
+            compared=compared,
+            num_probes=self._num_probes,
+        )
 
     def _smallest(self) -> int:
         """The first size that fits: 8, or the largest below it that does."""
@@ -218,6 +228,7 @@ class BatchSearch:
 
     def _try(self, size: int) -> bool:
         predicted = self._predict()
+        self._num_probes += 1
         try:
             fits = self._add(size, self._measure(size))
         except (OutOfMemoryError, TooSlowError) as error:
@@ -240,6 +251,7 @@ class BatchSearch:
         sizes = sorted(sizes + self._middles()[: MAX_COMPARED - len(sizes)])
         if len(sizes) == 1 or not self._may_try():
             return ()
+        self._num_probes += 1
         try:
             probes = {probe.batch_size: probe for probe in self._compare(sizes)}
         except (OutOfMemoryError, TooSlowError):  # all of them in one process are too much for it
@@ -255,7 +267,7 @@ class BatchSearch:
 
     def _may_try(self, *, but: int = 0) -> bool:
         """Whether a probe is left, after ``but`` others."""
-        return len(self._attempts) + but < (MAX_PROBES_BISECTING if self._surprised else MAX_PROBES)
+        return self._num_probes + but < (MAX_PROBES_BISECTING if self._surprised else MAX_PROBES)
 
     def _fitting(self) -> list[Attempt]:
         return sorted((a for a in self._attempts if not a.problem), key=lambda a: a.batch_size)

@@ -30,10 +30,11 @@ TIMED_S = 2.5
 QUICK_PART = 0.2
 """Of the steps, so many are quicker than the speed that is reported: others on the machine only ever make steps slower,
 and on a shared machine that speed varies half as much from probe to probe as the median's."""
-TURNS, TURN_S = 4, 0.6
-"""When sizes are compared: how often, and for how long, it is the turn of each; for a step at least."""
-LONG_S = 10.0
-"""Beyond which two steps have to do, or the turns that all have had."""
+TURNS, TURN_S, COMPARED_S = 6, 0.6, 24.0
+"""When sizes are compared: how often, and for how long, it is the turn of each, for a step at least; and beyond which
+time the turns that all have had have to do."""
+LONG_S = 8.0
+"""Beyond which two steps have to do."""
 MAX_LOADED = 256
 """Images that are loaded to see how fast that is, if there is time for as many."""
 
@@ -97,7 +98,7 @@ def compare(run: RunDir, device: Device, data_sets: DataSets, batch_sizes: Seque
                 seconds[size].append(training.step(size))
                 while time.monotonic() < until:
                     seconds[size].append(training.step(size))
-            if time.monotonic() - began > LONG_S:
+            if time.monotonic() - began > COMPARED_S:
                 break
         taken, state = peak(), training.state_bytes
     return [

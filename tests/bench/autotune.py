@@ -165,11 +165,10 @@ def compare(arch: str, case: dict, limit_gb: float, folder: Path) -> None:
     ran_out = sum(e["kind"] == "out_of_memory" for e in events)
     tried = " ".join(f"{a['batch_size']}{'!' if a['problem'] else ''}" for a in rank["attempts"])
     tried += f"; in turn {' '.join(map(str, rank['compared']))}" if rank["compared"] else ""
-    num_probes = len(rank["attempts"]) + bool(rank["compared"])
     print(
         f"{arch} at {case['image_size']} px, {limit_gb:g} GB: chose {chosen}, {speed:.1f} images/s; the best of "
         f"{num_fit} sizes that fit is {best}, {best_speed:.1f}: {speed / best_speed:.3f} of it; "
-        f"{num_probes} probes ({tried}) in {rank['seconds']:.0f} s "
+        f"{rank['num_probes']} probes ({tried}) in {rank['seconds']:.0f} s "
         f"(the sweep: {took:.0f} s); {steps} steps held {peak / 1e9:.2f} GB at most ({peak / limit:.2f} of the limit), "
         f"ran out {ran_out} times",
         flush=True,

@@ -173,6 +173,7 @@ def test_what_is_chosen_was_measured_and_fits_and_so_was_the_largest(model, obje
     new = [size for size in device.compared if size not in device.tried]
     assert [a.batch_size for a in found.attempts] == device.tried + new
     assert len(device.compared) <= 4
+    assert found.num_probes == device.num_probes
     assert found.largest.batch_size == max(size for size in device.tried if model.fits(size))
 
 

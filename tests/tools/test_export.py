@@ -240,10 +240,9 @@ def test_a_damaged_checkpoint_is_refused(exported, tmp_path):
     assert copied.export_manifest.stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize(("arch", "image_size"), [("googlenet", 64), ("inception_v3", 299)])
-def test_auxiliary_heads_do_not_reach_the_export(tmp_path, photos, arch, image_size):
+def test_auxiliary_heads_do_not_reach_the_export(tmp_path, photos):
     post = PostConfig(export=["onnx"], quantize=[])
-    run = make_run(tmp_path / "run", photos, arch=arch, post=post, image_size=image_size)
+    run = make_run(tmp_path / "run", photos, arch="googlenet", post=post, image_size=64)
     export.export_run(run)
     session = onnxruntime.InferenceSession(run.exports / "model.onnx")
     assert [(o.name, o.shape[1]) for o in session.get_outputs()] == [("logits", len(CLASSES))]
