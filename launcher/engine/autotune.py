@@ -11,24 +11,23 @@ import itertools
 import json
 import socket
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 
-from launcher.engine import data, probe, tuning_cache
+from launcher.engine import data, tuning_cache
 from launcher.engine.batch_search import Attempt, BatchSearch, Found, NothingFitsError
 from launcher.engine.batch_shares import RankBatch, deal
-from launcher.engine.child import TooSlowError, call_in_child
-from launcher.engine.host_split import gpu_workers, split_cpu
+from launcher.engine.child import TooSlowError
+from launcher.engine.rank_probes import RankProbes
 from launcher.engine.schedule import Batching
 from launcher.errors import TrainingError, UsageError
 from launcher.files import write_json_atomic
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from launcher.engine.device import Device
     from launcher.engine.distributed import Ranks
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
     from launcher.recipe import Recipe
     from launcher.run_dir import RunDir
 
-PROBE_TIMEOUT_S = 180
 AGREE_TIMEOUT_S = 1800
 """For how long ranks wait for the one whose probes take longest."""
 MARGIN = 0.05
@@ -52,18 +50,6 @@ NCCL_BYTES = 512 << 20
 CHECKPOINT_COPIES = 4
 """On the host: one is written, one waits, one is the best; and what the files are made of."""
 CURE = "lower data.image_size, freeze layers (model.freeze), take a smaller model.arch, or give each worker more memory"
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeviceFacts:
-    """What there is to train on."""
-
-    name: str
-    """Its kind."""
-    total_bytes: int
-    """Its memory."""
-    free: FreeMemory
-    """What this rank may take."""
 
 
 class StoppedError(Exception):
@@ -106,8 +92,9 @@ def tune_rank(
             raise StoppedError
 
     who = {"rank": ranks.rank, "host": socket.gethostname()}
+    probes = RankProbes(run, recipe, ranks, device, data_sets, heed_stop=heed_stop, say=say)
     try:
-        facts = _facts(device, ranks, heed_stop)
+        facts = probes.facts()
         known = who | {"device": facts.name, "total_bytes": facts.total_bytes}
         kept = None if fresh else _kept(run, known, ranks)
         if kept:
@@ -120,15 +107,16 @@ def tune_rank(
             return cached | who | {"from": "cache"}
         start = time.monotonic()
         search = BatchSearch(
-            _measured(run, device, data_sets, heed_stop, say),
-            compare=_compared(run, device, data_sets, heed_stop, say),
+            probes.measure,
+            compare=probes.compare,
             needed=functools.partial(needed_bytes, recipe=recipe, ranks=ranks, device=device, data_sets=data_sets),
             budget_bytes=budget,
             objective=recipe.batch.objective,
             max_size=most,
         )
         found = search.run()
-        split = _split(run, recipe, ranks, device, data_sets, found, heed_stop)
+        assert found.chosen.probe  # noqa: S101  it ran
+        split = probes.split(found.chosen.probe)
         report = known | {"free_bytes": facts.free.num_bytes, "budget_bytes": budget, "limit": facts.free.limit}
         report |= _describe(found) | split | {"seconds": round(time.monotonic() - start, 2)}
         tuning_cache.write(key, report)
@@ -208,76 +196,6 @@ def needed_bytes(measured: Probe, *, recipe: Recipe, ranks: Ranks, device: Devic
     loaded = data.PREFETCH * workers + 2  # batches: those ahead, the one in use and the one that is made
     checkpoints = CHECKPOINT_COPIES * measured.state_bytes if ranks.rank == 0 else 0
     return measured.memory_bytes + workers * LOADER_BYTES + loaded * measured.batch_size * image + checkpoints
-
-
-def _facts(device: Device, ranks: Ranks, heed_stop: Callable[[], None]) -> DeviceFacts:
-    """Of a GPU a child asks: this process must not touch it before it forks others."""
-
-    def ask() -> DeviceFacts:
-        device.activate()
-        free = device.free_memory(ranks.local_world_size)
-        return DeviceFacts(name=device.name, total_bytes=device.total_memory(), free=free)
-
-    found: DeviceFacts = call_in_child(ask, timeout_s=PROBE_TIMEOUT_S, heed_stop=heed_stop) if device.is_cuda else ask()
-    return found
-
-
-def _measured(
-    run: RunDir, device: Device, data_sets: DataSets, heed_stop: Callable[[], None], say: Callable[[str], None]
-) -> Callable[[int], Probe]:
-    def measure(batch_size: int) -> Probe:
-        found: Probe = call_in_child(
-            functools.partial(probe.measure, run, device, data_sets, batch_size),
-            timeout_s=PROBE_TIMEOUT_S,
-            heed_stop=heed_stop,
-        )
-        say(f"batch {found.batch_size}: {found.images_per_s:.0f} images/s, {found.memory_bytes / 1e9:.2f} GB")
-        return found
-
-    return measure
-
-
-def _compared(
-    run: RunDir, device: Device, data_sets: DataSets, heed_stop: Callable[[], None], say: Callable[[str], None]
-) -> Callable[[Sequence[int]], list[Probe]]:
-    def compare(batch_sizes: Sequence[int]) -> list[Probe]:
-        found: list[Probe] = call_in_child(
-            functools.partial(probe.compare, run, device, data_sets, batch_sizes),
-            timeout_s=PROBE_TIMEOUT_S,
-            heed_stop=heed_stop,
-        )
-        say(f"in turn: {', '.join(f'batch {one.batch_size}: {one.images_per_s:.0f} images/s' for one in found)}")
-        return found
-
-    return compare
-
-
-def _split(
-    run: RunDir,
-    recipe: Recipe,
-    ranks: Ranks,
-    device: Device,
-    data_sets: DataSets,
-    found: Found,
-    heed_stop: Callable[[], None],
-) -> dict[str, int]:
-    """Loader processes and threads of this rank, with the batch size that was found: ``{workers, threads}``."""
-    threads, cores = torch.get_num_threads(), data.num_rank_cores(ranks)
-    workers = None if recipe.data.workers == "auto" else recipe.data.workers
-    fixed = recipe.launch.threads != "auto"
-    chosen = found.chosen.probe
-    assert chosen  # noqa: S101  it ran
-    if (workers is not None and (fixed or device.is_cuda)) or cores == 1:
-        return {"workers": workers or 0, "threads": threads}
-    call = functools.partial(call_in_child, timeout_s=PROBE_TIMEOUT_S, heed_stop=heed_stop)
-    load = call(functools.partial(probe.loading_speed, data_sets))
-    if device.is_cuda:
-        return {"workers": gpu_workers(train=chosen.images_per_s, load=load, cores=cores), "threads": threads}
-    train = {threads: chosen.images_per_s}
-    if threads > 1 and not fixed:
-        measure = functools.partial(probe.measure, run, device, data_sets, chosen.batch_size, threads=threads - 1)
-        train[threads - 1] = call(measure).images_per_s
-    return split_cpu(train=train, load=load, cores=cores, workers=workers)._asdict()
 
 
 def _max_size(recipe: Recipe, ranks: Ranks, data_sets: DataSets) -> int:

@@ -216,11 +216,11 @@ class BatchSearch:
         ends the speed promises to be high.
         """
         fitting = self._fitting()
-        peak = max(map(_speed, fitting))
+        peak, tried = max(map(_speed, fitting)), {a.batch_size for a in self._attempts}
         gaps = []
         for low, high in itertools.pairwise(fitting):
             middle = _middle_between(low.batch_size, high.batch_size)
-            if middle and max(_speed(low), _speed(high)) >= NEAR_PEAK * peak:
+            if middle and middle not in tried and max(_speed(low), _speed(high)) >= NEAR_PEAK * peak:
                 doublings = round(math.log2(high.batch_size / low.batch_size))
                 between = (_speed(low) * _speed(high)) ** 0.5 / peak
                 gaps.append((-min(between, PROMISING) - PER_DOUBLING * doublings, middle))

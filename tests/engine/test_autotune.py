@@ -14,7 +14,7 @@ import torch
 from torchvision.models import SqueezeNet
 
 from launcher import host_memory
-from launcher.engine import autotune, probe
+from launcher.engine import probe
 from launcher.engine.autotune import StoppedError, agree, tune_rank
 from launcher.engine.child import OutOfMemoryError, call_in_child
 from launcher.engine.distributed import Ranks
@@ -86,7 +86,7 @@ def test_what_fails_in_a_probe_is_told_with_its_traceback(make_run, tune, monkey
     def fail(*_, **__):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(autotune.probe, "measure", fail)
+    monkeypatch.setattr(probe, "measure", fail)
     found = tune(make_run(**AUTO))
     assert found["kind"] == "training"
     assert "ZeroDivisionError" in found["error"]

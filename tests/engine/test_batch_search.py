@@ -344,6 +344,17 @@ def test_noise_costs_some_speed_at_most(name, noise, least):
         assert model.speed(chosen) >= least * best
 
 
+def test_a_size_between_two_that_fit_is_not_tried_again_where_it_failed():
+    def memory(size):  # other tenants took a lot for a while
+        return 90.0 if 16 < size < 100 and size != 32 else linear()(size)
+
+    model = Model(memory=memory, speed=falling_slowly, budget=76)
+    device = FakeDevice(model)
+    found = search(model, device=device)
+    assert len(set(device.tried)) == len(device.tried)
+    assert not set(device.compared) & {a.batch_size for a in found.attempts if a.problem}
+
+
 @pytest.mark.parametrize("error", [OutOfMemoryError("out of memory"), TooSlowError("not done after 180 s")])
 def test_where_one_process_cannot_hold_all_that_are_compared_the_probes_decide(error):
     model, device = MODELS["falls slowly"], FakeDevice(MODELS["falls slowly"])
