@@ -294,7 +294,7 @@ def _middle_between(low: int, high: int) -> int | None:
     middle = (low * high) ** 0.5
     step = 2 ** max(0, int(math.log2(middle)) - 1)
     rounded = round(middle / step) * step
-    for size in (rounded if rounded % MULTIPLE == 0 else 0, _whole(middle)):
+    for size in (rounded if rounded % MULTIPLE == 0 else 0, round(middle / MULTIPLE) * MULTIPLE):
         if low < size < high:
             return size
     return None

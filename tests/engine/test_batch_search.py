@@ -344,6 +344,14 @@ def test_noise_costs_some_speed_at_most(name, noise, least):
         assert model.speed(chosen) >= least * best
 
 
+def test_a_size_between_the_last_two_is_found_when_they_are_compared():
+    speeds = {8: 57.0, 16: 75.0, 24: 88.0, 32: 90.0, 40: 100.0, 48: 94.0}
+    model = Model(memory=linear(1, 0.1), speed=speeds.__getitem__, budget=6, max_size=48)
+    device = FakeDevice(model)
+    assert search(model, device=device).chosen.batch_size == 40
+    assert device.num_probes <= 6
+
+
 def test_a_size_between_two_that_fit_is_not_tried_again_where_it_failed():
     def memory(size):  # other tenants took a lot for a while
         return 90.0 if 16 < size < 100 and size != 32 else linear()(size)
