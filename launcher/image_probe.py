@@ -17,7 +17,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.processes import STOP_SIGNALS
+from launcher.processes import STOP_SIGNALS, offer_to_kernel
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,8 +41,7 @@ def main() -> None:
     """Answer until standard input ends, as it does when whoever asks has gone."""
     for number in STOP_SIGNALS:  # whoever asks decides when to stop
         signal.signal(number, signal.SIG_IGN)
-    with contextlib.suppress(OSError):  # where memory runs out, this process must go and not its parent
-        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+    offer_to_kernel(1000)  # rather than its parent
     warnings.simplefilter("ignore")  # Pillow's, about files that it reads all the same
     answers = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)  # what a decoder's C library prints must not get between the answers

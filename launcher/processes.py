@@ -44,6 +44,16 @@ def die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def offer_to_kernel(score: int) -> None:
+    """Where memory runs out the kernel is to take this process, and those that it starts, before ones of lower score.
+
+    Args:
+        score: 0 to 1000 (proc(5), oom_score_adj); 0 is what everybody has.
+    """
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(score), encoding="ascii")
+
+
 def adopt_orphans() -> None:
     """Become the parent of descendants whose own parent dies, so that :func:`kill_descendants` finds them."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1)

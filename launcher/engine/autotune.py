@@ -83,8 +83,8 @@ def tune_rank(
 
     Returns:
         JSON: rank, host, device, total_bytes, free_bytes, budget_bytes, limit, batch_size, max_size, images_per_s,
-        needed_bytes, attempts, compared, num_probes, workers, threads, seconds, and from: ``run``, ``cache`` or
-        ``probes``; or ``{"stopped": true}``; or ``{error, kind}``, of kind usage or training.
+        needed_bytes, attempts, compared, num_probes, workers, threads, loading, seconds, and from: ``run``, ``cache``
+        or ``probes``; or ``{"stopped": true}``; or ``{error, kind}``, of kind usage or training.
     """
 
     def heed_stop() -> None:
@@ -100,11 +100,16 @@ def tune_rank(
         if kept:
             return kept | {"from": "run"}
         most = _max_size(recipe, ranks, data_sets)
-        key = tuning_cache.key(recipe, facts.name, facts.total_bytes, data_sets, device, ranks, most)
+        key, loading = (
+            tuning_cache.key(recipe, facts, data_sets, ranks, most),
+            tuning_cache.loading_key(recipe, data_sets),
+        )
         budget = budget_bytes(facts.free)
         cached = None if fresh else tuning_cache.read(key, budget)
         if cached:
-            return cached | who | {"from": "cache"}
+            if cached["loading"] != loading:
+                cached |= probes.split(cached["batch_size"], cached["images_per_s"])
+            return cached | who | {"loading": loading, "from": "cache"}
         start = time.monotonic()
         search = BatchSearch(
             probes.measure,
@@ -116,9 +121,9 @@ def tune_rank(
         )
         found = search.run()
         assert found.chosen.probe  # noqa: S101  it ran
-        split = probes.split(found.chosen.probe)
+        split = probes.split(found.chosen.batch_size, found.chosen.probe.images_per_s)
         report = known | {"free_bytes": facts.free.num_bytes, "budget_bytes": budget, "limit": facts.free.limit}
-        report |= _describe(found) | split | {"seconds": round(time.monotonic() - start, 2)}
+        report |= _describe(found) | split | {"loading": loading, "seconds": round(time.monotonic() - start, 2)}
         tuning_cache.write(key, report)
         return report | {"from": "probes"}
     except StoppedError:

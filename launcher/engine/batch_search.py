@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from launcher.engine.child import OutOfMemoryError, TooSlowError
+from launcher.engine.speed_line import towards_the_line
 from launcher.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,9 +36,9 @@ NEAR_PEAK = 0.98
 FEW = 3
 """Probes of which two may lie on either side of a jump."""
 MAX_PROBES, MAX_PROBES_BISECTING = 6, 10
-CONTENDER, MAX_CONTENDERS, MAX_COMPARED = 0.85, 3, 4
-"""Of the sizes with this part of the peak's speed so many are compared in turn, and with new ones between them so many:
-from probe to probe speeds vary on a machine that is shared."""
+CONTENDER, MAX_CONTENDERS, MAX_COMPARED = 0.85, 3, 5
+"""Of the sizes with this part of the peak's speed so many are compared in turn, and with new ones between them, and the
+next fastest, so many: from probe to probe speeds vary on a machine that is shared."""
 
 
 class NothingFitsError(UsageError):
@@ -82,7 +83,8 @@ class BatchSearch:
     a plateau, at which small batches do as well as large ones.
 
     Args:
-        measure: runs a batch size, or raises OutOfMemoryError or TooSlowError.
+        measure: runs a batch size, in turn with what was measured of a smaller one, if any; or raises OutOfMemoryError
+            or TooSlowError.
         compare: runs several in turn; of the memory of each it may say too much. Raises as ``measure`` does.
         needed: bytes that training takes, of which a probe measured a part.
         budget_bytes: what there is.
@@ -92,7 +94,7 @@ class BatchSearch:
 
     def __init__(
         self,
-        measure: Callable[[int], Probe],
+        measure: Callable[[int, Probe | None], Probe],
         *,
         compare: Callable[[Sequence[int]], Sequence[Probe]],
         needed: Callable[[Probe], int],
@@ -228,9 +230,10 @@ class BatchSearch:
 
     def _try(self, size: int) -> bool:
         predicted = self._predict()
+        smaller = [one.probe for one in self._fitting() if one.batch_size < size]
         self._num_probes += 1
         try:
-            fits = self._add(size, self._measure(size))
+            fits = self._add(size, self._measure(size, smaller[-1] if smaller else None))
         except (OutOfMemoryError, TooSlowError) as error:
             fits = self._add(size, None, str(error) or type(error).__name__)
         self._surprised |= not fits and (predicted is None or size <= predicted)
@@ -246,14 +249,15 @@ class BatchSearch:
 
     def _compare_in_turn(self) -> tuple[int, ...]:
         """Take the speeds of the fastest sizes from one more probe, which runs them in turn, and some between them."""
-        fastest = sorted(self._fitting(), key=_speed, reverse=True)[:MAX_CONTENDERS]
-        sizes = [a.batch_size for a in fastest if _speed(a) >= CONTENDER * _speed(fastest[0])]
-        sizes = sorted(sizes + self._middles()[: MAX_COMPARED - len(sizes)])
-        if len(sizes) == 1 or not self._may_try():
+        fastest = sorted(self._fitting(), key=_speed, reverse=True)
+        near = [a for a in fastest[:MAX_CONTENDERS] if _speed(a) >= CONTENDER * _speed(fastest[0])]
+        worth_it = [*(a.batch_size for a in near), *self._middles()]
+        if len(worth_it) == 1 or not self._may_try():
             return ()
+        sizes = sorted([*worth_it, *(a.batch_size for a in fastest[len(near) :])][:MAX_COMPARED])
         self._num_probes += 1
         try:
-            probes = {probe.batch_size: probe for probe in self._compare(sizes)}
+            probes = {probe.batch_size: probe for probe in towards_the_line(self._compare(sizes))}
         except (OutOfMemoryError, TooSlowError):  # all of them in one process are too much for it
             return ()
         for index, known in enumerate(self._attempts):

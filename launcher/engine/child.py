@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import signal
 import time
 import traceback
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.engine.device import is_out_of_memory
 from launcher.errors import EXIT_FAILED, EXIT_OK, LaunchError, TrainingError
-from launcher.processes import STOP_SIGNALS, die_with_parent
+from launcher.processes import STOP_SIGNALS, die_with_parent, offer_to_kernel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,8 +80,7 @@ def _main(sender: Connection, function: Callable[[], Any]) -> None:
     signal.set_wakeup_fd(-1)  # the rank's
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # the rank hears them too, and ends this process
-    with contextlib.suppress(OSError):  # where memory runs out the kernel is to take this process, not the rank
-        Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
+    offer_to_kernel(1000)
     for name in GROUP_VARIABLES:
         os.environ.pop(name, None)
     try:

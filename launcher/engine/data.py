@@ -68,9 +68,14 @@ class Preprocessing:
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 N x 3 x S x S to float32, on the images' own device."""
-        mean = torch.tensor(self.mean, device=images.device).view(1, 3, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(1, 3, 1, 1)
+        mean, std = _per_channel(self.mean, images.device), _per_channel(self.std, images.device)
         return images.float().div_(255).sub_(mean).div_(std)
+
+
+@functools.cache
+def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """1 x C x 1 x 1, made once: copying to a GPU waits for all that it still has to do."""
+    return torch.tensor(values, device=device).view(1, -1, 1, 1)
 
 
 class ImageDataset(Dataset[Batch]):

@@ -18,8 +18,14 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 Precision = Literal["fp32", "bf16", "fp16"]
-CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
-"""torch's word for it on the CPU, in a plain RuntimeError."""
+OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",
+    "Cuda failure 2 'out of memory'",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+"""What torch's CPU allocator, CUDA, NCCL, cuBLAS and cuDNN say, each in an error of another kind."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -165,7 +171,7 @@ def cpu_has_bf16_units(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether this error says that memory ran out."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or CPU_OUT_OF_MEMORY in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

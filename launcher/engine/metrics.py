@@ -32,7 +32,7 @@ class TrainTotals:
         if not len(labels):
             return
         hits = _hits(logits, labels)
-        counts = torch.stack([loss_sum.double(), hits[:, 0].sum(), hits.sum(), hits.new_tensor(len(labels))])
+        counts = torch.stack([loss_sum.double(), hits[:, 0].sum(), hits.sum(), hits.new_full((), len(labels))])
         self._sums += counts.where(loss_sum.isfinite(), 0.0)
 
     def restore(self, sums: Sequence[float]) -> None:

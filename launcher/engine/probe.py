@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
+import statistics
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,25 +21,22 @@ from launcher.engine.state import TrainingState
 from launcher.engine.train_step import TrainStep
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from launcher.engine.device import Device
     from launcher.engine.setup import DataSets, Parts
     from launcher.run_dir import RunDir
 
-MIN_STEPS, MAX_STEPS = 3, 40
-TIMED_S = 2.5
-"""How long steps are timed; at least MIN_STEPS of them."""
-QUICK_PART = 0.2
-"""Of the steps, so many are quicker than the speed that is reported: others on the machine only ever make steps slower,
-and on a shared machine that speed varies half as much from probe to probe as the median's."""
-TURNS, TURN_S, COMPARED_S = 6, 0.6, 24.0
-"""When sizes are compared: how often, and for how long, it is the turn of each, for a step at least; and beyond which
-time the turns that all have had have to do."""
-LONG_S = 8.0
-"""Beyond which two steps have to do."""
-MAX_LOADED = 256
-"""Images that are loaded to see how fast that is, if there is time for as many."""
+TURN_S = 0.4
+"""How long a turn is at least."""
+TURNS, TURNS_COMPARED, MIN_TURNS = 4, 8, 2
+"""How often it is the turn of each thing that is timed: usually, where sizes are compared, and where it takes long."""
+MOST_S, MOST_COMPARED_S = 6.0, 30.0
+"""After which no further turns begin."""
+QUICK_PART = 1 / 3
+"""The quickest turns are what the speed is taken from: others on the machine only ever make steps slower."""
+MAX_LOADED, LOADED_S = 256, 2.5
+"""How many images are loaded to see how fast that is, if there is time for as many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +51,11 @@ class Probe:
     """The most that the process took for it: model, gradients and their buckets, optimizer, activations, libraries."""
     state_bytes: int
     """Of the model and the optimizer: what a checkpoint holds."""
+    noise: float = 0.0
+    """By which part the speed may be off; 0: that is not known."""
 
 
-def measure(run: RunDir, device: Device, data_sets: DataSets, batch_size: int, *, threads: int | None = None) -> Probe:
+def measure(run: RunDir, device: Device, data_sets: DataSets, batch_size: int, *, beside: Probe | None = None) -> Probe:
     """Train a few steps with ``batch_size`` on random images; to be called in a child process.
 
     It is the very step of training (:class:`TrainStep`), under DDP in a process group of this process alone, so that
@@ -65,17 +67,21 @@ def measure(run: RunDir, device: Device, data_sets: DataSets, batch_size: int, *
         device: where.
         data_sets: of the run.
         batch_size: images at once.
-        threads: of the computations; None: as they are.
+        beside: of a smaller size, which takes turns with this one: the speed that is returned is what it would have
+            been when that one was measured. A shared machine is half as fast a minute later.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
     device.activate()
     peak = device.measure_memory()
     with _training(run, device, data_sets, batch_size) as training:
-        seconds = list(_timed_steps(training, batch_size))
+        training.step(batch_size)  # slower: it makes the optimizer's state, and libraries choose their ways
+        steps = {batch_size: functools.partial(training.step, batch_size)}
+        if beside:
+            steps[beside.batch_size] = functools.partial(training.step, beside.batch_size)
+        speed = {size: size / _quick(found) for size, found in _in_turn(steps).items()}
+        then_and_now = beside.images_per_s / speed[beside.batch_size] if beside else 1.0
         return Probe(
             batch_size=batch_size,
-            images_per_s=_speed(batch_size, seconds[1:]),
+            images_per_s=speed[batch_size] * then_and_now,
             memory_bytes=peak(),
             state_bytes=training.state_bytes,
         )
@@ -88,23 +94,37 @@ def compare(run: RunDir, device: Device, data_sets: DataSets, batch_sizes: Seque
     """
     device.activate()
     peak = device.measure_memory()
-    seconds: dict[int, list[float]] = {size: [] for size in batch_sizes}
     with _training(run, device, data_sets, max(batch_sizes)) as training:
-        began = time.monotonic()
-        for turn in range(TURNS):
-            for size in batch_sizes if turn % 2 else reversed(batch_sizes):
-                training.step(size)  # after one of another size memory is found anew
-                until = time.monotonic() + TURN_S
-                seconds[size].append(training.step(size))
-                while time.monotonic() < until:
-                    seconds[size].append(training.step(size))
-            if time.monotonic() - began > COMPARED_S:
-                break
+        training.step(max(batch_sizes))
+        steps = {size: functools.partial(training.step, size) for size in batch_sizes}
+        seconds = _in_turn(steps, TURNS_COMPARED, MOST_COMPARED_S)
         taken, state = peak(), training.state_bytes
     return [
-        Probe(batch_size=size, images_per_s=_speed(size, seconds[size]), memory_bytes=taken, state_bytes=state)
-        for size in batch_sizes
+        Probe(
+            batch_size=size,
+            images_per_s=size / _quick(found),
+            noise=_noise(found),
+            memory_bytes=taken,
+            state_bytes=state,
+        )
+        for size, found in seconds.items()
     ]
+
+
+def compare_threads(
+    run: RunDir, device: Device, data_sets: DataSets, batch_size: int, counts: Sequence[int]
+) -> dict[int, float]:
+    """Images per second in training with ``batch_size``, by the number of threads, which take turns."""
+    device.activate()
+    with _training(run, device, data_sets, batch_size) as training:
+
+        def step(threads: int) -> float:
+            torch.set_num_threads(threads)
+            return training.step(batch_size)
+
+        step(counts[0])
+        seconds = _in_turn({count: functools.partial(step, count) for count in counts})
+    return {count: batch_size / _quick(found) for count, found in seconds.items()}
 
 
 def loading_speed(data_sets: DataSets) -> float:
@@ -115,7 +135,7 @@ def loading_speed(data_sets: DataSets) -> float:
     samples[0, indices[0]]
     start = time.monotonic()
     num = 0
-    while num < len(indices) and (num == 0 or time.monotonic() - start < TIMED_S):
+    while num < len(indices) and (num == 0 or time.monotonic() - start < LOADED_S):
         samples[0, indices[num]]
         num += 1
     return num / (time.monotonic() - start)
@@ -169,21 +189,32 @@ def _training(run: RunDir, device: Device, data_sets: DataSets, batch_size: int)
         dist.destroy_process_group()
 
 
-def _speed(batch_size: int, seconds: list[float]) -> float:
-    return batch_size / sorted(seconds)[int(QUICK_PART * (len(seconds) - 1))]
-
-
-def _timed_steps(training: _Training, batch_size: int) -> Iterator[float]:
-    """Seconds of each step; the first is slower: it makes the optimizer's state, and libraries choose their ways."""
+def _in_turn(
+    steps: Mapping[int, Callable[[], float]], turns: int = TURNS, most_s: float = MOST_S
+) -> dict[int, list[float]]:
+    """Seconds of a step, as each step tells them, in each of its turns: the median of the turn."""
+    seconds: dict[int, list[float]] = {name: [] for name in steps}
     began = time.monotonic()
-    for number in range(MAX_STEPS + 1):
-        yield training.step(batch_size)
-        if number == 0:
-            timed_since = time.monotonic()
-        timed = time.monotonic() - timed_since
-        enough = number >= MIN_STEPS and timed > TIMED_S
-        if enough or (number >= MIN_STEPS - 1 and time.monotonic() - began > LONG_S):
-            return
+    for turn in range(turns):
+        if turn >= MIN_TURNS and time.monotonic() - began > most_s:
+            break
+        for name in list(steps)[:: 1 if turn % 2 else -1]:
+            until = time.monotonic() + TURN_S
+            found = [steps[name]()]
+            while time.monotonic() < until:
+                found.append(steps[name]())
+            seconds[name].append(statistics.median(found))
+    return seconds
+
+
+def _quick(seconds: Sequence[float]) -> float:
+    """The mean of the quickest turns."""
+    return statistics.mean(sorted(seconds)[: max(1, round(len(seconds) * QUICK_PART))])
+
+
+def _noise(seconds: Sequence[float]) -> float:
+    """By which part :func:`_quick` may be off: half of what it differs by between every other turn and the rest."""
+    return abs(math.log(_quick(seconds[::2]) / _quick(seconds[1::2]))) / 2
 
 
 def _num_bytes(value: Any) -> int:

@@ -15,7 +15,7 @@ from launcher.engine.host_split import gpu_workers, split_cpu
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from launcher.engine.device import Device
+    from launcher.engine.device import Device, Precision
     from launcher.engine.distributed import Ranks
     from launcher.engine.probe import Probe
     from launcher.engine.setup import DataSets
@@ -36,6 +36,8 @@ class DeviceFacts:
     """Its memory."""
     free: FreeMemory
     """What this rank may take."""
+    precision: Precision
+    """What the recipe's comes to on it."""
 
 
 class RankProbes:
@@ -75,17 +77,20 @@ class RankProbes:
 
         def ask() -> DeviceFacts:
             self._device.activate()
-            free = self._device.free_memory(self._ranks.local_world_size)
-            return DeviceFacts(name=self._device.name, total_bytes=self._device.total_memory(), free=free)
+            return DeviceFacts(
+                name=self._device.name,
+                total_bytes=self._device.total_memory(),
+                free=self._device.free_memory(self._ranks.local_world_size),
+                precision=self._device.precision(self._recipe.precision),
+            )
 
         found: DeviceFacts = self._call(ask) if self._device.is_cuda else ask()
         return found
 
-    def measure(self, batch_size: int, threads: int | None = None) -> Probe:
+    def measure(self, batch_size: int, beside: Probe | None) -> Probe:
         """See :func:`launcher.engine.probe.measure`."""
-        found: Probe = self._call(functools.partial(probe.measure, *self._trained, batch_size, threads=threads))
-        how = f"batch {batch_size}" + (f" with {threads} threads" if threads else "")
-        self._say(f"{how}: {found.images_per_s:.0f} images/s, {found.memory_bytes / 1e9:.2f} GB")
+        found: Probe = self._call(functools.partial(probe.measure, *self._trained, batch_size, beside=beside))
+        self._say(f"batch {batch_size}: {found.images_per_s:.0f} images/s, {found.memory_bytes / 1e9:.2f} GB")
         return found
 
     def compare(self, batch_sizes: Sequence[int]) -> list[Probe]:
@@ -94,7 +99,7 @@ class RankProbes:
         self._say(f"in turn: {', '.join(f'batch {one.batch_size}: {one.images_per_s:.0f} images/s' for one in found)}")
         return found
 
-    def split(self, chosen: Probe) -> dict[str, int]:
+    def split(self, batch_size: int, images_per_s: float) -> dict[str, int]:
         """Loader processes and threads of this rank, with the batch size that was found: ``{workers, threads}``."""
         recipe, threads, cores = self._recipe, torch.get_num_threads(), data.num_rank_cores(self._ranks)
         workers = None if recipe.data.workers == "auto" else recipe.data.workers
@@ -103,8 +108,10 @@ class RankProbes:
             return {"workers": workers or 0, "threads": threads}
         load = self._call(functools.partial(probe.loading_speed, self._data_sets))
         if self._device.is_cuda:
-            return {"workers": gpu_workers(train=chosen.images_per_s, load=load, cores=cores), "threads": threads}
-        train = {threads: chosen.images_per_s}
+            return {"workers": gpu_workers(train=images_per_s, load=load, cores=cores), "threads": threads}
+        train = {threads: images_per_s}
         if threads > 1 and not fixed:
-            train[threads - 1] = self.measure(chosen.batch_size, threads=threads - 1).images_per_s
+            counts = (threads, threads - 1)
+            train = self._call(functools.partial(probe.compare_threads, *self._trained, batch_size, counts))
+            self._say(", ".join(f"{count} threads: {speed:.0f} images/s" for count, speed in train.items()))
         return split_cpu(train=train, load=load, cores=cores, workers=workers)._asdict()

@@ -18,8 +18,8 @@ from launcher.files import write_json_atomic
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from launcher.engine.device import Device
     from launcher.engine.distributed import Ranks
+    from launcher.engine.rank_probes import DeviceFacts
     from launcher.engine.setup import DataSets
     from launcher.recipe import Recipe
 
@@ -27,18 +27,16 @@ SAME_BUDGET = 0.05
 """How much the memory may differ from that of then."""
 
 
-def key(
-    recipe: Recipe, device_name: str, total_bytes: int, data_sets: DataSets, device: Device, ranks: Ranks, max_size: int
-) -> str:
+def key(recipe: Recipe, facts: DeviceFacts, data_sets: DataSets, ranks: Ranks, max_size: int) -> str:
     """Of all that speed and memory depend on, and the search."""
     model = asdict(recipe.model)
     del model["weights"]
-    facts = {
-        "device": [device_name, total_bytes],
+    values = {
+        "device": [facts.name, facts.total_bytes],
         "model": model,
         "classes": len(data_sets.train.classes),
         "image_size": data_sets.preprocessing.image_size,
-        "precision": device.precision(recipe.precision),
+        "precision": facts.precision,
         "channels_last": recipe.train.channels_last,
         "optimizer": [recipe.optim.name, recipe.optim.momentum > 0],
         "clip": recipe.train.clip_grad_norm is not None,
@@ -48,7 +46,12 @@ def key(
         "cores": [recipe.data.workers, recipe.launch.threads],
         "versions": [importlib.metadata.version("finetune-launcher"), torch.__version__, torchvision.__version__],
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+    return _digest(values)
+
+
+def loading_key(recipe: Recipe, data_sets: DataSets) -> str:
+    """Of what the speed of loading depends on besides: how cores are best shared follows from it."""
+    return _digest([recipe.data.path, data_sets.train.digest, recipe.data.augment])
 
 
 def read(found_key: str, budget_bytes: int) -> dict[str, Any] | None:
@@ -67,6 +70,10 @@ def write(found_key: str, report: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):
         _file(found_key).parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(_file(found_key), report)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def _file(found_key: str) -> Path:

@@ -25,7 +25,7 @@ from launcher.engine.stopping import StopFlag
 from launcher.engine.trainer import Outcome, Trainer
 from launcher.errors import EXIT_FAILED, EXIT_RESUMABLE, LaunchError
 from launcher.files import write_json_atomic
-from launcher.processes import die_with_parent
+from launcher.processes import die_with_parent, offer_to_kernel
 from launcher.redact import redact
 from launcher.run_dir import ATTEMPT_VARIABLE, MEMORY_KILLS_VARIABLE, RunDir, WorkerSpec
 from launcher.watchdog import DUMP_SIGNAL
@@ -53,6 +53,7 @@ def worker_main(run_path: str, beats: Heartbeats) -> Outcome:
     own, folder = run.rank_error(spec.attempt, ranks.rank), run.attempt_errors(spec.attempt)
     stop = StopFlag(peer_failed=lambda: beats.any_failed or any(file != own for file in folder.glob("rank-*.json")))
     stop.install()
+    offer_to_kernel(500)  # rather than the supervisor, which starts workers again
     supervisor = os.getppid()
     console = _redirect_output(run, spec, ranks)
     try:

@@ -3,17 +3,19 @@
     python -m tests.bench.autotune [--models NAME …]
 
 For each model and limit: a run that tunes itself and then trains 20 steps or more in a control group with the limit;
-then, in the same group, many sizes up to what fits, one after the other; then the chosen and the best of them in turn.
-Printed: what was chosen, its speed against the best that fits, probes, seconds, and the memory that training took at
-most against the limit.
+then, in the same group, many sizes up to what fits, in turn; then the chosen and the best of them in turn, for longer.
+Printed: what was chosen, its speed against the best that fits, with how far that may be off, probes, seconds, and the
+memory that training took at most against the limit. Exits with 1 where a speed is below 0.97 of the best by more than
+that, or memory above the limit.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import math
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,8 +29,9 @@ from PIL import Image
 from tests.cgroups import MemoryGroup
 
 SIZES = [8, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384]
-AGAIN = 5
-"""How often the chosen and the best of the sweep are measured once more, in turn."""
+SWEEP_TURNS, FINAL_TURNS = 6, 24
+"""How often it is each size's turn, and then that of the chosen and of the best once more."""
+LEAST = 0.97
 CASES = {
     "resnet18": {"image_size": 64, "num_images": 1600, "limits_gb": (1.6, 2.5)},
     "mobilenet_v3_small": {"image_size": 96, "num_images": 1600, "limits_gb": (1.4, 2.2)},
@@ -83,18 +86,14 @@ def train(group: MemoryGroup, recipe: Path, run: Path, env: dict[str, str]) -> t
 
 
 def sweep(run_dir: str, chosen: int) -> None:
-    """Measure all sizes; prints ``[chosen's images_per_s, best size, its images_per_s, sizes that fit]``.
-
-    Runs in the control group.
-    """
+    """Measure all sizes; prints as JSON what :func:`compare` reads. Runs in the control group."""
     import torch
 
     from launcher import recipe as recipes
-    from launcher.engine import autotune
+    from launcher.engine import autotune, probe
     from launcher.engine.child import OutOfMemoryError, TooSlowError, call_in_child
     from launcher.engine.device import Device
     from launcher.engine.distributed import Ranks
-    from launcher.engine.probe import Probe, measure
     from launcher.engine.setup import open_data_sets
     from launcher.run_dir import RunDir
 
@@ -104,25 +103,43 @@ def sweep(run_dir: str, chosen: int) -> None:
     budget = json.loads(run.tuning.read_text())["ranks"][0]["budget_bytes"]
     most = len(data_sets.train) // autotune.MIN_STEPS_PER_EPOCH
 
-    def probe(size: int) -> Probe:
-        return call_in_child(lambda: measure(run, device, data_sets, size), timeout_s=600, heed_stop=lambda: None)
+    def in_child(function):
+        return call_in_child(function, timeout_s=900, heed_stop=lambda: None)
 
-    speeds: dict[int, float] = {}
+    def in_turn(sizes: list[int], turns: int) -> dict[int, list[float]]:
+        with probe._training(run, device, data_sets, max(sizes)) as training:
+            training.step(max(sizes))
+            steps = {size: functools.partial(training.step, size) for size in sizes}
+            return probe._in_turn(steps, turns, most_s=900)
+
+    fit = []
     for size in sorted({chosen, *(s for s in SIZES if s <= most)}):
         try:
-            found = probe(size)
+            found = in_child(functools.partial(probe.measure, run, device, data_sets, size))
         except (OutOfMemoryError, TooSlowError):
             break
         if autotune.needed_bytes(found, recipe=recipe, ranks=Ranks(), device=device, data_sets=data_sets) > budget:
             break
-        speeds[size] = found.images_per_s
-    best = max(speeds, key=lambda size: speeds[size])
-    pairs = [(probe(chosen).images_per_s, probe(best).images_per_s) for _ in range(AGAIN if best != chosen else 1)]
-    one, other = (statistics.median(values) for values in zip(*pairs, strict=True))
-    print(json.dumps([one, best, other if best != chosen else one, len(speeds)]))
+        fit.append(size)
+    seconds = in_child(functools.partial(in_turn, fit, SWEEP_TURNS))
+    speeds = {size: size / probe._quick(found) for size, found in seconds.items()}
+    best = max((size for size in fit if size != chosen or len(fit) == 1), key=speeds.__getitem__)
+    best = best if speeds[best] > speeds[chosen] else chosen
+    finals = seconds if best == chosen else in_child(functools.partial(in_turn, [chosen, best], FINAL_TURNS))
+    print(
+        json.dumps(
+            {
+                "chosen": chosen / probe._quick(finals[chosen]),
+                "best_size": best,
+                "best": best / probe._quick(finals[best]),
+                "off": 0.0 if best == chosen else math.hypot(*map(probe._noise, finals.values())),
+                "sweep": {size: round(speed / max(speeds.values()), 3) for size, speed in speeds.items()},
+            }
+        )
+    )
 
 
-def main() -> None:
+def main() -> int:
     """Print a line for each model and limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(CASES))
@@ -130,16 +147,18 @@ def main() -> None:
     args = parser.parse_args()
     if args.sweep:
         sweep(args.sweep[0], int(args.sweep[1]))
-        return
+        return 0
+    held = []
     for arch in args.models:
         case = CASES[arch]
         for limit_gb in case["limits_gb"]:
             with tempfile.TemporaryDirectory() as name:
-                compare(arch, case, limit_gb, Path(name))
+                held.append(compare(arch, case, limit_gb, Path(name)))
+    return 0 if all(held) else 1
 
 
-def compare(arch: str, case: dict, limit_gb: float, folder: Path) -> None:
-    """One model under one limit."""
+def compare(arch: str, case: dict, limit_gb: float, folder: Path) -> bool:
+    """One model under one limit; whether what has to hold held."""
     photos = write_photos(folder / "photos", size=case["image_size"], num=case["num_images"])
     recipe, run = folder / "recipe.yaml", folder / "run"
     recipe.write_text(RECIPE.format(arch=arch, photos=photos, image_size=case["image_size"]))
@@ -151,7 +170,7 @@ def compare(arch: str, case: dict, limit_gb: float, folder: Path) -> None:
         code, peak = train(group, recipe, run, env)
         if code:
             print(f"{arch} {limit_gb:g} GB: exit code {code}")
-            return
+            return False
         (rank,) = json.loads((run / "tuning.json").read_text())["ranks"]
         chosen = rank["batch_size"]
         command = [sys.executable, "-m", "tests.bench.autotune", "--sweep", str(run), str(chosen)]
@@ -159,21 +178,25 @@ def compare(arch: str, case: dict, limit_gb: float, folder: Path) -> None:
         done = group.run(command, env=env, cwd=root, stdout=subprocess.PIPE)
         took = time.monotonic() - start
         time.sleep(0.5)  # a group's processes are gone a moment after they have ended
-    speed, best, best_speed, num_fit = json.loads(done.stdout)
+    found = json.loads(done.stdout)
+    ratio = found["chosen"] / found["best"]
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     steps = max(e["step"] for e in events if e["kind"] == "checkpoint")
     ran_out = sum(e["kind"] == "out_of_memory" for e in events)
     tried = " ".join(f"{a['batch_size']}{'!' if a['problem'] else ''}" for a in rank["attempts"])
     tried += f"; in turn {' '.join(map(str, rank['compared']))}" if rank["compared"] else ""
     print(
-        f"{arch} at {case['image_size']} px, {limit_gb:g} GB: chose {chosen}, {speed:.1f} images/s; the best of "
-        f"{num_fit} sizes that fit is {best}, {best_speed:.1f}: {speed / best_speed:.3f} of it; "
-        f"{rank['num_probes']} probes ({tried}) in {rank['seconds']:.0f} s "
-        f"(the sweep: {took:.0f} s); {steps} steps held {peak / 1e9:.2f} GB at most ({peak / limit:.2f} of the limit), "
+        f"{arch} at {case['image_size']} px, {limit_gb:g} GB: chose {chosen}, {found['chosen']:.1f} images/s; the best "
+        f"of {len(found['sweep'])} sizes that fit is {found['best_size']}, {found['best']:.1f}: {ratio:.3f} of it, "
+        f"± {found['off']:.3f}; {rank['num_probes']} probes ({tried}) in {rank['seconds']:.0f} s (the sweep: "
+        f"{took:.0f} s); {steps} steps held {peak / 1e9:.2f} GB at most ({peak / limit:.2f} of the limit), "
         f"ran out {ran_out} times",
+        f"    the sweep: {' '.join(f'{size}:{part}' for size, part in found['sweep'].items())}",
+        sep="\n",
         flush=True,
     )
+    return ratio + found["off"] >= LEAST and peak <= limit and not ran_out
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

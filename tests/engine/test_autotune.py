@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from launcher import host_memory
 from launcher.engine import probe
 from launcher.engine.autotune import StoppedError, agree, tune_rank
 from launcher.engine.child import OutOfMemoryError, call_in_child
+from launcher.engine.device import Device
 from launcher.engine.distributed import Ranks
 from launcher.engine.schedule import Batching
 from launcher.engine.setup import build_parts, open_data_sets
@@ -38,9 +40,9 @@ def cache(tmp_path, monkeypatch):
 def tune(engine):
     """What one rank finds, of a data set without steps enough for large batches unless they are allowed."""
 
-    def call(run, ranks=None, *, fresh=False, stop=engine.never, say=lambda _: None):
+    def call(run, ranks=None, *, device=engine.cpu, fresh=False, stop=engine.never, say=lambda _: None):
         recipe, data_sets = read_resolved(run.recipe), open_data_sets(run)
-        return tune_rank(run, recipe, ranks or Ranks(), engine.cpu, data_sets, fresh=fresh, stop=stop, say=say)
+        return tune_rank(run, recipe, ranks or Ranks(), device, data_sets, fresh=fresh, stop=stop, say=say)
 
     return call
 
@@ -76,6 +78,28 @@ def test_where_nothing_fits_the_error_says_how_much_is_needed_and_what_limits_it
     assert "free to take 0.0" in found["error"]
     assert "GB (the job's --mem)" in found["error"]
     assert "data.image_size" in found["error"]
+
+
+class Untouched(Device):
+    """A GPU to the rank, which may ask it nothing: CUDA cannot be used in a fork of a process that has used it.
+
+    In its children it is the CPU.
+    """
+
+    @property
+    def is_cuda(self):
+        return multiprocessing.current_process().name != "probe"
+
+    def __getattribute__(self, name):
+        if name in ("name", "precision", "activate", "total_memory", "free_memory", "measure_memory"):
+            assert not self.is_cuda, f"the rank asks its GPU for {name}, and goes on to fork"
+        return super().__getattribute__(name)
+
+
+@pytest.mark.slow
+def test_a_rank_touches_its_gpu_in_children_only(make_run, tune):
+    recipe = AUTO | {"precision": "auto", "data": {"workers": "auto"}}
+    assert tune(make_run(**recipe), device=Untouched(type="cpu"))["from"] == "probes"
 
 
 def test_a_stop_ends_the_probes(make_run, tune, engine):

@@ -40,32 +40,48 @@ class Model:
 
 
 class FakeDevice:
-    """Measures as a child process would on a device that behaves like ``model``."""
+    """Measures as a child process would on a device that behaves like ``model``.
 
-    def __init__(self, model, *, noise=0.0, seed=0):
-        self._model, self._noise, self._random = model, noise, random.Random(seed)  # noqa: S311
+    Args:
+        model: memory and speed.
+        noise: by which part each speed is off that a probe measures (its standard deviation).
+        drift: by how much the whole machine may be slower from one probe to the next.
+        seed: of the noise.
+    """
+
+    def __init__(self, model, *, noise=0.0, drift=0.0, seed=0):
+        self._model, self._noise, self._drift = model, noise, drift
+        self._random = random.Random(seed)  # noqa: S311
         self.tried = []
         self.compared = ()
 
-    def measure(self, batch_size):
+    def _speed(self, batch_size, machine, noise):
+        return self._model.speed(batch_size) * machine * max(0.1, self._random.gauss(1, noise))
+
+    def measure(self, batch_size, beside):
         self.tried.append(batch_size)
         taken, there = self._model.memory(batch_size), self._model.budget / 0.95
         if taken > there:
             raise OutOfMemoryError(f"CUDA out of memory: {there:.2f} GiB in all")
-        speed = self._model.speed(batch_size) * max(0.1, self._random.gauss(1, self._noise))
+        machine = 1 - self._random.uniform(0, self._drift)
+        speed = self._speed(batch_size, machine, self._noise)
+        if beside:
+            assert beside.batch_size < batch_size
+            speed *= beside.images_per_s / self._speed(beside.batch_size, machine, self._noise)
         return Probe(batch_size=batch_size, images_per_s=speed, memory_bytes=int(taken * GB), state_bytes=0)
 
     def compare(self, batch_sizes):
-        """Measured in turn, the sizes meet the same noise."""
+        """In more turns than when there are but two."""
         self.compared = tuple(batch_sizes)
-        factor = max(0.1, self._random.gauss(1, self._noise))
+        noise, machine = self._noise / 2, 1 - self._random.uniform(0, self._drift)
         taken = int(max(map(self._model.memory, batch_sizes)) * GB)
         return [
             Probe(
                 batch_size=size,
-                images_per_s=self._model.speed(size) * factor * self._random.gauss(1, self._noise / 5),
+                images_per_s=self._speed(size, machine, noise),
                 memory_bytes=taken,
                 state_bytes=0,
+                noise=abs(self._random.gauss(0, noise)),  # what every other turn and the rest differ by tells it
             )
             for size in batch_sizes
         ]
@@ -140,6 +156,8 @@ MODELS = {
         memory=linear(0.3, 0.0015), speed=saturating(half=1500), budget=76, max_size=16000
     ),
 }
+STILL_RISING = Model(memory=linear(0.5, 0.004), speed=saturating(half=9.7, peak=345), budget=38, max_size=160)
+"""resnet18 at 64 px on two cores, as it was measured: with 160 images 1 % faster than with 128, 4 % than with 96."""
 JUMPS = {
     "8 GB beyond 32": Model(memory=jump(8, beyond=32), speed=saturating(), budget=76),
     "8 GB beyond 128": Model(memory=jump(8, beyond=128), speed=saturating(), budget=76),
@@ -172,7 +190,7 @@ def test_what_is_chosen_was_measured_and_fits_and_so_was_the_largest(model, obje
     assert found.chosen.batch_size <= found.largest.batch_size
     new = [size for size in device.compared if size not in device.tried]
     assert [a.batch_size for a in found.attempts] == device.tried + new
-    assert len(device.compared) <= 4
+    assert len(device.compared) <= 5
     assert found.num_probes == device.num_probes
     assert found.largest.batch_size == max(size for size in device.tried if model.fits(size))
 
@@ -298,11 +316,11 @@ def test_a_batch_that_takes_too_long_to_measure_is_never_taken(objective):
     model = MODELS["80 GB"]
     device = FakeDevice(model)
 
-    def measure(size):
+    def measure(size, beside):
         if size > 100:
             device.tried.append(size)
             raise TooSlowError("not done after 180 s")
-        return device.measure(size)
+        return device.measure(size, beside)
 
     found = search_on_80_gb(measure, objective)
     assert found.largest.batch_size <= 100
@@ -314,34 +332,38 @@ def test_a_batch_that_takes_too_long_to_measure_is_never_taken(objective):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("error", [OutOfMemoryError(str(MemoryError())), TooSlowError()])
 def test_an_error_without_a_word_counts_as_any_other(objective, error):
-    def measure(size):
+    def measure(size, beside):
         if size > 16:
             raise error  # Python's own MemoryError has no text
-        return FakeDevice(MODELS["80 GB"]).measure(size)
+        return FakeDevice(MODELS["80 GB"]).measure(size, beside)
 
     found = search_on_80_gb(measure, objective)
     assert found.chosen.batch_size == found.largest.batch_size == 16
 
 
 def test_any_other_error_ends_the_search():
-    def measure(size):
+    def measure(size, beside):
         raise RuntimeError("a broken model")
 
     with pytest.raises(RuntimeError, match="a broken model"):
         BatchSearch(measure, compare=list, needed=int, budget_bytes=1, objective="memory", max_size=64).run()
 
 
-@pytest.mark.parametrize(("noise", "least"), [(0.01, 0.97), (0.05, 0.93)])
-@pytest.mark.parametrize("name", ["80 GB", "24 GB with other tenants", "flat", "falls slowly"])
-def test_noise_costs_some_speed_at_most(name, noise, least):
-    model = MODELS[name]
+@pytest.mark.parametrize("drift", [0.0, 0.5])
+@pytest.mark.parametrize(("noise", "mostly", "always"), [(0.01, 0.97, 0.97), (0.05, 0.95, 0.88)])
+@pytest.mark.parametrize("name", ["80 GB", "24 GB with other tenants", "flat", "falls slowly", "still rising"])
+def test_noise_costs_little_speed_and_a_machine_that_becomes_slower_none(name, noise, mostly, always, drift):
+    model = (MODELS | {"still rising": STILL_RISING})[name]
     best = max(map(model.speed, model.sweep()))
+    ratios = []
     for seed in range(200):
-        device = FakeDevice(model, noise=noise, seed=seed)
+        device = FakeDevice(model, noise=noise, drift=drift, seed=seed)
         chosen = search(model, device=device).chosen.batch_size
         assert model.fits(chosen)
         assert device.num_probes <= 6
-        assert model.speed(chosen) >= least * best
+        ratios.append(model.speed(chosen) / best)
+    assert min(ratios) >= always
+    assert sorted(ratios)[len(ratios) // 20] >= mostly
 
 
 def test_a_size_between_the_last_two_is_found_when_they_are_compared():
@@ -378,15 +400,15 @@ def test_where_one_process_cannot_hold_all_that_are_compared_the_probes_decide(e
 
 def test_what_was_compared_in_turn_decides_over_what_was_measured_apart():
     class Misled(FakeDevice):
-        def measure(self, batch_size):
-            found = super().measure(batch_size)
+        def measure(self, batch_size, beside):
+            found = super().measure(batch_size, beside)
             return replace(found, images_per_s=found.images_per_s * (0.9 if batch_size == 128 else 1))
 
     model = MODELS["80 GB"]
     model = replace(model, max_size=128)  # 8, 32, 64 and 128
     found = search(model, device=Misled(model))
     assert 128 in found.compared
-    assert found.chosen.batch_size == 128
+    assert found.chosen.batch_size >= 112  # 112 is within 2 % of it; measured apart 96 would have been the fastest
 
 
 @pytest.mark.parametrize("global_size", [None, 4096])

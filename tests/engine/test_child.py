@@ -93,6 +93,14 @@ def torch_on_a_gpu():
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
 
+def cublas():
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
+def nccl():
+    raise torch.distributed.DistBackendError("NCCL error … Last error:\nCuda failure 2 'out of memory'")
+
+
 def killed():
     os.kill(os.getpid(), signal.SIGKILL)  # as the kernel's OOM killer does
     time.sleep(LONG_S)
@@ -104,6 +112,8 @@ def killed():
         (torch_on_the_cpu, "DefaultCPUAllocator: can't allocate memory"),
         (python, None),
         (torch_on_a_gpu, "CUDA out of memory. Tried to allocate 20.00 MiB."),
+        (cublas, "CUBLAS_STATUS_ALLOC_FAILED"),
+        (nccl, "Cuda failure 2"),
         (killed, "killed, as the kernel does"),
     ],
 )

@@ -10,6 +10,7 @@ from launcher import recipe as recipes
 from launcher.engine import tuning_cache
 from launcher.engine.autotune import budget_bytes, tune_rank
 from launcher.engine.distributed import Ranks
+from launcher.engine.rank_probes import DeviceFacts
 from launcher.engine.setup import open_data_sets
 from launcher.host_memory import FreeMemory
 
@@ -32,7 +33,10 @@ def key_of(make_run, engine):
     def make(device=("H100", 80 * GB), **changes):
         run = make_run(f"run-{next(numbers)}", **changes)
         recipe = recipes.read_resolved(run.recipe)
-        return tuning_cache.key(recipe, *device, open_data_sets(run), engine.cpu, Ranks(), 512)
+        free = FreeMemory(num_bytes=device[1], limit="free on cuda:0")
+        precision = engine.cpu.precision(recipe.precision)
+        facts = DeviceFacts(name=device[0], total_bytes=device[1], free=free, precision=precision)
+        return tuning_cache.key(recipe, facts, open_data_sets(run), Ranks(), 512)
 
     return make
 
@@ -168,11 +172,15 @@ def tune(make_run, engine, monkeypatch):
     def call(most=3, **changes):  # no rank has more than 3 of 37 images in one of ten steps
         run = make_run(batch={"size": "auto"})
         recipe, data_sets = recipes.read_resolved(run.recipe), open_data_sets(run)
-        facts = (engine.cpu.name, engine.cpu.total_memory())
+        device, precision = engine.cpu, engine.cpu.precision(recipe.precision)
+        facts = DeviceFacts(name=device.name, total_bytes=device.total_memory(), free=FREE, precision=precision)
         earlier = {"batch_size": 3, "max_size": 3, "images_per_s": 50.0, "needed_bytes": GB, "attempts": []}
+        earlier |= {"loading": tuning_cache.loading_key(recipe, data_sets), "workers": 7, "threads": 9}
         tuning_cache.write(
-            tuning_cache.key(recipe, *facts, data_sets, engine.cpu, Ranks(), most),
-            {"device": facts[0], "total_bytes": facts[1], "budget_bytes": budget_bytes(FREE)} | earlier | changes,
+            tuning_cache.key(recipe, facts, data_sets, Ranks(), most),
+            {"device": facts.name, "total_bytes": facts.total_bytes, "budget_bytes": budget_bytes(FREE)}
+            | earlier
+            | changes,
         )
         return tune_rank(
             run, recipe, Ranks(), engine.cpu, data_sets, fresh=False, stop=lambda: False, say=lambda line: None
@@ -184,6 +192,13 @@ def tune(make_run, engine, monkeypatch):
 def test_a_run_takes_what_an_earlier_one_found(tune):
     found = tune()
     assert (found["from"], found["batch_size"], found["rank"]) == ("cache", 3, 0)
+    assert (found["workers"], found["threads"]) == (7, 9)
+
+
+def test_how_cores_are_shared_is_measured_again_for_other_images(tune):
+    found = tune(loading="other images")
+    assert (found["from"], found["batch_size"]) == ("cache", 3)
+    assert (found["workers"], found["threads"]) != (7, 9)
 
 
 def test_a_run_on_few_images_does_not_take_the_batch_of_one_on_many(tune):
