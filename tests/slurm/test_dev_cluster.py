@@ -8,12 +8,15 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from launcher.slurm.dev.devcluster.layout import Layout
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.slurm
 
@@ -51,6 +54,30 @@ def run(environment, *command, folder="/tmp"):  # noqa: S108
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+INSTALL = """
+import pathlib, sys, time
+from launcher.slurm.dev.devcluster import packages
+there, log = map(pathlib.Path, sys.argv[1:])
+def apt_get(*arguments):
+    with log.open("a") as stream: stream.write(f"{arguments[0]} ")
+    time.sleep(0.5)  # another process that installs now would be refused by dpkg
+    there.touch()
+    return True
+packages.missing = lambda accounting: [] if there.exists() else ["slurm-wlm"]
+packages._apt_get = apt_get
+packages.install(accounting=True)
+"""
+
+
+def test_of_two_processes_that_install_at_once_one_waits_for_the_other(tmp_path):
+    command = [sys.executable, "-c", INSTALL, str(tmp_path / "there"), str(tmp_path / "log")]
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)]
+    said = [process.communicate(timeout=60)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert (tmp_path / "log").read_text() == "update install "
+    assert sorted("all packages are there" in text for text in said) == [False, True]
 
 
 def wait_until(condition, *, timeout_s=150):

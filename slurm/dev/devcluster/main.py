@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING
 
 from . import config, daemons, network, packages
 from .layout import MAX_NODES, PATH, CannotError, ClusterError, Layout, say
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from .lock import only_one
 
 EXIT_OK, EXIT_FAILED, EXIT_CANNOT = 0, 1, 3
 _LOCK_PATIENCE_S = 120
@@ -41,7 +36,7 @@ def main() -> int:
             return EXIT_OK
         _check_root(arguments.command)
         layout = Layout.from_environment()
-        with _one_at_a_time(layout):
+        with only_one(layout.tag, patience_s=_LOCK_PATIENCE_S):
             return _run(arguments, layout.as_saved())
     except CannotError as error:
         say(f"cannot: {error}")
@@ -177,19 +172,3 @@ def _check_machine(layout: Layout) -> None:
             f"{layout.root.parent} is mounted noexec, and SLURM runs scripts from there; "
             "set FTL_CLUSTER_DIR to a folder elsewhere"
         )
-
-
-@contextlib.contextmanager
-def _one_at_a_time(layout: Layout) -> Iterator[None]:
-    """Keep every other `cluster` command for the same folder waiting; the kernel frees this lock however we end."""
-    with socket.socket(socket.AF_UNIX) as lock:
-        give_up = time.monotonic() + _LOCK_PATIENCE_S
-        while True:
-            try:
-                lock.bind(f"\0finetune-launcher-cluster-{layout.tag}")
-                break
-            except OSError:
-                if time.monotonic() > give_up:
-                    raise ClusterError("another `cluster` command has been at work for two minutes") from None
-            time.sleep(0.1)
-        yield

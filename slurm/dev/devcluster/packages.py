@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .layout import CannotError, ClusterError, say
+from .lock import only_one
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,6 +31,9 @@ ACCOUNTING_PROGRAMS = {
     "mariadb-install-db": "mariadb-server-core",
     "my_print_defaults": "mariadb-client-core",  # mariadb-install-db calls it
 }
+
+_LOCK_PATIENCE_S = 600
+"""Two test processes ask for the packages at once, and dpkg would refuse the second."""
 
 _SERVICES = ("munge", "slurmctld", "slurmd", "slurmdbd")
 """Packages with a service of the same name, which their installation would start now and at every boot."""
@@ -55,12 +59,18 @@ def install(*, accounting: bool) -> None:
         CannotError: Not root, or not a Debian or Ubuntu.
         ClusterError: apt-get failed; it has said why.
     """
-    if os.geteuid() == 0:
-        _restore_policy()
-    wanted = missing(accounting=accounting)
-    if not wanted:
-        say("all packages are there")
-        return
+    with only_one("installation", patience_s=_LOCK_PATIENCE_S):
+        if os.geteuid() == 0:
+            _restore_policy()
+        if wanted := missing(accounting=accounting):
+            _install(wanted)
+        else:
+            say("all packages are there")
+        if still := missing(accounting=accounting):
+            raise ClusterError(f"installed, but the programs of {' '.join(still)} are not on PATH")
+
+
+def _install(wanted: list[str]) -> None:
     if os.geteuid() != 0:
         raise CannotError(f"installing {' '.join(wanted)} needs root")
     if shutil.which("apt-get") is None:
@@ -75,8 +85,6 @@ def install(*, accounting: bool) -> None:
     for service in absent:
         if _is_installed(service) and shutil.which("systemctl"):
             subprocess.run(["systemctl", "--quiet", "disable", service], check=False, stdout=2)
-    if still := missing(accounting=accounting):
-        raise ClusterError(f"installed, but the programs of {' '.join(still)} are not on PATH")
 
 
 def _is_installed(package: str) -> bool:
@@ -89,10 +97,8 @@ def _is_installed(package: str) -> bool:
 def _apt_get(*arguments: str) -> bool:
     """Run apt-get without a question, its output on stderr (stdout is what the user evaluates)."""
     env = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "NEEDRESTART_SUSPEND": "1"}
-    return (
-        subprocess.run(["apt-get", *arguments], check=False, stdout=2, stdin=subprocess.DEVNULL, env=env).returncode
-        == 0
-    )
+    command = ["apt-get", "-o", f"DPkg::Lock::Timeout={_LOCK_PATIENCE_S}", *arguments]
+    return subprocess.run(command, check=False, stdout=2, stdin=subprocess.DEVNULL, env=env).returncode == 0
 
 
 @contextlib.contextmanager
