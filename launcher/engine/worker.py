@@ -113,6 +113,7 @@ def train(
     try:
         batching = autotune.agree(run, recipe, ranks, own, say) if own else None
         if plan["tune"]:
+            _leave_process_group()
             return "completed"
         if own:
             torch.set_num_threads(own["threads"])
@@ -150,9 +151,17 @@ def train(
     finally:
         if recorder:
             recorder.close(finished=outcome != "preempted")
-        with contextlib.suppress(Exception):  # a peer that died already has closed its end
-            dist.destroy_process_group()
+    _leave_process_group()
     return outcome
+
+
+def _leave_process_group() -> None:
+    """Only where all goes well: NCCL waits here for its collectives, and peers of a rank that failed sit in one.
+
+    Such a rank says so in its error file and ends; the system closes its connections.
+    """
+    with contextlib.suppress(Exception):  # a peer that died already has closed its end
+        dist.destroy_process_group()
 
 
 def write_error(run: RunDir, spec: WorkerSpec, ranks: Ranks, error: BaseException) -> None:
