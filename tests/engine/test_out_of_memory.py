@@ -41,8 +41,25 @@ class Full(nn.Module):
 
 
 def full(parts, *, layer, **options):
-    module = parts.model.module.features
-    module[layer] = Full(module[layer], **options)
+    if options["where"] == "loss":
+        full_in_the_loss(options["most"])
+    elif layer == "classifier":
+        parts.model.module.classifier = Full(parts.model.module.classifier, **options)
+    else:
+        module = parts.model.module.features
+        module[layer] = Full(module[layer], **options)
+
+
+def full_in_the_loss(most):
+    """For this process: the forward pass through the model is done by then, and DDP awaits the backward pass."""
+    entropy = nn.functional.cross_entropy
+
+    def limited(logits, *arguments, **options):
+        if logits.requires_grad and len(logits) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory (a test)")
+        return entropy(logits, *arguments, **options)
+
+    nn.functional.cross_entropy = limited
 
 
 def strip(state):
@@ -54,7 +71,8 @@ def events(run, kind):
 
 
 # In squeezenet layer 0 comes first in the forward pass and last in the backward pass: DDP has begun to exchange the
-# gradients of all others by then. After layer 12 none has been.
+# gradients of all others by then. After layer 12 none has been. After the classifier, or in the loss, the backward pass
+# has come to no gradient at all.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "layer", "world_size", "size", "accumulate"),
@@ -65,6 +83,9 @@ def events(run, kind):
         ("backward", 7, 2, 5, 2),
         ("backward", 12, 2, 9, 1),
         ("backward", 7, 1, 9, 2),
+        ("backward", "classifier", 2, 9, 1),
+        ("backward", "classifier", 2, 5, 2),
+        ("loss", None, 2, 9, 1),
     ],
 )
 def test_one_rank_out_of_memory_takes_smaller_batches_and_the_weights_are_the_same(

@@ -51,6 +51,7 @@ DERIVED = {
     "_step._micro_batch._statistics": "views of the model's buffers",
     "_step._micro_batch._parameters": "the model's",
     "_step._micro_batch._accumulated": "within a backward pass",
+    "_step._micro_batch._expected": "from a forward pass to its backward pass",
     "_step._micro_batch.largest_that_fits": "what becomes state.batch_limits, once all ranks know",
     "_agreement": "what is on its way between the ranks at this moment",
     "_timed_since": "the clock",
