@@ -253,7 +253,7 @@ class Trainer:
                 f"weights; each rank's log names its images; {CURE}; or train.on_nan=skip leaves such steps out"
             )
         if self.state.numbers.num_in_a_row >= MAX_NON_FINITE_IN_A_ROW:
-            raise TrainingError(f"{MAX_NON_FINITE_IN_A_ROW} steps in a row up to {number} had no finite loss; {CURE}")
+            raise TrainingError(f"{MAX_NON_FINITE_IN_A_ROW} steps in a row up to {number} had no finite loss or gradient; {CURE}")
         if policy == "rollback":
             raise RollBack(found.step)
 
