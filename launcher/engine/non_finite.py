@@ -20,8 +20,8 @@ LAG = 2
 """How many steps later a flag is read. By then the device has long computed it, and no rank reads it earlier or later
 than another."""
 MAX_OVERFLOWS = 25
-"""Steps in a row that loss scaling may leave out: each halves the scale, which comes from 2**16 to below 1 by then; what
-is still no number is so by itself."""
+"""Steps in a row that loss scaling may leave out: each halves the scale, which comes from 2**16 to below 1 by then.
+What is still no number is so by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
