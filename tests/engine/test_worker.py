@@ -9,6 +9,7 @@ import time
 import pytest
 
 from launcher.engine import worker
+from launcher.engine.schedule import Batching
 from launcher.errors import EXIT_FAILED
 from launcher.files import write_json_atomic
 from launcher.run_dir import ATTEMPT_VARIABLE
@@ -55,3 +56,22 @@ def test_a_rank_that_fails_alone_says_so_and_does_not_wait_for_its_peers(make_ru
     log = run.rank_log(1, 0).read_text()
     assert "the last line" in log
     assert "ValueError: a fault of one rank" in log
+
+
+def test_what_probes_took_is_not_laid_to_training(make_run, start, monkeypatch):
+    """The kernel may kill some; kills are counted from when training begins."""
+    kills = [5]
+
+    def tune_rank(*_, **__):
+        kills[0] += 2
+        return {"threads": 1, "workers": 0}
+
+    def agree(*_):
+        return Batching.even(18, world_size=1, global_size=None, accumulate=1)
+
+    monkeypatch.setattr(worker.host_memory, "num_kills", lambda: kills[0])
+    monkeypatch.setattr(worker.autotune, "tune_rank", tune_rank)
+    monkeypatch.setattr(worker.autotune, "agree", agree)
+    code, beats = start(make_run(batch={"size": "auto"}))
+    assert code == 0
+    assert beats.kills_before == 7
