@@ -143,13 +143,14 @@ def of_a_run(bench: Bench) -> Outcome:
             assert json.loads(again.plan.read_bytes() or b"{}").get("run_id") == run.run_id, (
                 f"{where}: the plan is another"
             )
+            assert again.bad_images.read_bytes() == run.bad_images.read_bytes(), f"{where}: who is left out is another"
             again.read_status()
             list(events(again, "attempt_started"))
             shutil.rmtree(after)
     lost = _files_gone(bench)
     return Outcome(
-        happened=f"of {disks} disks each has recipe and plan; a run with its status empty and the ends of its records "
-        "zeros went on: the same bits",
+        happened=f"of {disks} disks each has recipe and plan; a run with its status and bad_images.json empty and the "
+        "ends of its records zeros went on: the same bits",
         steps_lost=lost,
     )
 
@@ -178,7 +179,8 @@ def _files_gone(bench: Bench) -> int:
     launched.signal(signal.SIGKILL)
     assert launched.leaves_nobody()
     at = step(run)
-    run.status.write_bytes(b"")
+    for file in (run.status, run.bad_images):
+        file.write_bytes(b"")
     for file in (run.events, run.metrics):
         content = file.read_bytes()
         file.write_bytes(content[:-50] + bytes(50))
