@@ -72,7 +72,7 @@ class Trainer:
         self._stop_requested = stop_requested
         self._memory_kills = memory_kills
         self._agreement = distributed.Agreement(num_wishes=3)
-        self.state = TrainingState(parts)
+        self.state = TrainingState(parts, self._agreement.gather(parts.device.total_memory()))
         self._saving = Saving(parts, self.state, recorder)
         self._timed_since = time.monotonic()
         self._timed_samples = 0
