@@ -116,8 +116,8 @@ def _attempt_logs(run: RunDir, *, node_rank: int, first_attempt: int, stop: Stop
         """
 
         attempt = first_attempt - 1
-        num_kills = 0
-        """By the kernel because memory ran out, before this attempt."""
+        noted = 0
+        """The last attempt of which it is written down that the kernel killed a worker."""
 
         @property
         def root_log_dir(self) -> str:
@@ -128,7 +128,6 @@ def _attempt_logs(run: RunDir, *, node_rank: int, first_attempt: int, stop: Stop
                 self._check_restart()
             self.attempt += 1
             beats.clear()
-            self.num_kills = host_memory.num_kills()
             told = {
                 ATTEMPT_VARIABLE: str(self.attempt),
                 host_memory.FREE_VARIABLE: str(host_memory.free()),  # before any worker takes some
@@ -143,8 +142,10 @@ def _attempt_logs(run: RunDir, *, node_rank: int, first_attempt: int, stop: Stop
             return LogsDest(stdouts=streams, stderrs=streams, error_files=nowhere)
 
         def note_kill(self) -> None:
-            """Write down that the kernel killed a worker, if it did: it leaves no word itself."""
-            if host_memory.num_kills() > self.num_kills:
+            """Write down, once, that the kernel killed a worker that trained, if it did: it leaves no word itself."""
+            before = beats.kills_before
+            if self.noted < self.attempt and before is not None and host_memory.num_kills() > before:
+                self.noted = self.attempt
                 run.append_event("memory_kill", attempt=self.attempt, node=node_rank)
 
         def _check_restart(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,13 +67,19 @@ def find_problems(path: Path) -> list[str]:
     return problems
 
 
+def read_bad_images(file: Path) -> dict[str, Any] | None:
+    """A run's ``bad_images.json``; None where it is not there, or is damaged."""
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return found
+
+
 def read_quarantine(bad_images: Path) -> frozenset[str]:
     """What a run leaves out, of its ``bad_images.json``: paths relative to the data folder; none without the file."""
-    try:
-        listed = json.loads(bad_images.read_text(encoding="utf-8"))["images"]
-    except FileNotFoundError:  # a run of an earlier version
-        return frozenset()
-    return frozenset(image["path"] for image in listed)
+    found = read_bad_images(bad_images)
+    return frozenset(image["path"] for image in found["images"]) if found else frozenset()
 
 
 def relative(path: str, folder: Path) -> str:

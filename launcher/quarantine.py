@@ -6,12 +6,11 @@ starts, and all ranks leave out what it lists.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launcher import image_folder, image_scan
 from launcher.errors import Problem, RecipeError, TrainingError
@@ -90,7 +89,7 @@ def prepare(run: RunDir, *, attempt: int, node_rank: int, progress: Callable[[],
         if recipe.data.on_bad_image == "error" and image_folder.read_quarantine(run.bad_images):
             raise TrainingError(f"there are bad images; node 0 names them, and so does {run.bad_images}")
         return
-    if _read(run).get("attempt") == attempt:
+    if _attempt(run) == attempt:
         return
     show = image_scan.show_progress()
 
@@ -115,7 +114,10 @@ def record(run: RunDir, recipe: Recipe, found: Scan, *, attempt: int) -> None:
     not change in the middle of a run.
     """
     quarantine = recipe.data.on_bad_image == "quarantine"
-    images = _read(run)["images"] if quarantine else []
+    before = image_folder.read_bad_images(run.bad_images)
+    if before is None and run.bad_images.exists():
+        run.append_event("bad_images_lost", message=f"{run.bad_images}: damaged, and made anew from what is bad now")
+    images = before["images"] if quarantine and before else []
     known = {image["path"] for image in images}
     added = [
         {"path": i.path, "split": i.split, "kind": i.kind, "message": i.message, "since_attempt": attempt}
@@ -124,7 +126,7 @@ def record(run: RunDir, recipe: Recipe, found: Scan, *, attempt: int) -> None:
     ]
     images += added
     value = {"version": VERSION, "attempt": attempt, "scanned": len(found.images), "leaked": len(found.leaks())}
-    write_json_atomic(run.bad_images, {**value, "images": images})
+    write_json_atomic(run.bad_images, {**value, "images": images}, durable=True)
     if quarantine and added:
         run.append_event("quarantined", images=[image["path"] for image in added], since_attempt=attempt)
     if quarantine and images:
@@ -136,18 +138,16 @@ def _command(folder: Path) -> str:
     return f"launch check {printable(shlex.quote(str(folder)))}"
 
 
-def _read(run: RunDir) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(run.bad_images.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {"images": []}
-    return found
+def _attempt(run: RunDir) -> int:
+    """For which attempt node 0 has looked through the images last."""
+    found = image_folder.read_bad_images(run.bad_images)
+    return int(found["attempt"]) if found else 0
 
 
 def _wait(run: RunDir, attempt: int, progress: Callable[[], None]) -> None:
     """Wait for node 0 to have looked through the images for this attempt."""
     deadline = time.monotonic() + WAIT_S
-    while _read(run).get("attempt", 0) < attempt:
+    while _attempt(run) < attempt:
         progress()
         if time.monotonic() > deadline:
             raise TrainingError(

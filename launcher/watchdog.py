@@ -31,6 +31,7 @@ WAITING = ("torch/autograd/", "torch/distributed/", "launcher/engine/distributed
 """Files of the innermost call of a worker that waits for the others. The outer ones are torch's in any worker."""
 TAIL_BYTES = 64 * 1024
 _CELL = struct.Struct("dqq")
+_KILLS = struct.Struct("q")
 _FAILED = -1.0
 
 
@@ -51,7 +52,23 @@ class Heartbeats:
 
     def __init__(self, num: int) -> None:
         self._num = num
-        self._memory = mmap.mmap(-1, _CELL.size * num)
+        self._kills_at = _CELL.size * num
+        self._memory = mmap.mmap(-1, self._kills_at + _KILLS.size)
+
+    def begin(self, num_kills: int) -> None:
+        """Nothing is tried any more, this node's workers train; the first one's word counts.
+
+        Args:
+            num_kills: processes that the kernel has killed so far; those that tried batch sizes may be among them.
+        """
+        if self.kills_before is None:
+            _KILLS.pack_into(self._memory, self._kills_at, num_kills + 1)
+
+    @property
+    def kills_before(self) -> int | None:
+        """Processes that the kernel had killed when training began; None: it has not."""
+        (told,) = _KILLS.unpack_from(self._memory, self._kills_at)
+        return told - 1 if told else None
 
     def beat(self, local_rank: int, rank: int) -> None:
         """A step was taken, a batch was validated."""
@@ -74,6 +91,7 @@ class Heartbeats:
         """Forget the workers of an attempt that is over."""
         for local_rank in range(self._num):
             self.rest(local_rank)
+        _KILLS.pack_into(self._memory, self._kills_at, 0)
 
     def read(self) -> list[Beat]:
         """Of the workers that have taken a step and have others to take."""

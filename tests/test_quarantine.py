@@ -163,6 +163,18 @@ def test_under_error_the_attempt_is_over_before_it_began_and_history_knows_and_m
     assert listed(run) == {}
 
 
+@pytest.mark.parametrize("content", ["", '{"version": 1, "ima'])
+def test_a_damaged_list_is_none_and_is_made_anew_with_an_event(make, folder, content):
+    spoil(folder, "train/cat/0.png")
+    _, run = make("quarantine")
+    run.bad_images.write_text(content)
+    assert image_folder.read_quarantine(run.bad_images) == frozenset()
+    prepare(run, 1)
+    assert listed(run) == {"train/cat/0.png": 1}
+    (event,) = history.events(run, "bad_images_lost")
+    assert str(run.bad_images) in event["message"]
+
+
 # Several nodes
 
 

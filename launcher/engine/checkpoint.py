@@ -99,6 +99,19 @@ class CheckpointWriter:
             self._thread = threading.Thread(target=self._work, name="checkpoint", daemon=True)
             self._thread.start()
 
+    def go_on(self, step: int, *, best: int | None) -> None:
+        """Have ``last`` and ``best`` lead to the checkpoints that training goes on from.
+
+        An attempt that was killed may not have come to that, and another one may have damaged what they lead to.
+
+        Args:
+            step: of the last one.
+            best: step of the best one, if there is any; where it is gone the link stays.
+        """
+        for link, target in ((self._run.last_checkpoint, step), (self._run.best_checkpoint, best)):
+            if target is not None and self._run.checkpoint(target).exists():
+                _point(link, self._run.checkpoint(target))
+
     def wait(self) -> None:
         """Until all that was saved is on the disk.
 

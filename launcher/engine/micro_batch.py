@@ -55,6 +55,8 @@ class MicroBatch:
         self._parameters = list(parts.model.module.parameters())
         self._accumulated: set[nn.Parameter] = set()
         """Those whose gradients the backward pass under way has come to: they hold its share, and DDP knows of it."""
+        self._expected = False
+        """Whether DDP awaits the backward pass of the forward pass under way: each gradient goes to the other ranks."""
         self.largest_that_fits: int | None = None
         """The largest batch that could be done since memory ran out for a larger one; None: it never has."""
         for parameter in self._parameters:
@@ -88,7 +90,7 @@ class MicroBatch:
         done = self._try(batch, number, num_samples, sync=sync)
         if done is not None:
             return done
-        if self._accumulated:
+        if self._accumulated or self._expected:
             return self._complete(batch, number, num_samples, statistics, sync=sync)
 
         def again(half: Batch, name: tuple[int, ...]) -> torch.Tensor:
@@ -118,6 +120,7 @@ class MicroBatch:
     def _try(self, batch: Batch, number: tuple[int, ...], num_samples: int, *, sync: bool) -> torch.Tensor | None:
         """The usual way; None where memory ran out."""
         self._accumulated.clear()
+        self._expected = False
         try:
             with self._exchange(sync=sync):
                 found = self._forward(self._parts.ddp, batch, number, num_samples)
@@ -183,6 +186,7 @@ class MicroBatch:
         fixed = parts.model.fixed_statistics() if len(images) == 1 else contextlib.nullcontext()
         with fixed, parts.autocast():
             outputs = module(images)
+            self._expected = module is parts.ddp and parts.ddp.require_backward_grad_sync
             logits, auxiliary = split_outputs(parts.recipe.model.arch, outputs)
             logits = logits[:num]
             loss = self._loss_sum(logits, labels)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 LAG = 2
 """How many steps later a flag is read. By then the device has long computed it, and no rank reads it earlier or later
 than another."""
+MAX_OVERFLOWS = 25
+"""Steps in a row that loss scaling may leave out: each halves the scale, which comes from 2**16 to below 1 by then.
+What is still no number is so by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,7 @@ class NonFiniteStep:
 class _Watched:
     step: int
     values: Callable[[], torch.Tensor]
-    """The flag, then the sum of losses of each of this rank's batches."""
+    """The flag, whether the gradient is no number, then the sum of losses of each of this rank's batches."""
     micro_batches: Sequence[Sequence[int]]
 
 
@@ -45,7 +48,8 @@ class NonFiniteMonitor:
 
     Gradients are the same on every rank once DDP has averaged them, and a loss that is no number leaves none of them a
     number; so each rank comes to the same flag by itself. Only under loss scaling, where a gradient overflows now and
-    then and all is well, the ranks have to exchange whether it was the loss.
+    then and all is well, the ranks have to exchange whether it was the loss; gradients that overflow without end count
+    as well.
 
     Args:
         device: where the flags are computed.
@@ -58,6 +62,8 @@ class NonFiniteMonitor:
         self._watched: deque[_Watched] = deque()
         self.num_in_a_row = 0
         """Steps left out since the last one that was not."""
+        self._num_overflows = 0
+        """Steps in a row whose gradient, not the loss, was no number; where losses are scaled."""
 
     def flag(self, gradient_norm: torch.Tensor, losses: Sequence[torch.Tensor]) -> torch.Tensor:
         """Float32, 1 where the step has to be left out, else 0; on the device, as fused optimizers take it.
@@ -72,10 +78,16 @@ class NonFiniteMonitor:
         return gradient_norm.isfinite().logical_not().float()
 
     def watch(
-        self, step: int, flag: torch.Tensor, losses: Sequence[torch.Tensor], micro_batches: Sequence[Sequence[int]]
+        self,
+        step: int,
+        flag: torch.Tensor,
+        gradient_norm: torch.Tensor,
+        losses: Sequence[torch.Tensor],
+        micro_batches: Sequence[Sequence[int]],
     ) -> None:
-        """Keep what :meth:`flag` gave for a step, and what it was trained on."""
-        values = self._device.to_host_later(torch.stack([flag, *(loss.float() for loss in losses)]))
+        """Keep what :meth:`flag` gave for a step, of what, and what it was trained on."""
+        overflow = gradient_norm.isfinite().logical_not().float()
+        values = self._device.to_host_later(torch.stack([flag, overflow, *(loss.float() for loss in losses)]))
         self._watched.append(_Watched(step=step, values=values, micro_batches=micro_batches))
 
     def read(self, step: int | None = None) -> Iterator[NonFiniteStep]:
@@ -85,9 +97,11 @@ class NonFiniteMonitor:
         """
         while self._watched and (step is None or self._watched[0].step <= step - LAG):
             watched = self._watched.popleft()
-            flag, *losses = watched.values().tolist()
-            self.num_in_a_row = self.num_in_a_row + 1 if flag else 0
-            if flag:
+            flag, overflow, *losses = watched.values().tolist()
+            self._num_overflows = self._num_overflows + 1 if overflow and not flag else 0
+            left_out = flag or self._num_overflows >= MAX_OVERFLOWS
+            self.num_in_a_row = self.num_in_a_row + 1 if left_out else 0
+            if left_out:
                 pairs = list(zip(losses, watched.micro_batches, strict=True))
                 guilty = [batch for loss, batch in pairs if not math.isfinite(loss)]
                 some_loss = bool(max_over_ranks(torch.tensor(float(bool(guilty)))))
@@ -100,8 +114,8 @@ class NonFiniteMonitor:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; every flag has to be read before."""
-        return {"num_in_a_row": self.num_in_a_row}
+        return {"num_in_a_row": self.num_in_a_row, "num_overflows": self._num_overflows}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state`."""
-        self.num_in_a_row = state["num_in_a_row"]
+        self.num_in_a_row, self._num_overflows = state["num_in_a_row"], state["num_overflows"]

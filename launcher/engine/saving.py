@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING
 
@@ -80,6 +81,10 @@ class Saving:
             return False
         state.restore(found[0] or checkpoints.load(run.checkpoint(chosen[0])))
         self._saved_step = state.step
+        if self._writer:
+            best = state.best.best
+            with contextlib.suppress(OSError):  # a full disk
+                self._writer.go_on(state.step, best=best["step"] if best else None)
         if self._recorder:
             self._recorder.resumed(
                 epoch=state.epoch, step=state.step, offset=state.offset, num_steps=self._parts.num_steps

@@ -112,13 +112,10 @@ class Schedule:
 
     def steps(self, rank: int, *, epoch: int, offset: int, end_epoch: int) -> Iterator[Step]:
         """What ``rank`` does from a position up to ``end_epoch`` (excluded)."""
-        used = np.ones(self.num_samples, dtype=bool)
-        used[list(self.excluded)] = False
         dealt, size = self.batching, self.batching.global_batch_size
         for number in range(epoch, end_epoch):
             order = epoch_order(self.seed, number, self.num_samples)
-            places = np.flatnonzero(used[order])
-            places = places[places >= offset] if number == epoch else places
+            places = self._places(order, offset if number == epoch else 0)
             for start in range(0, len(places), size):
                 chosen = places[start : start + size]
                 following = places[start + size :][:1].tolist()
@@ -130,6 +127,16 @@ class Schedule:
                     micro_batches=self._micro_batches(order[chosen], rank),
                     lone=has_lone_sample(len(chosen), dealt.batch_sizes, dealt.shares),
                 )
+
+    def is_over(self, epoch: int, offset: int) -> bool:
+        """Whether no sample of an epoch is left from a position on."""
+        return not len(self._places(epoch_order(self.seed, epoch, self.num_samples), offset))
+
+    def _places(self, order: NDArray[np.int64], offset: int) -> NDArray[np.int64]:
+        """Where in an epoch's order, from ``offset`` on, are samples that are not left out."""
+        used = np.ones(self.num_samples, dtype=bool)
+        used[list(self.excluded)] = False
+        return offset + np.flatnonzero(used[order[offset:]])
 
     def _micro_batches(self, indices: NDArray[np.int64], rank: int) -> tuple[tuple[int, ...], ...]:
         start, end = split_by_shares(len(indices), self.batching.shares)[rank]

@@ -13,6 +13,8 @@ from launcher.engine.non_finite import NonFiniteMonitor
 from launcher.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from launcher.engine.checkpoint import Checkpoint
     from launcher.engine.setup import Parts
 
@@ -26,10 +28,12 @@ class TrainingState:
 
     Args:
         parts: what is trained.
+        device_bytes: how much memory each rank's device has, in all.
     """
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, device_bytes: Sequence[int] = ()) -> None:
         self._parts = parts
+        self._device_bytes = list(device_bytes)
         device, stop = parts.device, parts.recipe.train.early_stopping
         self.step = 0
         """Optimizer steps done."""
@@ -65,6 +69,7 @@ class TrainingState:
             "offset": self.offset,
             "skipped": self.skipped,
             "batch_limits": self.batch_limits,
+            "device_bytes": self._device_bytes,
             "world_size": parts.ranks.world_size,
             "batching": asdict(parts.schedule.batching),
             "early_stopping": self.best.state(),
@@ -103,7 +108,8 @@ class TrainingState:
         """Go on from what :meth:`capture` gave, at the same world size or another.
 
         The global batch is the checkpoint's unless the recipe names one; accumulation fills in what the ranks do not
-        hold at once. So every step has the samples that it would have had.
+        hold at once. So every step has the samples that it would have had. What the ranks could take at once holds for
+        such devices only.
 
         Raises:
             UsageError: the training images are not those of the checkpoint.
@@ -123,7 +129,7 @@ class TrainingState:
         self.step, self.epoch, self.offset = state["step"], state["epoch"], state["offset"]
         self.skipped = list(state["skipped"])
         limits = state["batch_limits"]
-        if limits and len(limits) == parts.ranks.world_size:
+        if limits and state["device_bytes"] == self._device_bytes:
             self.limit_batches(limits)
         for totals, sums in ((self.epoch_totals, "epoch_sums"), (self.window_totals, "window_sums")):
             totals.reset()

@@ -68,7 +68,7 @@ class TrainStep:
         if limit is not None:
             nn.utils.clip_grads_with_norm_(self._parameters, limit, norm)
         flag = state.numbers.flag(norm, losses)
-        state.numbers.watch(state.step, flag, losses, step.micro_batches)
+        state.numbers.watch(state.step, flag, norm, losses, step.micro_batches)
         state.finish_capture()
         # What GradScaler hands to fused optimizers; where it is on it does so itself, of the gradients it has seen.
         optimizer.found_inf = flag  # type: ignore[attr-defined]

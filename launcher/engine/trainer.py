@@ -72,7 +72,7 @@ class Trainer:
         self._stop_requested = stop_requested
         self._memory_kills = memory_kills
         self._agreement = distributed.Agreement(num_wishes=3)
-        self.state = TrainingState(parts)
+        self.state = TrainingState(parts, self._agreement.gather(parts.device.total_memory()))
         self._saving = Saving(parts, self.state, recorder)
         self._timed_since = time.monotonic()
         self._timed_samples = 0
@@ -110,8 +110,9 @@ class Trainer:
 
     def _go_on(self) -> Outcome:
         try:
-            if self.state.offset >= self.parts.schedule.num_samples and not self._finished():
-                self._end_epoch()  # stopped between an epoch and its validation
+            state = self.state
+            if not self._finished() and self.parts.schedule.is_over(state.epoch, state.offset):
+                self._end_epoch()  # stopped before its validation, or what was left of it is left out now
             return self._train()
         except StopTraining:
             self._save(best=False)
@@ -253,7 +254,7 @@ class Trainer:
                 f"weights; each rank's log names its images; {CURE}; or train.on_nan=skip leaves such steps out"
             )
         if self.state.numbers.num_in_a_row >= MAX_NON_FINITE_IN_A_ROW:
-            raise TrainingError(f"{MAX_NON_FINITE_IN_A_ROW} steps in a row up to {number} had no finite loss; {CURE}")
+            raise TrainingError(f"{MAX_NON_FINITE_IN_A_ROW} steps in a row up to {number} were not finite; {CURE}")
         if policy == "rollback":
             raise RollBack(found.step)
 

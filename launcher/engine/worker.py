@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from launcher import host_memory
 from launcher import recipe as recipes
 from launcher.engine import autotune
 from launcher.engine.device import Device, is_out_of_memory
@@ -57,7 +58,14 @@ def worker_main(run_path: str, beats: Heartbeats) -> Outcome:
     supervisor = os.getppid()
     console = _redirect_output(run, spec, ranks)
     try:
-        outcome = train(spec, ranks, stop, console, alive=lambda: beats.beat(ranks.local_rank, ranks.rank))
+        outcome = train(
+            spec,
+            ranks,
+            stop,
+            console,
+            begin=lambda: beats.begin(host_memory.num_kills()),
+            alive=lambda: beats.beat(ranks.local_rank, ranks.rank),
+        )
         beats.rest(ranks.local_rank)
     except BaseException as error:  # whatever it was, the error file is how the supervisor and `launch why` learn of it
         with contextlib.suppress(OSError):  # a full disk; the supervisor looks whether it is
@@ -86,6 +94,7 @@ def train(
     stop: Callable[[], bool],
     console: IO[str],
     *,
+    begin: Callable[[], None] = lambda: None,
     alive: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Train on this rank until the end or an agreed stop.
@@ -95,6 +104,7 @@ def train(
         ranks: who this is.
         stop: whether this rank was asked to stop.
         console: what rank 0 talks to the user by.
+        begin: called when all ranks have tried what they try.
         alive: called at every step and validation batch.
     """
     run = RunDir(spec.run_dir)
@@ -114,7 +124,9 @@ def train(
     try:
         batching = autotune.agree(run, recipe, ranks, own, say) if own else None
         if plan["tune"]:
+            _leave_process_group()
             return "completed"
+        begin()
         if own:
             torch.set_num_threads(own["threads"])
         parts = build_parts(
@@ -151,9 +163,17 @@ def train(
     finally:
         if recorder:
             recorder.close(finished=outcome != "preempted")
-        with contextlib.suppress(Exception):  # a peer that died already has closed its end
-            dist.destroy_process_group()
+    _leave_process_group()
     return outcome
+
+
+def _leave_process_group() -> None:
+    """Only where all goes well: NCCL waits here for its collectives, and peers of a rank that failed sit in one.
+
+    Such a rank says so in its error file and ends; the system closes its connections.
+    """
+    with contextlib.suppress(Exception):  # a peer that died already has closed its end
+        dist.destroy_process_group()
 
 
 def write_error(run: RunDir, spec: WorkerSpec, ranks: Ranks, error: BaseException) -> None:

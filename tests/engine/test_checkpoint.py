@@ -305,6 +305,8 @@ def test_killed_at_any_point_of_a_write_the_old_one_or_the_new_one_is_there_whol
             lost.append(f"{number}: only {[p.name for p in run.checkpoints.iterdir()]}")
         elif not all(same(checkpoints.load(link), old) or same(checkpoints.load(link), new) for link in links(run)):
             lost.append(f"{number}: a link to {[link.readlink() for link in links(run)]}")
+        restarted.go_on(found.step, best=found.step)
+        assert linked_step(run.last_checkpoint) == linked_step(run.best_checkpoint) == found.step
         restarted.save(checkpoint(then + 1), best=True)
         restarted.wait()
         assert linked_step(run.last_checkpoint) == linked_step(run.best_checkpoint) == then + 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from launcher.engine import non_finite
 from launcher.engine.distributed import Ranks
 from launcher.engine.setup import build_parts
 from launcher.engine.trainer import Trainer
@@ -143,3 +144,28 @@ def test_an_overflow_under_loss_scaling_is_no_event_but_a_loss_that_is_no_number
     run = make_run("spoiled", **changes)
     assert train(run, 256.0, {2}).outcome == "completed"
     assert [event["step"] for event in events(run, "non_finite")] == [3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [("stop", "no number .* in step 5"), ("skip", "10 steps in a row up to 14"), ("rollback", "went back 3 times")],
+)
+def test_gradients_that_overflow_without_end_are_no_matter_of_the_scale(
+    make_run, engine, one_rank, monkeypatch, policy, message
+):
+    monkeypatch.setattr(non_finite, "MAX_OVERFLOWS", 5)
+    run = make_run(precision="fp16", batch={"size": 2}, train={"on_nan": policy})
+    with pytest.raises(TrainingError, match=message):
+        engine.train(run, prepare=spoiling(range(100), how="gradient"))
+    assert events(run, "non_finite")[0]["step"] == 5
+
+
+@pytest.mark.slow
+def test_overflows_in_a_row_are_counted_over_a_resume(make_run, engine, one_rank, monkeypatch):
+    monkeypatch.setattr(non_finite, "MAX_OVERFLOWS", 5)
+    run = make_run(precision="fp16", batch={"size": 2})
+    spoilt = spoiling(range(100), how="gradient")
+    assert engine.train(run, prepare=spoilt, stop=engine.at_poll(3)).outcome == "preempted"
+    with pytest.raises(TrainingError, match=r"no number .* in step 5"):
+        engine.train(run, prepare=spoilt)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import nn
 
 from launcher.engine.checkpoint import read_state
+from launcher.engine.device import Device
 
 
 class _FailsInBackward(torch.autograd.Function):
@@ -41,8 +42,25 @@ class Full(nn.Module):
 
 
 def full(parts, *, layer, **options):
-    module = parts.model.module.features
-    module[layer] = Full(module[layer], **options)
+    if options["where"] == "loss":
+        full_in_the_loss(options["most"])
+    elif layer == "classifier":
+        parts.model.module.classifier = Full(parts.model.module.classifier, **options)
+    else:
+        module = parts.model.module.features
+        module[layer] = Full(module[layer], **options)
+
+
+def full_in_the_loss(most):
+    """For this process: the forward pass through the model is done by then, and DDP awaits the backward pass."""
+    entropy = nn.functional.cross_entropy
+
+    def limited(logits, *arguments, **options):
+        if logits.requires_grad and len(logits) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory (a test)")
+        return entropy(logits, *arguments, **options)
+
+    nn.functional.cross_entropy = limited
 
 
 def strip(state):
@@ -54,7 +72,8 @@ def events(run, kind):
 
 
 # In squeezenet layer 0 comes first in the forward pass and last in the backward pass: DDP has begun to exchange the
-# gradients of all others by then. After layer 12 none has been.
+# gradients of all others by then. After layer 12 none has been. After the classifier, or in the loss, the backward pass
+# has come to no gradient at all.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "layer", "world_size", "size", "accumulate"),
@@ -65,6 +84,9 @@ def events(run, kind):
         ("backward", 7, 2, 5, 2),
         ("backward", 12, 2, 9, 1),
         ("backward", 7, 1, 9, 2),
+        ("backward", "classifier", 2, 9, 1),
+        ("backward", "classifier", 2, 5, 2),
+        ("loss", None, 2, 9, 1),
     ],
 )
 def test_one_rank_out_of_memory_takes_smaller_batches_and_the_weights_are_the_same(
@@ -106,6 +128,33 @@ def test_a_run_that_goes_on_after_memory_ran_out_keeps_the_smaller_batches(make_
     resumed = in_ranks(2, lambda who: engine.train(run, who, prepare=prepare))
     undisturbed = in_ranks(2, lambda who: engine.train(whole, who, prepare=prepare))
     assert engine.identical(resumed[0].state, undisturbed[0].state)
+    assert len(events(run, "out_of_memory")) == 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Larger(Device):
+    """A CPU with memory of another size."""
+
+    def total_memory(self):
+        return super().total_memory() + 1
+
+
+@pytest.mark.slow
+def test_on_another_device_a_run_goes_on_with_the_batches_that_it_would_have_had(make_run, engine, in_ranks):
+    def prepare(parts, device):
+        parts.device = device if parts.ranks.rank else engine.cpu
+        full(parts, layer=7, most=2 if device is engine.cpu and parts.ranks.rank else 1000, where="backward")
+
+    def train(stop, device):
+        return in_ranks(2, lambda who: engine.train(run, who, stop=stop, prepare=lambda parts: prepare(parts, device)))
+
+    run = make_run(train={"epochs": 3})
+    train(engine.at_poll(3), engine.cpu)
+    assert read_state(run.last_checkpoint)["batch_limits"] == [18, 2]
+    train(engine.at_poll(2), engine.cpu)
+    assert read_state(run.last_checkpoint)["batching"]["batch_sizes"] == [18, 2]
+    train(engine.never, Larger(type="cpu"))
+    assert read_state(run.last_checkpoint)["batching"]["batch_sizes"] == [18, 18]
     assert len(events(run, "out_of_memory")) == 1
 
 

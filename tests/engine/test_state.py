@@ -51,6 +51,7 @@ DERIVED = {
     "_step._micro_batch._statistics": "views of the model's buffers",
     "_step._micro_batch._parameters": "the model's",
     "_step._micro_batch._accumulated": "within a backward pass",
+    "_step._micro_batch._expected": "from a forward pass to its backward pass",
     "_step._micro_batch.largest_that_fits": "what becomes state.batch_limits, once all ranks know",
     "_agreement": "what is on its way between the ranks at this moment",
     "_timed_since": "the clock",
@@ -260,3 +261,31 @@ def test_images_left_out_from_now_on_change_no_other_sample_place(make_run, engi
     assert lines == [(4, 26, 6), (5, 32, 6), (6, 37, 4)]
     assert found.outcome == "completed"
     assert [event["offset"] for event in read_jsonl(run.events) if event["kind"] == "resumed"] == [18]
+
+
+def test_an_epoch_of_which_all_that_was_left_is_left_out_now_ends_with_its_validation(make_run, engine, one_rank):
+    run = make_run(batch={"size": 6}, train={"epochs": 2})
+    engine.train(run, stop=engine.at_poll(6))
+    assert checkpoints.read_state(run.last_checkpoint)["offset"] == 36
+    last = int(epoch_order(0, 0, 37)[-1])
+
+    def leave_out(parts):
+        parts.schedule = replace(parts.schedule, excluded=frozenset({last}))
+
+    found = engine.train(run, prepare=leave_out)
+    assert found.outcome == "completed"
+    assert [(line["epoch"], line["step"]) for line in found.lines if line["split"] == "val"] == [(0, 6), (1, 12)]
+    trained = [line for line in found.lines if line["split"] == "train"]
+    assert sum(line["samples"] for line in trained) == 36
+    assert {line["epoch"] for line in trained} == {1}
+
+
+def test_a_resume_has_last_and_best_lead_where_the_killed_attempt_did_not_come_to(make_run, engine, one_rank):
+    run = make_run(batch={"size": 18}, train={"epochs": 2, "checkpoint": {"keep": 9}})
+    whole = engine.train(run)
+    expected = [run.checkpoint(step) for step in (whole.step, whole.best["step"])]
+    for link in (run.last_checkpoint, run.best_checkpoint):
+        link.unlink()
+        link.symlink_to(checkpoints.write(run, replace(checkpoints.load(expected[0]), step=1)).name)
+    engine.train(run)
+    assert [link.resolve() for link in (run.last_checkpoint, run.best_checkpoint)] == expected

@@ -28,9 +28,10 @@ tell = lambda step, seconds, size_mb, best: os.write(told, f"{step} {best}".enco
 done = lambda checkpoint: None
 fail = lambda step, problem: os.write(2, problem.encode())
 writer = CheckpointWriter(RunDir(sys.argv[1]), keep=1, on_written=tell, on_failed=fail, on_done=done)
-for step, best, mark in ((1, True, 0), (2, False, 0), (3, True, 0), (4, False, 0), (4, False, 0.5), (5, True, 0)):
-    value = torch.full((40,), step + mark)
-    writer.save(Checkpoint(step=step, model={"w": value}, optimizer={"m": value}, state={"step": step}), best=best)
+for step, best, mark in ((1, 1, 0), (2, 1, 0), (3, 3, 0), (4, 3, 0), (4, 3, 0.5), (5, 5, 0)):
+    value, state = torch.full((40,), step + mark), {"step": step, "best": best}
+    checkpoint = Checkpoint(step=step, model={"w": value}, optimizer={"m": value}, state=state)
+    writer.save(checkpoint, best=best == step)
     writer.wait()
 """
 NUM_WRITTEN = 6
@@ -62,7 +63,7 @@ def of_checkpoints(bench: Bench) -> Outcome:
                 shutil.rmtree(after.path)
     return Outcome(
         happened=f"at {points} points of {NUM_WRITTEN} checkpoints, {len(seen)} different disks: each time the newest "
-        "that was reported or a newer one was whole, and best and last led to one"
+        "that was reported or a newer one was whole, best and last led to one, and after a resume to the right one"
     )
 
 
@@ -100,6 +101,10 @@ def _check_checkpoints(run: RunDir, words: list[str], where: str, *, go_on: bool
         if least:
             assert link.exists(), f"{where}: {link.name} leads nowhere"
             assert checkpoints.load(link).step >= least, f"{where}: {link.name}"
+    if newest:
+        writer.go_on(newest.step, best=newest.state["best"])
+        found = [checkpoints.load(link).step for link in (run.last_checkpoint, run.best_checkpoint)]
+        assert found == [newest.step, newest.state["best"]], f"{where}: last and best are {found}"
     if go_on and newest:
         later = checkpoints.Checkpoint(step=9, model=newest.model, optimizer=newest.optimizer, state={"step": 9})
         writer.save(later, best=True)
@@ -138,13 +143,14 @@ def of_a_run(bench: Bench) -> Outcome:
             assert json.loads(again.plan.read_bytes() or b"{}").get("run_id") == run.run_id, (
                 f"{where}: the plan is another"
             )
+            assert again.bad_images.read_bytes() == run.bad_images.read_bytes(), f"{where}: who is left out is another"
             again.read_status()
             list(events(again, "attempt_started"))
             shutil.rmtree(after)
     lost = _files_gone(bench)
     return Outcome(
-        happened=f"of {disks} disks each has recipe and plan; a run with its status empty and the ends of its records "
-        "zeros went on: the same bits",
+        happened=f"of {disks} disks each has recipe and plan; a run with its status and bad_images.json empty and the "
+        "ends of its records zeros went on: the same bits",
         steps_lost=lost,
     )
 
@@ -173,7 +179,8 @@ def _files_gone(bench: Bench) -> int:
     launched.signal(signal.SIGKILL)
     assert launched.leaves_nobody()
     at = step(run)
-    run.status.write_bytes(b"")
+    for file in (run.status, run.bad_images):
+        file.write_bytes(b"")
     for file in (run.events, run.metrics):
         content = file.read_bytes()
         file.write_bytes(content[:-50] + bytes(50))

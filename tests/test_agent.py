@@ -1,0 +1,71 @@
+"""What the agent writes down of its attempts. Whole runs under it: tests/test_launch.py, tests/faults."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from launcher import agent, history, host_memory
+from launcher.run_dir import RunDir
+from launcher.watchdog import Heartbeats
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """One whose kills are as many as a test says."""
+    found = SimpleNamespace(kills=3)
+    monkeypatch.setattr(host_memory, "num_kills", lambda: found.kills)
+    return found
+
+
+@pytest.fixture
+def started(tmp_path):
+    """A run, what torch's agent asks at each start of its workers, and their beats."""
+    run = RunDir(tmp_path / "run")
+    run.create()
+    beats, stop = Heartbeats(2), SimpleNamespace(requested=False)
+    logs = agent._attempt_logs(run, node_rank=0, first_attempt=1, stop=stop, beats=beats)
+    logs.reify({0: {}, 1: {}})
+    return run, logs, beats, stop
+
+
+def kills(run):
+    return [event["attempt"] for event in history.events(run, "memory_kill")]
+
+
+def test_a_worker_that_is_killed_in_training_is_written_down_for_its_attempt(kernel, started):
+    run, logs, beats, _ = started
+    beats.begin(host_memory.num_kills())
+    kernel.kills += 1
+    logs.reify({0: {}, 1: {}})
+    assert kills(run) == [1]
+    (ended,) = history.events(run, "attempt_ended")
+    assert (ended["attempt"], ended["cause"]) == (1, "memory_kill")
+    beats.begin(host_memory.num_kills())
+    logs.note_kill()  # the second attempt ended otherwise
+    assert kills(run) == [1]
+
+
+def test_a_probe_that_is_killed_is_no_worker_that_is(kernel, started):
+    run, logs, beats, _ = started
+    kernel.kills += 2
+    logs.note_kill()  # ended before it trained
+    beats.begin(host_memory.num_kills())
+    logs.note_kill()
+    assert kills(run) == []
+    kernel.kills += 1
+    beats.begin(host_memory.num_kills())  # the other worker comes a moment later
+    logs.note_kill()
+    assert kills(run) == [1]
+
+
+def test_a_kill_is_written_down_once_also_where_no_attempt_follows(kernel, started):
+    run, logs, beats, stop = started
+    beats.begin(host_memory.num_kills())
+    kernel.kills += 1
+    stop.requested = True
+    with pytest.raises(agent._NoRestartError):
+        logs.reify({0: {}, 1: {}})
+    logs.note_kill()  # as run_workers does in the end
+    assert kills(run) == [1]
