@@ -22,6 +22,9 @@ RUNS = "runs.txt"
 MAX_STARTS = 3
 """So many starts of a job in a row may end before a worker begins; then it is not queued again."""
 
+MAX_TRIES = 60
+"""So often, five seconds apart, the batch script asks a controller that does not answer; then it leaves."""
+
 # What binds the shell that submits to its own cores would bind every worker to them.
 _SETUP = """\
 unset "${{!SLURM_CPU_BIND@}}" "${{!SLURM_MEM_BIND@}}"
@@ -52,7 +55,9 @@ case $code in
     num=$(grep -c . <<< "$bad")
     [ "$num" -gt 0 ] && { [ "$num" -lt "$SLURM_JOB_NUM_NODES" ] || [ "$num" = 1 ]; } || exit 3 ;;
 esac
-[ "$(squeue --noheader --jobs "$job" --format %T)" = RUNNING ] || exit $code
+# The controller may be silent for a while, as when it is restarted.
+patient() { for _ in {1..@MAX_TRIES@}; do "$@" && return; sleep 5; done; return 1; }
+[ "$(patient squeue --noheader --jobs "$job" --format %T)" = RUNNING ] || exit $code
 if [ "$(grep -cs '"kind": "attempt_started"' "$run/events.jsonl")" = "$begun" ]; then
   event start_failed "\\"job_id\\": \\"$job\\", \\"code\\": $code"
   count='/"kind": "(launched|attempt_started)"/ {n = 0} /"kind": "start_failed"/ {n++} END {print n}'
@@ -73,10 +78,10 @@ if [ -n "$bad$lost" ] && ! sbatch --test-only --exclude="$exclude" "$0" > /dev/n
   exclude=$own
 fi
 trap '' TERM
-scontrol requeue "$job"
+patient scontrol requeue "$job"
 [ -z "$lost" ] || event supervisor_lost "\\"host\\": \\"$lost\\""
 [ -z "$exclude" ] || scontrol update JobId="$job" ExcNodeList="$exclude"
-exit $code""".replace("@MAX_STARTS@", str(MAX_STARTS))
+exit $code""".replace("@MAX_STARTS@", str(MAX_STARTS)).replace("@MAX_TRIES@", str(MAX_TRIES))
 
 _CHECK = """launch_check() { [ "$1" = 0 ] || { echo "the profile's setup failed (exit code $1): $2" >&2; exit 3; }; }"""
 

@@ -113,7 +113,19 @@ class Job:
         for name, text in words.items():
             (self.run / "slurm" / f"{name}-7-0-0-{len(text)}").write_text(f"{text}\n")
 
-    def start(self, srun, log="", *, state="echo RUNNING", nodes=2, fits="true", begins=True, element=None, **profile):
+    def start(
+        self,
+        srun,
+        log="",
+        *,
+        state="echo RUNNING",
+        requeue="true",
+        nodes=2,
+        fits="true",
+        begins=True,
+        element=None,
+        **profile,
+    ):
         """Run the script; srun ends with a code and some words. What it had SLURM do is in calls."""
         bin_ = self.folder / "bin"
         bin_.mkdir(exist_ok=True)
@@ -124,8 +136,10 @@ class Job:
         for name, body in {
             "srun": f"printf '{log}' >> '{self.run}/logs/slurm-7.log'; {start}; exit {srun}",
             "squeue": state,
-            "scontrol": f'[ "$1" = show ] && {show} || echo "$@" >> "{self.calls}"',
+            "scontrol": f"""[ "$1" != requeue ] || {requeue} || exit 1
+                [ "$1" = show ] && {show} || echo "$@" >> "{self.calls}\"""",
             "sbatch": fits,
+            "sleep": "true",
         }.items():
             (bin_ / name).write_text(f"#!/bin/bash\n{body}\n")
             (bin_ / name).chmod(0o755)
@@ -177,6 +191,14 @@ def test_an_element_of_an_array_speaks_of_itself_where_its_id_is_that_of_the_who
     called = ["requeue 7_1", "update JobId=7_1 ExcNodeList=n9"]
     assert job.end(75, state=state, element=1, begins=False) == (75, called)
     assert [event["job_id"] for event in job.events("start_failed")] == ["7_1"]
+
+
+def test_a_controller_that_does_not_answer_for_a_while_is_asked_again(job, tmp_path):
+    def later(name):
+        return f"{{ echo >> {tmp_path}/{name}; [ $(wc -l < {tmp_path}/{name}) -gt 2 ]; }}"
+
+    assert job.end(75, state=f"{later('state')} && echo RUNNING", requeue=later("requeue")) == (75, REQUEUED)
+    assert job.end(75, state="exit 1") == (75, [])  # not for ever
 
 
 def test_a_supervisor_that_was_killed_from_outside_has_its_node_left_out(job):

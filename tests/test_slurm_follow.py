@@ -30,6 +30,8 @@ def slurm(monkeypatch):
         ("pending", "FAILED", 3, PreflightError, "ended before training began", "failed"),
         ("pending", "CANCELLED", 0, InterruptedRunError, "was cancelled; go on with: launch resume", "cancelled"),
         ("preempted", "CANCELLED", 0, InterruptedRunError, "was cancelled; go on with: launch resume", "cancelled"),
+        ("preempted", "FAILED", 75, InterruptedRunError, "ended as FAILED; go on with: launch resume", "preempted"),
+        ("preempted", "FAILED", 1, TrainingError, "ended as FAILED", "preempted"),
         ("running", "NODE_FAIL", 1, TrainingError, "ended as NODE_FAIL", "failed"),
         ("completed", "CANCELLED", 0, InterruptedRunError, "its exports: launch export", "completed"),
     ],

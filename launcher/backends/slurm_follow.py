@@ -8,7 +8,14 @@ import time
 from typing import TYPE_CHECKING
 
 from launcher import diagnose, job_end, slurm_client, whereabouts
-from launcher.errors import EXIT_PREFLIGHT, InterruptedRunError, LaunchError, PreflightError, TrainingError
+from launcher.errors import (
+    EXIT_PREFLIGHT,
+    EXIT_RESUMABLE,
+    InterruptedRunError,
+    LaunchError,
+    PreflightError,
+    TrainingError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -109,7 +116,7 @@ def conclude(run: RunDir, job_id: str) -> None:
         raise InterruptedRunError(f"job {job_id} was cancelled after training; its exports: launch export {run}")
     if state == "cancelled":
         raise InterruptedRunError(f"job {job_id} was cancelled; go on with: launch resume {run}")
-    if state == "preempted" and job.state != "FAILED":
+    if state == "preempted" and (job.state != "FAILED" or slurm_client.exit_code(job_id) == EXIT_RESUMABLE):
         raise InterruptedRunError(f"job {job_id} ended as {job.state}; go on with: launch resume {run}")
     raise _error(job_id)(f"job {job_id} ended as {job.state}\n{diagnose.explain(run, job)}\nmore: launch why {run}")
 
