@@ -194,7 +194,7 @@ def make_plan(
         debug=request.debug,
         tune=request.tune,
         detach=request.detach,
-        env=_environment(device=device, nodes=launch.nodes, threads=threads),
+        env=environment(device=device, nodes=launch.nodes, threads=threads),
         command=command if backend != "local" else (),
         profile=profiles.to_dict(profile) if profile and backend == "slurm" else None,
         script=script,
@@ -278,7 +278,8 @@ def _choose_endpoint(nodes: int, request: Request) -> str:
     return f"{host}:{port}"
 
 
-def _environment(*, device: str, nodes: int, threads: int) -> dict[str, str]:
+def environment(*, device: str, nodes: int, threads: int) -> dict[str, str]:
+    """What the supervisor and its workers need in theirs."""
     # A store of their own for the workers of each attempt: in the agent's they find the addresses of the one before,
     # and a restart hangs (seen with torch 2.14).
     env = {"OMP_NUM_THREADS": str(threads), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
