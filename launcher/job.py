@@ -23,7 +23,7 @@ from launcher.errors import (
     exit_code_of,
 )
 from launcher.files import write_json_atomic, write_text_atomic
-from launcher.run_dir import BATCH_LOG_VARIABLE, RunDir, code_digest
+from launcher.run_dir import BATCH_LOG_VARIABLE, RunDir, code_digest, node_name
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
@@ -101,7 +101,7 @@ def _supervise(run: RunDir) -> int:
         try:
             address = _own_address(plan, toward=hosts[1 if node_rank == 0 else 0])
         except PreflightError as error:
-            host = os.uname().nodename
+            host = node_name()
             _leave_out(run, {host: str(error).removeprefix(f"{host}: ")}, node_rank=node_rank)
             raise
         met = _meet(run, node_rank, address, first_host=hosts[0])
@@ -187,10 +187,10 @@ def _own_address(plan: dict[str, Any], *, toward: str) -> str:
     try:
         address = network.address_of(wanted) if wanted else network.local_address(toward)
     except OSError as error:
-        raise PreflightError(f"{os.uname().nodename}: there is no way to {toward}: {error}") from None
+        raise PreflightError(f"{node_name()}: there is no way to {toward}: {error}") from None
     if address is None or address.startswith("127."):
         raise PreflightError(
-            f"{os.uname().nodename}: "
+            f"{node_name()}: "
             + (f"has no interface {wanted} with an IPv4 address" if wanted else f"reaches {toward} by loopback only")
             + "; name the network in the profile: interface: ib0"
         )

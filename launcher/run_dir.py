@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import secrets
-import socket
 import tempfile
 import time
 from dataclasses import dataclass
@@ -57,6 +56,11 @@ def code_digest() -> str:
         for file in sorted(folder.rglob("*.py")):
             digest.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def node_name() -> str:
+    """This machine as SLURM names it in a job, which need not be its host name: what can be excluded."""
+    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
 
 
 class RunDir:
@@ -261,7 +265,7 @@ class RunDir:
 
     def problem(self) -> str | None:
         """Why nothing can be written here, as when the disk is full; None: it can."""
-        probe = self.path / f".room-{socket.gethostname()}-{os.getpid()}"
+        probe = self.path / f".room-{node_name()}-{os.getpid()}"
         try:
             probe.write_bytes(bytes(PROBE_BYTES))
         except OSError as error:
@@ -290,7 +294,7 @@ class RunDir:
 
     def append_event(self, kind: str, **fields: Any) -> None:
         """Add a line ``{time, kind, host, …}`` to ``events.jsonl``; messages may quote what no file must hold."""
-        known = {"time": time.time(), "kind": kind, "host": socket.gethostname()}
+        known = {"time": time.time(), "kind": kind, "host": node_name()}
         append_jsonl(self.events, known | redact_all(fields))
 
     def append_metrics(self, **fields: Any) -> None:
