@@ -106,7 +106,7 @@ def _supervise(run: RunDir) -> int:
             raise
         met = _meet(run, node_rank, address, first_host=hosts[0])
         plan["rdzv_endpoint"], attempt = f"{met['host']}:{met['port']}", met["attempt"]
-    os.environ.update(plan["env"])
+    network.set_environment(plan["env"])
     if plan["preflight"]:
         seed = int(os.environ["SLURM_JOB_ID"]) + PREFLIGHT_PORT
         problems = preflight.run(run.preflight(_start()), plan, address, node_rank=node_rank, seed=seed)
@@ -135,7 +135,7 @@ def check(folder: str) -> None:
     node_rank, hosts = int(os.environ["SLURM_NODEID"]), SlurmJobEnvironment().hostnames
     plan = json.loads((Path(folder) / "plan.json").read_text(encoding="utf-8"))
     address = _own_address(plan, toward=hosts[1 if node_rank == 0 else 0]) if len(hosts) > 1 else "127.0.0.1"
-    os.environ.update(plan["env"])
+    network.set_environment(plan["env"])
     nodes = Path(folder) / "nodes"
     try:
         problems = preflight.run(nodes, plan, address, node_rank=node_rank, seed=int(os.environ["SLURM_JOB_ID"]))
@@ -196,8 +196,8 @@ def _own_address(plan: dict[str, Any], *, toward: str) -> str:
         )
     interface = wanted or network.interface_of(address)
     if interface:
-        plan["env"].setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # = is exactly this one, not all that begin so
-        plan["env"].setdefault("GLOO_SOCKET_IFNAME", interface)
+        # = is exactly this one, not all that begin so
+        plan["env"] |= {"NCCL_SOCKET_IFNAME": f"={interface}", "GLOO_SOCKET_IFNAME": interface}
     return address
 
 

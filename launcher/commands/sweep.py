@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher import history, processes, sbatch, sweep
+from launcher import history, network, processes, sbatch, sweep
 from launcher.commands import launch
 from launcher.errors import (
     EXIT_FAILED,
@@ -109,7 +108,7 @@ def _array_script(plans: list[LaunchPlan], base: Path, parallel: int) -> str:
 def _check_all(plans: list[LaunchPlan], loaded: list[tuple[Recipe, Source]], script: str) -> None:
     from launcher import lint, quarantine
 
-    os.environ.update(plans[0].env)
+    network.set_environment(plans[0].env)
     with processes.importing():
         checks = importlib.import_module("launcher.engine.checks")
     for recipe, source in loaded:
