@@ -227,11 +227,15 @@ class RunDir:
 
     def supervisor_log(self, job_id: str, node_rank: int) -> Path:
         """Standard output of one node's supervisor in a SLURM job; node 0's is what a terminal would show."""
-        return self.slurm / f"{job_id}_{node_rank}_log.out"
+        return self._of_job(job_id) / "slurm" / f"{job_id}_{node_rank}_log.out"
 
     def batch_log(self, job_id: str) -> Path:
         """Output of a SLURM job's batch script, with srun's own words."""
-        return self.logs / f"slurm-{job_id}.log"
+        return self._of_job(job_id) / "logs" / f"slurm-{job_id}.log"
+
+    def _of_job(self, job_id: str) -> Path:
+        """Where a job writes: an element of an array (``7_1``) into the folder of its sweep."""
+        return self.path.parent if "_" in job_id else self.path
 
     def meeting(self, start: str) -> Path:
         """Where the nodes meet in one start of a SLURM job: ``{host, port, attempt}``."""

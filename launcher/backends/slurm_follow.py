@@ -61,20 +61,26 @@ def _start_early(job_id: str) -> None:
         slurm_client.run("scontrol", "update", f"JobId={job_id}", f"StartTime=now+{SAFE_S}")
 
 
-def follow_all(runs: Mapping[str, RunDir]) -> None:
-    """One line for each change of a job's state, until all jobs are over; then each run's state says so too."""
-    shown: dict[str, str] = {}
+def follow_all(runs: Mapping[str, RunDir], posts: Mapping[str, RunDir]) -> None:
+    """One line for each change of a job's state, until all jobs are over; then each run's state says so too.
+
+    Args:
+        runs: by the jobs that train them.
+        posts: by the jobs that make their exports.
+    """
+    names = {job_id: f"{run.path.name}: job {job_id}" for job_id, run in runs.items()}
+    names |= {job_id: f"{run.path.name}: exports: job {job_id}" for job_id, run in posts.items()}
+    states: dict[str, JobState] = {}
     while True:
-        states = _states(list(runs))
-        for job_id, state in states.items():
-            if shown.get(job_id) != state.state:
-                print(f"{runs[job_id].path.name}: job {job_id} {state.state.lower()}", flush=True)
-                shown[job_id] = state.state
+        for job_id, state in _states([name for name in names if name not in states or not states[name].over]).items():
+            if job_id not in states or states[job_id].state != state.state:
+                print(f"{names[job_id]} {state.state.lower()}", flush=True)
+            states[job_id] = state
         if all(state.over for state in states.values()):
             break
         time.sleep(POLL_S)
-    for job_id, state in states.items():
-        whereabouts.settle(runs[job_id], state)
+    for job_id, run in runs.items():
+        whereabouts.settle(run, states[job_id])
 
 
 def _states(job_ids: Sequence[str]) -> dict[str, JobState]:
