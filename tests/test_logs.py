@@ -700,7 +700,7 @@ def test_a_run_that_is_queued_again_is_followed_until_its_job_is_over(ended, cap
     write(ended, 1, 0, "x\n")
     ended.append_event("submitted", job_id="7")
     ended.update_status(state="preempted")
-    answers = ["RUNNING", "PENDING", None, "RUNNING", "COMPLETED"]
+    answers = ["RUNNING", *["PENDING"] * 12, None, "RUNNING", "COMPLETED"]
 
     def job_state(_run):
         if len(answers) == 3:
