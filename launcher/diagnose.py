@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher import history, job_end, whereabouts
@@ -151,12 +152,13 @@ def _evidence(run: RunDir) -> list[str]:
     """SLURM's last words about the job that say why it ended."""
     if run.read_status()["state"] in ("completed", "early_stopped"):
         return []
-    logs = sorted(run.logs.glob("slurm-*.log"), key=lambda log: log.stat().st_mtime)
+    found = [run.batch_log(event["job_id"]) for event in history.events(run, "submitted")]
+    logs = sorted(filter(Path.exists, found), key=lambda log: log.stat().st_mtime)
     if not logs:
         return []
     text = logs[-1].read_text(encoding="utf-8", errors="replace")
-    found = [line.strip() for line in text.splitlines() if any(w in line for w in SLURM_WORDS) and OURS not in line]
-    return [f"{logs[-1].name}: {found[-1]}"] if found else []
+    words = [line.strip() for line in text.splitlines() if any(w in line for w in SLURM_WORDS) and OURS not in line]
+    return [f"{logs[-1].name}: {words[-1]}"] if words else []
 
 
 def _refused(run: RunDir) -> list[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from launcher.files import read_jsonl
+from launcher.run_dir import BATCH_LOG_VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,8 +54,15 @@ def num_memory_kills(run: RunDir, node_rank: int) -> int:
     return sum(e["node"] == node_rank and e["time"] > saved for e in events(run, "memory_kill"))
 
 
+def cause_of_signal(name: str) -> str:
+    """What a stop signal means in a run's history: a batch job's USR2 comes before its time limit."""
+    if name == "SIGUSR2" and BATCH_LOG_VARIABLE in os.environ:
+        return "time_limit"
+    return "interrupted" if name in ("SIGINT", "SIGUSR2") else "preempted"
+
+
 def close_attempt(run: RunDir, *, lost_nodes: Sequence[str] = ()) -> None:
-    """Write down the end of an attempt that left no word of it: its first node or supervisor was lost.
+    """Write down the end of an attempt that left no word of it: its first node was lost, or killed before it had saved.
 
     Args:
         run: the run directory.
@@ -61,23 +70,30 @@ def close_attempt(run: RunDir, *, lost_nodes: Sequence[str] = ()) -> None:
     """
     last = next_attempt(run) - 1
     ended = [event for event in events(run, "attempt_ended") if event.get("attempt") == last]
-    if not last or ended:
+    outcomes = [event["outcome"] for event in events(run, "training_ended") if event["attempt"] == last]
+    if not last or ended or any(outcome != "preempted" for outcome in outcomes):
         return
     started = [event for event in events(run, "attempt_started") if event.get("attempt") == last]
     killed = [e["host"] for e in events(run, "supervisor_lost") if e["time"] > started[0]["time"]]
     hosts = {event["host"] for event in started}
+    # All nodes are told of a stop; where the first one was lost it is only the others, by SLURM.
+    told = [e["signal"] for e in events(run, "signal") if e["node"] == 0 and e["time"] > started[0]["time"]]
+    cause = "lost_node"
     if killed:
         message = f"the supervisor on {killed[0]} was killed"
     elif hosts.intersection(lost_nodes):
         message = f"SLURM lost {', '.join(sorted(hosts.intersection(lost_nodes)))} (node failure)"
+    elif told:
+        cause, message = cause_of_signal(told[0]), f"stopped by {told[0]}, and killed before the end of it"
     else:
         message = f"a node was lost without a word, one of {', '.join(sorted(hosts))}"
-    run.append_event("attempt_ended", attempt=last, node=0, cause="lost_node", message=message)
+    run.append_event("attempt_ended", attempt=last, node=0, cause=cause, message=message)
 
 
 def refusal(run: RunDir) -> str | None:
     """Why no further attempt should begin, or None. Only what happened since somebody last launched the run counts."""
-    ends = {event["attempt"]: event["cause"] for event in since_launched(run, "attempt_ended")}
+    begun = {event["attempt"] for event in since_launched(run, "attempt_started")}
+    ends = {e["attempt"]: e["cause"] for e in events(run, "attempt_ended") if e["attempt"] in begun}
     steps: dict[int, int] = {}
     for event in events(run, "checkpoint"):
         steps[event["attempt"]] = max(event["step"], steps.get(event["attempt"], 0))

@@ -23,7 +23,7 @@ from launcher.errors import (
     exit_code_of,
 )
 from launcher.files import write_json_atomic, write_text_atomic
-from launcher.run_dir import BATCH_LOG_VARIABLE, RunDir, code_digest
+from launcher.run_dir import BATCH_LOG_VARIABLE, RunDir, code_digest, node_name
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
@@ -101,12 +101,12 @@ def _supervise(run: RunDir) -> int:
         try:
             address = _own_address(plan, toward=hosts[1 if node_rank == 0 else 0])
         except PreflightError as error:
-            host = os.uname().nodename
+            host = node_name()
             _leave_out(run, {host: str(error).removeprefix(f"{host}: ")}, node_rank=node_rank)
             raise
         met = _meet(run, node_rank, address, first_host=hosts[0])
         plan["rdzv_endpoint"], attempt = f"{met['host']}:{met['port']}", met["attempt"]
-    os.environ.update(plan["env"])
+    network.set_environment(plan["env"])
     if plan["preflight"]:
         seed = int(os.environ["SLURM_JOB_ID"]) + PREFLIGHT_PORT
         problems = preflight.run(run.preflight(_start()), plan, address, node_rank=node_rank, seed=seed)
@@ -135,7 +135,7 @@ def check(folder: str) -> None:
     node_rank, hosts = int(os.environ["SLURM_NODEID"]), SlurmJobEnvironment().hostnames
     plan = json.loads((Path(folder) / "plan.json").read_text(encoding="utf-8"))
     address = _own_address(plan, toward=hosts[1 if node_rank == 0 else 0]) if len(hosts) > 1 else "127.0.0.1"
-    os.environ.update(plan["env"])
+    network.set_environment(plan["env"])
     nodes = Path(folder) / "nodes"
     try:
         problems = preflight.run(nodes, plan, address, node_rank=node_rank, seed=int(os.environ["SLURM_JOB_ID"]))
@@ -187,17 +187,17 @@ def _own_address(plan: dict[str, Any], *, toward: str) -> str:
     try:
         address = network.address_of(wanted) if wanted else network.local_address(toward)
     except OSError as error:
-        raise PreflightError(f"{os.uname().nodename}: there is no way to {toward}: {error}") from None
+        raise PreflightError(f"{node_name()}: there is no way to {toward}: {error}") from None
     if address is None or address.startswith("127."):
         raise PreflightError(
-            f"{os.uname().nodename}: "
+            f"{node_name()}: "
             + (f"has no interface {wanted} with an IPv4 address" if wanted else f"reaches {toward} by loopback only")
             + "; name the network in the profile: interface: ib0"
         )
     interface = wanted or network.interface_of(address)
     if interface:
-        plan["env"].setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # = is exactly this one, not all that begin so
-        plan["env"].setdefault("GLOO_SOCKET_IFNAME", interface)
+        # = is exactly this one, not all that begin so
+        plan["env"] |= {"NCCL_SOCKET_IFNAME": f"={interface}", "GLOO_SOCKET_IFNAME": interface}
     return address
 
 

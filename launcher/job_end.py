@@ -64,16 +64,17 @@ def explain(run: RunDir, job: JobState) -> list[str]:
     cures += [cure for word, cure in WORDS.items() if word in text]
     cure = cures[0] if cures else "correct what stands above" if words else "see `setup` and `python` in the profile"
     again = AGAIN.replace("RUN", "RUN --profile NAME") if "profile" in cure else AGAIN  # which reads it anew
+    folders = f"neither in {run.batch_log(job.job_id).parent} nor in {run.supervisor_log(job.job_id, 0).parent}"
     return [
         f"job {job.job_id} ended before training began: {job.state}" + (f" ({ended})" if ended else ""),
-        *(words or [f"nothing stands in the logs: neither in {run.logs} nor in {run.slurm}"]),
+        *(words or [f"nothing stands in the logs: {folders}"]),
         f"what to do: {cure}; then {again}",
     ]
 
 
 def last_words(run: RunDir, job_id: str) -> list[str]:
     """The last lines of each node's standard error, and of the batch script's log."""
-    logs = [*sorted(run.slurm.glob(f"{job_id}_*_log.err")), run.batch_log(job_id)]
+    logs = [*sorted(run.supervisor_log(job_id, 0).parent.glob(f"{job_id}_*_log.err")), run.batch_log(job_id)]
     found: dict[str, str] = {}  # several nodes say the same; it stands there once, with the first that said it
     for log in logs:
         for line in _last_lines(log):

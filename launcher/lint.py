@@ -65,6 +65,8 @@ class Cluster:
     """``scontrol show partition``: name to fields."""
     nodes: Sequence[Node]
     """``sinfo``: one for each node in each partition."""
+    requeues: bool = True
+    """Whether its jobs are queued again where they do not ask for it (JobRequeue)."""
 
 
 def check(plan: Mapping[str, Any], run: RunDir, *scripts: str) -> None:
@@ -139,7 +141,10 @@ def read_cluster() -> Cluster:
                 state=state,
             )
         )
-    return Cluster(partitions=partitions, nodes=nodes)
+    config = slurm_client.run("scontrol", "show", "config")
+    return Cluster(
+        partitions=partitions, nodes=nodes, requeues=not re.search(r"^JobRequeue\s*= 0$", config, re.MULTILINE)
+    )
 
 
 def find_problems(cluster: Cluster, plan: Mapping[str, Any]) -> Iterator[str]:
@@ -170,6 +175,11 @@ def find_doubts(cluster: Cluster, plan: Mapping[str, Any], *, checkpoint_s: floa
     profile = plan["profile"]
     if checkpoint_s is not None and checkpoint_s * MARGIN > profile["lead_s"]:
         yield f"lead_s is {profile['lead_s']} s, and a checkpoint of this run has taken {checkpoint_s:.1f} s; raise it"
+    if not cluster.requeues:
+        yield (
+            "this cluster queues no job again that does not ask for it (JobRequeue=0); this one asks (--requeue), but "
+            "where a submit filter refuses it, the run ends at its first cut: launch resume RUN"
+        )
     for name in _partitions(cluster, profile):
         fields = cluster.partitions.get(name, {})
         if fields.get("PreemptMode") in ("CANCEL", "SUSPEND"):

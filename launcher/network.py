@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import socket
 import struct
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 LOWEST_PORT, HIGHEST_PORT = 10_000, 60_000
 EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _SIOCGIFADDR = 0x8915
+INTERFACES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+"""Environment variables that name the interface between the nodes; where the user has set one, it stays."""
+
+
+def set_environment(variables: Mapping[str, str]) -> None:
+    """Take over the environment variables of a plan."""
+    known = {name: os.environ[name] for name in INTERFACES if name in os.environ}
+    os.environ.update({**variables, **known})
 
 
 def local_address(host: str, port: int = 1) -> str:

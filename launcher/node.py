@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import diagnose, history, processes, quarantine
+from launcher import diagnose, history, network, processes, quarantine
 from launcher.errors import EXIT_FAILED, EXIT_OK, InterruptedRunError, TrainingError, UsageError, exit_code_of
 from launcher.redact import redact
 from launcher.run_dir import RunDir
@@ -51,7 +51,7 @@ def supervise(run: RunDir, plan: dict[str, Any], *, node_rank: int, first_attemp
     Raises:
         LaunchError: training failed or was interrupted.
     """
-    os.environ.update(plan["env"])
+    network.set_environment(plan["env"])
     processes.adopt_orphans()
     stop = StopSignals(run, node_rank=node_rank)
     attempt = first_attempt or history.next_attempt(run)

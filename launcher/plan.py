@@ -152,7 +152,7 @@ def make_plan(
     if backend == "slurm":
         profile = profile or profiles.Profile()
         device, procs = _choose_for_job(recipe)
-        run_dir, endpoint, threads = str(Path(topology.cwd, run_dir)), "", profile.cpus_per_gpu
+        run_dir, endpoint, threads = str(Path(topology.cwd, run_dir)), "", _threads_of_job(profile, topology)
         if "%" in run_dir:
             raise UsageError(f"--run-dir {run_dir}: SLURM puts something else in the place of a %; name another folder")
         job = sbatch.Job(
@@ -194,7 +194,7 @@ def make_plan(
         debug=request.debug,
         tune=request.tune,
         detach=request.detach,
-        env=_environment(device=device, nodes=launch.nodes, threads=threads),
+        env=environment(device=device, nodes=launch.nodes, threads=threads),
         command=command if backend != "local" else (),
         profile=profiles.to_dict(profile) if profile and backend == "slurm" else None,
         script=script,
@@ -225,6 +225,12 @@ def _choose_for_job(recipe: Recipe) -> tuple[str, int]:
     if launch.procs == "auto":
         raise UsageError("a SLURM job must say what it needs: --gpus M (GPUs per node), or --procs P for CPU workers")
     return ("cuda" if launch.device == "cuda" else "cpu"), launch.procs
+
+
+def _threads_of_job(profile: Profile, topology: Topology) -> int:
+    """OMP_NUM_THREADS as the profile or the shell says, which SLURM hands on; else each worker's cores."""
+    said = profile.env.get("OMP_NUM_THREADS", "")
+    return (int(said) if said.isdigit() else 0) or topology.omp_num_threads or profile.cpus_per_gpu
 
 
 def _choose_device(recipe: Recipe, topology: Topology) -> str:
@@ -278,7 +284,8 @@ def _choose_endpoint(nodes: int, request: Request) -> str:
     return f"{host}:{port}"
 
 
-def _environment(*, device: str, nodes: int, threads: int) -> dict[str, str]:
+def environment(*, device: str, nodes: int, threads: int) -> dict[str, str]:
+    """What the supervisor and its workers need in theirs."""
     # A store of their own for the workers of each attempt: in the agent's they find the addresses of the one before,
     # and a restart hangs (seen with torch 2.14).
     env = {"OMP_NUM_THREADS": str(threads), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}

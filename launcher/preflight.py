@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import json
 import multiprocessing
-import os
 import shutil
 import subprocess
 import time
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from launcher import __version__, network, processes
 from launcher.errors import PreflightError
 from launcher.files import write_json_atomic
+from launcher.run_dir import node_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -70,7 +70,7 @@ def gather(plan: Mapping[str, Any], address: str, *, seed: int) -> Facts:
     cuda = plan["device"] == "cuda"
     nccl = torch.cuda.nccl.version() if cuda and torch.cuda.is_available() else None
     return Facts(
-        host=os.uname().nodename,
+        host=node_name(),
         address=address,
         port=network.free_port(seed),
         torch=torch.__version__,

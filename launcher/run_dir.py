@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import secrets
-import socket
 import tempfile
 import time
 from dataclasses import dataclass
@@ -57,6 +56,11 @@ def code_digest() -> str:
         for file in sorted(folder.rglob("*.py")):
             digest.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def node_name() -> str:
+    """This machine as SLURM names it in a job, which need not be its host name: what can be excluded."""
+    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
 
 
 class RunDir:
@@ -223,11 +227,15 @@ class RunDir:
 
     def supervisor_log(self, job_id: str, node_rank: int) -> Path:
         """Standard output of one node's supervisor in a SLURM job; node 0's is what a terminal would show."""
-        return self.slurm / f"{job_id}_{node_rank}_log.out"
+        return self._of_job(job_id) / "slurm" / f"{job_id}_{node_rank}_log.out"
 
     def batch_log(self, job_id: str) -> Path:
         """Output of a SLURM job's batch script, with srun's own words."""
-        return self.logs / f"slurm-{job_id}.log"
+        return self._of_job(job_id) / "logs" / f"slurm-{job_id}.log"
+
+    def _of_job(self, job_id: str) -> Path:
+        """Where a job writes: an element of an array (``7_1``) into the folder of its sweep."""
+        return self.path.parent if "_" in job_id else self.path
 
     def meeting(self, start: str) -> Path:
         """Where the nodes meet in one start of a SLURM job: ``{host, port, attempt}``."""
@@ -261,7 +269,7 @@ class RunDir:
 
     def problem(self) -> str | None:
         """Why nothing can be written here, as when the disk is full; None: it can."""
-        probe = self.path / f".room-{socket.gethostname()}-{os.getpid()}"
+        probe = self.path / f".room-{node_name()}-{os.getpid()}"
         try:
             probe.write_bytes(bytes(PROBE_BYTES))
         except OSError as error:
@@ -290,7 +298,7 @@ class RunDir:
 
     def append_event(self, kind: str, **fields: Any) -> None:
         """Add a line ``{time, kind, host, …}`` to ``events.jsonl``; messages may quote what no file must hold."""
-        known = {"time": time.time(), "kind": kind, "host": socket.gethostname()}
+        known = {"time": time.time(), "kind": kind, "host": node_name()}
         append_jsonl(self.events, known | redact_all(fields))
 
     def append_metrics(self, **fields: Any) -> None:

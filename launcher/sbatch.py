@@ -22,6 +22,9 @@ RUNS = "runs.txt"
 MAX_STARTS = 3
 """So many starts of a job in a row may end before a worker begins; then it is not queued again."""
 
+MAX_TRIES = 60
+"""So often, five seconds apart, the batch script asks a controller that does not answer; then it leaves."""
+
 # What binds the shell that submits to its own cores would bind every worker to them.
 _SETUP = """\
 unset "${{!SLURM_CPU_BIND@}}" "${{!SLURM_MEM_BIND@}}"
@@ -32,6 +35,9 @@ begun=$(grep -cs '"kind": "attempt_started"' "$run/events.jsonl")"""
 _TEARDOWN = """\
 code=$?
 start=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+# An element of an array by its own name: one of them has the id of the whole array as its job id.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
 words=$(tail -n "+$((before + 1))" "$LAUNCH_BATCH_LOG")
 event() { printf '{"time": %s, "kind": "%s", %s}\\n' "$(date +%s.%N)" "$1" "$2" >> "$run/events.jsonl"; }
 # The first node speaks for the whole run; srun's own code may be that of a task it ended itself.
@@ -49,9 +55,11 @@ case $code in
     num=$(grep -c . <<< "$bad")
     [ "$num" -gt 0 ] && { [ "$num" -lt "$SLURM_JOB_NUM_NODES" ] || [ "$num" = 1 ]; } || exit 3 ;;
 esac
-[ "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)" = RUNNING ] || exit $code
+# The controller may be silent for a while, as when it is restarted.
+patient() { for _ in {1..@MAX_TRIES@}; do "$@" && return; sleep 5; done; return 1; }
+[ "$(patient squeue --noheader --jobs "$job" --format %T)" = RUNNING ] || exit $code
 if [ "$(grep -cs '"kind": "attempt_started"' "$run/events.jsonl")" = "$begun" ]; then
-  event start_failed "\\"job_id\\": \\"$SLURM_JOB_ID\\", \\"code\\": $code"
+  event start_failed "\\"job_id\\": \\"$job\\", \\"code\\": $code"
   count='/"kind": "(launched|attempt_started)"/ {n = 0} /"kind": "start_failed"/ {n++} END {print n}'
   failed=$(awk "$count" "$run/events.jsonl")
   if [ "$failed" -ge @MAX_STARTS@ ]; then
@@ -62,7 +70,7 @@ fi
 # srun's words about a task that was killed from outside name its node; after another one has left it kills by itself.
 lost=$(sed -n '/: Exited with exit code/q; s/^srun: error: \\([^ :,[]*\\): task [0-9]*: Killed$/\\1/p' <<< "$words" |
   head -n 1)
-own=$(scontrol show job --oneliner "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\\([^ (]*\\).*/\\1/p')
+own=$(scontrol show job --oneliner "$job" | sed -n 's/.* ExcNodeList=\\([^ (]*\\).*/\\1/p')
 exclude=$(printf '%s\\n' "$own" "$bad" "$lost" | sed '/^$/d' | paste -s -d ,)
 # Could the job start at all without them? Else it would wait for ever.
 if [ -n "$bad$lost" ] && ! sbatch --test-only --exclude="$exclude" "$0" > /dev/null 2>&1; then
@@ -70,10 +78,10 @@ if [ -n "$bad$lost" ] && ! sbatch --test-only --exclude="$exclude" "$0" > /dev/n
   exclude=$own
 fi
 trap '' TERM
-scontrol requeue "$SLURM_JOB_ID"
+patient scontrol requeue "$job"
 [ -z "$lost" ] || event supervisor_lost "\\"host\\": \\"$lost\\""
-[ -z "$exclude" ] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$exclude"
-exit $code""".replace("@MAX_STARTS@", str(MAX_STARTS))
+[ -z "$exclude" ] || scontrol update JobId="$job" ExcNodeList="$exclude"
+exit $code""".replace("@MAX_STARTS@", str(MAX_STARTS)).replace("@MAX_TRIES@", str(MAX_TRIES))
 
 _CHECK = """launch_check() { [ "$1" = 0 ] || { echo "the profile's setup failed (exit code $1): $2" >&2; exit 3; }; }"""
 

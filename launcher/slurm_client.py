@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 TIMEOUT_S = 60
 KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER")
-OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "REVOKED")
+OVER = (
+    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED"),
+    *("NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "REVOKED"),
+)
+"""States that SLURM leaves no job again by itself; one that it preempts and queues again is PENDING."""
 
 
 class SlurmError(LaunchError):

@@ -8,9 +8,8 @@ import signal
 import threading
 from typing import TYPE_CHECKING, Any, Self
 
-from launcher import processes
+from launcher import history, processes
 from launcher.errors import EXIT_RESUMABLE
-from launcher.run_dir import BATCH_LOG_VARIABLE
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -51,10 +50,8 @@ class StopSignals:
 
     @property
     def cause(self) -> str:
-        """What the signal means in a run's history: a batch job's USR2 comes before its time limit."""
-        if self._name == "SIGUSR2" and BATCH_LOG_VARIABLE in os.environ:
-            return "time_limit"
-        return "interrupted" if self._name in ("SIGINT", "SIGUSR2") else "preempted"
+        """What the signal means in a run's history."""
+        return history.cause_of_signal(self._name)
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._on_signal) for number in processes.STOP_SIGNALS}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Self
 
 from launcher import processes
 from launcher.files import write_json_atomic
+from launcher.run_dir import node_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -157,7 +158,7 @@ class Watchdog:
                 "attempt": attempt,
                 "rank": beat.rank,
                 "node": self._node_rank,
-                "host": os.uname().nodename,
+                "host": node_name(),
                 "kind": "hang",
                 "waiting": any(place in top for place in WAITING),
                 "type": "hang",

@@ -51,6 +51,8 @@ def settled(state: str, job: JobState | None) -> str:
         return state
     if job.state == "CANCELLED" and state in (*UNSETTLED, "preempted"):
         return "cancelled"
+    if job.state == "PREEMPTED" and state in UNSETTLED:
+        return "preempted"
     return "failed" if state in UNSETTLED else state
 
 

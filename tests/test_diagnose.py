@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher import diagnose, slurm_client
+from launcher import diagnose, job_end, slurm_client
 from launcher.files import write_json_atomic
 from launcher.run_dir import RunDir
 from launcher.slurm_client import JobState
@@ -194,6 +194,7 @@ def test_why_shows_what_slurm_said_last_of_the_job_and_why_no_further_attempt_be
         "slurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-24T12:46:28 DUE TO TIME LIMIT ***\n"
         "slurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-24T12:46:29 DUE TO JOB REQUEUE ***\n"
     )
+    run.append_event("submitted", job_id="7")
     run.append_event("refused", message="3 attempts in a row")
     run.update_status(state="failed", attempt=1)
     text = diagnose.explain(run)
@@ -219,6 +220,24 @@ def test_a_job_that_was_cancelled_was_not_preempted(run):
     assert "cancelled: stopped by SIGTERM" in text
     assert "preempted" not in text
     assert "preempted: stopped by SIGTERM" in diagnose.explain(run, JobState(job_id="7", state="PENDING"))
+
+
+def test_an_element_of_a_job_array_has_its_logs_in_the_folder_of_the_sweep(run, tmp_path):
+    run.append_event("submitted", job_id="7_1")
+    run.update_status(state="failed", attempt=1)
+    for folder, name, text in (
+        ("logs", "slurm-7_1.log", "slurmstepd: error: Detected 1 oom_kill event"),
+        ("logs", "slurm-7_11.log", "of another"),
+        ("slurm", "7_1_0_log.err", "no way to n2"),
+        ("slurm", "7_11_0_log.err", "of another"),
+    ):
+        (run.path.parent / folder).mkdir(exist_ok=True)
+        (run.path.parent / folder / name).write_text(f"{text}\n")
+    assert job_end.last_words(run, "7_1") == [
+        "  7_1_0_log.err: no way to n2",
+        "  slurm-7_1.log: slurmstepd: error: Detected 1 oom_kill event",
+    ]
+    assert "slurm-7_1.log: slurmstepd: error: Detected 1 oom_kill event" in diagnose.explain(run)
 
 
 @pytest.fixture

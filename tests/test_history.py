@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from launcher.history import BUDGETS, close_attempt, events, next_attempt, num_memory_kills, refusal
-from launcher.run_dir import RunDir
+from launcher.run_dir import BATCH_LOG_VARIABLE, RunDir
 
 
 @pytest.fixture
@@ -97,6 +97,54 @@ def test_an_attempt_without_a_word_is_closed_with_what_is_known(run):
     run.append_event("supervisor_lost", host="n1")
     close_attempt(run, lost_nodes=["n2"])
     assert events(run, "attempt_ended")[-1]["message"] == "the supervisor on n1 was killed"
+
+
+@pytest.mark.parametrize("outcome", ["completed", "early_stopped"])
+def test_an_attempt_that_trained_to_its_end_lost_no_node(run, outcome):
+    """Its job may be cut in the exports, or the run be trained further."""
+    attempt(run, 1, None)
+    run.append_event("training_ended", attempt=1, outcome=outcome)
+    run.append_event("signal", signal="SIGUSR2", node=0)
+    close_attempt(run)
+    assert events(run, "attempt_ended") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "is_batch", "cause"),
+    [("SIGUSR2", True, "time_limit"), ("SIGTERM", True, "preempted"), ("SIGUSR2", False, "interrupted")],
+)
+def test_an_attempt_that_was_told_to_stop_and_killed_before_it_had_lost_no_node(
+    run, name, is_batch, cause, monkeypatch
+):
+    if is_batch:
+        monkeypatch.setenv(BATCH_LOG_VARIABLE, "log")
+    attempt(run, 1, None)
+    run.append_event("signal", signal=name, node=0)
+    run.append_event("training_ended", attempt=1, outcome="preempted")
+    close_attempt(run)
+    (end,) = events(run, "attempt_ended")
+    assert (end["cause"], end["message"]) == (cause, f"stopped by {name}, and killed before the end of it")
+
+
+def test_signals_that_only_the_other_nodes_got_do_not_hide_a_lost_one(run):
+    run.append_event("signal", signal="SIGTERM", node=0)  # of an earlier attempt
+    attempt(run, 1, None)
+    run.append_event("signal", signal="SIGTERM", node=1)
+    close_attempt(run)
+    attempt(run, 2, None)
+    run.append_event("signal", signal="SIGTERM", node=0)  # srun ends the rest
+    run.append_event("supervisor_lost", host="n2")
+    close_attempt(run)
+    assert [event["cause"] for event in events(run, "attempt_ended")] == ["lost_node"] * 2
+
+
+def test_an_attempt_before_the_launch_that_is_closed_after_it_counts_for_none(run):
+    attempt(run, 1, None)
+    run.append_event("signal", signal="SIGINT", node=0)
+    run.append_event("launched", backend="slurm")
+    close_attempt(run)
+    assert [event["cause"] for event in events(run, "attempt_ended")] == ["interrupted"]
+    assert refusal(run) is None
 
 
 def test_who_launches_a_run_again_begins_anew(run):

@@ -23,6 +23,10 @@ n4|gpu*|16|64000|gpu:t4:2,gpu:k80:1|t4|allocated
 n1|long|64|512000|gpu:a100:8(S:0-1)|a100,ib|idle
 n5|old|64|512000+|(null)|(null)|idle
 """
+CONFIG = """\
+JobFileAppend           = 0
+JobRequeue              = 1
+"""
 PROFILE = {
     "partition": None,
     "lead_s": 120,
@@ -36,8 +40,8 @@ PROFILE = {
 
 @pytest.fixture
 def cluster(monkeypatch):
-    answers = {"scontrol": PARTITIONS, "sinfo": NODES}
-    monkeypatch.setattr(slurm_client, "run", lambda command, *_: answers[command])
+    answers = {("scontrol", "partition"): PARTITIONS, ("scontrol", "config"): CONFIG, ("sinfo", "--Node"): NODES}
+    monkeypatch.setattr(slurm_client, "run", lambda command, *more: answers[command, more[1]])
     return lint.read_cluster()
 
 
@@ -104,6 +108,15 @@ def test_what_it_cannot_run_is_said_with_what_there_is(plan, problem, cluster):
 )
 def test_what_may_go_wrong_later_is_a_doubt(plan, checkpoint_s, doubts, cluster):
     assert list(lint.find_doubts(cluster, plan, checkpoint_s=checkpoint_s)) == doubts
+
+
+def test_a_cluster_that_queues_no_job_again_by_itself_is_a_doubt(cluster, monkeypatch):
+    answer = slurm_client.run
+    monkeypatch.setattr(
+        slurm_client, "run", lambda *command: answer(*command).replace("eue              = 1", "eue = 0")
+    )
+    (doubt,) = lint.find_doubts(lint.read_cluster(), plan_of(), checkpoint_s=None)
+    assert "JobRequeue=0" in doubt
 
 
 def test_all_problems_come_at_once_and_doubts_are_printed(cluster, tmp_path, capsys):

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from launcher.commands import log_lines, logs
+from launcher import whereabouts
+from launcher.commands import log_lines, logs, run_end
 from launcher.errors import UsageError
 from launcher.files import append_jsonl, write_json_atomic
 from launcher.run_dir import RunDir
+from launcher.slurm_client import JobState
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -691,6 +693,33 @@ def test_following_ends_with_the_run(state, ended, capsys):
 def test_waiting_for_logs_ends_with_the_run(ended, capsys):
     show(ended, follow=True)
     assert capsys.readouterr().out == f"no logs yet in {ended.logs}; waiting for them\n"
+
+
+def test_a_run_that_is_queued_again_is_followed_until_its_job_is_over(ended, capsys, monkeypatch):
+    monkeypatch.setattr(run_end, "ASK_S", 0.0)
+    write(ended, 1, 0, "x\n")
+    ended.append_event("submitted", job_id="7")
+    ended.update_status(state="preempted")
+    answers = ["RUNNING", *["PENDING"] * 12, None, "RUNNING", "COMPLETED"]
+
+    def job_state(_run):
+        if len(answers) == 3:
+            write(ended, 2, 0, "y\n")
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        return answer and JobState(job_id="7", state=answer)
+
+    monkeypatch.setattr(whereabouts, "job_state", job_state)
+    show(ended, follow=True)
+    assert capsys.readouterr().out == "[0] x\nattempt 2 begins\n[0] y\n"
+
+
+def test_a_run_whose_job_died_without_a_word_is_not_followed_for_ever(ended, capsys, monkeypatch):
+    ended.append_event("submitted", job_id="7")
+    ended.update_status(state="running")
+    monkeypatch.setattr(whereabouts, "job_state", lambda _: JobState(job_id="7", state="NODE_FAIL"))
+    write(ended, 1, 0, "x\n")
+    show(ended, follow=True)
+    assert capsys.readouterr().out == "[0] x\n"
 
 
 def test_what_ranks_say_after_the_run_s_end_is_waited_for(run, follow):

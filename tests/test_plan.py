@@ -19,6 +19,7 @@ from launcher import recipe as recipes
 from launcher.commands import launch as launch_command
 from launcher.errors import UsageError
 from launcher.plan import Request, make_plan
+from launcher.profile import Profile
 from launcher.topology import Topology
 
 ROOT = Path(__file__).parents[1]
@@ -239,6 +240,24 @@ def test_what_is_planned_is_what_was_asked_for_and_what_there_is(launch, machine
     else:
         assert plan.threads_per_proc * plan.procs_per_node <= max(machine.num_cores, plan.procs_per_node)
     assert plan.env["OMP_NUM_THREADS"] == str(plan.threads_per_proc)
+
+
+@pytest.mark.parametrize(
+    ("launch", "env", "shell", "threads"),
+    [
+        ({}, {}, None, 3),
+        ({}, {}, 5, 5),
+        ({}, {"OMP_NUM_THREADS": "7"}, 5, 7),
+        ({"threads": 2}, {"OMP_NUM_THREADS": "7"}, 5, 2),
+    ],
+)
+def test_the_workers_of_a_job_have_the_threads_that_the_nearest_word_says(launch, env, shell, threads):
+    job = {"backend": "slurm", "nodes": 2, "procs": 2, **launch}
+    recipe = recipes.from_dict({"data": {"name": "digits"}, "launch": job})
+    machine = dataclasses.replace(LOGIN, omp_num_threads=shell)
+    plan = make_plan(recipe, machine, Request(run_id="r-1"), Profile(cpus_per_gpu=3, env=env))
+    assert plan.threads_per_proc == threads
+    assert plan.env["OMP_NUM_THREADS"] == str(threads)
 
 
 # --- GPUs

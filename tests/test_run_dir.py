@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -64,11 +65,14 @@ def test_status_is_pending_until_written_and_changes_field_by_field(run, monkeyp
 
 def test_events_and_metrics_carry_time_and_events_the_host(run, monkeypatch):
     monkeypatch.setattr(run_dir.time, "time", lambda: 7.0)
-    monkeypatch.setattr(run_dir.socket, "gethostname", lambda: "node7")
+    monkeypatch.setenv("SLURMD_NODENAME", "node7")  # what can be excluded; the host name need not be the same
     run.append_event("checkpoint", step=5)
     run.append_metrics(split="val", top1=0.5)
     assert list(read_jsonl(run.events)) == [{"time": 7.0, "kind": "checkpoint", "host": "node7", "step": 5}]
     assert list(read_jsonl(run.metrics)) == [{"time": 7.0, "split": "val", "top1": 0.5}]
+    monkeypatch.delenv("SLURMD_NODENAME")
+    run.append_event("checkpoint", step=6)
+    assert list(read_jsonl(run.events))[-1]["host"] == os.uname().nodename
 
 
 def test_a_run_is_shown_by_its_shorter_path(tmp_path, monkeypatch):

@@ -113,7 +113,19 @@ class Job:
         for name, text in words.items():
             (self.run / "slurm" / f"{name}-7-0-0-{len(text)}").write_text(f"{text}\n")
 
-    def start(self, srun, log="", *, state="RUNNING", nodes=2, fits="true", begins=True, **profile):
+    def start(
+        self,
+        srun,
+        log="",
+        *,
+        state="echo RUNNING",
+        requeue="true",
+        nodes=2,
+        fits="true",
+        begins=True,
+        element=None,
+        **profile,
+    ):
         """Run the script; srun ends with a code and some words. What it had SLURM do is in calls."""
         bin_ = self.folder / "bin"
         bin_.mkdir(exist_ok=True)
@@ -123,15 +135,19 @@ class Job:
         show = 'echo "JobId=7 A=(null) ExcNodeList=n9 X=1"'
         for name, body in {
             "srun": f"printf '{log}' >> '{self.run}/logs/slurm-7.log'; {start}; exit {srun}",
-            "squeue": f"echo {state}",
-            "scontrol": f'[ "$1" = show ] && {show} || echo "$@" >> "{self.calls}"',
+            "squeue": state,
+            "scontrol": f"""[ "$1" != requeue ] || {requeue} || exit 1
+                [ "$1" = show ] && {show} || echo "$@" >> "{self.calls}\"""",
             "sbatch": fits,
+            "sleep": "true",
         }.items():
             (bin_ / name).write_text(f"#!/bin/bash\n{body}\n")
             (bin_ / name).chmod(0o755)
+        array = {} if element is None else {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": str(element)}
+        job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": str(nodes)}
         return subprocess.run(
             ["bash", "-c", script({"run_dir": str(self.run)}, **profile)],
-            env={"PATH": f"{bin_}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": str(nodes)},
+            env={"PATH": f"{bin_}:/usr/bin:/bin"} | job | array,
             capture_output=True,
             text=True,
             check=False,
@@ -167,7 +183,22 @@ def job(tmp_path):
 def test_the_first_nodes_word_or_else_sruns_says_whether_the_job_is_queued_again(srun, done, state, calls, job):
     if done is not None:
         job.says(done=str(done))
-    assert job.end(srun, state=state) == (srun if done is None else done, calls)
+    assert job.end(srun, state=f"echo {state}") == (srun if done is None else done, calls)
+
+
+def test_an_element_of_an_array_speaks_of_itself_where_its_id_is_that_of_the_whole(job):
+    state = '[ "$3" = 7_1 ] && echo RUNNING || printf "RUNNING\\nRUNNING\\n"'
+    called = ["requeue 7_1", "update JobId=7_1 ExcNodeList=n9"]
+    assert job.end(75, state=state, element=1, begins=False) == (75, called)
+    assert [event["job_id"] for event in job.events("start_failed")] == ["7_1"]
+
+
+def test_a_controller_that_does_not_answer_for_a_while_is_asked_again(job, tmp_path):
+    def later(name):
+        return f"{{ echo >> {tmp_path}/{name}; [ $(wc -l < {tmp_path}/{name}) -gt 2 ]; }}"
+
+    assert job.end(75, state=f"{later('state')} && echo RUNNING", requeue=later("requeue")) == (75, REQUEUED)
+    assert job.end(75, state="exit 1") == (75, [])  # not for ever
 
 
 def test_a_supervisor_that_was_killed_from_outside_has_its_node_left_out(job):

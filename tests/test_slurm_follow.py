@@ -30,7 +30,10 @@ def slurm(monkeypatch):
         ("pending", "FAILED", 3, PreflightError, "ended before training began", "failed"),
         ("pending", "CANCELLED", 0, InterruptedRunError, "was cancelled; go on with: launch resume", "cancelled"),
         ("preempted", "CANCELLED", 0, InterruptedRunError, "was cancelled; go on with: launch resume", "cancelled"),
+        ("preempted", "FAILED", 75, InterruptedRunError, "ended as FAILED; go on with: launch resume", "preempted"),
+        ("preempted", "FAILED", 1, TrainingError, "ended as FAILED", "preempted"),
         ("running", "NODE_FAIL", 1, TrainingError, "ended as NODE_FAIL", "failed"),
+        ("running", "PREEMPTED", 0, InterruptedRunError, "ended as PREEMPTED; go on with: launch resume", "preempted"),
         ("completed", "CANCELLED", 0, InterruptedRunError, "its exports: launch export", "completed"),
     ],
 )
@@ -55,6 +58,12 @@ def test_the_end_of_the_job_that_makes_the_exports_has_its_own_cure(job, error, 
     assert "launch resume" not in str(caught.value)
     assert ("onnx is missing" in str(caught.value)) == (job == "FAILED")
     assert run.read_status()["state"] == "completed"
+
+
+def test_a_job_that_was_preempted_for_good_is_not_followed_any_further(slurm, monkeypatch, tmp_path):
+    slurm("PREEMPTED")
+    monkeypatch.setattr(slurm_follow.time, "sleep", lambda _: pytest.fail("it is over"))
+    slurm_follow.follow("7", tmp_path / "log")
 
 
 def test_only_a_job_that_has_run_before_is_started_early(make_run, monkeypatch, tmp_path):

@@ -11,6 +11,8 @@ from launcher import slurm_client, sweep
 from launcher.backends import slurm, slurm_follow
 from launcher.commands import sweep as command
 from launcher.errors import PreflightError, UsageError
+from launcher.files import write_json_atomic
+from launcher.slurm_client import JobState
 
 
 def test_every_combination_the_last_key_changing_fastest():
@@ -83,13 +85,71 @@ def test_ctrl_c_ends_the_following_of_a_sweep_and_not_the_sweep(make_run, monkey
     runs = [make_run(f"sweep/{number}", state="pending") for number in range(2)]
     base = runs[0].path.parent
 
-    def interrupted(_runs):
+    def interrupted(_runs, _posts):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(slurm_client, "run", lambda *_: "7\n")
     monkeypatch.setattr(slurm_follow, "follow_all", interrupted)
-    assert not slurm.submit_array(base, runs, "script", detach=False)
+    assert not slurm.submit_array(base, runs, "script", ["", ""], detach=False)
     assert f"the jobs go on. Stop them by: launch cancel {base}" in capsys.readouterr().out
+
+
+def test_each_run_of_a_sweep_has_its_exports_made_by_a_job_that_waits_for_it(make_run, monkeypatch, capsys):
+    runs = [make_run(f"sweep/{number}", state="pending") for number in range(3)]
+    base = runs[0].path.parent
+    answers = ["7\n", "8\n", slurm_client.SlurmError("sbatch: no"), "9\n"]
+    calls, followed = [], []
+
+    def run(*command):
+        calls.append(command)
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(slurm_client, "run", run)
+    monkeypatch.setattr(slurm_follow, "follow_all", lambda *jobs: followed.extend(jobs))
+    assert slurm.submit_array(base, runs, "script", ["a", "b", "c"], detach=False)
+    waits = [[word for word in command if word.startswith("--dependency")] for command in calls]
+    assert waits == [[], *([f"--dependency=afterok:7_{number}"] for number in range(3))]
+    assert (runs[0].slurm / "post.sh").read_text() == "a"
+    assert followed == [
+        {f"7_{number}": runs[number] for number in range(3)},
+        {"8": runs[0], "9": runs[2]},
+    ]
+    assert "refused: sbatch: no; job 7_1 goes on and trains; then: launch export" in capsys.readouterr().err
+
+
+def test_a_run_of_a_sweep_is_done_when_the_job_of_its_exports_is(make_run):
+    run = make_run("0", state="completed")
+    run.append_event("completed", exported=False)
+    assert command._exit_code([run]) == 0
+    write_json_atomic(run.plan, run.read_plan() | {"post_job": True})
+    assert command._exit_code([run]) == 1
+    run.exports.mkdir()
+    write_json_atomic(run.export_manifest, {})
+    assert command._exit_code([run]) == 0
+
+
+def test_of_a_sweep_only_jobs_that_are_not_over_are_asked_for(make_run, monkeypatch, capsys):
+    answers = {
+        "7_0": ["RUNNING", "COMPLETED"],
+        "7_1": ["PENDING", "PENDING", "FAILED"],
+        "8": ["PENDING"] * 3 + ["CANCELLED"],
+    }
+    asked = []
+
+    def job_states(ids):
+        asked.append(list(ids))
+        return {job_id: JobState(job_id=job_id, state=answers[job_id].pop(0)) for job_id in ids}
+
+    monkeypatch.setattr(slurm_client, "job_states", job_states)
+    monkeypatch.setattr(slurm_follow.time, "sleep", lambda _: None)
+    runs = {"7_0": make_run("sweep/0", state="completed"), "7_1": make_run("sweep/1", state="running")}
+    slurm_follow.follow_all(runs, {"8": runs["7_0"]})
+    assert asked == [["7_0", "7_1", "8"], ["7_0", "7_1", "8"], ["7_1", "8"], ["8"]]
+    assert [run.read_status()["state"] for run in runs.values()] == ["completed", "failed"]
+    assert "0: exports: job 8 cancelled" in capsys.readouterr().out
 
 
 def test_a_sweep_that_sbatch_refuses_was_not_started(make_run, monkeypatch):
@@ -100,5 +160,5 @@ def test_a_sweep_that_sbatch_refuses_was_not_started(make_run, monkeypatch):
 
     monkeypatch.setattr(slurm_client, "run", refuses)
     with pytest.raises(PreflightError, match="the job was refused: sbatch: no"):
-        slurm.submit_array(runs[0].path.parent, runs, "script", detach=False)
+        slurm.submit_array(runs[0].path.parent, runs, "script", ["", ""], detach=False)
     assert [run.read_status()["state"] for run in runs] == ["failed", "failed"]

@@ -22,7 +22,8 @@ def slurm(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("state", "found"), [("RUNNING", "job 8"), ("PENDING", "job 8"), ("COMPLETED", None), ("UNKNOWN", None)]
+    ("state", "found"),
+    [("RUNNING", "job 8"), ("PENDING", "job 8"), ("COMPLETED", None), ("PREEMPTED", None), ("UNKNOWN", None)],
 )
 def test_a_run_lives_as_long_as_its_last_job(state, found, make_run, slurm):
     run = make_run("a", job_id="7", state="preempted")

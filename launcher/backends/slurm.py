@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 from launcher import diagnose, job, slurm_client, whereabouts
@@ -44,13 +45,22 @@ def submit(plan: LaunchPlan) -> int:
         if post_id:
             slurm_follow.follow(post_id, run.supervisor_log(post_id, 0))
             slurm_follow.conclude_post(run, post_id)
+        elif plan.post_script:
+            raise TrainingError(f"training is complete, its exports are not; make them by: launch export {run}")
     except KeyboardInterrupt:
         print(f"\nno longer following; job {job_id} goes on. Stop it by: launch cancel {run}")
     return EXIT_OK
 
 
-def submit_array(base: Path, runs: Sequence[RunDir], script: str, *, detach: bool) -> bool:
+def submit_array(base: Path, runs: Sequence[RunDir], script: str, post_scripts: Sequence[str], *, detach: bool) -> bool:
     """Submit the runs of a sweep as one job array, and say what becomes of them until all are over.
+
+    Args:
+        base: the sweep's folder.
+        runs: the runs.
+        script: of the array.
+        post_scripts: of the job that makes each run's exports; empty where there is none.
+        detach: return when all is submitted.
 
     Returns:
         Whether all are over.
@@ -74,11 +84,16 @@ def submit_array(base: Path, runs: Sequence[RunDir], script: str, *, detach: boo
         DelayedSubmission(job.main, str(run.path)).dump(JobPaths(folder, job_id).submitted_pickle)
         run.append_event("submitted", job_id=job_id)
     print(f"job array {array_id}: {len(runs)} runs in {base}", flush=True)
+    posts = {}
+    for job_id, run, post_script in zip(ids, runs, post_scripts, strict=True):
+        post_id = _sbatch_post(run, post_script, after=job_id) if post_script else None
+        if post_id:
+            posts[post_id] = run
     if detach:
         print(f"next: launch ps {base}, launch compare {base}, launch cancel {base}")
         return False
     try:
-        slurm_follow.follow_all(dict(zip(ids, runs, strict=True)))
+        slurm_follow.follow_all(dict(zip(ids, runs, strict=True)), posts)
     except KeyboardInterrupt:
         print(f"\nno longer following; the jobs go on. Stop them by: launch cancel {base}")
         return False
@@ -143,12 +158,22 @@ def _sbatch(run: RunDir, script: str) -> str:
     return str(submitted.job_id)
 
 
-def _sbatch_post(run: RunDir, script: str, *, after: str) -> str:
-    """Submit the job that makes the exports; it waits, through all requeues, for the training to end well."""
+def _sbatch_post(run: RunDir, script: str, *, after: str) -> str | None:
+    """Submit the job that makes the exports; it waits, through all requeues, for the training to end well.
+
+    Returns:
+        Its id; None where it was refused, which is said: the training goes on.
+    """
+    run.slurm.mkdir(exist_ok=True)
     file = run.slurm / "post.sh"
     write_text_atomic(file, script)
     waits = (f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes")
-    job_id = slurm_client.run("sbatch", "--parsable", *waits, str(file)).strip().split(";")[0]
+    try:
+        job_id = slurm_client.run("sbatch", "--parsable", *waits, str(file)).strip().split(";")[0]
+    except slurm_client.SlurmError as error:
+        said = f"the job that was to make the exports was refused: {error}; job {after} goes on and trains"
+        print(f"warning: {said}; then: launch export {run}", file=sys.stderr, flush=True)
+        return None
     run.append_event("post_submitted", job_id=job_id)
-    print(f"job {job_id} will make the exports", flush=True)
+    print(f"job {job_id} will make the exports of {run.path.name}", flush=True)
     return job_id

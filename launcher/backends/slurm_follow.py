@@ -8,7 +8,14 @@ import time
 from typing import TYPE_CHECKING
 
 from launcher import diagnose, job_end, slurm_client, whereabouts
-from launcher.errors import EXIT_PREFLIGHT, InterruptedRunError, LaunchError, PreflightError, TrainingError
+from launcher.errors import (
+    EXIT_PREFLIGHT,
+    EXIT_RESUMABLE,
+    InterruptedRunError,
+    LaunchError,
+    PreflightError,
+    TrainingError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -54,20 +61,26 @@ def _start_early(job_id: str) -> None:
         slurm_client.run("scontrol", "update", f"JobId={job_id}", f"StartTime=now+{SAFE_S}")
 
 
-def follow_all(runs: Mapping[str, RunDir]) -> None:
-    """One line for each change of a job's state, until all jobs are over; then each run's state says so too."""
-    shown: dict[str, str] = {}
+def follow_all(runs: Mapping[str, RunDir], posts: Mapping[str, RunDir]) -> None:
+    """One line for each change of a job's state, until all jobs are over; then each run's state says so too.
+
+    Args:
+        runs: by the jobs that train them.
+        posts: by the jobs that make their exports.
+    """
+    names = {job_id: f"{run.path.name}: job {job_id}" for job_id, run in runs.items()}
+    names |= {job_id: f"{run.path.name}: exports: job {job_id}" for job_id, run in posts.items()}
+    states: dict[str, JobState] = {}
     while True:
-        states = _states(list(runs))
-        for job_id, state in states.items():
-            if shown.get(job_id) != state.state:
-                print(f"{runs[job_id].path.name}: job {job_id} {state.state.lower()}", flush=True)
-                shown[job_id] = state.state
+        for job_id, state in _states([name for name in names if name not in states or not states[name].over]).items():
+            if job_id not in states or states[job_id].state != state.state:
+                print(f"{names[job_id]} {state.state.lower()}", flush=True)
+            states[job_id] = state
         if all(state.over for state in states.values()):
             break
         time.sleep(POLL_S)
-    for job_id, state in states.items():
-        whereabouts.settle(runs[job_id], state)
+    for job_id, run in runs.items():
+        whereabouts.settle(run, states[job_id])
 
 
 def _states(job_ids: Sequence[str]) -> dict[str, JobState]:
@@ -109,7 +122,7 @@ def conclude(run: RunDir, job_id: str) -> None:
         raise InterruptedRunError(f"job {job_id} was cancelled after training; its exports: launch export {run}")
     if state == "cancelled":
         raise InterruptedRunError(f"job {job_id} was cancelled; go on with: launch resume {run}")
-    if state == "preempted" and job.state != "FAILED":
+    if state == "preempted" and (job.state != "FAILED" or slurm_client.exit_code(job_id) == EXIT_RESUMABLE):
         raise InterruptedRunError(f"job {job_id} ended as {job.state}; go on with: launch resume {run}")
     raise _error(job_id)(f"job {job_id} ended as {job.state}\n{diagnose.explain(run, job)}\nmore: launch why {run}")
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from launcher import plan as plans
 from launcher import profile as profiles
 from launcher import sbatch, slurm_client, topology
 from launcher.errors import EXIT_OK, EXIT_PREFLIGHT, PreflightError, UsageError
@@ -48,7 +49,8 @@ def run(nodes: int, *, gpus: int | None, profile_name: str | None, as_json: bool
         device="cuda" if gpus else "cpu",
         python=here.python,
     )
-    plan = {"nodes": nodes, "procs_per_node": gpus or 1, "device": job.device, "env": {}}
+    env = plans.environment(device=job.device, nodes=nodes, threads=profile.cpus_per_gpu)
+    plan = {"nodes": nodes, "procs_per_node": gpus or 1, "device": job.device, "env": env}
     folder.mkdir(parents=True)
     try:
         write_json_atomic(folder / "plan.json", plan | {"profile": profiles.to_dict(profile)})

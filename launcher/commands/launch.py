@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import __version__, history, processes
+from launcher import __version__, history, network, processes
 from launcher.commands import RECIPES
 from launcher.errors import EXIT_OK, UsageError
 from launcher.redact import find_secret, redact
@@ -137,7 +137,7 @@ def carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_i
         return EXIT_OK
     if run.exists and plan.node_rank == 0:
         whereabouts.refuse_second(run)
-    os.environ.update(plan.env)  # before torch is imported: it reads its thread count then
+    network.set_environment(plan.env)  # before torch is imported: it reads its thread count then
     with processes.importing():
         checks = importlib.import_module("launcher.engine.checks")
     checks.check(recipe, source.where)

@@ -10,8 +10,8 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from launcher import history
 from launcher.commands.log_lines import LINE_BYTES, RankLog, read_lines
+from launcher.commands.run_end import Ending
 from launcher.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from launcher.run_dir import RunDir
 
-ENDED = ("preempted", "completed", "early_stopped", "failed", "cancelled")
-"""States in which nothing runs any more."""
 TAIL_LINES = 10
 """So many of a rank's last lines are shown before what is appended."""
 TAIL_RANKS = 16
@@ -43,8 +41,8 @@ def run(run: RunDir, *, follow: bool, rank: int | None, attempt: int | None, pat
 
     With ``follow``: first the last 10 lines of each rank, or of the first rank only where there are more than 16; then
     what any rank appends, in order of arrival. A new attempt is gone over to when it begins. It ends when the run has
-    ended and nothing was appended for a second; a state that is older than the last start of the workers (the run was
-    resumed) does not count. A log that is truncated or replaced is printed again from its start.
+    ended, by its own word or that of its SLURM job, and nothing was appended for a second; while it is queued
+    again the next attempt is waited for. A log that is truncated or replaced is printed again from its start.
 
     A line is printed when its newline has arrived, or when its log is at an end. A line of more than 64 KiB is printed,
     and searched, in pieces, each like a line of its own. Of a line with carriage returns (a progress bar) only what
@@ -138,7 +136,7 @@ def _follow(run: RunDir, printer: _Printer, *, rank: int | None, attempt: int | 
         printer.note(f"no logs yet in {run.logs}; waiting for them")
     logs = _AttemptLogs(run, chosen or 0, printer, rank=rank)
     logs.print_tails()
-    quiet_since = time.monotonic()
+    ending, quiet_since = Ending(run), time.monotonic()
     while True:
         began = time.monotonic()
         later = _attempts(run, after=logs.attempt)
@@ -151,7 +149,7 @@ def _follow(run: RunDir, printer: _Printer, *, rank: int | None, attempt: int | 
             logs = _AttemptLogs(run, begun, printer, rank=rank)
             appended = logs.poll()
         was_left = attempt is not None and later[-1:] > [attempt]
-        if appended or not (was_left or _has_ended(run)):
+        if appended or not (was_left or ending.has_come()):
             quiet_since = time.monotonic()
         elif time.monotonic() - quiet_since >= QUIET_S:
             logs.finish()
@@ -280,15 +278,3 @@ def _world_size(run: RunDir) -> int:
         return int(run.read_plan().get("world_size", 0))
     except FileNotFoundError:
         return 0
-
-
-def _has_ended(run: RunDir) -> bool:
-    """Whether the run's state says that nothing runs, and no worker was started since it was written."""
-    status = run.read_status()
-    if status["state"] not in ENDED:
-        return False
-    starts = history.events(run, "attempt_started")
-    last = max((start.get("attempt", 0) for start in starts), default=0)
-    # The first node's word: the others' clocks may go before the one that the state was written by.
-    started = min((start["time"] for start in starts if start.get("attempt", 0) == last), default=0.0)
-    return bool(started <= status.get("updated", started))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher import history, processes, sbatch, sweep
+from launcher import history, network, processes, sbatch, sweep
 from launcher.commands import launch
 from launcher.errors import (
     EXIT_FAILED,
@@ -50,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         for plan, combination in zip(plans, combinations, strict=True):
             print(f"{plan.run_dir}: {' '.join(combination)}")
+        if plans[0].post_script:
+            print(f"\nscript of the exports of the first\n{plans[0].post_script}", end="")
         print(f"\nscript\n{script}" if script else f"\nthe first of {len(plans)}, one after the other\n{plans[0]}")
         return EXIT_OK
     _check_all(plans, loaded, script)
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     write_text_atomic(base / sbatch.RUNS, "".join(f"{found.path}\n" for found in runs))
     if script:
         backend = importlib.import_module("launcher.backends.slurm")
-        if not backend.submit_array(base, runs, script, detach=args.detach):
+        if not backend.submit_array(base, runs, script, [plan.post_script for plan in plans], detach=args.detach):
             return EXIT_OK
     else:
         _run_one_after_the_other(plans)
@@ -109,13 +110,13 @@ def _array_script(plans: list[LaunchPlan], base: Path, parallel: int) -> str:
 def _check_all(plans: list[LaunchPlan], loaded: list[tuple[Recipe, Source]], script: str) -> None:
     from launcher import lint, quarantine
 
-    os.environ.update(plans[0].env)
+    network.set_environment(plans[0].env)
     with processes.importing():
         checks = importlib.import_module("launcher.engine.checks")
     for recipe, source in loaded:
         checks.check(recipe, source.where)
     if script:
-        lint.check(plans[0].to_dict(), RunDir(plans[0].run_dir), script)
+        lint.check(plans[0].to_dict(), RunDir(plans[0].run_dir), script, plans[0].post_script)
         return
     if plans[0].backend == "slurm":
         lint.check_step(plans[0].to_dict())
@@ -138,7 +139,13 @@ def _run_one_after_the_other(plans: list[LaunchPlan]) -> None:
 
 def _exit_code(runs: list[RunDir]) -> int:
     """That of a single run where all ended alike; else of those that did not end well the worst."""
-    bad = [run.read_status()["state"] for run in runs if not history.events(run, "completed")]
+    bad = [run.read_status()["state"] for run in runs if not _is_done(run)]
     if not bad:
         return EXIT_OK
     return EXIT_RESUMABLE if all(state in ("preempted", "cancelled") for state in bad) else EXIT_FAILED
+
+
+def _is_done(run: RunDir) -> bool:
+    """Whether it is trained, and has its exports where they are the part of another job."""
+    is_whole = run.export_manifest.exists() or not run.read_plan().get("post_job")
+    return bool(history.events(run, "completed")) and is_whole

@@ -6,7 +6,6 @@ import contextlib
 import faulthandler
 import functools
 import os
-import socket
 import sys
 import time
 import traceback
@@ -28,7 +27,7 @@ from launcher.errors import EXIT_FAILED, EXIT_RESUMABLE, LaunchError
 from launcher.files import write_json_atomic
 from launcher.processes import die_with_parent, offer_to_kernel
 from launcher.redact import redact
-from launcher.run_dir import ATTEMPT_VARIABLE, MEMORY_KILLS_VARIABLE, RunDir, WorkerSpec
+from launcher.run_dir import ATTEMPT_VARIABLE, MEMORY_KILLS_VARIABLE, RunDir, WorkerSpec, node_name
 from launcher.watchdog import DUMP_SIGNAL
 
 if TYPE_CHECKING:
@@ -190,7 +189,7 @@ def write_error(run: RunDir, spec: WorkerSpec, ranks: Ranks, error: BaseExceptio
             "attempt": spec.attempt,
             "rank": ranks.rank,
             "node": ranks.node_rank,
-            "host": socket.gethostname(),
+            "host": node_name(),
             "kind": error_kind(error),
             "type": type(error).__name__,
             "message": redact(str(error)),

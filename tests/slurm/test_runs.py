@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from launcher.files import read_jsonl
-from launcher.history import events
+from launcher.history import events, next_attempt
 from launcher.run_dir import RunDir
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(420)]
@@ -476,24 +476,27 @@ def test_in_an_allocation_it_is_a_step(launch_on, slurm_cluster, by, undisturbed
     assert weights(launched.run) == weights(undisturbed[0])
 
 
-def test_a_sweep_is_a_job_array_and_ends_in_a_comparison(slurm_cluster, tmp_path):
-    swept = ("optim.lr=0.05,0.02,0.01", "--sweep", "--parallel", "2", "--run-dir", str(tmp_path / "sweep"))
+def test_a_sweep_is_a_job_array_and_ends_in_a_comparison(launch_on, slurm_cluster, tmp_path):
     size = ("--nodes", "1", "--procs", "1", "--profile", "dev", "train.epochs=1", *SMALL[1:])
-    output = _launch(slurm_cluster, RECIPE, *swept, *size)
-    runs = [RunDir(folder) for folder in sorted((tmp_path / "sweep").glob("[0-9]-*"))]
-    assert [run.path.name for run in runs] == [
-        "0-optim.lr=0.05",
-        "1-optim.lr=0.02",
-        "2-optim.lr=0.01",
-    ]
-    assert [run.read_status()["state"] for run in runs] == ["completed"] * 3
+    sweep = launch_on(
+        slurm_cluster, RECIPE, "optim.lr=0.05,0.02,0.01", "--sweep", "--parallel", "2", *size, name="sweep"
+    )
+    names = ["0-optim.lr=0.05", "1-optim.lr=0.02", "2-optim.lr=0.01"]
+    runs = [RunDir(tmp_path / "sweep" / name) for name in names]
+    sweep.wait_until(lambda: len(list(read_jsonl(runs[2].metrics))) > 5)
     jobs = [events(run, "submitted")[0]["job_id"] for run in runs]
     assert [job.partition("_")[2] for job in jobs] == ["0", "1", "2"]
+    sweep.slurm("scancel", "--signal=USR2", jobs[2])  # which has the id of the whole array, too
+    code, output = sweep.finish()
+    assert code == 0, output
+    assert [run.read_status()["state"] for run in runs] == ["completed"] * 3
+    assert [ends(run) for run in runs] == [[], [], [(1, "time_limit")]]
+    assert [next_attempt(run) for run in runs] == [2, 2, 3]
     spans = [(events(run, "attempt_started")[0]["time"], events(run, "training_ended")[0]["time"]) for run in runs]
     for start, _ in spans:
         assert sum(begin <= start < end for begin, end in spans) <= 2  # no more at the same time than was said
     table = output.rpartition(" completed\n")[2]  # after the last word of a job
-    assert all(run.path.name in table for run in runs)
+    assert all(name in table for name in names)
 
 
 BAD_NODE = """

@@ -1,0 +1,56 @@
+"""Whether a run that is followed has ended: by its own word, or by that of its SLURM job."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING
+
+from launcher import history, whereabouts
+
+if TYPE_CHECKING:
+    from launcher.run_dir import RunDir
+    from launcher.slurm_client import JobState
+
+ENDED = (*whereabouts.OVER, "preempted")
+"""States in which nothing runs any more."""
+ASK_S = 10.0
+"""How often SLURM is asked."""
+
+
+class Ending:
+    """The end of a run.
+
+    A run that was preempted goes on where its job is queued again, and one whose job has died may never say so.
+
+    Args:
+        run: the run directory.
+    """
+
+    def __init__(self, run: RunDir) -> None:
+        self._run = run
+        self._asked = -math.inf
+        self._has_job = False
+        self._job: JobState | None = None
+
+    def has_come(self) -> bool:
+        """Whether nothing of the run runs or will run; where SLURM does not answer it is taken to go on."""
+        has_ended = _has_ended(self._run)
+        if has_ended and self._run.read_status()["state"] != "preempted":
+            return True
+        if time.monotonic() - self._asked >= ASK_S:
+            self._has_job, self._job = whereabouts.job_of(self._run) is not None, whereabouts.job_state(self._run)
+            self._asked = time.monotonic()
+        return self._job.over if self._job else has_ended and not self._has_job
+
+
+def _has_ended(run: RunDir) -> bool:
+    """Whether the run's state says that nothing runs, and no worker was started since it was written."""
+    status = run.read_status()
+    if status["state"] not in ENDED:
+        return False
+    starts = history.events(run, "attempt_started")
+    last = max((start.get("attempt", 0) for start in starts), default=0)
+    # The first node's word: the others' clocks may go before the one that the state was written by.
+    started = min((start["time"] for start in starts if start.get("attempt", 0) == last), default=0.0)
+    return bool(started <= status.get("updated", started))
