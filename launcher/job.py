@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import history, network, node, preflight, whereabouts
+from launcher import history, network, node, preflight, stopping, whereabouts
 from launcher.errors import (
     EXIT_OK,
     EXIT_PREFLIGHT,
@@ -44,6 +44,7 @@ def main(run_path: str) -> None:
     step when a task leaves with anything else, and some time after the first has left. That is meant where a node's
     own check has failed: the others could wait for it long.
     """
+    stopping.hold()
     run = RunDir(run_path)
     code = exit_code_of(lambda: _supervise(run))
     done = run.job_done(_start())
