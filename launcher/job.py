@@ -33,6 +33,8 @@ LEAVE_TIMEOUT_S = 120
 POLL_S = 0.5
 PREFLIGHT_PORT = 5000
 """How far its port is from that of the rendezvous."""
+STEP_PORTS = 101
+"""How far the ports of an allocation's steps are apart."""
 STALE = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 STALE_BEGINNINGS = ("TORCHELASTIC_", "PET_", "ROLE_", "GROUP_")
 
@@ -64,6 +66,11 @@ def _start() -> str:
     return "-".join(
         [os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0"), os.environ["SLURM_STEP_ID"]]
     )
+
+
+def _seed() -> int:
+    """For a port: steps of one allocation have each its own, and so have jobs that follow each other."""
+    return int(os.environ["SLURM_JOB_ID"]) + STEP_PORTS * int(os.environ["SLURM_STEP_ID"])
 
 
 def _wait_for(file: Path, timeout_s: float | None) -> bool:
@@ -109,7 +116,7 @@ def _supervise(run: RunDir) -> int:
         plan["rdzv_endpoint"], attempt = f"{met['host']}:{met['port']}", met["attempt"]
     network.set_environment(plan["env"])
     if plan["preflight"]:
-        seed = int(os.environ["SLURM_JOB_ID"]) + PREFLIGHT_PORT
+        seed = _seed() + PREFLIGHT_PORT
         problems = preflight.run(run.preflight(_start()), plan, address, node_rank=node_rank, seed=seed)
         if problems and node_rank == 0:
             _leave_out(run, problems, node_rank=node_rank)
@@ -169,7 +176,7 @@ def _meet(run: RunDir, node_rank: int, address: str, *, first_host: str) -> dict
     file = run.meeting(_start())
     file.parent.mkdir(exist_ok=True)
     if node_rank == 0:
-        port = network.free_port(int(os.environ["SLURM_JOB_ID"]))
+        port = network.free_port(_seed())
         met = {"host": address, "port": port, "attempt": history.next_attempt(run)}
         write_json_atomic(file, met)
         return met

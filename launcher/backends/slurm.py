@@ -111,7 +111,11 @@ def _run_step(run: RunDir, plan: LaunchPlan) -> int:
 
     Of the profile's setup nothing is done: this shell has been set up by whoever asked for the allocation.
     """
-    environment = {**os.environ, **(plan.profile or {})["env"]}
+    # What binds this shell to its own cores would bind every worker to them.
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("SLURM_CPU_BIND", "SLURM_MEM_BIND"))
+    }
+    environment = {**kept, **(plan.profile or {})["env"]}
     # In a session of its own: to a Ctrl-C of the terminal srun would only say how its tasks are.
     process = subprocess.Popen(plan.command, start_new_session=True, env=environment)
 
