@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import history, network, node, preflight, whereabouts
+from launcher import history, network, node, preflight, stopping, whereabouts
 from launcher.errors import (
     EXIT_OK,
     EXIT_PREFLIGHT,
@@ -33,6 +33,8 @@ LEAVE_TIMEOUT_S = 120
 POLL_S = 0.5
 PREFLIGHT_PORT = 5000
 """How far its port is from that of the rendezvous."""
+STEP_PORTS = 101
+"""How far the ports of an allocation's steps are apart."""
 STALE = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 STALE_BEGINNINGS = ("TORCHELASTIC_", "PET_", "ROLE_", "GROUP_")
 
@@ -44,6 +46,7 @@ def main(run_path: str) -> None:
     step when a task leaves with anything else, and some time after the first has left. That is meant where a node's
     own check has failed: the others could wait for it long.
     """
+    stopping.hold()
     run = RunDir(run_path)
     code = exit_code_of(lambda: _supervise(run))
     done = run.job_done(_start())
@@ -63,6 +66,11 @@ def _start() -> str:
     return "-".join(
         [os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0"), os.environ["SLURM_STEP_ID"]]
     )
+
+
+def _seed() -> int:
+    """For a port: steps of one allocation have each its own, and so have jobs that follow each other."""
+    return int(os.environ["SLURM_JOB_ID"]) + STEP_PORTS * int(os.environ["SLURM_STEP_ID"])
 
 
 def _wait_for(file: Path, timeout_s: float | None) -> bool:
@@ -108,7 +116,7 @@ def _supervise(run: RunDir) -> int:
         plan["rdzv_endpoint"], attempt = f"{met['host']}:{met['port']}", met["attempt"]
     network.set_environment(plan["env"])
     if plan["preflight"]:
-        seed = int(os.environ["SLURM_JOB_ID"]) + PREFLIGHT_PORT
+        seed = _seed() + PREFLIGHT_PORT
         problems = preflight.run(run.preflight(_start()), plan, address, node_rank=node_rank, seed=seed)
         if problems and node_rank == 0:
             _leave_out(run, problems, node_rank=node_rank)
@@ -168,7 +176,7 @@ def _meet(run: RunDir, node_rank: int, address: str, *, first_host: str) -> dict
     file = run.meeting(_start())
     file.parent.mkdir(exist_ok=True)
     if node_rank == 0:
-        port = network.free_port(int(os.environ["SLURM_JOB_ID"]))
+        port = network.free_port(_seed())
         met = {"host": address, "port": port, "attempt": history.next_attempt(run)}
         write_json_atomic(file, met)
         return met

@@ -89,8 +89,9 @@ def _check_images(run: RunDir, node_rank: int, stop: StopSignals, attempt: int) 
         if stop.requested:
             if node_rank == 0 and run.read_status()["state"] != "cancelled":
                 run.update_status(state="preempted")
-            raise InterruptedRunError(f"interrupted while the images were checked; go on with: launch resume {run}")
+            raise InterruptedRunError(f"interrupted before training began; go on with: launch resume {run}")
 
+    heed_stop()
     quarantine.prepare(run, attempt=attempt, node_rank=node_rank, progress=heed_stop)
 
 

@@ -116,7 +116,8 @@ class Array:
 
 def step_command(job: Job, profile: Profile) -> tuple[str, ...]:
     """The plan as a step of an allocation that is there already (salloc): the same supervisors, by srun alone."""
-    gpus = (f"--gpus-per-node={job.procs_per_node}",) if job.device == "cuda" else ()
+    asked = f"--gres={profile.gres}:" if profile.gres else "--gpus-per-node="
+    gpus = (f"{asked}{job.procs_per_node}",) if job.device == "cuda" else ()
     python = shlex.split(profile.python) if profile.python else [job.python]
     size = (f"--nodes={job.nodes}", f"--ntasks={job.nodes}", "--ntasks-per-node=1", *gpus)
     return ("srun", *size, *_srun_args(job, profile), *python, "-u", "-m", "launcher.job", job.run_dir)

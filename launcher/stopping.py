@@ -18,6 +18,18 @@ if TYPE_CHECKING:
 
 RESEND_S = 1.0
 
+_held: list[int] = []
+"""Stop signals that came while nobody could do anything about them."""
+
+
+def hold() -> None:
+    """Only note the stop signals of this process where no :class:`StopSignals` is entered; the next one heeds them.
+
+    Else they would end it without a word, or be taken by submitit for its own.
+    """
+    for number in processes.STOP_SIGNALS:
+        signal.signal(number, lambda number, _frame: _held.append(number))
+
 
 class StopSignals:
     """Owns the stop signals of this process while it is entered.
@@ -56,6 +68,9 @@ class StopSignals:
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._on_signal) for number in processes.STOP_SIGNALS}
         threading.Thread(target=self._pass_on, name="stop-signals", daemon=True).start()
+        if _held:
+            self._on_signal(_held[0], None)
+            _held.clear()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -86,6 +86,13 @@ def test_one_task_a_node_sees_all_its_gpus():
     assert not {"gres", "gpus-per-node"} & directives(script({"device": "cpu"})).keys()
 
 
+@pytest.mark.parametrize(("gres", "asked"), [(None, "--gpus-per-node=4"), ("gpu:a100", "--gres=gpu:a100:4")])
+def test_a_step_asks_for_gpus_as_a_job_does(gres, asked):
+    job = sbatch.Job(name="a", run_dir="/a", nodes=2, procs_per_node=4, device="cuda", python="python")
+    command = sbatch.step_command(job, Profile(gres=gres))
+    assert [word for word in command if word.startswith(("--gpus", "--gres"))] == [asked]
+
+
 REQUEUED = ["requeue 7", "update JobId=7 ExcNodeList=n9"]
 LEFT = "srun: error: n2: task 1: Exited with exit code {}\nsrun: error: n1: task 0: Killed\n".format
 

@@ -111,12 +111,22 @@ def _run_step(run: RunDir, plan: LaunchPlan) -> int:
 
     Of the profile's setup nothing is done: this shell has been set up by whoever asked for the allocation.
     """
-    environment = {**os.environ, **(plan.profile or {})["env"]}
+    # What binds this shell to its own cores would bind every worker to them.
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("SLURM_CPU_BIND", "SLURM_MEM_BIND"))
+    }
+    environment = {**kept, **(plan.profile or {})["env"]}
     # In a session of its own: to a Ctrl-C of the terminal srun would only say how its tasks are.
     process = subprocess.Popen(plan.command, start_new_session=True, env=environment)
 
-    def stop(_number: int, _frame: object) -> None:
-        process.send_signal(signal.SIGUSR2)  # which srun hands on; on SIGTERM it has its tasks killed
+    told: list[int] = []
+
+    def stop(number: int, _frame: object) -> None:
+        if not told:
+            process.send_signal(signal.SIGUSR2)  # which srun hands on
+        elif number == signal.SIGINT:
+            process.terminate()  # it then has its tasks killed
+        told.append(number)
 
     before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
     earlier = set(run.slurm.glob("done-*"))
@@ -127,10 +137,11 @@ def _run_step(run: RunDir, plan: LaunchPlan) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if code == EXIT_RESUMABLE:
+    is_unsettled = run.read_status()["state"] in whereabouts.UNSETTLED
+    if code and is_unsettled:
+        run.update_status(state="preempted" if told or code == EXIT_RESUMABLE else "failed")
+    if code == EXIT_RESUMABLE or (code and told and is_unsettled):
         raise InterruptedRunError(f"interrupted; go on with: launch resume {run}")
-    if code and run.read_status()["state"] in whereabouts.UNSETTLED:
-        run.update_status(state="failed")
     failed = diagnose.failed_checks(run)
     if failed:
         raise PreflightError("\n".join(["the check of the nodes failed", *failed]))
