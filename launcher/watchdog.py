@@ -28,7 +28,19 @@ DUMP_SIGNAL = signal.SIGUSR1
 POLL_S = 1.0
 DUMP_S = 3.0
 """How long the workers get to write their stacks before they are killed."""
-WAITING = ("torch/autograd/", "torch/distributed/", "launcher/engine/distributed.py")
+WAITING = (
+    "torch/autograd/",
+    "torch/distributed/",
+    "torch/nn/parallel/",
+    "launcher/engine/distributed.py",
+    # A GPU waits in the collective, and the host goes on to where it next waits for the GPU.
+    "torch/cuda/",
+    "torch/amp/",
+    "torch/functional.py",
+    "torchmetrics/",
+    "launcher/engine/metrics.py",
+    "launcher/engine/non_finite.py",
+)
 """Files of the innermost call of a worker that waits for the others. The outer ones are torch's in any worker."""
 TAIL_BYTES = 64 * 1024
 _CELL = struct.Struct("dqq")

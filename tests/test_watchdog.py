@@ -108,17 +108,41 @@ def test_a_worker_that_gets_on_is_left_alone(run, worker, monkeypatch, timeout_s
     assert not run.rank_error(1, 5).exists()
 
 
-def test_a_worker_waits_for_the_others_where_its_stack_is_in_a_collective(run):
-    stack = """junk
-Thread 0x1 (most recent call first):
-  File "other.py", line 1 in x
+TRAINS = "/w/launcher/engine/trainer.py, /w/launcher/engine/worker.py"
+STEPS = f"/w/launcher/engine/train_step.py, {TRAINS}"
 
-Current thread 0x2 (most recent call first):
-  File "/v/torch/autograd/graph.py", line 8 in _engine_run_backward
-  File "/w/launcher/engine/trainer.py", line 9 in _backward
-"""
-    run.rank_log(1, 0).write_text(stack)
-    found = watchdog._last_stack(run, 1, 0)
-    assert len(found) == 2
-    assert any(place in found[0] for place in watchdog.WAITING)
+
+@pytest.mark.parametrize(
+    ("stack", "waits"),
+    [
+        (f"/v/torch/autograd/graph.py, /w/launcher/engine/micro_batch.py, {STEPS}", True),
+        (f"/w/launcher/engine/distributed.py, {TRAINS}", True),
+        # On CUDA: the flags of an earlier step, the sums of a window, an optimizer that asks the scaler, validation.
+        (f"/v/torch/cuda/streams.py, /w/launcher/engine/device.py, /w/launcher/engine/non_finite.py, {TRAINS}", True),
+        (f"/w/launcher/engine/metrics.py, {TRAINS}", True),
+        (f"/v/torch/amp/grad_scaler.py, {STEPS}", True),
+        (f"/v/torch/functional.py, /v/torchmetrics/functional/stat_scores.py, {TRAINS}", True),
+        # What the others wait for.
+        (f"/v/torch/utils/data/dataloader.py, {TRAINS}", False),
+        (f"/v/PIL/Image.py, /w/launcher/engine/data.py, {TRAINS}", False),
+        (f"/v/torch/nn/functional.py, /v/torch/nn/modules/conv.py, /w/launcher/engine/micro_batch.py, {STEPS}", False),
+        (f"/w/launcher/engine/train_step.py, /v/torch/autograd/graph.py, {TRAINS}", False),
+    ],
+)
+def test_a_worker_waits_for_the_others_where_its_innermost_call_is_in_a_collective_or_waits_for_the_gpu(
+    run, worker, monkeypatch, stack, waits
+):
+    monkeypatch.setattr(watchdog, "DUMP_S", 0.0)
+    frames = "".join(f'  File "{file}", line 8 in x\n' for file in stack.split(", "))
+    other = 'junk\nThread 0x1 (most recent call first):\n  File "other.py", line 1 in x\n\n'
+    run.rank_log(1, 0).write_text(f"{other}Current thread 0x2 (most recent call first):\n{frames}")
+    Watchdog(run, Heartbeats(1), timeout_s=1.0, node_rank=0, attempt=lambda: 1)._end(
+        [watchdog.Beat(age_s=2.0, pid=worker.pid, rank=0)]
+    )
+    error = json.loads(run.rank_error(1, 0).read_text())
+    assert error["waiting"] == waits
+    assert error["traceback"].count("\n") + 1 == len(stack.split(", "))
+
+
+def test_without_a_log_there_is_no_stack(run):
     assert watchdog._last_stack(run, 1, 1) == []
