@@ -154,6 +154,9 @@ def _attempt_logs(run: RunDir, *, node_rank: int, first_attempt: int, stop: Stop
             if stop.requested or cause in diagnose.NOT_RETRYABLE:
                 raise _NoRestartError(cause)
             run.append_event("attempt_ended", attempt=self.attempt, node=node_rank, cause=cause, message=message)
+            # How often a worker may vanish is the user's to say (launch.max_restarts).
+            if cause != "lost_worker" and (refused := history.refusal(run)):
+                raise _NoRestartError(refused)
             print(f"attempt {self.attempt} ended: {message}; starting the workers again", file=sys.stderr, flush=True)
 
     return AttemptLogs()

@@ -22,8 +22,8 @@ CURES = {
     "out_of_memory": "lower batch.size (batch.global_size keeps the step's size), or data.image_size",
     "hang": "the workers' stacks are in their logs; one that waits for data or a lock holds up all others; a step that "
     "really takes this long needs a higher train.hang_timeout_s",
-    "memory_kill": "it goes on with batches of half the size, as often as that takes; if that does not help: fewer "
-    f"data.workers, a lower data.image_size or more memory; {RESUME}",
+    "memory_kill": "it goes on with batches of half the size, launch.max_restarts times; if that does not help: fewer "
+    f"data.workers, a lower data.image_size or more memory; {RESUME}, with batches of half the size again",
     "full_disk": f"make room where the run directory is; {RESUME}",
     "lost_node": f"{RESUME}; ask whoever runs the cluster about the node",
     "lost_worker": "a worker was killed from outside: look for the out-of-memory killer (`dmesg | grep -i oom`) "

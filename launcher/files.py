@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import json
 import os
 from typing import TYPE_CHECKING, Any
@@ -44,10 +46,12 @@ def fsync(path: Path) -> None:
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
-    """Append one line in one ``write``, so that lines of several processes never mix."""
+    """Append one line in one ``write``, so that lines of several processes never mix; of several nodes by a lock."""
     line = json.dumps(record, allow_nan=False) + "\n"
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
+        with contextlib.suppress(OSError):  # NFS appends where it last saw the end (open(2)); not all file systems lock
+            fcntl.lockf(descriptor, fcntl.LOCK_EX)  # closing the file frees it
         size = os.fstat(descriptor).st_size
         if size and os.pread(descriptor, 1, size - 1) != b"\n":  # the last writer was killed in the middle of a line
             line = "\n" + line

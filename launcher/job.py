@@ -6,6 +6,7 @@ allocation srun does, by ``python -m launcher.job RUN``.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -155,8 +156,10 @@ def check(folder: str) -> None:
 
 def _lost_nodes() -> list[str]:
     """Of which srun said in the job's earlier starts that they failed."""
-    log = os.environ.get(BATCH_LOG_VARIABLE)
-    text = Path(log).read_text(encoding="utf-8", errors="replace") if log else ""
+    text = ""
+    if log := os.environ.get(BATCH_LOG_VARIABLE):
+        with contextlib.suppress(FileNotFoundError):  # a site's filter may have SLURM write it elsewhere
+            text = Path(log).read_text(encoding="utf-8", errors="replace")
     return re.findall(r"^srun: error: Node failure on (\S+)$", text, re.MULTILINE)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, ValidationError
 
 from launcher import recipe_source
-from launcher.errors import RecipeError, UsageError, did_you_mean
+from launcher.errors import Problem, RecipeError, UsageError, did_you_mean
 from launcher.schema import STRICT, Count, Positive, validate
 
 if TYPE_CHECKING:
@@ -21,6 +21,24 @@ if TYPE_CHECKING:
 Line = Annotated[str, Field(pattern=r"^[^\r\n]*$")]
 """Text of one line: a second one would become a command of the batch script."""
 PACKAGED = Path(__file__).parent / "slurm" / "profiles"
+SAME_NAMES = ("partition", "account", "qos", "constraint", "reservation", "exclude", "exclusive", "gres")
+PLACES = {
+    **{name: f"the profile's {name}" for name in SAME_NAMES},
+    "mail-user": "the profile's mail_user",
+    "mail-type": "the profile's mail_type",
+    "time": "the profile's timeout_min",
+    "signal": "the profile's lead_s",
+    "mem": "the profile's mem_gb",
+    "cpus-per-task": "the profile's cpus_per_gpu",
+    "nodes": "launch.nodes (--nodes)",
+    "gpus-per-node": "launch.gpus (--gpus)",
+    "job-name": "the recipe's name",
+    "array": "--sweep",
+    **dict.fromkeys(("ntasks", "ntasks-per-node"), "nowhere: it is one task a node, which starts the workers"),
+    **dict.fromkeys(("output", "error", "open-mode"), "nowhere: the log is read in the run directory"),
+    **dict.fromkeys(("requeue", "no-requeue"), "nowhere: a job is always queued again where its run goes on"),
+}
+"""Options of sbatch that are said elsewhere: said twice, one would win in silence, or a log not be where it is read."""
 OVERRIDE = "profile."
 """Begins the overrides that are meant for the profile, as in ``profile.timeout_min=30``."""
 
@@ -73,7 +91,8 @@ class Profile:
     srun_args: list[Line] = field(default_factory=list)
     """Further options of srun, as in `--container-image=/images/train.sqsh`."""
     sbatch: dict[Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")], Line | int | bool] = field(default_factory=dict)
-    """Further options of sbatch by their long names, as in {licenses: matlab, switches: 1}; true: without a value."""
+    """Further options of sbatch by their long names, as in {licenses: matlab, switches: 1}; true: without a value. What
+    has a place of its own, in the profile or the recipe, is refused here."""
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> Profile:
@@ -106,6 +125,10 @@ def _checked(source: Source, name: str) -> Profile:
         profile: Profile = validate(Profile, source.values)
     except ValidationError as error:
         problems += recipe_source.explain(error, source, Profile)
+    else:
+        for option in PLACES.keys() & profile.sbatch.keys():
+            key = f"sbatch.{option}"
+            problems.append(Problem(key=key, where=source.where(key), message=f"its place is {PLACES[option]}"))
     if problems:
         raise RecipeError(problems, of=f"profile {name}")
     return profile

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from launcher import agent, history, host_memory
+from launcher.files import write_json_atomic
 from launcher.run_dir import RunDir
 from launcher.watchdog import Heartbeats
 
@@ -69,3 +70,29 @@ def test_a_kill_is_written_down_once_also_where_no_attempt_follows(kernel, start
         logs.reify({0: {}, 1: {}})
     logs.note_kill()  # as run_workers does in the end
     assert kills(run) == [1]
+
+
+def end(run, logs, kind, **event):
+    """An attempt ends by a kind of error, and its workers are to be started again."""
+    if event:
+        run.append_event("checkpoint", attempt=logs.attempt, **event)
+    error = {"time": logs.attempt, "attempt": logs.attempt, "rank": 0, "node": 0, "host": "n1", "kind": kind}
+    write_json_atomic(run.rank_error(logs.attempt, 0), error | {"type": kind, "message": "a test", "traceback": ""})
+    logs.reify({0: {}, 1: {}})
+
+
+def test_workers_that_hang_twice_without_a_new_step_are_not_started_a_third_time(kernel, started):
+    run, logs, *_ = started
+    end(run, logs, "hang", step=3)
+    end(run, logs, "hang", step=6)
+    end(run, logs, "hang")
+    with pytest.raises(agent._NoRestartError, match=r"2 attempts in a row ended at step 6 \(hang, hang\)"):
+        end(run, logs, "hang")
+    assert len(history.events(run, "attempt_started")) == 4
+
+
+def test_how_often_a_worker_may_vanish_is_for_max_restarts_to_say(kernel, started):
+    run, logs, *_ = started
+    for _ in range(9):
+        end(run, logs, "peer_lost")
+    assert {event["cause"] for event in history.events(run, "attempt_ended")} == {"lost_worker"}

@@ -70,6 +70,12 @@ def test_overrides_win(mine):
         ("lead_s: 5\n", r"mine.yaml:1: lead_s: found 5; valid: a whole number >= 10 and <= 3600"),
         ('comment: 1\naccount: "a\\nrm -rf /"\n', r"mine.yaml:2: account: found 'a\\nrm -rf /'"),
         ('sbatch: {comment: "a\\nrm -rf /"}\n', r"mine.yaml:1: sbatch.comment: found 'a\\nrm -rf /'"),
+        (
+            "sbatch:\n  output: /scratch/%j.out\n",
+            r"mine.yaml:2: sbatch.output: its place is nowhere: the log is read in",
+        ),
+        ("sbatch: {array: 0-3}\n", r"mine.yaml:1: sbatch.array: its place is --sweep"),
+        ("sbatch: {mail-user: a@b}\n", r"mine.yaml:1: sbatch.mail-user: its place is the profile's mail_user"),
         ('sbatch: {"x; rm": 1}\n', r"mine.yaml:1: sbatch.x; rm: found 1"),
         ('env: {"A=1; rm -rf / #": x}\n', r"mine.yaml:1: env.A=1; rm -rf / #: found 'x'"),
         ('setup: ["module load a\\nrm"]\n', r"mine.yaml:1: setup.0: found "),

@@ -70,7 +70,7 @@ def test_every_value_reaches_its_command_as_one_word(value, name, path):
             {"exclusive": "", "reservation": "r", "mail-user": "a@b"},
         ),
         (
-            {"sbatch": {"licenses": "x:1", "contiguous": True, "requeue": False}},
+            {"sbatch": {"licenses": "x:1", "contiguous": True, "spread-job": False}},
             {"licenses": "x:1", "contiguous": "", "requeue": ""},
         ),
     ],
