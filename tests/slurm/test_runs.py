@@ -270,11 +270,11 @@ def test_a_killed_worker_is_started_again_in_the_same_job(launch, undisturbed):
     assert weights(launched.run) == weights(undisturbed[0])
 
 
-def test_a_killed_supervisor_has_the_run_go_on_without_its_node(launch):
+@pytest.mark.parametrize("node", [0, -1], ids=["the first", "the last"])  # where the nodes meet, and another one
+def test_a_killed_supervisor_has_the_run_go_on_without_its_node(launch, node):
     launched = launch("train.epochs=2", OFTEN)
     launched.wait_for_step(12)
-    first = hosts(launched.run, 1)
-    (*_, host) = sorted(first)
+    host = sorted(hosts(launched.run, 1))[node]
     start = time.monotonic()
     launched.supervisor(host).kill()
     launched.wait_until(lambda: ends(launched.run))
