@@ -21,11 +21,10 @@ if TYPE_CHECKING:
 Line = Annotated[str, Field(pattern=r"^[^\r\n]*$")]
 """Text of one line: a second one would become a command of the batch script."""
 PACKAGED = Path(__file__).parent / "slurm" / "profiles"
-SAME_NAMES = ("partition", "account", "qos", "constraint", "reservation", "exclude", "exclusive", "gres")
+_FIELDS = ("partition", "account", "qos", "constraint", "reservation", "exclude", "exclusive", "gres")
+_MAIL = ("mail_user", "mail_type")
 PLACES = {
-    **{name: f"the profile's {name}" for name in SAME_NAMES},
-    "mail-user": "the profile's mail_user",
-    "mail-type": "the profile's mail_type",
+    **{name.replace("_", "-"): f"the profile's {name}" for name in (*_FIELDS, *_MAIL)},
     "time": "the profile's timeout_min",
     "signal": "the profile's lead_s",
     "mem": "the profile's mem_gb",
@@ -126,7 +125,7 @@ def _checked(source: Source, name: str) -> Profile:
     except ValidationError as error:
         problems += recipe_source.explain(error, source, Profile)
     else:
-        for option in PLACES.keys() & profile.sbatch.keys():
+        for option in filter(PLACES.__contains__, profile.sbatch):
             key = f"sbatch.{option}"
             problems.append(Problem(key=key, where=source.where(key), message=f"its place is {PLACES[option]}"))
     if problems:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launcher import history, whereabouts
 
@@ -35,8 +35,9 @@ class Ending:
 
     def has_come(self) -> bool:
         """Whether nothing of the run runs or will run; where SLURM does not answer it is taken to go on."""
-        has_ended = _has_ended(self._run)
-        if has_ended and self._run.read_status()["state"] != "preempted":
+        status = self._run.read_status()
+        has_ended = _has_ended(self._run, status)
+        if has_ended and status["state"] != "preempted":
             return True
         if time.monotonic() - self._asked >= ASK_S:
             self._has_job, self._job = whereabouts.job_of(self._run) is not None, whereabouts.job_state(self._run)
@@ -44,9 +45,8 @@ class Ending:
         return self._job.over if self._job else has_ended and not self._has_job
 
 
-def _has_ended(run: RunDir) -> bool:
+def _has_ended(run: RunDir, status: dict[str, Any]) -> bool:
     """Whether the run's state says that nothing runs, and no worker was started since it was written."""
-    status = run.read_status()
     if status["state"] not in ENDED:
         return False
     starts = history.events(run, "attempt_started")

@@ -100,14 +100,12 @@ def tune_rank(
         if kept:
             return kept | {"from": "run"}
         most = _max_size(recipe, ranks, data_sets)
-        key, loading = (
-            tuning_cache.key(recipe, facts, data_sets, ranks, most),
-            tuning_cache.loading_key(recipe, data_sets),
-        )
+        key = tuning_cache.key(recipe, facts, data_sets, ranks, most)
+        loading = tuning_cache.loading_key(recipe, data_sets)
         budget = budget_bytes(facts.free)
         cached = None if fresh else tuning_cache.read(key, budget)
         if cached:
-            if cached["loading"] != loading:
+            if cached.get("loading") != loading:  # an earlier version's has none
                 cached |= probes.split(cached["batch_size"], cached["images_per_s"])
             return cached | who | {"loading": loading, "from": "cache"}
         start = time.monotonic()

@@ -34,9 +34,9 @@ def towards_the_line(probes: Sequence[Probe]) -> list[Probe]:
     # Seconds per image, over 1 / images: its slope is what an empty step would take.
     points = [(1 / probe.batch_size, 1 / probe.images_per_s) for probe in probes]
     slope, intercept = statistics.linear_regression(*zip(*points, strict=True))
-    line = [slope * x + intercept for x, _ in points]
-    if min(line) <= 0:
+    if slope < 0 or intercept <= 0:  # neither an empty step nor an image takes less than no time: it is no line
         return list(probes)
+    line = [slope * x + intercept for x, _ in points]
     off = [math.log(y / fitted) for (_, y), fitted in zip(points, line, strict=True)]
     variance = sum(value**2 for value in off) / (len(probes) - 2)  # a line takes two for itself
     noise = statistics.mean(probe.noise**2 for probe in probes)

@@ -123,8 +123,7 @@ def sweep(run_dir: str, chosen: int) -> None:
         fit.append(size)
     seconds = in_child(functools.partial(in_turn, fit, SWEEP_TURNS))
     speeds = {size: size / probe._quick(found) for size, found in seconds.items()}
-    best = max((size for size in fit if size != chosen or len(fit) == 1), key=speeds.__getitem__)
-    best = best if speeds[best] > speeds[chosen] else chosen
+    best = max(fit, key=speeds.__getitem__)
     finals = seconds if best == chosen else in_child(functools.partial(in_turn, [chosen, best], FINAL_TURNS))
     print(
         json.dumps(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 import statistics
+from dataclasses import replace
 
 import pytest
 
@@ -68,9 +69,14 @@ def test_a_cliff_that_is_more_than_noise_stays_a_cliff(noise, left):
     assert statistics.mean(off) <= left + 1e-9
 
 
+def test_a_speed_that_falls_with_the_batch_is_on_no_line():
+    probes = [replace(p, noise=0.05) for p in measured(lambda size: 100 * (1 + 8 / size))]
+    assert towards_the_line(probes) == probes
+
+
 def test_where_noise_is_not_known_nothing_changes():
     noisy = measured(on_a_line, noise=0.1)
-    unknown = [Probe(**{**vars(p), "noise": 0.0}) for p in noisy]
+    unknown = [replace(p, noise=0.0) for p in noisy]
     found = [p.images_per_s for p in towards_the_line(unknown)]
     assert found == pytest.approx([p.images_per_s for p in noisy])
 

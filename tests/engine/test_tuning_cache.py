@@ -195,8 +195,9 @@ def test_a_run_takes_what_an_earlier_one_found(tune):
     assert (found["workers"], found["threads"]) == (7, 9)
 
 
-def test_how_cores_are_shared_is_measured_again_for_other_images(tune):
-    found = tune(loading="other images")
+@pytest.mark.parametrize("loading", ["other images", None])  # None: as an earlier version wrote it
+def test_how_cores_are_shared_is_measured_again_for_other_images(tune, loading):
+    found = tune(loading=loading)
     assert (found["from"], found["batch_size"]) == ("cache", 3)
     assert (found["workers"], found["threads"]) != (7, 9)
 
