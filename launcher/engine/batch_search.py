@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -129,7 +130,9 @@ class BatchSearch:
         compared = self._compare_in_turn()
         contenders = [one for one in self._fitting() if not compared or one.batch_size in compared]
         peak = max(map(_speed, contenders))
-        chosen = next(one for one in contenders if _speed(one) >= NEAR_PEAK * peak)
+        noise = statistics.mean(one.probe.noise for one in contenders if one.probe)
+        near = min(1.0, NEAR_PEAK + noise)  # what noise can hide is no part of what is given away
+        chosen = next(one for one in contenders if _speed(one) >= near * peak)
         return self._found(chosen, compared)
 
     def _found(self, chosen: Attempt, compared: tuple[int, ...]) -> Found:
@@ -263,7 +266,7 @@ class BatchSearch:
         for index, known in enumerate(self._attempts):
             found = probes.pop(known.batch_size, None)
             if found and known.probe:
-                probe = replace(known.probe, images_per_s=found.images_per_s)
+                probe = replace(known.probe, images_per_s=found.images_per_s, noise=found.noise)
                 self._attempts[index] = replace(known, probe=probe)
         for new in probes.values():
             self._add(new.batch_size, new)

@@ -370,6 +370,18 @@ def test_noise_costs_little_speed_and_a_machine_that_becomes_slower_none(name, n
     assert sorted(ratios)[len(ratios) // 20] >= mostly
 
 
+def test_the_noisier_the_comparison_the_less_of_the_peak_is_given_up_for_a_smaller_batch():
+    best = max(map(STILL_RISING.speed, STILL_RISING.sweep()))
+    ratios = sorted(
+        STILL_RISING.speed(
+            search(STILL_RISING, device=FakeDevice(STILL_RISING, noise=0.05, seed=seed)).chosen.batch_size
+        )
+        for seed in range(200)
+    )
+    assert ratios[2] >= 0.98 * best
+    assert search(STILL_RISING).chosen.batch_size == 128  # where there is none, the smallest within 2 %
+
+
 def test_a_size_between_the_last_two_is_found_when_they_are_compared():
     speeds = {8: 57.0, 16: 75.0, 24: 88.0, 32: 90.0, 40: 100.0, 48: 94.0}
     model = Model(memory=linear(1, 0.1), speed=speeds.__getitem__, budget=6, max_size=48)
