@@ -206,6 +206,8 @@ def _cause(own: list[Json]) -> tuple[str | None, str | None]:
 
 def _mistakes(best_val: Json) -> list[Json]:
     """The most frequent confusions of one class with another, most frequent first."""
+    if "mistakes" in best_val:  # of more classes than a matrix is recorded of
+        return list(best_val["mistakes"])
     classes = list(best_val.get("per_class") or [])
     cells = [
         {"true": classes[i], "predicted": classes[j], "count": count}

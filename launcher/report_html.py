@@ -192,13 +192,15 @@ def _classes(report: Json) -> str:
 
 def _confusion(report: Json) -> str:
     classes, matrix = report["classes"], report["confusion"]
-    if not matrix:
+    if not matrix and not report["mistakes"]:
         return ""
     mistakes = "".join(
         f"<li><q>{escape(row['true'])}</q> taken for <q>{escape(row['predicted'])}</q>: {row['count']}</li>"
         for row in report["mistakes"]
     )
     text = f"<p>Most frequent mistakes:</p><ul>{mistakes}</ul>" if mistakes else "<p>No mistakes.</p>"
+    if not matrix:
+        return text
     if len(classes) > MAX_HEAT_CLASSES:
         return f"{text}<p>The whole matrix of {len(classes)} classes is in report.json.</p>"
     rows = "\n".join(

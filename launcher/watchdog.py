@@ -37,7 +37,6 @@ WAITING = (
     "torch/cuda/",
     "torch/amp/",
     "torch/functional.py",
-    "torchmetrics/",
     "launcher/engine/metrics.py",
     "launcher/engine/non_finite.py",
 )

@@ -246,7 +246,7 @@ print("\\n" + json.dumps({"code": code or 0, "modules": sorted(sys.modules)}))
     return result["code"], tops(result["modules"])
 
 
-LIGHT = HEAVY | {"onnxruntime", "torchmetrics", "safetensors", "PIL"}
+LIGHT = HEAVY | {"onnxruntime", "safetensors", "PIL"}
 
 
 @pytest.mark.parametrize(

@@ -571,6 +571,15 @@ def test_more_than_100_classes_have_neither(write_run):
     assert Page(page).text_of("h2") == ["Curves", "Exports", "Attempts", "Recipe"]
 
 
+def test_but_their_most_frequent_mistakes_where_they_were_recorded(write_run):
+    line = {key: value for key, value in val_line(8).items() if key not in ("per_class", "confusion")}
+    mistakes = [{"true": "tern", "predicted": "gull", "count": 7}, {"true": "a<b", "predicted": "tern", "count": 2}]
+    data, page = written(write_run(metrics=[line | {"mistakes": mistakes}]))
+    assert data["mistakes"] == mistakes
+    assert "<li><q>tern</q> taken for <q>gull</q>: 7</li><li><q>a&lt;b</q>" in page
+    assert '<table class="heat">' not in page
+
+
 def test_every_point_has_a_tooltip_and_the_best_checkpoint_a_ring(write_run):
     _, page = written(write_run())
     loss = page.split("<h3>Loss</h3>")[1].split("</figure>")[0]

@@ -121,7 +121,7 @@ STEPS = f"/w/launcher/engine/train_step.py, {TRAINS}"
         (f"/v/torch/cuda/streams.py, /w/launcher/engine/device.py, /w/launcher/engine/non_finite.py, {TRAINS}", True),
         (f"/w/launcher/engine/metrics.py, {TRAINS}", True),
         (f"/v/torch/amp/grad_scaler.py, {STEPS}", True),
-        (f"/v/torch/functional.py, /v/torchmetrics/functional/stat_scores.py, {TRAINS}", True),
+        (f"/v/torch/functional.py, /v/launcher/engine/metrics.py, {TRAINS}", True),
         # What the others wait for.
         (f"/v/torch/utils/data/dataloader.py, {TRAINS}", False),
         (f"/v/PIL/Image.py, /w/launcher/engine/data.py, {TRAINS}", False),

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from launcher.engine.distributed import sum_over_ranks
+from launcher.engine.distributed import max_over_ranks, sum_over_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 MAX_DETAILED_CLASSES = 100
+NUM_MISTAKES = 10
 TOP_K = 5
 
 
@@ -62,7 +65,10 @@ def _hits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 class ValidationTotals:
-    """Counts of a rank over its share of the validation set, by torchmetrics; all ranks' together on :meth:`compute`.
+    """Counts of a rank over its share of the validation set; all ranks' together on :meth:`compute`.
+
+    Integers of single classes, and the pairs of true and predicted class that occur: time and memory grow with images
+    plus classes. (A confusion matrix, and torchmetrics' F1, which makes one, grow with the square of the classes.)
 
     Args:
         classes: names, in the order of the logits.
@@ -70,60 +76,92 @@ class ValidationTotals:
     """
 
     def __init__(self, classes: Sequence[str], device: torch.device) -> None:
-        # Imported at the first validation: it takes a second that the first step need not wait for.
-        from torchmetrics import MetricCollection, SumMetric
-        from torchmetrics.classification import (
-            MulticlassAccuracy,
-            MulticlassConfusionMatrix,
-            MulticlassF1Score,
-        )
-
-        num = len(classes)
         self._classes = list(classes)
-        self._counts = MetricCollection(
-            {
-                "top1": MulticlassAccuracy(num, average="micro"),
-                "top5": MulticlassAccuracy(num, average="micro", top_k=min(TOP_K, num)),
-                "f1": MulticlassF1Score(num, average="macro"),
-                "confusion": MulticlassConfusionMatrix(num),
-            },
-            compute_groups=False,
-        ).to(device)
-        # "disable" lets a loss that is no number be seen; by default torchmetrics leaves it out of the sum.
-        self._loss = SumMetric(nan_strategy="disable").to(device).set_dtype(torch.float64)
+        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._top5 = torch.zeros((), dtype=torch.int64, device=device)
+        self._pairs = [torch.empty(0, dtype=torch.int64, device=device)]
+        """Of each image, true class * number of classes + predicted class."""
 
     def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Count a batch of logits (N x C) and labels (int64 N)."""
-        self._loss.update(nn.functional.cross_entropy(logits.float(), labels, reduction="sum").double())
-        self._counts.update(logits, labels)
+        self._loss += nn.functional.cross_entropy(logits.float(), labels, reduction="sum").double()
+        self._top5 += _hits(logits, labels).sum().long()
+        self._pairs.append(labels * len(self._classes) + logits.argmax(dim=1))
 
     def compute(self) -> dict[str, Any]:
-        """``{samples, loss, top1, top5, f1, per_class, confusion}`` of all ranks; the last two up to 100 classes."""
-        values = self._counts.compute()
-        confusion = values.pop("confusion").cpu()
-        samples = int(confusion.sum())
-        result: dict[str, Any] = {"samples": samples, "loss": float(self._loss.compute()) / samples}
-        result |= {name: float(values[name]) for name in ("top1", "top5", "f1")}
-        result["top1"] = int(confusion.diag().sum()) / samples
-        if len(self._classes) <= MAX_DETAILED_CLASSES:
-            result |= {"per_class": per_class(confusion, self._classes), "confusion": confusion.tolist()}
-        return result
+        """``{samples, loss, top1, top5, f1}`` of all ranks.
 
-
-def per_class(confusion: torch.Tensor, classes: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Recall, precision, F1 (fractions) and samples of each class from a confusion matrix (rows true, int64 C x C)."""
-    result = {}
-    for index, name in enumerate(classes):
-        hits, true, predicted = (
-            int(n) for n in (confusion[index, index], confusion[index].sum(), confusion[:, index].sum())
+        Up to 100 classes with ``per_class`` and ``confusion`` (rows true, columns predicted), beyond with ``mistakes``,
+        the most frequent confusions. F1 is the mean over the classes that occur or are predicted.
+        """
+        loss, top5 = float(sum_over_ranks(self._loss.clone())), int(sum_over_ranks(self._top5.clone()))
+        pairs, counts = (found.cpu() for found in _count_over_ranks(torch.cat(self._pairs)))
+        num, samples = len(self._classes), int(counts.sum())
+        true, predicted = pairs // num, pairs % num
+        right = true == predicted
+        totals = ClassTotals(
+            hits=_sum_by(true[right], counts[right], num),
+            true=_sum_by(true, counts, num),
+            predicted=_sum_by(predicted, counts, num),
         )
-        result[name] = {
+        seen = totals.true + totals.predicted
+        f1 = (2.0 * totals.hits[seen > 0].double() / seen[seen > 0]).mean()
+        result: dict[str, Any] = {"samples": samples, "loss": loss / samples}
+        result |= {"top1": int(totals.hits.sum()) / samples, "top5": top5 / samples, "f1": float(f1)}
+        if num > MAX_DETAILED_CLASSES:
+            return result | {"mistakes": self._mistakes(true[~right], predicted[~right], counts[~right])}
+        confusion = _sum_by(pairs, counts, num * num).view(num, num).tolist()
+        return result | {"per_class": per_class(totals, self._classes), "confusion": confusion}
+
+    def _mistakes(self, true: torch.Tensor, predicted: torch.Tensor, counts: torch.Tensor) -> list[dict[str, Any]]:
+        """The most frequent, of pairs in their order."""
+        most = counts.argsort(descending=True, stable=True)[:NUM_MISTAKES]
+        rows = zip(true[most].tolist(), predicted[most].tolist(), counts[most].tolist(), strict=True)
+        return [{"true": self._classes[t], "predicted": self._classes[p], "count": count} for t, p, count in rows]
+
+
+def _count_over_ranks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values (int64, not negative) of all ranks that occur, ascending, and how often each does."""
+    own, counts = torch.unique(values, return_counts=True)
+    longest = int(max_over_ranks(torch.tensor(len(own), device=own.device)))
+    padded = torch.stack([nn.functional.pad(each, (0, longest - len(own))) for each in (own, counts)])
+    gathered = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, padded)
+    every, times = torch.cat(gathered, dim=1)
+    every, times = every[times > 0], times[times > 0]
+    found, places = torch.unique(every, return_inverse=True)
+    return found, torch.zeros_like(found).index_add_(0, places, times)
+
+
+def _sum_by(places: torch.Tensor, counts: torch.Tensor, num: int) -> torch.Tensor:
+    """Counts (int64) added up by their place of ``num``."""
+    return torch.zeros(num, dtype=torch.int64).index_add_(0, places, counts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassTotals:
+    """Images of each class, int64 C."""
+
+    hits: torch.Tensor
+    """Predicted rightly."""
+    true: torch.Tensor
+    """Of the class."""
+    predicted: torch.Tensor
+    """Taken for the class."""
+
+
+def per_class(totals: ClassTotals, classes: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Recall, precision, F1 (fractions) and samples of each class."""
+    rows = zip(classes, totals.hits.tolist(), totals.true.tolist(), totals.predicted.tolist(), strict=True)
+    return {
+        name: {
             "recall": hits / true if true else 0.0,
             "precision": hits / predicted if predicted else 0.0,
             "f1": 2 * hits / (true + predicted) if true + predicted else 0.0,
             "samples": true,
         }
-    return result
+        for name, hits, true, predicted in rows
+    }
 
 
 class BestMetric:

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torchmetrics.classification  # noqa: F401  imported here once, and not anew in every forked rank
 from PIL import Image
 
 from launcher import recipe as recipes

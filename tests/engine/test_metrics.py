@@ -7,10 +7,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from launcher.engine.metrics import BestMetric, TrainTotals, ValidationTotals, means, per_class
+from launcher.engine.metrics import BestMetric, TrainTotals, ValidationTotals, means
 
 CPU = torch.device("cpu")
 NAMES = ["a", "b", "c", "d", "e", "f", "g"]
@@ -38,6 +39,21 @@ def f1_of(confusion):
     return [2 * h / (t + p) if t + p else 0.0 for h, t, p in zip(hits, true, predicted, strict=True)]
 
 
+def by_hand(confusion, names):
+    """Each class's figures."""
+    return {
+        name: {
+            "recall": hits / true if true else 0.0,
+            "precision": hits / predicted if predicted else 0.0,
+            "f1": 2 * hits / (true + predicted) if true + predicted else 0.0,
+            "samples": true,
+        }
+        for name, hits, true, predicted in zip(
+            names, *(c.tolist() for c in (confusion.diagonal(), confusion.sum(1), confusion.sum(0))), strict=True
+        )
+    }
+
+
 def validated(logits, labels, sizes, names=NAMES):
     totals = ValidationTotals(names, CPU)
     for part, own in zip(logits.split(sizes), labels.split(sizes), strict=True):
@@ -55,12 +71,13 @@ def test_validation_counts_are_those_counted_by_hand(one_rank):
     assert found["top5"] == pytest.approx(top5 / 90, abs=1e-7)
     assert found["f1"] == pytest.approx(np.mean(f1_of(confusion)), abs=1e-6)
     assert found["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits.double(), labels).item(), abs=1e-6)
-    assert found["per_class"] == per_class(torch.from_numpy(confusion), NAMES)
+    assert found["per_class"] == by_hand(confusion, NAMES)
     json.dumps(found, allow_nan=False)
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # one group for all of them will do
 @given(cuts=st.lists(st.integers(1, 39), unique=True, max_size=8).map(sorted))
-def test_they_are_the_same_however_the_samples_come_in_batches(cuts):
+def test_they_are_the_same_however_the_samples_come_in_batches(one_rank, cuts):
     logits, labels = predictions(40, 7)
     bounds = [0, *cuts, 40]
     sizes = [b - a for a, b in pairwise(bounds)]
@@ -97,8 +114,74 @@ def test_a_class_without_samples_or_predictions_has_zeros(one_rank):
 def test_above_a_hundred_classes_the_details_are_left_out(one_rank, num, detailed):
     logits, labels = predictions(150, num)
     found = validated(logits, labels, [150], [str(i) for i in range(num)])
-    assert ("confusion" in found, "per_class" in found) == (detailed, detailed)
+    assert ("confusion" in found, "per_class" in found, "mistakes" in found) == (detailed, detailed, not detailed)
     assert found["samples"] == 150
+
+
+def many_classes(num_classes, num, seed=0):
+    """Logits of a model that is mostly right, and labels of few of the classes: the same confusion comes often."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(num, num_classes, generator=generator)
+    labels = torch.randint(12, (num,), generator=generator) * 7
+    said = labels + (torch.rand(num, generator=generator) < 0.3) * 3
+    logits[torch.arange(num), said] += 20.0
+    return logits, labels
+
+
+def test_of_many_classes_the_counts_are_those_counted_by_hand(one_rank):
+    logits, labels = many_classes(300, 500)
+    confusion, top5 = expected_counts(logits, labels)
+    found = validated(logits, labels, [200, 300], [f"class {i}" for i in range(300)])
+    assert found["top1"] == confusion.trace() / 500
+    assert found["top5"] == top5 / 500
+    occur = confusion.sum(0) + confusion.sum(1) > 0
+    assert found["f1"] == pytest.approx(np.mean(np.array(f1_of(confusion))[occur]), abs=1e-9)
+    wrong = confusion - np.diag(confusion.diagonal())
+    order = sorted(np.argwhere(wrong).tolist(), key=lambda pair: (-wrong[tuple(pair)], pair))[:10]
+    assert found["mistakes"] == [
+        {"true": f"class {t}", "predicted": f"class {p}", "count": int(wrong[t, p])} for t, p in order
+    ]
+    json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize("num_classes", [7, 300])
+def test_all_ranks_come_to_the_integers_of_one(in_ranks, num_classes):
+    names = [str(i) for i in range(num_classes)]
+    logits, labels = many_classes(300, 90)
+    logits, labels = logits[:, :num_classes].contiguous(), labels % num_classes
+
+    def work(ranks):
+        own = {1: [90], 3: [40, 0, 50]}[ranks.world_size]
+        totals = ValidationTotals(names, CPU)
+        if own[ranks.rank]:
+            totals.add(logits.split(own)[ranks.rank], labels.split(own)[ranks.rank])
+        return totals.compute()
+
+    (one,), many = in_ranks(1, work), in_ranks(3, work)
+    for found in [one, *many]:
+        assert found.pop("loss") == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)
+    assert many == [one] * 3
+
+
+def test_ten_thousand_classes_cost_no_square_of_them(one_rank):
+    names, (logits, labels) = [str(i) for i in range(10_000)], many_classes(10_000, 32)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        """Looks at the size of every tensor that is made."""
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            made = function(*args, **(kwargs or {}))
+            for each in made if isinstance(made, tuple | list) else [made]:
+                if isinstance(each, torch.Tensor):
+                    largest = max(largest, each.numel())
+            return made
+
+    with Watch():
+        found = validated(logits, labels, [32], names)
+    assert found["samples"] == 32
+    assert largest <= logits.numel()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
