@@ -111,9 +111,10 @@ class MicroBatch:
         """
         self._statistics.restore(statistics)
         self._parts.device.release_memory()
-        halves: list[Batch] = list(zip(*(part.chunk(2) for part in batch), strict=True))
+        sizes = _halves(len(batch[1]))
+        halves: list[Batch] = list(zip(*(torch.split(part, sizes) for part in batch), strict=True))
         losses = [again(half, (*number, index)) for index, half in enumerate(halves)]
-        size = len(halves[0][1])
+        size = sizes[0]
         self.largest_that_fits = min(self.largest_that_fits or size, size)
         return torch.stack(losses).sum()
 
@@ -206,6 +207,12 @@ class MicroBatch:
 
     def _exchange(self, *, sync: bool) -> AbstractContextManager[None]:
         return contextlib.nullcontext() if sync else self._parts.ddp.no_sync()
+
+
+def _halves(num: int) -> list[int]:
+    """Sizes of the pieces of a batch: of an even one both are even, so that none of theirs need be a lone image."""
+    half = num // 2 + num // 2 % 2 if num % 2 == 0 and num > 2 else (num + 1) // 2  # noqa: PLR2004  two can be but 1 + 1
+    return [half, num - half]
 
 
 def _can_be_smaller(error: Exception, batch: Batch) -> bool:

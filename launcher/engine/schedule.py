@@ -2,13 +2,21 @@
 
 A position in training is (epoch, offset): how many samples of the epoch's order are behind it. Nothing else has to be
 saved to go on from there, at the same world size or another.
+
+A single image has no batch statistics (BatchNorm), and is a poor estimate of a gradient. So it is left alone only where
+there is no other way:
+
+- steps: where an epoch's last step would have less than half of the global batch, it and the one before it are of equal
+  size (:func:`step_sizes`);
+- ranks: where one would have a single sample of a step, samples are dealt in pairs (:func:`split_by_shares`);
+- micro-batches: a rank that takes two at once takes three rather than one alone.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,25 +41,62 @@ def epoch_order(seed: int, epoch: int, num_samples: int) -> NDArray[np.int64]:
     return np.argsort(keys, kind="stable").astype(np.int64)
 
 
-@functools.lru_cache(maxsize=8)  # the steps of an epoch are all of one size but the last
-def split_by_shares(num: int, shares: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Cut ``range(num)`` into one slice (start, end) per share, in proportion; the first is never empty if num >= 1."""
+def step_sizes(num: int, global_size: int) -> list[int]:
+    """How many samples each step has that takes ``num`` samples to an epoch's end.
+
+    The global batch, but for the last. Where that would be less than half of it, the last two share their samples
+    evenly; three samples are one step. The steps that follow any of these are those of the samples that are left then.
+    """
+    full, rest = divmod(num, global_size)
+    if not rest:
+        return [global_size] * full
+    if not full or (rest > 1 and 2 * rest >= global_size):
+        return [global_size] * full + [rest]
+    both = global_size + rest
+    last = [both] if both == 3 else [both - both // 2, both // 2]  # noqa: PLR2004  two would leave one alone
+    return [global_size] * (full - 1) + last
+
+
+def _cut(num: int, shares: tuple[int, ...]) -> list[int]:
+    """Bounds of the slices of ``range(num)``, in proportion; the first slice is never empty if num >= 1."""
     total, bounds, seen = sum(shares), [0], 0
     for share in shares:
         seen += share
         bounds.append(-(-num * seen // total))
+    return bounds
+
+
+@functools.lru_cache(maxsize=8)  # the steps of an epoch are all of one size but the last two
+def split_by_shares(
+    num: int, shares: tuple[int, ...], batch_sizes: tuple[int, ...] | None = None
+) -> list[tuple[int, int]]:
+    """Cut ``range(num)`` into one slice (start, end) per share, in proportion; the first is never empty if num >= 1.
+
+    Args:
+        num: of samples.
+        shares: of the ranks.
+        batch_sizes: what each rank takes at once; with them no slice has a single sample, but of a rank that never
+            takes more, or where there is but one: pairs are dealt then, and one that is left over goes with the first.
+    """
+    bounds = _cut(num, shares)
+    if batch_sizes and any(b - a == 1 < size for (a, b), size in zip(pairwise(bounds), batch_sizes, strict=True)):
+        bounds = [0] + [2 * bound + num % 2 for bound in _cut(num // 2, shares)[1:]]
     return list(pairwise(bounds))
 
 
 def _num_batches(share: int, size: int) -> int:
-    """Micro-batches of a rank's share of a step: as few as its size allows, as even as can be; at least one."""
-    return max(1, -(-share // size))
+    """Micro-batches of a rank's share of a step: as few as its size allows, as even as can be; at least one.
+
+    None is a single sample if the size is not one: of size two, an odd one goes with a pair.
+    """
+    fewest = -(-share // size)
+    return max(1, fewest if size == 1 else min(fewest, share // 2))
 
 
 @functools.lru_cache(maxsize=8)
 def has_lone_sample(num: int, batch_sizes: tuple[int, ...], shares: tuple[int, ...]) -> bool:
     """Whether, in a step of ``num`` samples, some rank has a micro-batch of a single one."""
-    dealt = [end - start for start, end in split_by_shares(num, shares)]
+    dealt = [end - start for start, end in split_by_shares(num, shares, batch_sizes)]
     return any(one // _num_batches(one, size) == 1 for one, size in zip(dealt, batch_sizes, strict=True))
 
 
@@ -64,7 +109,7 @@ class Batching:
     shares: tuple[int, ...]
     """In what proportion a step's samples are dealt to the ranks."""
     global_batch_size: int
-    """Samples of an optimizer step over all ranks; an epoch's last step may have fewer."""
+    """Samples of an optimizer step over all ranks; an epoch's last two steps may have fewer."""
 
     @classmethod
     def even(cls, size: int, *, world_size: int, global_size: int | None, accumulate: int) -> Batching:
@@ -108,17 +153,18 @@ class Schedule:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of a whole epoch."""
-        return -(-(self.num_samples - len(self.excluded)) // self.batching.global_batch_size)
+        return len(step_sizes(self.num_samples - len(self.excluded), self.batching.global_batch_size))
 
     def steps(self, rank: int, *, epoch: int, offset: int, end_epoch: int) -> Iterator[Step]:
         """What ``rank`` does from a position up to ``end_epoch`` (excluded)."""
-        dealt, size = self.batching, self.batching.global_batch_size
+        dealt = self.batching
         for number in range(epoch, end_epoch):
             order = epoch_order(self.seed, number, self.num_samples)
             places = self._places(order, offset if number == epoch else 0)
-            for start in range(0, len(places), size):
-                chosen = places[start : start + size]
-                following = places[start + size :][:1].tolist()
+            bounds = [0, *accumulate(step_sizes(len(places), dealt.global_batch_size))]
+            for start, end in pairwise(bounds):
+                chosen = places[start:end]
+                following = places[end : end + 1].tolist()
                 yield Step(
                     epoch=number,
                     offset=int(chosen[0]),
@@ -139,8 +185,9 @@ class Schedule:
         return offset + np.flatnonzero(used[order[offset:]])
 
     def _micro_batches(self, indices: NDArray[np.int64], rank: int) -> tuple[tuple[int, ...], ...]:
-        start, end = split_by_shares(len(indices), self.batching.shares)[rank]
-        num = _num_batches(end - start, self.batching.batch_sizes[rank])
+        dealt = self.batching
+        start, end = split_by_shares(len(indices), dealt.shares, dealt.batch_sizes)[rank]
+        num = _num_batches(end - start, dealt.batch_sizes[rank])
         return tuple(tuple(part.tolist()) for part in np.array_split(indices[start:end], num))
 
 

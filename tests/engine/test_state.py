@@ -266,17 +266,17 @@ def test_images_left_out_from_now_on_change_no_other_sample_place(make_run, engi
 def test_an_epoch_of_which_all_that_was_left_is_left_out_now_ends_with_its_validation(make_run, engine, one_rank):
     run = make_run(batch={"size": 6}, train={"epochs": 2})
     engine.train(run, stop=engine.at_poll(6))
-    assert checkpoints.read_state(run.last_checkpoint)["offset"] == 36
-    last = int(epoch_order(0, 0, 37)[-1])
+    assert checkpoints.read_state(run.last_checkpoint)["offset"] == 34
+    last = epoch_order(0, 0, 37)[-3:].tolist()
 
     def leave_out(parts):
-        parts.schedule = replace(parts.schedule, excluded=frozenset({last}))
+        parts.schedule = replace(parts.schedule, excluded=frozenset(last))
 
     found = engine.train(run, prepare=leave_out)
     assert found.outcome == "completed"
     assert [(line["epoch"], line["step"]) for line in found.lines if line["split"] == "val"] == [(0, 6), (1, 12)]
     trained = [line for line in found.lines if line["split"] == "train"]
-    assert sum(line["samples"] for line in trained) == 36
+    assert sum(line["samples"] for line in trained) == 34
     assert {line["epoch"] for line in trained} == {1}
 
 

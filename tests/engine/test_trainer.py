@@ -58,6 +58,10 @@ def saved_steps(run):
 # The gradient of the global batch
 
 
+STEPS = {18: [18, 10, 9], 10: [10, 10, 10, 7], None: [3]}
+"""By the global batch, the steps of 37 images; of a global batch that there are not enough images for, one of three."""
+
+
 def reference(run, engine, *, global_size):
     """Train without DDP, schedule, slices, micro-batches or weighting: one mean loss over each whole global batch."""
     parts = build_parts(run, Ranks(), engine.cpu)
@@ -70,8 +74,8 @@ def reference(run, engine, *, global_size):
     for epoch in range(recipe.train.epochs):
         parts.model.freeze(epoch)
         order = epoch_order(recipe.seed, epoch, 37).tolist()
-        for start in range(0, 37, global_size):
-            samples = [parts.train_set.samples[i] for i in order[start : start + global_size]]
+        for size in STEPS[global_size]:
+            samples, order = [parts.train_set.samples[i] for i in order[:size]], order[size:]
             images = torch.stack([(read_image(path) / 255 - MEAN) / STD for path, _ in samples])
             labels = torch.tensor([label for _, label in samples])
             smoothing = recipe.train.label_smoothing
@@ -91,7 +95,6 @@ def agrees(engine, found, expected):
     assert [line["loss"] for line in found.lines if line["split"] == "train"] == pytest.approx(losses, rel=1e-5)
 
 
-# 37 images in steps of 18, 18 and 1: in the last one two of three ranks have none.
 SPREADS = [(1, 18, 1), (1, 6, 3), (2, 9, 1), (2, 3, 3), (3, 6, 1), (3, 2, 3)]
 
 
@@ -105,8 +108,20 @@ def test_weights_are_those_of_one_process_however_the_batch_is_spread(
     agrees(engine, ranks[0], reference(run, engine, global_size=18))
     assert ranks[0].step == 3
     assert all(engine.identical(rank.state, ranks[0].state) for rank in ranks)
-    assert [line["samples"] for line in ranks[0].lines] == [18, 18, 1, 23]
+    assert [line["samples"] for line in ranks[0].lines] == [18, 10, 9, 23]
     assert len(moved(ranks[0].initial, ranks[0].state)) == len(ranks[0].state)
+
+
+def test_also_where_two_of_three_ranks_have_no_image(make_run, engine, in_ranks):
+    run, rest = make_run(batch={"size": 6}), epoch_order(0, 0, 37)[3:].tolist()
+
+    def prepare(parts):
+        engine.without_dropout(parts)
+        parts.schedule = replace(parts.schedule, excluded=frozenset(rest))
+
+    ranks = in_ranks(3, lambda who: engine.train(run, who, prepare=prepare))
+    agrees(engine, ranks[0], reference(run, engine, global_size=None))
+    assert all(engine.identical(rank.state, ranks[0].state) for rank in ranks)
 
 
 @pytest.mark.slow
@@ -251,12 +266,12 @@ def test_also_across_a_stop_and_a_resume_at_another_world_size(make_run, engine,
 def test_weights_after_a_resume_at_another_world_size_are_the_same_but_for_rounding(
     make_run, engine, in_ranks, before, after
 ):
-    run = make_run(batch={"size": 4, "global_size": 12}, train={"epochs": 2})
+    run = make_run(batch={"size": 4, "global_size": 10}, train={"epochs": 2})
     work = {"prepare": engine.without_dropout}
     first = in_ranks(before, lambda who: engine.train(run, who, stop=engine.at_poll(2), **work))
     assert (first[0].outcome, first[0].step) == ("preempted", 2)
     second = in_ranks(after, lambda who: engine.train(run, who, **work))
-    assert engine.largest_difference(second[0].state, reference(run, engine, global_size=12)[0]) < 2e-6
+    assert engine.largest_difference(second[0].state, reference(run, engine, global_size=10)[0]) < 2e-6
 
 
 # Validation
@@ -330,17 +345,33 @@ def test_a_rank_without_validation_images_takes_part(make_run, engine, in_ranks,
 
 
 @pytest.mark.parametrize("arch", ["shufflenet_v2_x0_5", "mobilenet_v2"])
-def test_a_last_step_of_one_image_does_not_explode_in_batch_norm(make_run, engine, one_rank, photos, tmp_path, arch):
+def test_one_image_more_than_the_steps_hold_does_not_explode_in_batch_norm(
+    make_run, engine, one_rank, photos, tmp_path, arch
+):
     """At 32 px the last layers see one pixel, and its variance over one image, or over two copies of it, is nothing."""
     weights = tmp_path / "weights.safetensors"
     sound_weights(photos, weights, arch)
     largest = {}
-    for size in (12, 37):  # steps of 12, 12, 12 and 1; or one of all images
+    for size in (12, 37):  # 12, 12, 12 and 1 over; or one step of all images
         model = {"arch": arch, "weights": str(weights)}
         run = make_run(f"run-{size}", model=model, batch={"size": size}, optim={"lr": 1e-3})
         found = engine.train(run)
         largest[size] = max((found.state[name] - found.initial[name]).abs().max() for name in parameters(found.state))
     assert largest[12] < 100 * largest[37]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num", "size"), [(41, 8), (40, 8)])
+def test_one_image_more_than_the_steps_hold_does_not_make_training_diverge(
+    make_run, engine, one_rank, tmp_path, num, size
+):
+    folder = engine.write_images(tmp_path / "images", train=num, val=14, classes=["bee", "cat"])
+    losses = []
+    for seed in range(10):
+        changes = {"model": {"arch": "resnet18"}, "optim": {"lr": 0.05}, "data": {"path": str(folder)}}
+        run = make_run(f"run-{seed}", **changes, seed=seed, batch={"size": size}, train={"epochs": 3})
+        losses += [line["loss"] for line in engine.train(run).lines]
+    assert max(losses) < 50, losses  # it ends with a TrainingError, or with losses of thousands
 
 
 # What learns
