@@ -162,6 +162,9 @@ class TrainConfig:
     """Passes over the training images."""
     channels_last: bool | Auto = "auto"
     """Memory layout of images and convolutions; auto: on CUDA only, since on a CPU it can be slower."""
+    batchnorm_recompute: CountOrZero | Auto = "auto"
+    """Training batches that BatchNorm's running statistics are computed from before each validation; 0: the moving
+    average; auto: 100, until 10 / momentum steps are taken and the average has forgotten what it began with."""
     clip_grad_norm: Positive | None = None
     """Largest norm of the whole gradient; null: not clipped."""
     label_smoothing: Fraction = 0.0

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torchvision import models
 
@@ -18,8 +19,6 @@ from launcher.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
-
-    from torch import nn
 
 HEAD = "head"
 """Pattern of the layers that are new for a new number of classes."""
@@ -30,6 +29,15 @@ ALL = "*"
 
 DESCRIBED_CLASSES = 1000
 """ImageNet's: the number of classes for which :func:`describe_layers` counts parameters."""
+
+
+BatchNorm = nn.modules.batchnorm._BatchNorm  # noqa: SLF001
+"""Of any number of dimensions, for which torch has no public name."""
+
+
+def batch_norms(module: nn.Module) -> list[BatchNorm]:
+    """The BatchNorm layers of a model."""
+    return [layer for layer in module.modules() if isinstance(layer, BatchNorm)]
 
 
 @dataclass(frozen=True, kw_only=True)

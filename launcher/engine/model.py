@@ -15,7 +15,7 @@ from torchvision import models
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from launcher.engine.data import Preprocessing
-from launcher.engine.layers import head_modules, match_parameters
+from launcher.engine.layers import batch_norms, head_modules, match_parameters
 from launcher.errors import UsageError
 
 if TYPE_CHECKING:
@@ -239,8 +239,7 @@ class FineTunedModel:
     @contextlib.contextmanager
     def fixed_statistics(self) -> Iterator[None]:
         """BatchNorm as in evaluation: one image has no variance to divide by, and none has nothing to learn from."""
-        # torch has no public name for what its BatchNorm layers of one to three dimensions have in common.
-        layers = [m for m in self.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]  # noqa: SLF001
+        layers = [layer for layer in batch_norms(self.module) if layer.training]
         for layer in layers:
             layer.eval()
         try:

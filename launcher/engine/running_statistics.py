@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import nn
+
+from launcher.engine.layers import batch_norms
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from torch import nn
 
 
 class RunningStatistics:
@@ -20,9 +23,11 @@ class RunningStatistics:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        # torch has no public name for what its BatchNorm layers of one to three dimensions have in common.
-        layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]  # noqa: SLF001
-        owned = [(layer, name, buffer) for layer in layers for name, buffer in layer.named_buffers(recurse=False)]
+        owned = [
+            (layer, name, buffer)
+            for layer in batch_norms(module)
+            for name, buffer in layer.named_buffers(recurse=False)
+        ]
         self._flat: list[torch.Tensor] = []
         for dtype in {buffer.dtype: None for _, _, buffer in owned}:
             group = [(layer, name, buffer) for layer, name, buffer in owned if buffer.dtype == dtype]

@@ -174,6 +174,20 @@ class Schedule:
                     lone=has_lone_sample(len(chosen), dealt.batch_sizes, dealt.shares),
                 )
 
+    def statistics_batches(self, rank: int, *, epoch: int, most: int) -> list[list[int]]:
+        """A rank's part of the first ``most`` batches of an epoch, to compute BatchNorm's statistics from.
+
+        All are of one size: what every rank that has batch statistics takes at once. They are the same at any world
+        size, and every rank has as many (the last ones may be empty). There are none where there are no batch
+        statistics.
+        """
+        order, sizes = epoch_order(self.seed, epoch, self.num_samples), self.batching.batch_sizes
+        used = order[self._places(order, 0)]
+        size = min(min((one for one in sizes if one > 1), default=1), len(used))
+        num = min(most, len(used) // size) if size > 1 else 0
+        batches = used[: num * size].reshape(num, size).tolist() + [[]] * (-num % len(sizes))
+        return batches[rank :: len(sizes)]
+
     def is_over(self, epoch: int, offset: int) -> bool:
         """Whether no sample of an epoch is left from a position on."""
         return not len(self._places(epoch_order(self.seed, epoch, self.num_samples), offset))

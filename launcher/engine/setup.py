@@ -126,6 +126,10 @@ class Parts:
         batches = ([(step.epoch, i) for i in batch] for step in steps for batch in step.micro_batches)
         return self._loader(self.train_set, batches)
 
+    def statistics_loader(self, epoch: int, batches: list[list[int]]) -> DataLoader[Batch]:
+        """Batches of training images as the epoch saw them."""
+        return self._loader(self.train_set, ([(epoch, i) for i in batch] for batch in batches))
+
     def val_loader(self) -> DataLoader[Batch]:
         """This rank's share of the validation set."""
         batches = validation_batches(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from launcher.engine import distributed, optim
+from launcher.engine.batchnorm_recompute import BatchNormRecompute
 from launcher.engine.metrics import ValidationTotals, means
 from launcher.engine.saving import Saving
 from launcher.engine.state import TrainingState
@@ -78,6 +79,7 @@ class Trainer:
         self._timed_samples = 0
         self._wrapped = False
         self._step = TrainStep(parts, self.state)
+        self._batchnorm = BatchNormRecompute(parts, recorder)
 
     @property
     def best(self) -> dict[str, Any] | None:
@@ -166,6 +168,7 @@ class Trainer:
         self._check_numbers()
         ended_at, state = time.monotonic(), self.state
         totals = means(state.epoch_totals.reduce())
+        self._batchnorm.run(epoch=state.epoch, step=state.step, poll=self._poll)
         values = self._validate()
         if not math.isfinite(values["loss"]):
             where = f"at step {state.step} (epoch {state.epoch + 1})"

@@ -268,6 +268,23 @@ def test_validation_takes_every_sample_once_and_every_rank_has_as_many_batches(n
     )
 
 
+@given(plan=schedules(), most=st.integers(0, 20), epoch=st.integers(0, 3))
+def test_statistics_come_from_the_same_batches_of_one_size_at_any_world_size(plan, most, epoch):
+    sizes, used = plan.batching.batch_sizes, plan.num_samples - len(plan.excluded)
+    ranks = [plan.statistics_batches(r, epoch=epoch, most=most) for r in range(len(sizes))]
+    assert len({len(batches) for batches in ranks}) == 1
+    found = [batch for turn in zip(*ranks, strict=True) for batch in turn if batch]
+    single = replace(plan.batching, batch_sizes=(min((b for b in sizes if b > 1), default=1),), shares=(1,))
+    assert [b for b in replace(plan, batching=single).statistics_batches(0, epoch=epoch, most=most) if b] == found
+    assert not {i for batch in found for i in batch} & plan.excluded
+    assert len({i for batch in found for i in batch}) == sum(map(len, found))
+    if found:
+        assert ranks[0][0]
+        assert {len(batch) for batch in found} == {min(single.batch_sizes[0], used)}
+    else:
+        assert most == 0 or single.batch_sizes[0] == 1 or used < 2
+
+
 WARMUPS = st.one_of(st.just(0.0), st.floats(0.01, 5.0))
 RATES = WARMUPS.flatmap(lambda warmup: st.tuples(st.just(warmup), st.integers(int(warmup) + 1, 50)))
 

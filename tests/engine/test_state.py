@@ -54,6 +54,7 @@ DERIVED = {
     "_step._micro_batch._expected": "from a forward pass to its backward pass",
     "_step._micro_batch.largest_that_fits": "what becomes state.batch_limits, once all ranks know",
     "_agreement": "what is on its way between the ranks at this moment",
+    "_batchnorm._told": "a line is said once an attempt",
     "_timed_since": "the clock",
     "_timed_samples": "for the speed since then",
     "_saving": "files, where the last checkpoint is, and the clock",
