@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from launcher import image_folder
-from launcher.engine import data
+from launcher.engine import data, state
 from launcher.engine.layers import build_meta, on_meta
 from launcher.engine.model import (
     FineTunedModel,
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from launcher.recipe import Recipe
+    from launcher.run_dir import RunDir
 
 
 def check(recipe: Recipe, where: Callable[[str], str]) -> None:
@@ -43,6 +44,28 @@ def check(recipe: Recipe, where: Callable[[str], str]) -> None:
     problems = [Problem(key=key, where=where(key), message=text) for key, text in _find(recipe)]
     if problems:
         raise RecipeError(problems)
+
+
+def check_train_set(run: RunDir, recipe: Recipe, where: Callable[[str], str]) -> None:
+    """Check that a run that has a checkpoint would go on with the training images that it began with.
+
+    Args:
+        run: there may be none yet.
+        recipe: to go on with.
+        where: from a key to the place in the recipe's file.
+
+    Raises:
+        RecipeError: they are others.
+    """
+    saved = run.newest_state()
+    if saved is None:
+        return
+    transform = build_preprocessing(recipe.model, recipe.data).transform()
+    train_set = data.ImageDataset(data.prepare(recipe.data), "train", transform, seed=recipe.seed)
+    try:
+        state.check_train_set(run, train_set, saved)
+    except UsageError as error:
+        raise RecipeError([Problem(key="data.path", where=where("data.path"), message=str(error))]) from None
 
 
 def _find(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -96,8 +119,8 @@ def _weights(recipe: Recipe, classes: int, size: int) -> Iterator[tuple[str, str
         yield from _download(recipe)
         return
     try:
-        state = read_weights_file(config.weights_file, device="meta")
-        fit_weights(state, build_meta(config.arch, classes), config, image_size=size)
+        found = read_weights_file(config.weights_file, device="meta")
+        fit_weights(found, build_meta(config.arch, classes), config, image_size=size)
     except UsageError as error:
         yield "model.weights", str(error)
 
