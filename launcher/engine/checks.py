@@ -10,22 +10,24 @@ import torch
 
 from launcher import image_folder
 from launcher.engine import data, state
-from launcher.engine.layers import build_meta, on_meta
+from launcher.engine.layers import build_meta, head_modules, on_meta
 from launcher.engine.model import (
     FineTunedModel,
     build_module,
     build_preprocessing,
+    check_finite,
     fit_weights,
-    read_weights_file,
     torchvision_weights,
 )
 from launcher.engine.setup import num_classes
+from launcher.engine.weights_file import read_weights_file
 from launcher.errors import Problem, RecipeError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from launcher.recipe import Recipe
+    from launcher.engine.weights_file import Weights
+    from launcher.recipe import ModelConfig, Recipe
     from launcher.run_dir import RunDir
 
 
@@ -118,11 +120,30 @@ def _weights(recipe: Recipe, classes: int, size: int) -> Iterator[tuple[str, str
     if config.weights_file is None:
         yield from _download(recipe)
         return
+    module = build_meta(config.arch, classes)
+    wanted = module.state_dict()
     try:
-        found = read_weights_file(config.weights_file, device="meta")
-        fit_weights(found, build_meta(config.arch, classes), config, image_size=size)
+        found = read_weights_file(config.weights_file, wanted, device="meta")
+        fit_weights(found.state, module, config, image_size=size)
+        values = read_weights_file(config.weights_file, wanted).state
+        check_finite(fit_weights(values, module, config, image_size=size), config)
     except UsageError as error:
         yield "model.weights", str(error)
+    else:
+        _tell_of_weights(config, found, wanted, classes)
+
+
+def _tell_of_weights(config: ModelConfig, found: Weights, wanted: dict[str, torch.Tensor], classes: int) -> None:
+    """What is not taken as it is in the file; all that is would be no news."""
+    if found.also:
+        place = found.place or "the file itself"
+        print(f"{config.weights}: the weights are those in {place}; {', '.join(found.also)} would fit too", flush=True)
+    head = [name for part in head_modules(config.arch) for name in wanted if name.startswith(f"{part}.")]
+    new = [name for name in head if name not in found.state or found.state[name].shape != wanted[name].shape]
+    if new:
+        there = next((found.state[name].shape[0] for name in new if name in found.state), None)
+        why = "it has none" if there is None else f"its own is for {there} classes"
+        print(f"{config.weights}: a new head is put on for {classes} classes ({', '.join(new)}): {why}", flush=True)
 
 
 def _download(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -113,9 +113,9 @@ class TrainingState:
         """Go on from what :meth:`capture` gave, at the same world size or another.
 
         Learning rates and all else that the recipe says are this recipe's; only what training itself changed is the
-        checkpoint's. The global batch is the checkpoint's unless the recipe names one; accumulation fills in what the ranks do not
-        hold at once. So every step has the samples that it would have had. What the ranks could take at once holds for
-        such devices only.
+        checkpoint's. The global batch is the checkpoint's unless the recipe names one; accumulation fills in what the
+        ranks do not hold at once. So every step has the samples that it would have had. What the ranks could take at
+        once holds for such devices only.
 
         Raises:
             UsageError: the training images are not those of the checkpoint.

@@ -7,7 +7,6 @@ import torch
 
 from launcher import recipe as recipes
 from launcher.engine import checkpoint as checkpoints
-from launcher.engine import optim
 from launcher.engine.distributed import Ranks
 from launcher.engine.metrics import BestMetric
 from launcher.engine.setup import build_parts
