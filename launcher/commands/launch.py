@@ -7,12 +7,13 @@ import importlib
 import os
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher import __version__, history, network, processes
 from launcher.commands import RECIPES
-from launcher.errors import EXIT_OK, UsageError
+from launcher.errors import EXIT_OK, RecipeError, UsageError
 from launcher.redact import find_secret, redact
 from launcher.run_dir import RunDir, new_run_id
 
@@ -94,7 +95,13 @@ def resume(argv: list[str]) -> int:
     args.kept_profile = run.read_plan().get("profile")
     from launcher import recipe as recipes
 
-    recipe, source = recipes.load(str(run.recipe), args.overrides, flags(args))
+    try:
+        recipe, source = recipes.load(str(run.recipe), args.overrides, flags(args))
+    except RecipeError as error:
+        moved = f"; where the images are now: launch resume {run} data.path=FOLDER"
+        raise RecipeError(
+            [replace(p, message=p.message + moved) if p.key == "data.path" else p for p in error.problems]
+        ) from None
     return carry_out(recipe, source, args, run_id=run.run_id)
 
 

@@ -279,6 +279,8 @@ def _point(link: Path, folder: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         beside.unlink()
     beside.symlink_to(folder.name)
+    if link.is_dir() and not link.is_symlink():  # the run directory was copied by something that follows links
+        shutil.rmtree(link)
     beside.replace(link)
     fsync(link.parent)  # before what it pointed to is removed
 
