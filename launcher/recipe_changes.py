@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from launcher import catalog, image_folder, recipe_paths
 from launcher import recipe as recipes
 from launcher.errors import Problem, RecipeError, UsageError
@@ -146,6 +144,8 @@ def find(run: RunDir, recipe: Recipe, where: Callable[[str], str]) -> list[Chang
 
 
 def _trained_with(run: RunDir, state: dict[str, Any]) -> Recipe:
+    import yaml
+
     try:
         return recipes.from_dict(state["recipe"]) if "recipe" in state else recipes.read_resolved(run.recipe)
     except (yaml.YAMLError, ValueError, TypeError, OSError) as error:

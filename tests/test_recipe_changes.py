@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -208,3 +209,24 @@ def test_changes_are_said_and_recorded_and_what_was_measured_for_others_is_forgo
     recorded = [(e["key"], e["old"], e["new"]) for e in events(run, "recipe_changed")]
     assert recorded[0] == recorded[2] == ("optim.lr", 0.05, 0.001)
     assert recorded[1] == ("batch.accumulate", 1, 2)
+
+
+def test_a_run_whose_images_were_moved_goes_on_where_they_are_now(begun, file, images, tmp_path, capsys):
+    from launcher.engine import checks
+    from launcher.engine.data import ImageDataset
+
+    run = begun(data={"path": "/gone"})
+    assert cli.main(["resume", str(run.path)]) == 2
+    said = capsys.readouterr().err
+    assert "/gone: no such folder" in said
+    assert f"; if it was moved: launch resume {run} data.path=FOLDER" in said
+    now = shutil.copytree(images, tmp_path / "now")
+    recipe, source = recipes.load(str(run.recipe), [f"data.path={now}"])
+    state = json.loads((run.checkpoint(3) / "state.json").read_text())
+    state["train_set"] = ImageDataset(images, "train", lambda image: image, seed=0).digest
+    (run.checkpoint(3) / "state.json").write_text(json.dumps(state))
+    assert [change.key for change in recipe_changes.find(run, recipe, source.where)] == ["data.path"]
+    checks.check_train_set(run, recipe, source.where)
+    (now / "train/cat/0.png").unlink()
+    with pytest.raises(RecipeError, match=r"data\.path=.*: data\.path: the training images are not those"):
+        checks.check_train_set(run, recipe, source.where)

@@ -18,6 +18,7 @@ from launcher.redact import find_secret, redact
 from launcher.run_dir import RunDir, new_run_id
 
 if TYPE_CHECKING:
+    from launcher.errors import Problem
     from launcher.plan import LaunchPlan
     from launcher.profile import Profile
     from launcher.recipe import Recipe
@@ -98,11 +99,15 @@ def resume(argv: list[str]) -> int:
     try:
         recipe, source = recipes.load(str(run.recipe), args.overrides, flags(args))
     except RecipeError as error:
-        moved = f"; where the images are now: launch resume {run} data.path=FOLDER"
-        raise RecipeError(
-            [replace(p, message=p.message + moved) if p.key == "data.path" else p for p in error.problems]
-        ) from None
+        raise RecipeError([_if_moved(problem, run) for problem in error.problems]) from None
     return carry_out(recipe, source, args, run_id=run.run_id)
+
+
+def _if_moved(problem: Problem, run: RunDir) -> Problem:
+    """What to do about a file or folder that was there when the run began."""
+    value = {"data.path": "FOLDER", "model.weights": "FILE"}.get(problem.key)
+    cure = f"; if it was moved: launch resume {run} {problem.key}={value}" if value else ""
+    return replace(problem, message=problem.message + cure)
 
 
 def _split_overrides(args: argparse.Namespace) -> None:
