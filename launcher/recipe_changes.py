@@ -83,9 +83,11 @@ OPEN = {
     "launch.max_restarts": "",
 }
 """Keys with which a run goes on at another value, each with what to know then."""
-TUNED = ("model.", "batch.", "precision", "train.channels_last", "train.clip_grad_norm", "optim.momentum")
-TUNED_CORES = ("data.workers", "data.augment", "launch.threads")
-"""What the measured batch sizes, and how cores are shared, follow from: with another value they are measured anew."""
+TUNED = (
+    *("model.", "batch.", "precision", "train.channels_last", "train.clip_grad_norm", "optim.momentum"),
+    *("data.workers", "data.augment", "launch.threads"),
+)
+"""How keys begin that measured batch sizes and shares of cores follow from: they are measured anew."""
 
 _SAME_PLACE = ("data.path", "launch.profile", "post.profile")
 
@@ -105,7 +107,7 @@ class Change:
     @property
     def is_measured(self) -> bool:
         """Whether batch sizes that were measured for the old value say nothing about the new one."""
-        return self.key.startswith((*TUNED, *TUNED_CORES))
+        return self.key.startswith(TUNED)
 
 
 def find(run: RunDir, recipe: Recipe, where: Callable[[str], str]) -> list[Change]:

@@ -151,7 +151,7 @@ def carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_i
     network.set_environment(plan.env)  # before torch is imported: it reads its thread count then
     with processes.importing():
         checks = importlib.import_module("launcher.engine.checks")
-    checks.check(recipe, source.where)
+    checks.check(recipe, source.where, is_new=run.newest_state() is None)
     checks.check_train_set(run, recipe, source.where)
     found = None
     if plan.script:

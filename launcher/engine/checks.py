@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from launcher.run_dir import RunDir
 
 
-def check(recipe: Recipe, where: Callable[[str], str]) -> None:
+def check(recipe: Recipe, where: Callable[[str], str], *, is_new: bool = True) -> None:
     """Check that the model can be built, takes the weights, and that every pattern selects something.
 
     Torchvision weights that the cache lacks are downloaded, and the digits are written: once, before workers need them.
@@ -39,11 +39,12 @@ def check(recipe: Recipe, where: Callable[[str], str]) -> None:
     Args:
         recipe: checked by recipe.load already.
         where: from a key to the place in the recipe's file.
+        is_new: whether training begins from the weights, so that what is not taken of them is worth a line.
 
     Raises:
         RecipeError: names everything that is wrong.
     """
-    problems = [Problem(key=key, where=where(key), message=text) for key, text in _find(recipe)]
+    problems = [Problem(key=key, where=where(key), message=text) for key, text in _find(recipe, is_new=is_new)]
     if problems:
         raise RecipeError(problems)
 
@@ -70,13 +71,13 @@ def check_train_set(run: RunDir, recipe: Recipe, where: Callable[[str], str]) ->
         raise RecipeError([Problem(key="data.path", where=where("data.path"), message=str(error))]) from None
 
 
-def _find(recipe: Recipe) -> Iterator[tuple[str, str]]:
+def _find(recipe: Recipe, *, is_new: bool) -> Iterator[tuple[str, str]]:
     folder = data.prepare(recipe.data)
     classes = num_classes(recipe, image_folder.find_classes(folder / "train"))
     preprocessing = build_preprocessing(recipe.model, recipe.data)
     yield from _patterns(recipe, classes)
     yield from _image_size(recipe, classes, preprocessing.image_size)
-    yield from _weights(recipe, classes, preprocessing.image_size)
+    yield from _weights(recipe, classes, preprocessing.image_size, is_new=is_new)
 
 
 def _patterns(recipe: Recipe, classes: int) -> Iterator[tuple[str, str]]:
@@ -113,7 +114,7 @@ def _image_size(recipe: Recipe, classes: int, size: int) -> Iterator[tuple[str, 
         yield "data.image_size", f"{recipe.model.arch} does not take images of {size} px: {str(error).splitlines()[0]}"
 
 
-def _weights(recipe: Recipe, classes: int, size: int) -> Iterator[tuple[str, str]]:
+def _weights(recipe: Recipe, classes: int, size: int, *, is_new: bool) -> Iterator[tuple[str, str]]:
     config = recipe.model
     if config.weights is None:
         return
@@ -124,13 +125,14 @@ def _weights(recipe: Recipe, classes: int, size: int) -> Iterator[tuple[str, str
     wanted = module.state_dict()
     try:
         found = read_weights_file(config.weights_file, wanted, device="meta")
-        fit_weights(found.state, module, config, image_size=size)
+        taken = fit_weights(found.state, module, config, image_size=size)
         values = read_weights_file(config.weights_file, wanted).state
-        check_finite(fit_weights(values, module, config, image_size=size), config)
+        check_finite({name: values[name] for name in taken}, config)
     except UsageError as error:
         yield "model.weights", str(error)
     else:
-        _tell_of_weights(config, found, wanted, classes)
+        if is_new:
+            _tell_of_weights(config, found, wanted, classes)
 
 
 def _tell_of_weights(config: ModelConfig, found: Weights, wanted: dict[str, torch.Tensor], classes: int) -> None:

@@ -220,9 +220,9 @@ def test_what_cannot_be_read_is_said_in_our_own_words(kind, name, tmp_path):
 
 @pytest.fixture
 def check(images):
-    def run(path):
+    def run(path, **options):
         data = DataConfig(path=str(images), image_size=32)
-        checks.check(Recipe(model=ModelConfig(arch=ARCH, weights=str(path)), data=data), str)
+        checks.check(Recipe(model=ModelConfig(arch=ARCH, weights=str(path)), data=data), str, **options)
 
     return run
 
@@ -247,6 +247,8 @@ def test_a_head_that_is_not_taken_may_hold_anything(check, tmp_path, capsys):
     check(tmp_path / "w.pth")
     said = f"{tmp_path}/w.pth: a new head is put on for 3 classes (fc.weight, fc.bias): its own is for 5 classes\n"
     assert capsys.readouterr().out == said
+    check(tmp_path / "w.pth", is_new=False)  # a run that goes on has its head already
+    assert capsys.readouterr().out == ""
 
 
 def test_a_new_head_is_told_and_one_that_fits_is_no_news(check, tmp_path, capsys):
