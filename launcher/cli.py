@@ -64,10 +64,16 @@ def _resume(argv: list[str]) -> int:
 def _export(argv: list[str]) -> int:
     parser = _parser("export", "Export, quantize and measure the best checkpoint of a run.")
     parser.add_argument("run_dir", metavar="RUN")
-    run = RunDir.existing(parser.parse_args(argv).run_dir)
+    parser.add_argument("overrides", metavar="data.path=FOLDER", nargs="*", help="where the images are now")
+    args = parser.parse_args(argv)
+    run, data_path = RunDir.existing(args.run_dir), None
+    for item in args.overrides:
+        key, _, data_path = item.partition("=")
+        if key != "data.path" or not data_path:
+            raise UsageError(f"{item}: a checkpoint is exported as its run says; only data.path=FOLDER can change")
     from launcher import node, report
 
-    importlib.import_module("launcher.tools.export").export_run(run)
+    importlib.import_module("launcher.tools.export").export_run(run, data_path)
     report.write_report(run)
     print(node.summary(run))
     return EXIT_OK

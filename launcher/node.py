@@ -210,10 +210,17 @@ def summary(run: RunDir) -> str:
         manifest = json.loads(run.export_manifest.read_text(encoding="utf-8"))
         for row in manifest["exports"]:
             verdict = "" if row["accepted"] else f"  NOT ACCEPTED: {row['reason']}"
-            lines.append(
-                f"  {row['file']:<20} top1 {row['top1']:.4f} ({row['top1_drop']:+.2f} points lost)  agrees on "
-                f"{row['agreement']:.1%}  {row['size_mb']:.1f} MB  {row['latency_p50_ms']:.2f} ms{verdict}"
+            measured = (
+                ""
+                if row["top1"] is None
+                else (
+                    f"top1 {row['top1']:.4f} ({row['top1_drop']:+.2f} points lost)  agrees on {row['agreement']:.1%}  "
+                )
             )
+            lines.append(
+                f"  {row['file']:<20} {measured}{row['size_mb']:.1f} MB  {row['latency_p50_ms']:.2f} ms{verdict}"
+            )
+        lines += [f"  {row['file']:<20} not made: {row['reason']}" for row in manifest.get("not_made", [])]
     lines += [f"run:    {run}", f"report: {Path(str(run)) / run.report_html.name}"]
     model = run.exports / "model.onnx"
     lines.append(

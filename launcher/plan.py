@@ -11,6 +11,7 @@ from launcher import profile as profiles
 from launcher import recipe as recipes
 from launcher import sbatch
 from launcher.errors import UsageError
+from launcher.recipe_keys import flat, show
 
 if TYPE_CHECKING:
     from launcher.profile import Profile
@@ -299,22 +300,6 @@ def environment(*, device: str, nodes: int, threads: int) -> dict[str, str]:
 
 
 def _recipe_lines(recipe: dict[str, Any]) -> list[str]:
-    defaults = dict(_flat(recipes.to_dict(recipes.Recipe())))
-    return [f"{'*' if defaults.get(key) != value else ' '} {key}: {_show(value)}" for key, value in _flat(recipe)]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    defaults_are_mappings = ("groups", "unfreeze")
-    rows: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        if isinstance(value, dict) and key not in defaults_are_mappings:
-            rows += _flat(value, f"{prefix}{key}.")
-        else:
-            rows.append((f"{prefix}{key}", value))
-    return rows
-
-
-def _show(value: Any) -> str:
-    import yaml
-
-    return str(yaml.safe_dump(value, default_flow_style=True, width=1000)).removesuffix("\n").removesuffix("\n...")
+    defaults = dict(flat(recipes.Recipe()))
+    values = flat(recipes.from_dict(recipe))
+    return [f"{'*' if defaults[key] != value else ' '} {key}: {show(value)}" for key, value in values]

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from launcher.recipe_source import Source
 
-WEIGHT_FILES = (".pth", ".pt", ".safetensors")
+WEIGHT_NAMES = ("DEFAULT", "IMAGENET1K_")
+"""How torchvision's names of weights begin."""
 METRICS = {"train/loss": "min", "val/loss": "min", "val/top1": "max", "val/top5": "max", "val/f1": "max"}
 """What early stopping can watch, each with the mode that means better."""
 
@@ -35,8 +36,8 @@ class ModelConfig:
     arch: str = "resnet50"
     """A torchvision classification model by name; `launch models` lists them."""
     weights: str | None = "DEFAULT"
-    """Where training starts: DEFAULT (torchvision's best), a name such as IMAGENET1K_V2, a .pth or .safetensors file,
-    or null (random)."""
+    """Where training starts: DEFAULT (torchvision's best), a name such as IMAGENET1K_V2, a file that torch or
+    safetensors wrote, also another trainer's checkpoint, or null (random)."""
     num_classes: Count | Auto = "auto"
     """Outputs of the head; auto: the number of class folders."""
     freeze: list[str] = field(default_factory=list)
@@ -50,9 +51,11 @@ class ModelConfig:
     @property
     def weights_file(self) -> Path | None:
         """The local file that weights names, or None where it names torchvision weights or nothing."""
-        if self.weights is None or not (self.weights.endswith(WEIGHT_FILES) or "/" in self.weights):
+        if self.weights is None:
             return None
-        return Path(self.weights).expanduser()
+        path, is_path = Path(self.weights).expanduser(), bool(set("/.") & set(self.weights))
+        is_file = is_path or (not self.weights.startswith(WEIGHT_NAMES) and path.is_file())
+        return path if is_file else None
 
 
 @dataclass(frozen=True, kw_only=True)

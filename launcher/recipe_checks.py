@@ -11,6 +11,7 @@ from launcher.recipe import METRICS, Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
+    from pathlib import Path
 
     from launcher.recipe_source import Source
 
@@ -91,8 +92,7 @@ def _model(recipe: Recipe) -> Iterator[Finding]:
         return
     file = recipe.model.weights_file
     if file is not None:
-        if not file.is_file():
-            yield ("model.weights",), f"{file}: no such file; a name such as DEFAULT is torchvision's, null is none"
+        yield from _weights_file(file)
     elif model.weights is not None:
         keys = ("model.weights", "model.arch")
         try:
@@ -102,6 +102,14 @@ def _model(recipe: Recipe) -> Iterator[Finding]:
         else:
             if weights.top1 is None:
                 yield keys, f"{model.weights} is no whole model (torchvision gives it no accuracy); use DEFAULT"
+
+
+def _weights_file(file: Path) -> Iterator[Finding]:
+    if file.is_dir():
+        inside = ", ".join(sorted(each.name for each in file.iterdir() if each.is_file())[:8]) or "none"
+        yield ("model.weights",), f"{file}: is a folder; name the file with the weights (files in it: {inside})"
+    elif not file.is_file():
+        yield ("model.weights",), f"{file}: no such file; a name such as DEFAULT is torchvision's, null is none"
 
 
 def _data(recipe: Recipe) -> Iterator[Finding]:

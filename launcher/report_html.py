@@ -168,8 +168,13 @@ def _exports(exports: Json | None) -> str:
     head = [("file", ""), ("verdict", ""), ("format", "")]
     head += [(name, "num") for name in ("top-1", "points lost", "agreement", "MB", "p50 ms", "p95 ms")]
     other = "" if exports["of_best"] else '<p class="bad">They are of another checkpoint than the best one.</p>'
+    missing = exports.get("not_measured")
+    measured = (
+        f"not measured: {escape(missing)}" if missing else f"measured on {exports['val_samples']:,} validation images"
+    )
+    measured += "".join(f"; {row['file']} not made: {escape(row['reason'])}" for row in exports.get("not_made") or [])
     text = (
-        f"Checkpoint of step {checkpoint['step']}; measured on {exports['val_samples']:,} validation images. "
+        f"Checkpoint of step {checkpoint['step']}; {measured}. "
         "Agreement: the same class as the checkpoint. Times: one image at a time on the CPU."
     )
     return f'{other}<p class="soft">{text}</p>' + html_table("Exported models", [*head, ("why not", "")], rows)

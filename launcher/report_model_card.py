@@ -152,9 +152,10 @@ def _card_exports(exports: Json | None) -> str:
     rows = [
         (
             f"`{row['file']}`",
-            f"{row['top1']:.4f}",
-            f"{row['top1_drop']:+.2f}",
-            f"{row['agreement']:.2%}",
+            *(
+                "-" if row[key] is None else format(row[key], form)
+                for key, form in (("top1", ".4f"), ("top1_drop", "+.2f"), ("agreement", ".2%"))
+            ),
             f"{row['size_mb']:.1f}",
             f"{row['latency_p50_ms']:.2f}",
             "yes" if row["accepted"] else f"no: {_md(row['reason'])}",
@@ -164,7 +165,10 @@ def _card_exports(exports: Json | None) -> str:
     other = (
         "" if exports["of_best"] else "\n\nThey are of another checkpoint than the best; `launch export` renews them."
     )
-    return _md_table(head, rows) + other
+    absent = "".join(
+        f"\n\n`{row['file']}` was not made: {_md(row['reason'])}." for row in exports.get("not_made") or []
+    )
+    return _md_table(head, rows) + absent + other
 
 
 def _limitations(report: Json) -> list[str]:

@@ -185,6 +185,14 @@ class RunDir:
         """The checkpoint after ``step`` optimizer steps."""
         return self.checkpoints / f"step-{step:08d}"
 
+    def newest_state(self) -> dict[str, Any] | None:
+        """``state.json`` of the newest checkpoint that has one; None where nothing was trained yet."""
+        for folder in sorted(self.checkpoints.glob("step-*"), reverse=True):
+            with contextlib.suppress(OSError, ValueError):  # half of one
+                state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+                return state
+        return None
+
     @property
     def last_checkpoint(self) -> Path:
         """Symlink to the newest checkpoint."""

@@ -376,10 +376,18 @@ def test_every_default_is_written_out():
         ("w.safetensors", "w.safetensors"),
         ("/models/best", "/models/best"),
         ("~/w.pth", "/home/me/w.pth"),
+        ("model_best.pth.tar", "model_best.pth.tar"),
+        ("last.ckpt", "last.ckpt"),
+        ("pytorch_model.bin", "pytorch_model.bin"),
+        ("there", "there"),
+        ("not_there", None),
     ],
 )
-def test_weights_are_a_file_by_their_ending_or_a_slash(weights, file, monkeypatch):
+def test_weights_are_a_file_by_a_dot_or_a_slash_or_where_it_is_there(weights, file, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.chdir(tmp_path)
+    for name in ("there", "DEFAULT", "IMAGENET1K_V2"):
+        (tmp_path / name).touch()
     found = recipes.ModelConfig(weights=weights).weights_file
     assert found == (Path(file) if file else None)
 

@@ -151,6 +151,13 @@ def test_a_weights_file_that_is_not_there(name, tmp_path, problems):
     assert message.startswith(f"{path}: no such file; a name such as DEFAULT is torchvision's, null is none")
 
 
+def test_a_folder_in_the_place_of_a_weights_file(tmp_path, problems):
+    save_file({}, tmp_path / "model.safetensors")
+    ((key, message),) = problems(model={"weights": str(tmp_path)})
+    assert key == "model.weights"
+    assert message == f"{tmp_path}: is a folder; name the file with the weights (files in it: model.safetensors)"
+
+
 def test_a_weights_file_that_is_there_is_not_read_here(tmp_path, problems):
     save_file({}, tmp_path / "w.safetensors")
     assert problems(model={"weights": str(tmp_path / "w.safetensors")}) == []

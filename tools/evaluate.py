@@ -9,7 +9,7 @@ import argparse
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,7 +60,18 @@ class BestModel:
         """One split, as validation sees it."""
         folder = data.prepare(self.recipe.data)
         transform = self.preprocessing.transform()
-        return ImageDataset(folder, split, transform, seed=self.recipe.seed, left_out=self.left_out)
+        left_out, seed = self.left_out, self.recipe.seed
+        return ImageDataset(folder, split, transform, seed=seed, left_out=left_out, classes=self.classes)
+
+    def missing(self, split: str) -> str | None:
+        """Why there is nothing of ``split`` to measure or calibrate with; None: there is."""
+        folder = data.prepare(self.recipe.data) / split
+        if not folder.is_dir():
+            return f"no images at {folder}"
+        unknown = sorted(set(image_folder.find_classes(folder)) - set(self.classes))
+        if unknown:
+            return f"{folder}: holds classes that the model does not know, as {unknown[0]!r}"
+        return None if len(self.dataset(split)) else f"no images at {folder}"
 
     def batches(self, split: str, indices: Sequence[int] | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Normalised images (float32 N x 3 x S x S) and labels (int64 N) of a split, or of some of its indices."""
@@ -72,19 +83,25 @@ class BestModel:
             yield self.preprocessing.normalize(images), labels
 
 
-def load_best(run: RunDir) -> BestModel:
+def load_best(run: RunDir, data_path: str | None = None) -> BestModel:
     """Read and verify the best checkpoint of ``run``.
+
+    Args:
+        run: the run directory.
+        data_path: folder with the images; None: where the run had them.
 
     Raises:
         UsageError: there is none yet.
         CheckpointError: it is damaged.
     """
-    folder = run.best_checkpoint.resolve()
+    folder = _best_folder(run)
     if not folder.is_dir():
         raise UsageError(
             f"{run}: no best checkpoint yet: the first validation makes one; go on with: launch resume {run}"
         )
     recipe = recipes.read_resolved(run.recipe)
+    if data_path is not None:
+        recipe = replace(recipe, data=replace(recipe.data, name="imagefolder", path=data_path))
     loaded = checkpoint.load(folder)
     preprocessing = build_preprocessing(recipe.model, recipe.data)
     classes = loaded.state["classes"]
@@ -99,6 +116,13 @@ def load_best(run: RunDir) -> BestModel:
         folder=folder,
         left_out=image_folder.read_quarantine(run.bad_images),
     )
+
+
+def _best_folder(run: RunDir) -> Path:
+    """What ``best`` leads to; not every copy of a run directory has its links."""
+    best = run.read_status().get("best")
+    linked = run.best_checkpoint.resolve()
+    return linked if linked.is_dir() or not best else run.checkpoint(best["step"])
 
 
 @torch.inference_mode()
@@ -151,6 +175,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launcher.tools.evaluate", description=__doc__)
     parser.add_argument("run_dir", metavar="RUN")
     best = load_best(RunDir.existing(parser.parse_args(argv).run_dir))
+    missing = best.missing("val")
+    if missing:
+        raise UsageError(missing)
     predicted, true = predict({"pytorch": best.module}, best)
     top1 = (predicted["pytorch"] == true).double().mean().item()
     print(f"{best.folder}: top1 {top1:.4f} on {len(true)} validation images")

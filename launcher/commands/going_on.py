@@ -1,4 +1,4 @@
-"""Whether there is anything to go on with: a run that is trained needs no nodes, and no queue."""
+"""Going on with a run: whether there is anything left to do, and with what other recipe."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from launcher import recipe as recipes
 from launcher import whereabouts
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from launcher.recipe import Recipe
+    from launcher.recipe_changes import Change
     from launcher.run_dir import RunDir
 
 
@@ -31,3 +34,12 @@ def has_nothing_left(run: RunDir, recipe: Recipe) -> bool:
         f"to train it further: launch RECIPE {more} --resume --run-dir {run}"
     )
     return True
+
+
+def record(run: RunDir, changes: Sequence[Change]) -> None:
+    """Say and write down with what other recipe the run goes on; forget what was measured for the one before."""
+    for change in changes:
+        print(f"recipe changed: {change}", flush=True)
+        run.append_event("recipe_changed", key=change.key, old=change.old, new=change.new)
+    if any(change.is_measured for change in changes):
+        run.tuning.unlink(missing_ok=True)

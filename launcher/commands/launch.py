@@ -7,16 +7,18 @@ import importlib
 import os
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher import __version__, history, network, processes
 from launcher.commands import RECIPES
-from launcher.errors import EXIT_OK, UsageError
+from launcher.errors import EXIT_OK, RecipeError, UsageError
 from launcher.redact import find_secret, redact
 from launcher.run_dir import RunDir, new_run_id
 
 if TYPE_CHECKING:
+    from launcher.errors import Problem
     from launcher.plan import LaunchPlan
     from launcher.profile import Profile
     from launcher.recipe import Recipe
@@ -78,7 +80,7 @@ def resume(argv: list[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("run_dir", metavar="RUN")
-    parser.add_argument("overrides", metavar="profile.key=value", nargs="*")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="change what may change: optim.lr=0.001")
     for flag, metavar in (("--nodes", "N"), ("--gpus", "M"), ("--procs", "P")):
         parser.add_argument(flag, type=int, metavar=metavar)
     parser.add_argument("--backend", metavar="NAME")
@@ -90,14 +92,22 @@ def resume(argv: list[str]) -> int:
     args = parser.parse_intermixed_args(argv)
     args.debug = args.tune = False
     _split_overrides(args)
-    if args.overrides:
-        raise UsageError(f"{args.overrides[0]}: a run goes on with its own recipe; only profile.key=value can change")
     run = RunDir.existing(args.run_dir)
     args.kept_profile = run.read_plan().get("profile")
     from launcher import recipe as recipes
 
-    recipe, source = recipes.load(str(run.recipe), (), flags(args))
+    try:
+        recipe, source = recipes.load(str(run.recipe), args.overrides, flags(args))
+    except RecipeError as error:
+        raise RecipeError([_if_moved(problem, run) for problem in error.problems]) from None
     return carry_out(recipe, source, args, run_id=run.run_id)
+
+
+def _if_moved(problem: Problem, run: RunDir) -> Problem:
+    """What to do about a file or folder that was there when the run began."""
+    value = {"data.path": "FOLDER", "model.weights": "FILE"}.get(problem.key)
+    cure = f"; if it was moved: launch resume {run} {problem.key}={value}" if value else ""
+    return replace(problem, message=problem.message + cure)
 
 
 def _split_overrides(args: argparse.Namespace) -> None:
@@ -125,14 +135,15 @@ def plan_run(recipe: Recipe, args: argparse.Namespace, *, run_id: str, run_dir: 
 
 def carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_id: str) -> int:
     """Plan, and print the plan or run it: one road for every backend."""
-    from launcher import backends, lint, quarantine, whereabouts
+    from launcher import backends, lint, quarantine, recipe_changes, whereabouts
     from launcher.commands import going_on
 
     plan = plan_run(recipe, args, run_id=run_id, run_dir=args.run_dir)
+    run = RunDir(plan.run_dir)
+    changes = recipe_changes.find(run, recipe, source.where)
     if args.dry_run:
         print(plan)
         return EXIT_OK
-    run = RunDir(plan.run_dir)
     if run.exists and going_on.has_nothing_left(run, recipe):
         return EXIT_OK
     if run.exists and plan.node_rank == 0:
@@ -140,7 +151,8 @@ def carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_i
     network.set_environment(plan.env)  # before torch is imported: it reads its thread count then
     with processes.importing():
         checks = importlib.import_module("launcher.engine.checks")
-    checks.check(recipe, source.where)
+    checks.check(recipe, source.where, is_new=run.newest_state() is None)
+    checks.check_train_set(run, recipe, source.where)
     found = None
     if plan.script:
         lint.check(plan.to_dict(), run, plan.script, plan.post_script)
@@ -151,6 +163,7 @@ def carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_i
             found = quarantine.check(recipe, source.where)
     if plan.node_rank == 0:
         write_run(plan, recipe)
+        going_on.record(run, changes)
         if found:
             quarantine.record(run, recipe, found, attempt=history.next_attempt(run))
         print(f"run {plan.run_id}: {plan.world_size} workers on {plan.device}, in {plan.run_dir}", flush=True)

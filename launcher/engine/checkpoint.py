@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from launcher.engine.non_finite import non_finite_names
 from launcher.errors import TrainingError
 from launcher.files import fsync, write_json_atomic
 
@@ -223,15 +224,20 @@ def load(folder: Path) -> Checkpoint:
     """Verify and read one checkpoint; nothing in it is ever executed (safetensors, ``weights_only``).
 
     Raises:
-        CheckpointError: it is damaged, or holds more than numbers and tensors.
+        CheckpointError: it is damaged, holds more than numbers and tensors, or weights that are NaN or infinite.
     """
     verify(folder)
     try:
         state = read_state(folder)
         optimizer = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
-        return Checkpoint(step=state["step"], model=load_file(folder / MODEL), optimizer=optimizer, state=state)
+        model = load_file(folder / MODEL)
+        loaded = Checkpoint(step=state["step"], model=model, optimizer=optimizer, state=state)
     except Exception as error:  # its hashes are right, so somebody made it so: whatever such bytes make readers raise
         raise CheckpointError(f"{folder}: is as its manifest says, but refused: {_first_line(error)}") from error
+    names = non_finite_names(model)
+    if names:
+        raise CheckpointError(f"{folder / MODEL}: NaN or infinite values in {len(names)} tensors, as {names[0]}")
+    return loaded
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -273,6 +279,8 @@ def _point(link: Path, folder: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         beside.unlink()
     beside.symlink_to(folder.name)
+    if link.is_dir() and not link.is_symlink():  # the run directory was copied by something that follows links
+        shutil.rmtree(link)
     beside.replace(link)
     fsync(link.parent)  # before what it pointed to is removed
 

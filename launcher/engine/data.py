@@ -88,6 +88,7 @@ class ImageDataset(Dataset[Batch]):
         seed: the recipe's; the randomness of a sample's transform follows from (seed, epoch, index).
         left_out: paths relative to ``folder`` that are no samples. Of training images the schedule leaves them out,
             so that the others keep their indices.
+        classes: names in the order of the logits; None: those of the folders in train/.
     """
 
     def __init__(
@@ -98,8 +99,9 @@ class ImageDataset(Dataset[Batch]):
         *,
         seed: int,
         left_out: frozenset[str] = frozenset(),
+        classes: list[str] | None = None,
     ) -> None:
-        self.classes = image_folder.find_classes(folder / "train")
+        self.classes = image_folder.find_classes(folder / "train") if classes is None else classes
         self._folder = folder
         listed = image_folder.list_images(folder / split, self.classes)
         self.samples = [sample for sample in listed if image_folder.relative(sample[0], folder) not in left_out]

@@ -203,5 +203,8 @@ class BestMetric:
         return {"best": self.best, "waited": self.waited}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state`."""
-        self.best, self.waited = state["best"], state["waited"]
+        """Go on from :meth:`state`; a best value of another metric says nothing about this one's."""
+        if state["best"] is None or state["best"]["metric"] == self.metric:
+            self.best, self.waited = state["best"], state["waited"]
+        else:
+            self.best, self.waited = None, 0

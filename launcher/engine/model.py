@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import warnings
-import zipfile
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
@@ -16,22 +14,18 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 
 from launcher.engine.data import Preprocessing
 from launcher.engine.layers import batch_norms, head_modules, match_parameters
+from launcher.engine.non_finite import non_finite_names
+from launcher.engine.weights_file import present_name, read_weights_file
 from launcher.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from pathlib import Path
 
     from launcher.recipe import DataConfig, ModelConfig, Recipe
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AUXILIARY = ("googlenet", "inception_v3")
 AUXILIARY_WEIGHT = {"googlenet": 0.3, "inception_v3": 0.4}  # of each auxiliary loss, as their papers have it
-OLD_NAMES = (  # in the files that torchvision itself offers, which its builders rename while they load
-    (re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)"), r"\1\2"),
-    (re.compile(r"\.mlp\.linear_1\."), ".mlp.0."),
-    (re.compile(r"\.mlp\.linear_2\."), ".mlp.3."),
-)
 
 
 def torchvision_weights(config: ModelConfig) -> Any:
@@ -73,12 +67,12 @@ def load_weights(module: nn.Module, config: ModelConfig, *, image_size: int) -> 
     """Give ``module`` the weights the recipe names; a head for other classes keeps its new ones.
 
     Raises:
-        UsageError: the file does not fit the model; says which keys.
+        UsageError: the file does not fit the model, and says which keys; or it holds NaN or infinite values.
     """
     if config.weights is None:
         return
     if config.weights_file is not None:
-        state = read_weights_file(config.weights_file)
+        state = read_weights_file(config.weights_file, module.state_dict()).state
     else:
         options = {"aux_logits": True} if config.arch in AUXILIARY else {}
         with warnings.catch_warnings():
@@ -86,7 +80,22 @@ def load_weights(module: nn.Module, config: ModelConfig, *, image_size: int) -> 
             source = models.get_model(config.arch, weights=torchvision_weights(config), progress=False, **options)
         state = source.state_dict()
     state = fit_weights(state, module, config, image_size=image_size)
+    check_finite(state, config)
     load_state(module, state, strict=False)
+
+
+def check_finite(state: dict[str, torch.Tensor], config: ModelConfig) -> None:
+    """From NaN or infinite weights nothing is learned; training would seem to diverge.
+
+    Raises:
+        UsageError: there are such values; names the tensors.
+    """
+    names = non_finite_names(state)
+    if names:
+        raise UsageError(
+            f"{config.weights}: NaN or infinite values in {_listed(names)}: the training that made it has diverged, or "
+            "the file is damaged; take an earlier one"
+        )
 
 
 def load_state(module: nn.Module, state: dict[str, torch.Tensor], *, strict: bool = True) -> None:
@@ -105,7 +114,7 @@ def fit_weights(
         UsageError: anything but the head is missing, left over or of another shape.
     """
     expected = module.state_dict()
-    state = {_present_name(k): v for k, v in state.items()}
+    state = {present_name(k): v for k, v in state.items()}
     head = tuple(f"{name}." for name in head_modules(config.arch))
     if config.arch.startswith("vit_") and "encoder.pos_embedding" in state:
         state = _resize_positions(state, expected, image_size)
@@ -120,7 +129,7 @@ def fit_weights(
         if k in state and k not in fitting and not k.startswith(head)
     ]
     problems = [
-        f"{len(keys)} {what}: {', '.join(keys[:4])}{', …' if len(keys) > 4 else ''}"  # noqa: PLR2004
+        f"{len(keys)} {what}: {_listed(keys)}"
         for what, keys in (("keys missing", missing), ("keys unknown", foreign), ("of another shape", reshaped))
         if keys
     ]
@@ -129,47 +138,8 @@ def fit_weights(
     return fitting
 
 
-def read_weights_file(path: Path, *, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """A state dict from a .safetensors or .pth file; no code in the file is run.
-
-    A ``state_dict`` or ``model`` entry around it and a ``module.`` before its keys (DDP) are taken off.
-
-    Args:
-        path: the file.
-        device: where its tensors go; ``meta`` reads their shapes only.
-
-    Raises:
-        UsageError: it cannot be read, or holds no state dict.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return _read_safetensors(path, device)
-        found = torch.load(path, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # whatever a foreign file's bytes make the readers raise
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"{path}: cannot be read as weights: {first}") from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
-            found = found[wrapper]
-    if not isinstance(found, dict) or not all(isinstance(v, torch.Tensor) for v in found.values()):
-        raise UsageError(f"{path}: holds no state dict (a mapping of names to tensors)")
-    return {k.removeprefix("module."): v for k, v in found.items()}
-
-
-def _present_name(key: str) -> str:
-    for old, new in OLD_NAMES:
-        key = old.sub(new, key)
-    return key
-
-
-def _read_safetensors(path: Path, device: str) -> dict[str, torch.Tensor]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        if device == "meta":
-            shapes = {k: file.get_slice(k).get_shape() for k in file.keys()}  # noqa: SIM118  it is no mapping
-            return {k: torch.empty(shape, device="meta") for k, shape in shapes.items()}
-        return {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+def _listed(names: list[str]) -> str:
+    return ", ".join([*names[:4], *(["…"] if len(names) > 4 else [])])  # noqa: PLR2004
 
 
 def _resize_positions(

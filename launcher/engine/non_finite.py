@@ -1,4 +1,7 @@
-"""Finds the steps whose loss or gradient is no number: the same on every rank, and no step waits for the device."""
+"""Finds NaN and infinite values: in weights, and in the loss or gradient of a step.
+
+The latter the same on every rank, and no step waits for the device.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import torch
 from launcher.engine.distributed import max_over_ranks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from launcher.engine.device import Device
 
@@ -41,6 +44,11 @@ class _Watched:
     values: Callable[[], torch.Tensor]
     """The flag, whether the gradient is no number, then the sum of losses of each of this rank's batches."""
     micro_batches: Sequence[Sequence[int]]
+
+
+def non_finite_names(state: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors that hold NaN or infinite values."""
+    return [name for name, t in state.items() if t.is_floating_point() and not bool(t.isfinite().all())]
 
 
 class NonFiniteMonitor:

@@ -10,8 +10,13 @@ import torch
 from launcher.engine.schedule import lr_factor
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from launcher.engine.model import FineTunedModel
     from launcher.recipe import OptimConfig, Recipe
+
+REST = "rest"
+"""Name of the group of what no pattern matches."""
 
 
 def group_parameters(model: FineTunedModel, config: OptimConfig) -> list[dict[str, Any]]:
@@ -21,16 +26,29 @@ def group_parameters(model: FineTunedModel, config: OptimConfig) -> list[dict[st
     later needs no new optimizer.
 
     Returns:
-        ``{name, params, peak_lr}`` each, none of them empty.
+        ``{name, names, params, peak_lr}`` each, none of them empty; ``names`` are those of its parameters.
     """
-    left = dict(model.module.named_parameters())
-    groups = []
-    for pattern, lr in config.groups.items():
+    parameters = dict(model.module.named_parameters())
+    return [
+        {
+            "name": pattern,
+            "names": names,
+            "params": [parameters[name] for name in names],
+            "peak_lr": config.groups.get(pattern, config.lr),
+        }
+        for pattern, names in _deal_names(model, config.groups)
+    ]
+
+
+def _deal_names(model: FineTunedModel, patterns: Iterable[str]) -> list[tuple[str, list[str]]]:
+    """Each pattern with the names of the parameters that it is the first to match; what is left is ``rest``."""
+    left = [name for name, _ in model.module.named_parameters()]
+    dealt = []
+    for pattern in patterns:
         matched = model.matching([pattern])
-        params = [left.pop(name) for name in list(left) if name in matched]
-        groups.append({"name": pattern, "params": params, "peak_lr": lr})
-    groups.append({"name": "rest", "params": list(left.values()), "peak_lr": config.lr})
-    return [group for group in groups if group["params"]]
+        dealt.append((pattern, [name for name in left if name in matched]))
+        left = [name for name in left if name not in matched]
+    return [(pattern, names) for pattern, names in [*dealt, (REST, left)] if names]
 
 
 def build_optimizer(model: FineTunedModel, config: OptimConfig) -> torch.optim.Optimizer:
@@ -50,6 +68,40 @@ def build_optimizer(model: FineTunedModel, config: OptimConfig) -> torch.optim.O
         weight_decay=config.weight_decay,
         fused=True,
     )
+
+
+def restore(optimizer: torch.optim.Optimizer, model: FineTunedModel, saved: dict[str, Any]) -> None:
+    """Give each parameter the state (momentum, moments, steps) that it had when ``saved`` was made.
+
+    Rates and all other settings stay those that ``optimizer`` was built with, and so do its groups: parameters are
+    matched by name, whichever group they were in then.
+
+    Args:
+        optimizer: of the same kind.
+        model: whose parameters it has.
+        saved: its ``state_dict()`` of then.
+    """
+    old_names = [name for names in _saved_names(model, saved["param_groups"]) for name in names]
+    old_places = [place for group in saved["param_groups"] for place in group["params"]]
+    states = {
+        name: saved["state"][place]
+        for name, place in zip(old_names, old_places, strict=True)
+        if place in saved["state"]
+    }
+    own = optimizer.state_dict() | {"state": {}}
+    for group in own["param_groups"]:
+        for name, place in zip(group["names"], group["params"], strict=True):
+            # A momentum that is not used now would be of long ago by the time it is used again.
+            if name in states and group.get("momentum") != 0:
+                own["state"][place] = states[name]
+    optimizer.load_state_dict(own)
+
+
+def _saved_names(model: FineTunedModel, groups: list[dict[str, Any]]) -> list[list[str]]:
+    """The names of each group's parameters; groups that an earlier version saved have only their pattern."""
+    if all("names" in group for group in groups):
+        return [group["names"] for group in groups]
+    return [names for _, names in _deal_names(model, [group["name"] for group in groups if group["name"] != REST])]
 
 
 def prepare_momentum(optimizer: torch.optim.Optimizer) -> None:

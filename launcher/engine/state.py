@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from launcher import recipe as recipes
 from launcher.engine import checkpoint as checkpoints
+from launcher.engine import optim
 from launcher.engine.host_copies import HostCopies
 from launcher.engine.metrics import BestMetric, TrainTotals
 from launcher.engine.model import load_state
@@ -16,7 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from launcher.engine.checkpoint import Checkpoint
+    from launcher.engine.data import ImageDataset
     from launcher.engine.setup import Parts
+    from launcher.run_dir import RunDir
 
 
 class TrainingState:
@@ -76,6 +80,7 @@ class TrainingState:
             "numbers": self.numbers.state(),
             "classes": list(parts.classes),
             "train_set": parts.train_set.digest,
+            "recipe": recipes.to_dict(parts.recipe),
             **sums,
         }
         model = parts.model.module.state_dict()
@@ -107,9 +112,10 @@ class TrainingState:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from what :meth:`capture` gave, at the same world size or another.
 
-        The global batch is the checkpoint's unless the recipe names one; accumulation fills in what the ranks do not
-        hold at once. So every step has the samples that it would have had. What the ranks could take at once holds for
-        such devices only.
+        Learning rates and all else that the recipe says are this recipe's; only what training itself changed is the
+        checkpoint's. The global batch is the checkpoint's unless the recipe names one; accumulation fills in what the
+        ranks do not hold at once. So every step has the samples that it would have had. What the ranks could take at
+        once holds for such devices only.
 
         Raises:
             UsageError: the training images are not those of the checkpoint.
@@ -117,10 +123,11 @@ class TrainingState:
         parts, state = self._parts, checkpoint.state
         self.finish_capture()
         if parts.ranks.rank == 0:
-            self._check_train_set(state)
+            check_train_set(parts.run, parts.train_set, state)
         load_state(parts.model.module, checkpoint.model)
-        parts.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
-        self.scaler.load_state_dict(checkpoint.optimizer["scaler"])
+        optim.restore(parts.optimizer, parts.model, checkpoint.optimizer["optimizer"])
+        if checkpoint.optimizer["scaler"]:  # empty where the precision of then needed none
+            self.scaler.load_state_dict(checkpoint.optimizer["scaler"])
         if parts.recipe.batch.global_size is None:
             kept = state["batching"]["global_batch_size"]
             parts.schedule = replace(parts.schedule, batching=replace(parts.schedule.batching, global_batch_size=kept))
@@ -136,12 +143,16 @@ class TrainingState:
             if parts.ranks.rank == 0:
                 totals.restore(state[sums])
 
-    def _check_train_set(self, state: dict[str, Any]) -> None:
-        """A position in an epoch's order means nothing for another set of images."""
-        if self._parts.train_set.digest != state["train_set"]:
-            checkpoint = self._parts.run.checkpoint(state["step"])
-            raise UsageError(
-                f"the training images are not those that the run began with (now {len(self._parts.train_set)}): images "
-                "were added, removed, renamed or moved to another class. Undo that and resume, or begin a new run from "
-                f"these weights: model.weights={checkpoint / checkpoints.MODEL}"
-            )
+
+def check_train_set(run: RunDir, train_set: ImageDataset, state: dict[str, Any]) -> None:
+    """A position in an epoch's order means nothing for another set of images.
+
+    Raises:
+        UsageError: the training images are not those of the checkpoint whose ``state.json`` this is.
+    """
+    if train_set.digest != state["train_set"]:
+        raise UsageError(
+            f"the training images are not those that the run began with (now {len(train_set)}): images "
+            "were added, removed, renamed or moved to another class. Undo that and resume, or begin a new run from "
+            f"these weights: model.weights={run.checkpoint(state['step']) / checkpoints.MODEL}"
+        )

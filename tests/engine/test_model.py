@@ -18,9 +18,9 @@ from launcher.engine.model import (
     build_module,
     fit_weights,
     load_weights,
-    read_weights_file,
     split_outputs,
 )
+from launcher.engine.weights_file import read_weights_file
 from launcher.errors import UsageError
 from launcher.recipe import DataConfig, ModelConfig, Recipe
 
@@ -159,7 +159,7 @@ def test_the_checks_read_shapes_without_values(tmp_path, write, suffix):
     saved = squeezenet(10).state_dict()
     path = tmp_path / f"weights{suffix}"
     write(saved, path)
-    found = read_weights_file(path, device="meta")
+    found = read_weights_file(path, saved, device="meta").state
     assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in saved.items()}
     assert {v.device.type for v in found.values()} == {"meta"}
 
@@ -220,11 +220,11 @@ def test_the_names_in_torchvisions_own_files_of_these_models_fit(arch, old):
             ["1 of another shape: features.0.weight (64x1x3x3, needs 64x3x3x3)"],
         ),
         (
-            lambda s: [s.update({f"backbone.{k}": s.pop(k)}) for k in list(s)],
+            lambda s: [s.update({f"backbone_{k}": s.pop(k)}) for k in list(s)],
             [
                 "50 keys missing: features.0.weight, features.0.bias, ",
                 ", …",
-                "52 keys unknown: backbone.features.0.weight",
+                "52 keys unknown: backbone_features.0.weight",
             ],
         ),
     ],

@@ -16,6 +16,7 @@ import onnxruntime
 import pytest
 import torch
 
+from launcher import cli
 from launcher import recipe as recipes
 from launcher.engine import checkpoint
 from launcher.errors import UsageError
@@ -264,3 +265,95 @@ def test_launch_export_makes_it_all_again(exported, tmp_path):
     assert "model.onnx" in done.stdout
     assert manifest(copied)["exports"][0]["agreement"] == 1.0
     assert copied.report_json.is_file()
+
+
+# A run directory that was copied, or whose images were moved
+
+
+@pytest.fixture
+def moved(exported, photos, tmp_path):
+    """A copy of the run whose recipe names a folder that is not there any more, and where its images are now."""
+    run = RunDir(shutil.copytree(exported.path, tmp_path / "run", symlinks=True))
+    recipe = recipes.read_resolved(run.recipe)
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=str(tmp_path / "gone")))
+    post = dataclasses.replace(recipe.post, export=["onnx"])
+    run.recipe.write_text(recipes.to_yaml(dataclasses.replace(recipe, post=post)))
+    return run, photos
+
+
+def test_without_images_an_export_is_made_and_called_not_measured(moved, capsys):
+    run, _ = moved
+    shutil.rmtree(run.exports)
+    assert cli.main(["export", str(run.path)]) == 0
+    gone = run.path.parent / "gone/val"
+    why = f"not measured: no images at {gone}"
+    said = capsys.readouterr().out
+    assert f"{why}; where they are now: launch export {run} data.path=FOLDER" in said
+    assert "model.int8.onnx: not made: calibration needs training images: no images at " in said
+    assert f"NOT ACCEPTED: {why}" in said
+    found = manifest(run)
+    (row,) = found["exports"]
+    assert (row["format"], row["top1"], row["agreement"], row["top1_drop"]) == ("onnx", None, None, None)
+    assert (row["accepted"], row["reason"], found["val_samples"]) == (False, why, 0)
+    assert found["not_measured"] == f"no images at {gone}"
+    assert [each["format"] for each in found["not_made"]] == ["onnx_int8"]
+    assert sorted(file.name for file in run.exports.iterdir()) == ["manifest.json", "model.onnx"]
+    assert events(run, "export")[-1]["reason"] == why
+    assert "not measured" in run.report_html.read_text()
+    assert "| - | - | - |" in run.model_card.read_text()
+    assert cli.main(["report", str(run.path)]) == 0
+
+
+def test_what_was_measured_of_the_same_checkpoint_stays(moved):
+    run, _ = moved
+    before = {row["format"]: row for row in manifest(run)["exports"]}
+    export.export_run(run)
+    rows = {row["format"]: row for row in manifest(run)["exports"]}
+    assert rows["onnx_int8"] == before["onnx_int8"]
+    assert rows["onnx"]["accepted"] is False
+    assert manifest(run)["not_made"] == []
+    changed = manifest(run) | {"checkpoint": {"step": 1}}
+    run.export_manifest.write_text(json.dumps(changed))
+    export.export_run(run)
+    assert [row["format"] for row in manifest(run)["exports"]] == ["onnx"]
+    assert not (run.exports / "model.int8.onnx").exists()
+
+
+def test_images_that_were_moved_are_named_on_the_command_line(moved, capsys):
+    run, photos = moved
+    before = run.recipe.read_bytes()
+    assert cli.main(["export", str(run.path), f"data.path={photos}"]) == 0
+    found = manifest(run)
+    assert (found["val_samples"], found["not_measured"], found["not_made"]) == (40, None, [])
+    assert {row["format"] for row in found["exports"] if row["top1"] is not None} == {"onnx", "onnx_int8"}
+    assert run.recipe.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.path={tmp}", "data.path={tmp}: no images at {tmp}/val"),
+        ("data.path={tmp}/other", "{tmp}/other/val: holds classes that the model does not know, as 'emu'"),
+        ("data.path=", "only data.path=FOLDER can change"),
+        ("model.arch=resnet50", "only data.path=FOLDER can change"),
+    ],
+)
+def test_a_wrong_folder_is_refused_before_anything_is_made(moved, tmp_path, capsys, override, words):
+    run, _ = moved
+    (tmp_path / "other/val/emu").mkdir(parents=True)
+    before = {file: file.stat().st_mtime_ns for file in run.exports.iterdir()}
+    assert cli.main(["export", str(run.path), override.format(tmp=tmp_path)]) == 2
+    assert words.format(tmp=tmp_path) in capsys.readouterr().err
+    assert {file: file.stat().st_mtime_ns for file in run.exports.iterdir()} == before
+
+
+@pytest.mark.parametrize("copied", ["without links", "links followed"])
+def test_a_copy_without_links_knows_its_best_checkpoint(exported, tmp_path, copied):
+    run = RunDir(shutil.copytree(exported.path, tmp_path / "run"))  # follows links
+    if copied == "without links":
+        shutil.rmtree(run.best_checkpoint)
+    run.update_status(best={"metric": "val/top1", "value": 0.5, "epoch": 0, "step": 3})
+    assert evaluate.load_best(run).state["step"] == 3
+    checkpoint._point(run.best_checkpoint, run.checkpoint(3))
+    assert run.best_checkpoint.is_symlink()
+    assert evaluate.load_best(run).folder.name == "step-00000003"

@@ -1,0 +1,26 @@
+"""A recipe as a list of dotted keys with their values, and values as a recipe file has them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def flat(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a recipe, in the order of the schema."""
+    for field in dataclasses.fields(section):
+        value, key = getattr(section, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from flat(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def show(value: Any) -> str:
+    """A value as YAML, on one line."""
+    import yaml
+
+    return str(yaml.safe_dump(value, default_flow_style=True, width=1000)).removesuffix("\n").removesuffix("\n...")
