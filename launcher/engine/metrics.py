@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from launcher.engine.distributed import sum_over_ranks
+from launcher.recipe import TOP_K
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 MAX_DETAILED_CLASSES = 100
-TOP_K = 5
 
 
 class TrainTotals:
@@ -48,11 +48,17 @@ class TrainTotals:
         self._sums.zero_()
 
 
-def means(sums: Sequence[float]) -> dict[str, Any]:
-    """Sums as :meth:`TrainTotals.reduce` gives them, as ``{samples, loss, top1, top5}``."""
+def means(sums: Sequence[float], *, num_classes: int) -> dict[str, Any]:
+    """Sums as :meth:`TrainTotals.reduce` gives them, as ``{samples, loss, top1, top5}``; see :func:`shown_top5`."""
     loss, top1, top5, samples = sums
     num = max(1.0, samples)
-    return {"samples": int(samples), "loss": loss / num, "top1": top1 / num, "top5": top5 / num}
+    shown = shown_top5(top5 / num, num_classes)
+    return {"samples": int(samples), "loss": loss / num, "top1": top1 / num, "top5": shown}
+
+
+def shown_top5(value: float, num_classes: int) -> float | None:
+    """None with five classes or fewer, where any answer is right."""
+    return value if num_classes > TOP_K else None
 
 
 def _hits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -98,16 +104,41 @@ class ValidationTotals:
         self._counts.update(logits, labels)
 
     def compute(self) -> dict[str, Any]:
-        """``{samples, loss, top1, top5, f1, per_class, confusion}`` of all ranks; the last two up to 100 classes."""
+        """``{samples, loss, top1, top5, f1}`` of all ranks; see :func:`shown_top5`.
+
+        Up to 100 classes with ``per_class`` and ``confusion``, beyond with ``answers`` (:func:`answers`).
+        """
         values = self._counts.compute()
         confusion = values.pop("confusion").cpu()
         samples = int(confusion.sum())
         result: dict[str, Any] = {"samples": samples, "loss": float(self._loss.compute()) / samples}
         result |= {name: float(values[name]) for name in ("top1", "top5", "f1")}
         result["top1"] = int(confusion.diag().sum()) / samples
+        result["top5"] = shown_top5(result["top5"], len(self._classes))
         if len(self._classes) <= MAX_DETAILED_CLASSES:
             result |= {"per_class": per_class(confusion, self._classes), "confusion": confusion.tolist()}
+        else:
+            result["answers"] = answers(confusion.diag(), confusion.sum(1), confusion.sum(0), self._classes)
         return result
+
+
+def answers(hits: torch.Tensor, true: torch.Tensor, predicted: torch.Tensor, classes: Sequence[str]) -> dict[str, Any]:
+    """What :mod:`launcher.findings` needs where there are too many classes for their confusion matrix.
+
+    Args:
+        hits: images of each class that are predicted so (int64 C).
+        true: images of each class.
+        predicted: images that are predicted to be of each class.
+        classes: names.
+
+    Returns:
+        ``chance``: top-1 of these answers, had they been given at random; ``most``: the class that is predicted most
+        often, ``count``: how often, ``true``: how many images are of it, ``hits``: of these, those predicted so.
+    """
+    most = int(predicted.argmax())
+    chance = float((true.double() * predicted.double()).sum() / true.sum().double() ** 2)
+    counts = {"count": int(predicted[most]), "true": int(true[most]), "hits": int(hits[most])}
+    return {"chance": chance, "most": classes[most], **counts}
 
 
 def per_class(confusion: torch.Tensor, classes: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -8,6 +8,7 @@ import threading
 import time
 from typing import IO, TYPE_CHECKING, Any
 
+from launcher import findings
 from launcher.engine.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -72,6 +73,12 @@ class Recorder:
             self._progress.update(self._task, total=num_steps, completed=step)
         self.say(f"resumed at epoch {epoch + 1}, step {step}")
 
+    def rare_classes(self, rare: dict[str, int]) -> None:
+        """Name the classes with few training images, where there are any."""
+        if rare:
+            self.event("rare_classes", num_classes=len(rare), classes=dict([*rare.items()][: findings.NUM_SHOWN]))
+            self.say(f"warning: {findings.describe_rare(rare)}")
+
     def status(self, state: State = "running", **fields: Any) -> None:
         """Write status.json."""
         self._write(lambda: self._run.update_status(state=state, attempt=self._attempt, **fields))
@@ -93,7 +100,8 @@ class Recorder:
     def validation(self, *, epoch: int, step: int, values: dict[str, Any], best: bool) -> None:
         """The counts over the validation set after an epoch."""
         self._metrics("val", epoch, step, values)
-        text = "  ".join(f"{name} {values[name]:.4f}" for name in ("loss", "top1", "top5", "f1"))
+        names = [name for name in ("loss", "top1", "top5", "f1") if values[name] is not None]
+        text = "  ".join(f"{name} {values[name]:.4f}" for name in names)
         self.say(f"epoch {epoch + 1}/{self._epochs}  val  {text}{'  best so far' if best else ''}")
 
     def end(self, outcome: Outcome, best: dict[str, Any] | None, checkpoint: Path) -> None:
