@@ -39,6 +39,8 @@ WINDOW_IMAGES = 100
 """Training images at the end, at least, that top-1 in training is taken from."""
 SWAPPED, SWAPPED_IMAGES = 0.8, 5
 """Share, and least number, of a class's images that are taken for another class, before folders count as mixed up."""
+LEARNED = 0.2
+"""By how much top-1 in training exceeds chance before a model has learned something."""
 FEW_STEPS = 100
 """Optimizer steps below which too short a training is the likeliest cause."""
 FEW_IMAGES, IMBALANCE = 10, 10.0
@@ -153,7 +155,7 @@ def _no_better_than_chance(answers: _Answers, learned: float | None, num_steps: 
     """What was measured of a model that is none better, and the cause that fits its training best."""
     if answers.is_one_class:
         message = (
-            f"{answers.count} of {answers.num} validation images are taken for {printable(answers.most)}, and "
+            f"{answers.count} of {answers.num} validation images are taken for {_quoted(answers.most)}, and "
             f"{answers.true} are (top-1 {answers.top1:.3f})"
         )
     else:
@@ -171,7 +173,7 @@ def _no_better_than_chance(answers: _Answers, learned: float | None, num_steps: 
 
 
 def _cause_of_chance(answers: _Answers, learned: float | None, num_steps: int) -> str:
-    if learned is not None and learned - answers.chance >= GAP:
+    if learned is not None and learned - answers.chance >= LEARNED:
         return (
             "what was learned does not reach validation: BatchNorm's running statistics, where the network has them "
             "(few steps, or small batches: more epochs, a larger batch.size), or images in val/ that differ from those "
@@ -183,6 +185,10 @@ def _cause_of_chance(answers: _Answers, learned: float | None, num_steps: int) -
         "it has not learned: optim.lr is too high or too low, too much is frozen (model.freeze), one class is most of "
         "the training images, or the folders of train/ have nothing to do with what their images show"
     )
+
+
+def _quoted(name: str) -> str:
+    return f"'{printable(name)}'"
 
 
 def _by_step(lines: Sequence[Json], split: str) -> dict[int, Json]:
@@ -236,7 +242,7 @@ def _mixed_up(val: Json) -> Finding | None:
     rings = [index for index in target if _returns(index, target)]
     if not rings:
         return None
-    names = [printable(name) for name in val["per_class"]]
+    names = [_quoted(name) for name in val["per_class"]]
     pairs = [f"{names[index]} for {names[target[index]]}" for index in rings]
     more = f" and {len(pairs) - NUM_SHOWN} more classes" if len(pairs) > NUM_SHOWN else ""
     return Finding(

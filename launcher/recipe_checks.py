@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from launcher import catalog, image_folder
 from launcher.errors import Problem, UsageError
-from launcher.recipe import METRICS, TOP_K, Recipe
+from launcher.recipe import METRICS, Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -118,13 +118,8 @@ def _data(recipe: Recipe) -> Iterator[Finding]:
     path = image_folder.data_path(data.name, data.path)
     problems = image_folder.find_problems(path)
     yield from ((keys, text) for text in problems)
-    if problems:
-        return
-    found = len(image_folder.find_classes(path / "train"))
-    if recipe.train.early_stopping.metric == "val/top5" and found <= TOP_K:
-        keys = ("train.early_stopping.metric", "data.path")
-        yield keys, f"found 'val/top5', which is always 1 with {found} classes; use val/top1"
-    if recipe.model.num_classes != "auto":
-        keys = ("model.num_classes", "data.path")
+    if not problems and recipe.model.num_classes != "auto":
+        found = len(image_folder.find_classes(path / "train"))
         if found > recipe.model.num_classes:
+            keys = ("model.num_classes", "data.path")
             yield keys, f"found {recipe.model.num_classes}, but {path}/train has {found} class folders"

@@ -233,7 +233,7 @@ def _rare_classes(events: list[Json]) -> Json | None:
 
 
 def _without_top5(metrics: list[Json]) -> list[Json]:
-    """Lines without top-5 where an earlier version wrote it for so few classes that it is always 1."""
+    """The lines, without top-5 where there are so few classes that it is 1 for every model."""
     few = any(0 < len(line.get("per_class") or ()) <= recipes.TOP_K for line in metrics)
     return [line | {"top5": None} if few and "top5" in line else line for line in metrics]
 

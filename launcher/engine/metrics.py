@@ -48,17 +48,11 @@ class TrainTotals:
         self._sums.zero_()
 
 
-def means(sums: Sequence[float], *, num_classes: int) -> dict[str, Any]:
-    """Sums as :meth:`TrainTotals.reduce` gives them, as ``{samples, loss, top1, top5}``; see :func:`shown_top5`."""
+def means(sums: Sequence[float]) -> dict[str, Any]:
+    """Sums as :meth:`TrainTotals.reduce` gives them, as ``{samples, loss, top1, top5}``."""
     loss, top1, top5, samples = sums
     num = max(1.0, samples)
-    shown = shown_top5(top5 / num, num_classes)
-    return {"samples": int(samples), "loss": loss / num, "top1": top1 / num, "top5": shown}
-
-
-def shown_top5(value: float, num_classes: int) -> float | None:
-    """None with five classes or fewer, where any answer is right."""
-    return value if num_classes > TOP_K else None
+    return {"samples": int(samples), "loss": loss / num, "top1": top1 / num, "top5": top5 / num}
 
 
 def _hits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -104,7 +98,7 @@ class ValidationTotals:
         self._counts.update(logits, labels)
 
     def compute(self) -> dict[str, Any]:
-        """``{samples, loss, top1, top5, f1}`` of all ranks; see :func:`shown_top5`.
+        """``{samples, loss, top1, top5, f1}`` of all ranks.
 
         Up to 100 classes with ``per_class`` and ``confusion``, beyond with ``answers`` (:func:`answers`).
         """
@@ -114,7 +108,6 @@ class ValidationTotals:
         result: dict[str, Any] = {"samples": samples, "loss": float(self._loss.compute()) / samples}
         result |= {name: float(values[name]) for name in ("top1", "top5", "f1")}
         result["top1"] = int(confusion.diag().sum()) / samples
-        result["top5"] = shown_top5(result["top5"], len(self._classes))
         if len(self._classes) <= MAX_DETAILED_CLASSES:
             result |= {"per_class": per_class(confusion, self._classes), "confusion": confusion.tolist()}
         else:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from launcher.engine import distributed, optim
-from launcher.engine.metrics import TrainTotals, ValidationTotals, means
+from launcher.engine.metrics import ValidationTotals, means
 from launcher.engine.saving import Saving
 from launcher.engine.state import TrainingState
 from launcher.engine.train_step import TrainStep
@@ -165,7 +165,7 @@ class Trainer:
         """Validate, keep the best, checkpoint; leaves the position at the next epoch's start."""
         self._check_numbers()
         ended_at, state = time.monotonic(), self.state
-        totals = self._means(state.epoch_totals)
+        totals = means(state.epoch_totals.reduce())
         values = self._validate()
         if not math.isfinite(values["loss"]):
             where = f"at step {state.step} (epoch {state.epoch + 1})"
@@ -224,7 +224,7 @@ class Trainer:
 
     def _log_window(self, lr: float) -> None:
         state = self.state
-        sums = self._means(state.window_totals)
+        sums = means(state.window_totals.reduce())
         state.window_totals.reset()
         now = time.monotonic()
         values = {**sums, "lr": lr, "images_per_s": self._timed_samples / (now - self._timed_since)}
@@ -232,10 +232,6 @@ class Trainer:
         if self._recorder and sums["samples"]:  # none where all its steps were left out
             self._recorder.train(epoch=state.epoch, step=state.step, values={**values, "offset": state.offset})
             self._recorder.status(epoch=state.epoch, step=state.step, best=self.best)
-
-    def _means(self, totals: TrainTotals) -> dict[str, Any]:
-        """Over all ranks."""
-        return means(totals.reduce(), num_classes=len(self.parts.classes))
 
     def _check_numbers(self, step: int | None = None) -> None:
         """Act upon the steps that were left out, of those before ``step`` that are due; None: of all."""

@@ -147,7 +147,7 @@ def train(
                 tracked=not spec.debug,
             )
             recorder.status(epoch=0, step=0)
-            recorder.rare_classes(findings.rare_classes(parts.images_per_class))
+            recorder.classes(len(parts.classes), findings.rare_classes(parts.images_per_class))
 
         def stop_requested() -> bool:
             alive()

@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import logging
 import os
 import shutil
 import subprocess
 import sys
 import time
-import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -319,9 +317,8 @@ def test_what_libraries_print_goes_to_the_log_and_our_lines_to_the_terminal(tmp_
         print("printed")
         say("making model.onnx")
         os.system("echo C library >&2")  # noqa: S605
-        warnings.warn("TorchScript is deprecated", stacklevel=1)
-        logging.getLogger().warning("Axis 1 is out-of-range")
+        os.write(2, b"TorchScript is deprecated\n")
         raise ValueError
     print("after")
     assert capfd.readouterr() == ("making model.onnx\nafter\n", "")
-    assert "C library" in log.read_text()
+    assert {"C library", "TorchScript is deprecated"} <= {*log.read_text().splitlines()}
