@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 CPUINFO = Path("/proc/cpuinfo")
 X86 = ("x86_64", "AMD64", "i386", "i686")
 VNNI = frozenset({"avx512_vnni", "avx_vnni"})
 """Linux's names of the instructions that add int8 products in 32 bits: Ice Lake, Alder Lake and Zen 4 have one."""
+
+PORTABLE_BITS = 7
+"""Of int8 weights whose products with uint8 overflow on no CPU."""
+
+
+def only_for(quantization: Mapping[str, Any] | None) -> str | None:
+    """CPUs that a quantized model needs, by what the manifest says of how it was made; None: any will do."""
+    bits = (quantization or {}).get("weight_bits", PORTABLE_BITS)
+    return "x86 CPUs with VNNI and for ARM" if bits > PORTABLE_BITS else None
 
 
 def saturates_int8(cpuinfo: Path | None = None) -> bool:

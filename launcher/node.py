@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import diagnose, findings, history, network, processes, quarantine
+from launcher import diagnose, findings, history, host_cpu, network, processes, quarantine
 from launcher.errors import EXIT_FAILED, EXIT_OK, InterruptedRunError, TrainingError, UsageError, exit_code_of
 from launcher.redact import redact
 from launcher.run_dir import RunDir
@@ -212,7 +212,9 @@ def summary(run: RunDir) -> str:
     if run.export_manifest.exists():
         manifest = json.loads(run.export_manifest.read_text(encoding="utf-8"))
         for row in manifest["exports"]:
-            verdict = "" if row["accepted"] else f"  NOT ACCEPTED: {row['reason']}"
+            cpus = host_cpu.only_for(row.get("quantization"))
+            verdict = f"  only for {cpus}" if cpus else ""
+            verdict += "" if row["accepted"] else f"  NOT ACCEPTED: {row['reason']}"
             lines.append(
                 f"  {row['file']:<20} top1 {row['top1']:.4f} ({row['top1_drop']:+.2f} points lost)  agrees on "
                 f"{row['agreement']:.1%}  {row['size_mb']:.1f} MB  {row['latency_p50_ms']:.2f} ms{verdict}"

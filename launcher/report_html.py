@@ -6,6 +6,7 @@ import json
 import math
 from typing import Any
 
+from launcher import host_cpu
 from launcher.image_folder import printable
 from launcher.report_charts import Point, line_chart
 from launcher.report_markup import (
@@ -180,6 +181,9 @@ def _exports(exports: Json | None) -> str:
         f"Agreement: the same class as the checkpoint. Times: one image at a time on the CPU{_threads(exports)}, the "
         "models in turn."
     )
+    for row in exports["exports"]:
+        if cpus := host_cpu.only_for(row.get("quantization")):
+            text += f" {escape(row['file'])} is only for {cpus}: on other CPUs its answers are wrong."
     return f'{other}<p class="soft">{text}</p>' + html_table("Exported models", [*head, ("why not", "")], rows)
 
 

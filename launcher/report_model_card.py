@@ -7,13 +7,13 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
+from launcher import host_cpu
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 FEW_SAMPLES = 30
 MAX_CONFUSION_CLASSES = 20
-PORTABLE_BITS = 7
-"""Of int8 weights that compute right on every CPU."""
 Z_95 = 1.959964
 
 Json = dict[str, Any]
@@ -152,9 +152,9 @@ def _card_confusion(classes: list[str], matrix: list[list[int]] | None) -> str:
     if not matrix or len(classes) > MAX_CONFUSION_CLASSES:
         return ""
     names = [_md(name) for name in classes]
-    rows = [(f"**{name}**", *map(str, counts)) for name, counts in zip(names, matrix, strict=True)]
+    rows = [(f"**{name}**", *map(str, counts), str(sum(counts))) for name, counts in zip(names, matrix, strict=True)]
     text = "Which class (rows) was taken for which (columns), in validation images:"
-    return f"\n\n{text}\n\n{_md_table(('', *names), rows)}"
+    return f"\n\n{text}\n\n{_md_table(('', *names, 'images'), rows)}"
 
 
 def _card_exports(exports: Json | None) -> str:
@@ -206,9 +206,10 @@ def _limitations(report: Json) -> list[str]:
         lines.append("The licence and the biases of the weights that training started from are its own too.")
     if report["exports"]:
         lines.append("Times are of one image at a time on the CPU of the machine that made the exports.")
-        made = [row.get("quantization") or {} for row in report["exports"]["exports"]]
-        if any(how.get("weight_bits", PORTABLE_BITS) > PORTABLE_BITS for how in made):
-            lines.append("The int8 file is for x86 CPUs with VNNI and for ARM; on others its answers are wrong.")
+        made = {row["file"]: host_cpu.only_for(row.get("quantization")) for row in report["exports"]["exports"]}
+        lines += [
+            f"`{file}` is only for {cpus}; on others its answers are wrong." for file, cpus in made.items() if cpus
+        ]
     if report["state"] not in ("completed", "early_stopped"):
         lines.append(f"Training had not come to its end when this was written (state: {report['state']}).")
     return lines

@@ -269,5 +269,5 @@ def test_the_card_shows_the_confusion_matrix_of_up_to_20_classes(write_run, num,
     run = write_run([val_line(diagonal([10] * num, 0.9), classes=names)])
     report.write_report(run)
     card = run.model_card.read_text()
-    row = f"| **c\\|1** | {' | '.join(['0', '9', '1', *['0'] * (num - 3)])} |"
+    row = f"| **c\\|1** | {' | '.join(['0', '9', '1', *['0'] * (num - 3), '10'])} |"
     assert (row in card) == shown

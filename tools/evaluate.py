@@ -16,7 +16,7 @@ from launcher import image_folder
 from launcher import recipe as recipes
 from launcher.engine import checkpoint, data
 from launcher.engine.data import ImageDataset, Preprocessing, build_loader
-from launcher.engine.device import Device, num_cores
+from launcher.engine.device import Device
 from launcher.engine.model import build_module, build_preprocessing, load_state
 from launcher.errors import EXIT_OK, UsageError, exit_code_of
 from launcher.run_dir import RunDir
@@ -63,7 +63,8 @@ class BestModel:
         dataset = self.dataset(split)
         chosen = [(0, i) for i in (range(len(dataset)) if indices is None else indices)]
         parts = [chosen[i : i + BATCH_SIZE] for i in range(0, len(chosen), BATCH_SIZE)]
-        workers = num_cores() - 1 if len(parts) > num_cores() else 0
+        threads = torch.get_num_threads()
+        workers = threads - 1 if len(parts) > threads else 0
         for images, labels in build_loader(dataset, parts, workers=workers, device=Device(type="cpu")):
             yield self.preprocessing.normalize(images), labels
 

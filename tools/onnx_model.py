@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from launcher import host_cpu
+from launcher.host_cpu import PORTABLE_BITS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
 QUANTIZATION = "quantization"
 """Key of an int8 file's metadata: ``{target, weight_bits, activation_bits, calibration_images}`` as JSON."""
-PORTABLE_BITS = 7
-"""Of int8 weights that compute right on every CPU."""
 EXACT_SUMS = "session.x64quantprecision"
 """ONNX Runtime's own option for x86 without VNNI: int8 weights become uint8, whose products it adds in 32 bits."""
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from launcher import host_cpu
 from launcher.engine.schedule import epoch_order
-from launcher.tools.onnx_model import PORTABLE_BITS, QUANTIZATION, read_metadata
+from launcher.host_cpu import PORTABLE_BITS
+from launcher.tools.onnx_model import QUANTIZATION, read_metadata
 
 if TYPE_CHECKING:
     import numpy as np
