@@ -87,8 +87,8 @@ def _noise_to(log: Path) -> Iterator[Say]:
     """
     log.parent.mkdir(exist_ok=True)
     _flush()
-    saved = [os.dup(1), os.dup(2)]
     with log.open("a", encoding="utf-8") as file, os.fdopen(os.dup(1), "w", buffering=1) as terminal:
+        saved = [os.dup(1), os.dup(2)]
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         try:
