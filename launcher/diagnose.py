@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import history, job_end, whereabouts
+from launcher import findings, history, job_end, whereabouts
 
 if TYPE_CHECKING:
     from launcher.run_dir import RunDir
@@ -103,6 +103,7 @@ def explain(run: RunDir, job: JobState | None = None) -> str:
     elif failure is None:
         logs = run.attempt_logs(attempt) if attempt else run.logs
         lines.append(f"no failure is recorded for this attempt; the logs are in {logs}")
+    lines += [f"{found.message}\nlikely cause: {found.cause}" for found in findings.of_run(run)]
     if failure is None:
         return "\n".join([*lines, *_evidence(run), *_refused(run)])
     rank, host = failure["rank"], failure["host"]

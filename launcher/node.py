@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import diagnose, history, network, processes, quarantine
+from launcher import diagnose, findings, history, host_cpu, network, processes, quarantine
 from launcher.errors import EXIT_FAILED, EXIT_OK, InterruptedRunError, TrainingError, UsageError, exit_code_of
 from launcher.redact import redact
 from launcher.run_dir import RunDir
@@ -187,6 +187,8 @@ def _post_step(run: RunDir) -> None:
     for number in processes.STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     processes.die_with_parent()
+    if run.read_plan().get("export_threads") is None:
+        os.environ.pop("OMP_NUM_THREADS", None)  # a worker's share of the cores; nothing else computes now
     with run.post_log.open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -206,10 +208,13 @@ def summary(run: RunDir) -> str:
     lines = []
     if best:
         lines.append(f"best {best['metric']} {best['value']:.4f} (epoch {best['epoch'] + 1}, step {best['step']})")
+    lines += [f"WARNING: {finding}" for finding in findings.of_run(run)]
     if run.export_manifest.exists():
         manifest = json.loads(run.export_manifest.read_text(encoding="utf-8"))
         for row in manifest["exports"]:
-            verdict = "" if row["accepted"] else f"  NOT ACCEPTED: {row['reason']}"
+            cpus = host_cpu.only_for(row.get("quantization"))
+            verdict = f"  only for {cpus}" if cpus else ""
+            verdict += "" if row["accepted"] else f"  NOT ACCEPTED: {row['reason']}"
             measured = (
                 ""
                 if row["top1"] is None

@@ -62,6 +62,8 @@ class LaunchPlan:
     """Workers on each."""
     threads_per_proc: int
     """CPU threads of each worker's computations: OMP_NUM_THREADS where it is set, else the node's cores shared out."""
+    export_threads: int | None
+    """CPU threads of the exports: launch.threads, or OMP_NUM_THREADS where it is set; None: all cores there are."""
     max_restarts: int
     """How often the workers are started again after one died."""
     preflight: bool
@@ -153,7 +155,9 @@ def make_plan(
     if backend == "slurm":
         profile = profile or profiles.Profile()
         device, procs = _choose_for_job(recipe)
-        run_dir, endpoint, threads = str(Path(topology.cwd, run_dir)), "", _threads_of_job(profile, topology)
+        run_dir, endpoint = str(Path(topology.cwd, run_dir)), ""
+        said = _said_threads_of_job(profile, topology)
+        threads = said or profile.cpus_per_gpu
         if "%" in run_dir:
             raise UsageError(f"--run-dir {run_dir}: SLURM puts something else in the place of a %; name another folder")
         job = sbatch.Job(
@@ -174,10 +178,11 @@ def make_plan(
         device = _choose_device(recipe, topology)
         procs = _choose_procs(recipe, topology, device)
         endpoint = _choose_endpoint(launch.nodes, request)
-        threads = topology.omp_num_threads or max(1, topology.num_cores // procs)
+        said = topology.omp_num_threads
+        threads = said or max(1, topology.num_cores // procs)
         command = ("python", "-m", "launcher.node", run_dir, "--node-rank", str(request.node_rank))
     if launch.threads != "auto":
-        threads = launch.threads
+        said = threads = launch.threads
     return LaunchPlan(
         run_id=request.run_id,
         name=recipe.name,
@@ -187,6 +192,7 @@ def make_plan(
         nodes=launch.nodes,
         procs_per_node=procs,
         threads_per_proc=threads,
+        export_threads=said or None,
         max_restarts=0 if backend == "local" else launch.max_restarts,
         preflight=launch.preflight,
         hang_timeout_s=recipe.train.hang_timeout_s,
@@ -228,10 +234,10 @@ def _choose_for_job(recipe: Recipe) -> tuple[str, int]:
     return ("cuda" if launch.device == "cuda" else "cpu"), launch.procs
 
 
-def _threads_of_job(profile: Profile, topology: Topology) -> int:
-    """OMP_NUM_THREADS as the profile or the shell says, which SLURM hands on; else each worker's cores."""
+def _said_threads_of_job(profile: Profile, topology: Topology) -> int | None:
+    """OMP_NUM_THREADS as the profile or the shell says, which SLURM hands on."""
     said = profile.env.get("OMP_NUM_THREADS", "")
-    return (int(said) if said.isdigit() else 0) or topology.omp_num_threads or profile.cpus_per_gpu
+    return (int(said) if said.isdigit() else 0) or topology.omp_num_threads
 
 
 def _choose_device(recipe: Recipe, topology: Topology) -> str:

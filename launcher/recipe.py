@@ -25,6 +25,8 @@ WEIGHT_NAMES = ("DEFAULT", "IMAGENET1K_")
 """How torchvision's names of weights begin."""
 METRICS = {"train/loss": "min", "val/loss": "min", "val/top1": "max", "val/top5": "max", "val/f1": "max"}
 """What early stopping can watch, each with the mode that means better."""
+TOP_K = 5
+"""Of val/top5. With no more classes than that it is 1 for every model: metrics.jsonl has it, and nothing shows it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +148,7 @@ class EarlyStoppingConfig:
     __pydantic_config__ = STRICT
 
     metric: str = "val/loss"
-    """One of train/loss, val/loss, val/top1, val/top5, val/f1."""
+    """One of train/loss, val/loss, val/top1, val/top5 (with more than five classes), val/f1."""
     mode: Literal["min", "max"] = "min"
     """Whether less or more of it is better."""
     patience: Count | None = 5
@@ -227,6 +229,12 @@ class PostConfig:
     job, by its first node. Elsewhere it means nothing."""
     max_top1_drop: NonNegative = 1.0
     """Points (hundredths) of validation top-1 that an exported model may lose and still be called accepted."""
+    min_agreement: Fraction = 0.97
+    """Least fraction of the validation images for which an exported model must name the checkpoint's class to be
+    accepted (a float32 one always 0.99): mistakes that come and go in equal numbers do not show in top-1."""
+    target: Literal["portable", "this", "vnni"] = "portable"
+    """CPUs that int8 models are for. portable: all (weights of 7 bits); vnni: x86 with VNNI (Ice Lake, Zen 4, later)
+    and ARM (8 bits; wrong answers on other x86); this: as the CPU that makes them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,8 +250,8 @@ class LaunchConfig:
     procs: Count | Auto = "auto"
     """Workers per node; auto: one per GPU, or one on a CPU."""
     threads: Count | Auto = "auto"
-    """CPU threads of each worker's computations; auto: OMP_NUM_THREADS, or the node's cores shared out; measured on a
-    CPU with batch.size: auto."""
+    """CPU threads of each worker's computations, and of the exports'; auto: OMP_NUM_THREADS, or the node's cores shared
+    out (the exports have them all); measured on a CPU with batch.size: auto."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: cuda where a GPU is, else cpu."""
     backend: Literal["auto", "local", "torchrun", "slurm"] = "auto"

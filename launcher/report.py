@@ -10,10 +10,11 @@ import json
 import math
 import shlex
 import statistics
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from launcher import findings, wandb_folder
 from launcher import recipe as recipes
-from launcher import wandb_folder
 from launcher.errors import UsageError
 from launcher.files import write_json_atomic, write_text_atomic
 
@@ -61,7 +62,7 @@ def build_report(run: RunDir) -> Json:
     missing: list[str] = []
     status = _read_json(run.status, missing, "what the run was doing last, and its best value")
     events = _read_lines(run.events, missing, "attempts and their causes")
-    metrics = _read_lines(run.metrics, missing, "curves and tables of metrics")
+    metrics = _without_top5(_read_lines(run.metrics, missing, "curves and tables of metrics"))
     manifest = _read_json(run.export_manifest, missing, "exported models and what they measured")
     state, best = status.get("state", "unknown"), status.get("best")
     train, val = _curve(metrics, "train"), _curve(metrics, "val")
@@ -97,6 +98,8 @@ def build_report(run: RunDir) -> Json:
             "per_class": best_val.get("per_class"),
             "confusion": best_val.get("confusion"),
             "mistakes": _mistakes(best_val),
+            "findings": [asdict(found) for found in findings.of_run(run)],
+            "rare_classes": _rare_classes(events),
             "exports": exports,
             "batch_sizes": _batch_sizes(run, events, missing),
             "bad_images": _bad_images(run, missing),
@@ -223,6 +226,18 @@ def _exports(manifest: Json, best: Json | None) -> Json | None:
     if not manifest:
         return None
     return {**manifest, "of_best": best is None or manifest["checkpoint"]["step"] == best["step"]}
+
+
+def _rare_classes(events: list[Json]) -> Json | None:
+    """Those with few training images: ``{num_classes, classes: {name: images}}``, the fewest; None: there are none."""
+    found = [event for event in events if event.get("kind") == "rare_classes"]
+    return _take(found[-1], ("num_classes", "classes")) if found else None
+
+
+def _without_top5(metrics: list[Json]) -> list[Json]:
+    """The lines, without top-5 where there are so few classes that it is 1 for every model."""
+    few = any(0 < len(line.get("per_class") or ()) <= recipes.TOP_K for line in metrics)
+    return [line | {"top5": None} if few and "top5" in line else line for line in metrics]
 
 
 def _batch_sizes(run: RunDir, events: list[Json], missing: list[str]) -> Json | None:

@@ -6,6 +6,7 @@ import json
 import math
 from typing import Any
 
+from launcher import host_cpu
 from launcher.image_folder import printable
 from launcher.report_charts import Point, line_chart
 from launcher.report_markup import (
@@ -82,7 +83,11 @@ def _headline(report: Json) -> str:
 
 
 def _notes(report: Json) -> str:
-    parts = []
+    parts = [
+        f'<div class="note" role="note"><strong>{escape(found["message"])}</strong><p>Likely cause: '
+        f"{escape(found['cause'])}.</p></div>"
+        for found in report["findings"]
+    ]
     if report["missing"]:
         items = "".join(f"<li>{escape(line)}</li>" for line in report["missing"])
         parts.append(f'<div class="note" role="note"><strong>Missing in this report</strong><ul>{items}</ul></div>')
@@ -106,16 +111,19 @@ def _curves(report: Json) -> str:
     charts.append(line_chart("Learning rate", {"train": _points(train, "lr", "{:.3g}")}, "{:.3g}", floor=0.0))
     smoothing = report["recipe"]["train"]["label_smoothing"]
     smoothed = f" and its loss includes label smoothing of {smoothing:g}" if smoothing else ""
+    names = {"top1": "top-1", "top5": "top-5", "f1": "F1"}
+    if all(line["top5"] is None for line in val):
+        del names["top5"]
     rows = [
         [
             (str(line["epoch"] + 1), "num"),
             num(line["step"], "{:,}"),
             num(line["loss"], "{:.4f}"),
-            *(num(line[key], "{:.2%}") for key in ("top1", "top5", "f1")),
+            *(num(line[key], "{:.2%}") for key in names),
         ]
         for line in val
     ]
-    head = [(name, "num") for name in ("epoch", "step", "loss", "top-1", "top-5", "F1")]
+    head = [(name, "num") for name in ("epoch", "step", "loss", *names.values())]
     table = html_table("Validation after each epoch", head, rows)
     return (
         f'<div class="charts">{"".join(charts)}</div>\n<p class="soft">Training is measured on augmented images while '
@@ -175,9 +183,18 @@ def _exports(exports: Json | None) -> str:
     measured += "".join(f"; {row['file']} not made: {escape(row['reason'])}" for row in exports.get("not_made") or [])
     text = (
         f"Checkpoint of step {checkpoint['step']}; {measured}. "
-        "Agreement: the same class as the checkpoint. Times: one image at a time on the CPU."
+        f"Agreement: the same class as the checkpoint. Times: one image at a time on the CPU{_threads(exports)}, the "
+        "models in turn."
     )
+    for row in exports["exports"]:
+        if cpus := host_cpu.only_for(row.get("quantization")):
+            text += f" {escape(row['file'])} is only for {cpus}: on other CPUs its answers are wrong."
     return f'{other}<p class="soft">{text}</p>' + html_table("Exported models", [*head, ("why not", "")], rows)
+
+
+def _threads(exports: Json) -> str:
+    found = exports.get("latency_threads")
+    return f" ({found} thread{'s' if found > 1 else ''})" if found else ""
 
 
 def _classes(report: Json) -> str:

@@ -7,10 +7,13 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
+from launcher import host_cpu
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 FEW_SAMPLES = 30
+MAX_CONFUSION_CLASSES = 20
 Z_95 = 1.959964
 
 Json = dict[str, Any]
@@ -142,7 +145,16 @@ def _card_metrics(report: Json) -> str:
             for name, row in report["per_class"].items()
         ]
         text += "\n\n" + _md_table(("class", "recall", "precision", "F1", "images"), classes)
-    return text
+    return text + _card_confusion(report["classes"], report["confusion"])
+
+
+def _card_confusion(classes: list[str], matrix: list[list[int]] | None) -> str:
+    if not matrix or len(classes) > MAX_CONFUSION_CLASSES:
+        return ""
+    names = [_md(name) for name in classes]
+    rows = [(f"**{name}**", *map(str, counts), str(sum(counts))) for name, counts in zip(names, matrix, strict=True)]
+    text = "Which class (rows) was taken for which (columns), in validation images:"
+    return f"\n\n{text}\n\n{_md_table(('', *names, 'images'), rows)}"
 
 
 def _card_exports(exports: Json | None) -> str:
@@ -173,8 +185,10 @@ def _card_exports(exports: Json | None) -> str:
 
 def _limitations(report: Json) -> list[str]:
     val, samples = report["best_val"] or {}, (report["best_val"] or {}).get("samples")
+    findings = [f"**Warning**: {_md(row['message'])}. Likely cause: {_md(row['cause'])}." for row in report["findings"]]
     chosen = ", which also chose the checkpoint" if (report["best"] or {}).get("metric", "").startswith("val/") else ""
     lines = [
+        *findings,
         f"All figures are of the validation images{chosen}; there was no test set, so expect less on new ones.",
         "It always answers with one of its classes, for any image; its scores are not calibrated probabilities.",
     ]
@@ -184,6 +198,11 @@ def _limitations(report: Json) -> list[str]:
     few = [name for name, row in (report["per_class"] or {}).items() if row["samples"] < FEW_SAMPLES]
     if few:
         lines.append(f"Fewer than {FEW_SAMPLES} validation images, so figures of little worth: {_md(', '.join(few))}.")
+    if rare := report["rare_classes"]:
+        names = _md(", ".join(f"{name} ({num})" for name, num in rare["classes"].items()))
+        rest = rare["num_classes"] - len(rare["classes"])
+        more = f" and {rest} more classes" if rest else ""
+        lines.append(f"Few training images, so expect little of these classes: {names}{more}.")
     leaked = (report["bad_images"] or {}).get("leaked")
     if leaked:
         lines.append(f"{leaked} of the validation images are training images too, so the figures flatter.")
@@ -191,6 +210,10 @@ def _limitations(report: Json) -> list[str]:
         lines.append("The licence and the biases of the weights that training started from are its own too.")
     if report["exports"]:
         lines.append("Times are of one image at a time on the CPU of the machine that made the exports.")
+        made = {row["file"]: host_cpu.only_for(row.get("quantization")) for row in report["exports"]["exports"]}
+        lines += [
+            f"`{file}` is only for {cpus}; on others its answers are wrong." for file, cpus in made.items() if cpus
+        ]
     if report["state"] not in ("completed", "early_stopped"):
         lines.append(f"Training had not come to its end when this was written (state: {report['state']}).")
     return lines

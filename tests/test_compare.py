@@ -241,6 +241,13 @@ def test_the_metric_is_what_all_runs_watched(make, as_json):
     assert as_json("d")["metric"] == "val/top1"
 
 
+@pytest.mark.parametrize(("num", "value"), [(5, None), (6, 1.0)])
+def test_top_5_of_five_classes_or_fewer_is_no_value(make, as_json, num, value):
+    make("a", metrics=[val(0, 0.5) | {"per_class": {str(index): {} for index in range(num)}}])
+    (row,) = as_json("a", metric="val/top5")["runs"]
+    assert (row["best"] and row["best"]["value"]) == value
+
+
 def test_an_unknown_metric_names_the_nearest(make):
     make("a")
     with pytest.raises(UsageError, match=r"valid are .*val/f1; did you mean .*'val/top1'"):

@@ -41,6 +41,7 @@ FLOORS = (
         "launcher.topology",
         "launcher.network",
         "launcher.host_memory",
+        "launcher.host_cpu",
         "launcher.image_folder",
         "launcher.image_probe",
         "launcher.image_probe_pool",
@@ -70,6 +71,7 @@ FLOORS = (
         "launcher.history",
         "launcher.whereabouts",
         "launcher.diagnose",
+        "launcher.findings",
         "launcher.job_end",
         "launcher.quarantine",
         "launcher.report",
@@ -93,7 +95,8 @@ FLOORS = (
 FOR_ENGINE = {
     f"launcher.{name}" for name in ("errors", "files", "recipe", "run_dir", "image_folder", "processes", "watchdog")
 }
-FOR_ENGINE |= {"launcher.wandb_folder", "launcher.redact", "launcher.host_memory"}
+FOR_ENGINE |= {"launcher.wandb_folder", "launcher.redact", "launcher.host_memory", "launcher.host_cpu"}
+FOR_ENGINE |= {"launcher.findings"}
 
 
 def module_name(path):

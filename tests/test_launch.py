@@ -231,3 +231,20 @@ def test_a_sweep_without_slurm_runs_one_after_the_other_and_one_that_fails_stops
     comparison = output[output.rindex("run 3 of 3") :]
     assert all(run.path.name in comparison for run in runs)
     assert session_of(process) == []
+
+
+def test_a_rare_class_is_named_and_top_5_of_three_classes_is_not_shown(launch, recipe_file, images):
+    recipe = recipe_file(
+        f"model: {{arch: shufflenet_v2_x0_5, weights: null}}\ndata: {{path: {images}, image_size: 32}}\n"
+        "batch: {size: 6}\ntrain: {epochs: 1}\noptim: {warmup_epochs: 0}\nlaunch: {device: cpu}\n"
+    )
+    done = launch(str(recipe), "--run-dir", "run", NO_POST, "tracking.wandb.mode=disabled")
+    assert done.returncode == 0, done.stderr
+    assert "warning: few training images of cat (6), dog (6), fox (6): expect little" in done.stdout
+    assert "top5" not in done.stdout
+    run = RunDir(launch.cwd / "run")
+    assert [event["classes"] for event in events(run, "rare_classes")] == [{"cat": 6, "dog": 6, "fox": 6}]
+    card = run.model_card.read_text()
+    assert "expect little of these classes: cat (6), dog (6), fox (6)." in card
+    assert "top-5" not in card
+    assert [line["top5"] for line in read_jsonl(run.metrics) if line["split"] == "val"] == [1.0]

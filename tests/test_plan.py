@@ -242,6 +242,17 @@ def test_what_is_planned_is_what_was_asked_for_and_what_there_is(launch, machine
     assert plan.env["OMP_NUM_THREADS"] == str(plan.threads_per_proc)
 
 
+def test_the_exports_have_all_cores_unless_somebody_says_otherwise():
+    def export_threads(said=None, **launch):
+        recipe = recipes.from_dict({"data": {"name": "digits"}, "launch": {"device": "cpu", "procs": 2, **launch}})
+        machine = dataclasses.replace(LOGIN, omp_num_threads=said)
+        return make_plan(recipe, machine, Request(run_id="r-1")).export_threads
+
+    assert export_threads() is None
+    assert export_threads(said=3) == 3
+    assert export_threads(said=3, threads=2) == 2
+
+
 @pytest.mark.parametrize(
     ("launch", "env", "shell", "threads"),
     [
@@ -257,6 +268,7 @@ def test_the_workers_of_a_job_have_the_threads_that_the_nearest_word_says(launch
     machine = dataclasses.replace(LOGIN, omp_num_threads=shell)
     plan = make_plan(recipe, machine, Request(run_id="r-1"), Profile(cpus_per_gpu=3, env=env))
     assert plan.threads_per_proc == threads
+    assert plan.export_threads == (threads if launch or env or shell else None)
     assert plan.env["OMP_NUM_THREADS"] == str(threads)
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from launcher import node, report, report_charts, report_markup, report_model_card
 from launcher import recipe as recipes
-from launcher import report, report_charts, report_markup, report_model_card
 from launcher.errors import UsageError
 from launcher.run_dir import RunDir
 
@@ -671,6 +671,26 @@ def test_no_name_breaks_a_table_of_the_model_card(write_run):
     assert columns == {2, 5, 7}
     assert r"| cat\|dog | 0.3333 |" in run.model_card.read_text()
     assert "<b>" not in run.model_card.read_text()
+
+
+@pytest.mark.parametrize(("num", "shown"), [(3, False), (5, False), (6, True)])
+def test_top_5_of_five_classes_or_fewer_is_shown_nowhere(write_run, num, shown):
+    names = tuple(f"c{index}" for index in range(num))
+    confusion = (3 * np.eye(num, dtype=int)).tolist()
+    run = write_run(metrics=[METRICS[0], val_line(8, classes=names, confusion=confusion)])
+    data, page = written(run)
+    assert data["best_val"]["top5"] == (1.0 if shown else None)
+    assert ("top-5" in page) == shown
+    assert ("top-5" in run.model_card.read_text()) == shown
+
+
+@pytest.mark.parametrize(("bits", "told"), [(8, True), (7, False)])
+def test_an_int8_model_that_is_not_for_every_cpu_is_said_to_be_one(write_run, bits, told):
+    exports = [MANIFEST["exports"][0], MANIFEST["exports"][1] | {"quantization": {"weight_bits": bits}}]
+    run = write_run(manifest=MANIFEST | {"exports": exports})
+    report.write_report(run)
+    for text in (run.report_html.read_text(), run.model_card.read_text(), node.summary(run)):
+        assert ("only for x86 CPUs with VNNI and for ARM" in text) == told
 
 
 def test_without_onnx_the_model_card_shows_no_code_for_it(write_run):

@@ -6,9 +6,7 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +16,7 @@ from launcher import image_folder
 from launcher import recipe as recipes
 from launcher.engine import checkpoint, data
 from launcher.engine.data import ImageDataset, Preprocessing, build_loader
-from launcher.engine.device import Device, num_cores
+from launcher.engine.device import Device
 from launcher.engine.model import build_module, build_preprocessing, load_state
 from launcher.errors import EXIT_OK, UsageError, exit_code_of
 from launcher.run_dir import RunDir
@@ -33,8 +31,6 @@ if TYPE_CHECKING:
     """From normalised images, float32 N x 3 x S x S, to logits, float32 N x C."""
 
 BATCH_SIZE = 32
-WARM_UP_RUNS = 10
-TIMED_RUNS = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +74,8 @@ class BestModel:
         dataset = self.dataset(split)
         chosen = [(0, i) for i in (range(len(dataset)) if indices is None else indices)]
         parts = [chosen[i : i + BATCH_SIZE] for i in range(0, len(chosen), BATCH_SIZE)]
-        workers = num_cores() - 1 if len(parts) > num_cores() else 0
+        threads = torch.get_num_threads()
+        workers = threads - 1 if len(parts) > threads else 0
         for images, labels in build_loader(dataset, parts, workers=workers, device=Device(type="cpu")):
             yield self.preprocessing.normalize(images), labels
 
@@ -139,30 +136,6 @@ def predict(predictors: Mapping[str, Predictor], best: BestModel) -> tuple[dict[
             predicted[name].append(predictor(images).argmax(dim=1))
         true.append(labels)
     return {name: torch.cat(parts) for name, parts in predicted.items()}, torch.cat(true)
-
-
-@torch.inference_mode()
-def latency_ms(predictor: Predictor, image_size: int) -> tuple[float, float]:
-    """Median and 95th percentile of milliseconds for one image (1 x 3 x S x S, random), after a warm-up."""
-    image = torch.rand(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    for _ in range(WARM_UP_RUNS):
-        predictor(image)
-    times = []
-    for _ in range(TIMED_RUNS):
-        start = time.perf_counter()
-        predictor(image)
-        times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times), statistics.quantiles(times, n=20)[-1]
-
-
-def onnx_predictor(path: Path, *, threads: int) -> Predictor:
-    """ONNX Runtime over a file, on the CPU."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
 def size_mb(path: Path) -> float:

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
+import os
 import shutil
 import sys
 import tempfile
@@ -17,22 +19,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from launcher import host_cpu
 from launcher.engine import tracking
-from launcher.engine.device import num_cores
+from launcher.engine.device import cpu_name, num_cores
 from launcher.errors import EXIT_OK, UsageError, exit_code_of
 from launcher.files import write_json_atomic
 from launcher.run_dir import RunDir
-from launcher.tools import evaluate
+from launcher.tools import evaluate, latency, onnx_model
 from launcher.tools.quantize import quantize_onnx
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
+    from launcher.recipe import LaunchConfig, PostConfig
     from launcher.tools.evaluate import BestModel, Predictor
+
+    Say = Callable[[str], None]
+    """Tells the person at the terminal a line."""
 
 FILES = {"onnx": "model.onnx", "torchscript": "model.ts", "onnx_int8": "model.int8.onnx"}
 MIN_AGREEMENT = 0.99
-"""Of an export that computes in float32: the same network must see the same thing."""
+"""Of an export that computes in float32, whatever post.min_agreement says: the same network must see the same thing."""
 NO_CALIBRATION = "calibration needs training images"
 LARGE_BYTES = 1.9e9
 """From here on ONNX keeps weights beside the model: a protobuf holds at most 2 GB."""
@@ -51,30 +58,35 @@ def export_run(run: RunDir, data_path: str | None = None) -> None:
         UsageError: the run has no best checkpoint, or ``data_path`` holds no such images.
         CheckpointError: it is damaged.
     """
-    torch.set_num_threads(num_cores())
+    with _noise_to(run.post_log) as say:
+        _export_run(run, data_path, say)
+
+
+def _export_run(run: RunDir, data_path: str | None, say: Say) -> None:
     best = evaluate.load_best(run, data_path)
+    torch.set_num_threads(num_threads(best.recipe.launch))
     missing, uncalibrated = best.missing("val"), best.missing("train")
     if missing and data_path is not None:
         raise UsageError(f"data.path={data_path}: {missing}")
     if missing:
-        print(f"not measured: {missing}; where they are now: launch export {run} data.path=FOLDER", flush=True)
+        say(f"not measured: {missing}; where they are now: launch export {run} data.path=FOLDER")
     run.exports.mkdir(exist_ok=True)
     post = best.recipe.post
     not_made: list[str] = [*post.quantize] if uncalibrated else []
     for name in not_made:
-        print(f"{FILES[name]}: not made: {NO_CALIBRATION}: {uncalibrated}", flush=True)
+        say(f"{FILES[name]}: not made: {NO_CALIBRATION}: {uncalibrated}")
     formats: list[str] = [*post.export, *([] if uncalibrated else post.quantize)]
     files: dict[str, Path] = {name: run.exports / FILES[name] for name in formats}
     with tempfile.TemporaryDirectory(dir=run.exports, prefix=".export-") as folder:
         for name in formats:
-            print(f"making {FILES[name]}", flush=True)
+            say(f"making {FILES[name]}")
             made = Path(folder) / FILES[name]
             _make(name, made, best)
         # Only now: what lies in exports/ is whole, and all of it is of one checkpoint.
         for made in Path(folder).iterdir():
             shutil.move(made, run.exports / made.name)
-    print("measuring", flush=True)
-    manifest = _measure(run, best, files, missing)
+    say("measuring")
+    manifest = _measure(run, best, files, missing, say)
     kept = _made_before(run, not_made, manifest["checkpoint"])
     manifest["not_made"] = [
         {"file": FILES[name], "format": name, "reason": f"{NO_CALIBRATION}: {uncalibrated}"}
@@ -82,12 +94,47 @@ def export_run(run: RunDir, data_path: str | None = None) -> None:
         if name not in [row["format"] for row in kept]
     ]
     for row in manifest["exports"]:
-        run.append_event("export", file=row["file"], top1=row["top1"], accepted=row["accepted"], reason=row["reason"])
+        run.append_event("export", **{key: row[key] for key in ("file", "top1", "agreement", "accepted", "reason")})
         numbers = "" if missing else f"top1 {row['top1']:.4f}, agreement {row['agreement']:.4f}, "
-        print(f"{row['file']}: {numbers}accepted {row['accepted']}{f' ({missing})' if missing else ''}")
+        say(f"{row['file']}: {numbers}accepted {row['accepted']}{f' ({missing})' if missing else ''}")
     manifest["exports"] += kept
     write_json_atomic(run.export_manifest, manifest)
-    tracking.log_exports(run, warn=print)
+    tracking.log_exports(run, warn=say)
+
+
+@contextlib.contextmanager
+def _noise_to(log: Path) -> Iterator[Say]:
+    """Send what libraries print, C libraries' too, to a log: nothing in it is for the user to mend.
+
+    Yields:
+        What writes a line to where standard output went until now.
+    """
+    log.parent.mkdir(exist_ok=True)
+    _flush()
+    with log.open("a", encoding="utf-8") as file, os.fdopen(os.dup(1), "w", buffering=1) as terminal:
+        saved = [os.dup(1), os.dup(2)]
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield lambda line: print(line, file=terminal, flush=True)
+        finally:
+            _flush()
+            for number, descriptor in enumerate(saved, start=1):
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+def num_threads(config: LaunchConfig) -> int:
+    """CPU threads of the exports: ``launch.threads``, else OMP_NUM_THREADS, else all cores."""
+    if config.threads != "auto":
+        return config.threads
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    return (int(said) if said.isdigit() else 0) or num_cores()
 
 
 def _made_before(run: RunDir, names: Sequence[str], checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
@@ -148,29 +195,34 @@ def export_torchscript(target: Path, best: BestModel) -> None:
         torch.jit.save(torch.jit.trace(best.module, _example(best)), str(target))  # type: ignore[no-untyped-call]
 
 
-def _measure(run: RunDir, best: BestModel, files: dict[str, Path], missing: str | None) -> dict[str, Any]:
+def _measure(run: RunDir, best: BestModel, files: dict[str, Path], missing: str | None, say: Say) -> dict[str, Any]:
     """The manifest: top-1, agreement, size and latency of the checkpoint and of each file.
 
     Where images are ``missing``, top-1 and agreement are null, and why is said.
     """
-    threads = torch.get_num_threads()
-    predictors = {name: _predictor(name, path, threads) for name, path in files.items()}
-    named: dict[str, Predictor] = {"pytorch": best.module, **predictors}
-    predicted, true = ({}, torch.empty(0)) if missing else evaluate.predict(named, best)
+    predictors = {"pytorch": best.module} | {name: _predictor(name, path, say) for name, path in files.items()}
+    predicted, true = ({}, torch.empty(0)) if missing else evaluate.predict(predictors, best)
+    times = latency.measure(predictors, best.preprocessing.image_size)
     reference = predicted.get("pytorch")
-    top1 = {name: _fraction_same(predicted.get(name), true) for name in named}
+    top1 = {name: _fraction_same(predicted.get(name), true) for name in predictors}
     rows: list[dict[str, Any]] = [
         {
             "file": path.name,
             "format": name,
-            **_numbers(predictors[name], path, best, top1[name]),
+            "quantization": onnx_model.read_quantization(path) if name in best.recipe.post.quantize else None,
+            "top1": top1[name],
+            "size_mb": evaluate.size_mb(path),
+            **times[name],
             "agreement": _fraction_same(predicted.get(name), reference),
+            "num_changed": None if missing else int((predicted[name] != predicted["pytorch"]).sum()),
             "top1_drop": None if missing else 100 * (top1["pytorch"] - top1[name]),
         }
         for name, path in files.items()
     ]
     for row in rows:
-        row["reason"] = f"not measured: {missing}" if missing else _rejection(row, best.recipe.post.max_top1_drop)
+        row["reason"] = (
+            f"not measured: {missing}" if missing else _rejection(row, best.recipe.post, num_images=len(true))
+        )
         row["accepted"] = row["reason"] is None
     weights = best.folder / "model.safetensors"
     found = best.state["early_stopping"]["best"]
@@ -181,8 +233,14 @@ def _measure(run: RunDir, best: BestModel, files: dict[str, Path], missing: str 
         "preprocessing": _preprocessing(best),
         "val_samples": len(true),
         "not_measured": missing,
-        "latency_threads": threads,
-        "reference": {"format": "pytorch", **_numbers(best.module, weights, best, top1["pytorch"])},
+        "latency_threads": torch.get_num_threads(),
+        "cpu": {"name": cpu_name(), "saturates_int8": host_cpu.saturates_int8()},
+        "reference": {
+            "format": "pytorch",
+            "top1": top1["pytorch"],
+            "size_mb": evaluate.size_mb(weights),
+            **times["pytorch"],
+        },
         "exports": rows,
     }
 
@@ -192,27 +250,31 @@ def _fraction_same(found: torch.Tensor | None, expected: torch.Tensor | None) ->
     return None if found is None or expected is None else (found == expected).double().mean().item()
 
 
-def _numbers(predictor: Predictor, path: Path, best: BestModel, top1: float | None) -> dict[str, Any]:
-    median, p95 = evaluate.latency_ms(predictor, best.preprocessing.image_size)
-    return {"top1": top1, "size_mb": evaluate.size_mb(path), "latency_p50_ms": median, "latency_p95_ms": p95}
-
-
-def _rejection(row: dict[str, Any], max_top1_drop: float) -> str | None:
+def _rejection(row: dict[str, Any], post: PostConfig, *, num_images: int) -> str | None:
     """Why an export is not accepted, or None."""
-    if row["top1_drop"] > max_top1_drop + 1e-9:
-        return f"loses {row['top1_drop']:.2f} points of top-1; post.max_top1_drop allows {max_top1_drop:g}"
-    if row["format"] != "onnx_int8" and row["agreement"] < MIN_AGREEMENT:
-        return f"agrees with the checkpoint on {row['agreement']:.2%} of the images; {MIN_AGREEMENT:.0%} is the least"
-    return None
+    reasons = []
+    if row["top1_drop"] > post.max_top1_drop + 1e-9:
+        reasons.append(
+            f"loses {row['top1_drop']:.2f} points of top-1; post.max_top1_drop allows {post.max_top1_drop:g}"
+        )
+    quantized = row["quantization"] is not None
+    least = post.min_agreement if quantized else max(MIN_AGREEMENT, post.min_agreement)
+    if row["agreement"] < least - 1e-9:
+        key = "post.min_agreement" if least == post.min_agreement else "a float32 export"
+        reasons.append(
+            f"agrees with the checkpoint on {row['agreement']:.2%} of the images ({row['num_changed']} of {num_images} "
+            f"answers changed); {key} asks for {100 * least:g}%"
+        )
+    return "; ".join(reasons) or None
 
 
-def _predictor(name: str, path: Path, threads: int) -> Predictor:
+def _predictor(name: str, path: Path, say: Say) -> Predictor:
     if name == "torchscript":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loaded: Predictor = torch.jit.load(str(path)).eval()  # type: ignore[no-untyped-call]
         return loaded
-    return evaluate.onnx_predictor(path, threads=threads)
+    return onnx_model.onnx_predictor(path, threads=torch.get_num_threads(), warn=say)
 
 
 def _example(best: BestModel) -> torch.Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import platform
+import json
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher import host_cpu
 from launcher.engine.schedule import epoch_order
+from launcher.host_cpu import PORTABLE_BITS
+from launcher.tools.onnx_model import QUANTIZATION, read_metadata
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,7 +25,7 @@ def quantize_onnx(source: Path, target: Path, best: BestModel) -> None:
     """Make an int8 model (QDQ: uint8 activations, int8 weights per channel) of an exported one.
 
     The activations' ranges are the least and greatest values over a fixed random choice of training images, seen as
-    validation sees them.
+    validation sees them. ``post.target`` says whether its weights may use all 8 bits; the metadata say what was done.
 
     Args:
         source: an ONNX file of float32.
@@ -38,6 +41,8 @@ def quantize_onnx(source: Path, target: Path, best: BestModel) -> None:
     )
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
+    target_cpus = best.recipe.post.target
+    bits = weight_bits(target_cpus)
     indices = epoch_order(best.recipe.seed, 0, len(best.dataset("train")))[:NUM_CALIBRATION_IMAGES].tolist()
 
     class TrainingImages(CalibrationDataReader):
@@ -62,27 +67,25 @@ def quantize_onnx(source: Path, target: Path, best: BestModel) -> None:
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             per_channel=True,
-            reduce_range=saturates(),
+            reduce_range=bits == PORTABLE_BITS,
             calibrate_method=CalibrationMethod.MinMax,
         )
-    _copy_metadata(source, target)
+    made = {"target": target_cpus, "weight_bits": bits, "activation_bits": 8, "calibration_images": len(indices)}
+    _write_metadata(source, target, {QUANTIZATION: json.dumps(made)})
 
 
-def saturates(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this CPU adds pairs of uint8 x int8 products in 16 bits, where they can overflow: x86 without VNNI.
-
-    Weights of 7 bits then keep the sums right (ONNX Runtime's documentation on quantization, "U8S8 saturation").
-    """
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return False
-    text = cpuinfo.read_text(encoding="utf-8")
-    return "avx512_vnni" not in text and "avx_vnni" not in text
+def weight_bits(target_cpus: str) -> int:
+    """Bits of the weights for ``post.target``: 7 where the CPUs meant may add products in 16 bits."""
+    if target_cpus == "this":
+        return PORTABLE_BITS if host_cpu.saturates_int8() else 8
+    return {"portable": PORTABLE_BITS, "vnni": 8}[target_cpus]
 
 
-def _copy_metadata(source: Path, target: Path) -> None:
+def _write_metadata(source: Path, target: Path, more: dict[str, str]) -> None:
+    """Those of ``source``, and ``more``."""
     import onnx
 
-    found: Any = onnx.load(source, load_external_data=False).metadata_props
-    model = onnx.load(target)
-    onnx.helper.set_model_props(model, {entry.key: entry.value for entry in found})
+    known = read_metadata(onnx.load(source, load_external_data=False))
+    model: Any = onnx.load(target)
+    onnx.helper.set_model_props(model, known | more)
     onnx.save(model, target)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 from launcher.commands import jobs
 from launcher.errors import UsageError, did_you_mean
 from launcher.files import read_jsonl
-from launcher.recipe import METRICS
+from launcher.recipe import METRICS, TOP_K
 from launcher.report import AFTER_TRAINING
 from launcher.run_dir import RunDir
 
@@ -199,13 +199,20 @@ def _best(metric: str, metrics: Sequence[Json], status: Json) -> Json | None:
     """The first of the best values; a mean over an epoch of training stands only in status.json, if it was watched."""
     split, _, name = metric.partition("/")
     if split == "val":
-        found = [{**line, "value": line.get(name)} for line in _curve(metrics, split)]
+        shown = [line for line in _curve(metrics, split) if metric != "val/top5" or _has_top5(line)]
+        found = [{**line, "value": line.get(name)} for line in shown]
     else:
         watched = status.get("best")
         found = [watched] if isinstance(watched, dict) and watched.get("metric") == metric else []
     found = [{key: each.get(key) for key in ("value", "epoch", "step")} for each in found]
     whole = [each for each in found if all(map(_is_number, each.values()))]
     return (max if METRICS[metric] == "max" else min)(whole, key=lambda each: each["value"], default=None)
+
+
+def _has_top5(line: Json) -> bool:
+    """Whether top-5 says anything: with few classes it is 1 for every model."""
+    classes = line.get("per_class")
+    return not isinstance(classes, dict) or len(classes) > TOP_K
 
 
 def _training_s(records: Sequence[Json]) -> float | None:

@@ -22,6 +22,7 @@ from launcher.engine.model import (
 from launcher.engine.setup import num_classes
 from launcher.engine.weights_file import read_weights_file
 from launcher.errors import Problem, RecipeError, UsageError
+from launcher.recipe import TOP_K
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -75,6 +76,8 @@ def _find(recipe: Recipe, *, is_new: bool) -> Iterator[tuple[str, str]]:
     folder = data.prepare(recipe.data)
     classes = num_classes(recipe, image_folder.find_classes(folder / "train"))
     preprocessing = build_preprocessing(recipe.model, recipe.data)
+    if recipe.train.early_stopping.metric == "val/top5" and classes <= TOP_K:
+        yield "train.early_stopping.metric", f"found 'val/top5', which is always 1 with {classes} classes; use val/top1"
     yield from _patterns(recipe, classes)
     yield from _image_size(recipe, classes, preprocessing.image_size)
     yield from _weights(recipe, classes, preprocessing.image_size, is_new=is_new)

@@ -11,13 +11,13 @@ import torch.distributed as dist
 from torch import nn
 
 from launcher.engine.distributed import max_over_ranks, sum_over_ranks
+from launcher.recipe import TOP_K
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 MAX_DETAILED_CLASSES = 100
 NUM_MISTAKES = 10
-TOP_K = 5
 
 
 class TrainTotals:
@@ -92,7 +92,8 @@ class ValidationTotals:
         """``{samples, loss, top1, top5, f1}`` of all ranks.
 
         Up to 100 classes with ``per_class`` and ``confusion`` (rows true, columns predicted), beyond with ``mistakes``,
-        the most frequent confusions. F1 is the mean over the classes that occur or are predicted.
+        the most frequent confusions, and ``answers`` (:func:`answers`). F1 is the mean over the classes that occur or
+        are predicted.
         """
         loss, top5 = float(sum_over_ranks(self._loss.clone())), int(sum_over_ranks(self._top5.clone()))
         pairs, counts = (found.cpu() for found in _count_over_ranks(torch.cat(self._pairs)))
@@ -109,7 +110,8 @@ class ValidationTotals:
         result: dict[str, Any] = {"samples": samples, "loss": loss / samples}
         result |= {"top1": int(totals.hits.sum()) / samples, "top5": top5 / samples, "f1": float(f1)}
         if num > MAX_DETAILED_CLASSES:
-            return result | {"mistakes": self._mistakes(true[~right], predicted[~right], counts[~right])}
+            mistakes = self._mistakes(true[~right], predicted[~right], counts[~right])
+            return result | {"mistakes": mistakes, "answers": answers(totals, self._classes)}
         confusion = _sum_by(pairs, counts, num * num).view(num, num).tolist()
         return result | {"per_class": per_class(totals, self._classes), "confusion": confusion}
 
@@ -148,6 +150,19 @@ class ClassTotals:
     """Of the class."""
     predicted: torch.Tensor
     """Taken for the class."""
+
+
+def answers(totals: ClassTotals, classes: Sequence[str]) -> dict[str, Any]:
+    """What :mod:`launcher.findings` needs where there are too many classes for their confusion matrix.
+
+    Returns:
+        ``chance``: top-1 of these answers, had they been given at random; ``most``: the class that is predicted most
+        often, ``count``: how often, ``true``: how many images are of it, ``hits``: of these, those predicted so.
+    """
+    most = int(totals.predicted.argmax())
+    chance = float((totals.true.double() * totals.predicted.double()).sum() / totals.true.sum().double() ** 2)
+    counts = {name: int(found[most]) for name, found in (("count", totals.predicted), ("true", totals.true))}
+    return {"chance": chance, "most": classes[most], **counts, "hits": int(totals.hits[most])}
 
 
 def per_class(totals: ClassTotals, classes: Sequence[str]) -> dict[str, dict[str, float]]:

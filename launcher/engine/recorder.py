@@ -8,7 +8,9 @@ import threading
 import time
 from typing import IO, TYPE_CHECKING, Any
 
+from launcher import findings
 from launcher.engine.tracking import Tracker
+from launcher.recipe import TOP_K
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,6 +45,7 @@ class Recorder:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._epochs = recipe.train.epochs
+        self._shows_top5 = True
         self._writing = threading.Lock()
         self._unwritten: list[Callable[[], None]] = []
         self._tracker = Tracker(run, recipe, run.read_plan(), self.say) if tracked else None
@@ -72,6 +75,13 @@ class Recorder:
             self._progress.update(self._task, total=num_steps, completed=step)
         self.say(f"resumed at epoch {epoch + 1}, step {step}")
 
+    def classes(self, num: int, rare: dict[str, int]) -> None:
+        """Learn how many outputs the model has, and name the classes with few training images."""
+        self._shows_top5 = num > TOP_K
+        if rare:
+            self.event("rare_classes", num_classes=len(rare), classes=dict([*rare.items()][: findings.NUM_SHOWN]))
+            self.say(f"warning: {findings.describe_rare(rare)}")
+
     def status(self, state: State = "running", **fields: Any) -> None:
         """Write status.json."""
         self._write(lambda: self._run.update_status(state=state, attempt=self._attempt, **fields))
@@ -93,7 +103,8 @@ class Recorder:
     def validation(self, *, epoch: int, step: int, values: dict[str, Any], best: bool) -> None:
         """The counts over the validation set after an epoch."""
         self._metrics("val", epoch, step, values)
-        text = "  ".join(f"{name} {values[name]:.4f}" for name in ("loss", "top1", "top5", "f1"))
+        names = ("loss", "top1", "top5", "f1") if self._shows_top5 else ("loss", "top1", "f1")
+        text = "  ".join(f"{name} {values[name]:.4f}" for name in names)
         self.say(f"epoch {epoch + 1}/{self._epochs}  val  {text}{'  best so far' if best else ''}")
 
     def end(self, outcome: Outcome, best: dict[str, Any] | None, checkpoint: Path) -> None:
@@ -117,7 +128,7 @@ class Recorder:
         record = {"time": time.time(), "split": split, "attempt": self._attempt, "epoch": epoch, "step": step, **values}
         self._write(lambda: self._run.append_metrics(**record))
         if self._tracker is not None:
-            self._tracker.log(record)
+            self._tracker.log(record if self._shows_top5 else record | {"top5": None})
 
     def _write(self, write: Callable[[], None]) -> None:
         """Write to the run directory; what a full disk does not take now is kept, in its order, for the next time."""

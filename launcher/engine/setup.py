@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -73,6 +74,13 @@ class Parts:
         """Class names in the order of the logits; a head wider than the data set has outputs without a name."""
         known = self.train_set.classes
         return known + [f"unused-{i}" for i in range(len(known), num_classes(self.recipe, known))]
+
+    @property
+    def images_per_class(self) -> dict[str, int]:
+        """Training images of each class that take part."""
+        left_out = self.schedule.excluded
+        labels = Counter(label for index, (_, label) in enumerate(self.train_set.samples) if index not in left_out)
+        return {name: labels[index] for index, name in enumerate(self.train_set.classes)}
 
     @property
     def num_steps(self) -> int:

@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from launcher import host_memory
+from launcher import findings, host_memory
 from launcher import recipe as recipes
 from launcher.engine import autotune
 from launcher.engine.device import Device, is_out_of_memory
@@ -147,6 +147,7 @@ def train(
                 tracked=not spec.debug,
             )
             recorder.status(epoch=0, step=0)
+            recorder.classes(len(parts.classes), findings.rare_classes(parts.images_per_class))
 
         def stop_requested() -> bool:
             alive()

@@ -184,6 +184,18 @@ def test_ten_thousand_classes_cost_no_square_of_them(one_rank):
     assert largest <= logits.numel()
 
 
+def test_above_a_hundred_classes_it_stands_there_how_the_answers_lie(one_rank):
+    logits, labels = predictions(300, 101)
+    logits[:200, 7] = 100.0
+    found = validated(logits, labels, [100, 200], [str(i) for i in range(101)])["answers"]
+    predicted = logits.argmax(1)
+    assert found["most"] == "7"
+    assert (found["count"], found["true"]) == (int((predicted == 7).sum()), int((labels == 7).sum()))
+    assert found["hits"] == int(((predicted == 7) & (labels == 7)).sum())
+    chance = sum(int((labels == i).sum()) * int((predicted == i).sum()) for i in range(101)) / 300**2
+    assert found["chance"] == pytest.approx(chance)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.filterwarnings("ignore:Encountered")
 def test_a_loss_that_is_no_number_is_not_reported_as_one(one_rank, value):

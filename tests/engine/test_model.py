@@ -22,7 +22,7 @@ from launcher.engine.model import (
 )
 from launcher.engine.weights_file import read_weights_file
 from launcher.errors import UsageError
-from launcher.recipe import DataConfig, ModelConfig, Recipe
+from launcher.recipe import DataConfig, EarlyStoppingConfig, ModelConfig, Recipe, TrainConfig
 
 ARCHS = models.list_models(module=models)
 HEAD = ("classifier.1.weight", "classifier.1.bias")  # of squeezenet1_1, the smallest there is
@@ -69,6 +69,23 @@ def test_the_checks_say_which_image_sizes_a_model_does_not_take(tmp_path, arch, 
         checks.check(recipe, str)
     else:
         with pytest.raises(UsageError, match=f"{arch} does not take images of {size} px"):
+            checks.check(recipe, str)
+
+
+@pytest.mark.parametrize(("num_classes", "good"), [(5, False), (6, True)])
+def test_top_5_of_five_classes_chooses_nothing(tmp_path, num_classes, good):
+    for index in range(num_classes):
+        (tmp_path / "train" / str(index)).mkdir(parents=True)
+    stop = EarlyStoppingConfig(metric="val/top5", mode="max")
+    recipe = Recipe(
+        model=ModelConfig(arch="resnet18", weights=None),
+        data=DataConfig(path=str(tmp_path), image_size=32),
+        train=TrainConfig(early_stopping=stop),
+    )
+    if good:
+        checks.check(recipe, str)
+    else:
+        with pytest.raises(UsageError, match="found 'val/top5', which is always 1 with 5 classes; use val/top1"):
             checks.check(recipe, str)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,9 +18,10 @@ import onnxruntime
 import pytest
 import torch
 
-from launcher import cli
+from launcher import cli, host_cpu
 from launcher import recipe as recipes
 from launcher.engine import checkpoint
+from launcher.engine.device import num_cores
 from launcher.errors import UsageError
 from launcher.files import write_json_atomic
 from launcher.history import events
@@ -42,6 +45,7 @@ PLAN = {
     "world_size": 1,
     "host": "here",
 }
+CALIBRATED = {"activation_bits": 8, "calibration_images": 96}
 CLASSES = ["ant", "bee", "cat", "dog"]
 SIZE = 32
 
@@ -111,15 +115,24 @@ def test_the_manifest_has_what_the_contract_names(exported):
     assert found["classes"] == CLASSES
     assert found["val_samples"] == 40
     assert found["preprocessing"]["image_size"] == SIZE
-    assert set(found["reference"]) == {"format", "top1", "size_mb", "latency_p50_ms", "latency_p95_ms"}
+    times = {"latency_p50_ms", "latency_p95_ms", "latency_iqr_ms"}
+    assert set(found["reference"]) == {"format", "top1", "size_mb", *times}
+    assert found["cpu"]["saturates_int8"] == host_cpu.saturates_int8()
     rows = {row["format"]: row for row in found["exports"]}
     assert {name: row["file"] for name, row in rows.items()} == export.FILES
     for row in rows.values():
         assert row["top1_drop"] == pytest.approx(100 * (found["reference"]["top1"] - row["top1"]))
         assert 0 < row["latency_p50_ms"] <= row["latency_p95_ms"]
     assert rows["onnx"]["agreement"] == rows["torchscript"]["agreement"] == 1.0
+    for name in ("onnx", "torchscript"):
+        assert (rows[name]["num_changed"], rows[name]["quantization"]) == (0, None)
+    int8 = rows["onnx_int8"]
+    assert int8["num_changed"] == round(40 * (1 - int8["agreement"]))
+    assert int8["quantization"] == {"target": "portable", "weight_bits": 7} | CALIBRATED
     assert rows["onnx_int8"]["size_mb"] < 0.3 * rows["onnx"]["size_mb"]
-    assert len(events(exported, "export")) == 3
+    told = {event["file"]: event for event in events(exported, "export")}
+    for row in rows.values():
+        assert told[row["file"]].items() >= {key: row[key] for key in ("top1", "agreement", "accepted")}.items()
 
 
 def test_the_onnx_file_takes_any_batch_and_computes_what_the_checkpoint_does(exported):
@@ -149,15 +162,46 @@ def test_nothing_half_made_is_left(exported):
     assert sorted(p.name for p in exported.exports.iterdir()) == ["manifest.json", *sorted(export.FILES.values())]
 
 
+INT8 = {"format": "onnx_int8", "quantization": {}, "top1_drop": 0.0, "agreement": 1.0, "num_changed": 0}
+
+
 def test_an_int8_model_that_loses_too_much_is_not_accepted_and_says_why():
-    row = {"format": "onnx_int8", "top1_drop": 1.2, "agreement": 0.9}
-    assert export._rejection(row, 1.0) == "loses 1.20 points of top-1; post.max_top1_drop allows 1"
-    assert export._rejection(row | {"top1_drop": 1.0}, 1.0) is None
+    row = INT8 | {"top1_drop": 1.2}
+    assert export._rejection(row, PostConfig(), num_images=500) == (
+        "loses 1.20 points of top-1; post.max_top1_drop allows 1"
+    )
+    assert export._rejection(row | {"top1_drop": 1.0}, PostConfig(), num_images=500) is None
 
 
-def test_a_float_export_that_sees_other_things_is_not_accepted():
-    row = {"format": "onnx", "top1_drop": 0.0, "agreement": 0.95}
-    assert "agrees with the checkpoint on 95.00%" in export._rejection(row, 1.0)
+def test_mistakes_that_come_and_go_in_equal_numbers_are_no_agreement():
+    row = INT8 | {"agreement": 124 / 141, "num_changed": 17}
+    assert export._rejection(row, PostConfig(), num_images=141) == (
+        "agrees with the checkpoint on 87.94% of the images (17 of 141 answers changed); "
+        "post.min_agreement asks for 97%"
+    )
+    assert export._rejection(row, PostConfig(min_agreement=0.87), num_images=141) is None
+    assert "asks for 87.95%" in export._rejection(row, PostConfig(min_agreement=0.8795), num_images=141)
+
+
+@pytest.mark.parametrize("least", [0.0, 0.97, 1.0])
+def test_an_agreement_of_just_what_is_asked_for_is_enough(least):
+    row = INT8 | {"agreement": (least * 100) / 100, "num_changed": 3}
+    assert export._rejection(row, PostConfig(min_agreement=least), num_images=100) is None
+
+
+def test_all_that_is_wrong_with_an_export_is_said():
+    row = INT8 | {"top1_drop": 40.0, "agreement": 0.5, "num_changed": 50}
+    reason = export._rejection(row, PostConfig(), num_images=100)
+    assert "loses 40.00 points" in reason
+    assert "50 of 100 answers changed" in reason
+
+
+def test_a_float_export_that_sees_other_things_is_not_accepted_whatever_the_recipe_allows():
+    row = {"format": "onnx", "quantization": None, "top1_drop": 0.0, "agreement": 0.98, "num_changed": 2}
+    reason = export._rejection(row, PostConfig(min_agreement=0.5), num_images=100)
+    assert "agrees with the checkpoint on 98.00%" in reason
+    assert "a float32 export asks for 99%" in reason
+    assert "post.min_agreement asks for 100%" in export._rejection(row, PostConfig(min_agreement=1.0), num_images=100)
 
 
 def test_a_broken_quantization_is_measured_and_refused(tmp_path, photos, monkeypatch):
@@ -209,17 +253,6 @@ def test_calibration_images_are_the_same_every_time(exported, monkeypatch):
     assert sorted(seen[0][1]) == list(range(96))
 
 
-def test_reduced_range_is_for_x86_without_vnni(tmp_path, monkeypatch):
-    cpuinfo = tmp_path / "cpuinfo"
-    monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    cpuinfo.write_text("flags\t\t: sse avx2\n")
-    assert quantize.saturates(cpuinfo)
-    cpuinfo.write_text("flags\t\t: sse avx2 avx512_vnni\n")
-    assert not quantize.saturates(cpuinfo)
-    monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    assert not quantize.saturates(cpuinfo)
-
-
 def test_without_a_best_checkpoint_it_says_so(exported, tmp_path):
     run = RunDir(tmp_path / "run")
     run.create()
@@ -263,6 +296,7 @@ def test_launch_export_makes_it_all_again(exported, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "model.onnx" in done.stdout
+    assert done.stderr == ""
     assert manifest(copied)["exports"][0]["agreement"] == 1.0
     assert copied.report_json.is_file()
 
@@ -281,13 +315,13 @@ def moved(exported, photos, tmp_path):
     return run, photos
 
 
-def test_without_images_an_export_is_made_and_called_not_measured(moved, capsys):
+def test_without_images_an_export_is_made_and_called_not_measured(moved, capfd):
     run, _ = moved
     shutil.rmtree(run.exports)
     assert cli.main(["export", str(run.path)]) == 0
     gone = run.path.parent / "gone/val"
     why = f"not measured: no images at {gone}"
-    said = capsys.readouterr().out
+    said = capfd.readouterr().out
     assert f"{why}; where they are now: launch export {run} data.path=FOLDER" in said
     assert "model.int8.onnx: not made: calibration needs training images: no images at " in said
     assert f"NOT ACCEPTED: {why}" in said
@@ -357,3 +391,26 @@ def test_a_copy_without_links_knows_its_best_checkpoint(exported, tmp_path, copi
     checkpoint._point(run.best_checkpoint, run.checkpoint(3))
     assert run.best_checkpoint.is_symlink()
     assert evaluate.load_best(run).folder.name == "step-00000003"
+
+
+@pytest.mark.parametrize(
+    ("threads", "environment", "expected"), [("auto", "1", 1), (1, "2", 1), (2, None, 2), ("auto", "all", None)]
+)
+def test_threads_are_what_the_recipe_or_the_environment_says(monkeypatch, threads, environment, expected):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", environment)
+    assert export.num_threads(LaunchConfig(threads=threads)) == (expected or num_cores())
+
+
+def test_what_libraries_print_goes_to_the_log_and_our_lines_to_the_terminal(tmp_path, capfd):
+    log = tmp_path / "logs" / "post.log"
+    with contextlib.suppress(ValueError), export._noise_to(log) as say:
+        os.write(1, b"printed\n")
+        say("making model.onnx")
+        os.system("echo C library >&2")  # noqa: S605
+        os.write(2, b"TorchScript is deprecated\n")
+        raise ValueError
+    print("after")
+    assert capfd.readouterr() == ("making model.onnx\nafter\n", "")
+    assert {"printed", "C library", "TorchScript is deprecated"} <= {*log.read_text().splitlines()}

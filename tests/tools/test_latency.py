@@ -1,0 +1,52 @@
+"""Models are timed in turns: what slows the machine for a while slows them all alike."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+
+from launcher.tools import latency
+
+
+def sleeper(seconds, calls, name):
+    def predict(_images):
+        calls.append(name)
+        time.sleep(seconds())
+
+    return predict
+
+
+def test_turns_are_short_and_each_model_is_run_equally_often():
+    calls: list[str] = []
+    names = ("pytorch", "onnx", "int8")
+    found = latency.measure({name: sleeper(lambda: 0.0, calls, name) for name in names}, 8)
+    assert set(found) == set(names)
+    num = latency.WARM_UP_RUNS + latency.NUM_TURNS * (1 + latency.RUNS_A_TURN)
+    assert Counter(calls) == dict.fromkeys(names, num)
+    timed = calls[len(names) * latency.WARM_UP_RUNS :]
+    turns = [name for name, _ in itertools.groupby(timed)]
+    assert (
+        len(turns) > (len(names) - 1) * latency.NUM_TURNS
+    )  # where two rounds meet a model may have two turns in a row
+    assert {*itertools.pairwise(turns)} > {("pytorch", "onnx"), ("onnx", "int8"), ("int8", "pytorch")}
+
+
+def test_a_load_that_comes_and_goes_does_not_decide_which_is_faster():
+    """From the middle on all takes four times as long: of models timed one after another that would hit one."""
+    calls: list[str] = []
+
+    def load():
+        return 4.0 if len(calls) > latency.NUM_TURNS * (1 + latency.RUNS_A_TURN) else 1.0
+
+    found = latency.measure(
+        {
+            "slow": sleeper(lambda: 0.004 * load(), calls, "slow"),
+            "fast": sleeper(lambda: 0.002 * load(), calls, "fast"),
+        },
+        8,
+    )
+    assert 1.3 < found["slow"]["latency_p50_ms"] / found["fast"]["latency_p50_ms"] < 3
+    for row in found.values():
+        assert 0 < row["latency_p50_ms"] <= row["latency_p95_ms"]
+        assert row["latency_iqr_ms"] > 0

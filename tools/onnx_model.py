@@ -1,0 +1,92 @@
+"""Opens exported ONNX files on the CPU, for all our own code, so that int8 files compute right on every CPU."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from launcher import host_cpu
+from launcher.host_cpu import PORTABLE_BITS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import onnx
+    import onnxruntime
+
+    from launcher.tools.evaluate import Predictor
+
+QUANTIZATION = "quantization"
+"""Key of an int8 file's metadata: ``{target, weight_bits, activation_bits, calibration_images}`` as JSON."""
+EXACT_SUMS = "session.x64quantprecision"
+"""ONNX Runtime's own option for x86 without VNNI: int8 weights become uint8, whose products it adds in 32 bits."""
+
+
+def onnx_predictor(path: Path, *, threads: int, warn: Callable[[str], None]) -> Predictor:
+    """ONNX Runtime over a file; its answers are those that the file was made to give, on every CPU.
+
+    Args:
+        path: a file as ``launch export`` makes it.
+        threads: of the CPU.
+        warn: told in a line where the file was made for other CPUs than this one.
+    """
+    session = _session(path, threads)
+    if overflows_here(path, session.get_modelmeta().custom_metadata_map):
+        warn(
+            f"{path}: made for CPUs with VNNI (or ARM), and this one has none: our own code computes it exactly, but "
+            "slower; a program that opens it in another way gets wrong answers here. post.target: portable makes one "
+            "for every CPU"
+        )
+        session = _session(path, threads, EXACT_SUMS)
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def _session(path: Path, threads: int, *switched_on: str) -> onnxruntime.InferenceSession:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    for name in switched_on:
+        options.add_session_config_entry(name, "1")
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def overflows_here(path: Path, metadata: dict[str, str]) -> bool:
+    """Whether int8 weights of a file would overflow the sums of this CPU.
+
+    Args:
+        path: the file.
+        metadata: of the file; where they say nothing, as in one of an earlier version, its weights are looked at.
+    """
+    if not host_cpu.saturates_int8():
+        return False
+    said = json.loads(metadata.get(QUANTIZATION, "{}"))
+    bits = said["weight_bits"] if said else weight_bits(path)
+    return bits is not None and bits > PORTABLE_BITS
+
+
+def weight_bits(path: Path) -> int | None:
+    """Bits that the int8 weights of a file need, 7 or 8; None: it has none."""
+    import onnx
+
+    weights = [t for t in onnx.load(path).graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) > 1]
+    if not weights:
+        return None
+    largest = max(abs(onnx.numpy_helper.to_array(tensor).astype("int16")).max(initial=0) for tensor in weights)
+    return 8 if largest > 2 ** (PORTABLE_BITS - 1) else PORTABLE_BITS
+
+
+def read_metadata(model: onnx.ModelProto) -> dict[str, str]:
+    """What a model says of itself."""
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def read_quantization(path: Path) -> dict[str, Any] | None:
+    """How a file was quantized, by its metadata; None: it was not."""
+    import onnx
+
+    found = read_metadata(onnx.load(path, load_external_data=False)).get(QUANTIZATION)
+    return json.loads(found) if found else None
