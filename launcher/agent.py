@@ -10,14 +10,20 @@ import dataclasses
 import importlib
 import logging
 import os
+import signal
 import sys
+import threading
+import time
 from typing import TYPE_CHECKING, Any
 
-from launcher import diagnose, history, host_memory, network, processes
+from launcher import diagnose, history, host_memory, network, processes, waiting, whereabouts
+from launcher.peers import Peers
 from launcher.run_dir import ATTEMPT_VARIABLE, MEMORY_KILLS_VARIABLE
 from launcher.watchdog import Heartbeats, Watchdog
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch.distributed.elastic.multiprocessing.api import LogsDest
 
     from launcher.run_dir import RunDir
@@ -25,6 +31,12 @@ if TYPE_CHECKING:
 
 SHUTDOWN_S = 10
 JOIN_TIMEOUT_S = 900
+IDLE_S = 2.0
+"""After a stop, torch's agent gets as long without a living worker to come to an end by itself."""
+SAVE_S = 60.0
+"""How long the workers get to save and leave where another node is gone: some may wait for those of it for ever."""
+STACK_BYTES = 64 << 20
+"""Of the thread that forks the workers, on whose stack they run."""
 
 
 class WorkersFailedError(Exception):
@@ -33,6 +45,10 @@ class WorkersFailedError(Exception):
     def __init__(self, attempt: int, reason: str) -> None:
         super().__init__(reason)
         self.attempt = attempt
+
+
+class LeftError(Exception):
+    """No worker of this node lives, and torch's agent waits for other nodes: of no use after a stop or a loss."""
 
 
 class _NoRestartError(Exception):
@@ -56,6 +72,7 @@ def run_workers(
 
     Raises:
         WorkersFailedError: they failed, and no restart is left or would help.
+        LeftError: this node left a wait for others, as ``stop`` says.
     """
     # The only import of torch on this node; torchvision brings the rest of what a worker needs.
     with processes.importing():
@@ -90,20 +107,94 @@ def run_workers(
         "max_restarts": plan["max_restarts"],
         "start_method": "fork",
         "local_addr": network.local_address(*_split(plan["rdzv_endpoint"])),
-        # Ours stay: the agent's would kill the workers before they have saved.
-        "signals_to_handle": "SIGQUIT",
         "shutdown_timeout": SHUTDOWN_S,
     }
     known = {field.name for field in dataclasses.fields(LaunchConfig)}  # torch 2.9 has fewer
     config = LaunchConfig(**{name: value for name, value in options.items() if name in known})
+    agent = _Agent(lambda: elastic_launch(config, worker_main)(str(run.path), beats))
+    peers = Peers(plan, node_rank=node_rank)
     try:
-        with watchdog:
-            outcomes: dict[int, str] = elastic_launch(config, worker_main)(str(run.path), beats)
-    except (ChildFailedError, _NoRestartError, RendezvousError) as error:
+        with watchdog, peers:
+            outcomes = agent.attend(run, stop, peers, beats)
+    except RendezvousError:
+        if not peers.awaited():
+            raise
+        stop.request(reason=f"waited {JOIN_TIMEOUT_S} s in vain for {peers.awaited()}", cause="lost_node")
+        raise LeftError from None
+    except (ChildFailedError, _NoRestartError) as error:
         with contextlib.suppress(OSError):  # a full disk
             logs.note_kill()
         raise WorkersFailedError(logs.attempt, str(error).splitlines()[0]) from error
     return outcomes
+
+
+class _Agent:
+    """torch's elastic agent, in a thread.
+
+    It waits in C code for minutes, where no signal is heeded: for nodes to come, and for nodes to be done. The main
+    thread stays free to take signals, to look after the other nodes, and to leave.
+
+    Args:
+        launch: runs the workers to their end.
+    """
+
+    def __init__(self, launch: Callable[[], dict[int, str]]) -> None:
+        self._launch = launch
+        self._outcomes: dict[int, str] = {}
+        self._error: BaseException | None = None
+        before = threading.stack_size(STACK_BYTES)
+        self._thread = threading.Thread(target=self._work, name="agent", daemon=True)
+        self._thread.start()
+        threading.stack_size(before)
+
+    def _work(self) -> None:
+        try:
+            self._outcomes = self._launch()
+        except BaseException as error:  # raised again by attend
+            self._error = error
+
+    def attend(self, run: RunDir, stop: StopSignals, peers: Peers, beats: Heartbeats) -> dict[int, str]:
+        """Wait for the workers' outcomes; stop where another node is gone or was told to.
+
+        Where a node is lost when all is trained, there is nothing to wait for: rank 0's outcome is in the run's state.
+
+        Raises:
+            LeftError: this node left a wait for others, as ``stop`` says.
+        """
+        notice = waiting.Notice()
+        busy = stopping_since = time.monotonic()
+        while self._thread.is_alive():
+            self._thread.join(waiting.POLL_S)
+            now, living = time.monotonic(), beats.living()
+            if living:
+                busy = now
+            idle = now - busy > IDLE_S
+            if stop.requested:
+                peers.tell(stop.reason)
+                if stop.cause == "lost_node" and now - stopping_since > SAVE_S:
+                    _kill(living)
+                if idle and self._thread.is_alive():
+                    raise LeftError
+                continue
+            stopping_since = now
+            notice.say(peers.awaited())
+            lost = peers.lost(idle=idle)
+            if lost and idle and (state := run.read_status()["state"]) in whereabouts.TRAINED:
+                return {0: state} if peers.is_first else {}
+            if lost:
+                print(f"{lost}; stopping", file=sys.stderr, flush=True)
+                stop.request(reason=lost, cause="lost_node")
+            elif peers.stopped:
+                stop.request(reason=peers.stopped, cause=history.cause_of_signal(""))
+        if self._error:
+            raise self._error
+        return self._outcomes
+
+
+def _kill(pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _attempt_logs(run: RunDir, *, node_rank: int, first_attempt: int, stop: StopSignals, beats: Heartbeats) -> Any:

@@ -65,8 +65,9 @@ def _export(argv: list[str]) -> int:
     parser = _parser("export", "Export, quantize and measure the best checkpoint of a run.")
     parser.add_argument("run_dir", metavar="RUN")
     run = RunDir.existing(parser.parse_args(argv).run_dir)
-    from launcher import node, report
+    from launcher import console, node, report
 
+    console.protect()
     importlib.import_module("launcher.tools.export").export_run(run)
     report.write_report(run)
     print(node.summary(run))
@@ -127,8 +128,10 @@ def _cancel(argv: list[str]) -> int:
     parser = _parser("cancel", "Stop a run, or all of a sweep, wherever they run; a checkpoint is saved first.")
     parser.add_argument("path", metavar="RUN|SWEEP")
     args = parser.parse_args(argv)
+    from launcher import console
     from launcher.commands import cancel
 
+    console.protect()
     cancel.run(args.path)
     return EXIT_OK
 

@@ -35,7 +35,15 @@ HEAVY = {
 
 # From the ground up; a part imports from its own floor or from below it.
 FLOORS = (
-    {"launcher", "launcher.errors", "launcher.files", "launcher.processes", "launcher.redact"},
+    {
+        "launcher",
+        "launcher.console",
+        "launcher.errors",
+        "launcher.files",
+        "launcher.processes",
+        "launcher.redact",
+        "launcher.waiting",
+    },
     {
         "launcher.run_dir",
         "launcher.topology",
@@ -79,6 +87,7 @@ FLOORS = (
     },
     {
         "launcher.agent",
+        "launcher.peers",
         "launcher.watchdog",
         "launcher.node",
         "launcher.job",
@@ -89,7 +98,8 @@ FLOORS = (
     {"launcher.cli", "launcher.__main__"},
 )
 FOR_ENGINE = {
-    f"launcher.{name}" for name in ("errors", "files", "recipe", "run_dir", "image_folder", "processes", "watchdog")
+    f"launcher.{name}"
+    for name in ("console", "errors", "files", "recipe", "run_dir", "image_folder", "processes", "watchdog")
 }
 FOR_ENGINE |= {"launcher.wandb_folder", "launcher.redact", "launcher.host_memory"}
 
