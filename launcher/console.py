@@ -51,7 +51,7 @@ class Outlet(io.RawIOBase):
     def _begin(self) -> None:
         self._waiting: queue.SimpleQueue[bytes | threading.Event] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._lost = 0
+        self._dropped = 0
 
     def writable(self) -> bool:
         """It is."""
@@ -70,7 +70,7 @@ class Outlet(io.RawIOBase):
         if self._waiting.qsize() >= MAX_PIECES:
             with contextlib.suppress(queue.Empty):
                 self._waiting.get_nowait()
-                self._lost += 1
+                self._dropped += 1
         self._waiting.put(bytes(data))
         if self._thread is None:
             self._thread = threading.Thread(target=self._hand_on, args=(self._waiting,), name="console", daemon=True)
@@ -85,17 +85,20 @@ class Outlet(io.RawIOBase):
             done.wait(timeout_s)
 
     def _hand_on(self, waiting: queue.SimpleQueue[bytes | threading.Event]) -> None:
+        refused = told = 0
         while True:
             piece = waiting.get()
             if isinstance(piece, threading.Event):
                 piece.set()
                 continue
-            lost, self._lost = self._lost, 0
-            note = f"[{lost} lines were not shown: this output was not read, or could not be written]\n" if lost else ""
+            lost = refused + self._dropped
+            count = lost - told
+            note = f"[{count} lines were not shown: nobody read them, or the disk was full]\n" if count else ""
             try:
                 _write_all(self._descriptor, note.encode() + piece)
+                told = lost
             except OSError:
-                self._lost += lost + 1
+                refused += 1
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
@@ -196,9 +199,13 @@ def is_protected() -> bool:
     return isinstance(sys.stdout, io.TextIOWrapper) and isinstance(sys.stdout.buffer, Outlet)
 
 
-def has_lost_its_reader() -> bool:
-    """Whether standard output or error is a pipe that nobody reads any more."""
-    poll = select.poll()
-    poll.register(1, 0)
-    poll.register(2, 0)
-    return any(found & (select.POLLERR | select.POLLHUP) for _, found in poll.poll(0))
+def is_refused(error: OSError) -> bool:
+    """Whether an error came from writing to standard output or error: whether one more line meets the same."""
+    for descriptor in (1, 2):
+        try:
+            if select.select([], [descriptor], [], 0)[1]:
+                os.write(descriptor, b"\n")
+        except OSError as again:
+            if again.errno == error.errno:
+                return True
+    return False

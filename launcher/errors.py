@@ -90,21 +90,28 @@ def exit_code_of(main: Callable[[], int]) -> int:
     """
     os.umask(os.umask(0o077) | stat.S_IWOTH)
     console.open_missing()
+    refused = None
     try:
         code = main()
     except LaunchError as error:
         code = error.exit_code
         _say(f"error: {redact(str(error))}")
-    except BrokenPipeError:  # `launch models | head`: the reader has seen enough
-        if console.is_protected() or not console.has_lost_its_reader():
-            raise
-        code = EXIT_OK
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
         _say("interrupted")
-    console.release()
-    problem = console.flush_or_drop()
-    if problem and not isinstance(problem, BrokenPipeError):
+    except SystemExit as error:  # by which rich ends where the reader has gone
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        code = EXIT_OK
+    except OSError as error:
+        if console.is_protected() or not console.is_refused(error):
+            raise
+        code = EXIT_OK
+        refused = error
+    finally:
+        console.release()
+    problem = console.flush_or_drop() or refused
+    if problem and not isinstance(problem, BrokenPipeError):  # `launch models | head`: the reader has seen enough
         _say(f"error: standard output: {problem.strerror}")
         code = code or EXIT_FAILED
     return code

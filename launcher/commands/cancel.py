@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 from launcher import processes, sbatch, slurm_client, whereabouts
 from launcher.errors import TrainingError, UsageError
 from launcher.run_dir import RunDir
+from launcher.waiting import wait_until
 
 if TYPE_CHECKING:
     import signal
@@ -94,8 +94,5 @@ def _note(run: RunDir, job_ids: Sequence[str], *, is_trained: bool) -> None:
 
 
 def _wait(is_over: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + END_S
-    while not is_over():
-        if time.monotonic() > deadline:
-            raise TrainingError(f"{what} has not ended in {END_S} s")
-        time.sleep(0.5)
+    if not wait_until(is_over, timeout_s=END_S, heed=lambda: None, what=f"{what} to end"):  # Ctrl-C ends it by itself
+        raise TrainingError(f"{what} has not ended in {END_S} s")

@@ -171,7 +171,7 @@ def train(
         pass
     finally:
         if recorder:
-            recorder.close(finished=outcome != "preempted")
+            recorder.close(finished=outcome != "preempted", stop=stop)
     _leave_process_group()
     return outcome
 
