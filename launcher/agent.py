@@ -103,7 +103,10 @@ def run_workers(
         "rdzv_backend": "c10d",
         "rdzv_endpoint": plan["rdzv_endpoint"],
         # Told, not guessed: comparing host names finds nodes that are not "me" (pytorch#73656).
-        "rdzv_configs": {"is_host": node_rank == 0, "timeout": JOIN_TIMEOUT_S, "join_timeout": JOIN_TIMEOUT_S},
+        "rdzv_configs": {
+            "is_host": node_rank == 0,
+            **dict.fromkeys(("timeout", "join_timeout", "read_timeout"), JOIN_TIMEOUT_S),
+        },
         "max_restarts": plan["max_restarts"],
         "start_method": "fork",
         "local_addr": network.local_address(*_split(plan["rdzv_endpoint"])),
@@ -116,10 +119,10 @@ def run_workers(
     try:
         with watchdog, peers:
             outcomes = agent.attend(run, stop, peers, beats)
-    except RendezvousError:
-        if not peers.awaited():
-            raise
-        stop.request(reason=f"waited {JOIN_TIMEOUT_S} s in vain for {peers.awaited()}", cause="lost_node")
+    except RendezvousError as error:
+        if plan["nodes"] == 1:
+            raise WorkersFailedError(logs.attempt, str(error).splitlines()[0]) from error
+        stop.request(reason=peers.why_apart(), cause="lost_node")
         raise LeftError from None
     except (ChildFailedError, _NoRestartError) as error:
         with contextlib.suppress(OSError):  # a full disk

@@ -94,8 +94,14 @@ class Peers:
                 return self._gone(node, now - heard)
         return ""
 
+    def why_apart(self) -> str:
+        """Why torch's agent has given up, in words."""
+        awaited = self.awaited()
+        return f"waited in vain for {awaited}" if awaited else self.lost(idle=True) or self._gone(0, 0)
+
     def _gone(self, node: int, seconds: float) -> str:
-        return f"{self.name(node)} is gone: nothing was heard of its launcher for {seconds:.0f} s"
+        ago = f"nothing was heard of its launcher for {seconds:.0f} s" if seconds else "its launcher does not answer"
+        return f"{self.name(node)} is gone: {ago}"
 
     def _keep_in_touch(self) -> None:
         from torch.distributed import DistError, TCPStore
