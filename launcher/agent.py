@@ -17,7 +17,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from launcher import diagnose, history, host_memory, network, processes, waiting, whereabouts
-from launcher.peers import Peers
+from launcher.peers import LOST_IDLE_S, Peers
 from launcher.run_dir import ATTEMPT_VARIABLE, MEMORY_KILLS_VARIABLE
 from launcher.watchdog import Heartbeats, Watchdog
 
@@ -35,6 +35,8 @@ IDLE_S = 2.0
 """After a stop, torch's agent gets as long without a living worker to come to an end by itself."""
 SAVE_S = 60.0
 """How long the workers get to save and leave where another node is gone: some may wait for those of it for ever."""
+ASK_S = LOST_IDLE_S + 2.0
+"""How long a node is looked out for whose workers have vanished."""
 STACK_BYTES = 64 << 20
 """Of the thread that forks the workers, on whose stack they run."""
 
@@ -118,7 +120,12 @@ def run_workers(
     peers = Peers(plan, node_rank=node_rank)
     try:
         with watchdog, peers:
-            outcomes = agent.attend(run, stop, peers, beats)
+            try:
+                outcomes = agent.attend(run, stop, peers, beats)
+            except (ChildFailedError, _NoRestartError):
+                if plan["nodes"] > 1 and diagnose.cause_of_end(run, logs.attempt)[0] == "lost_worker":
+                    _ask_for_lost(stop, peers)
+                raise
     except RendezvousError as error:
         if plan["nodes"] == 1:
             raise WorkersFailedError(logs.attempt, str(error).splitlines()[0]) from error
@@ -192,6 +199,13 @@ class _Agent:
         if self._error:
             raise self._error
         return self._outcomes
+
+
+def _ask_for_lost(stop: StopSignals, peers: Peers) -> None:
+    """A worker vanished: with its node, or alone? The node would be missed a moment later."""
+    waiting.wait_until(lambda: peers.lost(idle=True) or stop.requested, timeout_s=ASK_S, heed=lambda: None)
+    if lost := peers.lost(idle=True):
+        stop.request(reason=lost, cause="lost_node")
 
 
 def _kill(pids: list[int]) -> None:

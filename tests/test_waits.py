@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -176,9 +177,11 @@ def test_a_worker_that_waits_for_one_that_never_comes(number, node, tmp_path):
 
     def stop_second():
         for child in nodes[1].living():
-            if child.ppid() == nodes[1].process.pid and run.logs in Path(f"/proc/{child.pid}/fd/1").readlink().parents:
-                child.suspend()
-                return True
+            with contextlib.suppress(psutil.Error, OSError):
+                output = Path(f"/proc/{child.pid}/fd/1").readlink()
+                if child.ppid() == nodes[1].process.pid and run.logs in output.parents:
+                    child.suspend()
+                    return True
         return False
 
     nodes[1].until(stop_second, "a worker")

@@ -82,7 +82,7 @@ FAULTS = (
         provoke=terminals.setsid,
     ),
     Fault(
-        name="the reader of its output leaves (launch … | head -1)",
+        name="the reader of its output leaves, as head -1 does (launch … piped)",
         promise="trains on, to exit 0 and the same bits",
         provoke=terminals.closed_pipe,
     ),
