@@ -10,35 +10,24 @@ import dataclasses
 import importlib
 import logging
 import os
-import signal
 import sys
-import threading
-import time
 from typing import TYPE_CHECKING, Any
 
-from launcher import diagnose, history, host_memory, network, processes, waiting, whereabouts
-from launcher.peers import LOST_IDLE_S, Peers
+from launcher import diagnose, history, host_memory, network, processes
+from launcher.agent_thread import AgentThread, LeftError, ask_for_lost
+from launcher.peers import Peers
 from launcher.run_dir import ATTEMPT_VARIABLE, MEMORY_KILLS_VARIABLE
 from launcher.watchdog import Heartbeats, Watchdog
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch.distributed.elastic.multiprocessing.api import LogsDest
+    from torch.distributed.launcher.api import LaunchConfig
 
     from launcher.run_dir import RunDir
     from launcher.stopping import StopSignals
 
 SHUTDOWN_S = 10
 JOIN_TIMEOUT_S = 900
-IDLE_S = 2.0
-"""After a stop, torch's agent gets as long without a living worker to come to an end by itself."""
-SAVE_S = 60.0
-"""How long the workers get to save and leave where another node is gone: some may wait for those of it for ever."""
-ASK_S = LOST_IDLE_S + 2.0
-"""How long a node is looked out for whose workers have vanished."""
-STACK_BYTES = 64 << 20
-"""Of the thread that forks the workers, on whose stack they run."""
 
 
 class WorkersFailedError(Exception):
@@ -47,10 +36,6 @@ class WorkersFailedError(Exception):
     def __init__(self, attempt: int, reason: str) -> None:
         super().__init__(reason)
         self.attempt = attempt
-
-
-class LeftError(Exception):
-    """No worker of this node lives, and torch's agent waits for other nodes: of no use after a stop or a loss."""
 
 
 class _NoRestartError(Exception):
@@ -81,7 +66,7 @@ def run_workers(
         worker_main = importlib.import_module("launcher.engine.worker").worker_main
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.elastic.rendezvous.api import RendezvousError
-        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+        from torch.distributed.launcher.api import elastic_launch
 
     _log_to_file(run, node_rank)
     if plan["nodes"] == 1:
@@ -95,6 +80,33 @@ def run_workers(
         node_rank=node_rank,
         attempt=lambda: int(logs.attempt),
     )
+    config = _config(plan, node_rank, logs)
+    agent = AgentThread(lambda: elastic_launch(config, worker_main)(str(run.path), beats))
+    peers = Peers(plan, node_rank=node_rank)
+    try:
+        with watchdog, peers:
+            try:
+                outcomes = agent.attend(run, stop, peers, beats)
+            except (ChildFailedError, _NoRestartError):
+                if plan["nodes"] > 1 and diagnose.cause_of_end(run, logs.attempt)[0] == "lost_worker":
+                    ask_for_lost(stop, peers)
+                raise
+    except RendezvousError as error:
+        if plan["nodes"] == 1:
+            raise WorkersFailedError(logs.attempt, str(error).splitlines()[0]) from error
+        stop.request(reason=peers.why_apart(), cause="lost_node")
+        raise LeftError from None
+    except (ChildFailedError, _NoRestartError) as error:
+        with contextlib.suppress(OSError):  # a full disk
+            logs.note_kill()
+        raise WorkersFailedError(logs.attempt, str(error).splitlines()[0]) from error
+    return outcomes
+
+
+def _config(plan: dict[str, Any], node_rank: int, logs: Any) -> LaunchConfig:
+    """What torch's agent is told."""
+    from torch.distributed.launcher.api import LaunchConfig
+
     options: dict[str, Any] = {
         "min_nodes": plan["nodes"],
         "max_nodes": plan["nodes"],
@@ -115,103 +127,7 @@ def run_workers(
         "shutdown_timeout": SHUTDOWN_S,
     }
     known = {field.name for field in dataclasses.fields(LaunchConfig)}  # torch 2.9 has fewer
-    config = LaunchConfig(**{name: value for name, value in options.items() if name in known})
-    agent = _Agent(lambda: elastic_launch(config, worker_main)(str(run.path), beats))
-    peers = Peers(plan, node_rank=node_rank)
-    try:
-        with watchdog, peers:
-            try:
-                outcomes = agent.attend(run, stop, peers, beats)
-            except (ChildFailedError, _NoRestartError):
-                if plan["nodes"] > 1 and diagnose.cause_of_end(run, logs.attempt)[0] == "lost_worker":
-                    _ask_for_lost(stop, peers)
-                raise
-    except RendezvousError as error:
-        if plan["nodes"] == 1:
-            raise WorkersFailedError(logs.attempt, str(error).splitlines()[0]) from error
-        stop.request(reason=peers.why_apart(), cause="lost_node")
-        raise LeftError from None
-    except (ChildFailedError, _NoRestartError) as error:
-        with contextlib.suppress(OSError):  # a full disk
-            logs.note_kill()
-        raise WorkersFailedError(logs.attempt, str(error).splitlines()[0]) from error
-    return outcomes
-
-
-class _Agent:
-    """torch's elastic agent, in a thread.
-
-    It waits in C code for minutes, where no signal is heeded: for nodes to come, and for nodes to be done. The main
-    thread stays free to take signals, to look after the other nodes, and to leave.
-
-    Args:
-        launch: runs the workers to their end.
-    """
-
-    def __init__(self, launch: Callable[[], dict[int, str]]) -> None:
-        self._launch = launch
-        self._outcomes: dict[int, str] = {}
-        self._error: BaseException | None = None
-        before = threading.stack_size(STACK_BYTES)
-        self._thread = threading.Thread(target=self._work, name="agent", daemon=True)
-        self._thread.start()
-        threading.stack_size(before)
-
-    def _work(self) -> None:
-        try:
-            self._outcomes = self._launch()
-        except BaseException as error:  # raised again by attend
-            self._error = error
-
-    def attend(self, run: RunDir, stop: StopSignals, peers: Peers, beats: Heartbeats) -> dict[int, str]:
-        """Wait for the workers' outcomes; stop where another node is gone or was told to.
-
-        Where a node is lost when all is trained, there is nothing to wait for: rank 0's outcome is in the run's state.
-
-        Raises:
-            LeftError: this node left a wait for others, as ``stop`` says.
-        """
-        notice = waiting.Notice()
-        busy = stopping_since = time.monotonic()
-        while self._thread.is_alive():
-            self._thread.join(waiting.POLL_S)
-            now, living = time.monotonic(), beats.living()
-            if living:
-                busy = now
-            idle = now - busy > IDLE_S
-            if stop.requested:
-                peers.tell(stop.reason)
-                if stop.cause == "lost_node" and now - stopping_since > SAVE_S:
-                    _kill(living)
-                if idle and self._thread.is_alive():
-                    raise LeftError
-                continue
-            stopping_since = now
-            notice.say(peers.awaited())
-            lost = peers.lost(idle=idle)
-            if lost and idle and (state := run.read_status()["state"]) in whereabouts.TRAINED:
-                return {0: state} if peers.is_first else {}
-            if lost:
-                print(f"{lost}; stopping", file=sys.stderr, flush=True)
-                stop.request(reason=lost, cause="lost_node")
-            elif peers.stopped:
-                stop.request(reason=peers.stopped, cause=history.cause_of_signal(""))
-        if self._error:
-            raise self._error
-        return self._outcomes
-
-
-def _ask_for_lost(stop: StopSignals, peers: Peers) -> None:
-    """A worker vanished: with its node, or alone? The node would be missed a moment later."""
-    waiting.wait_until(lambda: peers.lost(idle=True) or stop.requested, timeout_s=ASK_S, heed=lambda: None)
-    if lost := peers.lost(idle=True):
-        stop.request(reason=lost, cause="lost_node")
-
-
-def _kill(pids: list[int]) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    return LaunchConfig(**{name: value for name, value in options.items() if name in known})
 
 
 def _attempt_logs(run: RunDir, *, node_rank: int, first_attempt: int, stop: StopSignals, beats: Heartbeats) -> Any:

@@ -100,11 +100,11 @@ def _check_images(run: RunDir, node_rank: int, stop: StopSignals, attempt: int) 
 
 def _train(run: RunDir, plan: dict[str, Any], node_rank: int, stop: StopSignals, attempt: int) -> dict[int, str]:
     """Run the workers under torch's elastic agent; return each local worker's outcome by its global rank."""
-    from launcher import agent
+    from launcher import agent, agent_thread
 
     try:
         return agent.run_workers(run, plan, node_rank=node_rank, first_attempt=attempt, stop=stop)
-    except agent.LeftError:
+    except agent_thread.LeftError:
         raise _interrupted(run, plan, node_rank, stop) from None
     except agent.WorkersFailedError as error:
         if stop.requested:

@@ -87,6 +87,7 @@ FLOORS = (
     },
     {
         "launcher.agent",
+        "launcher.agent_thread",
         "launcher.peers",
         "launcher.watchdog",
         "launcher.node",
