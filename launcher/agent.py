@@ -14,11 +14,14 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from launcher import diagnose, history, host_memory, network, processes
+from launcher.agent_thread import AgentThread, LeftError, ask_for_lost
+from launcher.peers import Peers
 from launcher.run_dir import ATTEMPT_VARIABLE, MEMORY_KILLS_VARIABLE
 from launcher.watchdog import Heartbeats, Watchdog
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.api import LogsDest
+    from torch.distributed.launcher.api import LaunchConfig
 
     from launcher.run_dir import RunDir
     from launcher.stopping import StopSignals
@@ -56,13 +59,14 @@ def run_workers(
 
     Raises:
         WorkersFailedError: they failed, and no restart is left or would help.
+        LeftError: this node left a wait for others, as ``stop`` says.
     """
     # The only import of torch on this node; torchvision brings the rest of what a worker needs.
     with processes.importing():
         worker_main = importlib.import_module("launcher.engine.worker").worker_main
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.elastic.rendezvous.api import RendezvousError
-        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+        from torch.distributed.launcher.api import elastic_launch
 
     _log_to_file(run, node_rank)
     if plan["nodes"] == 1:
@@ -76,6 +80,33 @@ def run_workers(
         node_rank=node_rank,
         attempt=lambda: int(logs.attempt),
     )
+    config = _config(plan, node_rank, logs)
+    agent = AgentThread(lambda: elastic_launch(config, worker_main)(str(run.path), beats))
+    peers = Peers(plan, node_rank=node_rank)
+    try:
+        with watchdog, peers:
+            try:
+                outcomes = agent.attend(run, stop, peers, beats)
+            except (ChildFailedError, _NoRestartError):
+                if plan["nodes"] > 1 and diagnose.cause_of_end(run, logs.attempt)[0] == "lost_worker":
+                    ask_for_lost(stop, peers)
+                raise
+    except RendezvousError as error:
+        if plan["nodes"] == 1:
+            raise WorkersFailedError(logs.attempt, str(error).splitlines()[0]) from error
+        stop.request(reason=peers.why_apart(), cause="lost_node")
+        raise LeftError from None
+    except (ChildFailedError, _NoRestartError) as error:
+        with contextlib.suppress(OSError):  # a full disk
+            logs.note_kill()
+        raise WorkersFailedError(logs.attempt, str(error).splitlines()[0]) from error
+    return outcomes
+
+
+def _config(plan: dict[str, Any], node_rank: int, logs: Any) -> LaunchConfig:
+    """What torch's agent is told."""
+    from torch.distributed.launcher.api import LaunchConfig
+
     options: dict[str, Any] = {
         "min_nodes": plan["nodes"],
         "max_nodes": plan["nodes"],
@@ -86,24 +117,17 @@ def run_workers(
         "rdzv_backend": "c10d",
         "rdzv_endpoint": plan["rdzv_endpoint"],
         # Told, not guessed: comparing host names finds nodes that are not "me" (pytorch#73656).
-        "rdzv_configs": {"is_host": node_rank == 0, "timeout": JOIN_TIMEOUT_S, "join_timeout": JOIN_TIMEOUT_S},
+        "rdzv_configs": {
+            "is_host": node_rank == 0,
+            **dict.fromkeys(("timeout", "join_timeout", "read_timeout"), JOIN_TIMEOUT_S),
+        },
         "max_restarts": plan["max_restarts"],
         "start_method": "fork",
         "local_addr": network.local_address(*_split(plan["rdzv_endpoint"])),
-        # Ours stay: the agent's would kill the workers before they have saved.
-        "signals_to_handle": "SIGQUIT",
         "shutdown_timeout": SHUTDOWN_S,
     }
     known = {field.name for field in dataclasses.fields(LaunchConfig)}  # torch 2.9 has fewer
-    config = LaunchConfig(**{name: value for name, value in options.items() if name in known})
-    try:
-        with watchdog:
-            outcomes: dict[int, str] = elastic_launch(config, worker_main)(str(run.path), beats)
-    except (ChildFailedError, _NoRestartError, RendezvousError) as error:
-        with contextlib.suppress(OSError):  # a full disk
-            logs.note_kill()
-        raise WorkersFailedError(logs.attempt, str(error).splitlines()[0]) from error
-    return outcomes
+    return LaunchConfig(**{name: value for name, value in options.items() if name in known})
 
 
 def _attempt_logs(run: RunDir, *, node_rank: int, first_attempt: int, stop: StopSignals, beats: Heartbeats) -> Any:

@@ -71,8 +71,9 @@ def _export(argv: list[str]) -> int:
         key, _, data_path = item.partition("=")
         if key != "data.path" or not data_path:
             raise UsageError(f"{item}: a checkpoint is exported as its run says; only data.path=FOLDER can change")
-    from launcher import node, report
+    from launcher import console, node, report
 
+    console.protect()
     importlib.import_module("launcher.tools.export").export_run(run, data_path)
     report.write_report(run)
     print(node.summary(run))
@@ -133,8 +134,10 @@ def _cancel(argv: list[str]) -> int:
     parser = _parser("cancel", "Stop a run, or all of a sweep, wherever they run; a checkpoint is saved first.")
     parser.add_argument("path", metavar="RUN|SWEEP")
     args = parser.parse_args(argv)
+    from launcher import console
     from launcher.commands import cancel
 
+    console.protect()
     cancel.run(args.path)
     return EXIT_OK
 

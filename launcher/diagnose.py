@@ -62,7 +62,7 @@ def first_failure(run: RunDir, attempt: int) -> dict[str, Any] | None:
         return None
     echo = found[0]
     lost = {"kind": "lost_worker", "message": "a worker vanished without a word (killed, or its machine lost)"}
-    lost |= _memory_kill(run, attempt) or {}
+    lost |= _memory_kill(run, attempt) or _lost_node(run, attempt) or {}
     return {**echo, **lost, "rank": None, "type": lost["kind"].replace("_", " "), "traceback": ""}
 
 
@@ -129,6 +129,14 @@ def _memory_kill(run: RunDir, attempt: int) -> dict[str, str] | None:
     for event in history.events(run, "memory_kill"):
         if event["attempt"] == attempt:
             return {"kind": "memory_kill", "message": f"the kernel killed a worker on {event['host']}: memory ran out"}
+    return None
+
+
+def _lost_node(run: RunDir, attempt: int) -> dict[str, str] | None:
+    """What is to be said where a supervisor has missed another node in this attempt."""
+    for event in history.events(run, "attempt_ended"):
+        if event["attempt"] == attempt and event["cause"] == "lost_node":
+            return {"kind": "lost_node", "message": event["message"]}
     return None
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
+import signal
 import stat
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from launcher import console
 from launcher.redact import redact
 
 if TYPE_CHECKING:
@@ -86,11 +89,34 @@ def exit_code_of(main: Callable[[], int]) -> int:
     From here on no file or folder is made that everybody may write, whatever the shell's umask says.
     """
     os.umask(os.umask(0o077) | stat.S_IWOTH)
+    console.open_missing()
+    refused = None
     try:
-        return main()
+        code = main()
     except LaunchError as error:
-        print(f"error: {redact(str(error))}", file=sys.stderr, flush=True)  # a job's goes to a log
-        return error.exit_code
-    except BrokenPipeError:  # `launch models | head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_OK
+        code = error.exit_code
+        _say(f"error: {redact(str(error))}")
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+        _say("interrupted")
+    except SystemExit as error:  # by which rich ends where the reader has gone
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        code = EXIT_OK
+    except OSError as error:
+        if console.is_protected() or not console.is_refused(error):
+            raise
+        code = EXIT_OK
+        refused = error
+    finally:
+        console.release()
+    problem = console.flush_or_drop() or refused
+    if problem and not isinstance(problem, BrokenPipeError):  # `launch models | head`: the reader has seen enough
+        _say(f"error: standard output: {problem.strerror}")
+        code = code or EXIT_FAILED
+    return code
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody is there to read it; the exit code says it too
+        print(text, file=sys.stderr, flush=True)  # a job's goes to a log

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,19 +18,20 @@ from launcher import history, network, node, preflight, stopping, whereabouts
 from launcher.errors import (
     EXIT_OK,
     EXIT_PREFLIGHT,
+    InterruptedRunError,
     PreflightError,
     TrainingError,
     exit_code_of,
 )
 from launcher.files import write_json_atomic, write_text_atomic
 from launcher.run_dir import BATCH_LOG_VARIABLE, RunDir, code_digest, node_name
+from launcher.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
 
 MEET_TIMEOUT_S = 600
 LEAVE_TIMEOUT_S = 120
-POLL_S = 0.5
 PREFLIGHT_PORT = 5000
 """How far its port is from that of the rendezvous."""
 STEP_PORTS = 101
@@ -55,7 +55,8 @@ def main(run_path: str) -> None:
         done.parent.mkdir(exist_ok=True)
         write_text_atomic(done, f"{code}\n")  # for the batch script too: srun's own code may be that of a task it ended
     elif code != EXIT_PREFLIGHT:
-        _wait_for(done, None if code == EXIT_OK else LEAVE_TIMEOUT_S)
+        with contextlib.suppress(InterruptedRunError):  # node 0 is told the same, and speaks for the run
+            _wait_for(done, None if code == EXIT_OK else LEAVE_TIMEOUT_S, "node 0 to finish the run")
         code = EXIT_OK
     sys.stdout.flush()
     if code:
@@ -74,14 +75,18 @@ def _seed() -> int:
     return int(os.environ["SLURM_JOB_ID"]) + STEP_PORTS * int(os.environ["SLURM_STEP_ID"])
 
 
-def _wait_for(file: Path, timeout_s: float | None) -> bool:
-    """Wait until another node has made ``file``; False where it has not in time."""
-    deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    while file not in list(file.parent.iterdir()):  # a listing is fresh where NFS still remembers that there was none
-        if deadline is not None and time.monotonic() > deadline:
-            return False
-        time.sleep(POLL_S)
-    return True
+def _wait_for(file: Path, timeout_s: float | None, what: str) -> bool:
+    """Wait until another node has made ``file``; False where it has not in time.
+
+    Raises:
+        InterruptedRunError: a stop signal came.
+    """
+    return wait_until(
+        lambda: file in list(file.parent.iterdir()),  # fresh where NFS still remembers that there was none
+        timeout_s=timeout_s,
+        heed=lambda: stopping.heed(f"waiting for {what}"),
+        what=what,
+    )
 
 
 def _supervise(run: RunDir) -> int:
@@ -117,8 +122,7 @@ def _supervise(run: RunDir) -> int:
         plan["rdzv_endpoint"], attempt = f"{met['host']}:{met['port']}", met["attempt"]
     network.set_environment(plan["env"])
     if plan["preflight"]:
-        seed = _seed() + PREFLIGHT_PORT
-        problems = preflight.run(run.preflight(_start()), plan, address, node_rank=node_rank, seed=seed)
+        problems = _check_nodes(run, plan, address, node_rank=node_rank)
         if problems and node_rank == 0:
             _leave_out(run, problems, node_rank=node_rank)
             text = "; ".join(f"{host}: {problem}" for host, problem in problems.items())
@@ -126,6 +130,21 @@ def _supervise(run: RunDir) -> int:
         if problems:
             return EXIT_OK  # node 0 speaks for the run
     return node.supervise(run, plan, node_rank=node_rank, first_attempt=attempt)
+
+
+def _check_nodes(run: RunDir, plan: dict[str, Any], address: str, *, node_rank: int) -> dict[str, str]:
+    """What is wrong, by host. Raises InterruptedRunError where a stop signal came."""
+    folder, seed = run.preflight(_start()), _seed() + PREFLIGHT_PORT
+    try:
+        return preflight.run(folder, plan, address, node_rank=node_rank, seed=seed, heed=_heed_check)
+    except InterruptedRunError:
+        if node_rank == 0:
+            whereabouts.note_preempted(run)
+        raise
+
+
+def _heed_check() -> None:
+    stopping.heed("checking the nodes")
 
 
 def _leave_out(run: RunDir, problems: dict[str, str], *, node_rank: int) -> None:
@@ -147,7 +166,8 @@ def check(folder: str) -> None:
     network.set_environment(plan["env"])
     nodes = Path(folder) / "nodes"
     try:
-        problems = preflight.run(nodes, plan, address, node_rank=node_rank, seed=int(os.environ["SLURM_JOB_ID"]))
+        seed = int(os.environ["SLURM_JOB_ID"])
+        problems = preflight.run(nodes, plan, address, node_rank=node_rank, seed=seed, heed=_heed_check)
     except PreflightError as error:
         problems = {"*": str(error)}
     if node_rank == 0:
@@ -183,7 +203,7 @@ def _meet(run: RunDir, node_rank: int, address: str, *, first_host: str) -> dict
         met = {"host": address, "port": port, "attempt": history.next_attempt(run)}
         write_json_atomic(file, met)
         return met
-    if not _wait_for(file, MEET_TIMEOUT_S):
+    if not _wait_for(file, MEET_TIMEOUT_S, f"node 0 ({first_host}) to say where the nodes meet"):
         raise PreflightError(
             f"{file}: not there after {MEET_TIMEOUT_S} s; {first_host} writes it: did it start, and is the folder on a "
             "file system that all nodes share?"

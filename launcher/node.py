@@ -7,13 +7,24 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
+import functools
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import diagnose, findings, history, host_cpu, network, processes, quarantine
+from launcher import (
+    console,
+    diagnose,
+    findings,
+    history,
+    host_cpu,
+    network,
+    processes,
+    quarantine,
+    stopping,
+    waiting,
+    whereabouts,
+)
 from launcher.errors import EXIT_FAILED, EXIT_OK, InterruptedRunError, TrainingError, UsageError, exit_code_of
 from launcher.redact import redact
 from launcher.run_dir import RunDir
@@ -51,6 +62,7 @@ def supervise(run: RunDir, plan: dict[str, Any], *, node_rank: int, first_attemp
     Raises:
         LaunchError: training failed or was interrupted.
     """
+    console.protect()
     network.set_environment(plan["env"])
     processes.adopt_orphans()
     stop = StopSignals(run, node_rank=node_rank)
@@ -60,7 +72,7 @@ def supervise(run: RunDir, plan: dict[str, Any], *, node_rank: int, first_attemp
             _check_images(run, node_rank, stop, attempt)
             outcomes = _train(run, plan, node_rank, stop, attempt)
             if "preempted" in outcomes.values():
-                raise _interrupted(run, node_rank, stop)
+                raise _interrupted(run, plan, node_rank, stop)
             if 0 in outcomes and not plan["tune"]:  # the node that holds rank 0 finishes the run
                 _finish(run, plan, stop)
     finally:
@@ -70,15 +82,15 @@ def supervise(run: RunDir, plan: dict[str, Any], *, node_rank: int, first_attemp
 
 def _wait_for_run(path: str) -> RunDir:
     """The run directory, which node 0 makes on the file system that all nodes share."""
-    deadline = time.monotonic() + WAIT_FOR_RUN_DIR_S
     run = RunDir(path)
-    while not run.exists:
-        if time.monotonic() > deadline:
-            raise UsageError(
-                f"{path}: not there after {WAIT_FOR_RUN_DIR_S} s; node 0 makes it: is it started, and is the folder "
-                "on a file system that all nodes share?"
-            )
-        time.sleep(0.2)
+    stopping.hold()
+    what = f"node 0 to make {path}"
+    heed = functools.partial(stopping.heed, f"waiting for {what}")
+    if not waiting.wait_until(lambda: run.exists, timeout_s=WAIT_FOR_RUN_DIR_S, heed=heed, what=what):
+        raise UsageError(
+            f"{path}: not there after {WAIT_FOR_RUN_DIR_S} s; node 0 makes it: is it started, and is the folder "
+            "on a file system that all nodes share?"
+        )
     return run
 
 
@@ -87,9 +99,12 @@ def _check_images(run: RunDir, node_rank: int, stop: StopSignals, attempt: int) 
 
     def heed_stop() -> None:
         if stop.requested:
-            if node_rank == 0 and run.read_status()["state"] != "cancelled":
-                run.update_status(state="preempted")
-            raise InterruptedRunError(f"interrupted before training began; go on with: launch resume {run}")
+            if node_rank == 0:
+                whereabouts.note_preempted(run)
+            awaited = " while waiting for node 0 to look through the images" if node_rank else ""
+            raise InterruptedRunError(
+                f"{stop.reason}{awaited}, before training began; go on with: {whereabouts.resume_command(run)}"
+            )
 
     heed_stop()
     quarantine.prepare(run, attempt=attempt, node_rank=node_rank, progress=heed_stop)
@@ -97,13 +112,15 @@ def _check_images(run: RunDir, node_rank: int, stop: StopSignals, attempt: int) 
 
 def _train(run: RunDir, plan: dict[str, Any], node_rank: int, stop: StopSignals, attempt: int) -> dict[int, str]:
     """Run the workers under torch's elastic agent; return each local worker's outcome by its global rank."""
-    from launcher import agent
+    from launcher import agent, agent_thread
 
     try:
         return agent.run_workers(run, plan, node_rank=node_rank, first_attempt=attempt, stop=stop)
+    except agent_thread.LeftError:
+        raise _interrupted(run, plan, node_rank, stop) from None
     except agent.WorkersFailedError as error:
         if stop.requested:
-            raise _interrupted(run, node_rank, stop) from None
+            raise _interrupted(run, plan, node_rank, stop) from None
         cause, message = diagnose.cause_of_end(run, error.attempt)
         with _even_if_full(run):
             if node_rank == 0:
@@ -122,18 +139,20 @@ def _even_if_full(run: RunDir) -> Iterator[None]:
         print(f"{run}: cannot be written to: {error.strerror}", file=sys.stderr, flush=True)
 
 
-def _interrupted(run: RunDir, node_rank: int, stop: StopSignals) -> InterruptedRunError:
+def _interrupted(run: RunDir, plan: dict[str, Any], node_rank: int, stop: StopSignals) -> InterruptedRunError:
     """What to tell after a stop; the run's state and history say so too."""
-    if node_rank == 0:
+    lost = stop.cause == "lost_node"
+    reason = stop.reason or "stopped by the signal of another node"  # of which only a worker here has heard
+    if node_rank == 0 or lost:
         attempt = history.next_attempt(run) - 1
-        message = f"stopped by {stop.name}"
+        cause = stop.cause or history.cause_of_signal("")
         with _even_if_full(run):
-            run.append_event("attempt_ended", attempt=attempt, node=0, cause=stop.cause, message=message)
-            if run.read_status()["state"] != "cancelled":
-                run.update_status(state="preempted")
+            run.append_event("attempt_ended", attempt=attempt, node=node_rank, cause=cause, message=reason)
+            whereabouts.note_preempted(run)
     last = run.last_checkpoint
     kept = f"the checkpoint {last.resolve().name} is saved" if last.exists() else "it had not begun to train"
-    return InterruptedRunError(f"interrupted; {kept}; go on with: launch resume {run}")
+    told = "" if node_rank == 0 and plan["nodes"] == 1 else f" ({reason})"
+    return InterruptedRunError(f"interrupted{told}; {kept}; go on with: {whereabouts.resume_command(run)}")
 
 
 def _finish(run: RunDir, plan: dict[str, Any], stop: StopSignals) -> None:
@@ -184,14 +203,12 @@ def _post_step(run: RunDir) -> None:
     import signal
     import traceback
 
-    for number in processes.STOP_SIGNALS:
+    for number in processes.heeded():
         signal.signal(number, signal.SIG_DFL)
     processes.die_with_parent()
     if run.read_plan().get("export_threads") is None:
         os.environ.pop("OMP_NUM_THREADS", None)  # a worker's share of the cores; nothing else computes now
-    with run.post_log.open("a") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+    console.redirect(run.post_log)
     export_run: Callable[[RunDir], None] = importlib.import_module("launcher.tools.export").export_run
     try:
         export_run(run)

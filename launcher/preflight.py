@@ -18,6 +18,7 @@ from launcher import __version__, network, processes
 from launcher.errors import PreflightError
 from launcher.files import write_json_atomic
 from launcher.run_dir import node_name
+from launcher.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +31,6 @@ REDUCE_S = 60.0
 """How long a group gets for its all-reduce."""
 WAIT_S = 300.0
 """How long one waits for the files of the other nodes: they may start at different times."""
-POLL_S = 0.2
 MIN_FREE_GB = 2.0
 SAME = ("torch", "launcher", "cuda", "nccl")
 """Versions that must be the same on all nodes."""
@@ -151,7 +151,9 @@ def find_bad(num: int, attempt: Callable[[Groups], list[bool]]) -> list[int] | N
     return sorted(bad) or None
 
 
-def run(folder: Path, plan: Mapping[str, Any], address: str, *, node_rank: int, seed: int) -> dict[str, str]:
+def run(
+    folder: Path, plan: Mapping[str, Any], address: str, *, node_rank: int, seed: int, heed: Callable[[], None]
+) -> dict[str, str]:
     """Check all nodes of a job; every node calls it. Returns what is wrong, by host; nothing where all is well.
 
     Args:
@@ -160,6 +162,7 @@ def run(folder: Path, plan: Mapping[str, Any], address: str, *, node_rank: int, 
         address: where the other nodes reach this one.
         node_rank: which node this is.
         seed: for the port.
+        heed: called again and again while this node waits for others; what it raises ends the check.
 
     Raises:
         PreflightError: a node was not heard of, or (on node 0) no single one can be blamed.
@@ -167,14 +170,14 @@ def run(folder: Path, plan: Mapping[str, Any], address: str, *, node_rank: int, 
     folder.mkdir(parents=True, exist_ok=True)
     write_json_atomic(folder / f"node-{node_rank}.json", asdict(gather(plan, address, seed=seed)))
     files = [folder / f"node-{rank}.json" for rank in range(plan["nodes"])]
-    missing = _wait(files, WAIT_S)
+    missing = _wait(files, WAIT_S, heed, "the other nodes to be checked")
     if missing:
         ranks = ", ".join(file.stem.removeprefix("node-") for file in missing)
         raise PreflightError(f"nothing was heard of node {ranks} in {WAIT_S:g} s: does it see {folder}?")
     facts = [Facts(**json.loads(file.read_text(encoding="utf-8"))) for file in files]
     if node_rank == 0:
-        return _lead(folder, facts, plan)
-    return _take_part(folder, facts, plan, node_rank)
+        return _lead(folder, facts, plan, heed)
+    return _take_part(folder, facts, plan, node_rank, heed)
 
 
 def read_facts(folder: Path) -> list[dict[str, Any]]:
@@ -183,16 +186,16 @@ def read_facts(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
-def _lead(folder: Path, facts: Sequence[Facts], plan: Mapping[str, Any]) -> dict[str, str]:
+def _lead(folder: Path, facts: Sequence[Facts], plan: Mapping[str, Any], heed: Callable[[], None]) -> dict[str, str]:
     rounds = 0
 
     def attempt(groups: Groups) -> list[bool]:
         nonlocal rounds
         rounds += 1
         write_json_atomic(folder / f"round-{rounds}.json", {"groups": groups})
-        _reduce(folder, rounds, groups, facts, plan, node_rank=0)
+        _reduce(folder, rounds, groups, facts, plan, node_rank=0, heed=heed)
         files = {node: folder / f"round-{rounds}-node-{node}.json" for group in groups for node in group}
-        _wait(list(files.values()), REDUCE_S)
+        _wait(list(files.values()), REDUCE_S, heed, "the other nodes to try an all-reduce")
         results = {node: file.exists() and json.loads(file.read_text())["ok"] for node, file in files.items()}
         return [all(results[node] for node in group) for group in groups]
 
@@ -214,21 +217,30 @@ _UNCLEAR = (
 )
 
 
-def _take_part(folder: Path, facts: Sequence[Facts], plan: Mapping[str, Any], node_rank: int) -> dict[str, str]:
+def _take_part(
+    folder: Path, facts: Sequence[Facts], plan: Mapping[str, Any], node_rank: int, heed: Callable[[], None]
+) -> dict[str, str]:
     number = 0
     while True:
         number += 1
         file = folder / f"round-{number}.json"
-        if _wait([file], WAIT_S):
+        if _wait([file], WAIT_S, heed, f"node 0 ({facts[0].host}) to say what comes next in the check of the nodes"):
             raise PreflightError(f"{file}: not there after {WAIT_S:g} s; {facts[0].host} writes it")
         said = json.loads(file.read_text(encoding="utf-8"))
         if "found" in said:
             return {"*": _UNCLEAR} if said["unclear"] else dict(said["found"])
-        _reduce(folder, number, said["groups"], facts, plan, node_rank=node_rank)
+        _reduce(folder, number, said["groups"], facts, plan, node_rank=node_rank, heed=heed)
 
 
 def _reduce(
-    folder: Path, number: int, groups: Groups, facts: Sequence[Facts], plan: Mapping[str, Any], *, node_rank: int
+    folder: Path,
+    number: int,
+    groups: Groups,
+    facts: Sequence[Facts],
+    plan: Mapping[str, Any],
+    *,
+    node_rank: int,
+    heed: Callable[[], None],
 ) -> None:
     """Take part in a round, in a process that can be ended; leaves the outcome in a file."""
     group = next((group for group in groups if node_rank in group), None)
@@ -241,22 +253,23 @@ def _reduce(
     start = time.monotonic()
     process.start()
     failed = folder / f"round-{number}-failed-{group[0]}"  # made by the first that fails: the others need not wait
-    while process.exitcode is None and time.monotonic() - start < REDUCE_S and not failed.exists():
-        process.join(POLL_S)
-    if process.exitcode != 0:
-        failed.touch()
-        process.kill()
-        process.join()
+    try:
+        wait_until(lambda: process.exitcode is not None or failed.exists(), timeout_s=REDUCE_S, heed=heed)
+    finally:
+        if process.exitcode != 0:
+            failed.touch()
+            process.kill()
+            process.join()
     outcome = {"ok": process.exitcode == 0, "seconds": time.monotonic() - start}
     write_json_atomic(folder / f"round-{number}-node-{node_rank}.json", outcome)
 
 
-def _wait(files: Sequence[Path], timeout_s: float) -> list[Path]:
+def _wait(files: Sequence[Path], timeout_s: float, heed: Callable[[], None], what: str) -> list[Path]:
     """Wait until all files are there; return those that are not in time."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        there = set(files[0].parent.iterdir())
-        missing = [file for file in files if file not in there]
-        if not missing or time.monotonic() > deadline:
-            return missing
-        time.sleep(POLL_S)
+
+    def missing() -> list[Path]:
+        there = set(files[0].parent.iterdir())  # fresh where NFS still remembers that there was none
+        return [file for file in files if file not in there]
+
+    wait_until(lambda: not missing(), timeout_s=timeout_s, heed=heed, what=what)
+    return missing()

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 """They all mean: save at a step boundary and leave (design, "Stopping"). USR2 is SLURM's early signal."""
 
+TELLING = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
+"""The stop signals in the order in which one is chosen to stop another process by."""
+
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -39,9 +42,31 @@ def importing() -> Iterator[None]:
             gc.enable()
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends, however that ends."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def heeded() -> list[signal.Signals]:
+    """The stop signals that this process does not ignore.
+
+    Whoever started it may have had some ignored: nohup (HUP), ``&`` in a script (INT), ``trap '' TERM``. Those stay so,
+    here and in every process that this one starts.
+    """
+    return [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def telling_signal() -> signal.Signals:
+    """The signal by which the processes of a run tell each other to stop: SIGTERM, or one that is not ignored."""
+    found = heeded()
+    return next((number for number in TELLING if number in found), signal.SIGTERM)
+
+
+def stop_signal_for(pid: int) -> signal.Signals | None:
+    """The signal by which another process can be stopped: the first that it does not ignore; None: it ignores all."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    ignored = int(next(line for line in status.splitlines() if line.startswith("SigIgn:")).split()[1], 16)
+    return next((number for number in TELLING if not ignored >> (number - 1) & 1), None)
+
+
+def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when its parent ends, however that ends."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def offer_to_kernel(score: int) -> None:

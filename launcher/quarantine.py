@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-import time
 from typing import TYPE_CHECKING
 
 from launcher import image_folder, image_scan
 from launcher.errors import Problem, RecipeError, TrainingError
 from launcher.files import write_json_atomic
 from launcher.image_folder import printable
+from launcher.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 VERSION = 1
 NUM_NAMED = 10
 WAIT_S = 7200
-POLL_S = 0.5
 
 
 def scan(config: DataConfig, progress: Callable[[int, int], None] | None = None) -> Scan:
@@ -146,16 +145,16 @@ def _attempt(run: RunDir) -> int:
 
 def _wait(run: RunDir, attempt: int, progress: Callable[[], None]) -> None:
     """Wait for node 0 to have looked through the images for this attempt."""
-    deadline = time.monotonic() + WAIT_S
-    while _attempt(run) < attempt:
-        progress()
-        if time.monotonic() > deadline:
-            raise TrainingError(
-                f"{run.bad_images}: not written for attempt {attempt} after {WAIT_S} s; node 0 does so when it has "
-                "looked through the images: is it running?"
-            )
-        time.sleep(POLL_S)
+
+    def is_written() -> bool:
         os.listdir(run.path)  # noqa: PTH208  a listing is fresh where NFS still remembers an older file
+        return _attempt(run) >= attempt
+
+    if not wait_until(is_written, timeout_s=WAIT_S, heed=progress, what="node 0 to look through the images"):
+        raise TrainingError(
+            f"{run.bad_images}: not written for attempt {attempt} after {WAIT_S} s; node 0 does so when it has "
+            "looked through the images: is it running?"
+        )
 
 
 def _refusal(found: Scan, config: DataConfig) -> str | None:

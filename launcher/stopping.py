@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 from typing import TYPE_CHECKING, Any, Self
 
 from launcher import history, processes
-from launcher.errors import EXIT_RESUMABLE
+from launcher.errors import EXIT_RESUMABLE, InterruptedRunError
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -19,16 +20,29 @@ if TYPE_CHECKING:
 RESEND_S = 1.0
 
 _held: list[int] = []
-"""Stop signals that came while nobody could do anything about them."""
+"""Stop signals that came while no :class:`StopSignals` was entered."""
 
 
 def hold() -> None:
     """Only note the stop signals of this process where no :class:`StopSignals` is entered; the next one heeds them.
 
-    Else they would end it without a word, or be taken by submitit for its own.
+    Else they would end it without a word, or be taken by submitit for its own. What waits meanwhile calls :func:`heed`.
     """
-    for number in processes.STOP_SIGNALS:
+    for number in processes.heeded():
         signal.signal(number, lambda number, _frame: _held.append(number))
+
+
+def heed(doing: str) -> None:
+    """Leave off where a stop signal came since :func:`hold`.
+
+    Args:
+        doing: what is left off, as in "waiting for node 1".
+
+    Raises:
+        InterruptedRunError: one came.
+    """
+    if _held:
+        raise InterruptedRunError(f"stopped by {signal.Signals(_held[0]).name} while {doing}; nothing was trained")
 
 
 class StopSignals:
@@ -48,25 +62,24 @@ class StopSignals:
         self._stop = threading.Event()
         self._done = threading.Event()
         self._before: dict[int, Any] = {}
-        self._name = ""
+        self.reason = ""
+        """Why to stop, in words: ``stopped by SIGTERM``."""
+        self.cause = ""
+        """The same in a run's history: ``preempted``, ``interrupted``, ``time_limit`` or ``lost_node``."""
 
     @property
     def requested(self) -> bool:
-        """Whether a stop signal has come."""
+        """Whether to stop."""
         return self._stop.is_set()
 
-    @property
-    def name(self) -> str:
-        """The signal that came, as in SIGTERM; where a worker on another node was told and none came here: a peer."""
-        return self._name or "the signal of another node"
-
-    @property
-    def cause(self) -> str:
-        """What the signal means in a run's history."""
-        return history.cause_of_signal(self._name)
+    def request(self, *, reason: str, cause: str) -> None:
+        """Stop as if a signal had come; the first reason counts."""
+        if not self.requested:
+            self.reason, self.cause = reason, cause
+            self._stop.set()
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._on_signal) for number in processes.STOP_SIGNALS}
+        self._before = {number: signal.signal(number, self._on_signal) for number in processes.heeded()}
         threading.Thread(target=self._pass_on, name="stop-signals", daemon=True).start()
         if _held:
             self._on_signal(_held[0], None)
@@ -87,17 +100,18 @@ class StopSignals:
                 processes.kill_descendants()
                 os._exit(EXIT_RESUMABLE)
             return
-        self._stop.set()
-        self._name = name = signal.Signals(number).name
-        # os.write: print may be under way in the code that the signal interrupted.
-        os.write(2, f"\n{name}: saving a checkpoint and stopping; Ctrl-C again ends at once\n".encode())
+        name = signal.Signals(number).name
+        self.request(reason=f"stopped by {name}", cause=history.cause_of_signal(name))
+        # The supervisor's streams (console.protect) take this also where the signal interrupted a print.
+        print(f"\n{name}: saving a checkpoint and stopping; Ctrl-C again ends at once", file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):
             self._run.append_event("signal", signal=name, node=self._node_rank)
 
     def _pass_on(self) -> None:
         self._stop.wait()
+        telling = processes.telling_signal()
         while not self._done.is_set():
             for pid in processes.children(os.getpid()):
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGTERM)
+                    os.kill(pid, telling)
             self._done.wait(RESEND_S)

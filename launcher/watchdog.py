@@ -44,6 +44,7 @@ WAITING = (
 TAIL_BYTES = 64 * 1024
 _CELL = struct.Struct("dqq")
 _KILLS = struct.Struct("q")
+_PID = struct.Struct("q")
 _FAILED = -1.0
 
 
@@ -65,7 +66,17 @@ class Heartbeats:
     def __init__(self, num: int) -> None:
         self._num = num
         self._kills_at = _CELL.size * num
-        self._memory = mmap.mmap(-1, self._kills_at + _KILLS.size)
+        self._pids_at = self._kills_at + _KILLS.size
+        self._memory = mmap.mmap(-1, self._pids_at + _PID.size * num)
+
+    def enter(self, local_rank: int) -> None:
+        """A worker has started."""
+        _PID.pack_into(self._memory, self._pids_at + local_rank * _PID.size, os.getpid())
+
+    def living(self) -> list[int]:
+        """Process ids of the workers that have started and have not ended."""
+        pids = [_PID.unpack_from(self._memory, self._pids_at + index * _PID.size)[0] for index in range(self._num)]
+        return [pid for pid in pids if pid and processes.start_time(pid)]
 
     def begin(self, num_kills: int) -> None:
         """Nothing is tried any more, this node's workers train; the first one's word counts.
@@ -103,6 +114,7 @@ class Heartbeats:
         """Forget the workers of an attempt that is over."""
         for local_rank in range(self._num):
             self.rest(local_rank)
+            _PID.pack_into(self._memory, self._pids_at + local_rank * _PID.size, 0)
         _KILLS.pack_into(self._memory, self._kills_at, 0)
 
     def read(self) -> list[Beat]:

@@ -19,6 +19,8 @@ TRAINED = ("completed", "early_stopped")
 """Those of a run that has nothing left to train."""
 UNSETTLED = ("pending", "running")
 """States that somebody lived to write who was to write the next one too."""
+NUM_SHOWN = 4
+"""Of nodes: for each of so many its own command is shown."""
 
 
 def job_of(run: RunDir) -> str | None:
@@ -63,6 +65,22 @@ def settle(run: RunDir, job: JobState) -> str:
     if state != before:
         run.update_status(state=state)
     return state
+
+
+def note_preempted(run: RunDir) -> None:
+    """Write down that a run was stopped and can go on; one that somebody has cancelled stays so."""
+    if run.read_status()["state"] != "cancelled":
+        run.update_status(state="preempted")
+
+
+def resume_command(run: RunDir) -> str:
+    """How to go on with a run, on every machine where its nodes were started by hand."""
+    plan, command = run.read_plan(), f"launch resume {run}"
+    if plan.get("backend") != "torchrun" or plan["nodes"] == 1:
+        return command
+    nodes = [f"{command} --node-rank {node} --rdzv-endpoint {plan['rdzv_endpoint']}" for node in range(plan["nodes"])]
+    shown = nodes if len(nodes) <= NUM_SHOWN else [*nodes[:2], f"… up to --node-rank {len(nodes) - 1}"]
+    return "".join(f"\n  {line}" for line in shown)
 
 
 def living(run: RunDir) -> str | None:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from launcher import processes, sbatch, slurm_client
+from launcher import processes, sbatch, slurm_client, waiting
 from launcher.commands import cancel
 from launcher.errors import UsageError
 from launcher.slurm_client import JobState
@@ -36,7 +36,7 @@ def slurm(monkeypatch):
 def processes_of_mine(monkeypatch):
     started = [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) for _ in range(2)]
     # Polled as its parent would, to see that it is gone.
-    monkeypatch.setattr(cancel.time, "sleep", lambda _: [process.poll() for process in started])
+    monkeypatch.setattr(waiting.time, "sleep", lambda _: [process.poll() for process in started])
     yield started
     for process in started:
         process.kill()

@@ -35,7 +35,15 @@ HEAVY = {
 
 # From the ground up; a part imports from its own floor or from below it.
 FLOORS = (
-    {"launcher", "launcher.errors", "launcher.files", "launcher.processes", "launcher.redact"},
+    {
+        "launcher",
+        "launcher.console",
+        "launcher.errors",
+        "launcher.files",
+        "launcher.processes",
+        "launcher.redact",
+        "launcher.waiting",
+    },
     {
         "launcher.run_dir",
         "launcher.topology",
@@ -83,6 +91,8 @@ FLOORS = (
     },
     {
         "launcher.agent",
+        "launcher.agent_thread",
+        "launcher.peers",
         "launcher.watchdog",
         "launcher.node",
         "launcher.job",
@@ -93,7 +103,8 @@ FLOORS = (
     {"launcher.cli", "launcher.__main__"},
 )
 FOR_ENGINE = {
-    f"launcher.{name}" for name in ("errors", "files", "recipe", "run_dir", "image_folder", "processes", "watchdog")
+    f"launcher.{name}"
+    for name in ("console", "errors", "files", "recipe", "run_dir", "image_folder", "processes", "watchdog")
 }
 FOR_ENGINE |= {"launcher.wandb_folder", "launcher.redact", "launcher.host_memory", "launcher.host_cpu"}
 FOR_ENGINE |= {"launcher.findings"}

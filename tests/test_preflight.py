@@ -83,6 +83,10 @@ def test_the_odd_node_out_is_named(changes, problem):
     assert find_problems([NODE] * 3, PLAN) == {}
 
 
+def heed():
+    """Nobody asks to stop."""
+
+
 def as_node(folder, rank, nodes, fault, answers):
     preflight.REDUCE_S, preflight.WAIT_S = 5.0, 20.0
     if fault == rank:
@@ -91,7 +95,7 @@ def as_node(folder, rank, nodes, fault, answers):
         allreduce.all_reduce = lambda *_: 1 / 0
     plan = {"device": "cpu", "procs_per_node": 1, "nodes": nodes}
     try:
-        answers.put((rank, preflight.run(folder, plan, "127.0.0.1", node_rank=rank, seed=7000 + rank * 50)))
+        answers.put((rank, preflight.run(folder, plan, "127.0.0.1", node_rank=rank, seed=7000 + rank * 50, heed=heed)))
     except PreflightError as error:
         answers.put((rank, str(error)))
 
@@ -120,4 +124,4 @@ def test_a_node_that_is_not_heard_of_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "WAIT_S", 0.5)
     monkeypatch.setattr(preflight, "gather", lambda *_, **__: NODE)
     with pytest.raises(PreflightError, match=r"nothing was heard of node 1, 2 in 0.5 s: does it see "):
-        preflight.run(tmp_path / "p", PLAN, "10.0.0.1", node_rank=0, seed=1)
+        preflight.run(tmp_path / "p", PLAN, "10.0.0.1", node_rank=0, seed=1, heed=heed)

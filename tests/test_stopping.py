@@ -37,7 +37,7 @@ def test_a_signal_before_a_job_trains_is_heeded_and_one_after_it_ends_nothing(ma
         os.kill(os.getpid(), signal.SIGUSR2)
         try:
             with StopSignals(run, node_rank=0) as stop:
-                assert (stop.requested, stop.name) == (True, "SIGUSR2")
+                assert (stop.requested, stop.reason) == (True, "stopped by SIGUSR2")
                 node._check_images(run, 0, stop, 1)
         finally:
             os.kill(os.getpid(), signal.SIGTERM)

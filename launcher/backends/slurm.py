@@ -8,11 +8,10 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
-from launcher import diagnose, job, slurm_client, whereabouts
+from launcher import diagnose, job, processes, slurm_client, whereabouts
 from launcher.backends import slurm_follow
 from launcher.errors import EXIT_OK, EXIT_RESUMABLE, InterruptedRunError, PreflightError, TrainingError
 from launcher.files import write_text_atomic
-from launcher.processes import STOP_SIGNALS
 from launcher.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -128,7 +127,7 @@ def _run_step(run: RunDir, plan: LaunchPlan) -> int:
             process.terminate()  # it then has its tasks killed
         told.append(number)
 
-    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, stop) for number in processes.heeded()}
     earlier = set(run.slurm.glob("done-*"))
     try:
         code = process.wait()

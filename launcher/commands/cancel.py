@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,8 +10,10 @@ from typing import TYPE_CHECKING
 from launcher import processes, sbatch, slurm_client, whereabouts
 from launcher.errors import TrainingError, UsageError
 from launcher.run_dir import RunDir
+from launcher.waiting import wait_until
 
 if TYPE_CHECKING:
+    import signal
     from collections.abc import Callable, Sequence
 
 END_S = 90
@@ -69,11 +69,18 @@ def _end(here: Sequence[RunDir], job_ids: Sequence[str]) -> None:
     if job_ids:
         slurm_client.run("scancel", *job_ids)
     for pid in pids:
-        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, _signal_for(pid))
     if pids:
         _wait(lambda: all(processes.start_time(pid) != started[pid] for pid in pids), f"process {min(pids)}")
     if job_ids:
         _wait(lambda: all(job.over for job in slurm_client.job_states(job_ids).values()), f"job {job_ids[0]}")
+
+
+def _signal_for(pid: int) -> signal.Signals:
+    found = processes.stop_signal_for(pid)
+    if found is None:
+        raise TrainingError(f"process {pid} was started to ignore all stop signals; end it by: kill -9 {pid}")
+    return found
 
 
 def _note(run: RunDir, job_ids: Sequence[str], *, is_trained: bool) -> None:
@@ -87,8 +94,5 @@ def _note(run: RunDir, job_ids: Sequence[str], *, is_trained: bool) -> None:
 
 
 def _wait(is_over: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + END_S
-    while not is_over():
-        if time.monotonic() > deadline:
-            raise TrainingError(f"{what} has not ended in {END_S} s")
-        time.sleep(0.5)
+    if not wait_until(is_over, timeout_s=END_S, heed=lambda: None, what=f"{what} to end"):  # Ctrl-C ends it by itself
+        raise TrainingError(f"{what} has not ended in {END_S} s")

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import __version__, history, network, processes
+from launcher import __version__, console, history, network, processes
 from launcher.commands import RECIPES
 from launcher.errors import EXIT_OK, RecipeError, UsageError
 from launcher.redact import find_secret, redact
@@ -52,6 +52,8 @@ def run(argv: list[str], *, epilog: str) -> int:
     parser.add_argument("--parallel", type=int, metavar="N", help="runs of a sweep at the same time, on SLURM")
     parser.add_argument("--version", action="version", version=f"finetune-launcher {__version__}")
     args = parser.parse_intermixed_args(argv)
+    if not args.dry_run and not args.debug:  # which answers a question, and which may ask some (breakpoints)
+        console.protect()
     _split_overrides(args)
     args.kept_profile, args.tune = None, False
     if args.sweep:
@@ -90,6 +92,8 @@ def resume(argv: list[str]) -> int:
     parser.add_argument("--rdzv-endpoint", metavar="HOST:PORT")
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_intermixed_args(argv)
+    if not args.dry_run:
+        console.protect()
     args.debug = args.tune = False
     _split_overrides(args)
     run = RunDir.existing(args.run_dir)

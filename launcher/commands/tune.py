@@ -6,12 +6,11 @@ import argparse
 import contextlib
 import json
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import processes
+from launcher import console, processes
 from launcher.commands import launch
 from launcher.errors import EXIT_OK
 from launcher.run_dir import RunDir, new_run_id
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
 def run(args: argparse.Namespace) -> int:
     """Measure in a run directory that is thrown away, and print a table for each rank."""
+    console.protect()
     with processes.importing():
         from launcher import recipe as recipes
     with tempfile.TemporaryDirectory(prefix="launch-tune-") as folder:
@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
         recipe, source = recipes.load(launch.find_recipe(args.recipe), overrides, launch.flags(options))
         with _output_to_stderr() if args.as_json else contextlib.nullcontext():
             code = launch.carry_out(recipe, source, options, run_id=new_run_id(recipe.name))
+        console.release()
         if code == EXIT_OK:
             found = json.loads(RunDir(options.run_dir).tuning.read_text(encoding="utf-8"))
             print(json.dumps(found, indent=2)) if args.as_json else _show(found)
@@ -49,13 +50,13 @@ def run(args: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def _output_to_stderr() -> Iterator[None]:
     """Keep what is said meanwhile, by other processes too, out of what a program reads."""
-    sys.stdout.flush()
+    console.drain()
     kept = os.dup(1)
     os.dup2(2, 1)
     try:
         yield
     finally:
-        sys.stdout.flush()
+        console.drain()
         os.dup2(kept, 1)
         os.close(kept)
 
@@ -64,11 +65,11 @@ def _show(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    terminal = Console(highlight=False)
     batching = found["batching"]
     for rank in found["ranks"]:
         title = f"rank {rank['rank']} on {rank['host']}: {rank['device']}, {rank['budget_bytes'] / 1e9:.2f} GB to take "
-        console.print(f"{title}({rank['limit']}); measured in {rank['seconds']:.0f} s", soft_wrap=True)
+        terminal.print(f"{title}({rank['limit']}); measured in {rank['seconds']:.0f} s", soft_wrap=True)
         table = Table("batch", "images/s", "memory", "")
         for row in rank["attempts"]:
             chosen = "best" if row["batch_size"] == rank["batch_size"] else ""
@@ -78,11 +79,11 @@ def _show(found: dict[str, Any]) -> None:
                 f"{row['needed_bytes'] / 1e9:.2f} GB" if row["needed_bytes"] else "-",
                 row["problem"] or chosen,
             )
-        console.print(table)
+        terminal.print(table)
     sizes, total = batching["batch_sizes"], sum(batching["shares"])
     for rank, size, share in zip(found["ranks"], sizes, batching["shares"], strict=True):
         host = f"{rank['threads']} CPU threads, {rank['workers']} loader processes"
-        console.print(f"rank {rank['rank']}: batch {size}, {share / total:.1%} of every step, {host}")
-    console.print(f"global batch: {batching['global_batch_size']}")
+        terminal.print(f"rank {rank['rank']}: batch {size}, {share / total:.1%} of every step, {host}")
+    terminal.print(f"global batch: {batching['global_batch_size']}")
     if len(set(sizes)) == 1:
-        console.print(f"to fix it: batch.size={sizes[0]}")
+        terminal.print(f"to fix it: batch.size={sizes[0]}")

@@ -117,12 +117,15 @@ class Recorder:
             )
             self._tracker.log_checkpoint(checkpoint, ["best"])
 
-    def close(self, *, finished: bool = True) -> None:
+    def close(self, *, finished: bool = True, stop: Callable[[], bool] = lambda: False) -> None:
         """Leave the terminal as it was, and end wandb; after a stop or a failure there is no time to wait for it."""
         if self._progress is not None:
             self._progress.stop()
         if self._tracker is not None:
-            self._tracker.finish(timeout_s=30.0 if finished else 5.0, exit_code=0 if finished else 1)
+            if finished:
+                self._tracker.finish(timeout_s=30.0, stop=stop)
+            else:
+                self._tracker.finish(timeout_s=5.0, exit_code=1)
 
     def _metrics(self, split: str, epoch: int, step: int, values: dict[str, Any]) -> None:
         record = {"time": time.time(), "split": split, "attempt": self._attempt, "epoch": epoch, "step": step, **values}

@@ -8,14 +8,16 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from launcher.errors import EXIT_FAILED
-from launcher.processes import STOP_SIGNALS
+from launcher.errors import EXIT_FAILED, EXIT_RESUMABLE
+from launcher.processes import heeded, telling_signal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType
 
 POLL_S = 0.5
+LEAVE_S = 3.0
+"""How long a worker that was told to stop before its first step may go on to wait for the others."""
 
 
 class StopFlag:
@@ -23,7 +25,8 @@ class StopFlag:
 
     torch's agent ends the peers of a failed worker with SIGTERM, the same signal that elsewhere means "save and leave".
     They could do neither: they wait for the one that is gone, in C code that no Python handler interrupts. So a thread
-    hears of the signal (through the wake-up descriptor) and ends the process if a peer's failure is what it is about.
+    hears of the signal (through the wake-up descriptor) and ends the process if a peer's failure is what it is about,
+    or where it has not begun to train: there is nothing to save, and those that it waits for may never come.
 
     Args:
         peer_failed: whether another worker of this attempt has left an error file; None where there are no others.
@@ -32,6 +35,8 @@ class StopFlag:
     def __init__(self, peer_failed: Callable[[], bool] | None = None) -> None:
         self._set = False
         self._peer_failed = peer_failed
+        self.trains = False
+        """Whether the training loop has looked at the flag; from then on all ranks agree on where to stop."""
 
     def __call__(self) -> bool:
         """Whether to stop."""
@@ -39,7 +44,7 @@ class StopFlag:
 
     def install(self) -> None:
         """Take the stop signals over for this process."""
-        for number in STOP_SIGNALS:
+        for number in heeded():
             signal.signal(number, self._on_signal)
         if self._peer_failed is not None:
             read_end, write_end = os.pipe2(os.O_NONBLOCK)
@@ -53,9 +58,12 @@ class StopFlag:
         self._set = True
 
     def _watch(self, read_end: int) -> None:
-        while True:
-            if signal.SIGTERM in os.read(read_end, 64):
-                break
+        told = telling_signal()
+        while told not in os.read(read_end, 64):
+            pass
+        since = time.monotonic()
         while not (self._peer_failed and self._peer_failed()):
+            if not self.trains and time.monotonic() - since > LEAVE_S:
+                os._exit(EXIT_RESUMABLE)
             time.sleep(POLL_S)
         os._exit(EXIT_FAILED)

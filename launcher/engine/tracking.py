@@ -38,6 +38,9 @@ DEFAULT_PROJECT = "finetune-launcher"
 NUMBERS = ("loss", "top1", "top5", "f1", "lr", "images_per_s")
 NOT_UPLOADED = ("optimizer.pt",)  # two thirds of a checkpoint, and of use to nobody but this run
 QUEUE_SIZE = 1000
+POLL_S = 0.2
+STOPPED_S = 1.5
+"""How long the end of training waits for wandb where somebody asks to stop."""
 FALLBACK_S = 10.0
 """How long an offline record may take to begin where training is over before the server has answered."""
 PROBE_S = 10.0
@@ -109,27 +112,37 @@ class Tracker:
         """
         self._put(self._log_exports)
 
-    def finish(self, timeout_s: float, *, exit_code: int = 0) -> None:
+    def finish(self, timeout_s: float, *, exit_code: int = 0, stop: Callable[[], bool] = lambda: False) -> None:
         """Send what is queued, end the wandb run and its service process; kill that after ``timeout_s`` seconds.
 
         Args:
             timeout_s: how long to wait; up to two seconds more where a process has to be killed, and ``FALLBACK_S``
                 more where the record is then kept offline.
             exit_code: not 0 marks the wandb run as failed.
+            stop: whether somebody asks to stop, who is not kept waiting.
         """
         if self._thread is None:
             return
         self._exit_code = exit_code
         self._put(None)
-        self._thread.join(timeout_s)
+        self._join(timeout_s, stop)
         if self._thread.is_alive() and self._contacting.is_set():
             self._hurry.set()
             wandb_service.kill()  # which ends the wait for the server
-            self._thread.join(FALLBACK_S)
+            self._join(FALLBACK_S, stop)
         if self._thread.is_alive():
             self._turn_off(f"wandb: not done after {timeout_s:g} s and given up", "given up at the end of training")
             wandb_service.kill()
         self._off.set()
+
+    def _join(self, timeout_s: float, stop: Callable[[], bool]) -> None:
+        """Wait for the thread, from a stop on for ``STOPPED_S`` only."""
+        assert self._thread  # noqa: S101  there is something to wait for
+        deadline, stopped = time.monotonic() + timeout_s, False
+        while self._thread.is_alive() and (left := deadline - time.monotonic()) > 0:
+            self._thread.join(min(left, POLL_S))
+            if stop() and not stopped:
+                deadline, stopped = min(deadline, time.monotonic() + STOPPED_S), True
 
     def _put(self, action: Callable[[wandb.Run], object] | None) -> None:
         while not self._off.is_set():

@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from launcher import findings, host_memory
+from launcher import console, findings, host_memory
 from launcher import recipe as recipes
 from launcher.engine import autotune
 from launcher.engine.device import Device, is_out_of_memory
@@ -25,7 +25,7 @@ from launcher.engine.stopping import StopFlag
 from launcher.engine.trainer import Outcome, Trainer
 from launcher.errors import EXIT_FAILED, EXIT_RESUMABLE, LaunchError
 from launcher.files import write_json_atomic
-from launcher.processes import die_with_parent, offer_to_kernel
+from launcher.processes import die_with_parent, offer_to_kernel, telling_signal
 from launcher.redact import redact
 from launcher.run_dir import ATTEMPT_VARIABLE, MEMORY_KILLS_VARIABLE, RunDir, WorkerSpec, node_name
 from launcher.watchdog import DUMP_SIGNAL
@@ -53,26 +53,36 @@ def worker_main(run_path: str, beats: Heartbeats) -> Outcome:
     own, folder = run.rank_error(spec.attempt, ranks.rank), run.attempt_errors(spec.attempt)
     stop = StopFlag(peer_failed=lambda: beats.any_failed or any(file != own for file in folder.glob("rank-*.json")))
     stop.install()
+    beats.enter(ranks.local_rank)
+    # torch's own SIGINT may be ignored here. Where the supervisor dies, the workers save and leave.
+    die_with_parent(telling_signal())
     offer_to_kernel(500)  # rather than the supervisor, which starts workers again
     supervisor = os.getppid()
-    console = _redirect_output(run, spec, ranks)
+    terminal = _redirect_output(run, spec, ranks)
+
+    def alive() -> None:
+        stop.trains = True
+        beats.beat(ranks.local_rank, ranks.rank)
+
     try:
         outcome = train(
             spec,
             ranks,
             stop,
-            console,
+            terminal,
             begin=lambda: beats.begin(host_memory.num_kills()),
-            alive=lambda: beats.beat(ranks.local_rank, ranks.rank),
+            alive=alive,
         )
         beats.rest(ranks.local_rank)
     except BaseException as error:  # whatever it was, the error file is how the supervisor and `launch why` learn of it
+        if stop() and not stop.trains and error_kind(error) == "peer_lost":  # told to stop as this one was
+            os._exit(EXIT_RESUMABLE)
         with contextlib.suppress(OSError):  # a full disk; the supervisor looks whether it is
             write_error(run, spec, ranks, error)
         beats.fail(ranks.local_rank)
-        _flush()
+        console.drain()
         os._exit(EXIT_FAILED)  # the agent would print the same traceback once more
-    _flush()
+    console.drain()
     # From here on the agent's acknowledgement is awaited; without an agent it would never come.
     die_with_parent()
     if os.getppid() != supervisor:
@@ -91,7 +101,7 @@ def train(
     spec: WorkerSpec,
     ranks: Ranks,
     stop: Callable[[], bool],
-    console: IO[str],
+    terminal: IO[str],
     *,
     begin: Callable[[], None] = lambda: None,
     alive: Callable[[], None] = lambda: None,
@@ -102,7 +112,7 @@ def train(
         spec: what to train.
         ranks: who this is.
         stop: whether this rank was asked to stop.
-        console: what rank 0 talks to the user by.
+        terminal: what rank 0 talks to the user by.
         begin: called when all ranks have tried what they try.
         alive: called at every step and validation batch.
     """
@@ -111,7 +121,7 @@ def train(
     device = Device(type=plan["device"], index=ranks.local_rank)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     own: dict[str, Any] = {}
-    say = functools.partial(print, file=console if ranks.rank == 0 else sys.stdout, flush=True)
+    say = functools.partial(print, file=terminal if ranks.rank == 0 else sys.stdout, flush=True)
     if recipe.batch.size == "auto" and not spec.debug:  # in children, before this process touches its device
         own = autotune.tune_rank(run, recipe, ranks, device, data_sets, fresh=plan["tune"], stop=stop, say=say)
     device.activate()
@@ -142,7 +152,7 @@ def train(
                 run,
                 parts.recipe,
                 attempt=spec.attempt,
-                console=console,
+                console=terminal,
                 num_steps=parts.num_steps,
                 tracked=not spec.debug,
             )
@@ -162,7 +172,7 @@ def train(
         pass
     finally:
         if recorder:
-            recorder.close(finished=outcome != "preempted")
+            recorder.close(finished=outcome != "preempted", stop=stop)
     _leave_process_group()
     return outcome
 
@@ -222,27 +232,11 @@ def error_kind(error: BaseException) -> str:
 
 
 def _redirect_output(run: RunDir, spec: WorkerSpec, ranks: Ranks) -> IO[str]:
-    """Send standard output and error, C libraries' too, to the rank's log; return what rank 0 talks to the user by."""
+    """Send standard output and error to the rank's log; return what rank 0 talks to the user by."""
     original = os.dup(1)
     log = run.rank_log(spec.attempt, ranks.rank)
     log.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    _flush()
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
-    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
-    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    console.redirect(log)
     faulthandler.enable(sys.stderr)
     faulthandler.register(DUMP_SIGNAL, sys.stderr)
-    return os.fdopen(original, "w", buffering=1)
-
-
-def _flush() -> None:
-    """Write what the streams still hold; what nobody takes (a full disk, a reader that has gone) is dropped."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:  # multiprocessing would try once more, and fail
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            stream.flush()
+    return console.stream(original)

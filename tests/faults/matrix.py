@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tests.faults import data, disk, kills, losses, processes
+from tests.faults import data, disk, kills, losses, processes, terminals
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,6 +65,26 @@ FAULTS = (
         name="Ctrl-C twice",
         promise="ends at once, nobody left; resumed from the last checkpoint: the same bits",
         provoke=processes.ctrl_c_twice,
+    ),
+    Fault(
+        name="the terminal is closed (nohup launch … &)",
+        promise="trains on, to exit 0 and the same bits",
+        provoke=terminals.nohup,
+    ),
+    Fault(
+        name="the terminal is closed (launch … & disown)",
+        promise="trains on, to exit 0 and the same bits",
+        provoke=terminals.disown,
+    ),
+    Fault(
+        name="the terminal is closed (setsid launch … &)",
+        promise="trains on, to exit 0 and the same bits",
+        provoke=terminals.setsid,
+    ),
+    Fault(
+        name="the reader of its output leaves, as head -1 does (launch … piped)",
+        promise="trains on, to exit 0 and the same bits",
+        provoke=terminals.closed_pipe,
     ),
     Fault(
         name="power loss at every write point of a checkpoint",

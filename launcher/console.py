@@ -1,0 +1,211 @@
+"""What a run prints: nothing that a terminal, a pipe or a file does with it stops or delays the run.
+
+A reader that has gone (`launch … | head -1`), a terminal that was closed, a full disk under redirected output and a
+terminal that stands still (Ctrl-S) all come to the same: lines are lost, and only lines. The run directory has
+everything. Commands that answer a question (`launch ps`) print as any program does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import queue
+import select
+import signal
+import sys
+import threading
+from typing import IO, TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MAX_PIECES = 2000
+"""Pieces of text, about as many lines, that are kept for a reader that is slow; of more the oldest are lost."""
+DRAIN_S = 2.0
+"""How long the end of a process waits for a slow reader."""
+
+_outlets: list[Outlet] = []
+_before: list[tuple[TextIO, TextIO]] = []
+"""Standard output and error as they were."""
+
+
+class Outlet(io.RawIOBase):
+    """Takes all that is written to it at once and never fails; a thread hands it on to a descriptor.
+
+    Writing takes no lock, so a signal handler may do it. A forked process begins with an empty queue of its own.
+
+    Args:
+        descriptor: stays open; whether anybody reads what is written there does not matter.
+    """
+
+    name = "console"
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+        self._begin()
+        os.register_at_fork(after_in_child=self._begin)
+        _outlets.append(self)
+
+    def _begin(self) -> None:
+        self._waiting: queue.SimpleQueue[bytes | threading.Event] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._dropped = 0
+
+    def writable(self) -> bool:
+        """It is."""
+        return True
+
+    def fileno(self) -> int:
+        """The descriptor that is written to in the end."""
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        """Whether that is a terminal."""
+        return os.isatty(self._descriptor)
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:  # type: ignore[override]
+        """Take all of ``data``."""
+        if self._waiting.qsize() >= MAX_PIECES:
+            with contextlib.suppress(queue.Empty):
+                self._waiting.get_nowait()
+                self._dropped += 1
+        self._waiting.put(bytes(data))
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._hand_on, args=(self._waiting,), name="console", daemon=True)
+            self._thread.start()
+        return len(data)
+
+    def drain(self, timeout_s: float = DRAIN_S) -> None:
+        """Wait until all is written, but not for ever."""
+        if self._thread is not None:
+            done = threading.Event()
+            self._waiting.put(done)
+            done.wait(timeout_s)
+
+    def _hand_on(self, waiting: queue.SimpleQueue[bytes | threading.Event]) -> None:
+        refused = told = 0
+        while True:
+            piece = waiting.get()
+            if isinstance(piece, threading.Event):
+                piece.set()
+                continue
+            lost = refused + self._dropped
+            count = lost - told
+            note = f"[{count} lines were not shown: nobody read them, or the disk was full]\n" if count else ""
+            try:
+                _write_all(self._descriptor, note.encode() + piece)
+                told = lost
+            except OSError:
+                refused += 1
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        try:
+            left = left[os.write(descriptor, left) :]
+        except BlockingIOError:  # whoever shares the descriptor has set it to non-blocking
+            select.select([], [descriptor], [])
+
+
+def stream(descriptor: int, *, like: IO[str] | None = None) -> io.TextIOWrapper:
+    """A text stream that never fails and never waits; ``like`` has its encoding."""
+    encoding = getattr(like, "encoding", None) or "utf-8"
+    outlet = Outlet(descriptor)
+    return io.TextIOWrapper(outlet, encoding=encoding, errors="backslashreplace", line_buffering=True)
+
+
+def protect() -> None:
+    """From here on what this process prints cannot stop or delay it, nor change its exit code.
+
+    Streams that are no files, as in a notebook, stay as they are.
+    """
+    if is_protected():
+        return
+    try:
+        descriptors = sys.stdout.fileno(), sys.stderr.fileno()
+    except (OSError, AttributeError):
+        return
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # a background job may write to its terminal under `stty tostop` too
+    flush_or_drop()
+    _before.append((sys.stdout, sys.stderr))
+    sys.stdout, sys.stderr = (stream(fd, like=one) for fd, one in zip(descriptors, _before[-1], strict=True))
+
+
+def release() -> None:
+    """Print again as any program does, after what was printed so far: for an answer that must not be lost."""
+    if _before:
+        drain()
+        sys.stdout, sys.stderr = _before.pop()
+
+
+def drain() -> None:
+    """Wait a moment for what was printed to be written; before a process leaves by os._exit."""
+    flush_or_drop()
+    for outlet in _outlets:
+        outlet.drain()
+
+
+def flush_or_drop() -> OSError | None:
+    """Write what the streams still hold; what nobody takes is dropped, so no later flush fails; return why."""
+    problem = None
+    for one in (sys.stdout, sys.stderr):
+        try:
+            one.flush()
+        except OSError as error:
+            problem = error
+            with contextlib.suppress(OSError):
+                _drop(one)
+    return problem
+
+
+def _drop(one: IO[str]) -> None:
+    """Empty a stream into nowhere."""
+    descriptor = one.fileno()
+    kept, nowhere = os.dup(descriptor), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    one.flush()
+    os.dup2(kept, descriptor)
+    os.close(nowhere)
+    os.close(kept)
+
+
+def redirect(log: Path) -> None:
+    """Have standard output and error, C libraries' too, go into a file from here on."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    flush_or_drop()
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+
+
+def open_missing() -> None:
+    """Where this process was started without standard streams (``>&-``), no file of its own may take their place."""
+    for descriptor, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+            if getattr(sys, name) is None:
+                setattr(sys, name, os.fdopen(descriptor, "r" if name == "stdin" else "w", closefd=False))
+
+
+def is_protected() -> bool:
+    """Whether :func:`protect` was called."""
+    return isinstance(sys.stdout, io.TextIOWrapper) and isinstance(sys.stdout.buffer, Outlet)
+
+
+def is_refused(error: OSError) -> bool:
+    """Whether an error came from writing to standard output or error: whether one more line meets the same."""
+    for descriptor in (1, 2):
+        try:
+            if select.select([], [descriptor], [], 0)[1]:
+                os.write(descriptor, b"\n")
+        except OSError as again:
+            if again.errno == error.errno:
+                return True
+    return False

@@ -1,0 +1,56 @@
+"""The one way to wait for something: look again and again, heed a stop meanwhile, and say what is awaited."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+POLL_S = 0.2
+FIRST_S, EVERY_S = 5.0, 30.0
+"""After this long a line says what is awaited, and again each time that the second has passed."""
+
+
+def wait_until(
+    is_there: Callable[[], object], *, timeout_s: float | None, heed: Callable[[], object], what: str = ""
+) -> bool:
+    """Wait until ``is_there`` says so.
+
+    Args:
+        is_there: asked a few times a second.
+        timeout_s: give up then; None: never.
+        heed: called each time; what it raises ends the wait.
+        what: is awaited, for a line now and then; empty: nothing is said.
+
+    Returns:
+        False where it was given up.
+    """
+    start, notice = time.monotonic(), Notice()
+    while not is_there():
+        heed()
+        if timeout_s is not None and time.monotonic() - start > timeout_s:
+            return False
+        notice.say(what)
+        time.sleep(POLL_S)
+    return True
+
+
+class Notice:
+    """Says what is awaited, and since when, every now and then; silent while that is an empty text."""
+
+    def __init__(self) -> None:
+        self._what = ""
+        self._since = ""
+        self._next = 0.0
+
+    def say(self, what: str) -> None:
+        """What is awaited now."""
+        now = time.monotonic()
+        if what != self._what:
+            self._what, self._since, self._next = what, time.strftime("%H:%M:%S"), now + FIRST_S
+        elif what and now >= self._next:
+            self._next = now + EVERY_S
+            print(f"waiting for {what} since {self._since}", file=sys.stderr, flush=True)
