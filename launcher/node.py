@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import diagnose, history, network, processes, quarantine
+from launcher import diagnose, history, loader_room, network, processes, quarantine
 from launcher.errors import EXIT_FAILED, EXIT_OK, InterruptedRunError, TrainingError, UsageError, exit_code_of
 from launcher.redact import redact
 from launcher.run_dir import RunDir
@@ -52,6 +52,7 @@ def supervise(run: RunDir, plan: dict[str, Any], *, node_rank: int, first_attemp
         LaunchError: training failed or was interrupted.
     """
     network.set_environment(plan["env"])
+    loader_room.make()
     processes.adopt_orphans()
     stop = StopSignals(run, node_rank=node_rank)
     attempt = first_attempt or history.next_attempt(run)

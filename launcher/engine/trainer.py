@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from launcher.engine import distributed, optim
+from launcher.engine.handover import Feed, end_loaders
 from launcher.engine.metrics import ValidationTotals, means
 from launcher.engine.saving import Saving
 from launcher.engine.state import TrainingState
@@ -55,6 +56,7 @@ class Trainer:
         parts: model, data, optimizer and who we are.
         recorder: on rank 0.
         stop_requested: whether this rank has been asked to stop.
+        alive: called at every step and validation batch.
         memory_kills: how often the kernel killed a worker of this node for want of memory since the last checkpoint.
     """
 
@@ -64,12 +66,14 @@ class Trainer:
         *,
         recorder: Recorder | None,
         stop_requested: Callable[[], bool],
+        alive: Callable[[], None] = lambda: None,
         memory_kills: int = 0,
     ) -> None:
         self.parts = parts
         self.recipe = parts.recipe
         self._recorder = recorder
         self._stop_requested = stop_requested
+        self._alive = alive
         self._memory_kills = memory_kills
         self._agreement = distributed.Agreement(num_wishes=3)
         self.state = TrainingState(parts, self._agreement.gather(parts.device.total_memory()))
@@ -115,6 +119,7 @@ class Trainer:
                 self._end_epoch()  # stopped before its validation, or what was left of it is left out now
             return self._train()
         except StopTraining:
+            end_loaders()
             self._save(best=False)
             return "preempted"
 
@@ -123,9 +128,14 @@ class Trainer:
         if self._finished():
             return self._outcome()
         steps = parts.schedule.steps(parts.ranks.rank, epoch=state.epoch, offset=state.offset, end_epoch=epochs)
-        batches = iter(parts.train_loader(state.epoch, state.offset))
-        for step in steps:
-            self._poll()
+        feed = Feed(steps, iter(parts.train_loader(state.epoch, state.offset)), self._stop_requested)
+        self._poll(feed)
+        while True:
+            self._poll(feed)
+            taken = feed.take()
+            if taken is None:
+                break
+            step, batches = taken
             lr = optim.set_lr(
                 parts.optimizer, self.recipe, self._progress(step), parts.schedule.batching.global_batch_size
             )
@@ -200,17 +210,30 @@ class Trainer:
         distributed.broadcast_buffers(parts.model.module)
         parts.model.eval()
         totals = ValidationTotals(parts.classes, parts.device.torch_device)
-        for batch in parts.val_loader():
+        loaded = iter(parts.val_loader())
+        while True:
             self._poll()
+            try:
+                batch = loaded.get(self._stop_requested)
+            except StopIteration:
+                break
+            if batch is None:
+                continue  # to where all learn that this rank stops
             images, labels = parts.to_device(batch)
             if len(labels):
                 with parts.autocast():
                     logits = parts.model.module(images)
                 totals.add(logits, labels)
+        self._poll()  # what ranks said at their last batch must reach all before they add up
         return totals.compute()
 
-    def _poll(self) -> None:
-        """Learn whether all stop or save here. Raises StopTraining."""
+    def _poll(self, feed: Feed | None = None) -> None:
+        """Learn whether all stop or save here. Raises StopTraining.
+
+        Args:
+            feed: of which this rank is to hold one more step before it says that it can take one.
+        """
+        self._alive()
         stop, save, smaller = self._agreement.collect()
         if stop:
             raise StopTraining
@@ -220,6 +243,8 @@ class Trainer:
         self._check_numbers(step)
         if self._saving.is_due(wished=save):
             self._save(best=False)
+        if feed:
+            feed.hold()
         self._agreement.propose(self._stop_requested(), self._saving.wish, self._fitting_size < self._batch_size)
 
     def _log_window(self, lr: float) -> None:

@@ -147,13 +147,11 @@ def train(
                 tracked=not spec.debug,
             )
             recorder.status(epoch=0, step=0)
-
-        def stop_requested() -> bool:
-            alive()
-            return stop()
-
+        if fewer := parts.fit_loading():
+            say(fewer)
+            run.append_event("fewer_loaders", rank=ranks.rank, message=fewer)
         memory_kills = int(os.environ.get(MEMORY_KILLS_VARIABLE, "0"))
-        trainer = Trainer(parts, recorder=recorder, stop_requested=stop_requested, memory_kills=memory_kills)
+        trainer = Trainer(parts, recorder=recorder, stop_requested=stop, alive=alive, memory_kills=memory_kills)
         outcome = trainer.run()
         if recorder:
             recorder.end(outcome, trainer.best, run.best_checkpoint)
