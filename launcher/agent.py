@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import importlib
 import logging
+import operator
 import os
 import sys
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,6 @@ from launcher.run_dir import ATTEMPT_VARIABLE, MEMORY_KILLS_VARIABLE
 from launcher.watchdog import Heartbeats, Watchdog
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch.distributed.elastic.multiprocessing.api import LogsDest
 
     from launcher.run_dir import RunDir
@@ -100,7 +99,7 @@ def run_workers(
     known = {field.name for field in dataclasses.fields(LaunchConfig)}  # torch 2.9 has fewer
     config = LaunchConfig(**{name: value for name, value in options.items() if name in known})
     try:
-        with watchdog, LogCap(logs.rank_logs):
+        with watchdog, LogCap(lambda: [run.rank_log(logs.attempt, int(rank)) for rank in logs.ranks]):
             outcomes: dict[int, str] = elastic_launch(config, worker_main)(str(run.path), beats)
     except (ChildFailedError, _NoRestartError, RendezvousError) as error:
         with contextlib.suppress(OSError):  # a full disk
@@ -119,7 +118,7 @@ def _attempt_logs(run: RunDir, *, node_rank: int, first_attempt: int, stop: Stop
         """
 
         attempt = first_attempt - 1
-        ranks: tuple[int, ...] = ()
+        ranks: tuple[str, ...] = ()
         """This node's in the present attempt."""
         noted = 0
         """The last attempt of which it is written down that the kernel killed a worker."""
@@ -132,7 +131,7 @@ def _attempt_logs(run: RunDir, *, node_rank: int, first_attempt: int, stop: Stop
             if self.attempt >= first_attempt:
                 self._check_restart()
             self.attempt += 1
-            self.ranks = tuple(int(env["RANK"]) for env in envs.values())
+            self.ranks = tuple(map(operator.itemgetter("RANK"), envs.values()))
             beats.clear()
             told = {
                 ATTEMPT_VARIABLE: str(self.attempt),
@@ -146,9 +145,6 @@ def _attempt_logs(run: RunDir, *, node_rank: int, first_attempt: int, stop: Stop
             run.attempt_errors(self.attempt).mkdir(parents=True, exist_ok=True)
             streams = dict.fromkeys(envs, "")
             return LogsDest(stdouts=streams, stderrs=streams, error_files=nowhere)
-
-        def rank_logs(self) -> list[Path]:
-            return [run.rank_log(self.attempt, rank) for rank in self.ranks]
 
         def note_kill(self) -> None:
             """Write down, once, that the kernel killed a worker that trained, if it did: it leaves no word itself."""

@@ -300,7 +300,7 @@ def load(
     """
     from launcher import recipe_checks, recipe_source
 
-    source = recipe_source.read(path, overrides, flags or {})
+    source = recipe_source.read(path, overrides, flags or {}, schema=Recipe)
     problems = list(source.problems)
     try:
         recipe = from_dict(source.values)

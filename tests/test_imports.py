@@ -41,6 +41,8 @@ FLOORS = (
         "launcher.topology",
         "launcher.network",
         "launcher.host_memory",
+        "launcher.host_cores",
+        "launcher.loader_room",
         "launcher.image_folder",
         "launcher.image_probe",
         "launcher.image_probe_pool",
@@ -53,6 +55,7 @@ FLOORS = (
         "launcher.recipe",
         "launcher.recipe_source",
         "launcher.recipe_yaml",
+        "launcher.recipe_types",
         "launcher.recipe_checks",
         "launcher.recipe_paths",
         "launcher.profile",
@@ -80,6 +83,7 @@ FLOORS = (
     {
         "launcher.agent",
         "launcher.watchdog",
+        "launcher.log_cap",
         "launcher.node",
         "launcher.job",
         "launcher.stopping",
@@ -91,7 +95,13 @@ FLOORS = (
 FOR_ENGINE = {
     f"launcher.{name}" for name in ("errors", "files", "recipe", "run_dir", "image_folder", "processes", "watchdog")
 }
-FOR_ENGINE |= {"launcher.wandb_folder", "launcher.redact", "launcher.host_memory"}
+FOR_ENGINE |= {
+    "launcher.wandb_folder",
+    "launcher.redact",
+    "launcher.host_memory",
+    "launcher.host_cores",
+    "launcher.loader_room",
+}
 
 
 def module_name(path):

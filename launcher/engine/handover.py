@@ -116,7 +116,7 @@ class Batches:
 
 
 class Feed:
-    """The batches of a rank's steps. Those of the next step are held before a step is taken.
+    """The batches of a rank's steps. Where loader processes make them, the next step's are held before one is taken.
 
     Ranks agree to stop while they take a step. Were one then left waiting for the next step's batches, its peers would
     wait for it in that step's collectives, where nobody can stop.
@@ -125,23 +125,28 @@ class Feed:
         steps: of this rank, in their order.
         batches: a batch for each of their micro-batches.
         stop: whether this rank was asked to stop.
+        ahead: whether loader processes make the batches; this process cannot stop while it makes one itself.
     """
 
-    def __init__(self, steps: Iterable[Step], batches: Batches, stop: Callable[[], bool]) -> None:
+    def __init__(self, steps: Iterable[Step], batches: Batches, stop: Callable[[], bool], *, ahead: bool) -> None:
         self._steps = iter(steps)
+        self._ahead = AHEAD if ahead else 0
         self._batches = batches
         self._stop = stop
         self._held: deque[tuple[Step, list[Batch]]] = deque()
+        self.starved = False
+        """Whether this rank was asked to stop while it waited."""
 
     def hold(self) -> None:
-        """Wait for the batches of one more step, if there is one; a stop ends that, and then there is none."""
+        """Get one more step, if there is one, and wait for its batches; a stop ends that, and then there is none."""
         step = next(self._steps, None)
         if step is None:
             return
         found = []
-        for _ in step.micro_batches[:AHEAD]:
+        for _ in step.micro_batches[: self._ahead]:
             batch = self._batches.get(self._stop)
             if batch is None:
+                self.starved = True
                 return
             found.append(batch)
         self._held.append((step, found))

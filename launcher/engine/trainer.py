@@ -128,18 +128,19 @@ class Trainer:
         if self._finished():
             return self._outcome()
         steps = parts.schedule.steps(parts.ranks.rank, epoch=state.epoch, offset=state.offset, end_epoch=epochs)
-        feed = Feed(steps, iter(parts.train_loader(state.epoch, state.offset)), self._stop_requested)
-        self._poll(feed)
+        batches = iter(parts.train_loader(state.epoch, state.offset))
+        feed = Feed(steps, batches, self._stop_requested, ahead=parts.loading.workers > 0)
+        self._poll(feed, asked=False)  # the first step, too, is taken when all hold its batches
         while True:
             self._poll(feed)
             taken = feed.take()
             if taken is None:
                 break
-            step, batches = taken
+            step, of_step = taken
             lr = optim.set_lr(
                 parts.optimizer, self.recipe, self._progress(step), parts.schedule.batching.global_batch_size
             )
-            self._step.run(step, batches)
+            self._step.run(step, of_step)
             state.step += 1
             state.offset = step.end
             self._timed_samples += step.num_samples
@@ -212,11 +213,11 @@ class Trainer:
         totals = ValidationTotals(parts.classes, parts.device.torch_device)
         loaded = iter(parts.val_loader())
         while True:
-            self._poll()
             try:
                 batch = loaded.get(self._stop_requested)
             except StopIteration:
                 break
+            self._poll()
             if batch is None:
                 continue  # to where all learn that this rank stops
             images, labels = parts.to_device(batch)
@@ -224,14 +225,15 @@ class Trainer:
                 with parts.autocast():
                     logits = parts.model.module(images)
                 totals.add(logits, labels)
-        self._poll()  # what ranks said at their last batch must reach all before they add up
+        self._poll(asked=False)  # what ranks said at their last batch must reach all before they add up
         return totals.compute()
 
-    def _poll(self, feed: Feed | None = None) -> None:
+    def _poll(self, feed: Feed | None = None, *, asked: bool = True) -> None:
         """Learn whether all stop or save here. Raises StopTraining.
 
         Args:
             feed: of which this rank is to hold one more step before it says that it can take one.
+            asked: whether to look if this rank was asked to stop; else it does so only where it waits in vain.
         """
         self._alive()
         stop, save, smaller = self._agreement.collect()
@@ -245,7 +247,8 @@ class Trainer:
             self._save(best=False)
         if feed:
             feed.hold()
-        self._agreement.propose(self._stop_requested(), self._saving.wish, self._fitting_size < self._batch_size)
+        stop = self._stop_requested() if asked else feed is not None and feed.starved
+        self._agreement.propose(stop, self._saving.wish, self._fitting_size < self._batch_size)
 
     def _log_window(self, lr: float) -> None:
         state = self.state
