@@ -1,4 +1,4 @@
-"""This machine, or one of several that are started by hand: the node supervisor, in this process or in the background."""
+"""This machine, or one of several started by hand: the node supervisor, in this process or in the background."""
 
 from __future__ import annotations
 
