@@ -566,12 +566,19 @@ def test_shared_memory_has_room_for_batches(free, status, fragment):
     says(checks.check_shm(free), status, fragment)
 
 
+def test_sockets_have_a_folder_with_a_short_path():
+    says(checks.check_temporary(None, "/short"), "ok", "in /short")
+    says(checks.check_temporary("/" + "x" * 110, "/short"), "ok", "sockets go to /short")
+    says(checks.check_temporary("/" + "x" * 110, None), "warning", "set TMPDIR to a folder with a short path")
+
+
 @pytest.mark.parametrize(
     ("soft", "hard", "status", "fragment"),
     [
         (1024, 4096, "ok", "at most 1024"),
-        (256, 4096, "warning", "hard limit is 4096"),
-        (256, -1, "warning", "hard limit is none"),
+        (256, 4096, "ok", "at most 256, which runs raise"),
+        (256, -1, "ok", "which runs raise"),
+        (256, 512, "warning", "raised (it is 512)"),
         (-1, -1, "ok", "no limit"),
     ],
 )
