@@ -9,12 +9,14 @@ import contextlib
 import dataclasses
 import importlib
 import logging
+import operator
 import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 from launcher import diagnose, history, host_memory, network, processes
 from launcher.agent_thread import AgentThread, LeftError, ask_for_lost
+from launcher.log_cap import LogCap
 from launcher.peers import Peers
 from launcher.run_dir import ATTEMPT_VARIABLE, MEMORY_KILLS_VARIABLE
 from launcher.watchdog import Heartbeats, Watchdog
@@ -83,8 +85,9 @@ def run_workers(
     config = _config(plan, node_rank, logs)
     agent = AgentThread(lambda: elastic_launch(config, worker_main)(str(run.path), beats))
     peers = Peers(plan, node_rank=node_rank)
+    capped = LogCap(lambda: [run.rank_log(logs.attempt, int(rank)) for rank in logs.ranks])
     try:
-        with watchdog, peers:
+        with watchdog, peers, capped:
             try:
                 outcomes = agent.attend(run, stop, peers, beats)
             except (ChildFailedError, _NoRestartError):
@@ -140,6 +143,8 @@ def _attempt_logs(run: RunDir, *, node_rank: int, first_attempt: int, stop: Stop
         """
 
         attempt = first_attempt - 1
+        ranks: tuple[str, ...] = ()
+        """This node's in the present attempt."""
         noted = 0
         """The last attempt of which it is written down that the kernel killed a worker."""
 
@@ -151,6 +156,7 @@ def _attempt_logs(run: RunDir, *, node_rank: int, first_attempt: int, stop: Stop
             if self.attempt >= first_attempt:
                 self._check_restart()
             self.attempt += 1
+            self.ranks = tuple(map(operator.itemgetter("RANK"), envs.values()))
             beats.clear()
             told = {
                 ATTEMPT_VARIABLE: str(self.attempt),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,22 +14,42 @@ if TYPE_CHECKING:
     from launcher.run_dir import RunDir
     from launcher.slurm_client import JobState
 
-NOT_RETRYABLE = ("bug", "usage", "out_of_memory", "full_disk")
+NOT_RETRYABLE = ("bug", "usage", "out_of_memory", "full_disk", "environment")
 """Causes that the same start would meet again."""
 RESUME = "`launch resume RUN` goes on from the last checkpoint"
 CURES = {
-    "bug": "look at the last line of your own code above; `launch RECIPE --debug` runs it in one process",
+    "bug": "this is a fault of finetune-launcher or of a library that it uses: report it with the lines above; "
+    "`launch RECIPE --debug` runs the same in one process",
     "usage": "correct what the message names and start again",
     "out_of_memory": "lower batch.size (batch.global_size keeps the step's size), or data.image_size",
     "hang": "the workers' stacks are in their logs; one that waits for data or a lock holds up all others; a step that "
     "really takes this long needs a higher train.hang_timeout_s",
     "memory_kill": "it goes on with batches of half the size, launch.max_restarts times; if that does not help: fewer "
     f"data.workers, a lower data.image_size or more memory; {RESUME}, with batches of half the size again",
+    "environment": f"mend what the message names: it is the machine's, the shell's or a file system's; {RESUME}",
     "full_disk": f"make room where the run directory is; {RESUME}",
     "lost_node": f"{RESUME}; ask whoever runs the cluster about the node",
     "lost_worker": "a worker was killed from outside: look for the out-of-memory killer (`dmesg | grep -i oom`) "
     f"or whoever sent the signal; {RESUME}",
 }
+OWN_CODE = "look at {place}, the last line of your own code above; `launch RECIPE --debug` runs it in one process"
+ENVIRONMENT = {
+    r"shared memory|/dev/shm|Bus error": "make /dev/shm larger (a container: --shm-size=8g or --ipc=host), or set "
+    "data.workers=0",
+    r"Too many open files|ancdata": "raise the limit of open files (`ulimit -n`, its hard limit), or set fewer "
+    "data.workers",
+    r"AF_UNIX path too long": "set TMPDIR to a folder with a short path",
+    r"File name too long": "name a --run-dir or a data.path with a shorter path",
+    r"Cannot allocate memory": "free memory, or ask for more; fewer data.workers need less",
+    r"can't start new thread|Resource temporarily unavailable": "raise the limit of processes (`ulimit -u`, or the "
+    "container's)",
+    r"Read-only file system|Permission denied|Operation not permitted": "see that the user who runs this may read, and "
+    "in the run directory write, what the message names, on every node",
+    r"No such file or directory|Not a directory": "see that what the message names is there, on every node",
+    r"Stale file handle|Input/output error|Transport endpoint": "the file system failed: look at its mount and its "
+    "server (`dmesg`)",
+}
+"""What the environment's failures say, as regular expressions, each with its cure."""
 SLURM_WORDS = ("oom_kill", "oom-kill", "DUE TO", "Node failure", "Exceeded job memory")
 OURS = "DUE TO JOB REQUEUE"
 STOPS = ("preempted", "time_limit", "interrupted", "cancelled")
@@ -113,7 +134,18 @@ def explain(run: RunDir, job: JobState | None = None) -> str:
     lines += [f"  {line}" for line in failure["traceback"].rstrip().splitlines()[-TRACEBACK_LINES:]]
     if rank is not None:
         lines.append(f"log: {run.rank_log(attempt, rank)}")
-    return "\n".join([*lines, *_evidence(run), *_refused(run), f"what to do: {CURES.get(failure['kind'], RESUME)}"])
+    return "\n".join([*lines, *_evidence(run), *_refused(run), f"what to do: {cure(failure)}"])
+
+
+def cure(failure: dict[str, Any]) -> str:
+    """What to do about a failure."""
+    kind, own_line = failure["kind"], failure.get("own_line")
+    if kind == "environment":
+        found = (text for sign, text in ENVIRONMENT.items() if re.search(sign, failure["message"]))
+        return f"{text}; {RESUME}" if (text := next(found, "")) else CURES[kind]
+    if kind == "bug" and own_line:  # also where a library raised what the user's code had it do
+        return OWN_CODE.format(place=own_line)
+    return CURES.get(kind, RESUME)
 
 
 def failed_checks(run: RunDir) -> list[str]:

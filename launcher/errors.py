@@ -40,6 +40,10 @@ class TrainingError(LaunchError):
     """Training or its post-step failed."""
 
 
+class MachineError(TrainingError):
+    """The machine, or the shell that started the run, lacks what training needs: memory to share, open files, room."""
+
+
 class PreflightError(LaunchError):
     """A check of the machine failed; nothing was started."""
 

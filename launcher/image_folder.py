@@ -7,19 +7,26 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.errors import UsageError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 SPLITS = ("train", "val")
 DIGITS = "digits"
+CACHE_CURE = "set FINETUNE_LAUNCHER_CACHE to a folder that can be written to"
 
 
 def cache_dir() -> Path:
     """Where data that the launcher makes itself is kept: FINETUNE_LAUNCHER_CACHE, or under XDG_CACHE_HOME."""
-    own = os.environ.get("FINETUNE_LAUNCHER_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(own) if own else Path(base) / "finetune-launcher"
+    if own := os.environ.get("FINETUNE_LAUNCHER_CACHE"):
+        return Path(own)
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        raise UsageError(f"there is no home folder (HOME); {CACHE_CURE}") from None
+    return Path(base) / "finetune-launcher"
 
 
 def data_path(name: str, path: str | None) -> Path:

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from launcher import image_folder, image_scan_cache
+from launcher import host_cores, image_folder, image_scan_cache
 from launcher.image_folder import printable
 from launcher.image_probe_pool import ProbePool
 
@@ -187,7 +187,7 @@ def _read(
     """Have files looked into by processes; in the order in which they are done."""
     if not paths:
         return
-    num = workers or max(1, min(len(os.sched_getaffinity(0)), len(paths) // FILES_PER_WORKER))
+    num = workers or max(1, min(host_cores.num_cores(), len(paths) // FILES_PER_WORKER))
     absolute = {f"{folder}/{path}": path for path in paths}
     done = 0
     with ProbePool(absolute, workers=num) as pool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from launcher import (
     findings,
     history,
     host_cpu,
+    loader_room,
     network,
     processes,
     quarantine,
@@ -64,6 +66,7 @@ def supervise(run: RunDir, plan: dict[str, Any], *, node_rank: int, first_attemp
     """
     console.protect()
     network.set_environment(plan["env"])
+    loader_room.make()
     processes.adopt_orphans()
     stop = StopSignals(run, node_rank=node_rank)
     attempt = first_attempt or history.next_attempt(run)

@@ -149,6 +149,8 @@ def make_plan(
     """
     launch = recipe.launch
     backend = _choose_backend(recipe, topology, request)
+    if request.detach and backend == "local":
+        raise UsageError("--detach: --debug and launch.backend=local are for a terminal; leave one of them out")
     run_dir = request.run_dir or str(Path("runs") / request.run_id)
     command: tuple[str, ...] = ()
     script = post_script = ""

@@ -105,7 +105,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> Profile:
         UsageError: there is none of this name; lists those there are.
         RecipeError: names every problem in it.
     """
-    return _checked(recipe_source.read(str(find(name)), overrides, {}, prefix=OVERRIDE), name)
+    return _checked(recipe_source.read(str(find(name)), overrides, {}, schema=Profile, prefix=OVERRIDE), name)
 
 
 def change(values: dict[str, Any], overrides: Sequence[str]) -> Profile:
@@ -114,7 +114,8 @@ def change(values: dict[str, Any], overrides: Sequence[str]) -> Profile:
     Raises:
         RecipeError: names every problem in it.
     """
-    source = recipe_source.from_values(f"profile {values['name']}", values, overrides, prefix=OVERRIDE)
+    name = f"profile {values['name']}"
+    source = recipe_source.from_values(name, values, overrides, schema=Profile, prefix=OVERRIDE)
     return _checked(source, str(values["name"]))
 
 

@@ -195,9 +195,9 @@ class WandbConfig:
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: online where there is a key, else off. Where the server cannot be used, online and auto go on offline."""
     project: str | None = None
-    """Project; null: finetune-launcher."""
+    """Project; null: `WANDB_PROJECT`, or finetune-launcher."""
     entity: str | None = None
-    """User or team; null: the key's own."""
+    """User or team; null: `WANDB_ENTITY`, or the key's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,7 +314,7 @@ def load(
     """
     from launcher import recipe_checks, recipe_source
 
-    source = recipe_source.read(path, overrides, flags or {})
+    source = recipe_source.read(path, overrides, flags or {}, schema=Recipe)
     problems = list(source.problems)
     try:
         recipe = from_dict(source.values)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import recipe_yaml, redact
+from launcher import recipe_types, recipe_yaml, redact
 from launcher.errors import Problem, RecipeError, did_you_mean
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ class Source:
     """Dotted key to ``FILE:LINE``, the override or the flag."""
     problems: tuple[Problem, ...] = ()
     """What was wrong with the overrides and interpolations themselves."""
+    typed: dict[str, str] = field(default_factory=dict)
+    """Dotted key to what was typed for its value, in the file or the override."""
 
     def where(self, key: str) -> str:
         """Where ``key`` was given, or the nearest key above it, or the file."""
@@ -46,13 +49,16 @@ class Source:
         return self.path
 
 
-def read(path: str, overrides: Sequence[str], flags: dict[str, tuple[str, Any]], *, prefix: str = "") -> Source:
+def read(
+    path: str, overrides: Sequence[str], flags: dict[str, tuple[str, Any]], *, schema: type, prefix: str = ""
+) -> Source:
     """Read a YAML file and apply overrides (``a.b=c``) and flags (key to (flag, value)).
 
     Args:
         path: the file.
         overrides: as typed.
         flags: by key.
+        schema: by which a value is text, a number or something else.
         prefix: what each override begins with before its key.
 
     Raises:
@@ -64,20 +70,24 @@ def read(path: str, overrides: Sequence[str], flags: dict[str, tuple[str, Any]],
     text = recipe_yaml.read_text(path)
     origins = {key: f"{path}:{line}" for key, line in recipe_yaml.key_lines(path, text).items()}
     try:
+        text, typed = recipe_yaml.typed(text, schema) if origins else ("", {})
         config: Any = OmegaConf.create(text) if origins else OmegaConf.create({})
     except OmegaConfBaseException as error:  # an interpolation that cannot be parsed
         key = str(error.full_key or "")
         raise RecipeError([Problem(key=key, where=origins.get(key, path), message=_first_line(error))]) from None
     if "name" not in origins:
         config["name"] = Path(path).stem
-    return _apply(config, path, origins, overrides, flags, prefix)
+    return _apply(config, Source(path=path, values={}, origins=origins, typed=typed), overrides, flags, schema, prefix)
 
 
-def from_values(path: str, values: dict[str, Any], overrides: Sequence[str], *, prefix: str = "") -> Source:
+def from_values(
+    path: str, values: dict[str, Any], overrides: Sequence[str], *, schema: type, prefix: str = ""
+) -> Source:
     """The same from nested plain values, taken as they are; ``path`` is what stands for the file in errors."""
     from omegaconf import OmegaConf
 
-    return _apply(OmegaConf.create(_escaped(values)), path, {}, overrides, {}, prefix)
+    source = Source(path=path, values={}, origins={})
+    return _apply(OmegaConf.create(_escaped(values)), source, overrides, {}, schema, prefix)
 
 
 def _escaped(value: Any) -> Any:
@@ -91,22 +101,24 @@ def _escaped(value: Any) -> Any:
 
 def _apply(
     config: Any,
-    path: str,
-    origins: dict[str, str],
+    source: Source,
     overrides: Sequence[str],
     flags: dict[str, tuple[str, Any]],
+    schema: type,
     prefix: str,
 ) -> Source:
+    """``source``, of which only places are known, with its values, overrides and flags."""
     from omegaconf import OmegaConf
 
-    problems = list(_override(config, overrides, origins, prefix))
+    origins = source.origins
+    problems = list(_override(config, overrides, source, schema, prefix))
     for key, (flag, value) in flags.items():
         origins[key] = f"command line ({flag} {value})"
         section = OmegaConf.select(config, key.rpartition(".")[0])
         if section is None or OmegaConf.is_dict(section):  # else the schema says what is wrong with the section
             OmegaConf.update(config, key, value)
     values = typing.cast("dict[str, Any]", OmegaConf.to_container(config, resolve=False))
-    source = Source(path=path, values=values, origins=origins)
+    source = dataclasses.replace(source, values=values)
     problems += _resolve(config, values, "", source.where)
     return _without_secrets(dataclasses.replace(source, problems=tuple(problems)))
 
@@ -145,23 +157,46 @@ def _hide(text: str, values: Sequence[str]) -> str:
     return text
 
 
-def _override(config: Any, overrides: Sequence[str], origins: dict[str, str], prefix: str) -> Iterator[Problem]:
+def _override(config: Any, overrides: Sequence[str], source: Source, schema: type, prefix: str) -> Iterator[Problem]:
     """Apply overrides to ``config`` and note where they came from."""
     import yaml
+    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    origins = source.origins
     for typed in overrides:
         item = typed.removeprefix(prefix)
-        key, equals, _ = item.partition("=")
-        if not equals or not key:
+        name, equals, value = item.partition("=")
+        if not equals or not name:
             yield Problem(key="", where="command line", message=f"{typed!r} is no override; write key=value")
             continue
+        parts = re.findall(r"\[([^\]]*)\]|([^.\[\]]+)", name)
+        keys = [bracketed or plain for bracketed, plain in parts]
+        key = ".".join(keys)
         origins[key] = f"command line ({typed})"
-        _blame(config, key, origins, origins[key])
+        source.typed[key] = value
+        annotation = recipe_types.at(schema, keys)
+        if annotation is None and (problem := _too_deep(schema, keys, value, prefix)):
+            yield Problem(key=key, where=origins[key], message=problem)
+            continue
+        _blame(config, name, origins, origins[key])
         try:
-            config.merge_with_dotlist([item])
-        except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
+            if annotation is not None and recipe_types.has_text(annotation):
+                OmegaConf.update(config, name, recipe_types.read(value, annotation))
+            else:
+                config.merge_with_dotlist([item])
+        except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, IndexError) as error:
             yield Problem(key=key, where=origins[key], message=_first_line(error))
+
+
+def _too_deep(schema: type, keys: Sequence[str], value: str, prefix: str) -> str | None:
+    """What to write where a dot in a name of the user's (a layer) was taken for one between keys."""
+    for depth in range(1, len(keys) - 1):
+        outer = recipe_types.at(schema, keys[:depth])
+        if any(typing.get_origin(option) is dict for option in recipe_types.options(outer)):
+            right = f"{prefix}{'.'.join(keys[:depth])}[{'.'.join(keys[depth:])}]"
+            return f"a name with dots in it goes into brackets: '{right}={value}'"
+    return None
 
 
 def explain(error: ValidationError, source: Source, schema: type) -> list[Problem]:
@@ -177,7 +212,8 @@ def explain(error: ValidationError, source: Source, schema: type) -> list[Proble
                 filter(None, ["unknown key;", did_you_mean(name, siblings), f"valid: {', '.join(siblings)}"])
             )
         else:
-            message = f"found {_show(_value_at(source.values, key))}; valid: {_describe(annotation)}"
+            found = _show(_value_at(source.values, key), source.typed.get(key))
+            message = f"found {found}; valid: {_describe(annotation)}"
         problems[key] = Problem(key=key, where=source.where(key), message=message)
     return list(problems.values())
 
@@ -265,12 +301,15 @@ def _value_at(values: Any, dotted: str) -> Any:
     return values
 
 
-def _show(value: Any) -> str:
+def _show(value: Any, typed: str | None) -> str:
+    """A value as it was ``typed``, where that is known and no interpolation or list."""
     if value is None:
         return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return repr(value)
+    if isinstance(value, str):
+        return repr(value if typed is None or "${" in typed else typed)
+    if isinstance(value, bool | int | float) and math.isfinite(value) and typed and "${" not in typed:
+        return typed
+    return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _strip(annotation: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher import recipe_types
 from launcher.errors import Problem, RecipeError, did_you_mean
 
 if TYPE_CHECKING:
@@ -57,6 +58,20 @@ def key_lines(path: str, text: str) -> dict[str, int]:
     if not isinstance(root, yaml.MappingNode):
         raise _error(path, root.start_mark.line + 1, "the recipe must be a mapping of keys to values")
     return dict(_walk(path, root, "", ()))
+
+
+def typed(text: str, schema: type) -> tuple[str, dict[str, str]]:
+    """The text that :func:`key_lines` has checked, with quotes around what is text by the schema; and what was typed.
+
+    Returns:
+        YAML, and the single values as they stand in the file, by their dotted keys.
+    """
+    import yaml
+
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    found = recipe_types.typed_values(root)
+    recipe_types.retag(root, schema)
+    return yaml.serialize(root, Dumper=yaml.SafeDumper, allow_unicode=True, width=1 << 30), found
 
 
 def _walk(path: str, node: Any, prefix: str, above: tuple[Any, ...]) -> Iterator[tuple[str, int]]:

@@ -159,6 +159,10 @@ class RunDir:
         digest = hashlib.sha256(f"{self.path} {attempt}".encode()).hexdigest()[:16]
         return Path(tempfile.gettempdir()) / f"launch-{digest}-"
 
+    def launch_log(self, node_rank: int) -> Path:
+        """What ``launch --detach`` would have said on one node."""
+        return self.logs / ("launch.log" if node_rank == 0 else f"launch-{node_rank}.log")
+
     def node_log(self, node_rank: int) -> Path:
         """What torch's elastic agent on one node had to say."""
         return self.logs / f"node-{node_rank}.log"

@@ -50,6 +50,8 @@ FLOORS = (
         "launcher.network",
         "launcher.host_memory",
         "launcher.host_cpu",
+        "launcher.host_cores",
+        "launcher.loader_room",
         "launcher.image_folder",
         "launcher.image_probe",
         "launcher.image_probe_pool",
@@ -63,6 +65,7 @@ FLOORS = (
         "launcher.recipe_source",
         "launcher.recipe_yaml",
         "launcher.recipe_changes",
+        "launcher.recipe_types",
         "launcher.recipe_checks",
         "launcher.recipe_keys",
         "launcher.recipe_paths",
@@ -94,6 +97,7 @@ FLOORS = (
         "launcher.agent_thread",
         "launcher.peers",
         "launcher.watchdog",
+        "launcher.log_cap",
         "launcher.node",
         "launcher.job",
         "launcher.stopping",
@@ -106,8 +110,15 @@ FOR_ENGINE = {
     f"launcher.{name}"
     for name in ("console", "errors", "files", "recipe", "run_dir", "image_folder", "processes", "watchdog")
 }
-FOR_ENGINE |= {"launcher.wandb_folder", "launcher.redact", "launcher.host_memory", "launcher.host_cpu"}
-FOR_ENGINE |= {"launcher.findings"}
+FOR_ENGINE |= {
+    "launcher.wandb_folder",
+    "launcher.redact",
+    "launcher.host_memory",
+    "launcher.host_cpu",
+    "launcher.host_cores",
+    "launcher.loader_room",
+    "launcher.findings",
+}
 
 
 def module_name(path):

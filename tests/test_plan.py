@@ -380,12 +380,54 @@ def test_a_run_directory_is_named_after_the_run():
 # --- the facts of this machine
 
 
+GPUS = """\
+GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-8932f937-d72c-4106-c12f-20bd9faed9f6)
+GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-8932aaaa-0000-4106-c12f-20bd9faed9f6)
+GPU 2: NVIDIA A100-SXM4-40GB (UUID: GPU-1b000000-d72c-4106-c12f-20bd9faed9f6)
+  MIG 1g.5gb      Device  0: (UUID: MIG-4b000000-0000-5106-c12f-20bd9faed9f6)
+  MIG 1g.5gb      Device  1: (UUID: MIG-5c000000-0000-5106-c12f-20bd9faed9f6)
+"""
+
+
 @pytest.mark.parametrize(
-    ("visible", "num"), [("", 0), ("-1", 0), ("0", 1), ("0,1, 2", 3), ("GPU-8932f937-d72c,MIG-4b", 2), (",", 0)]
+    ("visible", "num"),
+    [
+        ("", 0),
+        (",", 0),
+        ("-1", 0),
+        ("none", 0),
+        ("NoDevFiles", 0),
+        ("0", 1),
+        ("0,1, 2", 3),
+        ("2,0", 2),
+        ("0,1,7", 2),  # up to the first that is none
+        ("7,0,1", 0),
+        ("0,-1,1", 1),
+        ("0,foo,1", 1),
+        ("0,,1", 1),
+        ("0,1,", 2),
+        ("0,1,0", 0),  # none at all where one comes twice
+        ("GPU-8932f", 1),
+        ("GPU-8932", 0),  # the beginning of two
+        ("GPU-1b,GPU-8932a", 2),
+        ("GPU-1b,GPU-dead,GPU-8932a", 1),
+        ("MIG-4b", 1),
+        ("MIG-4b,MIG-5c", 1),  # a process sees one
+        ("MIG-dead", 0),
+    ],
 )
-def test_gpus_are_those_that_cuda_is_told_to_see(visible, num, monkeypatch):
+def test_gpus_are_those_that_cuda_sees(visible, num, monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nwhile read -r line; do echo \"$line\"; done <<'END'\n{GPUS}END\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
     assert topology.detect().num_gpus == num
+
+
+def test_a_list_of_gpus_makes_none_on_a_machine_without(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(topology, "_listed", lambda: ([], []))
+    assert topology.detect().num_gpus == 0
 
 
 @pytest.mark.parametrize(
@@ -403,7 +445,7 @@ def test_else_gpus_are_those_that_the_driver_lists(script, num, monkeypatch, tmp
     assert topology.detect().num_gpus == num
 
 
-@pytest.mark.parametrize(("value", "threads"), [("3", 3), ("", None), ("two", None), ("4,2", None)])
+@pytest.mark.parametrize(("value", "threads"), [("3", 3), ("", None), ("two", None), ("4,2", 4)])
 def test_threads_are_what_the_environment_says(value, threads, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("OMP_NUM_THREADS", value)

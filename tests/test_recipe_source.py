@@ -14,7 +14,7 @@ def read(recipe_file):
     """Read a recipe's text, without checking it."""
 
     def run(text, *overrides, **flags):
-        return recipe_source.read(str(recipe_file(text)), overrides, flags)
+        return recipe_source.read(str(recipe_file(text)), overrides, flags, schema=recipes.Recipe)
 
     return run
 
@@ -45,20 +45,20 @@ DIGITS = "data: {name: digits}\n"
 def test_a_missing_file_names_its_neighbours(tmp_path):
     (tmp_path / "quickstart.yaml").touch()
     with pytest.raises(RecipeError, match=r"quickstrat.yaml: no such file; did you mean 'quickstart.yaml'\?"):
-        recipe_source.read(str(tmp_path / "quickstrat.yaml"), (), {})
+        recipe_source.read(str(tmp_path / "quickstrat.yaml"), (), {}, schema=recipes.Recipe)
 
 
 @pytest.mark.parametrize("name", ["mine.yaml", "no/such/folder/mine.yaml"])
 def test_a_missing_file_without_a_near_name_says_where_recipes_are(name, tmp_path):
     with pytest.raises(RecipeError, match=r"no such file; `launch recipes` lists"):
-        recipe_source.read(str(tmp_path / name), (), {})
+        recipe_source.read(str(tmp_path / name), (), {}, schema=recipes.Recipe)
 
 
 def test_what_is_no_text_is_said_to_be_none(tmp_path):
     (tmp_path / "image.yaml").write_bytes(b"\xff\xd8\xff")
     for name in (".", "image.yaml"):
         with pytest.raises(RecipeError, match="cannot be read as text"):
-            recipe_source.read(str(tmp_path / name), (), {})
+            recipe_source.read(str(tmp_path / name), (), {}, schema=recipes.Recipe)
 
 
 @pytest.mark.parametrize(
@@ -316,12 +316,12 @@ def test_what_the_recipe_leaves_to_its_user_can_be_given(read):
         ("optim: 3\n", "recipe.yaml:2: optim: found 3; valid: a mapping with the keys name, lr, momentum, "),
         ("optim:\n", "recipe.yaml:2: optim: found null; valid: a mapping with the keys name, lr, momentum, "),
         ("model: {freeze: conv1}\n", "recipe.yaml:2: model.freeze: found 'conv1'; valid: a list of text"),
-        ("model: {freeze: [1]}\n", "recipe.yaml:2: model.freeze.0: found 1; valid: "),
+        ("model: {freeze: [[a]]}\n", "recipe.yaml:2: model.freeze.0: found ['a']; valid: "),
         ("model: {num_classes: many}\n", "found 'many'; valid: a whole number >= 1, or auto"),
-        ("model: {weights: 3}\n", "recipe.yaml:2: model.weights: found 3; valid: text, or null"),
+        ("model: {weights: [3]}\n", "recipe.yaml:2: model.weights: found [3]; valid: text, or null"),
         ("model: {unfreeze: {a: b}}\n", "recipe.yaml:2: model.unfreeze.a: found 'b'; valid: a mapping of a whole numb"),
         ("model: {unfreeze: {-1: b}}\n", "recipe.yaml:2: model.unfreeze.-1: found 'b'; valid: a mapping of a whole n"),
-        ("model: {unfreeze: {3: 4}}\n", "recipe.yaml:2: model.unfreeze.3: found 4; valid: "),
+        ("model: {unfreeze: {3: {a: b}}}\n", "recipe.yaml:2: model.unfreeze.3: found {'a': 'b'}; valid: "),
         (
             "optim:\n  groups:\n    head: fast\n",
             "recipe.yaml:4: optim.groups.head: found 'fast'; valid: a mapping of t",
@@ -329,7 +329,7 @@ def test_what_the_recipe_leaves_to_its_user_can_be_given(read):
         ("data: {image_size: 8}\n", "data.image_size: found 8; valid: a whole number >= 16, or auto"),
         ("train: {label_smoothing: 2}\n", "train.label_smoothing: found 2; valid: a number >= 0 and <= 1"),
         ("name: a b\n", "recipe.yaml:2: name: found 'a b'; valid: text "),
-        ("name: 7\n", "recipe.yaml:2: name: found 7; valid: text "),
+        ("name: [7]\n", "recipe.yaml:2: name: found [7]; valid: text "),
         ("post: {export: [onnx, tflite]}\n", "recipe.yaml:2: post.export.1: found 'tflite'; valid: "),
     ],
 )
@@ -369,7 +369,7 @@ def test_a_mistake_hides_no_other_in_the_same_section(problems):
     "text",
     [
         "optim: {warmup_epochs: 30}\ntrain: {epochs: '100'}\n",  # 30 is too much for the default only
-        "model: {freeze: [1], unfreeze: {3: layer1}}\n",
+        "model: {freeze: [[a]], unfreeze: {3: layer1}}\n",
         "model: {freeze: [a], unfreeze: {30: layer1}}\ntrain: {epochs: '100'}\n",
     ],
 )

@@ -1,10 +1,15 @@
-"""This machine, or one of several that are started by hand: the node supervisor, in this process."""
+"""This machine, or one of several started by hand: the node supervisor, in this process or in the background."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
-from launcher import node
+from launcher import node, processes
+from launcher.errors import EXIT_OK
+from launcher.files import write_json_atomic
+from launcher.run_dir import RunDir
 
 if TYPE_CHECKING:
     from launcher.plan import LaunchPlan
@@ -12,4 +17,28 @@ if TYPE_CHECKING:
 
 def submit(plan: LaunchPlan) -> int:
     """Run the plan's command here: the same function that ``python -m launcher.node`` calls."""
-    return node.main(plan.command[3:])
+    return _detach(plan) if plan.detach else node.main(plan.command[3:])
+
+
+def _detach(plan: LaunchPlan) -> int:
+    """Start the plan's command in a session of its own, which outlives this terminal; it writes to a log of its own."""
+    run = RunDir(plan.run_dir)
+    log = run.launch_log(plan.node_rank)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        started = subprocess.Popen(
+            [sys.executable, *plan.command[1:]],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    if plan.node_rank == 0:  # by which the run is found again: to cancel it, to refuse a second one
+        found = {"pid": started.pid, "process_started": processes.start_time(started.pid)}
+        write_json_atomic(run.plan, run.read_plan() | found, durable=True)
+    print(
+        f"process {started.pid} goes on in the background (log: {log}); follow it by: launch logs {run} -f; "
+        f"stop it by: launch cancel {run}",
+        flush=True,
+    )
+    return EXIT_OK

@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from launcher import topology
+from launcher import host_cores, loader_room, topology
 from launcher.commands import doctor_checks as checks
 from launcher.errors import EXIT_OK, EXIT_PREFLIGHT
 
@@ -65,7 +65,7 @@ def _all_checks() -> dict[str, Callable[[], Verdict]]:
     torch = functools.cache(lambda: _attempt(lambda: importlib.import_module("torch")))
     driver = functools.cache(_driver)
     detected = functools.cache(lambda: _attempt(topology.detect))  # remembers a time-out as well
-    cores = len(os.sched_getaffinity(0))
+    usable, cores = len(os.sched_getaffinity(0)), host_cores.num_cores()
     of_torch: dict[str, Callable[[ModuleType, int], Verdict]] = {
         "CUDA runtime": lambda t, num_gpus: checks.check_runtime(
             t.version.cuda, driver()[0], num_gpus=num_gpus, usable=t.cuda.is_available()
@@ -88,10 +88,11 @@ def _all_checks() -> dict[str, Callable[[], Verdict]]:
         "torchvision": lambda: with_torch(lambda _torch, _num_gpus: _torchvision()),
         "CUDA driver": lambda: checks.check_driver(*driver()),
         **{name: functools.partial(with_torch, look) for name, look in of_torch.items()},
-        "CPU cores": lambda: checks.check_cores(cores, os.cpu_count() or cores, _cpu_quota()),
+        "CPU cores": lambda: checks.check_cores(usable, os.cpu_count() or usable, host_cores.quota()),
         "OMP_NUM_THREADS": lambda: checks.check_threads(os.environ.get("OMP_NUM_THREADS"), cores),
         "memory": _memory,
         str(_SHM): lambda: checks.check_shm(shutil.disk_usage(_SHM).free / checks.GIB if _SHM.is_dir() else None),
+        "temporary files": lambda: checks.check_temporary(os.environ.get("TMPDIR"), loader_room.short_folder()),
         "open files": lambda: checks.check_open_files(*resource.getrlimit(resource.RLIMIT_NOFILE)),
         "disk for runs": _disk_for_runs,
         "disk for weights": _disk_for_weights,
@@ -229,15 +230,6 @@ def _cgroup_values(controller: str, file_v2: str, file_v1: str) -> Iterator[str]
         for folder in (own, *own.parents):
             if folder.is_relative_to(base) and (folder / name).is_file():  # a container may show the root alone
                 yield (folder / name).read_text(encoding="utf-8").strip()
-
-
-def _cpu_quota() -> float | None:
-    quotas = []
-    for text in _cgroup_values("cpu", "cpu.max", "cpu.cfs_quota_us"):
-        quota, _, period = text.partition(" ")
-        if quota not in ("max", "-1"):
-            quotas.append(int(quota) / int(period or 100_000))  # v1 keeps the period elsewhere; hardly any differs
-    return min(quotas, default=None)
 
 
 def _memory() -> Verdict:

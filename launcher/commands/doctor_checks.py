@@ -222,23 +222,25 @@ def check_cores(usable: int, total: int, quota: float | None) -> Verdict:
     """
     found = f"{usable} of {total} usable"
     if quota is not None and quota < usable:
-        cores = max(1, math.floor(quota))
-        cure = f"plans count on {usable}: start with `taskset` on {cores}, or give the container or job more CPU time"
-        return warning(f"{found}, but the cgroup grants the time of {quota:g} only", cure)
+        cure = "give the container or job more CPU time, if it has more work than that"
+        return warning(
+            f"{found}, but the cgroup grants the time of {quota:g} only: plans count on {max(1, math.floor(quota))}",
+            cure,
+        )
     return ok(found)
 
 
 def check_threads(value: str | None, cores: int) -> Verdict:
-    """Whether OMP_NUM_THREADS, which tools outside of a run obey, suits the cores."""
+    """Whether OMP_NUM_THREADS, which every worker of a run takes as it is, suits the cores."""
     if value is None:
         return ok("not set; a run gives each worker its share of the cores")
     first = value.split(",")[0].strip()  # OpenMP takes a list, one number for each level of nesting
     if not first.isdecimal() or int(first) == 0:
         return warning(f"{value!r} is no positive whole number", "unset OMP_NUM_THREADS")
     if int(first) > cores:
-        cure = f"unset OMP_NUM_THREADS, or set at most {cores}; runs set their own, but `launch export` obeys it"
+        cure = f"unset OMP_NUM_THREADS, or set at most {cores} divided by the workers; launch.threads goes before it"
         return warning(f"{first} threads for {cores} cores: they slow each other down", cure)
-    return ok(f"{first}; a run gives each worker its share of the cores instead")
+    return ok(f"{first}; each worker of a run takes as many, unless the recipe's launch.threads says otherwise")
 
 
 def check_memory(total_gib: float, available_gib: float, limit_gib: float | None) -> Verdict:
@@ -258,16 +260,33 @@ def check_shm(free_gib: float | None) -> Verdict:
     if free_gib is None:
         return problem("no /dev/shm", "mount a tmpfs there, or set data.workers=0")
     if free_gib < MIN_SHM_GIB:
-        cure = "start the container with --shm-size=8g or --ipc=host, or set data.workers=0"
-        return warning(f"{free_gib:.2f} GiB free; loader workers end with `Bus error` where it is full", cure)
+        cure = "start the container with --shm-size=8g or --ipc=host"
+        return warning(f"{free_gib:.2f} GiB free; runs take fewer loader processes than they would otherwise", cure)
     return ok(f"{free_gib:.1f} GiB free")
+
+
+def check_temporary(tmpdir: str | None, folder: str | None) -> Verdict:
+    """Whether loader processes have a folder for sockets, whose paths must be short.
+
+    Args:
+        tmpdir: ``TMPDIR``.
+        folder: the one that runs take; None: there is none.
+    """
+    if folder is None:
+        cure = "set TMPDIR to a folder with a short path that can be written to; until then each rank loads by itself"
+        return warning("no folder for sockets with a path short enough", cure)
+    if tmpdir and folder != tmpdir:
+        return ok(f"TMPDIR; sockets go to {folder}, where their paths are short enough")
+    return ok(f"in {folder}")
 
 
 def check_open_files(soft: int, hard: int) -> Verdict:
     """Whether the limit (``RLIMIT_NOFILE``, -1: none) leaves room: every batch on its way holds some files open."""
     if 0 <= soft < MIN_OPEN_FILES:
-        top = "none" if hard < 0 else str(hard)
-        return warning(f"at most {soft}", f"ulimit -n {MIN_OPEN_FILES * 8} before `launch` (the hard limit is {top})")
+        if hard < 0 or hard >= MIN_OPEN_FILES:
+            return ok(f"at most {soft}, which runs raise")
+        cure = f"have the hard limit raised (it is {hard}); until then runs may take fewer loader processes"
+        return warning(f"at most {soft}", cure)
     return ok("no limit" if soft < 0 else f"at most {soft}")
 
 

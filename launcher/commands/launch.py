@@ -41,7 +41,9 @@ def run(argv: list[str], *, epilog: str) -> int:
     parser.add_argument("--procs", type=int, metavar="P", help="workers per node, on whatever device the recipe names")
     parser.add_argument("--backend", metavar="NAME", help="auto, local, torchrun or slurm")
     parser.add_argument("--profile", metavar="NAME", help="profile of the SLURM cluster: a name or a path")
-    parser.add_argument("--detach", action="store_true", help="return when the SLURM job is submitted")
+    parser.add_argument(
+        "--detach", action="store_true", help="run in the background, or as a job that nobody waits for"
+    )
     parser.add_argument("--run-dir", metavar="DIR", help="where the run's files go (default: runs/NAME-TIME-xxxx)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir where there is one")
     parser.add_argument("--node-rank", type=int, default=0, metavar="K", help="which node this is, without SLURM")

@@ -53,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"\nscript of the exports of the first\n{plans[0].post_script}", end="")
         print(f"\nscript\n{script}" if script else f"\nthe first of {len(plans)}, one after the other\n{plans[0]}")
         return EXIT_OK
+    if args.detach and not script:
+        raise UsageError("--detach: without SLURM a sweep's runs are started here one after the other; leave it out")
     _check_all(plans, loaded, script)
     for plan, (recipe, _) in zip(plans, loaded, strict=True):
         launch.write_run(plan, recipe)

@@ -196,7 +196,7 @@ def needed_bytes(measured: Probe, *, recipe: Recipe, ranks: Ranks, device: Devic
         return measured.memory_bytes + (NCCL_BYTES if ranks.world_size > 1 else 0)
     workers = data.num_loader_workers(recipe.data, ranks)
     image = 3 * data_sets.preprocessing.image_size**2
-    loaded = data.PREFETCH * workers + 2  # batches: those ahead, the one in use and the one that is made
+    loaded = data.PREFETCH * workers + 3  # batches: those ahead, the next step's, the one in use, the one that is made
     checkpoints = CHECKPOINT_COPIES * measured.state_bytes if ranks.rank == 0 else 0
     return measured.memory_bytes + workers * LOADER_BYTES + loaded * measured.batch_size * image + checkpoints
 

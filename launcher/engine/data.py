@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms import InterpolationMode, v2
 
 from launcher import image_folder
 from launcher.engine import digits
 from launcher.engine.device import num_cores
+from launcher.engine.handover import Batch, Loader
 from launcher.engine.schedule import derive_seed
 from launcher.errors import TrainingError
 from launcher.processes import STOP_SIGNALS, die_with_parent
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
     from launcher.engine.device import Device
     from launcher.engine.distributed import Ranks
     from launcher.recipe import DataConfig
-
-Batch = tuple[torch.Tensor, torch.Tensor]
-"""Images, uint8 N x 3 x S x S, and class indices, int64 N."""
 
 MAX_LOADER_WORKERS = 8
 PREFETCH = 4
@@ -171,18 +169,22 @@ def prepare(config: DataConfig) -> Path:
 
 
 def build_loader(
-    dataset: ImageDataset, batches: Iterable[Sequence[tuple[int, int]]], *, workers: int, device: Device
-) -> DataLoader[Batch]:
+    dataset: ImageDataset,
+    batches: Iterable[Sequence[tuple[int, int]]],
+    *,
+    workers: int,
+    device: Device,
+    prefetch: int = PREFETCH,
+) -> Loader:
     """A loader of exactly these ``batches`` of (epoch, index), in this order; an empty one gives an empty batch."""
-    return DataLoader(
+    return Loader(
         dataset,
-        batch_sampler=batches,  # type: ignore[arg-type]  # torch types the samples as int
-        num_workers=workers,
+        batch_sampler=batches,
+        workers=workers,
+        prefetch=prefetch,
         collate_fn=_collate,
         pin_memory=device.pin_memory,
         worker_init_fn=_start_loader_worker if workers else None,
-        multiprocessing_context="fork" if workers else None,  # torch is imported already; a new one would cost seconds
-        prefetch_factor=PREFETCH if workers else None,
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from launcher import host_memory
+from launcher import host_cores, host_memory
 from launcher.host_memory import FreeMemory
 
 if TYPE_CHECKING:
@@ -185,4 +185,4 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 def num_cores() -> int:
     """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+    return host_cores.num_cores()

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from launcher import image_folder
+from launcher.errors import UsageError
 
 VAL_FRACTION = 0.2
 
@@ -24,9 +25,14 @@ def write_digits() -> Path:
     digits = load_digits()
     indices = range(len(digits.target))
     parts = train_test_split(indices, test_size=VAL_FRACTION, random_state=0, stratify=digits.target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Beside it and renamed: another run that starts at this moment sees the whole folder or none.
-    beside = Path(tempfile.mkdtemp(prefix=".digits-", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Beside it and renamed: another run that starts at this moment sees the whole folder or none.
+        beside = Path(tempfile.mkdtemp(prefix=".digits-", dir=target.parent))
+    except OSError as error:
+        raise UsageError(
+            f"the digits cannot be written to {target.parent}: {error.strerror}; {image_folder.CACHE_CURE}"
+        ) from None
     for split, part in zip(image_folder.SPLITS, parts, strict=True):
         for index in part:
             folder = beside / split / str(digits.target[index])

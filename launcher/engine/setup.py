@@ -11,25 +11,26 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from launcher import image_folder
+from launcher import image_folder, loader_room
 from launcher import recipe as recipes
 from launcher.engine import data, optim
 from launcher.engine.distributed import broadcast_buffers
 from launcher.engine.model import FineTunedModel, build_model, build_preprocessing
 from launcher.engine.schedule import Batching, Schedule, validation_batches
+from launcher.loader_room import Loading
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from contextlib import AbstractContextManager
 
-    from torch.utils.data import DataLoader
-
-    from launcher.engine.data import Batch, ImageDataset, Preprocessing
+    from launcher.engine.data import ImageDataset, Preprocessing
     from launcher.engine.device import Device, Precision
     from launcher.engine.distributed import Ranks
+    from launcher.engine.handover import Batch, Loader
     from launcher.recipe import BatchConfig, Recipe
     from launcher.run_dir import RunDir
 
+BYTES_OF_LABEL = 8
 DEBUG_STEPS, DEBUG_BATCH_SIZE = 5, 8
 """With ``--debug``: steps, and their batch size where the recipe leaves it to measurement, which takes a while."""
 
@@ -62,8 +63,8 @@ class Parts:
     """What is done to an image."""
     channels_last: bool
     """Memory layout of the images."""
-    loader_workers: int
-    """Processes that load images; 0: they are loaded here."""
+    loading: Loading
+    """How many processes load images, and how far ahead."""
     max_steps: int | None
     """Where debugging ends."""
     ddp: DistributedDataParallel = field(init=False)
@@ -128,17 +129,36 @@ class Parts:
         """Run the forward pass in the precision chosen."""
         return self.device.autocast(self.precision)
 
-    def train_loader(self, epoch: int, offset: int) -> DataLoader[Batch]:
+    def fit_loading(self) -> str | None:
+        """Have no more loader processes than this machine has room for. Every rank must, before any of them loads.
+
+        Returns:
+            Why there are fewer than the recipe asks for, and what to do; None: there are not.
+        """
+        wanted, ranks = self.loading, self.ranks
+        pixels = 3 * self.preprocessing.image_size**2
+        self.loading = loader_room.fit(
+            wanted.workers,
+            wanted.prefetch,
+            batch_bytes=self.schedule.batching.batch_sizes[ranks.rank] * (pixels + BYTES_OF_LABEL),
+            room=loader_room.prepare(ranks.local_world_size),
+        )
+        if self.loading.why is None:
+            return None
+        fewer = f"{self.loading.workers} loader processes of {self.loading.prefetch} batches each"
+        return f"rank {ranks.rank} takes {fewer} instead of {wanted.workers} of {wanted.prefetch}: {self.loading.why}"
+
+    def train_loader(self, epoch: int, offset: int) -> Loader:
         """This rank's micro-batches from a position to the end; one set of loader processes for all."""
         steps = self.schedule.steps(self.ranks.rank, epoch=epoch, offset=offset, end_epoch=self.recipe.train.epochs)
         batches = ([(step.epoch, i) for i in batch] for step in steps for batch in step.micro_batches)
         return self._loader(self.train_set, batches)
 
-    def statistics_loader(self, epoch: int, batches: list[list[int]]) -> DataLoader[Batch]:
+    def statistics_loader(self, epoch: int, batches: list[list[int]]) -> Loader:
         """Batches of training images as the epoch saw them."""
         return self._loader(self.train_set, ([(epoch, i) for i in batch] for batch in batches))
 
-    def val_loader(self) -> DataLoader[Batch]:
+    def val_loader(self) -> Loader:
         """This rank's share of the validation set."""
         batches = validation_batches(
             len(self.val_set),
@@ -147,8 +167,11 @@ class Parts:
         )
         return self._loader(self.val_set, ([(0, i) for i in batch] for batch in islice(batches, self.max_steps)))
 
-    def _loader(self, dataset: ImageDataset, batches: Iterator[list[tuple[int, int]]]) -> DataLoader[Batch]:
-        return data.build_loader(dataset, batches, workers=self.loader_workers, device=self.device)
+    def _loader(self, dataset: ImageDataset, batches: Iterator[list[tuple[int, int]]]) -> Loader:
+        loading = self.loading
+        return data.build_loader(
+            dataset, batches, workers=loading.workers, prefetch=loading.prefetch, device=self.device
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +270,7 @@ def build_parts(
         val_set=images.val,
         preprocessing=images.preprocessing,
         channels_last=channels_last,
-        loader_workers=0 if debug else workers,  # breakpoints work in this process only
+        # Breakpoints work in this process only.
+        loading=Loading(workers=0 if debug else workers, prefetch=data.PREFETCH),
         max_steps=DEBUG_STEPS if debug else None,
     )

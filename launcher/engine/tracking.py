@@ -230,8 +230,8 @@ class Tracker:
         tracked = wandb.init(
             id=self._plan["run_id"],
             name=self._plan["run_id"],
-            project=self._recipe.tracking.wandb.project or DEFAULT_PROJECT,
-            entity=self._recipe.tracking.wandb.entity,
+            project=self._recipe.tracking.wandb.project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT,
+            entity=self._recipe.tracking.wandb.entity,  # None: WANDB_ENTITY, or the key's own
             dir=str(self._run.path),
             config=json.loads(json.dumps(config, default=str)),
             resume="allow",

@@ -11,6 +11,7 @@ import torch
 
 from launcher.engine import distributed, optim
 from launcher.engine.batchnorm_recompute import BatchNormRecompute
+from launcher.engine.handover import Feed, end_loaders
 from launcher.engine.metrics import ValidationTotals, means
 from launcher.engine.saving import Saving
 from launcher.engine.state import TrainingState
@@ -56,6 +57,7 @@ class Trainer:
         parts: model, data, optimizer and who we are.
         recorder: on rank 0.
         stop_requested: whether this rank has been asked to stop.
+        alive: called at every step and validation batch.
         memory_kills: how often the kernel killed a worker of this node for want of memory since the last checkpoint.
     """
 
@@ -65,12 +67,14 @@ class Trainer:
         *,
         recorder: Recorder | None,
         stop_requested: Callable[[], bool],
+        alive: Callable[[], None] = lambda: None,
         memory_kills: int = 0,
     ) -> None:
         self.parts = parts
         self.recipe = parts.recipe
         self._recorder = recorder
         self._stop_requested = stop_requested
+        self._alive = alive
         self._memory_kills = memory_kills
         self._agreement = distributed.Agreement(num_wishes=3)
         self.state = TrainingState(parts, self._agreement.gather(parts.device.total_memory()))
@@ -117,6 +121,7 @@ class Trainer:
                 self._end_epoch()  # stopped before its validation, or what was left of it is left out now
             return self._train()
         except StopTraining:
+            end_loaders()
             self._save(best=False)
             return "preempted"
 
@@ -126,12 +131,18 @@ class Trainer:
             return self._outcome()
         steps = parts.schedule.steps(parts.ranks.rank, epoch=state.epoch, offset=state.offset, end_epoch=epochs)
         batches = iter(parts.train_loader(state.epoch, state.offset))
-        for step in steps:
-            self._poll()
+        feed = Feed(steps, batches, self._stop_requested, ahead=parts.loading.workers > 0)
+        self._poll(feed, asked=False)  # the first step, too, is taken when all hold its batches
+        while True:
+            self._poll(feed)
+            taken = feed.take()
+            if taken is None:
+                break
+            step, of_step = taken
             lr = optim.set_lr(
                 parts.optimizer, self.recipe, self._progress(step), parts.schedule.batching.global_batch_size
             )
-            self._step.run(step, batches)
+            self._step.run(step, of_step)
             state.step += 1
             state.offset = step.end
             self._timed_samples += step.num_samples
@@ -203,17 +214,31 @@ class Trainer:
         distributed.broadcast_buffers(parts.model.module)
         parts.model.eval()
         totals = ValidationTotals(parts.classes, parts.device.torch_device)
-        for batch in parts.val_loader():
+        loaded = iter(parts.val_loader())
+        while True:
+            try:
+                batch = loaded.get(self._stop_requested)
+            except StopIteration:
+                break
             self._poll()
+            if batch is None:
+                continue  # to where all learn that this rank stops
             images, labels = parts.to_device(batch)
             if len(labels):
                 with parts.autocast():
                     logits = parts.model.module(images)
                 totals.add(logits, labels)
+        self._poll(asked=False)  # what ranks said at their last batch must reach all before they add up
         return totals.compute()
 
-    def _poll(self) -> None:
-        """Learn whether all stop or save here. Raises StopTraining."""
+    def _poll(self, feed: Feed | None = None, *, asked: bool = True) -> None:
+        """Learn whether all stop or save here. Raises StopTraining.
+
+        Args:
+            feed: of which this rank is to hold one more step before it says that it can take one.
+            asked: whether to look if this rank was asked to stop; else it does so only where it waits in vain.
+        """
+        self._alive()
         stop, save, smaller = self._agreement.collect()
         if stop:
             raise StopTraining
@@ -223,7 +248,10 @@ class Trainer:
         self._check_numbers(step)
         if self._saving.is_due(wished=save):
             self._save(best=False)
-        self._agreement.propose(self._stop_requested(), self._saving.wish, self._fitting_size < self._batch_size)
+        if feed:
+            feed.hold()
+        stop = self._stop_requested() if asked else feed is not None and feed.starved
+        self._agreement.propose(stop, self._saving.wish, self._fitting_size < self._batch_size)
 
     def _log_window(self, lr: float) -> None:
         state = self.state

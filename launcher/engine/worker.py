@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import faulthandler
 import functools
 import os
+import re
 import sys
 import time
 import traceback
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
+import launcher
 from launcher import console, findings, host_memory
 from launcher import recipe as recipes
 from launcher.engine import autotune
@@ -23,7 +27,7 @@ from launcher.engine.recorder import Recorder
 from launcher.engine.setup import build_parts, open_data_sets
 from launcher.engine.stopping import StopFlag
 from launcher.engine.trainer import Outcome, Trainer
-from launcher.errors import EXIT_FAILED, EXIT_RESUMABLE, LaunchError
+from launcher.errors import EXIT_FAILED, EXIT_RESUMABLE, LaunchError, MachineError
 from launcher.files import write_json_atomic
 from launcher.processes import die_with_parent, offer_to_kernel, telling_signal
 from launcher.redact import redact
@@ -35,6 +39,15 @@ if TYPE_CHECKING:
 
     from launcher.watchdog import Heartbeats
 
+SHORTAGES = (
+    "shared memory",  # torch: "unable to open", "unable to allocate", and its advice after a bus error
+    "Bus error",
+    "Too many open files",
+    "ancdata",  # Python: what came of a file that could not be opened any more
+    "can't start new thread",
+)
+"""How torch and Python say, in a RuntimeError, that the machine or the shell's limits lack something."""
+PACKAGE, PYTHON = Path(launcher.__file__).resolve().parent, Path(os.__file__).resolve().parent
 LOADER_KILLED = ("by signal: Killed", "by signal: Terminated", "exited unexpectedly")
 """How torch says that somebody else, such as the out-of-memory killer, ended a loader process. What ends one by its own
 fault (an exception, a segmentation fault) would come again."""
@@ -158,13 +171,11 @@ def train(
             )
             recorder.status(epoch=0, step=0)
             recorder.classes(len(parts.classes), findings.rare_classes(parts.images_per_class))
-
-        def stop_requested() -> bool:
-            alive()
-            return stop()
-
+        if fewer := parts.fit_loading():
+            say(fewer)
+            run.append_event("fewer_loaders", rank=ranks.rank, message=fewer)
         memory_kills = int(os.environ.get(MEMORY_KILLS_VARIABLE, "0"))
-        trainer = Trainer(parts, recorder=recorder, stop_requested=stop_requested, memory_kills=memory_kills)
+        trainer = Trainer(parts, recorder=recorder, stop_requested=stop, alive=alive, memory_kills=memory_kills)
         outcome = trainer.run()
         if recorder:
             recorder.end(outcome, trainer.best, run.best_checkpoint)
@@ -205,6 +216,7 @@ def write_error(run: RunDir, spec: WorkerSpec, ranks: Ranks, error: BaseExceptio
             "type": type(error).__name__,
             "message": redact(str(error)),
             "traceback": text,
+            "own_line": last_own_line(text),
         },
     )
 
@@ -213,14 +225,15 @@ def error_kind(error: BaseException) -> str:
     """What kind of failure an error is.
 
     ``usage`` (the user's to mend), ``peer_lost`` (another rank died first), ``lost_worker`` (a loader process was
-    killed from outside), ``out_of_memory``, or ``bug``.
+    killed from outside), ``out_of_memory``, ``full_disk``, ``environment`` (the machine's, the shell's, a file
+    system's) or ``bug``.
     """
     if isinstance(error, LaunchError):
-        return "usage"
+        return "environment" if isinstance(error, MachineError) else "usage"
     if is_out_of_memory(error):
         return "out_of_memory"
-    if isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError):
-        return "peer_lost"
+    if kind := _environment_kind(error):
+        return kind
     text = str(error)
     if text.startswith("DataLoader worker") and any(sign in text for sign in LOADER_KILLED):
         return "lost_worker"
@@ -228,7 +241,31 @@ def error_kind(error: BaseException) -> str:
     lost = "gloo" in text and any(
         sign in text for sign in ("Connection closed by peer", "Connection reset", "Broken pipe")
     )
+    lost = lost or isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError)
     return "peer_lost" if lost else "bug"
+
+
+def _environment_kind(error: BaseException) -> str | None:
+    """``environment`` or ``full_disk`` where an error is the machine's, the shell's or a file system's."""
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError) and error.errno is not None:
+        return "full_disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "environment"
+    short = isinstance(error, RuntimeError) and any(sign in str(error) for sign in SHORTAGES)
+    return "environment" if short else None
+
+
+def last_own_line(text: str) -> str | None:
+    """``FILE:LINE`` of the last line of the user's own code in a traceback, a loader process's within it too.
+
+    Theirs is what belongs neither to this package nor to Python, and is not installed.
+    """
+    found = [f"{file}:{line}" for file, line in re.findall(r'^ *File "([^"]+)", line (\d+)', text, re.MULTILINE)]
+    return next((place for place in reversed(found) if _is_users(place.rpartition(":")[0])), None)
+
+
+def _is_users(file: str) -> bool:
+    path = Path(file).resolve()
+    ours = any(path.is_relative_to(folder) for folder in (PACKAGE, PACKAGE.parent / "tools", PYTHON))
+    return not (ours or file.startswith("<") or {"site-packages", "dist-packages"} & set(path.parts))
 
 
 def _redirect_output(run: RunDir, spec: WorkerSpec, ranks: Ranks) -> IO[str]:

@@ -208,7 +208,7 @@ def test_the_error_reaches_through_a_loader(tmp_path, engine, workers):
     with pytest.raises(TrainingError, match=str(broken)):
         list(loaded)
     if workers:
-        loaded._shutdown_workers()  # left to the garbage collector it waits for ten seconds
+        loaded._loaded._shutdown_workers()  # left to the garbage collector it waits for ten seconds
 
 
 # Randomness

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
+import os
 import time
+from pathlib import Path
 
 import pytest
+import torch
 
+from launcher import diagnose
 from launcher.engine import worker
 from launcher.engine.schedule import Batching
-from launcher.errors import EXIT_FAILED
+from launcher.errors import EXIT_FAILED, MachineError
 from launcher.files import write_json_atomic
 from launcher.run_dir import ATTEMPT_VARIABLE
 from launcher.watchdog import Heartbeats
@@ -75,3 +80,64 @@ def test_what_probes_took_is_not_laid_to_training(make_run, start, monkeypatch):
     code, beats = start(make_run(batch={"size": "auto"}))
     assert code == 0
     assert beats.kills_before == 7
+
+
+TORCH = Path(torch.__file__).parent / "nn/modules/module.py"
+LOADER = """Traceback (most recent call last):
+  File "{torch}", line 774, in reraise
+    raise exception
+ValueError: Caught ValueError in DataLoader worker process 0.
+Original Traceback (most recent call last):
+  File "{torch}", line 61, in fetch
+  File "/home/me/mine.py", line 7, in __getitem__
+ValueError: x
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        (f'  File "{worker.__file__}", line 3, in train\n  File "{TORCH}", line 9, in forward\n', None),
+        (f'  File "{os.__file__}", line 3, in open\n  File "<frozen importlib>", line 9, in x\n', None),
+        (f'  File "{worker.__file__}", line 3, in train\n  File "/home/me/a.py", line 4, in loss\n', "/home/me/a.py:4"),
+        (f'  File "/home/me/a.py", line 4, in loss\n  File "{TORCH}", line 9, in forward\n', "/home/me/a.py:4"),
+        (LOADER.format(torch=TORCH), "/home/me/mine.py:7"),
+    ],
+)
+def test_the_users_own_line_is_the_last_that_is_nobody_elses(text, place):
+    assert worker.last_own_line(text) == place
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "cure"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), "environment", "ulimit -n"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "environment", "free memory"),
+        (OSError(errno.EACCES, "Permission denied", "/a"), "environment", "may read"),
+        (OSError(errno.ENOENT, "No such file or directory", "/a"), "environment", "is there, on every node"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "/a"), "environment", "shorter path"),
+        (OSError(errno.ESTALE, "Stale file handle", "/a"), "environment", "file system failed"),
+        (OSError(errno.ENOSPC, "No space left on device", "/a"), "full_disk", "make room"),
+        (
+            RuntimeError("unable to open shared memory object </torch_1> in read-write mode"),
+            "environment",
+            "--shm-size",
+        ),
+        (RuntimeError("DataLoader worker (pid 9) is killed by signal: Bus error. It"), "environment", "--shm-"),
+        (RuntimeError("Too many open files. Communication with"), "environment", "ulimit -n"),
+        (RuntimeError("received 0 items of ancdata"), "environment", "ulimit -n"),
+        (RuntimeError("can't start new thread"), "environment", "ulimit -u"),
+        (MachineError("a batch is lost: OSError: AF_UNIX path too long"), "environment", "TMPDIR"),
+        (ValueError("shapes"), "bug", "report it"),
+    ],
+)
+def test_what_the_environment_lacks_is_no_bug_and_has_a_cure_of_its_own(error, kind, cure):
+    assert worker.error_kind(error) == kind
+    told = diagnose.cure({"kind": kind, "message": str(error), "own_line": None})
+    assert cure in told
+    assert "your own code" not in told
+
+
+def test_the_users_code_is_blamed_where_it_was_in_the_traceback():
+    told = diagnose.cure({"kind": "bug", "message": "shapes", "own_line": "/home/me/mine.py:4"})
+    assert told.startswith("look at /home/me/mine.py:4, the last line of your own code above")

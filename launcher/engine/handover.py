@@ -1,0 +1,175 @@
+"""How a rank gets batches from its loader processes: told at once of one that is lost, and never deaf to a stop."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections import deque
+from dataclasses import dataclass
+from itertools import chain
+from multiprocessing.context import ForkContext, ForkProcess
+from multiprocessing.queues import Queue
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch.utils.data import DataLoader
+
+from launcher.errors import InterruptedRunError, MachineError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from launcher.engine.schedule import Step
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+"""Images, uint8 N x 3 x S x S, and class indices, int64 N."""
+
+LOOK_S = 1.0
+"""How often a rank that waits for a batch looks whether it is to stop."""
+TIMED_OUT = "DataLoader timed out"
+AHEAD = 4
+"""Micro-batches of the next step that a rank holds, at most, before it takes a step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lost:
+    """What comes in the place of a batch that a loader process could not hand over."""
+
+    message: str
+    """Why."""
+
+
+class _LoaderProcess(ForkProcess):
+    """One of ours, so that no others are ended with them."""
+
+
+class _ResultQueue(Queue):  # type: ignore[type-arg]  # it is no generic class at run time
+    """Python's own drops what cannot be sent, and whoever waits for it waits for ever."""
+
+    def _on_queue_feeder_error(self, error: Exception, item: Any) -> None:
+        number, _ = item
+        self.put((number, Lost(message=f"{type(error).__name__}: {error}")))
+
+
+class _LoaderContext(ForkContext):
+    """Forks, because torch is imported already: a new import would cost seconds."""
+
+    Process = _LoaderProcess
+
+    def Queue(self, maxsize: int = 0) -> Any:  # noqa: N802  Python's name
+        return _ResultQueue(maxsize, ctx=self.get_context())
+
+
+class Loader(DataLoader[Batch]):
+    """Batches in their order; none is waited for in vain.
+
+    Args:
+        dataset: the samples.
+        workers: loader processes; 0: this one.
+        prefetch: batches that each makes ahead.
+        options: torch's.
+    """
+
+    def __init__(self, dataset: Any, *, workers: int, prefetch: int, **options: Any) -> None:
+        if workers:
+            options |= {"prefetch_factor": prefetch, "multiprocessing_context": _LoaderContext()}
+            options["timeout"] = LOOK_S  # after which a rank only looks around, see Batches.get
+        super().__init__(dataset, num_workers=workers, **options)
+
+    def __iter__(self) -> Batches:  # type: ignore[override]  # torch's class of iterators is not public
+        return Batches(super().__iter__())
+
+
+class Batches:
+    """What a loader gives, one after the other."""
+
+    def __init__(self, loaded: Iterator[Batch | Lost]) -> None:
+        self._loaded = loaded
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = self.get(lambda: False)
+        assert batch is not None  # noqa: S101  it does not stop
+        return batch
+
+    def get(self, stop: Callable[[], bool]) -> Batch | None:
+        """The next batch; None where this rank was asked to stop before it came.
+
+        Raises:
+            StopIteration: there is none.
+            MachineError: it could not be handed over; says why and what to do.
+        """
+        while True:
+            try:
+                found = next(self._loaded)
+            except RuntimeError as error:
+                if not str(error).startswith(TIMED_OUT):
+                    raise
+                if stop():
+                    return None
+            else:
+                if isinstance(found, Lost):
+                    raise MachineError(f"a loader process could not hand over a batch: {found.message}")
+                return found
+
+
+class Feed:
+    """The batches of a rank's steps. Where loader processes make them, the next step's are held before one is taken.
+
+    Ranks agree to stop while they take a step. Were one then left waiting for the next step's batches, its peers would
+    wait for it in that step's collectives, where nobody can stop.
+
+    Args:
+        steps: of this rank, in their order.
+        batches: a batch for each of their micro-batches.
+        stop: whether this rank was asked to stop.
+        ahead: whether loader processes make the batches; this process cannot stop while it makes one itself.
+    """
+
+    def __init__(self, steps: Iterable[Step], batches: Batches, stop: Callable[[], bool], *, ahead: bool) -> None:
+        self._steps = iter(steps)
+        self._ahead = AHEAD if ahead else 0
+        self._batches = batches
+        self._stop = stop
+        self._held: deque[tuple[Step, list[Batch]]] = deque()
+        self.starved = False
+        """Whether this rank was asked to stop while it waited."""
+
+    def hold(self) -> None:
+        """Get one more step, if there is one, and wait for its batches; a stop ends that, and then there is none."""
+        step = next(self._steps, None)
+        if step is None:
+            return
+        found = []
+        for _ in step.micro_batches[: self._ahead]:
+            batch = self._batches.get(self._stop)
+            if batch is None:
+                self.starved = True
+                return
+            found.append(batch)
+        self._held.append((step, found))
+
+    def take(self) -> tuple[Step, Iterator[Batch]] | None:
+        """The next step that is held, with its batches; None after the last."""
+        if not self._held:
+            return None
+        step, found = self._held.popleft()
+        return step, chain(found, self._rest(len(step.micro_batches) - len(found)))
+
+    def _rest(self, num: int) -> Iterator[Batch]:
+        """Those of a step that are too many to be held."""
+        for _ in range(num):
+            batch = self._batches.get(self._stop)
+            if batch is None:
+                raise InterruptedRunError("stopped in the middle of a step, for whose images it waited")
+            yield batch
+
+
+def end_loaders() -> None:
+    """Kill this process's loader processes: one that reads from a file system that hangs would not end by itself."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise that they died
+    for child in multiprocessing.active_children():
+        if isinstance(child, _LoaderProcess):
+            child.kill()

@@ -1,0 +1,66 @@
+"""How many CPU cores there are for us: the least of what this process may run on and what its control groups grant."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PERIOD_US = 100_000
+"""What a quota is for, where a control group does not say."""
+
+
+def num_cores(root: Path = Path("/")) -> int:
+    """Whole cores, at least one: with 2.5 cores' worth of time a third thread would make the others wait for it.
+
+    Args:
+        root: where /proc and /sys are; another one in tests.
+    """
+    usable, granted = len(os.sched_getaffinity(0)), quota(root)
+    return usable if granted is None else max(1, min(usable, int(granted)))
+
+
+def quota(root: Path = Path("/")) -> float | None:
+    """Cores' worth of time that this process's control groups, of version 1 or 2, grant; None: no limit."""
+    return min(_quotas(root), default=None)
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """Of the process's own groups and of all above them: the least counts."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            mount, read = root / "sys/fs/cgroup", _read_v2
+        elif "cpu" in controllers.split(","):
+            mount, read = root / "sys/fs/cgroup/cpu", _read_v1
+        else:
+            continue
+        own = mount / path.lstrip("/")
+        for group in (own, *own.parents) if own.is_dir() else (mount,):  # a container may show the root alone
+            if group.is_relative_to(mount) and (found := read(group)) is not None:
+                yield found
+
+
+def _read_v2(group: Path) -> float | None:
+    try:
+        granted, _, period = (group / "cpu.max").read_text(encoding="utf-8").strip().partition(" ")
+        return int(granted) / int(period or PERIOD_US)
+    except (OSError, ValueError):  # "max" is no number
+        return None
+
+
+def _read_v1(group: Path) -> float | None:
+    try:
+        granted = int((group / "cpu.cfs_quota_us").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    period_file = group / "cpu.cfs_period_us"
+    period = int(period_file.read_text(encoding="utf-8")) if period_file.is_file() else PERIOD_US
+    return granted / period if granted > 0 else None  # -1: no limit

@@ -1,0 +1,159 @@
+"""What loader processes need to hand batches over (sockets, shared memory, open files), and how many there is room for.
+
+Where one of them runs out in the middle of training, a batch is lost on its way and its rank waits for it for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing.util
+import os
+import resource
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+SHM = Path("/dev/shm")  # noqa: S108  its size is looked at, nothing is written
+SHM_PART = 0.75
+"""Of what is free in /dev/shm; the rest is for NCCL and for other programs."""
+MAX_FOLDER = 60
+"""Characters of a folder for sockets. A socket's whole path has at most 107 (unix(7)), its name below takes 40."""
+SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108  only for a folder of mkdtemp's, which is ours alone
+MAX_OPEN_FILES = 1 << 16
+"""To which the limit is raised where it may be; some programs look at every file that there could be."""
+SPARE_FILES = 32
+"""For what a rank opens later: images, a checkpoint, tracking."""
+FILES_OF_PROCESS = 4
+"""Two pipes, in the rank and in every loader process that is forked later."""
+FILES_OF_BATCH = 4
+"""In the process that made it: of the images and of the labels, each as shared memory and as what is handed over."""
+NUM_LOADERS = 2
+"""Training and validation, each with processes of its own."""
+BATCHES_IN_USE = 4
+"""Beside those that wait in the queues: the one that is trained on, the next steps', the one that is made."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """What there is on this machine for the loader processes of one rank."""
+
+    shm_bytes: int
+    """Shared memory."""
+    num_files: int
+    """Files that a process can open, beside those that it has open."""
+    has_sockets: bool = True
+    """Whether there is a folder for sockets."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """How a rank loads its batches."""
+
+    workers: int
+    """Loader processes; 0: the rank itself."""
+    prefetch: int
+    """Batches that each makes ahead."""
+    why: str | None = None
+    """Why they are fewer than was wanted, and what to do; None: they are not."""
+
+
+def make() -> None:
+    """Make what room can be made for this process and those that it forks: more open files, a folder for sockets."""
+    raise_open_files()
+    _make_folder()
+
+
+def prepare(num_ranks: int) -> Room:
+    """Make room, and look how much there is; to be called before loader processes are forked.
+
+    Args:
+        num_ranks: workers on this node, which share it.
+    """
+    return Room(
+        shm_bytes=int(free_shm() * SHM_PART / num_ranks),
+        num_files=raise_open_files() - len(os.listdir("/proc/self/fd")),  # noqa: PTH208  only how many
+        has_sockets=_make_folder(),
+    )
+
+
+def fit(workers: int, prefetch: int, *, batch_bytes: int, room: Room) -> Loading:
+    """As many loader processes as wanted, or as there is room for; they look ahead less before they become fewer.
+
+    Args:
+        workers: wanted.
+        prefetch: batches that each is to make ahead.
+        batch_bytes: of a batch.
+        room: what there is.
+    """
+    if not workers:
+        return Loading(workers=0, prefetch=prefetch)
+    why = "; ".join(_lacking(workers, prefetch, batch_bytes, room))
+    for fewer in range(workers, 0, -1):
+        for ahead in range(prefetch, 0, -1):
+            if not _lacking(fewer, ahead, batch_bytes, room):
+                return Loading(workers=fewer, prefetch=ahead, why=why or None)
+    return Loading(workers=0, prefetch=prefetch, why=why)
+
+
+def free_shm() -> int:
+    """Bytes that are free in /dev/shm; 0 where there is none."""
+    return shutil.disk_usage(SHM).free if SHM.is_dir() else 0
+
+
+def raise_open_files() -> int:
+    """Raise this process's limit of open files as far as it may; return it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return MAX_OPEN_FILES if soft == resource.RLIM_INFINITY else soft
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return wanted
+
+
+def short_folder() -> str | None:
+    """A folder in which a socket's path is short enough: TMPDIR or another; None: there is none."""
+    with contextlib.suppress(FileNotFoundError):  # no folder is fit for temporary files
+        usual = tempfile.gettempdir()
+        if len(os.fsencode(usual)) <= MAX_FOLDER:
+            return usual
+    return next((folder for folder in SHORT_FOLDERS if os.access(folder, os.W_OK | os.X_OK)), None)
+
+
+def _make_folder() -> bool:
+    """Have multiprocessing make its folder for sockets where paths are short; processes that are forked inherit it."""
+    folder, usual = short_folder(), tempfile.tempdir
+    if folder is None:
+        return False
+    tempfile.tempdir = folder
+    try:
+        multiprocessing.util.get_temp_dir()
+    except OSError:  # no room there
+        return False
+    finally:
+        tempfile.tempdir = usual
+    return True
+
+
+def _num_files(workers: int, prefetch: int) -> int:
+    """The most that one process will open: the loader process that is forked last, which has the others' pipes too."""
+    return NUM_LOADERS * FILES_OF_PROCESS * (workers + 1) + FILES_OF_BATCH * (prefetch + 1) + SPARE_FILES
+
+
+def _shm_bytes(workers: int, prefetch: int, batch_bytes: int) -> int:
+    return (NUM_LOADERS * workers * prefetch + BATCHES_IN_USE) * batch_bytes
+
+
+def _lacking(workers: int, prefetch: int, batch_bytes: int, room: Room) -> list[str]:
+    """What there is not enough of, each with what to do."""
+    found = []
+    if not room.has_sockets:
+        found.append("no folder for sockets can be written to; set TMPDIR to one with a short path")
+    if (needed := _num_files(workers, prefetch)) > room.num_files:
+        found.append(f"{room.num_files} files can be opened, {needed} are needed; raise the hard limit (ulimit -n)")
+    if (needed := _shm_bytes(workers, prefetch, batch_bytes)) > room.shm_bytes:
+        found.append(
+            f"{room.shm_bytes / 1e6:.0f} MB of {SHM} are there for a rank, {needed / 1e6:.0f} MB are needed; start the "
+            "container with --shm-size=8g or --ipc=host"
+        )
+    return found
