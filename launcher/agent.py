@@ -89,7 +89,7 @@ def run_workers(
         "rdzv_configs": {"is_host": node_rank == 0, "timeout": JOIN_TIMEOUT_S, "join_timeout": JOIN_TIMEOUT_S},
         "max_restarts": plan["max_restarts"],
         "start_method": "fork",
-        "local_addr": network.local_address(*_split(plan["rdzv_endpoint"])),
+        "local_addr": plan.get("address") or network.local_address(*network.split(plan["rdzv_endpoint"])),
         # Ours stay: the agent's would kill the workers before they have saved.
         "signals_to_handle": "SIGQUIT",
         "shutdown_timeout": SHUTDOWN_S,
@@ -174,11 +174,6 @@ def _meet_at_once() -> None:
                 delay(seconds)
 
         dynamic_rendezvous._delay = without_random  # noqa: SLF001  torch has no setting for it
-
-
-def _split(endpoint: str) -> tuple[str, int]:
-    host, _, port = endpoint.rpartition(":")
-    return host, int(port)
 
 
 def _log_to_file(run: RunDir, node_rank: int) -> None:

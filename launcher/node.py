@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import diagnose, history, network, processes, quarantine
+from launcher import diagnose, history, meeting, network, processes, quarantine
 from launcher.errors import EXIT_FAILED, EXIT_OK, InterruptedRunError, TrainingError, UsageError, exit_code_of
 from launcher.redact import redact
 from launcher.run_dir import RunDir
@@ -34,9 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launcher.node", description=__doc__)
     parser.add_argument("run_dir", metavar="RUN", help="the run directory")
     parser.add_argument("--node-rank", type=int, default=0, help="which of the run's nodes this is, from 0")
+    parser.add_argument("--nodes", type=int, help="how many there are (default: as planned)")
+    parser.add_argument("--procs", type=int, dest="procs_per_node", help="workers on each (default: as planned)")
+    parser.add_argument("--rdzv-endpoint", help="how this node reaches node 0 (default: as planned)")
     args = parser.parse_args(argv)
     run = _wait_for_run(args.run_dir) if args.node_rank else RunDir.existing(args.run_dir)
-    return supervise(run, run.read_plan(), node_rank=args.node_rank)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    return supervise(run, run.read_plan() | given, node_rank=args.node_rank)
 
 
 def supervise(run: RunDir, plan: dict[str, Any], *, node_rank: int, first_attempt: int | None = None) -> int:
@@ -57,6 +62,10 @@ def supervise(run: RunDir, plan: dict[str, Any], *, node_rank: int, first_attemp
     attempt = first_attempt or history.next_attempt(run)
     try:
         with stop:
+            if plan["backend"] != "slurm" and plan["nodes"] > 1:
+                heed_stop = functools.partial(_heed_stop, run, node_rank, stop)
+                plan = meeting.meet(run, plan, node_rank=node_rank, heed_stop=heed_stop)
+                network.set_environment(plan["env"])
             _check_images(run, node_rank, stop, attempt)
             outcomes = _train(run, plan, node_rank, stop, attempt)
             if "preempted" in outcomes.values():
@@ -65,6 +74,8 @@ def supervise(run: RunDir, plan: dict[str, Any], *, node_rank: int, first_attemp
                 _finish(run, plan, stop)
     finally:
         processes.kill_descendants()
+        if node_rank == 0:
+            meeting.leave(run)
     return EXIT_OK
 
 
@@ -82,15 +93,17 @@ def _wait_for_run(path: str) -> RunDir:
     return run
 
 
+def _heed_stop(run: RunDir, node_rank: int, stop: StopSignals) -> None:
+    """End this node where a stop was asked for before its workers have started."""
+    if stop.requested:
+        if node_rank == 0 and run.read_status()["state"] != "cancelled":
+            run.update_status(state="preempted")
+        raise InterruptedRunError(f"interrupted before training began; go on with: launch resume {run}")
+
+
 def _check_images(run: RunDir, node_rank: int, stop: StopSignals, attempt: int) -> None:
     """Have it settled which images are left out before any worker deals them out."""
-
-    def heed_stop() -> None:
-        if stop.requested:
-            if node_rank == 0 and run.read_status()["state"] != "cancelled":
-                run.update_status(state="preempted")
-            raise InterruptedRunError(f"interrupted before training began; go on with: launch resume {run}")
-
+    heed_stop = functools.partial(_heed_stop, run, node_rank, stop)
     heed_stop()
     quarantine.prepare(run, attempt=attempt, node_rank=node_rank, progress=heed_stop)
 
