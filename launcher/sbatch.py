@@ -120,7 +120,7 @@ class Array:
     """Which of the sweep's runs the first element is: a sweep may need several arrays."""
 
 
-def step_command(job: Job, profile: Profile, *, overlap: bool) -> tuple[str, ...]:
+def step_command(job: Job, profile: Profile, *, overlap: bool = False) -> tuple[str, ...]:
     """The plan as a step of an allocation that is there already (salloc): the same supervisors, by srun alone.
 
     Args:

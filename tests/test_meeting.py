@@ -131,10 +131,7 @@ def test_two_machines_named_as_debian_does_train_together(endpoints, own, start,
     ("endpoints", "said"),
     [
         (("localhost:29400", "node0:29400"), "node 0 (node0) was given --rdzv-endpoint localhost:29400, by which each"),
-        (("127.0.0.1:29400", "127.0.0.1:29400"), "node 1 (node1) was given --rdzv-endpoint 127.0.0.1:29400, which is"),
-        (("[::1]:29400", "node0:29400"), "give a name or address of node0 that all nodes reach"),
         (("node0:29400", "node1:29400"), "which is node1 itself, and node 0 runs on node0: give a name or address by"),
-        (("node0:29400", "node0:29401"), "the port of --rdzv-endpoint is 29401 on node 1 (node1) and 29400 on node 0"),
     ],
 )
 def test_what_keeps_them_apart_ends_both_with_the_same_words(endpoints, said, start, tmp_path):
@@ -198,3 +195,38 @@ def test_an_interface_is_found_by_either_kind_of_address():
     assert network.join("::1", 29400) == "[::1]:29400"
     assert network.is_loopback("127.0.1.1")
     assert not network.is_own("192.0.2.1")
+
+
+NODE0 = {"rank": 0, "host": "a", "machine": "A", "rdzv_endpoint": "a:1", "port": 1, "names_itself": False}
+NODE0 |= {"nodes": 2, "procs_per_node": 4}
+NODE1 = NODE0 | {"rank": 1, "host": "b", "machine": "B"}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ({}, {}, []),
+        ({"names_itself": True}, {"names_itself": True, "machine": "A"}, []),  # all on one machine, and all say so
+        ({"names_itself": True, "rdzv_endpoint": "[::1]:1"}, {}, ["give a name or address of a that all nodes reach"]),
+        (
+            {},
+            {"names_itself": True, "rdzv_endpoint": "127.0.0.1:1"},
+            ["node 1 (b) was given --rdzv-endpoint 127.0.0.1:1"],
+        ),
+        ({}, {"port": 2}, ["the port of --rdzv-endpoint is 2 on node 1 (b) and 1 on node 0 (a)"]),
+        ({}, {"nodes": 3, "procs_per_node": 8}, ["--nodes is 3 on node 1", "--procs (or --gpus) is 8 on node 1"]),
+    ],
+)
+def test_everything_that_keeps_nodes_apart_is_said_at_once(first, second, said):
+    found = meeting.find_problems([NODE0 | first, NODE1 | second])
+    assert len(found) == len(said)
+    assert all(text in problem for text, problem in zip(said, found, strict=True)), found
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "is_so"),
+    [("localhost:1", True), ("127.0.0.1:1", True), ("[::1]:1", True), (f"{os.uname().nodename}:1", False)],
+)
+def test_its_own_name_is_no_loopback_of_node_0_whatever_it_stands_for(endpoint, is_so):
+    plan = {"rdzv_endpoint": endpoint, "nodes": 2, "procs_per_node": 1}
+    assert meeting._describe(plan, 0)["names_itself"] == is_so

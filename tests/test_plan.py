@@ -308,7 +308,25 @@ def test_auto_takes_what_there_is(launch, num_gpus, device, procs):
 # --- several nodes
 
 
-@pytest.mark.parametrize("endpoint", [None, "", "n0", "n0:", ":29400", "n0:port", "n0:0", "n0:65536", "n0:-1"])
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        None,
+        "",
+        "n0",
+        "n0:",
+        ":29400",
+        "n0:port",
+        "n0:0",
+        "n0:65536",
+        "n0:-1",
+        "[::1]",
+        "::1:29400",
+        "tcp://n0:1",
+        "n0:²",
+        "n0: 1",
+    ],
+)
 def test_several_nodes_need_a_place_to_meet(endpoint):
     with pytest.raises(
         UsageError, match=r"2 nodes without SLURM: .*--node-rank K and --rdzv-endpoint HOST:PORT"
@@ -349,8 +367,11 @@ def test_one_node_stays_on_its_own_loopback_and_takes_any_port():
 
 def test_the_command_is_the_nodes_supervisor():
     plan = plan_of({"nodes": 2}, rdzv_endpoint="n0:1", run_dir="/my runs/a", node_rank=1)
-    assert plan.command == ("python", "-m", "launcher.node", "/my runs/a", "--node-rank", "1")
-    assert "command      python -m launcher.node '/my runs/a' --node-rank 1" in str(plan).splitlines()
+    given = ("--nodes", "2", "--procs", "1", "--rdzv-endpoint", "n0:1")
+    assert plan.command == ("python", "-m", "launcher.node", "/my runs/a", "--node-rank", "1", *given)
+    assert (
+        f"command      python -m launcher.node '/my runs/a' --node-rank 1 {' '.join(given)}" in str(plan).splitlines()
+    )
 
 
 def test_no_supervisor_is_announced_where_none_runs():
