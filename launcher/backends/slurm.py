@@ -207,11 +207,9 @@ def _sbatch_post(run: RunDir, script: str, *, after: str) -> str | None:
     file = run.slurm / "post.sh"
     write_text_atomic(file, script)
     waits = (f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes")
+    name = sbatch.post_name(run.read_plan()["name"])
+    known = [str(event["job_id"]) for event in history.events(run, "post_submitted")]
     try:
-        name, known = (
-            sbatch.post_name(run.read_plan()["name"]),
-            [e["job_id"] for e in history.events(run, "post_submitted")],
-        )
         job_id = submission.submit(file, *waits, name=name, logs=run.logs, known=known)
     except slurm_client.SlurmError as error:
         said = f"the job that was to make the exports was refused: {error}; job {after} goes on and trains"

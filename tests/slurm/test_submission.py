@@ -100,15 +100,16 @@ def test_a_job_is_known_whatever_sbatch_answers(lines, is_submitted, site, here,
 def test_a_job_that_a_site_submits_without_variables_trains_and_says_what_it_lacks(site, slurm_cluster, tmp_path):
     path = site('exec "$sbatch" --export=NONE "$@"')
     environment = slurm_cluster | {"PATH": path, "MLFLOW_X": "1", "SBATCH_TIMELIMIT": "1", "SQUEUE_PARTITION": "high"}
-    environment |= {"SBATCH_QOS": "normal"}
+    environment |= {"SBATCH_QOS": "normal", "MLFLOW_TOLD": "here"}
     folder = 'it\'s "a" run & ü'
-    arguments = ("--procs", "1", "--nodes", "1", "--backend", "slurm", "profile.env={TOLD: yes}", *SMALL)
+    arguments = ("--procs", "1", "--nodes", "1", "--backend", "slurm", "profile.env={MLFLOW_TOLD: here}", *SMALL)
     done = launch(environment, "debug", *arguments, "--run-dir", folder, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     run = RunDir(tmp_path / folder)
     assert run.read_status()["state"] == "completed"
     (lost,) = events(run, "variables_lost")
     assert "MLFLOW_X" in lost["names"]
+    assert "MLFLOW_TOLD" not in lost["names"]  # what the script sets does reach the steps
     assert "warning: the job came without MLFLOW_X" in done.stdout
     assert "SBATCH_TIMELIMIT=1 is ignored; its place is the profile's timeout_min" in done.stderr
     assert "SBATCH_QOS: the job's qos is normal" in done.stderr
@@ -118,7 +119,7 @@ def test_a_job_that_a_site_submits_without_variables_trains_and_says_what_it_lac
 
 def test_in_a_shell_inside_of_a_step_it_shares_what_that_holds(slurm_cluster, tmp_path):
     within = ("srun", "--quiet", "--nodes=1", "--ntasks=1", "--cpus-per-task=1", "--export=ALL,SLURM_EXPORT_ENV=NONE")
-    arguments = ("--procs", "1", "--backend", "slurm", *SMALL, "profile.env={TOLD: yes}", "--run-dir", "run")
+    arguments = ("--procs", "1", "--backend", "slurm", *SMALL, "--run-dir", "run")
     done = launch(slurm_cluster, "debug", *arguments, within=within, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert RunDir(tmp_path / "run").read_status()["state"] == "completed"
