@@ -142,6 +142,9 @@ def test_a_jobs_run_directory_is_absolute_whatever_the_nodes_working_directory()
 def test_a_jobs_run_directory_has_no_percent_sign_which_slurm_would_replace():
     with pytest.raises(UsageError, match=r"--run-dir /shared/run 1%j: SLURM puts something else"):
         plan_of({"nodes": 2, "gpus": 8}, LOGIN, run_dir="/shared/run 1%j")
+    for path in ("/shared/a\\b", "/shared/a\nb"):
+        with pytest.raises(UsageError, match="SLURM puts something else in the place of a %, a backslash or a control"):
+            plan_of({"nodes": 2, "gpus": 8}, LOGIN, run_dir=path)
     assert plan_of({"nodes": 2, "gpus": 8}, LOGIN, run_dir="/my runs/1").run_dir == "/my runs/1"
     assert plan_of({}, run_dir="1%j").run_dir == "1%j"
 
@@ -357,6 +360,24 @@ def test_the_place_to_meet_is_kept(endpoint):
     plan = plan_of({"nodes": 3}, rdzv_endpoint=endpoint, run_dir="/shared", node_rank=2)
     assert (plan.rdzv_endpoint, plan.node_rank, plan.world_size) == (endpoint, 2, 3)
     assert "GLOO_SOCKET_IFNAME" not in plan.env  # loopback reaches nobody
+
+
+def test_sbatchs_own_variables_fill_what_a_profile_leaves_open():
+    said = {"SBATCH_ACCOUNT": "proj", "SBATCH_PARTITION": "fast", "SBATCH_TIMELIMIT": "5"}
+    login = dataclasses.replace(LOGIN, sbatch_variables=said)
+    recipe = recipes.from_dict({"data": {"name": "digits"}, "launch": {"nodes": 2, "gpus": 8}})
+    script = make_plan(recipe, login, Request(run_id="r-1"), Profile(partition="gpu")).script
+    assert "#SBATCH --account=proj" in script
+    assert "#SBATCH --partition=gpu" in script
+    assert "#SBATCH --time=240" in script
+
+
+def test_a_step_of_a_step_shares_what_that_holds():
+    shell = dataclasses.replace(LOGIN, allocation="7")
+    for in_step in (False, True):
+        command = plan_of({"nodes": 2, "gpus": 8}, dataclasses.replace(shell, in_step=in_step)).command
+        assert ("--overlap" in command) == in_step
+        assert "--export=ALL" in command
 
 
 def test_one_node_stays_on_its_own_loopback_and_takes_any_port():
