@@ -80,20 +80,19 @@ def explain(run: RunDir, job: JobState) -> list[str]:
 
 def _before_maintenance(run: RunDir) -> str:
     """What to do about a time limit that reaches into a maintenance."""
-    profile = run.read_plan().get("profile") or {}
+    profile = run.read_plan()["profile"]
     try:
         found = slurm_client.next_maintenance()
     except slurm_client.SlurmError:
         found = None
-    when = f"a maintenance begins at {found.starts} ({found.name})" if found else "a maintenance is coming"
-    limit = profile.get("timeout_min")
-    lasts = f"the job may take {limit} minutes (timeout_min), which is longer than until then" if limit else ""
-    lead_min = profile.get("lead_s", 0) // 60 + 1
-    minutes = found.minutes - SLACK_MIN if found else 0
-    if minutes <= lead_min:
-        return f"{when}; the job starts by itself when it is over"
-    again = f"launch cancel {run}, then launch resume {run} profile.timeout_min={minutes}"
-    return f"{when}, and {lasts}: a shorter one starts before it, saves and goes on afterwards: {again}"
+    if found is None or found.minutes - SLACK_MIN <= profile["lead_s"] // 60 + 1:
+        return "it starts by itself when the maintenance is over"
+    shorter = f"profile.timeout_min={found.minutes - SLACK_MIN}"
+    return (
+        f"a maintenance begins at {found.starts} ({found.name}), and the job may take {profile['timeout_min']} minutes "
+        "(timeout_min), which is longer than until then: a shorter one starts before it, saves and goes on afterwards: "
+        f"launch cancel {run}, then launch resume {run} {shorter}"
+    )
 
 
 def last_words(run: RunDir, job_id: str) -> list[str]:

@@ -190,12 +190,13 @@ def _lead(run: RunDir, plan: Mapping[str, Any], mine: dict[str, Any], heed_stop:
     problems = find_problems(nodes)
     if not is_whole:
         problems.append(f"node {missing()} has not come in {WAIT_S} s: is it started, and does it see {run.path}?")
-    verdict = {
-        "created": created,
-        "starts": [node["start"] for node in nodes],
-        "problems": problems,
-        "address": "" if problems else _address_for(nodes),
-    }
+    address = ""
+    try:
+        address = _address_for(nodes)
+    except OSError as error:
+        problems.append(f"node 0 ({mine['host']}) has no way to the others: {error.strerror}")
+    starts = [node["start"] for node in nodes]
+    verdict = {"created": created, "starts": starts, "problems": problems, "address": address}
     if problems:
         run.append_event("refused", message="; ".join(problems))
         run.update_status(state="failed")

@@ -86,10 +86,8 @@ def interface_of(address: str) -> str | None:
 
 def interface_environment(interface: str) -> dict[str, str]:
     """What tells NCCL and gloo their interface, each in its own syntax."""
-    return {
-        "NCCL_SOCKET_IFNAME": f"={interface}",
-        "GLOO_SOCKET_IFNAME": interface,
-    }  # = is this one, not all that begin so
+    # = is exactly this one, not all that begin so
+    return {"NCCL_SOCKET_IFNAME": f"={interface}", "GLOO_SOCKET_IFNAME": interface}
 
 
 def machine() -> str:

@@ -137,11 +137,12 @@ def exit_code(job_id: str) -> int | None:
 
 
 def max_array_size() -> int:
-    """One more than the highest index of a job array, and so the most elements of one."""
+    """How many elements a job array may have."""
     with contextlib.suppress(SlurmError):  # as on a machine without SLURM, for a dry run
-        found = re.search(r"^MaxArraySize\s*= (\d+)", run("scontrol", "show", "config"), re.MULTILINE)
-        if found:
-            return max(1, int(found[1]))
+        said = run("scontrol", "show", "config")
+        # The first is one more than the highest index, the second a limit of its own.
+        found = re.findall(r"(?:^MaxArraySize\s*= |\bmax_array_tasks=)(\d+)", said, re.MULTILINE)
+        return max(1, min(map(int, found), default=MAX_ARRAY_SIZE))
     return MAX_ARRAY_SIZE
 
 

@@ -52,7 +52,7 @@ def notes(variables: Mapping[str, str], profile: Mapping[str, Any]) -> Iterator[
         profile: of the plan, filled.
     """
     for name, value in variables.items():
-        if not name.startswith(SBATCH):
+        if not (value and name.startswith(SBATCH)):
             continue
         field = FILLS.get(name)
         if field and profile[field] == value:
