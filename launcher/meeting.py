@@ -51,7 +51,8 @@ def check(endpoint: str, *, node_rank: int) -> None:
             "give a name that all nodes know, or node 0's address (`hostname -I` there prints it)"
         ) from None
     if address in ("0.0.0.0", "::"):  # noqa: S104  not bound to: refused
-        raise UsageError(f"{flag}: stands for any address; give node 0's own ({_own_addresses()})")
+        where = _own_addresses() if node_rank == 0 else "`hostname -I` there prints it"
+        raise UsageError(f"{flag}: stands for any address; give node 0's own ({where})")
     if node_rank != 0:
         try:
             network.local_address(host, port)
@@ -100,12 +101,13 @@ def meet(run: RunDir, plan: dict[str, Any], *, node_rank: int, heed_stop: Callab
     at = network.join(address, mine["port"]) if node_rank == 0 else mine["rdzv_endpoint"]
     interface = network.interface_of(address)
     env = network.interface_environment(interface) if interface else {}
-    return run.read_plan() | {"rdzv_endpoint": at, "address": address, "env": plan["env"] | env}
+    agreed = run.read_plan()  # node 0 may have written it anew since this node was started
+    return agreed | {"rdzv_endpoint": at, "address": address, "env": agreed["env"] | env}
 
 
 def leave(run: RunDir) -> None:
     """Have no node that is started later take an earlier meeting for its own; a refusal stays for who is to read it."""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):  # there was no meeting, as in a job; or a disk that is full
         if not json.loads(run.meeting_by_hand.read_text(encoding="utf-8"))["problems"]:
             run.meeting_by_hand.unlink()
 
