@@ -126,7 +126,7 @@ def _config(plan: dict[str, Any], node_rank: int, logs: Any) -> LaunchConfig:
         },
         "max_restarts": plan["max_restarts"],
         "start_method": "fork",
-        "local_addr": network.local_address(*_split(plan["rdzv_endpoint"])),
+        "local_addr": plan.get("address") or network.local_address(*network.split(plan["rdzv_endpoint"])),
         "shutdown_timeout": SHUTDOWN_S,
     }
     known = {field.name for field in dataclasses.fields(LaunchConfig)}  # torch 2.9 has fewer
@@ -204,11 +204,6 @@ def _meet_at_once() -> None:
                 delay(seconds)
 
         dynamic_rendezvous._delay = without_random  # noqa: SLF001  torch has no setting for it
-
-
-def _split(endpoint: str) -> tuple[str, int]:
-    host, _, port = endpoint.rpartition(":")
-    return host, int(port)
 
 
 def _log_to_file(run: RunDir, node_rank: int) -> None:

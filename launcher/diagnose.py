@@ -203,4 +203,4 @@ def _evidence(run: RunDir) -> list[str]:
 
 
 def _refused(run: RunDir) -> list[str]:
-    return [event["message"] for event in history.events(run, "refused")[-1:]]
+    return [event["message"] for event in history.since_launched(run, "refused")[-1:]]

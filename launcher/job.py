@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import history, network, node, preflight, stopping, whereabouts
+from launcher import history, network, node, preflight, stopping, variables, whereabouts
 from launcher.errors import (
     EXIT_OK,
     EXIT_PREFLIGHT,
@@ -101,6 +101,7 @@ def _supervise(run: RunDir) -> int:
         if code_digest() != plan.get("code"):
             run.append_event("code_changed", planned=plan.get("code"), found=code_digest())
             print("warning: the code of finetune-launcher has changed since this run was launched", file=sys.stderr)
+        _tell_lost_variables(run, plan)
         history.close_attempt(run, lost_nodes=_lost_nodes())
         stopped = history.refusal(run)
         if stopped:
@@ -183,6 +184,18 @@ def _lost_nodes() -> list[str]:
     return re.findall(r"^srun: error: Node failure on (\S+)$", text, re.MULTILINE)
 
 
+def _tell_lost_variables(run: RunDir, plan: dict[str, Any]) -> None:
+    """Say which of the submitting shell's variables have not come along, as by --export=NONE; once a start."""
+    lost = [name for name in plan.get("variables", []) if name not in os.environ]
+    if lost:
+        run.append_event("variables_lost", names=lost)
+        print(
+            f"warning: the job came without {', '.join(lost)} of the shell it was launched from (sbatch --export, by a "
+            f"profile or a site); {variables.CURE}",
+            flush=True,
+        )
+
+
 def scrub(environment: MutableMapping[str, str]) -> None:
     """Take out what an earlier launcher in the submitting shell left for its own workers."""
     for name in list(environment):
@@ -213,7 +226,7 @@ def _meet(run: RunDir, node_rank: int, address: str, *, first_host: str) -> dict
 
 
 def _own_address(plan: dict[str, Any], *, toward: str) -> str:
-    """This node's address for the others; tells NCCL and gloo its interface, each in its own syntax."""
+    """This node's address for the others; tells NCCL and gloo its interface."""
     wanted = plan["profile"]["interface"]
     try:
         address = network.address_of(wanted) if wanted else network.local_address(toward)
@@ -227,8 +240,7 @@ def _own_address(plan: dict[str, Any], *, toward: str) -> str:
         )
     interface = wanted or network.interface_of(address)
     if interface:
-        # = is exactly this one, not all that begin so
-        plan["env"] |= {"NCCL_SOCKET_IFNAME": f"={interface}", "GLOO_SOCKET_IFNAME": interface}
+        plan["env"] |= network.interface_environment(interface)
     return address
 
 

@@ -17,6 +17,8 @@ LAST_LINES = 5
 """Of each log."""
 NOISE = ("srun: job ", "srun: Job step aborted", "srun: launch/slurm", "srun: Force Terminated", "*** STEP")
 """What srun says of every step that it ends."""
+RESERVED = "Reserved_for_maintenance"
+"""What SLURM says of a job that would run into a maintenance; it writes it with spaces, too."""
 REASONS = {
     "JobLaunchFailure": "SLURM could not start the script or write its log: see that all nodes share the folder of the "
     "run (--run-dir)",
@@ -37,6 +39,8 @@ WORDS = {
     "has no interface": "name one that all nodes have: profile.interface",
 }
 """What to do, by what a log says; the first that is found counts."""
+SLACK_MIN = 2
+"""What a job's time limit stays below the time until a maintenance: it takes a while to submit it."""
 AGAIN = "launch resume RUN starts it again"
 
 
@@ -45,6 +49,8 @@ def explain(run: RunDir, job: JobState) -> list[str]:
     if not job.over:
         why = f" ({job.reason})" if job.reason not in ("", "None") else ""
         cure = next((text for word, text in REASONS.items() if word in job.reason), "")
+        if RESERVED in job.reason.replace(" ", "_"):
+            cure = _before_maintenance(run)
         return [f"job {job.job_id} is {job.state.lower()}{why}", *([f"what to do: {cure}"] if cure else [])]
     if job.state == "CANCELLED":
         return [f"job {job.job_id} was cancelled before training began", f"what to do: {AGAIN}"]
@@ -70,6 +76,23 @@ def explain(run: RunDir, job: JobState) -> list[str]:
         *(words or [f"nothing stands in the logs: {folders}"]),
         f"what to do: {cure}; then {again}",
     ]
+
+
+def _before_maintenance(run: RunDir) -> str:
+    """What to do about a time limit that reaches into a maintenance."""
+    profile = run.read_plan()["profile"]
+    try:
+        found = slurm_client.next_maintenance()
+    except slurm_client.SlurmError:
+        found = None
+    if found is None or found.minutes - SLACK_MIN <= profile["lead_s"] // 60 + 1:
+        return "it starts by itself when the maintenance is over"
+    shorter = f"profile.timeout_min={found.minutes - SLACK_MIN}"
+    return (
+        f"a maintenance begins at {found.starts} ({found.name}), and the job may take {profile['timeout_min']} minutes "
+        "(timeout_min), which is longer than until then: a shorter one starts before it, saves and goes on afterwards: "
+        f"launch cancel {run}, then launch resume {run} {shorter}"
+    )
 
 
 def last_words(run: RunDir, job_id: str) -> list[str]:

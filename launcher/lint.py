@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from launcher import history, slurm_client
+from launcher import history, slurm_client, variables
 from launcher.errors import PreflightError, did_you_mean
 
 if TYPE_CHECKING:
@@ -85,8 +85,8 @@ def check(plan: Mapping[str, Any], run: RunDir, *scripts: str) -> None:
         cluster = read_cluster()
     except slurm_client.SlurmError as error:
         raise PreflightError(f"{error}; nothing was submitted") from None
-    warnings = list(find_doubts(cluster, plan, checkpoint_s=max(seconds, default=None)))
-    for text in warnings:
+    doubts = find_doubts(cluster, plan, checkpoint_s=max(seconds, default=None))
+    for text in (*variables.notes(os.environ, plan["profile"]), *doubts):
         print(f"warning: {text}", file=sys.stderr, flush=True)
     problems = list(find_problems(cluster, plan)) or list(_refusals(scripts))
     if problems:
@@ -95,17 +95,37 @@ def check(plan: Mapping[str, Any], run: RunDir, *scripts: str) -> None:
 
 
 def check_step(plan: Mapping[str, Any]) -> None:
-    """The same inside an allocation, which has the nodes that it has.
+    """The same inside an allocation, which has what it has: srun would wait for more, or refuse it in its own words.
 
     Raises:
-        PreflightError: it is too small.
+        PreflightError: it is too small; says in what, all at once.
     """
-    held = int(os.environ.get("SLURM_JOB_NUM_NODES", plan["nodes"]))
-    if plan["nodes"] > held:
-        raise PreflightError(
-            f"--nodes {plan['nodes']}: the allocation {os.environ['SLURM_JOB_ID']} holds {held}; ask for more "
-            f"(salloc --nodes={plan['nodes']}) or give --nodes {held}; nothing was started"
+    job_id, nodes, workers = os.environ.get("SLURM_JOB_ID"), plan["nodes"], plan["procs_per_node"]
+    has = f"the allocation {job_id} holds"
+    held = int(os.environ.get("SLURM_JOB_NUM_NODES", nodes))
+    cpus = sorted(_cpus_per_node(os.environ.get("SLURM_JOB_CPUS_PER_NODE", "")), reverse=True)[:nodes]
+    gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    wanted = plan["profile"]["cpus_per_gpu"] * workers
+    problems = []
+    if nodes > held:
+        problems.append(f"--nodes {nodes}: {has} {held}; ask for more (salloc --nodes={nodes}) or give --nodes {held}")
+    if cpus and wanted > cpus[-1]:
+        fits = cpus[-1] // workers
+        problems.append(
+            f"{wanted} CPUs per node (cpus_per_gpu x workers: {wanted // workers} x {workers}): {has} {cpus[-1]}; ask "
+            f"for more (salloc --cpus-per-task={wanted}) or give "
+            + (f"a profile with cpus_per_gpu: {fits}" if fits else f"at most {cpus[-1]} workers and cpus_per_gpu: 1")
         )
+    if plan["device"] == "cuda" and gpus.isdigit() and workers > int(gpus):
+        more = f"salloc --gpus-per-node={workers}"
+        problems.append(f"--gpus {workers}: {has} {gpus} per node; ask for more ({more}) or give --gpus {gpus}")
+    if problems:
+        raise PreflightError("\n".join([*problems, "nothing was started"]))
+
+
+def _cpus_per_node(text: str) -> list[int]:
+    """SLURM's ``8(x2),4`` as one number a node; nothing where it does not say."""
+    return [int(cpus) for cpus, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text) for _ in range(int(times or 1))]
 
 
 def _refusals(scripts: Sequence[str]) -> Iterator[str]:
@@ -175,6 +195,10 @@ def find_doubts(cluster: Cluster, plan: Mapping[str, Any], *, checkpoint_s: floa
     profile = plan["profile"]
     if checkpoint_s is not None and checkpoint_s * MARGIN > profile["lead_s"]:
         yield f"lead_s is {profile['lead_s']} s, and a checkpoint of this run has taken {checkpoint_s:.1f} s; raise it"
+    exported, names = profile.get("sbatch", {}).get("export", "ALL"), variables.read_by_runs(os.environ)
+    if "ALL" not in str(exported).split(",") and names:
+        kept = f"keeps what is set here from the job: {', '.join(names)}"
+        yield f"sbatch.export: {exported} in the profile {kept}; {variables.CURE}"
     if not cluster.requeues:
         yield (
             "this cluster queues no job again that does not ask for it (JobRequeue=0); this one asks (--requeue), but "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import ipaddress
 import os
 import socket
 import struct
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 LOWEST_PORT, HIGHEST_PORT = 10_000, 60_000
 EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+IPV6_ADDRESSES = Path("/proc/net/if_inet6")
 _SIOCGIFADDR = 0x8915
 INTERFACES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 """Environment variables that name the interface between the nodes; where the user has set one, it stays."""
@@ -34,14 +37,71 @@ def local_address(host: str, port: int = 1) -> str:
         return str(probe.getsockname()[0])
 
 
+def split(endpoint: str) -> tuple[str, int]:
+    """Host and port of ``HOST:PORT``; an IPv6 address without its brackets."""
+    host, _, port = endpoint.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def join(address: str, port: int) -> str:
+    """``HOST:PORT``; an IPv6 address in brackets."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def resolve(host: str, port: int) -> str:
+    """The first address of a name, as everything that connects to it will take it.
+
+    Raises:
+        OSError: there is none.
+    """
+    return str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0])
+
+
+def is_loopback(address: str) -> bool:
+    """Whether a machine reaches only itself by this address."""
+    found = ipaddress.ip_address(address)
+    mapped = getattr(found, "ipv4_mapped", None)
+    return (mapped or found).is_loopback
+
+
+def is_own(address: str) -> bool:
+    """Whether this machine has an address."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with contextlib.closing(socket.socket(family, socket.SOCK_DGRAM)) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+    return True
+
+
 def interface_of(address: str) -> str | None:
-    """Name of the network interface that has an IPv4 ``address``, or None."""
-    return next((name for name, found in _interfaces().items() if found == address), None)
+    """Name of the network interface that has an ``address``, or None."""
+    if is_loopback(address):
+        return "lo"
+    if ":" in address:
+        return _interface_of_ipv6(address)
+    return next((name for name, found in interfaces().items() if found == address), None)
+
+
+def interface_environment(interface: str) -> dict[str, str]:
+    """What tells NCCL and gloo their interface, each in its own syntax."""
+    # = is exactly this one, not all that begin so
+    return {"NCCL_SOCKET_IFNAME": f"={interface}", "GLOO_SOCKET_IFNAME": interface}
+
+
+def machine() -> str:
+    """Tells this machine's network from any other's: two that say the same reach each other by loopback.
+
+    Host names would not do: containers of one machine may share them.
+    """
+    boot = BOOT_ID.read_text(encoding="ascii").strip()
+    return f"{boot}/{Path('/proc/self/ns/net').stat().st_ino}"
 
 
 def address_of(interface: str) -> str | None:
     """The IPv4 address of a network interface, or None."""
-    return _interfaces().get(interface)
+    return interfaces().get(interface)
 
 
 def free_port(seed: int) -> int:
@@ -61,7 +121,20 @@ def free_port(seed: int) -> int:
     raise OSError("no free port")
 
 
-def _interfaces() -> dict[str, str]:
+def try_port(port: int) -> None:
+    """Try whether this machine can listen on a port.
+
+    Raises:
+        OSError: it cannot.
+    """
+    if socket.has_dualstack_ipv6():
+        socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True).close()
+    else:
+        socket.create_server(("", port)).close()
+
+
+def interfaces() -> dict[str, str]:
+    """The IPv4 address of each network interface that has one."""
     found = {}
     with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
         for _, name in socket.if_nameindex():
@@ -69,3 +142,13 @@ def _interfaces() -> dict[str, str]:
                 reply = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name[:15].encode()))
                 found[name] = socket.inet_ntoa(reply[20:24])
     return found
+
+
+def _interface_of_ipv6(address: str) -> str | None:
+    wanted = ipaddress.ip_address(address.partition("%")[0])
+    with contextlib.suppress(FileNotFoundError):  # a kernel without IPv6
+        for line in IPV6_ADDRESSES.read_text(encoding="ascii").splitlines():
+            digits, *_, name = line.split()
+            if ipaddress.IPv6Address(int(digits, 16)) == wanted:
+                return name
+    return None

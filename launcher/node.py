@@ -20,6 +20,7 @@ from launcher import (
     history,
     host_cpu,
     loader_room,
+    meeting,
     network,
     processes,
     quarantine,
@@ -47,9 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launcher.node", description=__doc__)
     parser.add_argument("run_dir", metavar="RUN", help="the run directory")
     parser.add_argument("--node-rank", type=int, default=0, help="which of the run's nodes this is, from 0")
+    parser.add_argument("--nodes", type=int, help="how many there are (default: as planned)")
+    parser.add_argument("--procs", type=int, dest="procs_per_node", help="workers on each (default: as planned)")
+    parser.add_argument("--rdzv-endpoint", help="how this node reaches node 0 (default: as planned)")
     args = parser.parse_args(argv)
     run = _wait_for_run(args.run_dir) if args.node_rank else RunDir.existing(args.run_dir)
-    return supervise(run, run.read_plan(), node_rank=args.node_rank)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    return supervise(run, run.read_plan() | given, node_rank=args.node_rank)
 
 
 def supervise(run: RunDir, plan: dict[str, Any], *, node_rank: int, first_attempt: int | None = None) -> int:
@@ -72,6 +77,10 @@ def supervise(run: RunDir, plan: dict[str, Any], *, node_rank: int, first_attemp
     attempt = first_attempt or history.next_attempt(run)
     try:
         with stop:
+            if plan["backend"] != "slurm" and plan["nodes"] > 1:
+                heed_stop = functools.partial(_heed_stop, run, node_rank, stop, " while the nodes meet")
+                plan = meeting.meet(run, plan, node_rank=node_rank, heed_stop=heed_stop)
+                network.set_environment(plan["env"])
             _check_images(run, node_rank, stop, attempt)
             outcomes = _train(run, plan, node_rank, stop, attempt)
             if "preempted" in outcomes.values():
@@ -80,6 +89,8 @@ def supervise(run: RunDir, plan: dict[str, Any], *, node_rank: int, first_attemp
                 _finish(run, plan, stop)
     finally:
         processes.kill_descendants()
+        if node_rank == 0:
+            meeting.leave(run)
     return EXIT_OK
 
 
@@ -97,18 +108,20 @@ def _wait_for_run(path: str) -> RunDir:
     return run
 
 
+def _heed_stop(run: RunDir, node_rank: int, stop: StopSignals, awaited: str) -> None:
+    """End this node where a stop was asked for before its workers have started; ``awaited`` says in which wait."""
+    if stop.requested:
+        if node_rank == 0:
+            whereabouts.note_preempted(run)
+        raise InterruptedRunError(
+            f"{stop.reason}{awaited}, before training began; go on with: {whereabouts.resume_command(run)}"
+        )
+
+
 def _check_images(run: RunDir, node_rank: int, stop: StopSignals, attempt: int) -> None:
     """Have it settled which images are left out before any worker deals them out."""
-
-    def heed_stop() -> None:
-        if stop.requested:
-            if node_rank == 0:
-                whereabouts.note_preempted(run)
-            awaited = " while waiting for node 0 to look through the images" if node_rank else ""
-            raise InterruptedRunError(
-                f"{stop.reason}{awaited}, before training began; go on with: {whereabouts.resume_command(run)}"
-            )
-
+    awaited = " while waiting for node 0 to look through the images" if node_rank else ""
+    heed_stop = functools.partial(_heed_stop, run, node_rank, stop, awaited)
     heed_stop()
     quarantine.prepare(run, attempt=attempt, node_rank=node_rank, progress=heed_stop)
 

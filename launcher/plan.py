@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher import profile as profiles
 from launcher import recipe as recipes
-from launcher import sbatch
+from launcher import sbatch, variables
 from launcher.errors import UsageError
 from launcher.recipe_keys import flat, show
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 BACKENDS = {name: f"launcher.backends.{name}" for name in ("local", "torchrun", "slurm")}
 """By name; imported at first use (house rule 7)."""
+MAX_PORT = 65_535
+_ENDPOINT = re.compile(r"(?:[^\s:/\[\]]+|\[[0-9A-Fa-f:.]+\]):0*[1-9][0-9]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,12 +159,18 @@ def make_plan(
     script = post_script = ""
     if backend == "slurm":
         profile = profile or profiles.Profile()
+        if not topology.allocation:
+            profile = variables.fill(profile, topology.sbatch_variables)
+            post_profile = variables.fill(post_profile, topology.sbatch_variables) if post_profile else None
         device, procs = _choose_for_job(recipe)
         run_dir, endpoint = str(Path(topology.cwd, run_dir)), ""
         said = _said_threads_of_job(profile, topology)
         threads = said or profile.cpus_per_gpu
-        if "%" in run_dir:
-            raise UsageError(f"--run-dir {run_dir}: SLURM puts something else in the place of a %; name another folder")
+        if any(char in "%\\" or not char.isprintable() for char in run_dir):
+            raise UsageError(
+                f"--run-dir {run_dir}: SLURM puts something else in the place of a %, a backslash or a control "
+                "character; name another folder"
+            )
         job = sbatch.Job(
             name=recipe.name,
             run_dir=run_dir,
@@ -171,7 +180,7 @@ def make_plan(
             python=topology.python,
         )
         if topology.allocation:
-            command = sbatch.step_command(job, profile)
+            command = sbatch.step_command(job, profile, overlap=topology.in_step)
         else:
             script = sbatch.build_script(job, profile)
             if post_profile and recipe.post.enabled:
@@ -183,6 +192,8 @@ def make_plan(
         said = topology.omp_num_threads
         threads = said or max(1, topology.num_cores // procs)
         command = ("python", "-m", "launcher.node", run_dir, "--node-rank", str(request.node_rank))
+        if launch.nodes > 1:
+            command += ("--nodes", str(launch.nodes), "--procs", str(procs), "--rdzv-endpoint", endpoint)
     if launch.threads != "auto":
         said = threads = launch.threads
     return LaunchPlan(
@@ -279,18 +290,19 @@ def _choose_endpoint(nodes: int, request: Request) -> str:
         if request.node_rank or request.rdzv_endpoint:
             raise UsageError("--node-rank and --rdzv-endpoint are for more than one node; add --nodes N")
         return "127.0.0.1:0"
-    host, colon, port = (request.rdzv_endpoint or "").rpartition(":")
-    if not (host and colon and port.isdigit() and 0 < int(port) < 65536):  # noqa: PLR2004
-        found = f"found --rdzv-endpoint {request.rdzv_endpoint}; " if request.rdzv_endpoint else ""
+    endpoint = request.rdzv_endpoint or ""
+    if not _ENDPOINT.fullmatch(endpoint) or int(endpoint.rpartition(":")[2]) > MAX_PORT:
+        found = f"found --rdzv-endpoint {endpoint}; " if endpoint else ""
         raise UsageError(
             f"{nodes} nodes without SLURM: {found}run the same command once on every node with --node-rank K and "
-            "--rdzv-endpoint HOST:PORT (a name or address of node 0 and a free port there)"
+            "--rdzv-endpoint HOST:PORT (a name or address of node 0, an IPv6 address in brackets, and a free port "
+            f"there, 1 to {MAX_PORT}), as in node0:29400 or [2001:db8::1]:29400"
         )
     if not 0 <= request.node_rank < nodes:
         raise UsageError(f"--node-rank {request.node_rank}: nodes are counted from 0, so at most {nodes - 1}")
     if request.run_dir is None:
         raise UsageError(f"{nodes} nodes: give all of them the same --run-dir, on a file system they share")
-    return f"{host}:{port}"
+    return endpoint
 
 
 def environment(*, device: str, nodes: int, threads: int) -> dict[str, str]:

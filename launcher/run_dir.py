@@ -253,6 +253,20 @@ class RunDir:
         """Where the nodes meet in one start of a SLURM job: ``{host, port, attempt}``."""
         return self.slurm / f"meeting-{start}.json"
 
+    @property
+    def meetings(self) -> Path:
+        """The folder of what nodes that are started by hand say to each other before the workers start."""
+        return self.path / "nodes"
+
+    @property
+    def meeting_by_hand(self) -> Path:
+        """What node 0 has made of it: ``{created, problems, address}``."""
+        return self.meetings / "meeting.json"
+
+    def node_by_hand(self, node_rank: int) -> Path:
+        """What one of the other nodes says of itself."""
+        return self.meetings / f"node-{node_rank}.json"
+
     def preflight(self, start: str) -> Path:
         """The folder of what the nodes say to each other before one start of a SLURM job."""
         return self.slurm / f"preflight-{start}"

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 WAIT_FOR_TASKS_S = 300
 """After the first node's supervisor has ended the others get this long, then srun ends them."""
 
+EXPORT = "--export=ALL"
+"""A job that is submitted by --export=NONE would hand its steps nothing of what its script sets, either."""
+
 CHECK_MIN = 15
 """Minutes that a job gets that only checks its nodes."""
 
@@ -25,9 +28,10 @@ MAX_STARTS = 3
 MAX_TRIES = 60
 """So often, five seconds apart, the batch script asks a controller that does not answer; then it leaves."""
 
-# What binds the shell that submits to its own cores would bind every worker to them.
+# What binds the shell that submits to its own cores would bind every worker to them; the commands below would take the
+# variables of squeue and sbatch for options.
 _SETUP = """\
-unset "${{!SLURM_CPU_BIND@}}" "${{!SLURM_MEM_BIND@}}"
+unset "${{!SLURM_CPU_BIND@}}" "${{!SLURM_MEM_BIND@}}" "${{!SQUEUE_@}}" "${{!SBATCH_@}}"
 run={run}
 export LAUNCH_BATCH_LOG={log}
 before=$(wc -l < "$LAUNCH_BATCH_LOG")
@@ -112,14 +116,23 @@ class Array:
     """Elements."""
     parallel: int
     """How many of them run at the same time at most."""
+    first: int = 0
+    """Which of the sweep's runs the first element is: a sweep may need several arrays."""
 
 
-def step_command(job: Job, profile: Profile) -> tuple[str, ...]:
-    """The plan as a step of an allocation that is there already (salloc): the same supervisors, by srun alone."""
+def step_command(job: Job, profile: Profile, *, overlap: bool = False) -> tuple[str, ...]:
+    """The plan as a step of an allocation that is there already (salloc): the same supervisors, by srun alone.
+
+    Args:
+        job: what is to run.
+        profile: the cluster's.
+        overlap: share what the step holds that this is asked from, as in `srun --pty bash`; it would wait for it.
+    """
     asked = f"--gres={profile.gres}:" if profile.gres else "--gpus-per-node="
     gpus = (f"{asked}{job.procs_per_node}",) if job.device == "cuda" else ()
     python = shlex.split(profile.python) if profile.python else [job.python]
-    size = (f"--nodes={job.nodes}", f"--ntasks={job.nodes}", "--ntasks-per-node=1", *gpus)
+    shared = ("--overlap",) if overlap else ()
+    size = (*shared, f"--nodes={job.nodes}", f"--ntasks={job.nodes}", "--ntasks-per-node=1", *gpus)
     return ("srun", *size, *_srun_args(job, profile), *python, "-u", "-m", "launcher.job", job.run_dir)
 
 
@@ -140,6 +153,7 @@ def check_command(job: Job, profile: Profile) -> tuple[str, ...]:
 
 def _srun_args(job: Job, profile: Profile) -> list[str]:
     return [
+        EXPORT,
         "--kill-on-bad-exit=1",
         f"--wait={WAIT_FOR_TASKS_S}",
         # Lost between sbatch and srun from SLURM 22.05 to 23.02.
@@ -166,7 +180,8 @@ def build_script(job: Job, profile: Profile, array: Array | None = None) -> str:
         ("%A_%a", '"$SLURM_ARRAY_JOB_ID"_"$SLURM_ARRAY_TASK_ID"') if array else ("%j", '"$SLURM_JOB_ID"')
     )
     options, more = _options(job, profile, folder / "logs" / f"slurm-{pattern}.log")
-    own = f'$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {shlex.quote(str(folder / RUNS))})'
+    line = f"SLURM_ARRAY_TASK_ID + {1 + (array.first if array else 0)}"
+    own = f'$(sed -n "$(({line}))p" {shlex.quote(str(folder / RUNS))})'
     setup = _SETUP.format(
         run=own if array else shlex.quote(str(folder)),
         log=f"{shlex.quote(str(folder / 'logs' / 'slurm-'))}{variables}.log",
@@ -186,12 +201,17 @@ def build_script(job: Job, profile: Profile, array: Array | None = None) -> str:
     return text + "\n"
 
 
+def post_name(name: str) -> str:
+    """Of the job that makes the exports of a run."""
+    return f"{name}-post"
+
+
 def build_post_script(job: Job, profile: Profile) -> str:
     """The script of a job that makes the exports when the training job has ended well; one task, no GPU."""
     from submitit.slurm.slurm import _make_sbatch_string
 
     run = Path(job.run_dir)
-    one = replace(job, name=f"{job.name}-post", nodes=1, procs_per_node=1, device="cpu")
+    one = replace(job, name=post_name(job.name), nodes=1, procs_per_node=1, device="cpu")
     options, more = _options(one, profile, run / "logs" / "slurm-%j.log")
     text: str = _make_sbatch_string(
         f"{profile.python or shlex.quote(job.python)} -u -m launcher export {shlex.quote(str(run))}",
@@ -199,7 +219,7 @@ def build_post_script(job: Job, profile: Profile) -> str:
         **options,
         additional_parameters=more,
         setup=_prepare(profile),
-        srun_args=profile.srun_args,  # a container is one of them
+        srun_args=[EXPORT, *profile.srun_args],  # a container is one of them
     )
     return text.rstrip() + "\n"
 

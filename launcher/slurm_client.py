@@ -6,7 +6,9 @@ import contextlib
 import os
 import re
 import subprocess
+import time
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from launcher.errors import LaunchError
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
 
 TIMEOUT_S = 60
 KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER")
+READ = ("SLURM_", "SBATCH_", "SRUN_", "SALLOC_", "SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_")
+"""Beginnings of the variables that SLURM's commands read as options: they would answer something else."""
+MAX_ARRAY_SIZE = 1001
+"""SLURM's own, where it does not say."""
 OVER = (
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED"),
     *("NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "REVOKED"),
@@ -49,12 +55,13 @@ class JobState:
 def clean_environment() -> dict[str, str]:
     """This process's environment without what another job or another launcher left in it.
 
-    Inside an allocation SLURM_* would be read by sbatch as options; CUDA_VISIBLE_DEVICES would reach the job.
+    Inside an allocation SLURM_* would be read by sbatch as options; SQUEUE_PARTITION would hide jobs;
+    CUDA_VISIBLE_DEVICES would reach the job.
     """
     return {
         name: value
         for name, value in os.environ.items()
-        if name in KEPT or not (name.startswith(("SLURM_", "SBATCH_", "SRUN_")) or name == "CUDA_VISIBLE_DEVICES")
+        if name in KEPT or not (name.startswith(READ) or name == "CUDA_VISIBLE_DEVICES")
     }
 
 
@@ -127,3 +134,41 @@ def exit_code(job_id: str) -> int | None:
             if found:
                 return int(found[1])
     return None
+
+
+def max_array_size() -> int:
+    """How many elements a job array may have."""
+    with contextlib.suppress(SlurmError):  # as on a machine without SLURM, for a dry run
+        said = run("scontrol", "show", "config")
+        # The first is one more than the highest index, the second a limit of its own.
+        found = re.findall(r"(?:^MaxArraySize\s*= |\bmax_array_tasks=)(\d+)", said, re.MULTILINE)
+        return max(1, min(map(int, found), default=MAX_ARRAY_SIZE))
+    return MAX_ARRAY_SIZE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Maintenance:
+    """A window in which the cluster, or a part of it, starts no jobs."""
+
+    name: str
+    """Of the reservation."""
+    starts: str
+    """When, as scontrol writes it."""
+    minutes: int
+    """From now until then, whole ones."""
+
+
+def next_maintenance() -> Maintenance | None:
+    """The maintenance that comes next, of those that are known.
+
+    Raises:
+        SlurmError: the controller does not answer.
+    """
+    found = []
+    for line in run("scontrol", "show", "reservation", "--oneliner").splitlines():
+        fields = dict(part.split("=", 1) for part in line.split() if "=" in part)
+        if "MAINT" in fields.get("Flags", "").split(","):
+            starts = fields["StartTime"]
+            seconds = datetime.fromisoformat(starts).timestamp() - time.time()
+            found.append(Maintenance(name=fields["ReservationName"], starts=starts, minutes=int(seconds // 60)))
+    return min((item for item in found if item.minutes >= 0), key=lambda item: item.minutes, default=None)

@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,10 @@ class Topology:
     """Whether sbatch is on PATH."""
     allocation: str | None = None
     """Id of the SLURM allocation that this runs in (salloc); None: in none."""
+    in_step: bool = False
+    """Whether this runs in a step of that allocation (srun bash), which holds what another step would need."""
+    sbatch_variables: dict[str, str] = field(default_factory=dict)
+    """sbatch's own (``SBATCH_*``), which fill what a profile leaves open."""
     python: str = "python"
     """The interpreter that runs this."""
     cwd: str = "/"
@@ -53,6 +57,8 @@ def detect() -> Topology:
         omp_num_threads=int(threads) if threads.isdigit() else None,
         has_slurm=shutil.which("sbatch") is not None,
         allocation=os.environ.get("SLURM_JOB_ID"),
+        in_step="SLURM_STEP_ID" in os.environ,
+        sbatch_variables={name: value for name, value in os.environ.items() if name.startswith("SBATCH_")},
         python=sys.executable,
         cwd=str(Path.cwd()),
     )

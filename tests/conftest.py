@@ -76,7 +76,7 @@ def make_run(tmp_path):
         run.create()
         run.recipe.write_text(recipe)
         facts = {"host": host or os.uname().nodename, "pid": pid, "process_started": started, "debug": False}
-        write_json_atomic(run.plan, {"run_id": name, **facts})
+        write_json_atomic(run.plan, {"run_id": name, "name": "a", **facts})
         run.append_event("launched")
         run.update_status(**status)
         if job_id:

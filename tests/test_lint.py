@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from launcher import lint, slurm_client
+from launcher import lint, slurm_client, variables
 from launcher.errors import PreflightError
 from launcher.run_dir import RunDir
 
@@ -153,6 +153,42 @@ def test_an_allocation_has_the_nodes_that_it_has(monkeypatch):
     lint.check_step(plan_of(2))
     with pytest.raises(PreflightError, match=r"--nodes 3: the allocation 7 holds 2; .*--nodes 2"):
         lint.check_step(plan_of(3))
+
+
+def test_an_allocation_has_the_cpus_and_gpus_that_it_has(monkeypatch):
+    for name, value in {
+        "JOB_ID": "7",
+        "JOB_NUM_NODES": "3",
+        "JOB_CPUS_PER_NODE": "64(x2),8",
+        "GPUS_ON_NODE": "4",
+    }.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    lint.check_step(plan_of(2, procs=4, cpus_per_gpu=16))
+    with pytest.raises(PreflightError) as caught:
+        lint.check_step(plan_of(3, procs=8, cpus_per_gpu=8))
+    cpus, gpus, last = str(caught.value).splitlines()
+    assert "64 CPUs per node (cpus_per_gpu x workers: 8 x 8): the allocation 7 holds 8; ask for more" in cpus
+    assert "--cpus-per-task=64) or give a profile with cpus_per_gpu: 1" in cpus
+    assert "--gpus 8: the allocation 7 holds 4 per node" in gpus
+    assert last == "nothing was started"
+
+
+def test_a_profile_that_keeps_the_shells_variables_from_the_job_is_a_doubt(cluster, monkeypatch):
+    monkeypatch.setenv("NCCL_DEBUG", "WARN")
+    (doubt,) = lint.find_doubts(cluster, plan_of(sbatch={"export": "NONE"}), checkpoint_s=None)
+    assert "sbatch.export: NONE in the profile keeps what is set here from the job: " in doubt
+    assert "NCCL_DEBUG" in doubt
+    assert list(lint.find_doubts(cluster, plan_of(sbatch={"export": "ALL,A=1"}), checkpoint_s=None)) == []
+
+
+def test_what_becomes_of_sbatchs_variables_is_said():
+    said = {"SBATCH_ACCOUNT": "a", "SBATCH_PARTITION": "p", "SBATCH_MEM_PER_NODE": "1G", "SBATCH_HINT": "nomultithread"}
+    assert list(variables.notes(said, {"account": "a", "partition": "gpu"})) == [
+        "SBATCH_ACCOUNT: the job's account is a",
+        "SBATCH_PARTITION=p is ignored: the profile's partition is gpu",
+        "SBATCH_MEM_PER_NODE=1G is ignored; its place is the profile's mem_gb",
+        "SBATCH_HINT=nomultithread is ignored; its place is the profile: sbatch: {hint: nomultithread}",
+    ]
 
 
 def test_a_node_that_does_not_answer_is_not_usable(cluster):

@@ -142,6 +142,9 @@ def test_a_jobs_run_directory_is_absolute_whatever_the_nodes_working_directory()
 def test_a_jobs_run_directory_has_no_percent_sign_which_slurm_would_replace():
     with pytest.raises(UsageError, match=r"--run-dir /shared/run 1%j: SLURM puts something else"):
         plan_of({"nodes": 2, "gpus": 8}, LOGIN, run_dir="/shared/run 1%j")
+    for path in ("/shared/a\\b", "/shared/a\nb"):
+        with pytest.raises(UsageError, match="SLURM puts something else in the place of a %, a backslash or a control"):
+            plan_of({"nodes": 2, "gpus": 8}, LOGIN, run_dir=path)
     assert plan_of({"nodes": 2, "gpus": 8}, LOGIN, run_dir="/my runs/1").run_dir == "/my runs/1"
     assert plan_of({}, run_dir="1%j").run_dir == "1%j"
 
@@ -320,7 +323,25 @@ def test_auto_takes_what_there_is(launch, num_gpus, device, procs):
 # --- several nodes
 
 
-@pytest.mark.parametrize("endpoint", [None, "", "n0", "n0:", ":29400", "n0:port", "n0:0", "n0:65536", "n0:-1"])
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        None,
+        "",
+        "n0",
+        "n0:",
+        ":29400",
+        "n0:port",
+        "n0:0",
+        "n0:65536",
+        "n0:-1",
+        "[::1]",
+        "::1:29400",
+        "tcp://n0:1",
+        "n0:²",
+        "n0: 1",
+    ],
+)
 def test_several_nodes_need_a_place_to_meet(endpoint):
     with pytest.raises(
         UsageError, match=r"2 nodes without SLURM: .*--node-rank K and --rdzv-endpoint HOST:PORT"
@@ -353,6 +374,24 @@ def test_the_place_to_meet_is_kept(endpoint):
     assert "GLOO_SOCKET_IFNAME" not in plan.env  # loopback reaches nobody
 
 
+def test_sbatchs_own_variables_fill_what_a_profile_leaves_open():
+    said = {"SBATCH_ACCOUNT": "proj", "SBATCH_PARTITION": "fast", "SBATCH_TIMELIMIT": "5"}
+    login = dataclasses.replace(LOGIN, sbatch_variables=said)
+    recipe = recipes.from_dict({"data": {"name": "digits"}, "launch": {"nodes": 2, "gpus": 8}})
+    script = make_plan(recipe, login, Request(run_id="r-1"), Profile(partition="gpu")).script
+    assert "#SBATCH --account=proj" in script
+    assert "#SBATCH --partition=gpu" in script
+    assert "#SBATCH --time=240" in script
+
+
+def test_a_step_of_a_step_shares_what_that_holds():
+    shell = dataclasses.replace(LOGIN, allocation="7")
+    for in_step in (False, True):
+        command = plan_of({"nodes": 2, "gpus": 8}, dataclasses.replace(shell, in_step=in_step)).command
+        assert ("--overlap" in command) == in_step
+        assert "--export=ALL" in command
+
+
 def test_one_node_stays_on_its_own_loopback_and_takes_any_port():
     plan = plan_of({})
     assert plan.rdzv_endpoint == "127.0.0.1:0"
@@ -361,8 +400,11 @@ def test_one_node_stays_on_its_own_loopback_and_takes_any_port():
 
 def test_the_command_is_the_nodes_supervisor():
     plan = plan_of({"nodes": 2}, rdzv_endpoint="n0:1", run_dir="/my runs/a", node_rank=1)
-    assert plan.command == ("python", "-m", "launcher.node", "/my runs/a", "--node-rank", "1")
-    assert "command      python -m launcher.node '/my runs/a' --node-rank 1" in str(plan).splitlines()
+    given = ("--nodes", "2", "--procs", "1", "--rdzv-endpoint", "n0:1")
+    assert plan.command == ("python", "-m", "launcher.node", "/my runs/a", "--node-rank", "1", *given)
+    assert (
+        f"command      python -m launcher.node '/my runs/a' --node-rank 1 {' '.join(given)}" in str(plan).splitlines()
+    )
 
 
 def test_no_supervisor_is_announced_where_none_runs():

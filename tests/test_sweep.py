@@ -90,7 +90,7 @@ def test_ctrl_c_ends_the_following_of_a_sweep_and_not_the_sweep(make_run, monkey
 
     monkeypatch.setattr(slurm_client, "run", lambda *_: "7\n")
     monkeypatch.setattr(slurm_follow, "follow_all", interrupted)
-    assert not slurm.submit_array(base, runs, "script", ["", ""], detach=False)
+    assert not slurm.submit_arrays(base, [("script", runs)], ["", ""], detach=False, in_turn=False)
     assert f"the jobs go on. Stop them by: launch cancel {base}" in capsys.readouterr().out
 
 
@@ -101,6 +101,8 @@ def test_each_run_of_a_sweep_has_its_exports_made_by_a_job_that_waits_for_it(mak
     calls, followed = [], []
 
     def run(*command):
+        if command[0] == "squeue":
+            return ""  # the one that was refused is not there, either
         calls.append(command)
         answer = answers.pop(0)
         if isinstance(answer, Exception):
@@ -109,7 +111,7 @@ def test_each_run_of_a_sweep_has_its_exports_made_by_a_job_that_waits_for_it(mak
 
     monkeypatch.setattr(slurm_client, "run", run)
     monkeypatch.setattr(slurm_follow, "follow_all", lambda *jobs: followed.extend(jobs))
-    assert slurm.submit_array(base, runs, "script", ["a", "b", "c"], detach=False)
+    assert slurm.submit_arrays(base, [("script", runs)], ["a", "b", "c"], detach=False, in_turn=False)
     waits = [[word for word in command if word.startswith("--dependency")] for command in calls]
     assert waits == [[], *([f"--dependency=afterok:7_{number}"] for number in range(3))]
     assert (runs[0].slurm / "post.sh").read_text() == "a"
@@ -160,5 +162,27 @@ def test_a_sweep_that_sbatch_refuses_was_not_started(make_run, monkeypatch):
 
     monkeypatch.setattr(slurm_client, "run", refuses)
     with pytest.raises(PreflightError, match="the job was refused: sbatch: no"):
-        slurm.submit_array(runs[0].path.parent, runs, "script", ["", ""], detach=False)
+        slurm.submit_arrays(runs[0].path.parent, [("script", runs)], ["", ""], detach=False, in_turn=False)
     assert [run.read_status()["state"] for run in runs] == ["failed", "failed"]
+
+
+def test_whatever_goes_wrong_after_an_array_is_submitted_no_array_is_left(make_run, monkeypatch):
+    runs = [make_run(f"sweep/{number}", state="pending") for number in range(3)]
+    answers, calls = ["Welcome!\n7\n", "8\n"], []
+
+    def run(*command):
+        calls.append(command)
+        return answers.pop(0) if command[0] == "sbatch" else ""
+
+    def full(run, _folder, job_id):
+        if job_id == "8_0":
+            raise OSError("no space left")
+
+    monkeypatch.setattr(slurm_client, "run", run)
+    monkeypatch.setattr(slurm, "_hand_over", full)
+    arrays = [("one", runs[:2]), ("other", runs[2:])]
+    with pytest.raises(OSError, match="no space left"):
+        slurm.submit_arrays(runs[0].path.parent, arrays, ["", "", ""], detach=False, in_turn=True)
+    assert "--dependency=afterany:7" in calls[1]
+    assert calls[-1] == ("scancel", "7", "8")
+    assert [run.read_status()["state"] for run in runs] == ["failed"] * 3

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 from typing import TYPE_CHECKING
 
-from launcher import diagnose, job, processes, slurm_client, whereabouts
+from launcher import diagnose, history, job, processes, sbatch, slurm_client, submission, whereabouts
 from launcher.backends import slurm_follow
 from launcher.errors import EXIT_OK, EXIT_RESUMABLE, InterruptedRunError, PreflightError, TrainingError
 from launcher.files import write_text_atomic
 from launcher.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from launcher.plan import LaunchPlan
+
+OF_THIS_SHELL = (
+    "SLURM_CPU_BIND",
+    "SLURM_MEM_BIND",
+    "SLURM_GPU_BIND",
+    "SLURM_GPUS_PER_TASK",
+    "SLURM_TRES_PER_TASK",
+    "SRUN_",
+)
+"""Beginnings of what a shell in an allocation is bound to, which srun would bind every worker to."""
 
 
 def submit(plan: LaunchPlan) -> int:
@@ -31,8 +42,7 @@ def submit(plan: LaunchPlan) -> int:
     run = RunDir(plan.run_dir)
     if plan.command:
         return _run_step(run, plan)
-    job_id = _sbatch(run, plan.script)
-    run.append_event("submitted", job_id=job_id)
+    job_id = _sbatch(run, plan)
     print(f"job {job_id} submitted", flush=True)
     post_id = _sbatch_post(run, plan.post_script, after=job_id) if plan.post_script else None
     if plan.detach:
@@ -51,40 +61,47 @@ def submit(plan: LaunchPlan) -> int:
     return EXIT_OK
 
 
-def submit_array(base: Path, runs: Sequence[RunDir], script: str, post_scripts: Sequence[str], *, detach: bool) -> bool:
-    """Submit the runs of a sweep as one job array, and say what becomes of them until all are over.
+def submit_arrays(
+    base: Path,
+    arrays: Sequence[tuple[str, Sequence[RunDir]]],
+    post_scripts: Sequence[str],
+    *,
+    detach: bool,
+    in_turn: bool,
+) -> bool:
+    """Submit the runs of a sweep as job arrays, and say what becomes of them until all are over.
 
     Args:
         base: the sweep's folder.
-        runs: the runs.
-        script: of the array.
+        arrays: the script of each and its runs.
         post_scripts: of the job that makes each run's exports; empty where there is none.
         detach: return when all is submitted.
+        in_turn: an array begins when the one before is over.
 
     Returns:
         Whether all are over.
 
     Raises:
-        PreflightError: sbatch refused the job.
+        PreflightError: sbatch refused a job; then none of them is left.
     """
-    from submitit.core.utils import DelayedSubmission, JobPaths
-
     folder = base / "slurm"
     (base / "logs").mkdir(exist_ok=True)
     folder.mkdir(exist_ok=True)
-    file = folder / "array.sh"
-    write_text_atomic(file, script)
-    try:
-        array_id = slurm_client.run("sbatch", "--parsable", str(file)).strip().split(";")[0]
-    except slurm_client.SlurmError as error:
-        raise _refused(runs, error) from None
-    ids = [f"{array_id}_{index}" for index in range(len(runs))]
-    for job_id, run in zip(ids, runs, strict=True):
-        DelayedSubmission(job.main, str(run.path)).dump(JobPaths(folder, job_id).submitted_pickle)
-        run.append_event("submitted", job_id=job_id)
-    print(f"job array {array_id}: {len(runs)} runs in {base}", flush=True)
+    jobs: dict[str, RunDir] = {}
+    with _whole([run for _, runs in arrays for run in runs]) as submitted:
+        for script, runs in arrays:
+            after = (f"--dependency=afterany:{submitted[-1]}",) if in_turn and submitted else ()
+            file = folder / f"array-{len(submitted)}.sh"
+            write_text_atomic(file, script)
+            array_id = submission.submit(file, *after, name=base.name, logs=base / "logs", known=submitted)
+            submitted.append(array_id)
+            elements = {f"{array_id}_{index}": run for index, run in enumerate(runs)}
+            for job_id, run in elements.items():
+                _hand_over(run, folder, job_id)
+            jobs |= elements
+            print(f"job array {array_id}: {len(runs)} runs in {base}", flush=True)
     posts = {}
-    for job_id, run, post_script in zip(ids, runs, post_scripts, strict=True):
+    for (job_id, run), post_script in zip(jobs.items(), post_scripts, strict=True):
         post_id = _sbatch_post(run, post_script, after=job_id) if post_script else None
         if post_id:
             posts[post_id] = run
@@ -92,17 +109,35 @@ def submit_array(base: Path, runs: Sequence[RunDir], script: str, post_scripts: 
         print(f"next: launch ps {base}, launch compare {base}, launch cancel {base}")
         return False
     try:
-        slurm_follow.follow_all(dict(zip(ids, runs, strict=True)), posts)
+        slurm_follow.follow_all(jobs, posts)
     except KeyboardInterrupt:
         print(f"\nno longer following; the jobs go on. Stop them by: launch cancel {base}")
         return False
     return True
 
 
-def _refused(runs: Sequence[RunDir], error: Exception) -> PreflightError:
-    for run in runs:
-        run.update_status(state="failed")
-    return PreflightError(f"the job was refused: {error}")
+@contextlib.contextmanager
+def _whole(runs: Sequence[RunDir]) -> Iterator[list[str]]:
+    """Gather the ids of jobs that are submitted for some runs: whatever goes wrong in between, none of them is left."""
+    submitted: list[str] = []
+    try:
+        yield submitted
+    except BaseException as error:
+        submission.take_back(submitted)
+        with contextlib.suppress(OSError):  # a full disk may be what went wrong
+            for run in runs:
+                run.update_status(state="failed")
+        if isinstance(error, slurm_client.SlurmError):
+            raise PreflightError(f"the job was refused: {error}") from None
+        raise
+
+
+def _hand_over(run: RunDir, folder: Path, job_id: str) -> None:
+    """Leave in ``folder`` what submitit calls on the nodes of a job, and write down that it is the run's."""
+    from submitit.core.utils import DelayedSubmission, JobPaths
+
+    DelayedSubmission(job.main, str(run.path)).dump(JobPaths(folder, job_id).submitted_pickle)
+    run.append_event("submitted", job_id=job_id)
 
 
 def _run_step(run: RunDir, plan: LaunchPlan) -> int:
@@ -110,10 +145,7 @@ def _run_step(run: RunDir, plan: LaunchPlan) -> int:
 
     Of the profile's setup nothing is done: this shell has been set up by whoever asked for the allocation.
     """
-    # What binds this shell to its own cores would bind every worker to them.
-    kept = {
-        name: value for name, value in os.environ.items() if not name.startswith(("SLURM_CPU_BIND", "SLURM_MEM_BIND"))
-    }
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(OF_THIS_SHELL)}
     environment = {**kept, **(plan.profile or {})["env"]}
     # In a session of its own: to a Ctrl-C of the terminal srun would only say how its tasks are.
     process = subprocess.Popen(plan.command, start_new_session=True, env=environment)
@@ -149,23 +181,19 @@ def _run_step(run: RunDir, plan: LaunchPlan) -> int:
     return EXIT_OK
 
 
-def _sbatch(run: RunDir, script: str) -> str:
-    from submitit.core.utils import FailedJobError
-    from submitit.slurm.slurm import SlurmExecutor
+def _sbatch(run: RunDir, plan: LaunchPlan) -> str:
+    from submitit.core.utils import JobPaths
 
-    class Executor(SlurmExecutor):
-        """submitit's, but what it submits is the text that the plan shows."""
-
-        def _make_submission_file_text(self, command: str, uid: str) -> str:  # noqa: ARG002
-            return script
-
-    for name in set(os.environ) - set(slurm_client.clean_environment()):
-        del os.environ[name]  # submitit hands its own environment to sbatch, and sbatch to the job
-    try:
-        submitted = Executor(run.slurm).submit(job.main, str(run.path))
-    except (FailedJobError, RuntimeError) as error:
-        raise _refused([run], error) from None
-    return str(submitted.job_id)
+    run.slurm.mkdir(exist_ok=True)
+    file = run.slurm / "submission.sh"
+    with _whole([run]) as submitted:
+        write_text_atomic(file, plan.script)
+        known = [str(event["job_id"]) for event in history.events(run, "submitted")]
+        job_id = submission.submit(file, name=plan.name, logs=run.logs, known=known)
+        submitted.append(job_id)
+        file.rename(JobPaths(run.slurm, job_id).submission_file)
+        _hand_over(run, run.slurm, job_id)
+    return job_id
 
 
 def _sbatch_post(run: RunDir, script: str, *, after: str) -> str | None:
@@ -178,8 +206,10 @@ def _sbatch_post(run: RunDir, script: str, *, after: str) -> str | None:
     file = run.slurm / "post.sh"
     write_text_atomic(file, script)
     waits = (f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes")
+    name = sbatch.post_name(run.read_plan()["name"])
+    known = [str(event["job_id"]) for event in history.events(run, "post_submitted")]
     try:
-        job_id = slurm_client.run("sbatch", "--parsable", *waits, str(file)).strip().split(";")[0]
+        job_id = submission.submit(file, *waits, name=name, logs=run.logs, known=known)
     except slurm_client.SlurmError as error:
         said = f"the job that was to make the exports was refused: {error}; job {after} goes on and trains"
         print(f"warning: {said}; then: launch export {run}", file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from launcher import plan as plans
 from launcher import profile as profiles
-from launcher import sbatch, slurm_client, topology
+from launcher import sbatch, slurm_client, topology, variables
 from launcher.errors import EXIT_OK, EXIT_PREFLIGHT, PreflightError, UsageError
 from launcher.files import write_json_atomic
 
@@ -39,6 +39,7 @@ def run(nodes: int, *, gpus: int | None, profile_name: str | None, as_json: bool
         raise UsageError(f"--nodes {nodes}: at least 1")
     here = topology.detect()
     profile = profiles.load(profile_name) if profile_name else profiles.Profile()
+    profile = variables.fill(profile, here.sbatch_variables)
     # Below runs/, as a run would be: whether the nodes share that is one of the questions.
     folder = Path(here.cwd, "runs", f"doctor-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
     job = sbatch.Job(

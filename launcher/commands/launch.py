@@ -141,7 +141,7 @@ def plan_run(recipe: Recipe, args: argparse.Namespace, *, run_id: str, run_dir: 
 
 def carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_id: str) -> int:
     """Plan, and print the plan or run it: one road for every backend."""
-    from launcher import backends, lint, quarantine, recipe_changes, whereabouts
+    from launcher import backends, lint, meeting, quarantine, recipe_changes, whereabouts
     from launcher.commands import going_on
 
     plan = plan_run(recipe, args, run_id=run_id, run_dir=args.run_dir)
@@ -154,6 +154,8 @@ def carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_i
         return EXIT_OK
     if run.exists and plan.node_rank == 0:
         whereabouts.refuse_second(run)
+    if plan.backend == "torchrun" and plan.nodes > 1:
+        meeting.check(plan.rdzv_endpoint, node_rank=plan.node_rank)
     network.set_environment(plan.env)  # before torch is imported: it reads its thread count then
     with processes.importing():
         checks = importlib.import_module("launcher.engine.checks")
@@ -195,7 +197,7 @@ def write_run(plan: LaunchPlan, recipe: Recipe) -> None:
     import time
 
     from launcher import recipe as recipes
-    from launcher import recipe_paths
+    from launcher import recipe_paths, variables
     from launcher.files import write_json_atomic, write_text_atomic
     from launcher.run_dir import code_digest
 
@@ -213,6 +215,7 @@ def write_run(plan: LaunchPlan, recipe: Recipe) -> None:
         "host": os.uname().nodename,
         "pid": os.getpid(),
         "process_started": processes.start_time(os.getpid()),
+        "variables": sorted(set(variables.read_by_runs(os.environ)) - plan.env.keys()) if plan.script else [],
         "launched_by": redact(shlex.join(["launch", *sys.argv[1:]])),
     }
     try:

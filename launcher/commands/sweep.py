@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher import history, network, processes, sbatch, sweep
+from launcher import history, network, processes, sbatch, slurm_client, sweep
 from launcher.commands import launch
 from launcher.errors import (
     EXIT_FAILED,
@@ -45,24 +45,21 @@ def run(args: argparse.Namespace) -> int:
         launch.plan_run(recipe, args, run_id=f"{base.name}-{label}", run_dir=str(base / label))
         for (recipe, _), label in zip(loaded, sweep.labels(combinations), strict=True)
     ]
-    script = _array_script(plans, base, args.parallel or len(plans)) if plans[0].script else ""
+    arrays = _arrays(plans, base, args.parallel or len(plans)) if plans[0].script else []
     if args.dry_run:
-        for plan, combination in zip(plans, combinations, strict=True):
-            print(f"{plan.run_dir}: {' '.join(combination)}")
-        if plans[0].post_script:
-            print(f"\nscript of the exports of the first\n{plans[0].post_script}", end="")
-        print(f"\nscript\n{script}" if script else f"\nthe first of {len(plans)}, one after the other\n{plans[0]}")
+        _print_plans(plans, combinations, [script for script, _ in arrays])
         return EXIT_OK
-    if args.detach and not script:
+    if args.detach and not arrays:
         raise UsageError("--detach: without SLURM a sweep's runs are started here one after the other; leave it out")
-    _check_all(plans, loaded, script)
+    _check_all(plans, loaded, [script for script, _ in arrays])
     for plan, (recipe, _) in zip(plans, loaded, strict=True):
         launch.write_run(plan, recipe)
     runs = [RunDir(plan.run_dir) for plan in plans]
     write_text_atomic(base / sbatch.RUNS, "".join(f"{found.path}\n" for found in runs))
-    if script:
+    if arrays:
         backend = importlib.import_module("launcher.backends.slurm")
-        if not backend.submit_array(base, runs, script, [plan.post_script for plan in plans], detach=args.detach):
+        posts = [plan.post_script for plan in plans]
+        if not backend.submit_arrays(base, arrays, posts, detach=args.detach, in_turn=bool(args.parallel)):
             return EXIT_OK
     else:
         _run_one_after_the_other(plans)
@@ -70,6 +67,18 @@ def run(args: argparse.Namespace) -> int:
 
     compare.run([str(base)], metric=None, as_json=False)
     return _exit_code(runs)
+
+
+def _print_plans(plans: list[LaunchPlan], combinations: list[tuple[str, ...]], scripts: list[str]) -> None:
+    """What ``--dry-run`` prints: each run with its settings, then what is submitted, or the first of the runs."""
+    for plan, combination in zip(plans, combinations, strict=True):
+        print(f"{plan.run_dir}: {' '.join(combination)}")
+    if plans[0].post_script:
+        print(f"\nscript of the exports of the first\n{plans[0].post_script}", end="")
+    for script in scripts:
+        print(f"\nscript\n{script}", end="")
+    if not scripts:
+        print(f"\nthe first of {len(plans)}, one after the other\n{plans[0]}")
 
 
 def _load_all(args: argparse.Namespace, combinations: list[tuple[str, ...]]) -> list[tuple[Recipe, Source]]:
@@ -87,7 +96,8 @@ def _load_all(args: argparse.Namespace, combinations: list[tuple[str, ...]]) -> 
     return loaded
 
 
-def _array_script(plans: list[LaunchPlan], base: Path, parallel: int) -> str:
+def _arrays(plans: list[LaunchPlan], base: Path, parallel: int) -> list[tuple[str, list[RunDir]]]:
+    """The scripts of as few job arrays as the cluster allows for so many runs, each with its runs."""
     from launcher import profile as profiles
     from launcher import schema
 
@@ -106,10 +116,15 @@ def _array_script(plans: list[LaunchPlan], base: Path, parallel: int) -> str:
     if len(shapes) > 1:
         raise UsageError("--sweep: the runs of a job array have one size; launch.nodes and the like cannot be swept")
     profile: profiles.Profile = schema.validate(profiles.Profile, first.profile or {})
-    return sbatch.build_script(job, profile, sbatch.Array(num=len(plans), parallel=parallel))
+    runs, size = [RunDir(plan.run_dir) for plan in plans], slurm_client.max_array_size()
+    parts = {first: runs[first : first + size] for first in range(0, len(runs), size)}
+    return [
+        (sbatch.build_script(job, profile, sbatch.Array(num=len(part), parallel=parallel, first=first)), part)
+        for first, part in parts.items()
+    ]
 
 
-def _check_all(plans: list[LaunchPlan], loaded: list[tuple[Recipe, Source]], script: str) -> None:
+def _check_all(plans: list[LaunchPlan], loaded: list[tuple[Recipe, Source]], scripts: list[str]) -> None:
     from launcher import lint, quarantine
 
     network.set_environment(plans[0].env)
@@ -117,8 +132,8 @@ def _check_all(plans: list[LaunchPlan], loaded: list[tuple[Recipe, Source]], scr
         checks = importlib.import_module("launcher.engine.checks")
     for recipe, source in loaded:
         checks.check(recipe, source.where)
-    if script:
-        lint.check(plans[0].to_dict(), RunDir(plans[0].run_dir), script, plans[0].post_script)
+    if scripts:
+        lint.check(plans[0].to_dict(), RunDir(plans[0].run_dir), *scripts, plans[0].post_script)
         return
     if plans[0].backend == "slurm":
         lint.check_step(plans[0].to_dict())
