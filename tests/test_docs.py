@@ -52,7 +52,7 @@ def test_every_command_parses(page):
 
 @every_page
 def test_every_recipe_key_named_in_prose_exists(page):
-    spans = re.findall(r"`([a-z_.]+)(?::? [^`]*|=[^`]*)?`", without_blocks(page.read_text(encoding="utf-8")))
+    spans = re.findall(r"`([a-z_.]+)(?::? [^`]*|=[^`]*)?`", split(page.read_text(encoding="utf-8"))[0])
     named = {span for span in spans if span.partition(".")[0] in SECTIONS and "." in span and not span.endswith(".py")}
     known = {*keys(), *(key.rpartition(".")[0] for key in keys())}
     assert named - known == set()
@@ -67,28 +67,27 @@ def test_the_table_of_recipe_keys_is_that_of_the_schema():
     assert TABLE.findall(text) == [table], "if the schema has changed: UPDATE_GOLDEN=1 pytest tests/test_docs.py"
 
 
-def without_blocks(text):
-    """Markdown without its code blocks, fenced or indented; indented text that goes on with a list stays."""
-    kept, in_fence, in_block, before, in_list = [], False, False, "", False
+def split(text):
+    """The prose of a page, and the lines of its code blocks, fenced or indented; an indented list is prose."""
+    prose, code, fenced, indented, in_list = [], [], False, False, False
     for line in text.splitlines():
-        if line.lstrip().startswith("```"):
-            in_fence = not in_fence
-        elif not in_fence:
-            in_list = line.startswith("- ") or (in_list and (line.startswith(" ") or not line))
-            in_block = line.startswith("    ") and not in_list and (in_block or not before)
-            if not in_block:
-                kept.append(line)
-        before = line.strip() if not in_block else before
-    return "\n".join(kept)
+        if line.startswith("```"):
+            fenced = not fenced
+            continue
+        in_list = line.startswith("- ") or (in_list and (line.startswith(" ") or not line))
+        after_prose = bool(prose and prose[-1]) and not indented
+        indented = line.startswith("    ") and not in_list and not after_prose
+        (code if fenced or indented else prose).append(line)
+    return "\n".join(prose), code
 
 
 def without_code(text):
-    return re.sub(r"`[^`]*`", "", without_blocks(text))
+    return re.sub(r"`[^`]*`", "", split(text)[0])
 
 
 def slugs(page):
     """The anchors that GitHub gives a page's headings."""
-    headings = re.findall(r"^#+ (.+)$", without_blocks(page.read_text(encoding="utf-8")), re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", split(page.read_text(encoding="utf-8"))[0], re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
@@ -99,11 +98,10 @@ def leads_somewhere(page, target):
 
 
 def commands(text):
-    """Every `launch …` of a page: the lines of code blocks that begin so, and code in the middle of a sentence."""
-    lines = re.sub(r"\\\n\s*", "", text).splitlines()
-    blocks = [line.strip().removeprefix("$ ") for line in lines if line.startswith(("    ", "$ "))]
-    spans = re.findall(r"`(launch [^`]+)`", without_blocks(text).replace("\n", " "))
-    return [line for line in [*blocks, *spans] if re.match(r"launch( |$)", line)]
+    """Every `launch …` of a page, in its code blocks and in the middle of a sentence."""
+    prose, code = split(re.sub(r"\\\n\s*", "", text))
+    lines = [line.strip().removeprefix("$ ") for line in code]
+    return [line for line in lines if line.startswith("launch ")] + re.findall(r"`(launch\s[^`]+)`", prose)
 
 
 def find_problem(command):
