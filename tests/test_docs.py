@@ -137,7 +137,7 @@ def help_of(verb):
 
 @functools.cache
 def verbs():
-    return set(re.findall(r"^\s+(?:launch )?([a-z-]+)\b", help_of("").partition("commands:")[2], re.MULTILINE))
+    return set(re.findall(r"^ +(?:launch )?([a-z-]+)\b", help_of("").partition("commands:")[2], re.MULTILINE))
 
 
 @functools.cache
