@@ -42,10 +42,14 @@ FLOORS = (
         "launcher.network",
         "launcher.host_memory",
         "launcher.image_folder",
+        "launcher.image_left_out",
+        "launcher.image_levels",
         "launcher.image_probe",
         "launcher.image_probe_pool",
         "launcher.image_scan",
         "launcher.image_scan_cache",
+        "launcher.image_walk",
+        "launcher.pixels",
         "launcher.catalog",
         "launcher.wandb_folder",
     },
@@ -91,7 +95,7 @@ FLOORS = (
 FOR_ENGINE = {
     f"launcher.{name}" for name in ("errors", "files", "recipe", "run_dir", "image_folder", "processes", "watchdog")
 }
-FOR_ENGINE |= {"launcher.wandb_folder", "launcher.redact", "launcher.host_memory"}
+FOR_ENGINE |= {"launcher.wandb_folder", "launcher.redact", "launcher.host_memory", "launcher.pixels"}
 
 
 def module_name(path):

@@ -59,8 +59,8 @@ class BestModel:
     def dataset(self, split: str) -> ImageDataset:
         """One split, as validation sees it."""
         folder = data.prepare(self.recipe.data)
-        transform = self.preprocessing.transform()
-        return ImageDataset(folder, split, transform, seed=self.recipe.seed, left_out=self.left_out)
+        transform, read = self.preprocessing.transform(), self.preprocessing.read
+        return ImageDataset(folder, split, transform, seed=self.recipe.seed, left_out=self.left_out, read=read)
 
     def batches(self, split: str, indices: Sequence[int] | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Normalised images (float32 N x 3 x S x S) and labels (int64 N) of a split, or of some of its indices."""
