@@ -15,7 +15,6 @@ from PIL import Image
 from launcher import recipe as recipes
 from launcher import report
 from launcher.engine import checkpoint
-from launcher.engine.data import ImageDataset
 from launcher.engine.model import build_model, build_preprocessing
 from launcher.files import write_json_atomic
 from launcher.recipe import DataConfig, LaunchConfig, ModelConfig, PostConfig, Recipe
@@ -25,10 +24,8 @@ from launcher.tools import evaluate, export
 pytestmark = pytest.mark.slow
 CLASSES = ["ant", "bee", "cat", "dog"]
 SIZE, RESIZED = 32, 40
-PLAN = {
-    **{"run_id": "card-1", "name": "card", "command": [], "created": 0.0, "backend": "local", "device": "cpu"},
-    **{"nodes": 1, "procs_per_node": 1, "world_size": 1, "host": "here"},
-}
+PLAN = {"run_id": "card-1", "name": "card", "command": [], "created": 0.0, "backend": "local", "device": "cpu"}
+PLAN |= {"nodes": 1, "procs_per_node": 1, "world_size": 1, "host": "here"}
 
 
 def picture(height=60, width=90):
@@ -141,7 +138,7 @@ def run_card(run, photo):
 @pytest.mark.parametrize("name", FILES)
 def test_the_cards_code_sees_what_validation_sees_and_answers_what_the_checkpoint_does(name, run):
     best = evaluate.load_best(run)
-    dataset: ImageDataset = best.dataset("val")
+    dataset = best.dataset("val")
     (index,) = [i for i, (path, _) in enumerate(dataset.samples) if path.endswith(f"/{name}")]
     answer, seen = run_card(run, dataset.samples[index][0])
     images, _ = next(best.batches("val", [index]))
