@@ -186,11 +186,12 @@ def _doctor(argv: list[str]) -> int:
 def _check(argv: list[str]) -> int:
     parser = _parser("check", "Look through an image folder: bad files, classes, images that are there twice.")
     parser.add_argument("data", metavar="DATA", help="the folder that holds train/ and val/")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="as the recipe has it: data.background=black")
     parser.add_argument("--json", action="store_true", dest="as_json", help="for programs; lists every file")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     from launcher.commands import check
 
-    return check.run(args.data, as_json=args.as_json)
+    return check.run(args.data, args.overrides, as_json=args.as_json)
 
 
 def _tune(argv: list[str]) -> int:

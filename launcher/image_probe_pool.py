@@ -91,7 +91,9 @@ class ProbePool:
                     code, process = self._end(process), None
                     if todo[0] == suspect:
                         how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
-                        self._found.put((todo.pop(0), ("", "crashes_decoder", f"the decoder's process {how}", ())))
+                        self._found.put(
+                            (todo.pop(0), ("", "crashes_decoder", f"the decoder's process {how}", (), None))
+                        )
                     else:
                         suspect = todo[0]
         except Exception as error:  # the thread that waits for the answers raises it
@@ -144,6 +146,6 @@ class ProbePool:
             line = process.stdout.readline()
             if not line.endswith("\n"):
                 return count
-            digest, kind, message, notes = json.loads(line)
-            self._found.put((path, (digest, kind, message, tuple(notes))))
+            digest, kind, message, notes, levels = json.loads(line)
+            self._found.put((path, (digest, kind, message, tuple(notes), levels and tuple(levels))))
         return len(paths)

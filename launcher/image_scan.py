@@ -7,15 +7,15 @@ import os
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from launcher import host_cores, image_folder, image_scan_cache
+from launcher import host_cores, image_folder, image_left_out, image_levels, image_scan_cache
 from launcher.image_folder import printable
 from launcher.image_probe_pool import ProbePool
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Callable, Generator, Sequence
     from pathlib import Path
 
     from launcher.image_probe import Answer
@@ -29,13 +29,19 @@ CURES = {
     "damaged": "copy or save it again, or remove it",
     "bomb": "scale it down, or remove it",
     "crashes_decoder": "save it again by another program, or remove it",
+    "not_finite": "write numbers in their place, or remove it",
+    "grey_range": "say what is black and white: data.grey_range=[0, 4095] where 12 bits were used, [0, 65535] where "
+    "images of 16 bits are that dark",
 }
 """What can be bad about a file, and what to do."""
 NOTES = {
     "cmyk": "CMYK, turned into RGB",
-    "16_bit": "16 bits per channel, scaled to 8",
+    "16_bit": "more than 8 bits per channel, scaled to 8",
     "palette": "with a palette, turned into RGB",
-    "rgba": "with transparency, which is dropped",
+    "floats": "of floats, scaled to 8 bits",
+    "rgba": "with transparency, composited on data.background",
+    "invisible": "wholly transparent, so that only data.background is seen",
+    "narrow": "more than 8 times as long as wide, of which only the centre is seen",
     "exif_rotated": "turned or mirrored as their EXIF data say",
     "animated": "with several frames or pages, of which the first counts",
 }
@@ -86,6 +92,10 @@ class Scan:
     """How many had to be read; the rest was known."""
     warnings: list[str]
     """What went wrong beside the images."""
+    left_out: list[str] = field(default_factory=list)
+    """What lies in the folder and is not trained on, a sentence each."""
+    levels: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Kinds of images with more than 8 bits, each with the lowest and the highest value of them all."""
 
     @property
     def bad(self) -> list[ScannedImage]:
@@ -121,16 +131,23 @@ class Scan:
         return [[i.path for i in group] for group in same.values() if len({i.class_name for i in group}) > 1]
 
 
-def scan(folder: Path, *, workers: int | None = None, progress: Callable[[int, int], None] | None = None) -> Scan:
+def scan(
+    folder: Path,
+    *,
+    grey_range: Sequence[float] | None = None,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Scan:
     """Look through both splits of ``folder``; files that were seen before and have not changed are not read again.
 
     Args:
         folder: holds train/ and val/; a split that is missing has no images.
+        grey_range: the recipe's ``data.grey_range``; None: auto.
         workers: processes that decode; None: one a core, fewer where there is little to do.
         progress: told how many of how many files are read, twice a second at least; what it raises ends the scan, and
             what was found until then is remembered.
     """
-    listed = list(_list(folder))
+    listed, left_out = _list(folder)
     entries = image_scan_cache.load(folder)
     stamps = {path: _stamp(f"{folder}/{path}") for path, _, _ in listed}
     new = [path for path, stamp in stamps.items() if path not in entries or entries[path][0] != stamp]
@@ -142,14 +159,25 @@ def scan(folder: Path, *, workers: int | None = None, progress: Callable[[int, i
     finally:
         if new:
             warnings += _save(folder, {path: entries[path] for path in stamps if path in entries})
+    levels = {path: entries[path][1][4] for path, _, _ in listed}
+    problem = image_levels.judge(levels.values(), grey_range)
     images = []
     for path, split, class_name in listed:
-        digest, kind, message, notes = entries[path][1]
+        digest, kind, message, notes, _ = entries[path][1]
+        if unfit := problem(levels[path]):
+            kind, message = "grey_range", unfit
         image = ScannedImage(
             path=path, split=split, class_name=class_name, digest=digest, kind=kind, message=message, notes=notes
         )
         images.append(image)
-    return Scan(folder=folder, images=images, num_read=len(new), warnings=warnings)
+    return Scan(
+        folder=folder,
+        images=images,
+        num_read=len(new),
+        warnings=warnings,
+        left_out=left_out,
+        levels=image_levels.span(levels.values()),
+    )
 
 
 def show_progress() -> Callable[[int, int], None]:
@@ -165,13 +193,16 @@ def show_progress() -> Callable[[int, int], None]:
     return show
 
 
-def _list(folder: Path) -> Iterator[tuple[str, str, str]]:
-    """Relative path, split and class of every image."""
+def _list(folder: Path) -> tuple[list[tuple[str, str, str]], list[str]]:
+    """Relative path, split and class of every image; and what was left out, in words."""
+    images, left_out = [], image_left_out.describe_spellings(folder)
     for split in image_folder.SPLITS:
         if (folder / split).is_dir():
             classes = image_folder.find_classes(folder / split)
-            for path, label in image_folder.list_images(folder / split, classes):
-                yield image_folder.relative(path, folder), split, classes[label]
+            found, others = image_folder.walk(folder / split, classes)
+            images += [(image_folder.relative(path, folder), split, classes[label]) for path, label in found]
+            left_out += image_left_out.describe_left_out(folder / split, others)
+    return images, left_out
 
 
 def _stamp(file: str) -> Stamp:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from launcher.image_probe import Answer
 
-VERSION = 1
+VERSION = 2
 
 Stamp = tuple[int, int]
 """Size in bytes, and time of the last change in nanoseconds: what a file must still have for its answer to count."""
@@ -45,8 +45,8 @@ def load(folder: Path) -> Entries:
             if json.loads(next(lines, "null")) != _header(folder):
                 return {}
             for line in lines:
-                path, size, mtime_ns, digest, kind, message, notes = json.loads(line)
-                entries[path] = (size, mtime_ns), (digest, kind, message, tuple(notes))
+                path, size, mtime_ns, digest, kind, message, notes, levels = json.loads(line)
+                entries[path] = (size, mtime_ns), (digest, kind, message, tuple(notes), levels and tuple(levels))
     finally:
         if collects:
             gc.enable()

@@ -35,8 +35,8 @@ def scan(config: DataConfig, progress: Callable[[int, int], None] | None = None)
     folder = image_folder.data_path(config.name, config.path)
     if config.name == image_folder.DIGITS:
         return image_scan.Scan(folder=folder, images=[], num_read=0, warnings=[])
-    found = image_scan.scan(folder, progress=progress or image_scan.show_progress())
-    for warning in found.warnings:
+    found = image_scan.scan(folder, grey_range=config.grey_limits, progress=progress or image_scan.show_progress())
+    for warning in (*found.warnings, *map(printable, found.left_out)):
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     leaks = found.leaks()
     if leaks:
@@ -164,17 +164,20 @@ def _refusal(found: Scan, config: DataConfig) -> str | None:
         if not found.bad:
             return None
         count = "1 image cannot" if len(found.bad) == 1 else f"{len(found.bad)} images cannot"
+        # Those whose range does not fit are decoded well enough.
+        what = "be used as they are" if any(image.kind == "grey_range" for image in found.bad) else "be decoded"
         more = len(found.bad) - NUM_NAMED
         named = "".join(f"\n    {image}" for image in found.bad[:NUM_NAMED])
         named += f"\n    and {more} more" if more > 0 else ""
         return (
-            f"{count} be decoded in {folder}; mend or remove what is listed, or leave it out by "
+            f"{count} {what} in {folder}; mend or remove what is listed, or leave it out by "
             f"data.on_bad_image=quarantine; the whole list with cures: {_command(found.folder)}{named}"
         )
+    counts = {split: found.class_counts(split) for split in dict.fromkeys(image.split for image in found.bad)}
     lost = [
         f"{split}/{name}"
-        for split in dict.fromkeys(image.split for image in found.bad)
-        for name, count in found.class_counts(split).items()
-        if not count
+        for split, classes in counts.items()
+        for name, count in classes.items()
+        if not count and not (split == "val" and config.missing_val_classes == "allow" and classes.total())
     ]
     return f"{folder}: no image that can be decoded is left in {', '.join(lost)}; add some" if lost else None

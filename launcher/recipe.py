@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 WEIGHT_NAMES = ("DEFAULT", "IMAGENET1K_")
 """How torchvision's names of weights begin."""
+COLOURS = {"white": "#ffffff", "black": "#000000", "grey": "#808080"}
 METRICS = {"train/loss": "min", "val/loss": "min", "val/top1": "max", "val/top5": "max", "val/f1": "max"}
 """What early stopping can watch, each with the mode that means better."""
 TOP_K = 5
@@ -82,6 +83,24 @@ class DataConfig:
     on_bad_image: Literal["error", "quarantine"] = "error"
     """Images that cannot be decoded are looked for before training. error: nothing is started; quarantine: they are
     left out from the beginning, and listed in bad_images.json and the report."""
+    missing_val_classes: Literal["error", "allow"] = "error"
+    """Classes without an image in val/. error: nothing is started; allow: they are learned and not measured."""
+    background: Annotated[str, Field(pattern=r"^(white|black|grey|#[0-9A-Fa-f]{6})$")] = "white"
+    """Colour behind what is transparent, in training, validation and exports: white, black, grey or "#rrggbb"."""
+    grey_range: Annotated[list[float], Field(min_length=2, max_length=2)] | Auto = "auto"
+    """Which values are black and white in grey images of more than 8 bits, as in [0, 4095]; what is beyond is cut off.
+    auto: 0 and 65535 of 16 bits, 0 and 1 of floats; where the images' values do not fit that, they are refused."""
+
+    @property
+    def background_rgb(self) -> tuple[int, int, int]:
+        """Red, green and blue of background."""
+        red, green, blue = bytes.fromhex(COLOURS.get(self.background, self.background).removeprefix("#"))
+        return red, green, blue
+
+    @property
+    def grey_limits(self) -> tuple[float, float] | None:
+        """Black and white of grey_range; None: auto."""
+        return None if self.grey_range == "auto" else (self.grey_range[0], self.grey_range[1])
 
 
 @dataclass(frozen=True, kw_only=True)

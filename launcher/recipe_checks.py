@@ -123,8 +123,10 @@ def _data(recipe: Recipe) -> Iterator[Finding]:
     if data.path is None:
         yield keys, "missing: the folder that holds train/ and val/; give it here or as data.path=/my/photos"
         return
+    if data.grey_limits and data.grey_limits[0] >= data.grey_limits[1]:
+        yield ("data.grey_range",), f"found {data.grey_range}; the first, which is black, must be less than the second"
     path = image_folder.data_path(data.name, data.path)
-    problems = image_folder.find_problems(path)
+    problems = image_folder.find_problems(path, missing_val_classes=data.missing_val_classes)
     yield from ((keys, text) for text in problems)
     if not problems and recipe.model.num_classes != "auto":
         found = len(image_folder.find_classes(path / "train"))

@@ -203,7 +203,7 @@ def _classes(report: Json) -> str:
     rows = [
         [
             (escape(name), ""),
-            *(num(row[key], "{:.1%}") for key in ("recall", "precision", "f1")),
+            *(num(row[key] if row["samples"] else None, "{:.1%}") for key in ("recall", "precision", "f1")),
             num(row["samples"], "{:,}"),
         ]
         for name, row in report["per_class"].items()

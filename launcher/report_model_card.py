@@ -7,7 +7,7 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
-from launcher import host_cpu
+from launcher import host_cpu, pixels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,12 +55,12 @@ Every default is written out: `launch recipe.yaml` repeats the run.
 
 USAGE = """\
 `model.onnx` takes `images`, float32 N x 3 x {size} x {size} (RGB), and gives `logits`, float32 N x {num_classes}.
-An image's short side is resized to {resize} ({interpolation}, antialiased), the centre {size} x {size} cut out, its
-values divided by 255, then normalised with the mean {mean} and the standard deviation {std}.
+{preprocessing}
 In this run's folder:
 
 ```python
-import html
+from __future__ import annotations
+
 import json
 from pathlib import Path
 
@@ -68,14 +68,11 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
+{functions}
 manifest = json.loads(Path("exports/manifest.json").read_text())
 facts = manifest["preprocessing"]
-image = Image.open("photo.jpg").convert("RGB")
-short, size = facts["resize_size"], facts["image_size"]
-width, height = (int(short * side / min(image.size)) for side in image.size)
-image = image.resize((width, height), Image.Resampling[facts["interpolation"].upper()])
-left, top = round((width - size) / 2), round((height - size) / 2)
-image = image.crop((left, top, left + size, top + size))
+image = to_rgb(Image.open("photo.jpg"), facts.get("background", WHITE), facts.get("grey_range"))
+image = centre_crop(image, facts["resize_size"], facts["image_size"], facts["interpolation"])
 pixels = (np.asarray(image, dtype=np.float32) / 255 - np.float32(facts["mean"])) / np.float32(facts["std"])
 session = onnxruntime.InferenceSession("exports/model.onnx", providers=["CPUExecutionProvider"])
 (logits,) = session.run(["logits"], {{"images": pixels.transpose(2, 0, 1)[None]}})
@@ -93,9 +90,9 @@ def render(report: Json, recipe_yaml: str) -> str:
         facts = exports["preprocessing"]
         use = USAGE.format(
             size=facts["image_size"],
-            resize=facts["resize_size"],
             num_classes=len(exports["classes"]),
-            **{key: facts[key] for key in ("interpolation", "mean", "std")},
+            preprocessing=pixels.describe(facts),
+            functions=pixels.source(),
         )
     source = "scikit-learn's images of digits" if data["name"] == "digits" else f"image folder {_md(data['path'])}"
     return CARD.format(
@@ -141,7 +138,7 @@ def _card_metrics(report: Json) -> str:
     text += _md_table(("metric", "validation"), rows)
     if report["per_class"]:
         classes = [
-            (_md(name), *(f"{row[key]:.4f}" for key in ("recall", "precision", "f1")), str(row["samples"]))
+            (_md(name), *(_figure(row, key) for key in ("recall", "precision", "f1")), str(row["samples"]))
             for name, row in report["per_class"].items()
         ]
         text += "\n\n" + _md_table(("class", "recall", "precision", "F1", "images"), classes)
@@ -155,6 +152,11 @@ def _card_confusion(classes: list[str], matrix: list[list[int]] | None) -> str:
     rows = [(f"**{name}**", *map(str, counts), str(sum(counts))) for name, counts in zip(names, matrix, strict=True)]
     text = "Which class (rows) was taken for which (columns), in validation images:"
     return f"\n\n{text}\n\n{_md_table(('', *names, 'images'), rows)}"
+
+
+def _figure(row: Json, key: str) -> str:
+    """A class's figure; of one without a validation image nothing was measured."""
+    return f"{row[key]:.4f}" if row["samples"] else "-"
 
 
 def _card_exports(exports: Json | None) -> str:
@@ -195,7 +197,7 @@ def _limitations(report: Json) -> list[str]:
     if samples and val["top1"] is not None:
         low, high = wilson_interval(val["top1"], samples)
         lines.append(f"{samples} images leave the top-1 uncertain: 95 % interval {low:.3f} to {high:.3f} (Wilson).")
-    few = [name for name, row in (report["per_class"] or {}).items() if row["samples"] < FEW_SAMPLES]
+    few = [name for name, row in (report["per_class"] or {}).items() if 0 < row["samples"] < FEW_SAMPLES]
     if few:
         lines.append(f"Fewer than {FEW_SAMPLES} validation images, so figures of little worth: {_md(', '.join(few))}.")
     if rare := report["rare_classes"]:
@@ -203,6 +205,9 @@ def _limitations(report: Json) -> list[str]:
         rest = rare["num_classes"] - len(rare["classes"])
         more = f" and {rest} more classes" if rest else ""
         lines.append(f"Few training images, so expect little of these classes: {names}{more}.")
+    unseen = [name for name, row in (report["per_class"] or {}).items() if not row["samples"]]
+    if unseen:
+        lines.append(f"No validation image, so that nothing is known about them: {_md(', '.join(unseen))}.")
     leaked = (report["bad_images"] or {}).get("leaked")
     if leaked:
         lines.append(f"{leaked} of the validation images are training images too, so the figures flatter.")

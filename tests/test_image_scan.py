@@ -127,7 +127,7 @@ BAD = [
 def test_what_cannot_be_trained_on_has_a_kind_and_words_and_the_engine_refuses_it_too(kind, name, write, tmp_path):
     path = tmp_path / name
     write(path)
-    _, found, message, notes = probe(str(path))
+    _, found, message, notes, _ = probe(str(path))
     assert (found, notes) == (kind, ())
     assert message
     assert not engine_takes(path)
@@ -149,7 +149,7 @@ def test_a_bomb_is_found_without_its_pixels(tmp_path):
     path = tmp_path / "a.jpg"
     Image.new("L", (20_000, 10_000)).save(path)  # 200 million pixels, which Pillow's limit for a JPEG would be too
     before = psutil.Process().memory_info().rss
-    _, kind, message, _ = probe(str(path))
+    _, kind, message, _, _ = probe(str(path))
     assert kind == "bomb"
     assert "200000000 pixels" in message
     assert psutil.Process().memory_info().rss - before < 100e6
@@ -238,7 +238,7 @@ def _jpeg():
 def test_what_is_unusual_is_noted_and_the_engine_takes_it(notes, name, write, tmp_path):
     path = tmp_path / name
     write(path)
-    digest, kind, message, found = probe(str(path))
+    digest, kind, message, found, _ = probe(str(path))
     assert (kind, message) == (None, "")
     assert found == notes
     assert len(digest) == 32

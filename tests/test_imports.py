@@ -53,10 +53,14 @@ FLOORS = (
         "launcher.host_cores",
         "launcher.loader_room",
         "launcher.image_folder",
+        "launcher.image_left_out",
+        "launcher.image_levels",
         "launcher.image_probe",
         "launcher.image_probe_pool",
         "launcher.image_scan",
         "launcher.image_scan_cache",
+        "launcher.image_walk",
+        "launcher.pixels",
         "launcher.catalog",
         "launcher.wandb_folder",
     },
@@ -121,6 +125,7 @@ FOR_ENGINE |= {
     "launcher.host_cores",
     "launcher.loader_room",
     "launcher.findings",
+    "launcher.pixels",
 }
 
 

@@ -61,7 +61,8 @@ def values_of(schema, key, own):
         case {"type": "object", "additionalProperties": part}:
             return st.dictionaries(TEXT, values_of(part, key, own), max_size=3)
         case {"type": "array", "items": part}:
-            return st.lists(values_of(part, key, own), max_size=3)
+            sizes = {"min_size": schema.get("minItems", 0), "max_size": schema.get("maxItems", 3)}
+            return st.lists(values_of(part, key, own), **sizes)
     return single_values_of(schema)
 
 
@@ -80,7 +81,7 @@ def single_values_of(schema):
 
 
 def numbers_of(schema):
-    low = schema.get("minimum", schema.get("exclusiveMinimum"))
+    low = schema.get("minimum", schema.get("exclusiveMinimum", -1e300))
     high = schema.get("maximum", schema.get("exclusiveMaximum", 1e300))
     open_ends = {"exclude_min": "exclusiveMinimum" in schema, "exclude_max": "exclusiveMaximum" in schema}
     whole = st.integers(1, 1000) if high > 1000 else st.nothing()  # YAML's 1 is a number too
@@ -88,7 +89,7 @@ def numbers_of(schema):
 
 
 def names_of(schema):
-    return st.from_regex(schema["pattern"], fullmatch=True).map(lambda text: text[: schema["maxLength"]])
+    return st.from_regex(schema["pattern"], fullmatch=True).map(lambda text: text[: schema.get("maxLength")])
 
 
 OWN = {

@@ -55,9 +55,15 @@ class BestModel:
     def dataset(self, split: str) -> ImageDataset:
         """One split, as validation sees it."""
         folder = data.prepare(self.recipe.data)
-        transform = self.preprocessing.transform()
-        left_out, seed = self.left_out, self.recipe.seed
-        return ImageDataset(folder, split, transform, seed=seed, left_out=left_out, classes=self.classes)
+        return ImageDataset(
+            folder,
+            split,
+            self.preprocessing.transform(),
+            seed=self.recipe.seed,
+            left_out=self.left_out,
+            classes=self.classes,
+            read=self.preprocessing.read,
+        )
 
     def missing(self, split: str) -> str | None:
         """Why there is nothing of ``split`` to measure or calibrate with; None: there is."""

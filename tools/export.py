@@ -183,7 +183,7 @@ def export_onnx(target: Path, best: BestModel) -> None:
             verbose=False,
         )
     model = onnx.load(target, load_external_data=False)
-    metadata = {"classes": best.classes, "preprocessing": _preprocessing(best)}
+    metadata = {"classes": best.classes, "preprocessing": best.preprocessing.describe()}
     onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in metadata.items()})
     onnx.save(model, target)
 
@@ -230,7 +230,7 @@ def _measure(run: RunDir, best: BestModel, files: dict[str, Path], missing: str 
         "run_id": run.run_id,
         "checkpoint": {"epoch": found["epoch"], **{key: found[key] for key in ("step", "metric", "value")}},
         "classes": best.classes,
-        "preprocessing": _preprocessing(best),
+        "preprocessing": best.preprocessing.describe(),
         "val_samples": len(true),
         "not_measured": missing,
         "latency_threads": torch.get_num_threads(),
@@ -280,18 +280,6 @@ def _predictor(name: str, path: Path, say: Say) -> Predictor:
 def _example(best: BestModel) -> torch.Tensor:
     size = best.preprocessing.image_size
     return torch.zeros(2, 3, size, size)  # two: a batch of one would be exported as just that
-
-
-def _preprocessing(best: BestModel) -> dict[str, Any]:
-    found = best.preprocessing
-    return {
-        "image_size": found.image_size,
-        "resize_size": found.resize_size,
-        "mean": list(found.mean),
-        "std": list(found.std),
-        "interpolation": found.interpolation,
-        "antialias": True,
-    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:

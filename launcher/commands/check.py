@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher import image_folder, image_scan
-from launcher.errors import EXIT_OK, EXIT_PREFLIGHT, UsageError
+from launcher.errors import EXIT_OK, EXIT_PREFLIGHT, RecipeError, UsageError
 from launcher.image_folder import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from launcher.image_scan import Scan
+    from launcher.recipe import DataConfig
 
 NUM_SHOWN = 20
 NUM_PAIRS_SHOWN = 5
@@ -24,24 +25,28 @@ IMBALANCE = 10.0
 """How many times more images the largest class has than the smallest before that is worth a word."""
 
 
-def run(path: str, *, as_json: bool) -> int:
+def run(path: str, overrides: Sequence[str] = (), *, as_json: bool) -> int:
     """Look through an image folder and say what was found.
 
     Args:
         path: holds train/ and val/.
+        overrides: what a recipe would say of ``data``, as in ``data.grey_range=[0, 4095]``.
         as_json: print :func:`describe` instead of lines for people.
 
     Returns:
         ``EXIT_OK``, or ``EXIT_PREFLIGHT`` where training on it would be refused; warnings do not count.
 
     Raises:
-        UsageError: there is no such folder.
+        UsageError: there is no such folder, or an override is wrong.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise UsageError(image_folder.find_problems(folder)[0])
-    problems = image_folder.find_problems(folder)
-    found = image_scan.scan(folder, progress=image_scan.show_progress())
+    config = _data_config(overrides) if overrides else None
+    allowed = config.missing_val_classes if config else "error"
+    problems = image_folder.find_problems(folder, missing_val_classes=allowed)
+    grey_range = config.grey_limits if config else None
+    found = image_scan.scan(folder, grey_range=grey_range, progress=image_scan.show_progress())
     for warning in found.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if as_json:
@@ -49,6 +54,23 @@ def run(path: str, *, as_json: bool) -> int:
     else:
         _print(found, problems)
     return EXIT_PREFLIGHT if problems or found.bad else EXIT_OK
+
+
+def _data_config(overrides: Sequence[str]) -> DataConfig:
+    from pydantic import ValidationError
+
+    from launcher import recipe as recipes
+    from launcher import recipe_source
+
+    source = recipe_source.from_values("command line", {}, overrides)
+    try:
+        config = recipes.from_dict(source.values).data
+        problems = list(source.problems)
+    except ValidationError as error:
+        problems = [*source.problems, *recipe_source.explain(error, source, recipes.Recipe)]
+    if problems:
+        raise RecipeError(problems, of="overrides")
+    return config
 
 
 def describe(found: Scan, problems: list[str]) -> dict[str, Any]:
@@ -63,6 +85,8 @@ def describe(found: Scan, problems: list[str]) -> dict[str, Any]:
             for image in found.bad
         ],
         "notes": found.noted(),
+        "left_out": found.left_out,
+        "levels": {kind: list(ends) for kind, ends in found.levels.items()},
         "leaks": [{"train": train, "val": val} for train, val in found.leaks()],
         "contradictions": found.contradictions(),
     }
@@ -77,6 +101,10 @@ def _print(found: Scan, problems: list[str]) -> None:
         _print_split(split, found)
     for note, paths in found.noted().items():
         print(f"note     {len(paths):,} {image_scan.NOTES[note]}, as {printable(paths[0])}")
+    for kind, (low, high) in found.levels.items():
+        print(f"note     images of {kind} have values from {low:g} to {high:g}")
+    for line in found.left_out:
+        print(f"warning  {printable(line)}")
     leaks, contradictions = found.leaks(), found.contradictions()
     if leaks:
         print(f"warning  {_images(len(leaks))} of val/ also in train/, byte for byte; what is measured will flatter:")
@@ -88,7 +116,8 @@ def _print(found: Scan, problems: list[str]) -> None:
         print(f"problem  {printable(problem)}")
     if found.bad:
         print(
-            f"problem  {_images(len(found.bad))} that cannot be decoded; data.on_bad_image=quarantine would leave out:"
+            f"problem  {_images(len(found.bad))} that cannot be {_done(found)}; data.on_bad_image=quarantine would "
+            "leave out:"
         )
         _print_some([f"{image}; {image.cure}" for image in found.bad], NUM_SHOWN)
     known = len(found.images) - found.num_read
@@ -115,6 +144,10 @@ def _print_split(split: str, found: Scan) -> None:
     elif counts[most] > IMBALANCE * counts[fewest]:
         times = counts[most] / counts[fewest]
         print(f"warning  {printable(most)} has {times:.0f} times the images of {printable(fewest)}")
+
+
+def _done(found: Scan) -> str:
+    return "used as they are" if any(image.kind == "grey_range" for image in found.bad) else "decoded"
 
 
 def _images(num: int) -> str:

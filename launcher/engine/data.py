@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import os
 import signal
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
-from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms import InterpolationMode, v2
 
-from launcher import image_folder
+from launcher import image_folder, pixels
 from launcher.engine import digits
+from launcher.engine.decode import CentreCrop, read_image
 from launcher.engine.device import num_cores
 from launcher.engine.handover import Batch, Loader
 from launcher.engine.schedule import derive_seed
-from launcher.errors import TrainingError
 from launcher.processes import STOP_SIGNALS, die_with_parent
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     from launcher.engine.device import Device
@@ -36,7 +33,6 @@ if TYPE_CHECKING:
 MAX_LOADER_WORKERS = 8
 PREFETCH = 4
 """Batches that each loader process makes ahead."""
-JPEG_START = [0xFF, 0xD8]
 CROP_SCALES = {"light": (0.64, 1.0), "standard": (0.25, 1.0)}
 
 
@@ -54,15 +50,42 @@ class Preprocessing:
     """Of the colour channels, as fractions; divided by."""
     interpolation: str
     """bilinear or bicubic, antialiased."""
+    background: tuple[int, int, int] = pixels.WHITE
+    """Red, green and blue of what transparency shows."""
+    grey_range: tuple[float, float] | None = None
+    """What is black and white in grey of more than 8 bits; None: as the kind of number says."""
 
-    def transform(self, augment: str = "none") -> v2.Transform:
+    def read(self, path: str) -> torch.Tensor:
+        """Decode a file to uint8 RGB, 3 x H x W.
+
+        Raises:
+            TrainingError: it cannot be decoded; names it.
+        """
+        return read_image(path, background=self.background, grey_range=self.grey_range)
+
+    def transform(self, augment: str = "none") -> Callable[[torch.Tensor], torch.Tensor]:
         """uint8 3 x H x W to uint8 3 x S x S: the centre crop, or what ``data.augment`` names."""
         mode = InterpolationMode(self.interpolation)
         if augment == "none":
-            resize = v2.Resize(self.resize_size, interpolation=mode, antialias=True)
-            return v2.Compose([resize, v2.CenterCrop(self.image_size)])
+            size = {"resize_size": self.resize_size, "image_size": self.image_size}
+            return CentreCrop(**size, interpolation=self.interpolation)
         crop = v2.RandomResizedCrop(self.image_size, scale=CROP_SCALES[augment], interpolation=mode, antialias=True)
         return v2.Compose([crop, v2.RandomHorizontalFlip()] if augment == "standard" else [crop])
+
+    def describe(self) -> dict[str, Any]:
+        """All of it as values, and in words, for programs and people that use an export."""
+        facts = {
+            "image_size": self.image_size,
+            "resize_size": self.resize_size,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "interpolation": self.interpolation,
+            "antialias": True,
+            "orientation": "exif",
+            "background": list(self.background),
+            "grey_range": self.grey_range and list(self.grey_range),
+        }
+        return facts | {"description": pixels.describe(facts)}
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 N x 3 x S x S to float32, on the images' own device."""
@@ -87,23 +110,26 @@ class ImageDataset(Dataset[Batch]):
         left_out: paths relative to ``folder`` that are no samples. Of training images the schedule leaves them out,
             so that the others keep their indices.
         classes: names in the order of the logits; None: those of the folders in train/.
+        read: from a path to uint8 3 x H x W.
     """
 
     def __init__(
         self,
         folder: Path,
         split: str,
-        transform: v2.Transform,
+        transform: Callable[[torch.Tensor], torch.Tensor],
         *,
         seed: int,
         left_out: frozenset[str] = frozenset(),
         classes: list[str] | None = None,
+        read: Callable[[str], torch.Tensor] = read_image,
     ) -> None:
         self.classes = image_folder.find_classes(folder / "train") if classes is None else classes
         self._folder = folder
         listed = image_folder.list_images(folder / split, self.classes)
         self.samples = [sample for sample in listed if image_folder.relative(sample[0], folder) not in left_out]
         self._transform = transform
+        self._read = read
         self._seed = seed
 
     def __len__(self) -> int:
@@ -128,37 +154,7 @@ class ImageDataset(Dataset[Batch]):
         path, label = self.samples[index]
         # Only the CPU's generator: torch.manual_seed would also queue work for every GPU.
         torch.default_generator.manual_seed(derive_seed(self._seed, epoch, index))
-        return self._transform(read_image(path)), torch.tensor(label)
-
-
-def read_image(path: str) -> torch.Tensor:
-    """Decode a file to uint8 RGB, 3 x H x W, turned as its EXIF data say; of an animation, the first frame.
-
-    JPEG by torchvision, twice as fast as Pillow; the rest by Pillow: torchvision 0.29 takes the whole process down on
-    some damaged PNG files, and leaves EXIF and 16 bits in other formats alone. The content decides, not the name.
-
-    Raises:
-        TrainingError: the file cannot be decoded; names it.
-    """
-    try:
-        encoded = read_file(path)
-        if encoded[:2].tolist() == JPEG_START:
-            return decode_image(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
-        return _decode_with_pillow(encoded)
-    except Exception as error:  # whatever a foreign file's bytes make the decoders raise
-        raise TrainingError(f"{path}: cannot be decoded as an image: {error}; mend or remove the file") from error
-
-
-def _decode_with_pillow(encoded: torch.Tensor) -> torch.Tensor:
-    from PIL import Image, ImageOps
-
-    with Image.open(io.BytesIO(encoded.numpy().tobytes())) as image:
-        upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I"):  # 16 bits of grey, which convert() would cut off at 255
-        upright = Image.fromarray((np.asarray(upright) / 257).round().clip(0, 255).astype(np.uint8))
-    elif upright.has_transparency_data:  # of a palette, convert("RGB") would take it for a colour
-        upright = upright.convert("RGBA")
-    return v2.functional.pil_to_tensor(upright.convert("RGB"))
+        return self._transform(self._read(path)), torch.tensor(label)
 
 
 def prepare(config: DataConfig) -> Path:

@@ -45,6 +45,8 @@ def build_preprocessing(model: ModelConfig, data: DataConfig) -> Preprocessing:
         mean=tuple(trained_with.mean) if from_imagenet else IMAGENET_MEAN,
         std=tuple(trained_with.std) if from_imagenet else IMAGENET_STD,
         interpolation=trained_with.interpolation.value,
+        background=data.background_rgb,
+        grey_range=data.grey_limits,
     )
 
 

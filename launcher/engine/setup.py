@@ -195,8 +195,12 @@ def open_data_sets(run: RunDir) -> DataSets:
     preprocessing = build_preprocessing(recipe.model, recipe.data)
     left_out = image_folder.read_quarantine(run.bad_images)
     return DataSets(
-        train=data.ImageDataset(folder, "train", preprocessing.transform(recipe.data.augment), seed=recipe.seed),
-        val=data.ImageDataset(folder, "val", preprocessing.transform(), seed=recipe.seed, left_out=left_out),
+        train=data.ImageDataset(
+            folder, "train", preprocessing.transform(recipe.data.augment), seed=recipe.seed, read=preprocessing.read
+        ),
+        val=data.ImageDataset(
+            folder, "val", preprocessing.transform(), seed=recipe.seed, left_out=left_out, read=preprocessing.read
+        ),
         preprocessing=preprocessing,
         left_out=left_out,
     )

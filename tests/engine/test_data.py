@@ -43,6 +43,15 @@ def largest_difference(found, expected):
     return np.abs(found.astype(int) - expected.astype(int)).max()
 
 
+def on_white(image):
+    """The pixels of an image whose transparency shows white."""
+    if image.mode != "RGBA":
+        return picture()
+    pixels = np.array(image).astype(float)
+    alpha = pixels[..., 3:] / 255
+    return (pixels[..., :3] * alpha + 255 * (1 - alpha)).round()
+
+
 # Which pixels a file holds
 
 
@@ -73,8 +82,8 @@ def test_16_bits_are_scaled_to_8(tmp_path, name):
         ("a.jpeg", "RGB", {"quality": 95, "progressive": True}, 8),
         ("a.jpg", "CMYK", {"quality": 95}, 8),
         ("a.tif", "CMYK", {}, 2),
-        ("a.png", "RGBA", {}, 0),
-        ("a.webp", "RGBA", {"lossless": True}, 0),
+        ("a.png", "RGBA", {}, 1),
+        ("a.webp", "RGBA", {"lossless": True}, 1),
     ],
 )
 def test_colours_are_what_was_saved(tmp_path, name, mode, options, tolerance):
@@ -84,7 +93,7 @@ def test_colours_are_what_was_saved(tmp_path, name, mode, options, tolerance):
     image.save(tmp_path / name, **options)
     with Image.open(tmp_path / name) as saved:
         assert saved.mode == mode
-    assert largest_difference(decoded(tmp_path / name), picture()) <= tolerance
+    assert largest_difference(decoded(tmp_path / name), on_white(image)) <= tolerance
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("a.jpg", 4), ("a.png", 0), ("a.bmp", 0), ("a.pgm", 0), ("a.tif", 0)])
@@ -97,13 +106,14 @@ def test_grey_becomes_three_equal_channels(tmp_path, name, tolerance):
 
 
 @pytest.mark.parametrize("transparency", [7, bytes(range(0, 256, 16))])
-def test_a_palette_with_alpha_gives_its_colours(tmp_path, transparency):
+def test_a_palette_with_alpha_gives_its_colours_on_white(tmp_path, transparency):
     palette = Image.fromarray(picture()).quantize(16)
     palette.save(tmp_path / "a.png", transparency=transparency)
     with Image.open(tmp_path / "a.png") as saved:
         assert saved.mode == "P"
         assert "transparency" in saved.info
-    assert np.array_equal(decoded(tmp_path / "a.png"), np.array(palette.convert("RGB")))
+        expected = on_white(saved.convert("RGBA"))
+    assert largest_difference(decoded(tmp_path / "a.png"), expected) <= 1
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp"])
