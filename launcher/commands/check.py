@@ -62,7 +62,7 @@ def _data_config(overrides: Sequence[str]) -> DataConfig:
     from launcher import recipe as recipes
     from launcher import recipe_source
 
-    source = recipe_source.from_values("command line", {}, overrides)
+    source = recipe_source.from_values("command line", {}, overrides, schema=recipes.Recipe)
     try:
         config = recipes.from_dict(source.values).data
         problems = list(source.problems)

@@ -25,7 +25,7 @@ def statistics(state):
 
 @torch.no_grad()
 def by_hand(run, state, engine, *, num, size):
-    """Mean and variance of what each layer sees of each batch: torch's own running average, with a weight of 1."""
+    """Means over batches of what torch's own running average, with a weight of 1, takes from each."""
     parts = build_parts(run, Ranks(), engine.cpu)
     module = parts.model.module
     module.load_state_dict(state)

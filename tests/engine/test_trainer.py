@@ -366,12 +366,11 @@ def test_one_image_more_than_the_steps_hold_does_not_make_training_diverge(
     make_run, engine, one_rank, tmp_path, num, size
 ):
     folder = engine.write_images(tmp_path / "images", train=num, val=14, classes=["bee", "cat"])
-    losses = []
     for seed in range(10):
         changes = {"model": {"arch": "resnet18"}, "optim": {"lr": 0.05}, "data": {"path": str(folder)}}
-        run = make_run(f"run-{seed}", **changes, seed=seed, batch={"size": size}, train={"epochs": 3})
-        losses += [line["loss"] for line in engine.train(run).lines]
-    assert max(losses) < 50, losses  # it ends with a TrainingError, or with losses of thousands
+        run = make_run(f"run-{seed}", **changes, seed=seed, batch={"size": size}, train={"epochs": 2})
+        last = engine.train(run).lines[-1]  # or it ends with a TrainingError
+        assert last["loss"] < 5, seed
 
 
 # What learns
