@@ -382,8 +382,9 @@ def test_a_wrong_folder_is_refused_before_anything_is_made(moved, tmp_path, caps
 
 
 @pytest.mark.parametrize("copied", ["without links", "links followed"])
-def test_a_copy_without_links_knows_its_best_checkpoint(exported, tmp_path, copied):
-    run = RunDir(shutil.copytree(exported.path, tmp_path / "run"))  # follows links
+def test_a_copy_without_links_knows_its_best_checkpoint(photos, tmp_path, copied):
+    original = make_run(tmp_path / "original", photos, arch="squeezenet1_1", post=PostConfig(export=[], quantize=[]))
+    run = RunDir(shutil.copytree(original.path, tmp_path / "run"))  # follows links
     if copied == "without links":
         shutil.rmtree(run.best_checkpoint)
     run.update_status(best={"metric": "val/top1", "value": 0.5, "epoch": 0, "step": 3})
