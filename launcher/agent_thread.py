@@ -79,6 +79,7 @@ class AgentThread:
                 if stop.cause == "lost_node" and now - stopping_since > SAVE_S:
                     _kill(living)
                 if idle and self._thread.is_alive():
+                    stop.blame(peers.silent())
                     return _outcomes_of_trained(run, peers)
                 continue
             stopping_since = now

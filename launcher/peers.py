@@ -6,6 +6,7 @@ store itself is in node 0's process: where it does not answer, that node is gone
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -23,9 +24,12 @@ LOST_S = 20.0
 """A node that was not heard of for so long is gone."""
 LOST_IDLE_S = 5.0
 """The same where no worker of this node lives, so that nothing is lost by leaving."""
+SILENT_S = 3.0
+"""The same where this node was told to stop and leaves: it may be for that node's sake (SLURM)."""
 ANSWER_S = 5.0
 """How long the store gets for an answer."""
 _STOP = "launcher/stop"
+_LEFT = "launcher/left/{}"
 
 
 class Peers:
@@ -43,19 +47,23 @@ class Peers:
         self._beats = dict.fromkeys(self._others, 0)
         self._heard: dict[int, float] = {}
         self._hosts: dict[int, str] = {}
+        self._left: dict[int, float] = {}
         self._answered = 0.0
         self._done = threading.Event()
+        self._thread = threading.Thread(target=self._keep_in_touch, name="peers", daemon=True)
         self._told = ""
         self.stopped = ""
         """Which node was told to stop, and by what; empty: none was."""
 
     def __enter__(self) -> Self:
         if self._others:
-            threading.Thread(target=self._keep_in_touch, name="peers", daemon=True).start()
+            self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
+        if self._others:
+            self._thread.join(BEAT_S)  # it says farewell
 
     @property
     def is_first(self) -> bool:
@@ -84,13 +92,19 @@ class Peers:
         """The first node that came and is gone, in words; empty: there is none.
 
         Args:
-            idle: no worker of this node lives.
+            idle: no worker of this node lives; then one that has left by itself is of no more use either.
         """
         patience, now = LOST_IDLE_S if idle else LOST_S, time.monotonic()
-        if self._own and 0 in self._heard and now - self._answered > patience:
+        left = [node for node, since in self._left.items() if idle and now - since > patience]
+        return self.silent(patience) or (f"{self.name(left[0])} has left" if left else "")
+
+    def silent(self, seconds: float = SILENT_S) -> str:
+        """The first node that was not heard of for so long and has not said that it leaves, in words."""
+        now = time.monotonic()
+        if self._own and 0 in self._heard and 0 not in self._left and now - self._answered > seconds:
             return self._gone(0, now - self._answered)
         for node, heard in self._heard.items():
-            if self._answered - heard > patience:
+            if node not in self._left and self._answered - heard > seconds:
                 return self._gone(node, now - heard)
         return ""
 
@@ -119,6 +133,9 @@ class Peers:
                 self._exchange(store)
             except (OSError, RuntimeError, DistError):  # node 0 is not there yet, or gone
                 store = None
+        with contextlib.suppress(RuntimeError, DistError):
+            if store is not None:
+                store.set(_LEFT.format(self._own), "")
 
     def _exchange(self, store: Any) -> None:
         store.add(f"launcher/beat/{self._own}", 1)
@@ -129,6 +146,8 @@ class Peers:
                 if node not in self._hosts:
                     self._hosts[node] = store.get(f"launcher/host/{node}").decode()
                 self._heard[node] = time.monotonic()
+            if node not in self._left and store.check([_LEFT.format(node)]):
+                self._left[node] = time.monotonic()
         if self._told:
             store.set(_STOP, json.dumps([self._own, self._told]))
         if store.check([_STOP]):

@@ -78,6 +78,11 @@ class StopSignals:
             self.reason, self.cause = reason, cause
             self._stop.set()
 
+    def blame(self, lost: str) -> None:
+        """A node is gone, which is why the signal came; an empty text: none is."""
+        if lost:
+            self.reason, self.cause = lost, "lost_node"
+
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._on_signal) for number in processes.heeded()}
         threading.Thread(target=self._pass_on, name="stop-signals", daemon=True).start()

@@ -150,6 +150,7 @@ def test_an_answer_that_the_disk_does_not_take_is_an_error():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # exports take minutes on a busy machine
 @pytest.mark.parametrize("reads", ["one line", "until it is trained", "nothing"])
 def test_a_run_without_a_reader_is_trained_exported_and_reported(reads, tmp_path):
     reader, writer = os.pipe()
@@ -175,7 +176,7 @@ def test_a_run_without_a_reader_is_trained_exported_and_reported(reads, tmp_path
             time.sleep(0.02)
     if reads != "nothing":
         os.close(reader)
-    assert process.wait(timeout=280) == 0
+    assert process.wait(timeout=800) == 0
     assert run.read_status()["state"] == "completed"
     assert (run.exports / "model.onnx").exists()
     assert run.report_html.exists()

@@ -244,7 +244,8 @@ def test_tools_import_that_and_the_engine(name):
 def test_what_the_engine_shares_with_the_launcher_side_needs_nothing_heavy_in_a_worker():
     assert tops(imports(MODULES["launcher.processes"], inside_functions=True)) <= set(sys.stdlib_module_names)
     assert tops(imports(MODULES["launcher.redact"], inside_functions=True)) <= set(sys.stdlib_module_names)
-    named = set(imports(MODULES["launcher.errors"], inside_functions=True)) - {"launcher.redact"}
+    assert tops(imports(MODULES["launcher.console"], inside_functions=True)) <= set(sys.stdlib_module_names)
+    named = set(imports(MODULES["launcher.errors"], inside_functions=True)) - {"launcher.redact", "launcher.console"}
     assert tops(named) <= set(sys.stdlib_module_names)
 
 
