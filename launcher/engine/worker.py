@@ -23,6 +23,7 @@ from launcher import recipe as recipes
 from launcher.engine import autotune
 from launcher.engine.device import Device, is_out_of_memory
 from launcher.engine.distributed import Ranks, init_process_group, record_collectives
+from launcher.engine.handover import heed_stop_signal
 from launcher.engine.recorder import Recorder
 from launcher.engine.setup import build_parts, open_data_sets
 from launcher.engine.stopping import StopFlag
@@ -163,6 +164,7 @@ def train(
         if fewer := parts.fit_loading():
             say(fewer)
             run.append_event("fewer_loaders", rank=ranks.rank, message=fewer)
+        heed_stop_signal()
         memory_kills = int(os.environ.get(MEMORY_KILLS_VARIABLE, "0"))
         trainer = Trainer(parts, recorder=recorder, stop_requested=stop, alive=alive, memory_kills=memory_kills)
         outcome = trainer.run()
