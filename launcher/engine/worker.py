@@ -17,7 +17,6 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-import launcher
 from launcher import host_memory
 from launcher import recipe as recipes
 from launcher.engine import autotune
@@ -48,7 +47,7 @@ SHORTAGES = (
     "can't start new thread",
 )
 """How torch and Python say, in a RuntimeError, that the machine or the shell's limits lack something."""
-PACKAGE, PYTHON = Path(launcher.__file__).resolve().parent, Path(os.__file__).resolve().parent
+PACKAGE, PYTHON = Path(__file__).resolve().parents[1], Path(os.__file__).resolve().parent
 LOADER_KILLED = ("by signal: Killed", "by signal: Terminated", "exited unexpectedly")
 """How torch says that somebody else, such as the out-of-memory killer, ended a loader process. What ends one by its own
 fault (an exception, a segmentation fault) would come again."""
