@@ -24,6 +24,8 @@ FIXED = {
     "model.num_classes": "the checkpoint's head has the other number of outputs",
     "data.image_size": "the best checkpoint so far was chosen, and would be exported, at the other size",
     "data.crop_pct": "the best checkpoint so far was chosen, and would be exported, with the other crop",
+    "data.background": "the best checkpoint so far was chosen, and would be exported, on the other background",
+    "data.grey_range": "the best checkpoint so far was chosen, and would be exported, with other grey values",
     "optim.name": "the checkpoint holds the other's state",
 }
 """Keys that have to stay as they are, each with the reason."""
@@ -38,6 +40,7 @@ OPEN = {
     "data.augment": "",
     "data.workers": "",
     "data.on_bad_image": "",
+    "data.missing_val_classes": "",
     "batch.size": SAME_GLOBAL_BATCH,
     "batch.objective": "",
     "batch.global_size": "",
@@ -52,6 +55,7 @@ OPEN = {
     "precision": "",
     "train.epochs": "",
     "train.channels_last": "",
+    "train.batchnorm_recompute": "",
     "train.clip_grad_norm": "",
     "train.label_smoothing": "",
     "train.checkpoint.every_steps": "",
@@ -72,6 +76,8 @@ OPEN = {
     "post.quantize": "",
     "post.profile": "",
     "post.max_top1_drop": "",
+    "post.min_agreement": "",
+    "post.target": "",
     "launch.nodes": "",
     "launch.gpus": "",
     "launch.procs": "",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import time
 from collections import deque
 from dataclasses import dataclass
 from itertools import chain
@@ -18,6 +19,7 @@ from launcher.errors import InterruptedRunError, MachineError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from types import FrameType
 
     from launcher.engine.schedule import Step
 
@@ -83,6 +85,9 @@ class Loader(DataLoader[Batch]):
 class Batches:
     """What a loader gives, one after the other."""
 
+    waiting_since: float | None = None
+    """When this process, whose thread for signals it is, began to wait for a batch; None: it does not."""
+
     def __init__(self, loaded: Iterator[Batch | Lost]) -> None:
         self._loaded = loaded
 
@@ -102,17 +107,37 @@ class Batches:
             MachineError: it could not be handed over; says why and what to do.
         """
         while True:
+            Batches.waiting_since = time.monotonic()
             try:
                 found = next(self._loaded)
-            except RuntimeError as error:
+            except (RuntimeError, OSError, EOFError) as error:
+                if stop():  # whatever it is: the loader processes may have been ended for that
+                    return None
                 if not str(error).startswith(TIMED_OUT):
                     raise
-                if stop():
-                    return None
             else:
                 if isinstance(found, Lost):
                     raise MachineError(f"a loader process could not hand over a batch: {found.message}")
                 return found
+            finally:
+                Batches.waiting_since = None
+
+
+def heed_stop_signal() -> None:
+    """Have SIGTERM, which comes again every second, end loader processes that are waited for in vain.
+
+    A rank that takes a batch out of a loader process's hands waits for that process where no time runs out.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if callable(before):
+            before(number, frame)
+        since = Batches.waiting_since
+        if since is not None and time.monotonic() - since > 2 * LOOK_S:
+            end_loaders()
+
+    signal.signal(signal.SIGTERM, on_signal)
 
 
 class Feed:

@@ -17,12 +17,12 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-import launcher
 from launcher import console, findings, host_memory
 from launcher import recipe as recipes
 from launcher.engine import autotune
 from launcher.engine.device import Device, is_out_of_memory
 from launcher.engine.distributed import Ranks, init_process_group, record_collectives
+from launcher.engine.handover import heed_stop_signal
 from launcher.engine.recorder import Recorder
 from launcher.engine.setup import build_parts, open_data_sets
 from launcher.engine.stopping import StopFlag
@@ -47,7 +47,7 @@ SHORTAGES = (
     "can't start new thread",
 )
 """How torch and Python say, in a RuntimeError, that the machine or the shell's limits lack something."""
-PACKAGE, PYTHON = Path(launcher.__file__).resolve().parent, Path(os.__file__).resolve().parent
+PACKAGE, PYTHON = Path(__file__).resolve().parents[1], Path(os.__file__).resolve().parent
 LOADER_KILLED = ("by signal: Killed", "by signal: Terminated", "exited unexpectedly")
 """How torch says that somebody else, such as the out-of-memory killer, ended a loader process. What ends one by its own
 fault (an exception, a segmentation fault) would come again."""
@@ -174,6 +174,7 @@ def train(
         if fewer := parts.fit_loading():
             say(fewer)
             run.append_event("fewer_loaders", rank=ranks.rank, message=fewer)
+        heed_stop_signal()
         memory_kills = int(os.environ.get(MEMORY_KILLS_VARIABLE, "0"))
         trainer = Trainer(parts, recorder=recorder, stop_requested=stop, alive=alive, memory_kills=memory_kills)
         outcome = trainer.run()
