@@ -90,7 +90,7 @@ def _lacking(path: Path, folders: dict[str, dict[str, list[str]]], missing_val_c
         if not extra or (here == "train" and missing_val_classes == "allow"):
             continue
         text = f"{path}: {few(extra)} in {here}/ but not in {there}/; both must have the same class folders"
-        yield text + (", or data.missing_val_classes=allow" if here == "train" else "")
+        yield text + ("; data.missing_val_classes=allow learns them unmeasured" if here == "train" else "")
 
 
 def _alone(path: Path, folders: dict[str, dict[str, list[str]]]) -> Iterator[str]:
