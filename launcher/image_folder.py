@@ -95,8 +95,8 @@ def _lacking(path: Path, folders: dict[str, dict[str, list[str]]], missing_val_c
         extra = sorted(names[0] for key, names in folders[here].items() if key not in folders[there])
         if not extra or (here == "train" and missing_val_classes == "allow"):
             continue
-        text = f"{path}: {_few(extra)} in {here}/ but not in {there}/; both must have the same class folders"
-        yield text + (", or data.missing_val_classes=allow" if here == "train" else "")
+        text = f"{path}: {few(extra)} in {here}/ but not in {there}/; both must have the same class folders"
+        yield text + ("; data.missing_val_classes=allow learns them unmeasured" if here == "train" else "")
 
 
 def _alone(path: Path, folders: dict[str, dict[str, list[str]]]) -> Iterator[str]:
@@ -142,7 +142,7 @@ def _empty(path: Path, folders: dict[str, dict[str, list[str]]], missing_val_cla
         if empty:
             looked = f"looked for {', '.join(EXTENSIONS)} and what else Pillow opens"
             others = "; ".join(describe_endings(left_out))
-            yield f"{path / split}: no images in {_few(empty)} ({looked}){f'; {others}' if others else ''}"
+            yield f"{path / split}: no images in {few(empty)} ({looked}){f'; {others}' if others else ''}"
 
 
 def read_bad_images(file: Path) -> dict[str, Any] | None:
@@ -170,6 +170,7 @@ def printable(path: str) -> str:
     return path.encode(errors="backslashreplace").decode()
 
 
-def _few(names: list[str], limit: int = 5) -> str:
+def few(names: list[str], limit: int = 5) -> str:
+    """The first of some names, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(repr(n) for n in names[:limit]) + more

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from launcher import host_cores, image_folder, image_left_out, image_levels, image_scan_cache
+from launcher import host_cores, image_folder, image_left_out, image_levels, image_scan_cache, image_walk
 from launcher.image_folder import printable
 from launcher.image_probe_pool import ProbePool
 
@@ -202,6 +202,9 @@ def _list(folder: Path) -> tuple[list[tuple[str, str, str]], list[str]]:
             found, others = image_folder.walk(folder / split, classes)
             images += [(image_folder.relative(path, folder), split, classes[label]) for path, label in found]
             left_out += image_left_out.describe_left_out(folder / split, others)
+    seen = {split: {image_walk.composed(name) for _, s, name in images if s == split} for split in image_folder.SPLITS}
+    if unmeasured := sorted(seen["train"] - seen["val"]) if seen["val"] else []:
+        left_out.append(f"val/: no image of {image_folder.few(unmeasured)}; what is learned of them is not measured")
     return images, left_out
 
 

@@ -75,11 +75,16 @@ def is_image_ending(ending: str) -> bool:
         return True
     if not ending:
         return False
-    from PIL import Image, features  # only for endings that are not everyday ones
+    from PIL import Image  # only for endings that are not everyday ones
 
     form = Image.registered_extensions().get(ending)
-    if form is None or form not in Image.OPEN or form in UNDECODABLE:
-        return False
+    return form in Image.OPEN and form not in UNDECODABLE and can_decode(str(form))
+
+
+def can_decode(form: str) -> bool:
+    """Whether Pillow was built with what a format needs."""
+    from PIL import features
+
     return form not in OPTIONAL or bool(features.check(OPTIONAL[form]))
 
 

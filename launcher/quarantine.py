@@ -165,7 +165,11 @@ def _refusal(found: Scan, config: DataConfig) -> str | None:
             return None
         count = "1 image cannot" if len(found.bad) == 1 else f"{len(found.bad)} images cannot"
         # Those whose range does not fit are decoded well enough.
-        what = "be used as they are" if any(image.kind == "grey_range" for image in found.bad) else "be decoded"
+        what = (
+            "be used with the values they have"
+            if any(image.kind == "grey_range" for image in found.bad)
+            else "be decoded"
+        )
         more = len(found.bad) - NUM_NAMED
         named = "".join(f"\n    {image}" for image in found.bad[:NUM_NAMED])
         named += f"\n    and {more} more" if more > 0 else ""

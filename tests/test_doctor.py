@@ -45,8 +45,17 @@ SCHEMA = {
 }
 NAMES = [
     *("Python", "torch", "torchvision", "CUDA driver", "CUDA runtime", "cuDNN", "NCCL", "GPUs", "CPU bf16 units"),
-    *("CPU cores", "OMP_NUM_THREADS", "memory", "/dev/shm", "open files", "disk for runs", "disk for weights"),  # noqa: S108
-    *("SLURM", "ONNX Runtime", "wandb"),
+    *(
+        "CPU cores",
+        "OMP_NUM_THREADS",
+        "memory",
+        "/dev/shm",
+        "temporary files",
+        "open files",
+        "disk for runs",
+        "disk for weights",
+    ),  # noqa: S108
+    *("SLURM", "image formats", "ONNX Runtime", "wandb"),
 ]
 H100 = checks.Gpu(name="NVIDIA H100 80GB HBM3", memory_gib=79.1, capability=(9, 0))
 K80 = checks.Gpu(name="Tesla K80", memory_gib=11.2, capability=(3, 7))

@@ -101,7 +101,7 @@ def test_check_names_the_range_and_takes_the_recipes_words(launch, folder):
     Image.new("RGB", (200, 2)).save(folder / "train/cat/c.png")
     done = launch("check", str(folder))
     assert done.returncode == 3
-    assert "problem  1 image that cannot be used as they are" in done.stdout
+    assert "problem  1 image that cannot be used with the values they have" in done.stdout
     assert "train/cat/a.png: grey range: 16 bits from 0 to 4095" in done.stdout
     assert "note     images of 16 bits have values from 0 to 4095" in done.stdout
     assert "note     1 wholly transparent, so that only data.background is seen, as train/cat/b.png" in done.stdout

@@ -230,3 +230,34 @@ def test_the_engine_leaves_out_what_is_listed_and_finds_the_others_where_they_we
     assert {train.samples[i][0] for i in train.find(left_out)} == {str(folder / "train/cat/0.png")}
     monkeypatch.chdir(folder)
     assert ImageDataset(Path(), "train", None, seed=0).find(left_out) == train.find(left_out)
+
+
+# Classes that validation lacks
+
+
+def test_with_missing_val_classes_allowed_a_class_may_lose_its_last_validation_image_but_validation_not_all(
+    make, folder, capsys
+):
+    spoil(folder, "val/dog/0.png", "val/dog/1.png")
+    with pytest.raises(RecipeError, match="no image that can be decoded is left in val/dog"):
+        quarantine.check(make("quarantine")[0], where)
+    quarantine.check(make("quarantine", missing_val_classes="allow")[0], where)
+    shutil.rmtree(folder / "val/dog")
+    capsys.readouterr()
+    quarantine.check(make("error", missing_val_classes="allow")[0], where)
+    assert "warning: val/: no image of 'dog'; what is learned of them is not measured" in capsys.readouterr().err
+    spoil(folder, *(f"val/{name}/{number}.png" for name in ("cat", "fox") for number in range(2)))
+    with pytest.raises(RecipeError, match="is left in val/cat, val/fox"):
+        quarantine.check(make("quarantine", missing_val_classes="allow")[0], where)
+
+
+def test_images_whose_values_do_not_fit_their_range_are_refused_as_such(make, folder):
+    import numpy as np
+    from PIL import Image
+
+    Image.fromarray(np.full((20, 20), 255, dtype="int32")).save(folder / "train/cat/deep.tif")
+    with pytest.raises(
+        RecipeError, match=r"1 image cannot be used with the values they have(.|\n)*integers from 255 to 255"
+    ):
+        quarantine.check(make("error")[0], where)
+    quarantine.check(make("error", grey_range=[0.0, 255.0])[0], where)

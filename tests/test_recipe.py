@@ -236,7 +236,6 @@ def test_every_recipe_fits_the_schema_and_its_first_line_names_it(file):
         {"data": {"crop_pct": 1.01}},
         {"data": {"augment": "strong"}},
         {"model": {"freeze": "conv1"}},
-        {"model": {"freeze": [1]}},
         {"model": {"unfreeze": {"3": 4}}},
         {"model": {"unfreeze": {"late": "layer1"}}},
         {"model": {"unfreeze": {"-1": "layer1"}}},

@@ -127,7 +127,16 @@ def test_the_order_of_groups_counts(begun, file):
 def test_all_that_cannot_change_is_named_at_once_with_old_value_new_value_and_reason(begun, file):
     changed = ("model.arch=resnet18", "model.num_classes=7", "optim.name=adamw", "seed=3", "data.image_size=64")
     with pytest.raises(RecipeError) as caught:
-        found(begun(), file, *changed, "optim.lr=1", "data.crop_pct=0.5", "model.weights=DEFAULT")
+        found(
+            begun(),
+            file,
+            *changed,
+            "optim.lr=1",
+            "data.crop_pct=0.5",
+            "model.weights=DEFAULT",
+            "data.background=black",
+            "data.grey_range=[0, 4095]",
+        )
     assert {problem.key for problem in caught.value.problems} == set(FIXED)
     text = str(caught.value)
     for key, old, new in (

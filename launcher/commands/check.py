@@ -147,7 +147,7 @@ def _print_split(split: str, found: Scan) -> None:
 
 
 def _done(found: Scan) -> str:
-    return "used as they are" if any(image.kind == "grey_range" for image in found.bad) else "decoded"
+    return "used with the values they have" if any(image.kind == "grey_range" for image in found.bad) else "decoded"
 
 
 def _images(num: int) -> str:

@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from launcher import host_cores, loader_room, topology
+from launcher import host_cores, image_walk, loader_room, topology
 from launcher.commands import doctor_checks as checks
 from launcher.errors import EXIT_OK, EXIT_PREFLIGHT
 
@@ -97,6 +97,7 @@ def _all_checks() -> dict[str, Callable[[], Verdict]]:
         "disk for runs": _disk_for_runs,
         "disk for weights": _disk_for_weights,
         "SLURM": _slurm,
+        "image formats": _image_formats,
         "ONNX Runtime": lambda: _package("onnxruntime"),
         "wandb": _wandb,
     }
@@ -152,6 +153,18 @@ def _requirement(of: str, name: str) -> str:
     except metadata.PackageNotFoundError:  # a checkout on PYTHONPATH
         return ""
     return next((str(r.specifier) for r in map(Requirement, lines) if r.name == name), "")
+
+
+def _image_formats() -> Verdict:
+    """Which image files can be decoded; those of any other ending are left out of a data folder."""
+    version = metadata.version("pillow")
+    lacking = [form for form in image_walk.OPTIONAL if not image_walk.can_decode(form)]
+    if lacking:
+        return checks.warning(
+            f"Pillow {version} without {', '.join(lacking)}: such files are left out of data folders",
+            "pip install --force-reinstall pillow, or convert such files to JPEG",
+        )
+    return checks.ok(f"Pillow {version}: JPEG, PNG, TIFF, GIF, BMP, {', '.join(image_walk.OPTIONAL)} and others")
 
 
 def _torchvision() -> Verdict:
