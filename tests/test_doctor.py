@@ -45,16 +45,8 @@ SCHEMA = {
 }
 NAMES = [
     *("Python", "torch", "torchvision", "CUDA driver", "CUDA runtime", "cuDNN", "NCCL", "GPUs", "CPU bf16 units"),
-    *(
-        "CPU cores",
-        "OMP_NUM_THREADS",
-        "memory",
-        "/dev/shm",
-        "temporary files",
-        "open files",
-        "disk for runs",
-        "disk for weights",
-    ),  # noqa: S108
+    *("CPU cores", "OMP_NUM_THREADS", "memory", "/dev/shm", "temporary files", "open files"),  # noqa: S108
+    *("disk for runs", "disk for weights"),
     *("SLURM", "image formats", "ONNX Runtime", "wandb"),
 ]
 H100 = checks.Gpu(name="NVIDIA H100 80GB HBM3", memory_gib=79.1, capability=(9, 0))

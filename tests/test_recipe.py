@@ -410,7 +410,7 @@ def test_a_seed_that_loads_is_one_that_torch_takes(seed, recipe_file):
 
 def test_the_metrics_that_can_be_watched_are_those_the_field_lists():
     described = SCHEMA["$defs"]["EarlyStoppingConfig"]["properties"]["metric"]["description"]
-    assert described == f"One of {', '.join(recipes.METRICS)}."
+    assert [word.strip(",.") for word in described.split() if "/" in word] == list(recipes.METRICS)
 
 
 def test_a_resolved_recipe_needs_nothing_that_was_there_when_it_was_checked(tmp_path):
