@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from launcher.commands import RECIPES
 from launcher.errors import EXIT_OK, UsageError, exit_code_of
-from launcher.run_dir import RunDir
+from launcher.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -71,12 +71,14 @@ def _export(argv: list[str]) -> int:
         key, _, data_path = item.partition("=")
         if key != "data.path" or not data_path:
             raise UsageError(f"{item}: a checkpoint is exported as its run says; only data.path=FOLDER can change")
-    from launcher import console, node, report
+    from launcher.node import supervisor
+    from launcher.report import build as report
+    from launcher.system import console
 
     console.protect()
     importlib.import_module("launcher.tools.export").export_run(run, data_path)
     report.write_report(run)
-    print(node.summary(run))
+    print(supervisor.summary(run))
     return EXIT_OK
 
 
@@ -84,7 +86,7 @@ def _report(argv: list[str]) -> int:
     parser = _parser("report", "Write report.html, report.json and model_card.md of a run.")
     parser.add_argument("run_dir", metavar="RUN")
     run = RunDir.existing(parser.parse_args(argv).run_dir)
-    from launcher import report
+    from launcher.report import build as report
 
     report.write_report(run)
     print(run.report_html)
@@ -95,7 +97,7 @@ def _why(argv: list[str]) -> int:
     parser = _parser("why", "Show the first failure of a run's last attempt, and its cure.")
     parser.add_argument("run_dir", metavar="RUN")
     run = RunDir.existing(parser.parse_args(argv).run_dir)
-    from launcher import diagnose, whereabouts
+    from launcher.runs import diagnose, whereabouts
 
     print(diagnose.explain(run, whereabouts.job_state(run)))
     return EXIT_OK
@@ -124,7 +126,7 @@ def _ps(argv: list[str]) -> int:
     parser.add_argument("folder", nargs="?", default="runs", metavar="FOLDER", help="default: runs")
     parser.add_argument("--json", action="store_true", dest="as_json", help="for programs")
     args = parser.parse_args(argv)
-    from launcher.commands import jobs
+    from launcher.commands import ps as jobs
 
     jobs.ps(args.folder, as_json=args.as_json)
     return EXIT_OK
@@ -134,8 +136,8 @@ def _cancel(argv: list[str]) -> int:
     parser = _parser("cancel", "Stop a run, or all of a sweep, wherever they run; a checkpoint is saved first.")
     parser.add_argument("path", metavar="RUN|SWEEP")
     args = parser.parse_args(argv)
-    from launcher import console
     from launcher.commands import cancel
+    from launcher.system import console
 
     console.protect()
     cancel.run(args.path)
@@ -220,7 +222,7 @@ def _recipes(argv: list[str]) -> int:
 
 def _schema(argv: list[str]) -> int:
     _parser("schema", "Print the JSON Schema of a recipe.").parse_args(argv)
-    from launcher import recipe as recipes
+    from launcher.recipe import load as recipes
 
     print(json.dumps(recipes.json_schema(), indent=2))
     return EXIT_OK

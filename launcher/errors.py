@@ -11,8 +11,8 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from launcher import console
-from launcher.redact import redact
+from launcher.system import console
+from launcher.system.redact import redact
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

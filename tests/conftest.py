@@ -10,8 +10,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from launcher.files import write_json_atomic
-from launcher.run_dir import RunDir
+from launcher.runs.run_dir import RunDir
+from launcher.system.files import write_json_atomic
 
 ROOT = Path(__file__).parents[1]
 CLASSES = ("cat", "dog", "fox")

@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torchvision import models
 
 from launcher import __version__, cli, errors
-from launcher import recipe as recipes
-from launcher.files import write_json_atomic
-from launcher.run_dir import RunDir
+from launcher.recipe import load as recipes
+from launcher.runs.run_dir import RunDir
+from launcher.system.files import write_json_atomic
 
 CLOSED_PORT = "http://127.0.0.1:9"
 GOOD = "data: {name: digits}\n"
@@ -253,7 +253,7 @@ def test_a_model_that_cannot_be_built_or_would_not_learn(text, words, here, refu
     if words:
         assert words in refused_here(text, "data.image_size=32")
     else:
-        from launcher.engine import checks
+        from launcher.engine import recipe_checks as checks
 
         recipe, source = recipes.load(str(recipe_file(GOOD + text)), ["data.image_size=32"])
         checks.check(recipe, source.where)
@@ -338,7 +338,7 @@ def test_weights_neither_in_the_cache_nor_to_be_had(refused, tmp_path):
 
 
 def test_weights_in_the_cache_are_not_downloaded(here, recipe_file, tmp_path, monkeypatch):
-    from launcher.engine import checks
+    from launcher.engine import recipe_checks as checks
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("downloaded"))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.recipe import Recipe
+from launcher.recipe.schema import Recipe
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from launcher import recipe as recipes
 from launcher.errors import RecipeError
-from launcher.files import read_jsonl
-from launcher.history import events
-from launcher.plan import Request, make_plan
-from launcher.run_dir import RunDir
-from launcher.topology import Topology
+from launcher.plan.plan import Request, make_plan
+from launcher.plan.topology import Topology
+from launcher.recipe import load as recipes
+from launcher.runs.history import events
+from launcher.runs.run_dir import RunDir
+from launcher.system.files import read_jsonl
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 FILES = sorted(FOLDER.rglob("*.yaml"))

@@ -16,17 +16,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from launcher import profile, sbatch
-from launcher import recipe as recipes
 from launcher.commands import launch as launch_command
 from launcher.engine import worker
-from launcher.engine.checkpoint import Checkpoint, load_newest, write
+from launcher.engine.checkpoints.checkpoint import Checkpoint, load_newest, write
 from launcher.engine.distributed import Ranks
 from launcher.errors import LaunchError, RecipeError, exit_code_of
-from launcher.files import write_json_atomic
-from launcher.history import events
-from launcher.redact import find_secret
-from launcher.run_dir import RunDir, WorkerSpec
+from launcher.plan import batch_script, profile
+from launcher.recipe import load as recipes
+from launcher.runs.history import events
+from launcher.runs.run_dir import RunDir, WorkerSpec
+from launcher.system.files import write_json_atomic
+from launcher.system.redact import find_secret
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "hf_" + "aB3dE" * 7
@@ -148,10 +148,10 @@ def test_a_profile_may_say_where_a_secret_is(tmp_path):
 
 def test_slurm_hands_the_environment_on_so_that_an_exported_key_is_enough():
     """sbatch's and srun's own default is --export=ALL; a script that said otherwise would break the advice."""
-    job = sbatch.Job(name="a", run_dir="/runs/a", nodes=1, procs_per_node=1, device="cpu", python="python")
-    text = sbatch.build_script(job, profile.Profile())
+    job = batch_script.Job(name="a", run_dir="/runs/a", nodes=1, procs_per_node=1, device="cpu", python="python")
+    text = batch_script.build_script(job, profile.Profile())
     assert "--export" not in text
-    assert not any("--export" in word for word in sbatch.step_command(job, profile.Profile()))
+    assert not any("--export" in word for word in batch_script.step_command(job, profile.Profile()))
 
 
 def test_what_is_written_of_a_failure_holds_no_secret(tmp_path, monkeypatch, capsys):

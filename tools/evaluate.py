@@ -12,20 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from launcher import image_folder
-from launcher import recipe as recipes
-from launcher.engine import checkpoint, data
+from launcher.engine import data
+from launcher.engine.checkpoints import checkpoint
 from launcher.engine.data import ImageDataset, Preprocessing, build_loader
 from launcher.engine.device import Device
 from launcher.engine.model import build_module, build_preprocessing, load_state
 from launcher.errors import EXIT_OK, UsageError, exit_code_of
-from launcher.run_dir import RunDir
+from launcher.images import folder as image_folder
+from launcher.recipe import load as recipes
+from launcher.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from launcher.recipe import Recipe
+    from launcher.recipe.schema import Recipe
 
     Predictor = Callable[[torch.Tensor], torch.Tensor]
     """From normalised images, float32 N x 3 x S x S, to logits, float32 N x C."""

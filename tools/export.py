@@ -19,19 +19,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from launcher import host_cpu
-from launcher.engine import tracking
 from launcher.engine.device import cpu_name, num_cores
 from launcher.errors import EXIT_OK, UsageError, exit_code_of
-from launcher.files import write_json_atomic
-from launcher.run_dir import RunDir
+from launcher.runs.run_dir import RunDir
+from launcher.system import cpu as host_cpu
+from launcher.system.files import write_json_atomic
 from launcher.tools import evaluate, latency, onnx_model
 from launcher.tools.quantize import quantize_onnx
+from launcher.tracking import wandb as tracking
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from launcher.recipe import LaunchConfig, PostConfig
+    from launcher.recipe.schema import LaunchConfig, PostConfig
     from launcher.tools.evaluate import BestModel, Predictor
 
     Say = Callable[[str], None]

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from launcher import host_cpu
-from launcher.host_cpu import PORTABLE_BITS
+from launcher.system import cpu as host_cpu
+from launcher.system.cpu import PORTABLE_BITS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,9 +7,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import host_cpu
 from launcher.engine.schedule import epoch_order
-from launcher.host_cpu import PORTABLE_BITS
+from launcher.system import cpu as host_cpu
+from launcher.system.cpu import PORTABLE_BITS
 from launcher.tools.onnx_model import QUANTIZATION, read_metadata
 
 if TYPE_CHECKING:

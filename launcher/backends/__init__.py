@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Protocol, cast
 
-from launcher.plan import BACKENDS
+from launcher.plan.plan import BACKENDS
 
 if TYPE_CHECKING:
-    from launcher.plan import LaunchPlan
+    from launcher.plan.plan import LaunchPlan
 
 
 class Backend(Protocol):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from launcher import history, quarantine
 from launcher.errors import EXIT_OK, InterruptedRunError
-from launcher.run_dir import RunDir, WorkerSpec
+from launcher.runs import history, quarantine
+from launcher.runs.run_dir import RunDir, WorkerSpec
 
 if TYPE_CHECKING:
-    from launcher.plan import LaunchPlan
+    from launcher.plan.plan import LaunchPlan
 
 
 def submit(plan: LaunchPlan) -> int:

@@ -6,18 +6,19 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
-from launcher import node, processes
 from launcher.errors import EXIT_OK
-from launcher.files import write_json_atomic
-from launcher.run_dir import RunDir
+from launcher.node import supervisor
+from launcher.runs.run_dir import RunDir
+from launcher.system import processes
+from launcher.system.files import write_json_atomic
 
 if TYPE_CHECKING:
-    from launcher.plan import LaunchPlan
+    from launcher.plan.plan import LaunchPlan
 
 
 def submit(plan: LaunchPlan) -> int:
     """Run the plan's command here: the same function that ``python -m launcher.node`` calls."""
-    return _detach(plan) if plan.detach else node.main(plan.command[3:])
+    return _detach(plan) if plan.detach else supervisor.main(plan.command[3:])
 
 
 def _detach(plan: LaunchPlan) -> int:

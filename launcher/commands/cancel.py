@@ -7,10 +7,13 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher import processes, sbatch, slurm_client, whereabouts
+from launcher.backends.slurm import client as slurm_client
 from launcher.errors import TrainingError, UsageError
-from launcher.run_dir import RunDir
-from launcher.waiting import wait_until
+from launcher.plan import batch_script
+from launcher.runs import whereabouts
+from launcher.runs.run_dir import RunDir
+from launcher.system import processes
+from launcher.system.waiting import wait_until
 
 if TYPE_CHECKING:
     import signal
@@ -27,7 +30,7 @@ def run(path: str) -> None:
         UsageError: nothing of it runs, or it runs on another machine.
         TrainingError: it did not end.
     """
-    listed = Path(path, sbatch.RUNS)
+    listed = Path(path, batch_script.RUNS)
     if listed.is_file():
         cancel([RunDir(Path(path, Path(line).name)) for line in listed.read_text(encoding="utf-8").splitlines()])
     else:

@@ -8,15 +8,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import image_folder, image_scan
 from launcher.errors import EXIT_OK, EXIT_PREFLIGHT, RecipeError, UsageError
-from launcher.image_folder import printable
+from launcher.images import folder as image_folder
+from launcher.images import scan as image_scan
+from launcher.images.folder import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from launcher.image_scan import Scan
-    from launcher.recipe import DataConfig
+    from launcher.images.scan import Scan
+    from launcher.recipe.schema import DataConfig
 
 NUM_SHOWN = 20
 NUM_PAIRS_SHOWN = 5
@@ -59,8 +60,8 @@ def run(path: str, overrides: Sequence[str] = (), *, as_json: bool) -> int:
 def _data_config(overrides: Sequence[str]) -> DataConfig:
     from pydantic import ValidationError
 
-    from launcher import recipe as recipes
-    from launcher import recipe_source
+    from launcher.recipe import load as recipes
+    from launcher.recipe import source as recipe_source
 
     source = recipe_source.from_values("command line", {}, overrides, schema=recipes.Recipe)
     try:

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
-from launcher.commands import jobs
+from launcher.commands import ps as jobs
 from launcher.errors import UsageError, did_you_mean
-from launcher.files import read_jsonl
-from launcher.recipe import METRICS, TOP_K
-from launcher.report import AFTER_TRAINING
-from launcher.run_dir import RunDir
+from launcher.recipe.schema import METRICS, TOP_K
+from launcher.report.build import AFTER_TRAINING
+from launcher.runs.run_dir import RunDir
+from launcher.system.files import read_jsonl
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

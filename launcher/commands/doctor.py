@@ -18,9 +18,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from launcher import host_cores, image_walk, loader_room, topology
 from launcher.commands import doctor_checks as checks
 from launcher.errors import EXIT_OK, EXIT_PREFLIGHT
+from launcher.images import walk as image_walk
+from launcher.plan import topology
+from launcher.system import cores as host_cores
+from launcher.system import loader_room
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -278,7 +281,7 @@ def _wandb() -> Verdict:
     verdict = _package("wandb")
     if verdict.status != "ok":
         return verdict
-    wandb_mode = importlib.import_module("launcher.engine.wandb_mode")  # by name: no command imports the engine
+    wandb_mode = importlib.import_module("launcher.tracking.wandb_mode")  # by name: no command imports the engine
     try:
         has_key = wandb_mode.has_key()
     except netrc.NetrcParseError as error:  # its text may quote the key

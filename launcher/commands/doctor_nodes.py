@@ -10,11 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launcher import plan as plans
-from launcher import profile as profiles
-from launcher import sbatch, slurm_client, topology, variables
+from launcher.backends.slurm import client as slurm_client
 from launcher.errors import EXIT_OK, EXIT_PREFLIGHT, PreflightError, UsageError
-from launcher.files import write_json_atomic
+from launcher.plan import batch_script, topology, variables
+from launcher.plan import plan as plans
+from launcher.plan import profile as profiles
+from launcher.system.files import write_json_atomic
 
 COLUMNS = ("host", "address", "torch", "cuda", "nccl", "driver", "num_gpus", "free_gb")
 
@@ -42,7 +43,7 @@ def run(nodes: int, *, gpus: int | None, profile_name: str | None, as_json: bool
     profile = variables.fill(profile, here.sbatch_variables)
     # Below runs/, as a run would be: whether the nodes share that is one of the questions.
     folder = Path(here.cwd, "runs", f"doctor-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
-    job = sbatch.Job(
+    job = batch_script.Job(
         name="launch-doctor",
         run_dir=str(folder),
         nodes=nodes,
@@ -55,7 +56,7 @@ def run(nodes: int, *, gpus: int | None, profile_name: str | None, as_json: bool
     folder.mkdir(parents=True)
     try:
         write_json_atomic(folder / "plan.json", plan | {"profile": profiles.to_dict(profile)})
-        found = _ask(sbatch.check_command(job, profile), folder, profile.env)
+        found = _ask(batch_script.check_command(job, profile), folder, profile.env)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if as_json:

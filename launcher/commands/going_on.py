@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from launcher import recipe as recipes
-from launcher import whereabouts
+from launcher.recipe import load as recipes
+from launcher.runs import whereabouts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from launcher.recipe import Recipe
-    from launcher.recipe_changes import Change
-    from launcher.run_dir import RunDir
+    from launcher.recipe.schema import Recipe
+    from launcher.runs.recipe_changes import Change
+    from launcher.runs.run_dir import RunDir
 
 
 def has_nothing_left(run: RunDir, recipe: Recipe) -> bool:

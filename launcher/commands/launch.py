@@ -11,18 +11,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import __version__, console, history, network, processes
+from launcher import __version__
 from launcher.commands import RECIPES
 from launcher.errors import EXIT_OK, RecipeError, UsageError
-from launcher.redact import find_secret, redact
-from launcher.run_dir import RunDir, new_run_id
+from launcher.runs import history
+from launcher.runs.run_dir import RunDir, new_run_id
+from launcher.system import console, network, processes
+from launcher.system.redact import find_secret, redact
 
 if TYPE_CHECKING:
     from launcher.errors import Problem
-    from launcher.plan import LaunchPlan
-    from launcher.profile import Profile
-    from launcher.recipe import Recipe
-    from launcher.recipe_source import Source
+    from launcher.plan.plan import LaunchPlan
+    from launcher.plan.profile import Profile
+    from launcher.recipe.schema import Recipe
+    from launcher.recipe.source import Source
 
 
 def run(argv: list[str], *, epilog: str) -> int:
@@ -63,7 +65,7 @@ def run(argv: list[str], *, epilog: str) -> int:
 
         return sweep.run(args)
     with processes.importing():
-        from launcher import recipe as recipes
+        from launcher.recipe import load as recipes
 
     recipe, source = recipes.load(find_recipe(args.recipe), args.overrides, flags(args))
     if secret := find_secret(args.run_dir or ""):
@@ -100,7 +102,7 @@ def resume(argv: list[str]) -> int:
     _split_overrides(args)
     run = RunDir.existing(args.run_dir)
     args.kept_profile = run.read_plan().get("profile")
-    from launcher import recipe as recipes
+    from launcher.recipe import load as recipes
 
     try:
         recipe, source = recipes.load(str(run.recipe), args.overrides, flags(args))
@@ -124,8 +126,8 @@ def _split_overrides(args: argparse.Namespace) -> None:
 
 def plan_run(recipe: Recipe, args: argparse.Namespace, *, run_id: str, run_dir: str | None) -> LaunchPlan:
     """The plan of a recipe for this machine and this command line."""
-    from launcher import topology
-    from launcher.plan import Request, make_plan
+    from launcher.plan import topology
+    from launcher.plan.plan import Request, make_plan
 
     request = Request(
         run_id=run_id,
@@ -141,8 +143,11 @@ def plan_run(recipe: Recipe, args: argparse.Namespace, *, run_id: str, run_dir: 
 
 def carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_id: str) -> int:
     """Plan, and print the plan or run it: one road for every backend."""
-    from launcher import backends, lint, meeting, quarantine, recipe_changes, whereabouts
+    from launcher import backends
+    from launcher.backends.slurm import admission
     from launcher.commands import going_on
+    from launcher.node import meeting
+    from launcher.runs import quarantine, recipe_changes, whereabouts
 
     plan = plan_run(recipe, args, run_id=run_id, run_dir=args.run_dir)
     run = RunDir(plan.run_dir)
@@ -158,15 +163,15 @@ def carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_i
         meeting.check(plan.rdzv_endpoint, node_rank=plan.node_rank)
     network.set_environment(plan.env)  # before torch is imported: it reads its thread count then
     with processes.importing():
-        checks = importlib.import_module("launcher.engine.checks")
+        checks = importlib.import_module("launcher.engine.recipe_checks")
     checks.check(recipe, source.where, is_new=run.newest_state() is None)
     checks.check_train_set(run, recipe, source.where)
     found = None
     if plan.script:
-        lint.check(plan.to_dict(), run, plan.script, plan.post_script)
+        admission.check(plan.to_dict(), run, plan.script, plan.post_script)
     else:
         if plan.backend == "slurm":
-            lint.check_step(plan.to_dict())
+            admission.check_step(plan.to_dict())
         if plan.node_rank == 0:
             found = quarantine.check(recipe, source.where)
     if plan.node_rank == 0:
@@ -182,7 +187,7 @@ def carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_i
 
 def _profiles(recipe: Recipe, args: argparse.Namespace) -> tuple[Profile | None, Profile | None]:
     """The profiles of the training and of the exports; the command line's ``profile.key=value`` changes the first."""
-    from launcher import profile
+    from launcher.plan import profile
 
     name, post, overrides = recipe.launch.profile, recipe.post.profile, args.profile_overrides
     kept = args.kept_profile if args.profile is None else None
@@ -196,10 +201,11 @@ def write_run(plan: LaunchPlan, recipe: Recipe) -> None:
     """Make the run directory with its plan and recipe."""
     import time
 
-    from launcher import recipe as recipes
-    from launcher import recipe_paths, variables
-    from launcher.files import write_json_atomic, write_text_atomic
-    from launcher.run_dir import code_digest
+    from launcher.plan import variables
+    from launcher.recipe import load as recipes
+    from launcher.recipe import paths as recipe_paths
+    from launcher.runs.run_dir import code_digest
+    from launcher.system.files import write_json_atomic, write_text_atomic
 
     run = RunDir(plan.run_dir)
     if run.recipe.exists() and not run.plan.exists():

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-    from launcher.run_dir import RunDir
+    from launcher.runs.run_dir import RunDir
 
 TAIL_LINES = 10
 """So many of a rank's last lines are shown before what is appended."""

@@ -7,13 +7,13 @@ import sys
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from launcher import catalog
 from launcher.errors import UsageError, did_you_mean
+from launcher.recipe import catalog
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from launcher.catalog import ModelEntry
+    from launcher.recipe.catalog import ModelEntry
 
 _PIPE_WIDTH = 120  # rich takes a pipe for 80 columns wide, and would break the names that people grep for
 

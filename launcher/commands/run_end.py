@@ -6,11 +6,11 @@ import math
 import time
 from typing import TYPE_CHECKING, Any
 
-from launcher import history, whereabouts
+from launcher.runs import history, whereabouts
 
 if TYPE_CHECKING:
-    from launcher.run_dir import RunDir
-    from launcher.slurm_client import JobState
+    from launcher.backends.slurm.client import JobState
+    from launcher.runs.run_dir import RunDir
 
 ENDED = (*whereabouts.OVER, "preempted")
 """States in which nothing runs any more."""

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher import history, network, processes, sbatch, slurm_client, sweep
+from launcher.backends.slurm import client as slurm_client
 from launcher.commands import launch
 from launcher.errors import (
     EXIT_FAILED,
@@ -18,15 +18,18 @@ from launcher.errors import (
     RecipeError,
     UsageError,
 )
-from launcher.files import write_text_atomic
-from launcher.run_dir import RunDir, new_run_id
+from launcher.plan import batch_script, sweep
+from launcher.runs import history
+from launcher.runs.run_dir import RunDir, new_run_id
+from launcher.system import network, processes
+from launcher.system.files import write_text_atomic
 
 if TYPE_CHECKING:
     import argparse
 
-    from launcher.plan import LaunchPlan
-    from launcher.recipe import Recipe
-    from launcher.recipe_source import Source
+    from launcher.plan.plan import LaunchPlan
+    from launcher.recipe.schema import Recipe
+    from launcher.recipe.source import Source
 
 
 def run(args: argparse.Namespace) -> int:
@@ -55,9 +58,9 @@ def run(args: argparse.Namespace) -> int:
     for plan, (recipe, _) in zip(plans, loaded, strict=True):
         launch.write_run(plan, recipe)
     runs = [RunDir(plan.run_dir) for plan in plans]
-    write_text_atomic(base / sbatch.RUNS, "".join(f"{found.path}\n" for found in runs))
+    write_text_atomic(base / batch_script.RUNS, "".join(f"{found.path}\n" for found in runs))
     if arrays:
-        backend = importlib.import_module("launcher.backends.slurm")
+        backend = importlib.import_module("launcher.backends.slurm.submit")
         posts = [plan.post_script for plan in plans]
         if not backend.submit_arrays(base, arrays, posts, detach=args.detach, in_turn=bool(args.parallel)):
             return EXIT_OK
@@ -83,7 +86,7 @@ def _print_plans(plans: list[LaunchPlan], combinations: list[tuple[str, ...]], s
 
 def _load_all(args: argparse.Namespace, combinations: list[tuple[str, ...]]) -> list[tuple[Recipe, Source]]:
     with processes.importing():
-        from launcher import recipe as recipes
+        from launcher.recipe import load as recipes
 
     loaded, problems = [], {}
     for combination in combinations:
@@ -98,11 +101,11 @@ def _load_all(args: argparse.Namespace, combinations: list[tuple[str, ...]]) -> 
 
 def _arrays(plans: list[LaunchPlan], base: Path, parallel: int) -> list[tuple[str, list[RunDir]]]:
     """The scripts of as few job arrays as the cluster allows for so many runs, each with its runs."""
-    from launcher import profile as profiles
-    from launcher import schema
+    from launcher.plan import profile as profiles
+    from launcher.recipe import types as schema
 
     first = plans[0]
-    job = sbatch.Job(
+    job = batch_script.Job(
         name=base.name,
         run_dir=str(base.absolute()),
         nodes=first.nodes,
@@ -119,24 +122,28 @@ def _arrays(plans: list[LaunchPlan], base: Path, parallel: int) -> list[tuple[st
     runs, size = [RunDir(plan.run_dir) for plan in plans], slurm_client.max_array_size()
     parts = {first: runs[first : first + size] for first in range(0, len(runs), size)}
     return [
-        (sbatch.build_script(job, profile, sbatch.Array(num=len(part), parallel=parallel, first=first)), part)
+        (
+            batch_script.build_script(job, profile, batch_script.Array(num=len(part), parallel=parallel, first=first)),
+            part,
+        )
         for first, part in parts.items()
     ]
 
 
 def _check_all(plans: list[LaunchPlan], loaded: list[tuple[Recipe, Source]], scripts: list[str]) -> None:
-    from launcher import lint, quarantine
+    from launcher.backends.slurm import admission
+    from launcher.runs import quarantine
 
     network.set_environment(plans[0].env)
     with processes.importing():
-        checks = importlib.import_module("launcher.engine.checks")
+        checks = importlib.import_module("launcher.engine.recipe_checks")
     for recipe, source in loaded:
         checks.check(recipe, source.where)
     if scripts:
-        lint.check(plans[0].to_dict(), RunDir(plans[0].run_dir), *scripts, plans[0].post_script)
+        admission.check(plans[0].to_dict(), RunDir(plans[0].run_dir), *scripts, plans[0].post_script)
         return
     if plans[0].backend == "slurm":
-        lint.check_step(plans[0].to_dict())
+        admission.check_step(plans[0].to_dict())
     for recipe, source in {recipe.data: (recipe, source) for recipe, source in loaded}.values():
         quarantine.check(recipe, source.where)
 

@@ -10,10 +10,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import console, processes
 from launcher.commands import launch
 from launcher.errors import EXIT_OK
-from launcher.run_dir import RunDir, new_run_id
+from launcher.runs.run_dir import RunDir, new_run_id
+from launcher.system import console, processes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure in a run directory that is thrown away, and print a table for each rank."""
     console.protect()
     with processes.importing():
-        from launcher import recipe as recipes
+        from launcher.recipe import load as recipes
     with tempfile.TemporaryDirectory(prefix="launch-tune-") as folder:
         options = argparse.Namespace(
             gpus=args.gpus,

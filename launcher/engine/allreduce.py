@@ -1,4 +1,4 @@
-"""One all-reduce over some nodes, to see whether they reach each other (launcher.preflight)."""
+"""One all-reduce over some nodes, to see whether they reach each other (launcher.node.preflight)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from launcher.engine.device import Device
-from launcher.processes import die_with_parent
+from launcher.system.processes import die_with_parent
 
 NUM_ELEMENTS = 2**20
 

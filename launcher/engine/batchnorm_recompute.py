@@ -22,8 +22,8 @@ from launcher.engine.layers import batch_norms
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from launcher.engine.handover import Batch
     from launcher.engine.layers import BatchNorm
+    from launcher.engine.loading.handover import Batch
     from launcher.engine.recorder import Recorder
     from launcher.engine.setup import Parts
 

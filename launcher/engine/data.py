@@ -14,13 +14,14 @@ import torch
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
 
-from launcher import image_folder, pixels
-from launcher.engine import digits
-from launcher.engine.decode import CentreCrop, read_image
 from launcher.engine.device import num_cores
-from launcher.engine.handover import Batch, Loader
+from launcher.engine.loading import digits
+from launcher.engine.loading.decode import CentreCrop, read_image
+from launcher.engine.loading.handover import Batch, Loader
 from launcher.engine.schedule import derive_seed
-from launcher.processes import STOP_SIGNALS, die_with_parent
+from launcher.images import folder as image_folder
+from launcher.images import pixels
+from launcher.system.processes import STOP_SIGNALS, die_with_parent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from launcher.engine.device import Device
     from launcher.engine.distributed import Ranks
-    from launcher.recipe import DataConfig
+    from launcher.recipe.schema import DataConfig
 
 MAX_LOADER_WORKERS = 8
 PREFETCH = 4

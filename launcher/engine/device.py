@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from launcher import host_cores, host_memory
-from launcher.host_memory import FreeMemory
+from launcher.system import cores as host_cores
+from launcher.system import memory as host_memory
+from launcher.system.memory import FreeMemory
 
 if TYPE_CHECKING:
     from collections.abc import Callable

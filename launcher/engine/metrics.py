@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from launcher.engine.distributed import max_over_ranks, sum_over_ranks
-from launcher.recipe import TOP_K
+from launcher.recipe.schema import TOP_K
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -153,7 +153,7 @@ class ClassTotals:
 
 
 def answers(totals: ClassTotals, classes: Sequence[str]) -> dict[str, Any]:
-    """What :mod:`launcher.findings` needs where there are too many classes for their confusion matrix.
+    """What :mod:`launcher.runs.findings` needs where there are too many classes for their confusion matrix.
 
     Returns:
         ``chance``: top-1 of these answers, had they been given at random; ``most``: the class that is predicted most

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
 
-    from launcher.engine.handover import Batch
+    from launcher.engine.loading.handover import Batch
     from launcher.engine.running_statistics import RunningStatistics
     from launcher.engine.setup import Parts
     from launcher.engine.state import TrainingState

@@ -21,7 +21,7 @@ from launcher.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from launcher.recipe import DataConfig, ModelConfig, Recipe
+    from launcher.recipe.schema import DataConfig, ModelConfig, Recipe
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AUXILIARY = ("googlenet", "inception_v3")

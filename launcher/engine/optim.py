@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from launcher.engine.model import FineTunedModel
-    from launcher.recipe import OptimConfig, Recipe
+    from launcher.recipe.schema import OptimConfig, Recipe
 
 REST = "rest"
 """Name of the group of what no pattern matches."""

@@ -8,9 +8,9 @@ import threading
 import time
 from typing import IO, TYPE_CHECKING, Any
 
-from launcher import findings
-from launcher.engine.tracking import Tracker
-from launcher.recipe import TOP_K
+from launcher.recipe.schema import TOP_K
+from launcher.runs import findings
+from launcher.tracking.wandb import Tracker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from launcher.engine.trainer import Outcome
-    from launcher.recipe import Recipe
-    from launcher.run_dir import RunDir, State
+    from launcher.recipe.schema import Recipe
+    from launcher.runs.run_dir import RunDir, State
 
 
 class Recorder:

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from launcher import image_folder, loader_room
-from launcher import recipe as recipes
 from launcher.engine import data, optim
 from launcher.engine.distributed import broadcast_buffers
 from launcher.engine.model import FineTunedModel, build_model, build_preprocessing
 from launcher.engine.schedule import Batching, Schedule, validation_batches
-from launcher.loader_room import Loading
+from launcher.images import folder as image_folder
+from launcher.recipe import load as recipes
+from launcher.system import loader_room
+from launcher.system.loader_room import Loading
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
     from launcher.engine.data import ImageDataset, Preprocessing
     from launcher.engine.device import Device, Precision
     from launcher.engine.distributed import Ranks
-    from launcher.engine.handover import Batch, Loader
-    from launcher.recipe import BatchConfig, Recipe
-    from launcher.run_dir import RunDir
+    from launcher.engine.loading.handover import Batch, Loader
+    from launcher.recipe.schema import BatchConfig, Recipe
+    from launcher.runs.run_dir import RunDir
 
 BYTES_OF_LABEL = 8
 DEBUG_STEPS, DEBUG_BATCH_SIZE = 5, 8

@@ -5,22 +5,22 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from launcher import recipe as recipes
-from launcher.engine import checkpoint as checkpoints
 from launcher.engine import optim
-from launcher.engine.host_copies import HostCopies
+from launcher.engine.checkpoints import checkpoint as checkpoints
+from launcher.engine.checkpoints.host_copies import HostCopies
 from launcher.engine.metrics import BestMetric, TrainTotals
 from launcher.engine.model import load_state
 from launcher.engine.non_finite import NonFiniteMonitor
 from launcher.errors import UsageError
+from launcher.recipe import load as recipes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from launcher.engine.checkpoint import Checkpoint
+    from launcher.engine.checkpoints.checkpoint import Checkpoint
     from launcher.engine.data import ImageDataset
     from launcher.engine.setup import Parts
-    from launcher.run_dir import RunDir
+    from launcher.runs.run_dir import RunDir
 
 
 class TrainingState:

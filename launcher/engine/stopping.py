@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 from launcher.errors import EXIT_FAILED, EXIT_RESUMABLE
-from launcher.processes import heeded, telling_signal
+from launcher.system.processes import heeded, telling_signal
 
 if TYPE_CHECKING:
     from collections.abc import Callable

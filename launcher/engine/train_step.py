@@ -13,7 +13,7 @@ from launcher.engine.running_statistics import RunningStatistics
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from launcher.engine.handover import Batch
+    from launcher.engine.loading.handover import Batch
     from launcher.engine.schedule import Step
     from launcher.engine.setup import Parts
     from launcher.engine.state import TrainingState

@@ -11,9 +11,9 @@ import torch
 
 from launcher.engine import distributed, optim
 from launcher.engine.batchnorm_recompute import BatchNormRecompute
-from launcher.engine.handover import Feed, end_loaders
+from launcher.engine.checkpoints.saving import Saving
+from launcher.engine.loading.handover import Feed, end_loaders
 from launcher.engine.metrics import ValidationTotals, means
-from launcher.engine.saving import Saving
 from launcher.engine.state import TrainingState
 from launcher.engine.train_step import TrainStep
 from launcher.errors import TrainingError

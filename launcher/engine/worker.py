@@ -17,27 +17,29 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from launcher import console, findings, host_memory
-from launcher import recipe as recipes
-from launcher.engine import autotune
 from launcher.engine.device import Device, is_out_of_memory
 from launcher.engine.distributed import Ranks, init_process_group, record_collectives
-from launcher.engine.handover import heed_stop_signal
+from launcher.engine.loading.handover import heed_stop_signal
 from launcher.engine.recorder import Recorder
 from launcher.engine.setup import build_parts, open_data_sets
 from launcher.engine.stopping import StopFlag
 from launcher.engine.trainer import Outcome, Trainer
+from launcher.engine.tuning import autotune
 from launcher.errors import EXIT_FAILED, EXIT_RESUMABLE, LaunchError, MachineError
-from launcher.files import write_json_atomic
-from launcher.processes import die_with_parent, offer_to_kernel, telling_signal
-from launcher.redact import redact
-from launcher.run_dir import ATTEMPT_VARIABLE, MEMORY_KILLS_VARIABLE, RunDir, WorkerSpec, node_name
-from launcher.watchdog import DUMP_SIGNAL
+from launcher.node.watchdog import DUMP_SIGNAL
+from launcher.recipe import load as recipes
+from launcher.runs import findings
+from launcher.runs.run_dir import ATTEMPT_VARIABLE, MEMORY_KILLS_VARIABLE, RunDir, WorkerSpec, node_name
+from launcher.system import console
+from launcher.system import memory as host_memory
+from launcher.system.files import write_json_atomic
+from launcher.system.processes import die_with_parent, offer_to_kernel, telling_signal
+from launcher.system.redact import redact
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from launcher.watchdog import Heartbeats
+    from launcher.node.watchdog import Heartbeats
 
 SHORTAGES = (
     "shared memory",  # torch: "unable to open", "unable to allocate", and its advice after a bus error

@@ -89,13 +89,13 @@ def sweep(run_dir: str, chosen: int) -> None:
     """Measure all sizes; prints as JSON what :func:`compare` reads. Runs in the control group."""
     import torch
 
-    from launcher import recipe as recipes
-    from launcher.engine import autotune, probe
-    from launcher.engine.child import OutOfMemoryError, TooSlowError, call_in_child
     from launcher.engine.device import Device
     from launcher.engine.distributed import Ranks
     from launcher.engine.setup import open_data_sets
-    from launcher.run_dir import RunDir
+    from launcher.engine.tuning import autotune, probe
+    from launcher.engine.tuning.child import OutOfMemoryError, TooSlowError, call_in_child
+    from launcher.recipe import load as recipes
+    from launcher.runs.run_dir import RunDir
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     run, device = RunDir(run_dir), Device(type="cpu")

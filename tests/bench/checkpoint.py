@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 from torchvision import models
 
-from launcher.engine import checkpoint as checkpoints
-from launcher.engine.host_copies import HostCopies
-from launcher.run_dir import RunDir
+from launcher.engine.checkpoints import checkpoint as checkpoints
+from launcher.engine.checkpoints.host_copies import HostCopies
+from launcher.runs.run_dir import RunDir
 
 
 def state_of(arch: str) -> tuple[torch.nn.Module, torch.optim.Optimizer]:

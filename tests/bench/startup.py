@@ -19,8 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from launcher.history import events
-from launcher.run_dir import RunDir
+from launcher.runs.history import events
+from launcher.runs.run_dir import RunDir
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

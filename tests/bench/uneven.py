@@ -44,7 +44,7 @@ def launch_unevenly(arguments: list[str]) -> None:
     from launcher import cli
     from launcher.engine import worker
     from launcher.engine.model import FineTunedModel
-    from launcher.host_memory import status_bytes
+    from launcher.system.memory import status_bytes
 
     original, train_mode = worker.train, FineTunedModel.train
 

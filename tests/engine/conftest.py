@@ -19,14 +19,14 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from launcher import recipe as recipes
 from launcher.engine.device import Device
 from launcher.engine.distributed import Ranks
 from launcher.engine.setup import build_parts
 from launcher.engine.trainer import Trainer
-from launcher.files import write_json_atomic
-from launcher.processes import die_with_parent
-from launcher.run_dir import RunDir
+from launcher.recipe import load as recipes
+from launcher.runs.run_dir import RunDir
+from launcher.system.files import write_json_atomic
+from launcher.system.processes import die_with_parent
 
 SIZE = 32
 CLASSES = ("bee", "cat", "cow", "dog", "elk", "fox", "gnu")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from launcher.engine.checkpoint import load
+from launcher.engine.checkpoints.checkpoint import load
 from launcher.engine.distributed import Ranks
 from launcher.engine.layers import batch_norms
 from launcher.engine.setup import build_parts
-from launcher.files import read_jsonl
+from launcher.system.files import read_jsonl
 
 SLOW_STATISTICS = {"model": {"arch": "mobilenet_v3_small"}, "batch": {"size": 6}}  # momentum 0.01
 STATISTICS = ("running_mean", "running_var")

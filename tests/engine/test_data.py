@@ -8,13 +8,13 @@ import torch
 from PIL import Image, ImageOps
 from torchvision import models
 
-from launcher import image_folder
 from launcher.engine import data
 from launcher.engine.data import ImageDataset, Preprocessing, build_loader, num_loader_workers, read_image
 from launcher.engine.distributed import Ranks
 from launcher.engine.model import build_preprocessing
 from launcher.errors import TrainingError
-from launcher.recipe import DataConfig, ModelConfig
+from launcher.images import folder as image_folder
+from launcher.recipe.schema import DataConfig, ModelConfig
 
 ORIENTATION = 0x0112
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from launcher.engine import distributed
 from launcher.engine.distributed import Agreement, Ranks
-from launcher.processes import die_with_parent
+from launcher.system.processes import die_with_parent
 
 VARIABLES = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 

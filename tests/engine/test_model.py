@@ -10,7 +10,7 @@ from torch import nn
 from torchvision import models
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
-from launcher.engine import checks
+from launcher.engine import recipe_checks as checks
 from launcher.engine.layers import build_meta, head_modules
 from launcher.engine.model import (
     FineTunedModel,
@@ -22,7 +22,7 @@ from launcher.engine.model import (
 )
 from launcher.engine.weights_file import read_weights_file
 from launcher.errors import UsageError
-from launcher.recipe import DataConfig, EarlyStoppingConfig, ModelConfig, Recipe, TrainConfig
+from launcher.recipe.schema import DataConfig, EarlyStoppingConfig, ModelConfig, Recipe, TrainConfig
 
 ARCHS = models.list_models(module=models)
 HEAD = ("classifier.1.weight", "classifier.1.bias")  # of squeezenet1_1, the smallest there is

@@ -10,7 +10,7 @@ from launcher.engine.distributed import Ranks
 from launcher.engine.setup import build_parts
 from launcher.engine.trainer import Trainer
 from launcher.errors import TrainingError
-from launcher.files import read_jsonl
+from launcher.system.files import read_jsonl
 
 MODEL = {"arch": "mobilenet_v3_small"}  # with BatchNorm, whose statistics a bad batch would spoil
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from launcher import recipe as recipes
-from launcher.engine import checkpoint as checkpoints
+from launcher.engine.checkpoints import checkpoint as checkpoints
 from launcher.engine.distributed import Ranks
 from launcher.engine.metrics import BestMetric
 from launcher.engine.setup import build_parts
 from launcher.engine.state import TrainingState
+from launcher.recipe import load as recipes
 
 START = {"batch": {"size": 12}, "optim": {"lr": 0.02, "momentum": 0.9, "weight_decay": 1e-4}, "train": {"epochs": 1}}
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from launcher.engine.checkpoint import read_state
+from launcher.engine.checkpoints.checkpoint import read_state
 from launcher.engine.device import Device
 
 

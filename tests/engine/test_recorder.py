@@ -8,8 +8,8 @@ import json
 import pytest
 
 from launcher.engine.recorder import Recorder
-from launcher.recipe import Recipe
-from launcher.run_dir import RunDir
+from launcher.recipe.schema import Recipe
+from launcher.runs.run_dir import RunDir
 
 VALUES = {"samples": 40, "loss": 1.0, "top1": 0.5, "top5": 1.0, "f1": 0.4}
 

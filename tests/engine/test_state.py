@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import nn
 
-from launcher.engine import checkpoint as checkpoints
-from launcher.engine import host_copies
+from launcher.engine.checkpoints import checkpoint as checkpoints
+from launcher.engine.checkpoints import host_copies
 from launcher.engine.distributed import Ranks
 from launcher.engine.schedule import epoch_order
 from launcher.engine.setup import build_parts
 from launcher.engine.trainer import Trainer
 from launcher.errors import UsageError
-from launcher.files import read_jsonl
+from launcher.system.files import read_jsonl
 
 EVERYTHING = {
     "model": {"arch": "mobilenet_v3_small"},  # BatchNorm and dropout

@@ -14,8 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision import models
 
-from launcher import processes
-from launcher.engine import checkpoint as checkpoints
+from launcher.engine.checkpoints import checkpoint as checkpoints
 from launcher.engine.data import read_image
 from launcher.engine.distributed import Ranks
 from launcher.engine.recorder import Recorder
@@ -23,6 +22,7 @@ from launcher.engine.schedule import Batching, epoch_order
 from launcher.engine.setup import build_parts
 from launcher.engine.trainer import Trainer
 from launcher.errors import TrainingError
+from launcher.system import processes
 
 MEAN = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
 STD = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from launcher import diagnose
 from launcher.engine import worker
 from launcher.engine.schedule import Batching
 from launcher.errors import EXIT_FAILED, MachineError
-from launcher.files import write_json_atomic
-from launcher.run_dir import ATTEMPT_VARIABLE
-from launcher.watchdog import Heartbeats
+from launcher.node.watchdog import Heartbeats
+from launcher.runs import diagnose
+from launcher.runs.run_dir import ATTEMPT_VARIABLE
+from launcher.system.files import write_json_atomic
 
 END_S = 30  # far more than it takes
 

@@ -16,9 +16,9 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from launcher.files import read_jsonl
-from launcher.history import events
-from launcher.run_dir import RunDir
+from launcher.runs.history import events
+from launcher.runs.run_dir import RunDir
+from launcher.system.files import read_jsonl
 
 if TYPE_CHECKING:
     import signal

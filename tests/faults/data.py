@@ -6,10 +6,10 @@ import json
 import shutil
 from typing import TYPE_CHECKING
 
-from launcher.engine import checkpoint as checkpoints
+from launcher.engine.checkpoints import checkpoint as checkpoints
 from launcher.engine.schedule import epoch_order
-from launcher.history import events
-from launcher.run_dir import RunDir
+from launcher.runs.history import events
+from launcher.runs.run_dir import RunDir
 from tests.faults import records
 from tests.faults.bench import EPOCHS, NUM_TRAIN, STEPS_PER_EPOCH, Bench, Outcome, step
 from tests.faults.processes import AT

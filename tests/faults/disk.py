@@ -10,10 +10,10 @@ import subprocess
 import time
 from typing import TYPE_CHECKING
 
-from launcher.engine import checkpoint as checkpoints
-from launcher.engine.checkpoint import CheckpointWriter
-from launcher.history import events
-from launcher.run_dir import RunDir
+from launcher.engine.checkpoints import checkpoint as checkpoints
+from launcher.engine.checkpoints.checkpoint import CheckpointWriter
+from launcher.runs.history import events
+from launcher.runs.run_dir import RunDir
 from tests.faults import records
 from tests.faults.bench import EPOCHS, STEPS_PER_EPOCH, Bench, Launched, NotHereError, Outcome, step
 from tests.faults.processes import AT, begin

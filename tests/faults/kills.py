@@ -10,8 +10,8 @@ from collections import Counter
 
 import psutil
 
-from launcher.history import events
-from launcher.run_dir import RunDir
+from launcher.runs.history import events
+from launcher.runs.run_dir import RunDir
 from tests.faults import records
 from tests.faults.bench import DEADLINE_S, STEPS_PER_EPOCH, Bench, Launched, Outcome, step
 

@@ -10,10 +10,10 @@ import signal
 import subprocess
 import sys
 
-from launcher.engine import checkpoint as checkpoints
-from launcher.engine.checkpoint import CheckpointWriter
-from launcher.history import events
-from launcher.run_dir import RunDir
+from launcher.engine.checkpoints import checkpoint as checkpoints
+from launcher.engine.checkpoints.checkpoint import CheckpointWriter
+from launcher.runs.history import events
+from launcher.runs.run_dir import RunDir
 from tests.faults import power_loss, records
 from tests.faults.bench import RECIPE, ROOT, Bench, Outcome, step
 from tests.faults.processes import begin

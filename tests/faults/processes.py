@@ -5,8 +5,8 @@ from __future__ import annotations
 import signal
 import time
 
-from launcher.history import events
-from launcher.run_dir import RunDir
+from launcher.runs.history import events
+from launcher.runs.run_dir import RunDir
 from tests.faults import records
 from tests.faults.bench import EPOCHS, Bench, Launched, Outcome, state_of, step, written
 

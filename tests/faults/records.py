@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from launcher.files import read_jsonl
-from launcher.history import events
+from launcher.runs.history import events
+from launcher.system.files import read_jsonl
 from tests.faults.bench import NUM_TRAIN, NUM_VAL
 
 if TYPE_CHECKING:
-    from launcher.run_dir import RunDir
+    from launcher.runs.run_dir import RunDir
 
 
 @dataclass(frozen=True, kw_only=True)

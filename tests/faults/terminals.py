@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from launcher.history import events
-from launcher.run_dir import RunDir
+from launcher.runs.history import events
+from launcher.runs.run_dir import RunDir
 from tests.faults import records
 from tests.faults.bench import DEADLINE_S, EPOCHS, RECIPE, ROOT, Bench, NotHereError, Outcome, step, written
 from tests.faults.processes import AT

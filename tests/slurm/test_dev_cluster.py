@@ -13,8 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-from launcher.slurm.dev.devcluster.layout import Layout
+from devcluster.layout import Layout
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,7 +57,7 @@ def run(environment, *command, folder="/tmp"):  # noqa: S108
 
 INSTALL = """
 import pathlib, sys, time
-from launcher.slurm.dev.devcluster import packages
+from devcluster import packages
 there, log = map(pathlib.Path, sys.argv[1:])
 def apt_get(*arguments):
     with log.open("a") as stream: stream.write(f"{arguments[0]} ")

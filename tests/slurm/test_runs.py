@@ -19,9 +19,9 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from launcher.files import read_jsonl
-from launcher.history import events, next_attempt
-from launcher.run_dir import RunDir
+from launcher.runs.history import events, next_attempt
+from launcher.runs.run_dir import RunDir
+from launcher.system.files import read_jsonl
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(420)]
 ROOT = Path(__file__).parents[2]
@@ -82,7 +82,7 @@ class Launched:
         for process in psutil.process_iter():
             try:
                 command = " ".join(process.cmdline())
-                if str(self.run.path) in command and ("_submit" in command or "launcher.job" in command):
+                if str(self.run.path) in command and ("_submit" in command or "slurm.task" in command):
                     where = Path(f"/proc/{process.pid}/ns/uts").readlink()
                     if host is None or where == self.namespace(host):
                         found.append(process)

@@ -12,15 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from launcher import job_end, recipe, slurm_client, submission
-from launcher.backends import slurm
+from launcher.backends.slurm import client as slurm_client
+from launcher.backends.slurm import job_end, submission
+from launcher.backends.slurm import submit as slurm
 from launcher.commands import sweep
-from launcher.files import write_json_atomic
-from launcher.history import events
-from launcher.plan import Request, make_plan
-from launcher.profile import Profile
-from launcher.run_dir import RunDir
-from launcher.topology import Topology
+from launcher.plan.plan import Request, make_plan
+from launcher.plan.profile import Profile
+from launcher.plan.topology import Topology
+from launcher.recipe import load as recipe
+from launcher.runs.history import events
+from launcher.runs.run_dir import RunDir
+from launcher.system.files import write_json_atomic
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(420)]
 ROOT = Path(__file__).parents[2]

@@ -18,15 +18,16 @@ import onnxruntime
 import pytest
 import torch
 
-from launcher import cli, host_cpu
-from launcher import recipe as recipes
-from launcher.engine import checkpoint
+from launcher import cli
+from launcher.engine.checkpoints import checkpoint
 from launcher.engine.device import num_cores
 from launcher.errors import UsageError
-from launcher.files import write_json_atomic
-from launcher.history import events
-from launcher.recipe import DataConfig, LaunchConfig, ModelConfig, PostConfig, Recipe
-from launcher.run_dir import RunDir
+from launcher.recipe import load as recipes
+from launcher.recipe.schema import DataConfig, LaunchConfig, ModelConfig, PostConfig, Recipe
+from launcher.runs.history import events
+from launcher.runs.run_dir import RunDir
+from launcher.system import cpu as host_cpu
+from launcher.system.files import write_json_atomic
 from launcher.tools import evaluate, export, quantize
 
 if TYPE_CHECKING:

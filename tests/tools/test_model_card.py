@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from launcher import recipe as recipes
-from launcher import report
-from launcher.engine import checkpoint
+from launcher.engine.checkpoints import checkpoint
 from launcher.engine.model import build_model, build_preprocessing
-from launcher.files import write_json_atomic
-from launcher.recipe import DataConfig, LaunchConfig, ModelConfig, PostConfig, Recipe
-from launcher.run_dir import RunDir
+from launcher.recipe import load as recipes
+from launcher.recipe.schema import DataConfig, LaunchConfig, ModelConfig, PostConfig, Recipe
+from launcher.report import build as report
+from launcher.runs.run_dir import RunDir
+from launcher.system.files import write_json_atomic
 from launcher.tools import evaluate, export
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from launcher import host_cpu
+from launcher.system import cpu as host_cpu
 from launcher.tools import onnx_model, quantize
 
 pytestmark = pytest.mark.skipif(not host_cpu.saturates_int8(), reason="this CPU has VNNI: nothing overflows")

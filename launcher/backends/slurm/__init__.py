@@ -1,0 +1,1 @@
+"""A run as a SLURM job: admitted, submitted, followed; the task that each node runs."""

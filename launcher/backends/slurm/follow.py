@@ -1,0 +1,149 @@
+"""Follow SLURM jobs from the terminal, and say how they have ended."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from launcher.backends.slurm import client as slurm_client
+from launcher.backends.slurm import job_end
+from launcher.errors import (
+    EXIT_PREFLIGHT,
+    EXIT_RESUMABLE,
+    InterruptedRunError,
+    LaunchError,
+    PreflightError,
+    TrainingError,
+)
+from launcher.runs import diagnose, whereabouts
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from launcher.backends.slurm.client import JobState
+    from launcher.runs.run_dir import RunDir
+
+POLL_S = 2.0
+MAX_FAILURES, PAUSE_S = 60, 10.0
+SAFE_S = 5
+"""How far the clocks of the controller and a node may be apart for a requeued job to start again early."""
+
+
+def follow(job_id: str, log: Path) -> None:
+    """Show a job's log, and what becomes of the job, until it is over."""
+    shown: JobState | None = None
+    position, has_run = 0, False
+    while True:
+        state = _states([job_id])[job_id]
+        position = _print_from(log, position)
+        if state != shown and state.state in ("PENDING", "RUNNING"):
+            reason = f" ({state.reason})" if state.reason not in ("", "None") else ""
+            where = f" on {state.nodes}" if state.nodes else reason
+            print(f"job {job_id} {state.state.lower()}{where}", flush=True)
+            if has_run and state.reason == "BeginTime":
+                _start_early(job_id)
+        has_run |= state.state == "RUNNING"
+        shown = state
+        if state.over:
+            _print_from(log, position)
+            return
+        time.sleep(POLL_S)
+
+
+def _start_early(job_id: str) -> None:
+    """Have a requeued job start as soon as it can.
+
+    SLURM has it wait until the credentials of its last start have expired, two minutes by default. The nodes take new
+    ones before, so long as these are the younger ones by the nodes' own clocks.
+    """
+    with contextlib.suppress(slurm_client.SlurmError):  # then it waits
+        slurm_client.run("scontrol", "update", f"JobId={job_id}", f"StartTime=now+{SAFE_S}")
+
+
+def follow_all(runs: Mapping[str, RunDir], posts: Mapping[str, RunDir]) -> None:
+    """One line for each change of a job's state, until all jobs are over; then each run's state says so too.
+
+    Args:
+        runs: by the jobs that train them.
+        posts: by the jobs that make their exports.
+    """
+    names = {job_id: f"{run.path.name}: job {job_id}" for job_id, run in runs.items()}
+    names |= {job_id: f"{run.path.name}: exports: job {job_id}" for job_id, run in posts.items()}
+    states: dict[str, JobState] = {}
+    while True:
+        for job_id, state in _states([name for name in names if name not in states or not states[name].over]).items():
+            if job_id not in states or states[job_id].state != state.state:
+                print(f"{names[job_id]} {state.state.lower()}", flush=True)
+            states[job_id] = state
+        if all(state.over for state in states.values()):
+            break
+        time.sleep(POLL_S)
+    for job_id, run in runs.items():
+        whereabouts.settle(run, states[job_id])
+
+
+def _states(job_ids: Sequence[str]) -> dict[str, JobState]:
+    """The jobs' states; waits for a controller that does not answer for a while, as when it is restarted."""
+    for _ in range(MAX_FAILURES):
+        try:
+            return slurm_client.job_states(job_ids)
+        except slurm_client.SlurmError as error:
+            print(f"SLURM does not answer, asking again: {error}", file=sys.stderr, flush=True)
+            time.sleep(PAUSE_S)
+    return slurm_client.job_states(job_ids)
+
+
+def _print_from(file: Path, position: int) -> int:
+    """Print what was appended to a file since ``position``; return the new one."""
+    try:
+        with file.open("rb") as stream:
+            stream.seek(position)
+            text = stream.read()
+    except FileNotFoundError:
+        return position
+    sys.stdout.buffer.write(text)
+    sys.stdout.flush()
+    return position + len(text)
+
+
+def conclude(run: RunDir, job_id: str) -> None:
+    """Return where a run's job, which is over, has ended well.
+
+    Raises:
+        LaunchError: it has not; says how, and what to do.
+    """
+    job = _states([job_id])[job_id]
+    state = whereabouts.settle(run, job)
+    is_trained = state in whereabouts.TRAINED
+    if is_trained and job.state in ("COMPLETED", "UNKNOWN"):
+        return
+    if is_trained and job.state == "CANCELLED":
+        raise InterruptedRunError(f"job {job_id} was cancelled after training; its exports: launch export {run}")
+    if state == "cancelled":
+        raise InterruptedRunError(f"job {job_id} was cancelled; go on with: launch resume {run}")
+    if state == "preempted" and (job.state != "FAILED" or slurm_client.exit_code(job_id) == EXIT_RESUMABLE):
+        raise InterruptedRunError(f"job {job_id} ended as {job.state}; go on with: launch resume {run}")
+    raise _error(job_id)(f"job {job_id} ended as {job.state}\n{diagnose.explain(run, job)}\nmore: launch why {run}")
+
+
+def _error(job_id: str) -> type[LaunchError]:
+    return PreflightError if slurm_client.exit_code(job_id) == EXIT_PREFLIGHT else TrainingError
+
+
+def conclude_post(run: RunDir, job_id: str) -> None:
+    """The same for the job that makes the exports.
+
+    Raises:
+        LaunchError: it has not ended well.
+    """
+    job = _states([job_id])[job_id]
+    if job.state in ("COMPLETED", "UNKNOWN"):
+        return
+    cure = f"training is complete; make the exports by: launch export {run}"
+    if job.state == "CANCELLED":
+        raise InterruptedRunError(f"job {job_id}, which was to make the exports, was cancelled; {cure}")
+    words = "\n".join(job_end.last_words(run, job_id))
+    raise TrainingError(f"job {job_id}, which was to make the exports, ended as {job.state}\n{words}\n{cure}")

@@ -1,0 +1,1 @@
+"""Checkpoints: copied off the device, written, verified, read."""

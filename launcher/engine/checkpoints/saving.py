@@ -1,0 +1,112 @@
+"""When checkpoints are made and gone back to, of which training state, and who hears of it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from launcher.engine.checkpoints import checkpoint as checkpoints
+
+if TYPE_CHECKING:
+    from launcher.engine.recorder import Recorder
+    from launcher.engine.setup import Parts
+    from launcher.engine.state import TrainingState
+
+
+class Saving:
+    """Every rank has one, and calls it at the same steps; rank 0's writes.
+
+    Args:
+        parts: what is trained.
+        state: of the training.
+        recorder: on rank 0.
+    """
+
+    def __init__(self, parts: Parts, state: TrainingState, recorder: Recorder | None) -> None:
+        self._parts = parts
+        self._state = state
+        self._recorder = recorder
+        self._config = parts.recipe.train.checkpoint
+        self._writer = self._build_writer() if recorder else None
+        self._saved_at = time.monotonic()
+        self._saved_step = 0
+
+    def save(self, *, best: bool) -> None:
+        """Have rank 0 write a checkpoint; every rank takes part in adding up the running sums."""
+        checkpoint = self._state.capture()
+        self._saved_at, self._saved_step = time.monotonic(), self._state.step
+        if self._writer and checkpoint:
+            self._writer.save(checkpoint, best=best)
+
+    def is_due(self, *, wished: bool) -> bool:
+        """Whether to save after this step: it is the turn of one, or some rank ``wished`` for it by the clock."""
+        step, every = self._state.step, self._config.every_steps
+        return step > self._saved_step and (wished or (every is not None and step % every == 0))
+
+    @property
+    def wish(self) -> bool:
+        """Whether by this rank's clock it is time; ranks have to agree on that."""
+        minutes = self._config.every_minutes
+        return minutes is not None and time.monotonic() - self._saved_at > minutes * 60
+
+    def wait(self) -> None:
+        """Until all that was saved is on the disk.
+
+        Raises:
+            CheckpointError: the disk did not take it.
+        """
+        if self._writer:
+            self._writer.wait()
+
+    def finish(self, *, again: bool) -> None:
+        """As :meth:`wait`; where the run goes on ``again`` later, what is not on the disk is but told."""
+        try:
+            self.wait()
+        except checkpoints.CheckpointError as error:
+            if not again:
+                raise
+            if self._recorder:
+                self._recorder.say(f"{error}; the run goes on from the one before it")
+
+    def restore(self) -> bool:
+        """Go on from the newest checkpoint that is whole; rank 0 chooses, so that all take the same."""
+        run, state = self._parts.run, self._state
+        found = [checkpoints.load_newest(run) if self._recorder else None]
+        chosen = [found[0].step if found[0] else None]
+        dist.broadcast_object_list(chosen, src=0)
+        if chosen[0] is None:
+            return False
+        state.restore(found[0] or checkpoints.load(run.checkpoint(chosen[0])))
+        self._saved_step = state.step
+        if self._writer:
+            best = state.best.best
+            with contextlib.suppress(OSError):  # a full disk
+                self._writer.go_on(state.step, best=best["step"] if best else None)
+        if self._recorder:
+            self._recorder.resumed(
+                epoch=state.epoch, step=state.step, offset=state.offset, num_steps=self._parts.num_steps
+            )
+        return True
+
+    def _build_writer(self) -> checkpoints.CheckpointWriter:
+        return checkpoints.CheckpointWriter(
+            self._parts.run,
+            keep=self._config.keep,
+            on_written=self._written,
+            on_failed=self._not_written,
+            on_done=self._state.release,
+        )
+
+    def _written(self, step: int, seconds: float, size_mb: float, best: bool) -> None:  # noqa: FBT001  a callback
+        if self._recorder:
+            self._recorder.event(
+                "checkpoint", step=step, seconds=round(seconds, 3), size_mb=round(size_mb, 3), best=best
+            )
+
+    def _not_written(self, step: int, problem: str) -> None:
+        if self._recorder:
+            self._recorder.event("checkpoint_failed", step=step, message=problem)
+            self._recorder.say(f"{problem}; training goes on, and it is tried again")

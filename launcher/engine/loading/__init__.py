@@ -1,0 +1,1 @@
+"""Images into batches: decoded, handed over by loader processes."""

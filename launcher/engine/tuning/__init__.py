@@ -1,0 +1,1 @@
+"""``batch.size: auto``: which batch each rank takes, measured before training."""

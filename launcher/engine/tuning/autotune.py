@@ -1,0 +1,254 @@
+"""``batch.size: auto``: each rank measures, before it touches its device, and then all agree on how samples are dealt.
+
+What was found is kept in the run directory (``tuning.json``): a run that goes on keeps its batch sizes, unless its
+devices are others. It is also kept in a cache for other runs of the same kind on the same kind of device.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import socket
+import time
+from dataclasses import asdict
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from launcher.engine import data
+from launcher.engine.schedule import Batching
+from launcher.engine.tuning import cache as tuning_cache
+from launcher.engine.tuning.batch_search import Attempt, BatchSearch, Found, NothingFitsError
+from launcher.engine.tuning.batch_shares import RankBatch, deal
+from launcher.engine.tuning.child import TooSlowError
+from launcher.engine.tuning.rank_probes import RankProbes
+from launcher.errors import TrainingError, UsageError
+from launcher.system.files import write_json_atomic
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from launcher.engine.device import Device
+    from launcher.engine.distributed import Ranks
+    from launcher.engine.setup import DataSets
+    from launcher.engine.tuning.probe import Probe
+    from launcher.recipe.schema import Recipe
+    from launcher.runs.run_dir import RunDir
+    from launcher.system.memory import FreeMemory
+
+AGREE_TIMEOUT_S = 1800
+"""For how long ranks wait for the one whose probes take longest."""
+MARGIN = 0.05
+"""Part of the memory that is left alone: in hours of training memory falls to pieces more than in a few steps."""
+MIN_STEPS_PER_EPOCH = 10
+"""However fast a batch would be: of a few steps nothing is learned."""
+LOADER_BYTES = 64 << 20
+"""What a loader process takes for itself, beside its batches."""
+NCCL_BYTES = 512 << 20
+"""What NCCL takes for its channels to other ranks, of which a probe has none."""
+CHECKPOINT_COPIES = 4
+"""On the host: one is written, one waits, one is the best; and what the files are made of."""
+CURE = "lower data.image_size, freeze layers (model.freeze), take a smaller model.arch, or give each worker more memory"
+
+
+class StoppedError(Exception):
+    """The run was asked to stop before it had begun to train."""
+
+
+def tune_rank(
+    run: RunDir,
+    recipe: Recipe,
+    ranks: Ranks,
+    device: Device,
+    data_sets: DataSets,
+    *,
+    fresh: bool,
+    stop: Callable[[], bool],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """What this rank has to say to the others: the batch size that is best for it, or why there is none.
+
+    Leaves this process as it was: all is tried in children.
+
+    Args:
+        run: of which recipe.
+        recipe: that recipe.
+        ranks: who this is.
+        device: not touched yet.
+        data_sets: of the run.
+        fresh: measure, whatever is known.
+        stop: whether this rank was asked to stop.
+        say: takes a line for the user.
+
+    Returns:
+        JSON: rank, host, device, total_bytes, free_bytes, budget_bytes, limit, batch_size, max_size, images_per_s,
+        needed_bytes, attempts, compared, num_probes, workers, threads, loading, seconds, and from: ``run``, ``cache``
+        or ``probes``; or ``{"stopped": true}``; or ``{error, kind}``, of kind usage or training.
+    """
+
+    def heed_stop() -> None:
+        if stop():
+            raise StoppedError
+
+    who = {"rank": ranks.rank, "host": socket.gethostname()}
+    probes = RankProbes(run, recipe, ranks, device, data_sets, heed_stop=heed_stop, say=say)
+    try:
+        facts = probes.facts()
+        known = who | {"device": facts.name, "total_bytes": facts.total_bytes}
+        kept = None if fresh else _kept(run, known, ranks)
+        if kept:
+            return kept | {"from": "run"}
+        most = _max_size(recipe, ranks, data_sets)
+        key = tuning_cache.key(recipe, facts, data_sets, ranks, most)
+        loading = tuning_cache.loading_key(recipe, data_sets)
+        budget = budget_bytes(facts.free)
+        cached = None if fresh else tuning_cache.read(key, budget)
+        if cached:
+            if cached.get("loading") != loading:  # an earlier version's has none
+                cached |= probes.split(cached["batch_size"], cached["images_per_s"])
+            return cached | who | {"loading": loading, "from": "cache"}
+        start = time.monotonic()
+        search = BatchSearch(
+            probes.measure,
+            compare=probes.compare,
+            needed=functools.partial(needed_bytes, recipe=recipe, ranks=ranks, device=device, data_sets=data_sets),
+            budget_bytes=budget,
+            objective=recipe.batch.objective,
+            max_size=most,
+        )
+        found = search.run()
+        assert found.chosen.probe  # noqa: S101  it ran
+        split = probes.split(found.chosen.batch_size, found.chosen.probe.images_per_s)
+        report = known | {"free_bytes": facts.free.num_bytes, "budget_bytes": budget, "limit": facts.free.limit}
+        report |= _describe(found) | split | {"loading": loading, "seconds": round(time.monotonic() - start, 2)}
+        tuning_cache.write(key, report)
+        return report | {"from": "probes"}
+    except StoppedError:
+        return who | {"stopped": True}
+    except NothingFitsError as error:
+        return who | {"error": f"{error} ({facts.free.limit}); {CURE}", "kind": "usage"}
+    except (TrainingError, TooSlowError) as error:
+        return who | {"error": str(error), "kind": "training"}
+
+
+def agree(run: RunDir, recipe: Recipe, ranks: Ranks, own: dict[str, Any], say: Callable[[str], None]) -> Batching:
+    """Exchange what the ranks found and decide, the same on every rank; rank 0 keeps it in the run.
+
+    Args:
+        run: of the recipe.
+        recipe: what is trained.
+        ranks: who this is.
+        own: what :func:`tune_rank` gave.
+        say: takes a line for the user, on rank 0.
+
+    Raises:
+        UsageError: on some rank nothing fits.
+        TrainingError: some rank could not measure.
+        StoppedError: some rank was asked to stop.
+    """
+    # All may come late: nobody's collectives may run out of time for it.
+    group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=AGREE_TIMEOUT_S))
+    found: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(found, own, group=group)
+    errors = [one for one in found if "error" in one]
+    if errors:
+        text = "; ".join(f"rank {one['rank']} on {one['host']}: {one['error']}" for one in errors[:3])
+        text += f"; and {len(errors) - 3} other ranks" if len(errors) > 3 else ""  # noqa: PLR2004
+        raise (UsageError if errors[0]["kind"] == "usage" else TrainingError)(text)
+    if any("stopped" in one for one in found):
+        raise StoppedError
+    if all(one["from"] == "run" for one in found):
+        return _read(run)
+    batching = deal(
+        [RankBatch(**{name: one[name] for name in RankBatch.__dataclass_fields__}) for one in found],
+        global_size=recipe.batch.global_size,
+        accumulate=recipe.batch.accumulate,
+    )
+    if ranks.rank == 0:
+        scaled = recipe.optim.lr_batch_size or recipe.batch.global_size
+        hint = "" if scaled else f"; optim.lr={recipe.optim.lr:g} is not scaled to it (optim.lr_batch_size)"
+        say(f"batch sizes {_brief(batching.batch_sizes)}, global batch {batching.global_batch_size}{hint}")
+        write_json_atomic(run.tuning, {"version": 1, "batching": asdict(batching), "ranks": found}, durable=True)
+        run.append_event(
+            "tuned",
+            batch_sizes=list(batching.batch_sizes),
+            shares=list(batching.shares),
+            global_batch_size=batching.global_batch_size,
+        )
+    dist.barrier(group=group)
+    return batching
+
+
+def _brief(sizes: tuple[int, ...]) -> str:
+    """``64 x 8`` for eight of them."""
+    return ", ".join(f"{size} x {len(list(same))}" for size, same in itertools.groupby(sizes))
+
+
+def budget_bytes(free: FreeMemory) -> int:
+    """How much of what is free training may take."""
+    return int(free.num_bytes * (1 - MARGIN))
+
+
+def needed_bytes(measured: Probe, *, recipe: Recipe, ranks: Ranks, device: Device, data_sets: DataSets) -> int:
+    """What training takes on the device, of which ``measured`` is the part that a probe can see."""
+    if device.is_cuda:
+        return measured.memory_bytes + (NCCL_BYTES if ranks.world_size > 1 else 0)
+    workers = data.num_loader_workers(recipe.data, ranks)
+    image = 3 * data_sets.preprocessing.image_size**2
+    loaded = data.PREFETCH * workers + 3  # batches: those ahead, the next step's, the one in use, the one that is made
+    checkpoints = CHECKPOINT_COPIES * measured.state_bytes if ranks.rank == 0 else 0
+    return measured.memory_bytes + workers * LOADER_BYTES + loaded * measured.batch_size * image + checkpoints
+
+
+def _max_size(recipe: Recipe, ranks: Ranks, data_sets: DataSets) -> int:
+    """The step that the recipe asks for is the most a rank can have of it; else an epoch is to have some steps."""
+    most = recipe.batch.global_size or len(data_sets.train) // (ranks.world_size * MIN_STEPS_PER_EPOCH)
+    return max(1, min(most, len(data_sets.train)))
+
+
+def _describe(found: Found) -> dict[str, Any]:
+    chosen = found.chosen.probe
+    assert chosen  # noqa: S101  it ran
+    return {
+        "batch_size": found.chosen.batch_size,
+        "max_size": found.largest.batch_size,
+        "images_per_s": round(chosen.images_per_s, 2),
+        "needed_bytes": found.largest.needed_bytes,
+        "attempts": [_row(one) for one in found.attempts],
+        "compared": list(found.compared),
+        "num_probes": found.num_probes,
+    }
+
+
+def _row(attempt: Attempt) -> dict[str, Any]:
+    speed = round(attempt.probe.images_per_s, 2) if attempt.probe else None
+    return {
+        "batch_size": attempt.batch_size,
+        "images_per_s": speed,
+        "needed_bytes": attempt.needed_bytes,
+        "problem": attempt.problem,
+    }
+
+
+def _kept(run: RunDir, known: dict[str, Any], ranks: Ranks) -> dict[str, Any] | None:
+    """What this rank found in an earlier attempt of the run, if it has such a device again among as many ranks."""
+    try:
+        found = json.loads(run.tuning.read_text(encoding="utf-8"))["ranks"]
+    except FileNotFoundError:
+        return None
+    if len(found) != ranks.world_size:
+        return None
+    own: dict[str, Any] = found[ranks.rank]
+    same = all(own[name] == known[name] for name in ("device", "total_bytes"))
+    return own if same else None
+
+
+def _read(run: RunDir) -> Batching:
+    kept = json.loads(run.tuning.read_text(encoding="utf-8"))["batching"]
+    return Batching(
+        batch_sizes=tuple(kept["batch_sizes"]),
+        shares=tuple(kept["shares"]),
+        global_batch_size=kept["global_batch_size"],
+    )

@@ -1,0 +1,80 @@
+"""What was measured of batch sizes, kept for later runs of the same kind on the same kind of device."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torchvision
+
+from launcher.images import folder as image_folder
+from launcher.system.files import write_json_atomic
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from launcher.engine.distributed import Ranks
+    from launcher.engine.setup import DataSets
+    from launcher.engine.tuning.rank_probes import DeviceFacts
+    from launcher.recipe.schema import Recipe
+
+SAME_BUDGET = 0.05
+"""How much the memory may differ from that of then."""
+
+
+def key(recipe: Recipe, facts: DeviceFacts, data_sets: DataSets, ranks: Ranks, max_size: int) -> str:
+    """Of all that speed and memory depend on, and the search."""
+    model = asdict(recipe.model)
+    del model["weights"]
+    values = {
+        "device": [facts.name, facts.total_bytes],
+        "model": model,
+        "classes": len(data_sets.train.classes),
+        "image_size": data_sets.preprocessing.image_size,
+        "precision": facts.precision,
+        "channels_last": recipe.train.channels_last,
+        "optimizer": [recipe.optim.name, recipe.optim.momentum > 0],
+        "clip": recipe.train.clip_grad_norm is not None,
+        "last_epoch": recipe.train.epochs if recipe.model.unfreeze else None,
+        "batch": [recipe.batch.objective, max_size],
+        "role": [ranks.rank == 0, ranks.world_size > 1, ranks.local_world_size],
+        "cores": [recipe.data.workers, recipe.launch.threads],
+        "versions": [importlib.metadata.version("finetune-launcher"), torch.__version__, torchvision.__version__],
+    }
+    return _digest(values)
+
+
+def loading_key(recipe: Recipe, data_sets: DataSets) -> str:
+    """Of what the speed of loading depends on besides: how cores are best shared follows from it."""
+    return _digest([recipe.data.path, data_sets.train.digest, recipe.data.augment])
+
+
+def read(found_key: str, budget_bytes: int) -> dict[str, Any] | None:
+    """What was found then, if there is as much memory as there was."""
+    try:
+        found: dict[str, Any] = json.loads(_file(found_key).read_text(encoding="utf-8"))
+        near = abs(budget_bytes / found["budget_bytes"] - 1) <= SAME_BUDGET
+        fits = near and found["needed_bytes"] <= budget_bytes
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError):  # no file, or one of something else
+        return None
+    return found if fits else None
+
+
+def write(found_key: str, report: dict[str, Any]) -> None:
+    """Keep it; a cache that cannot be written is none."""
+    with contextlib.suppress(OSError):
+        _file(found_key).parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(_file(found_key), report)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _file(found_key: str) -> Path:
+    return image_folder.cache_dir() / "batch-sizes" / f"{found_key}.json"

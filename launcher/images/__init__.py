@@ -1,0 +1,1 @@
+"""Folders of images: found, looked through, cached. Nothing here needs torch."""

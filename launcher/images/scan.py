@@ -1,0 +1,248 @@
+"""Looks through the images of a data folder once: what cannot be decoded, what is unusual, what is there twice."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from launcher.images import cache as image_scan_cache
+from launcher.images import folder as image_folder
+from launcher.images import left_out as image_left_out
+from launcher.images import levels as image_levels
+from launcher.images import walk as image_walk
+from launcher.images.folder import printable
+from launcher.images.pool import ProbePool
+from launcher.system import cores as host_cores
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Sequence
+    from pathlib import Path
+
+    from launcher.images.cache import Entries, Stamp
+    from launcher.images.probe import Answer
+
+CURES = {
+    "unreadable": "mend its permissions, its name or the disk",
+    "empty": "copy it again, or remove it",
+    "not_an_image": "remove it, or give it the ending that it should have",
+    "truncated": "copy it again, or remove it",
+    "damaged": "copy or save it again, or remove it",
+    "bomb": "scale it down, or remove it",
+    "crashes_decoder": "save it again by another program, or remove it",
+    "not_finite": "write numbers in their place, or remove it",
+    "grey_range": "say what is black and white: data.grey_range=[0, 4095] where 12 bits were used, [0, 65535] where "
+    "images of 16 bits are that dark",
+}
+"""What can be bad about a file, and what to do."""
+NOTES = {
+    "cmyk": "CMYK, turned into RGB",
+    "16_bit": "more than 8 bits per channel, scaled to 8",
+    "palette": "with a palette, turned into RGB",
+    "floats": "of floats, scaled to 8 bits",
+    "rgba": "with transparency, composited on data.background",
+    "invisible": "wholly transparent, so that only data.background is seen",
+    "narrow": "more than 8 times as long as wide, of which only the centre is seen",
+    "exif_rotated": "turned or mirrored as their EXIF data say",
+    "animated": "with several frames or pages, of which the first counts",
+}
+"""What the engine does about files that are unusual but good."""
+NOT_CACHED = ("unreadable", "crashes_decoder")
+"""What may be over without a change of the file."""
+FILES_PER_WORKER = 100
+PROGRESS_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScannedImage:
+    """One file, as it was found."""
+
+    path: str
+    """Relative to the data folder."""
+    split: str
+    """train or val."""
+    class_name: str
+    """Its class folder."""
+    digest: str
+    """Hash of its content; empty where it cannot be read."""
+    kind: str | None
+    """What is bad about it, a key of CURES; None: nothing."""
+    message: str
+    """The same in words."""
+    notes: tuple[str, ...]
+    """What is unusual about it, keys of NOTES."""
+
+    @property
+    def cure(self) -> str:
+        """What to do about a bad one."""
+        return CURES[str(self.kind)]
+
+    def __str__(self) -> str:
+        return f"{printable(self.path)}: {str(self.kind).replace('_', ' ')}: {self.message}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scan:
+    """A data folder, looked through."""
+
+    folder: Path
+    """It holds train/ and val/."""
+    images: list[ScannedImage]
+    """All of them, in the order in which they are listed."""
+    num_read: int
+    """How many had to be read; the rest was known."""
+    warnings: list[str]
+    """What went wrong beside the images."""
+    left_out: list[str] = field(default_factory=list)
+    """What lies in the folder and is not trained on, a sentence each."""
+    levels: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Kinds of images with more than 8 bits, each with the lowest and the highest value of them all."""
+
+    @property
+    def bad(self) -> list[ScannedImage]:
+        """Images that cannot be trained on."""
+        return [image for image in self.images if image.kind]
+
+    def class_counts(self, split: str) -> Counter[str]:
+        """Good images of each class, 0 too, in the order of the classes."""
+        counts = Counter(dict.fromkeys(image_folder.find_classes(self.folder / split), 0))
+        counts.update(image.class_name for image in self.images if image.split == split and not image.kind)
+        return counts
+
+    def noted(self) -> dict[str, list[str]]:
+        """Paths of the images that each note is about; only notes that there are."""
+        found = {
+            note: [image.path for image in self.images if note in image.notes]
+            for note in {note for image in self.images for note in image.notes}
+        }
+        return {note: found[note] for note in NOTES if note in found}
+
+    def leaks(self) -> list[tuple[str, str]]:
+        """Validation images whose very bytes are a training image too: (training path, validation path)."""
+        train = {image.digest: image.path for image in self.images if image.split == "train" and not image.kind}
+        val = (image for image in self.images if image.split == "val" and not image.kind)
+        return [(train[image.digest], image.path) for image in val if image.digest in train]
+
+    def contradictions(self) -> list[list[str]]:
+        """Training images with the same bytes in different classes."""
+        same: dict[str, list[ScannedImage]] = {}
+        for image in self.images:
+            if image.split == "train" and not image.kind:
+                same.setdefault(image.digest, []).append(image)
+        return [[i.path for i in group] for group in same.values() if len({i.class_name for i in group}) > 1]
+
+
+def scan(
+    folder: Path,
+    *,
+    grey_range: Sequence[float] | None = None,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Scan:
+    """Look through both splits of ``folder``; files that were seen before and have not changed are not read again.
+
+    Args:
+        folder: holds train/ and val/; a split that is missing has no images.
+        grey_range: the recipe's ``data.grey_range``; None: auto.
+        workers: processes that decode; None: one a core, fewer where there is little to do.
+        progress: told how many of how many files are read, twice a second at least; what it raises ends the scan, and
+            what was found until then is remembered.
+    """
+    listed, left_out = _list(folder)
+    entries = image_scan_cache.load(folder)
+    stamps = {path: _stamp(f"{folder}/{path}") for path, _, _ in listed}
+    new = [path for path, stamp in stamps.items() if path not in entries or entries[path][0] != stamp]
+    warnings: list[str] = []
+    try:
+        with contextlib.closing(_read(folder, new, workers, progress)) as found:
+            for path, answer in found:
+                entries[path] = stamps[path], answer
+    finally:
+        if new:
+            warnings += _save(folder, {path: entries[path] for path in stamps if path in entries})
+    levels = {path: entries[path][1][4] for path, _, _ in listed}
+    problem = image_levels.judge(levels.values(), grey_range)
+    images = []
+    for path, split, class_name in listed:
+        digest, kind, message, notes, _ = entries[path][1]
+        if unfit := problem(levels[path]):
+            kind, message = "grey_range", unfit
+        image = ScannedImage(
+            path=path, split=split, class_name=class_name, digest=digest, kind=kind, message=message, notes=notes
+        )
+        images.append(image)
+    return Scan(
+        folder=folder,
+        images=images,
+        num_read=len(new),
+        warnings=warnings,
+        left_out=left_out,
+        levels=image_levels.span(levels.values()),
+    )
+
+
+def show_progress() -> Callable[[int, int], None]:
+    """Progress for people: a line every few seconds, on standard error."""
+    next_line = time.monotonic() + PROGRESS_S
+
+    def show(done: int, total: int) -> None:
+        nonlocal next_line
+        if time.monotonic() > next_line:
+            next_line += PROGRESS_S
+            print(f"checking the images: {done:,} of {total:,} are read", file=sys.stderr, flush=True)
+
+    return show
+
+
+def _list(folder: Path) -> tuple[list[tuple[str, str, str]], list[str]]:
+    """Relative path, split and class of every image; and what was left out, in words."""
+    images, left_out = [], image_left_out.describe_spellings(folder)
+    for split in image_folder.SPLITS:
+        if (folder / split).is_dir():
+            classes = image_folder.find_classes(folder / split)
+            found, others = image_folder.walk(folder / split, classes)
+            images += [(image_folder.relative(path, folder), split, classes[label]) for path, label in found]
+            left_out += image_left_out.describe_left_out(folder / split, others)
+    seen = {split: {image_walk.composed(name) for _, s, name in images if s == split} for split in image_folder.SPLITS}
+    if unmeasured := sorted(seen["train"] - seen["val"]) if seen["val"] else []:
+        left_out.append(f"val/: no image of {image_folder.few(unmeasured)}; what is learned of them is not measured")
+    return images, left_out
+
+
+def _stamp(file: str) -> Stamp:
+    with contextlib.suppress(OSError):
+        found = os.stat(file)  # noqa: PTH116  a million times
+        return found.st_size, found.st_mtime_ns
+    return -1, -1
+
+
+def _read(
+    folder: Path, paths: list[str], workers: int | None, progress: Callable[[int, int], None] | None
+) -> Generator[tuple[str, Answer]]:
+    """Have files looked into by processes; in the order in which they are done."""
+    if not paths:
+        return
+    num = workers or max(1, min(host_cores.num_cores(), len(paths) // FILES_PER_WORKER))
+    absolute = {f"{folder}/{path}": path for path in paths}
+    done = 0
+    with ProbePool(absolute, workers=num) as pool:
+        for answers in pool.answers():
+            yield from ((absolute[path], answer) for path, answer in answers)
+            done += len(answers)
+            if progress:
+                progress(done, len(paths))
+
+
+def _save(folder: Path, entries: Entries) -> list[str]:
+    """Remember the answers; where that cannot be, return what to say about it."""
+    lasting = {path: entry for path, entry in entries.items() if entry[1][1] not in NOT_CACHED}
+    try:
+        image_scan_cache.save(folder, lasting)
+    except OSError as error:
+        what = f"{image_scan_cache.file_of(folder)}: cannot be written ({error.strerror})"
+        return [f"{what}, so all images are read again next time; FINETUNE_LAUNCHER_CACHE names another folder"]
+    return []

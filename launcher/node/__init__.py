@@ -1,0 +1,1 @@
+"""What runs once a node: the supervisor, torch's elastic agent, the watchdog, the preflight."""

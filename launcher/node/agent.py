@@ -1,0 +1,219 @@
+"""torch's elastic agent on one node: workers are forked from a process that has imported torch and torchvision once.
+
+Measured against torchrun, which imports them in every worker: README, "Start-up".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import logging
+import operator
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from launcher.node.agent_thread import AgentThread, LeftError, ask_for_lost
+from launcher.node.peers import Peers
+from launcher.node.watchdog import Heartbeats, Watchdog
+from launcher.runs import diagnose, history
+from launcher.runs.run_dir import ATTEMPT_VARIABLE, MEMORY_KILLS_VARIABLE
+from launcher.system import memory as host_memory
+from launcher.system import network, processes
+from launcher.system.log_cap import LogCap
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.api import LogsDest
+    from torch.distributed.launcher.api import LaunchConfig
+
+    from launcher.node.signals import StopSignals
+    from launcher.runs.run_dir import RunDir
+
+SHUTDOWN_S = 10
+JOIN_TIMEOUT_S = 900
+
+
+class WorkersFailedError(Exception):
+    """The workers failed for good; ``attempt`` is the number of the last start."""
+
+    def __init__(self, attempt: int, reason: str) -> None:
+        super().__init__(reason)
+        self.attempt = attempt
+
+
+class _NoRestartError(Exception):
+    """Starting the workers again would not help."""
+
+
+def run_workers(
+    run: RunDir, plan: dict[str, Any], *, node_rank: int, first_attempt: int, stop: StopSignals
+) -> dict[int, str]:
+    """Start this node's workers and restart them when one dies, up to the plan's ``max_restarts``.
+
+    Args:
+        run: the run directory.
+        plan: its ``plan.json``.
+        node_rank: which node this is.
+        first_attempt: number of the first start.
+        stop: whether a stop was asked for.
+
+    Returns:
+        Each local worker's outcome, by global rank.
+
+    Raises:
+        WorkersFailedError: they failed, and no restart is left or would help.
+        LeftError: this node left a wait for others, as ``stop`` says.
+    """
+    # The only import of torch on this node; torchvision brings the rest of what a worker needs.
+    with processes.importing():
+        worker_main = importlib.import_module("launcher.engine.worker").worker_main
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.elastic.rendezvous.api import RendezvousError
+        from torch.distributed.launcher.api import elastic_launch
+
+    _log_to_file(run, node_rank)
+    if plan["nodes"] == 1:
+        _meet_at_once()
+    beats = Heartbeats(plan["procs_per_node"])
+    logs = _attempt_logs(run, node_rank=node_rank, first_attempt=first_attempt, stop=stop, beats=beats)
+    watchdog = Watchdog(
+        run,
+        beats,
+        timeout_s=plan["hang_timeout_s"],
+        node_rank=node_rank,
+        attempt=lambda: int(logs.attempt),
+    )
+    config = _config(plan, node_rank, logs)
+    agent = AgentThread(lambda: elastic_launch(config, worker_main)(str(run.path), beats))
+    peers = Peers(plan, node_rank=node_rank)
+    capped = LogCap(lambda: [run.rank_log(logs.attempt, int(rank)) for rank in logs.ranks])
+    try:
+        with watchdog, peers, capped:
+            try:
+                outcomes = agent.attend(run, stop, peers, beats)
+            except (ChildFailedError, _NoRestartError):
+                if plan["nodes"] > 1 and diagnose.cause_of_end(run, logs.attempt)[0] == "lost_worker":
+                    ask_for_lost(stop, peers)
+                raise
+    except RendezvousError as error:
+        if plan["nodes"] == 1:
+            raise WorkersFailedError(logs.attempt, str(error).splitlines()[0]) from error
+        stop.request(reason=peers.why_apart(), cause="lost_node")
+        raise LeftError from None
+    except (ChildFailedError, _NoRestartError) as error:
+        with contextlib.suppress(OSError):  # a full disk
+            logs.note_kill()
+        raise WorkersFailedError(logs.attempt, str(error).splitlines()[0]) from error
+    return outcomes
+
+
+def _config(plan: dict[str, Any], node_rank: int, logs: Any) -> LaunchConfig:
+    """What torch's agent is told."""
+    from torch.distributed.launcher.api import LaunchConfig
+
+    options: dict[str, Any] = {
+        "min_nodes": plan["nodes"],
+        "max_nodes": plan["nodes"],
+        "nproc_per_node": plan["procs_per_node"],
+        "logs_specs": logs,
+        "run_id": plan["run_id"],
+        "role": "worker",
+        "rdzv_backend": "c10d",
+        "rdzv_endpoint": plan["rdzv_endpoint"],
+        # Told, not guessed: comparing host names finds nodes that are not "me" (pytorch#73656).
+        "rdzv_configs": {
+            "is_host": node_rank == 0,
+            **dict.fromkeys(("timeout", "join_timeout", "read_timeout"), JOIN_TIMEOUT_S),
+        },
+        "max_restarts": plan["max_restarts"],
+        "start_method": "fork",
+        "local_addr": plan.get("address") or network.local_address(*network.split(plan["rdzv_endpoint"])),
+        "shutdown_timeout": SHUTDOWN_S,
+    }
+    known = {field.name for field in dataclasses.fields(LaunchConfig)}  # torch 2.9 has fewer
+    return LaunchConfig(**{name: value for name, value in options.items() if name in known})
+
+
+def _attempt_logs(run: RunDir, *, node_rank: int, first_attempt: int, stop: StopSignals, beats: Heartbeats) -> Any:
+    from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
+
+    class AttemptLogs(LogsSpecs):
+        """What the agent asks for at each start of the workers: the place to count attempts and to refuse one.
+
+        Workers open their logs themselves, so no streams are redirected here.
+        """
+
+        attempt = first_attempt - 1
+        ranks: tuple[str, ...] = ()
+        """This node's in the present attempt."""
+        noted = 0
+        """The last attempt of which it is written down that the kernel killed a worker."""
+
+        @property
+        def root_log_dir(self) -> str:
+            return str(run.logs)
+
+        def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+            if self.attempt >= first_attempt:
+                self._check_restart()
+            self.attempt += 1
+            self.ranks = tuple(map(operator.itemgetter("RANK"), envs.values()))
+            beats.clear()
+            told = {
+                ATTEMPT_VARIABLE: str(self.attempt),
+                host_memory.FREE_VARIABLE: str(host_memory.free()),  # before any worker takes some
+                MEMORY_KILLS_VARIABLE: str(history.num_memory_kills(run, node_rank)),
+            }
+            for env in envs.values():
+                env.update(told)
+            run.append_event("attempt_started", attempt=self.attempt, node=node_rank, workers=len(envs))
+            nowhere = dict.fromkeys(envs, os.devnull)
+            run.attempt_errors(self.attempt).mkdir(parents=True, exist_ok=True)
+            streams = dict.fromkeys(envs, "")
+            return LogsDest(stdouts=streams, stderrs=streams, error_files=nowhere)
+
+        def note_kill(self) -> None:
+            """Write down, once, that the kernel killed a worker that trained, if it did: it leaves no word itself."""
+            before = beats.kills_before
+            if self.noted < self.attempt and before is not None and host_memory.num_kills() > before:
+                self.noted = self.attempt
+                run.append_event("memory_kill", attempt=self.attempt, node=node_rank)
+
+        def _check_restart(self) -> None:
+            self.note_kill()
+            cause, message = diagnose.cause_of_end(run, self.attempt)
+            if stop.requested or cause in diagnose.NOT_RETRYABLE:
+                raise _NoRestartError(cause)
+            run.append_event("attempt_ended", attempt=self.attempt, node=node_rank, cause=cause, message=message)
+            # How often a worker may vanish is the user's to say (launch.max_restarts).
+            if cause != "lost_worker" and (refused := history.refusal(run)):
+                raise _NoRestartError(refused)
+            print(f"attempt {self.attempt} ended: {message}; starting the workers again", file=sys.stderr, flush=True)
+
+    return AttemptLogs()
+
+
+def _meet_at_once() -> None:
+    """Have a single node's rendezvous begin without the random delay (0 to 0.3 s) that keeps many from crowding."""
+    from torch.distributed.elastic.rendezvous import dynamic_rendezvous
+
+    delay = getattr(dynamic_rendezvous, "_delay", None)
+    if delay is not None:
+
+        def without_random(seconds: float | tuple[float, float]) -> None:
+            if not isinstance(seconds, tuple):
+                delay(seconds)
+
+        dynamic_rendezvous._delay = without_random  # noqa: SLF001  torch has no setting for it
+
+
+def _log_to_file(run: RunDir, node_rank: int) -> None:
+    """Keep the agent's talk off the terminal, where it would bury the first traceback (pytorch#113546)."""
+    handler = logging.FileHandler(run.node_log(node_rank), delay=True)
+    handler.handleError = lambda record: None  # type: ignore[method-assign]  # noqa: ARG005  # a full disk: it prints tracebacks
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    for name in ("torch.distributed", "torch.multiprocessing"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.propagate = False

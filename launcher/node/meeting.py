@@ -1,0 +1,253 @@
+"""Nodes that are started by hand meet before any worker starts: through small files in the run directory they share.
+
+Each says what it was given and how it reaches the others. Node 0 compares; what cannot work ends all of them at once
+with the same words, where the workers would wait for each other in silence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from launcher.errors import UsageError
+from launcher.system import network
+from launcher.system.files import write_json_atomic
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from launcher.runs.run_dir import RunDir
+
+POLL_S = 0.2
+SAY_S = 3.0
+"""After so long it is said for whom this node waits."""
+WAIT_S = 900
+"""How long node 0 waits for the others to be started."""
+SAME = {"nodes": "--nodes", "procs_per_node": "--procs (or --gpus)"}
+"""What every node must be given alike, with its flag."""
+LOOPBACK_NAMES = ("localhost", "localhost4", "localhost6", "ip6-localhost", "ip6-loopback")
+"""Names that every machine has for itself; its host name may stand for a loopback address too (Debian: 127.0.1.1)."""
+
+
+def check(endpoint: str, *, node_rank: int) -> None:
+    """Look before anything is written whether the nodes can meet at an endpoint, as far as this one can know.
+
+    Raises:
+        UsageError: they cannot; says what would do.
+    """
+    host, port = network.split(endpoint)
+    flag = f"--rdzv-endpoint {endpoint}"
+    try:
+        address = network.resolve(host, port)
+    except (OSError, UnicodeError) as error:
+        raise UsageError(
+            f"{flag}: this machine finds no address of {host} ({getattr(error, 'strerror', None) or error}); "
+            "give a name that all nodes know, or node 0's address (`hostname -I` there prints it)"
+        ) from None
+    if address in ("0.0.0.0", "::"):  # noqa: S104  not bound to: refused
+        where = _own_addresses() if node_rank == 0 else "`hostname -I` there prints it"
+        raise UsageError(f"{flag}: stands for any address; give node 0's own ({where})")
+    if node_rank != 0:
+        try:
+            network.local_address(host, port)
+        except OSError as error:
+            raise UsageError(f"{flag}: there is no way from this machine to {address}: {error.strerror}") from None
+        return
+    if not network.is_own(address):
+        raise UsageError(
+            f"{flag}: {host} is not this machine, which has --node-rank 0; the nodes meet at node 0: give its name or "
+            f"address on all of them ({_own_addresses()}), or start node 0 on {host}"
+        )
+    try:
+        network.try_port(port)
+    except OSError as error:
+        free = network.free_port(os.getpid())
+        raise UsageError(
+            f"{flag}: port {port} cannot be had on this machine ({error.strerror}); give another one on all nodes, "
+            f"such as {free}, which is free here"
+        ) from None
+
+
+def _own_addresses() -> str:
+    found = network.interfaces().items()
+    others = [f"{address} ({name})" for name, address in found if not network.is_loopback(address)]
+    return f"this machine's: {', '.join(others) or 'none but loopback'}"
+
+
+def meet(run: RunDir, plan: dict[str, Any], *, node_rank: int, heed_stop: Callable[[], None]) -> dict[str, Any]:
+    """Wait until all nodes are there and agree; return the run's plan with this node's own address and interface.
+
+    Args:
+        run: the run directory.
+        plan: the run's, with ``nodes``, ``procs_per_node`` and ``rdzv_endpoint`` as this node was given them.
+        node_rank: which node this is.
+        heed_stop: called all the while; raises where a stop was asked for.
+
+    Raises:
+        UsageError: they do not agree, or a node has not come; the same on all of them.
+    """
+    mine = _describe(plan, node_rank)
+    run.meetings.mkdir(exist_ok=True)
+    verdict = _lead(run, plan, mine, heed_stop) if node_rank == 0 else _join(run, mine, node_rank, heed_stop)
+    if verdict["problems"]:
+        raise UsageError("\n".join(["the nodes cannot work together; no worker was started", *verdict["problems"]]))
+    address = verdict["address"] if node_rank == 0 else mine["address"]
+    at = network.join(address, mine["port"]) if node_rank == 0 else mine["rdzv_endpoint"]
+    interface = network.interface_of(address)
+    env = network.interface_environment(interface) if interface else {}
+    agreed = run.read_plan()  # node 0 may have written it anew since this node was started
+    return agreed | {"rdzv_endpoint": at, "address": address, "env": agreed["env"] | env}
+
+
+def leave(run: RunDir) -> None:
+    """Have no node that is started later take an earlier meeting for its own; a refusal stays for who is to read it."""
+    with contextlib.suppress(OSError):  # there was no meeting, as in a job; or a disk that is full
+        if not json.loads(run.meeting_by_hand.read_text(encoding="utf-8"))["problems"]:
+            run.meeting_by_hand.unlink()
+
+
+def _describe(plan: Mapping[str, Any], node_rank: int) -> dict[str, Any]:
+    """What a node says of itself."""
+    host, port = network.split(plan["rdzv_endpoint"])
+    there = network.resolve(host, port)
+    is_own = network.is_own(there)
+    names_itself = is_own if node_rank else _names_loopback(host, there)
+    return {
+        "start": uuid.uuid4().hex,
+        "rank": node_rank,
+        "host": os.uname().nodename,
+        "machine": network.machine(),
+        "rdzv_endpoint": plan["rdzv_endpoint"],
+        "port": port,
+        "names_itself": names_itself,
+        "address": there if is_own else network.local_address(host, port),
+        **{key: plan[key] for key in SAME},
+    }
+
+
+def _names_loopback(host: str, address: str) -> bool:
+    """Whether node 0's endpoint is one that each machine takes for itself, and not its own name."""
+    try:
+        socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
+    except OSError:
+        return host.lower().partition(".")[0] in LOOPBACK_NAMES
+    return network.is_loopback(address)
+
+
+def find_problems(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What keeps nodes from working together, by what each says of itself; node 0 first."""
+    first, *others = nodes
+    problems = []
+    elsewhere = [node for node in others if node["machine"] != first["machine"]]
+    if elsewhere and first["names_itself"]:
+        problems.append(
+            f"node 0 ({first['host']}) was given --rdzv-endpoint {first['rdzv_endpoint']}, by which each machine "
+            f"reaches only itself, and {elsewhere[0]['host']} is another machine: give a name or address of "
+            f"{first['host']} that all nodes reach"
+        )
+    problems += [
+        f"node {node['rank']} ({node['host']}) was given --rdzv-endpoint {node['rdzv_endpoint']}, which is "
+        f"{node['host']} itself, and node 0 runs on {first['host']}: give a name or address by which "
+        f"{node['host']} reaches {first['host']}"
+        for node in elsewhere
+        if node["names_itself"]
+    ]
+    for node in others:
+        for key, flag in (*SAME.items(), ("port", "the port of --rdzv-endpoint")):
+            if node[key] != first[key]:
+                problems.append(
+                    f"{flag} is {node[key]} on node {node['rank']} ({node['host']}) and {first[key]} on node 0 "
+                    f"({first['host']}): give all nodes the same"
+                )
+    return problems
+
+
+def _lead(run: RunDir, plan: Mapping[str, Any], mine: dict[str, Any], heed_stop: Callable[[], None]) -> dict[str, Any]:
+    """Wait for the other nodes, and write down for all of them what has come of it."""
+    created = run.read_plan()["created"]
+    found: dict[int, dict[str, Any]] = {}
+
+    def missing() -> str:
+        return ", ".join(str(rank) for rank in range(1, plan["nodes"]) if rank not in found)
+
+    def all_are_there() -> bool:
+        listed = set(run.meetings.iterdir())  # a listing is fresh where NFS still remembers that there was none
+        for rank in range(1, plan["nodes"]):
+            if rank not in found and run.node_by_hand(rank) in listed:
+                node = json.loads(run.node_by_hand(rank).read_text(encoding="utf-8"))
+                if node["created"] == created:
+                    found[rank] = node
+        return not missing()
+
+    is_whole = _wait_for(
+        all_are_there, heed_stop, lambda: f"node {missing()}: run the same command there, with its --node-rank"
+    )
+    nodes = [mine, *(found[rank] for rank in sorted(found))]
+    problems = find_problems(nodes)
+    if not is_whole:
+        problems.append(f"node {missing()} has not come in {WAIT_S} s: is it started, and does it see {run.path}?")
+    address = ""
+    try:
+        address = _address_for(nodes)
+    except OSError as error:
+        problems.append(f"node 0 ({mine['host']}) has no way to the others: {error.strerror}")
+    starts = [node["start"] for node in nodes]
+    verdict = {"created": created, "starts": starts, "problems": problems, "address": address}
+    if problems:
+        run.append_event("refused", message="; ".join(problems))
+        run.update_status(state="failed")
+    write_json_atomic(run.meeting_by_hand, verdict)
+    return verdict
+
+
+def _address_for(nodes: Sequence[Mapping[str, Any]]) -> str:
+    """Node 0's address for the others; node 0 asks."""
+    first, *others = nodes
+    elsewhere = [node for node in others if node["machine"] != first["machine"]]
+    if not elsewhere or not network.is_loopback(first["address"]):
+        return str(first["address"])
+    # Its own name stands for a loopback address, as on Debian: they reach it by the way to them.
+    return network.local_address(elsewhere[0]["address"])
+
+
+def _join(run: RunDir, mine: dict[str, Any], node_rank: int, heed_stop: Callable[[], None]) -> dict[str, Any]:
+    """Say what this node has to say, and wait for node 0's verdict."""
+    told: float | None = None
+    verdict: dict[str, Any] = {}
+
+    def is_decided() -> bool:
+        nonlocal told, verdict
+        created = run.read_plan()["created"]  # node 0 may be started later, and then writes another
+        if created != told:
+            write_json_atomic(run.node_by_hand(node_rank), mine | {"created": created})
+            told = created
+        if run.meeting_by_hand in set(run.meetings.iterdir()):
+            verdict = json.loads(run.meeting_by_hand.read_text(encoding="utf-8"))
+        # A refusal may be of an earlier start; what was agreed holds for a node that is started again, too.
+        meant = verdict and (not verdict["problems"] or mine["start"] in verdict["starts"])
+        return bool(meant) and verdict["created"] == created
+
+    if not _wait_for(is_decided, heed_stop, lambda: f"node 0, which begins when all nodes are there ({run})"):
+        raise UsageError(f"node 0 has not come in {WAIT_S} s: is it started, and does it see {run.path}?")
+    return verdict
+
+
+def _wait_for(is_so: Callable[[], bool], heed_stop: Callable[[], None], what: Callable[[], str]) -> bool:
+    """Wait for other nodes, and say so after a while; False where it has become too long."""
+    begun, is_said = time.monotonic(), False
+    while not is_so():
+        heed_stop()
+        waited = time.monotonic() - begun
+        if waited > WAIT_S:
+            return False
+        if waited > SAY_S and not is_said:
+            print(f"waiting for {what()}", file=sys.stderr, flush=True)
+            is_said = True
+        time.sleep(POLL_S)
+    return True

@@ -1,0 +1,157 @@
+"""What the supervisors of a run's nodes know of each other: who has come, who is gone, who was told to stop.
+
+Each counts up a number in the store in which torch's agents meet, once a second, and reads those of the others. The
+store itself is in node 0's process: where it does not answer, that node is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Self
+
+from launcher.runs.run_dir import node_name
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+BEAT_S = 1.0
+LOST_S = 20.0
+"""A node that was not heard of for so long is gone."""
+LOST_IDLE_S = 5.0
+"""The same where no worker of this node lives, so that nothing is lost by leaving."""
+SILENT_S = 3.0
+"""The same where this node was told to stop and leaves: it may be for that node's sake (SLURM)."""
+ANSWER_S = 5.0
+"""How long the store gets for an answer."""
+_STOP = "launcher/stop"
+_LEFT = "launcher/left/{}"
+
+
+class Peers:
+    """While entered, keeps in touch with the other nodes; a run of one node has none.
+
+    Args:
+        plan: the run's.
+        node_rank: which node this is.
+    """
+
+    def __init__(self, plan: Mapping[str, Any], *, node_rank: int) -> None:
+        self._endpoint = plan["rdzv_endpoint"]
+        self._own = node_rank
+        self._others = [node for node in range(plan["nodes"]) if node != node_rank]
+        self._beats = dict.fromkeys(self._others, 0)
+        self._heard: dict[int, float] = {}
+        self._hosts: dict[int, str] = {}
+        self._left: dict[int, float] = {}
+        self._answered = 0.0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._keep_in_touch, name="peers", daemon=True)
+        self._told = ""
+        self.stopped = ""
+        """Which node was told to stop, and by what; empty: none was."""
+
+    def __enter__(self) -> Self:
+        if self._others:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        if self._others:
+            self._thread.join(BEAT_S)  # it says farewell
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the node that holds rank 0."""
+        return self._own == 0
+
+    def tell(self, reason: str) -> None:
+        """Have the other nodes stop too."""
+        self._told = f"{self.name(self._own)}: {reason}"
+
+    def name(self, node: int) -> str:
+        """A node as a person knows it: ``node 1 (gpu-7)``."""
+        host = node_name() if node == self._own else self._hosts.get(node)
+        return f"node {node} ({host})" if host else f"node {node}"
+
+    def awaited(self) -> str:
+        """Those that have not come yet, in words; empty: all have."""
+        missing = [node for node in self._others if node not in self._heard]
+        if not missing:
+            return ""
+        if missing[0] == 0:
+            return f"node 0 at {self._endpoint}"
+        return ", ".join(f"node {node}" for node in missing) + f" to come to {self._endpoint}"
+
+    def lost(self, *, idle: bool) -> str:
+        """The first node that came and is gone, in words; empty: there is none.
+
+        Args:
+            idle: no worker of this node lives; then one that has left by itself is of no more use either.
+        """
+        patience, now = LOST_IDLE_S if idle else LOST_S, time.monotonic()
+        left = [node for node, since in self._left.items() if idle and now - since > patience]
+        return self.silent(patience) or (f"{self.name(left[0])} has left" if left else "")
+
+    def silent(self, seconds: float = SILENT_S) -> str:
+        """The first node that was not heard of for so long and has not said that it leaves, in words."""
+        now = time.monotonic()
+        if self._own and 0 in self._heard and 0 not in self._left and now - self._answered > seconds:
+            return self._gone(0, now - self._answered)
+        for node, heard in self._heard.items():
+            if node not in self._left and self._answered - heard > seconds:
+                return self._gone(node, now - heard)
+        return ""
+
+    def why_apart(self) -> str:
+        """Why torch's agent has given up, in words."""
+        awaited = self.awaited()
+        return f"waited in vain for {awaited}" if awaited else self.lost(idle=True) or self._gone(0, 0)
+
+    def _gone(self, node: int, seconds: float) -> str:
+        ago = f"nothing was heard of its launcher for {seconds:.0f} s" if seconds else "its launcher does not answer"
+        return f"{self.name(node)} is gone: {ago}"
+
+    def _keep_in_touch(self) -> None:
+        from torch.distributed import DistError, TCPStore
+
+        host, _, port = self._endpoint.rpartition(":")
+        host = host.strip("[]")
+        store = None
+        while not self._done.wait(BEAT_S):
+            try:
+                if store is None:
+                    socket.create_connection((host, int(port)), timeout=ANSWER_S).close()  # torch would warn each time
+                    answer = timedelta(seconds=ANSWER_S)
+                    store = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=answer)
+                    store.set(f"launcher/host/{self._own}", node_name())
+                self._exchange(store)
+            except (OSError, RuntimeError, DistError):  # node 0 is not there yet, or gone
+                store = None
+        with contextlib.suppress(RuntimeError, DistError):
+            if store is not None:
+                store.set(_LEFT.format(self._own), "")
+
+    def _exchange(self, store: Any) -> None:
+        store.add(f"launcher/beat/{self._own}", 1)
+        for node in self._others:
+            beats = store.add(f"launcher/beat/{node}", 0)
+            if beats != self._beats[node]:
+                self._beats[node] = beats
+                if node not in self._hosts:
+                    self._hosts[node] = store.get(f"launcher/host/{node}").decode()
+                self._heard[node] = time.monotonic()
+            if node not in self._left and store.check([_LEFT.format(node)]):
+                self._left[node] = time.monotonic()
+        if self._told:
+            store.set(_STOP, json.dumps([self._own, self._told]))
+        if store.check([_STOP]):
+            node, told = json.loads(store.get(_STOP))
+            if node != self._own:
+                self.stopped = told
+        self._answered = time.monotonic()

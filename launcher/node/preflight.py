@@ -1,0 +1,276 @@
+"""Before a job trains: has each node what it needs, do all of them reach each other, and if not, which one does not?
+
+The nodes speak through small files in the run directory, which shows by itself that they share it. Node 0 decides.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import shutil
+import subprocess
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from launcher import __version__
+from launcher.errors import PreflightError
+from launcher.runs.run_dir import node_name
+from launcher.system import network, processes
+from launcher.system.files import write_json_atomic
+from launcher.system.waiting import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+Groups = list[list[int]]
+"""Node ranks, in groups that try an all-reduce at the same time."""
+
+REDUCE_S = 60.0
+"""How long a group gets for its all-reduce."""
+WAIT_S = 300.0
+"""How long one waits for the files of the other nodes: they may start at different times."""
+MIN_FREE_GB = 2.0
+SAME = ("torch", "launcher", "cuda", "nccl")
+"""Versions that must be the same on all nodes."""
+DISK = "/tmp"  # noqa: S108  the node's own disk is meant
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a node says of itself."""
+
+    host: str
+    """Its name."""
+    address: str
+    """Where the other nodes reach it."""
+    port: int
+    """A free one there."""
+    torch: str
+    """Version."""
+    launcher: str
+    """Version."""
+    cuda: str | None
+    """Runtime that torch was built for."""
+    nccl: str | None
+    """Version that torch brings."""
+    driver: str | None
+    """NVIDIA's, or None."""
+    num_gpus: int
+    """That torch sees."""
+    free_gb: float
+    """On the node's own disk."""
+
+
+def gather(plan: Mapping[str, Any], address: str, *, seed: int) -> Facts:
+    """Look at this node."""
+    with processes.importing():
+        torch = importlib.import_module("torch")
+    cuda = plan["device"] == "cuda"
+    nccl = torch.cuda.nccl.version() if cuda and torch.cuda.is_available() else None
+    return Facts(
+        host=node_name(),
+        address=address,
+        port=network.free_port(seed),
+        torch=torch.__version__,
+        launcher=__version__,
+        cuda=torch.version.cuda,
+        nccl=".".join(map(str, nccl)) if nccl else None,
+        driver=_driver() if cuda else None,
+        num_gpus=torch.cuda.device_count() if cuda else 0,
+        free_gb=shutil.disk_usage(DISK).free / 1e9,
+    )
+
+
+def _driver() -> str | None:
+    command = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=REDUCE_S)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.splitlines()[0] if done.returncode == 0 and done.stdout else None
+
+
+def find_problems(facts: Sequence[Facts], plan: Mapping[str, Any]) -> dict[int, str]:
+    """What is wrong with single nodes, by node rank; of versions that differ the less frequent one is the wrong one."""
+    problems = {}
+    for rank, node in enumerate(facts):
+        for name in SAME:
+            values = [getattr(other, name) for other in facts]
+            most = max(values, key=values.count)
+            if getattr(node, name) != most:
+                problems[rank] = f"{name} is {getattr(node, name)}, elsewhere {most}"
+        if plan["device"] == "cuda" and node.num_gpus < plan["procs_per_node"]:
+            problems[rank] = f"torch sees {node.num_gpus} GPUs of {plan['procs_per_node']} (driver {node.driver})"
+        if node.free_gb < MIN_FREE_GB:
+            problems[rank] = f"{node.free_gb:.1f} GB are free in {DISK}; {MIN_FREE_GB:g} GB are the least"
+    return problems
+
+
+def find_bad(num: int, attempt: Callable[[Groups], list[bool]]) -> list[int] | None:
+    """Which of ``num`` nodes keep an all-reduce over all of them from working, by halves.
+
+    Groups that fail are halved and try again, all at the same time; who is left in doubt tries with one that worked.
+    That is some log2(num) + 2 rounds.
+
+    Args:
+        num: how many nodes there are.
+        attempt: has groups try; says of each whether it worked.
+
+    Returns:
+        The bad ones; None where all together fail and no single one can be blamed.
+    """
+    groups: Groups = [list(range(num))]
+    good: list[int] = []
+    doubtful: list[int] = []
+    failed_once = False
+    while groups:
+        outcomes = list(zip(groups, attempt(groups), strict=True))
+        groups = []
+        for group, worked in outcomes:
+            failed_once |= not worked
+            if worked:
+                good += group
+            elif len(group) <= 2:  # noqa: PLR2004  a pair cannot be told apart by itself
+                doubtful += group
+            else:
+                halves = (group[: len(group) // 2], group[len(group) // 2 :])
+                doubtful += [half[0] for half in halves if len(half) == 1]  # alone it would prove nothing
+                groups += [half for half in halves if len(half) > 1]
+    if not doubtful:
+        return None if failed_once else []
+    if not good:
+        alone = attempt([[node] for node in doubtful])
+        return [node for node, ok in zip(doubtful, alone, strict=True) if not ok] or None
+    bad = []
+    for start in range(0, len(doubtful), len(good)):
+        some = doubtful[start : start + len(good)]
+        outcome = attempt([[partner, node] for partner, node in zip(good[: len(some)], some, strict=True)])
+        bad += [node for node, ok in zip(some, outcome, strict=True) if not ok]
+    return sorted(bad) or None
+
+
+def run(
+    folder: Path, plan: Mapping[str, Any], address: str, *, node_rank: int, seed: int, heed: Callable[[], None]
+) -> dict[str, str]:
+    """Check all nodes of a job; every node calls it. Returns what is wrong, by host; nothing where all is well.
+
+    Args:
+        folder: of this start of the job, in the run directory.
+        plan: the run's.
+        address: where the other nodes reach this one.
+        node_rank: which node this is.
+        seed: for the port.
+        heed: called again and again while this node waits for others; what it raises ends the check.
+
+    Raises:
+        PreflightError: a node was not heard of, or (on node 0) no single one can be blamed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(folder / f"node-{node_rank}.json", asdict(gather(plan, address, seed=seed)))
+    files = [folder / f"node-{rank}.json" for rank in range(plan["nodes"])]
+    missing = _wait(files, WAIT_S, heed, "the other nodes to be checked")
+    if missing:
+        ranks = ", ".join(file.stem.removeprefix("node-") for file in missing)
+        raise PreflightError(f"nothing was heard of node {ranks} in {WAIT_S:g} s: does it see {folder}?")
+    facts = [Facts(**json.loads(file.read_text(encoding="utf-8"))) for file in files]
+    if node_rank == 0:
+        return _lead(folder, facts, plan, heed)
+    return _take_part(folder, facts, plan, node_rank, heed)
+
+
+def read_facts(folder: Path) -> list[dict[str, Any]]:
+    """What the nodes have said of themselves, in the order of their ranks."""
+    files = sorted(folder.glob("node-*.json"), key=lambda file: int(file.stem.removeprefix("node-")))
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+def _lead(folder: Path, facts: Sequence[Facts], plan: Mapping[str, Any], heed: Callable[[], None]) -> dict[str, str]:
+    rounds = 0
+
+    def attempt(groups: Groups) -> list[bool]:
+        nonlocal rounds
+        rounds += 1
+        write_json_atomic(folder / f"round-{rounds}.json", {"groups": groups})
+        _reduce(folder, rounds, groups, facts, plan, node_rank=0, heed=heed)
+        files = {node: folder / f"round-{rounds}-node-{node}.json" for group in groups for node in group}
+        _wait(list(files.values()), REDUCE_S, heed, "the other nodes to try an all-reduce")
+        results = {node: file.exists() and json.loads(file.read_text())["ok"] for node, file in files.items()}
+        return [all(results[node] for node in group) for group in groups]
+
+    problems = find_problems(facts, plan)
+    unclear = False
+    if not problems and len(facts) > 1:
+        bad = find_bad(len(facts), attempt)
+        unclear = bad is None
+        problems = dict.fromkeys(bad or [], "an all-reduce with it does not work")
+    found = {facts[rank].host: text for rank, text in problems.items()}
+    write_json_atomic(folder / f"round-{rounds + 1}.json", {"found": found, "unclear": unclear})
+    if unclear:
+        raise PreflightError(_UNCLEAR)
+    return found
+
+
+_UNCLEAR = (
+    "an all-reduce over all nodes does not work, and no single node can be blamed: look at the network between them"
+)
+
+
+def _take_part(
+    folder: Path, facts: Sequence[Facts], plan: Mapping[str, Any], node_rank: int, heed: Callable[[], None]
+) -> dict[str, str]:
+    number = 0
+    while True:
+        number += 1
+        file = folder / f"round-{number}.json"
+        if _wait([file], WAIT_S, heed, f"node 0 ({facts[0].host}) to say what comes next in the check of the nodes"):
+            raise PreflightError(f"{file}: not there after {WAIT_S:g} s; {facts[0].host} writes it")
+        said = json.loads(file.read_text(encoding="utf-8"))
+        if "found" in said:
+            return {"*": _UNCLEAR} if said["unclear"] else dict(said["found"])
+        _reduce(folder, number, said["groups"], facts, plan, node_rank=node_rank, heed=heed)
+
+
+def _reduce(
+    folder: Path,
+    number: int,
+    groups: Groups,
+    facts: Sequence[Facts],
+    plan: Mapping[str, Any],
+    *,
+    node_rank: int,
+    heed: Callable[[], None],
+) -> None:
+    """Take part in a round, in a process that can be ended; leaves the outcome in a file."""
+    group = next((group for group in groups if node_rank in group), None)
+    if group is None:
+        return
+    first = facts[group[0]]
+    reduce = importlib.import_module("launcher.engine.allreduce").all_reduce
+    arguments = (f"{first.address}:{first.port}", group.index(node_rank), len(group), plan["device"], REDUCE_S)
+    process = multiprocessing.get_context("fork").Process(target=reduce, args=arguments)
+    start = time.monotonic()
+    process.start()
+    failed = folder / f"round-{number}-failed-{group[0]}"  # made by the first that fails: the others need not wait
+    try:
+        wait_until(lambda: process.exitcode is not None or failed.exists(), timeout_s=REDUCE_S, heed=heed)
+    finally:
+        if process.exitcode != 0:
+            failed.touch()
+            process.kill()
+            process.join()
+    outcome = {"ok": process.exitcode == 0, "seconds": time.monotonic() - start}
+    write_json_atomic(folder / f"round-{number}-node-{node_rank}.json", outcome)
+
+
+def _wait(files: Sequence[Path], timeout_s: float, heed: Callable[[], None], what: str) -> list[Path]:
+    """Wait until all files are there; return those that are not in time."""
+
+    def missing() -> list[Path]:
+        there = set(files[0].parent.iterdir())  # fresh where NFS still remembers that there was none
+        return [file for file in files if file not in there]
+
+    wait_until(lambda: not missing(), timeout_s=timeout_s, heed=heed, what=what)
+    return missing()

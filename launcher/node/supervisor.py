@@ -1,0 +1,262 @@
+"""The supervisor on each node: signals, torch's elastic agent, restarts, the post-step, the exit code.
+
+``python -m launcher.node RUN`` runs it by hand; ``launch`` calls :func:`main` in its own process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.errors import EXIT_FAILED, EXIT_OK, InterruptedRunError, TrainingError, UsageError, exit_code_of
+from launcher.node import meeting, signals
+from launcher.node.signals import StopSignals
+from launcher.runs import diagnose, findings, history, quarantine, whereabouts
+from launcher.runs.run_dir import RunDir
+from launcher.system import console, loader_room, network, processes, waiting
+from launcher.system import cpu as host_cpu
+from launcher.system.redact import redact
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+WAIT_FOR_RUN_DIR_S = 600
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run this node's part of a run to its end; return the exit code.
+
+    Raises:
+        LaunchError: training failed or was interrupted.
+    """
+    parser = argparse.ArgumentParser(prog="python -m launcher.node", description=__doc__)
+    parser.add_argument("run_dir", metavar="RUN", help="the run directory")
+    parser.add_argument("--node-rank", type=int, default=0, help="which of the run's nodes this is, from 0")
+    parser.add_argument("--nodes", type=int, help="how many there are (default: as planned)")
+    parser.add_argument("--procs", type=int, dest="procs_per_node", help="workers on each (default: as planned)")
+    parser.add_argument("--rdzv-endpoint", help="how this node reaches node 0 (default: as planned)")
+    args = parser.parse_args(argv)
+    run = _wait_for_run(args.run_dir) if args.node_rank else RunDir.existing(args.run_dir)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    return supervise(run, run.read_plan() | given, node_rank=args.node_rank)
+
+
+def supervise(run: RunDir, plan: dict[str, Any], *, node_rank: int, first_attempt: int | None = None) -> int:
+    """Run one node's part of a run to its end; return the exit code.
+
+    Args:
+        run: the run directory.
+        plan: its ``plan.json``; a job has filled in where the nodes meet.
+        node_rank: which node this is.
+        first_attempt: number of the first start of the workers; None: the next.
+
+    Raises:
+        LaunchError: training failed or was interrupted.
+    """
+    console.protect()
+    network.set_environment(plan["env"])
+    loader_room.make()
+    processes.adopt_orphans()
+    stop = StopSignals(run, node_rank=node_rank)
+    attempt = first_attempt or history.next_attempt(run)
+    try:
+        with stop:
+            if plan["backend"] != "slurm" and plan["nodes"] > 1:
+                heed_stop = functools.partial(_heed_stop, run, node_rank, stop, " while the nodes meet")
+                plan = meeting.meet(run, plan, node_rank=node_rank, heed_stop=heed_stop)
+                network.set_environment(plan["env"])
+            _check_images(run, node_rank, stop, attempt)
+            outcomes = _train(run, plan, node_rank, stop, attempt)
+            if "preempted" in outcomes.values():
+                raise _interrupted(run, plan, node_rank, stop)
+            if 0 in outcomes and not plan["tune"]:  # the node that holds rank 0 finishes the run
+                _finish(run, plan, stop)
+    finally:
+        processes.kill_descendants()
+        if node_rank == 0:
+            meeting.leave(run)
+    return EXIT_OK
+
+
+def _wait_for_run(path: str) -> RunDir:
+    """The run directory, which node 0 makes on the file system that all nodes share."""
+    run = RunDir(path)
+    signals.hold()
+    what = f"node 0 to make {path}"
+    heed = functools.partial(signals.heed, f"waiting for {what}")
+    if not waiting.wait_until(lambda: run.exists, timeout_s=WAIT_FOR_RUN_DIR_S, heed=heed, what=what):
+        raise UsageError(
+            f"{path}: not there after {WAIT_FOR_RUN_DIR_S} s; node 0 makes it: is it started, and is the folder "
+            "on a file system that all nodes share?"
+        )
+    return run
+
+
+def _heed_stop(run: RunDir, node_rank: int, stop: StopSignals, awaited: str) -> None:
+    """End this node where a stop was asked for before its workers have started; ``awaited`` says in which wait."""
+    if stop.requested:
+        if node_rank == 0:
+            whereabouts.note_preempted(run)
+        raise InterruptedRunError(
+            f"{stop.reason}{awaited}, before training began; go on with: {whereabouts.resume_command(run)}"
+        )
+
+
+def _check_images(run: RunDir, node_rank: int, stop: StopSignals, attempt: int) -> None:
+    """Have it settled which images are left out before any worker deals them out."""
+    awaited = " while waiting for node 0 to look through the images" if node_rank else ""
+    heed_stop = functools.partial(_heed_stop, run, node_rank, stop, awaited)
+    heed_stop()
+    quarantine.prepare(run, attempt=attempt, node_rank=node_rank, progress=heed_stop)
+
+
+def _train(run: RunDir, plan: dict[str, Any], node_rank: int, stop: StopSignals, attempt: int) -> dict[int, str]:
+    """Run the workers under torch's elastic agent; return each local worker's outcome by its global rank."""
+    from launcher.node import agent, agent_thread
+
+    try:
+        return agent.run_workers(run, plan, node_rank=node_rank, first_attempt=attempt, stop=stop)
+    except agent_thread.LeftError:
+        raise _interrupted(run, plan, node_rank, stop) from None
+    except agent.WorkersFailedError as error:
+        if stop.requested:
+            raise _interrupted(run, plan, node_rank, stop) from None
+        cause, message = diagnose.cause_of_end(run, error.attempt)
+        with _even_if_full(run):
+            if node_rank == 0:
+                run.update_status(state="failed", attempt=error.attempt)
+            run.append_event("attempt_ended", attempt=error.attempt, node=node_rank, cause=cause, message=message)
+        why = f"{message}\nwhat to do: {diagnose.CURES[cause]}" if cause == "full_disk" else diagnose.explain(run)
+        raise TrainingError(f"training failed\n{why}\nmore: launch why {run}") from None
+
+
+@contextlib.contextmanager
+def _even_if_full(run: RunDir) -> Iterator[None]:
+    """Go on also where the run directory takes nothing more."""
+    try:
+        yield
+    except OSError as error:
+        print(f"{run}: cannot be written to: {error.strerror}", file=sys.stderr, flush=True)
+
+
+def _interrupted(run: RunDir, plan: dict[str, Any], node_rank: int, stop: StopSignals) -> InterruptedRunError:
+    """What to tell after a stop; the run's state and history say so too."""
+    lost = stop.cause == "lost_node"
+    reason = stop.reason or "stopped by the signal of another node"  # of which only a worker here has heard
+    if node_rank == 0 or lost:
+        attempt = history.next_attempt(run) - 1
+        cause = stop.cause or history.cause_of_signal("")
+        with _even_if_full(run):
+            run.append_event("attempt_ended", attempt=attempt, node=node_rank, cause=cause, message=reason)
+            whereabouts.note_preempted(run)
+    last = run.last_checkpoint
+    kept = f"the checkpoint {last.resolve().name} is saved" if last.exists() else "it had not begun to train"
+    told = "" if node_rank == 0 and plan["nodes"] == 1 else f" ({reason})"
+    return InterruptedRunError(f"interrupted{told}; {kept}; go on with: {whereabouts.resume_command(run)}")
+
+
+def _finish(run: RunDir, plan: dict[str, Any], stop: StopSignals) -> None:
+    """Export and measure, report, and say where everything is."""
+    from launcher.recipe import load as recipes
+    from launcher.report import build as report
+
+    recipe = recipes.read_resolved(run.recipe)
+    problem = None
+    here = recipe.post.enabled and not plan["debug"] and not plan["post_job"]
+    if here and (recipe.post.export or recipe.post.quantize):
+        print(f"exporting and measuring on the validation images (log: {run.post_log})", flush=True)
+        problem = run_post_step(run)
+        if stop.requested:
+            raise InterruptedRunError(f"training is complete, its exports are not; make them with: launch export {run}")
+    try:
+        report.write_report(run)
+        run.append_event("completed", exported=here and problem is None)
+    except OSError as error:
+        raise TrainingError(
+            f"training is complete, but {run}: cannot be written to: {error.strerror}; after making room: "
+            f"launch report {run}"
+        ) from None
+    print(summary(run), flush=True)
+    if problem:
+        raise TrainingError(f"training is complete, but {problem}\nafter mending it: launch export {run}")
+
+
+def run_post_step(run: RunDir) -> str | None:
+    """Make the exports in a process of their own, forked with torch imported; return what went wrong, or None."""
+    import multiprocessing
+
+    process = multiprocessing.get_context("fork").Process(target=_post_step, args=(run,), name="post-step")
+    process.start()
+    process.join()
+    if process.exitcode == EXIT_OK:
+        return None
+    lines = (
+        run.post_log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if run.post_log.exists() else []
+    )
+    return (
+        f"the export failed (exit code {process.exitcode}): {lines[-1] if lines else 'no output'} (log: {run.post_log})"
+    )
+
+
+def _post_step(run: RunDir) -> None:
+    import importlib
+    import signal
+    import traceback
+
+    for number in processes.heeded():
+        signal.signal(number, signal.SIG_DFL)
+    processes.die_with_parent()
+    if run.read_plan().get("export_threads") is None:
+        os.environ.pop("OMP_NUM_THREADS", None)  # a worker's share of the cores; nothing else computes now
+    console.redirect(run.post_log)
+    export_run: Callable[[RunDir], None] = importlib.import_module("launcher.tools.export").export_run
+    try:
+        export_run(run)
+    except Exception:  # whatever it is, its text goes to a file
+        print(redact(traceback.format_exc()), file=sys.stderr, flush=True)
+        sys.exit(EXIT_FAILED)
+
+
+def summary(run: RunDir) -> str:
+    """The last lines of a run: what came out, where it is, what to do next."""
+    import json
+
+    best = run.read_status().get("best")
+    lines = []
+    if best:
+        lines.append(f"best {best['metric']} {best['value']:.4f} (epoch {best['epoch'] + 1}, step {best['step']})")
+    lines += [f"WARNING: {finding}" for finding in findings.of_run(run)]
+    if run.export_manifest.exists():
+        manifest = json.loads(run.export_manifest.read_text(encoding="utf-8"))
+        for row in manifest["exports"]:
+            cpus = host_cpu.only_for(row.get("quantization"))
+            verdict = f"  only for {cpus}" if cpus else ""
+            verdict += "" if row["accepted"] else f"  NOT ACCEPTED: {row['reason']}"
+            measured = (
+                ""
+                if row["top1"] is None
+                else (
+                    f"top1 {row['top1']:.4f} ({row['top1_drop']:+.2f} points lost)  agrees on {row['agreement']:.1%}  "
+                )
+            )
+            lines.append(
+                f"  {row['file']:<20} {measured}{row['size_mb']:.1f} MB  {row['latency_p50_ms']:.2f} ms{verdict}"
+            )
+        lines += [f"  {row['file']:<20} not made: {row['reason']}" for row in manifest.get("not_made", [])]
+    lines += [f"run:    {run}", f"report: {Path(str(run)) / run.report_html.name}"]
+    model = run.exports / "model.onnx"
+    lines.append(
+        f"next:   open the report; use {Path(str(run)) / 'exports' / model.name}"
+        if model.exists()
+        else f"next:   launch export {run}"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(main))

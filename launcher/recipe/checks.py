@@ -1,0 +1,136 @@
+"""What no single value of a recipe shows: fields that contradict each other, names and files that are not there."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+from launcher.errors import Problem, UsageError
+from launcher.images import folder as image_folder
+from launcher.recipe import catalog
+from launcher.recipe.schema import METRICS, Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+    from pathlib import Path
+
+    from launcher.recipe.source import Source
+
+
+Finding = tuple[tuple[str, ...], str]
+"""The keys it follows from, first the one to blame, and what is wrong."""
+
+
+def find_problems(recipe: Recipe, source: Source, refused: Collection[str] = ()) -> list[Problem]:
+    """Everything that is wrong with a recipe whose single values are right. Reads folders, imports no torch.
+
+    Args:
+        recipe: with defaults in the place of values that were refused.
+        source: where the values came from.
+        refused: keys whose values were: what follows from their defaults would only confuse.
+    """
+    findings = [found for group in (_training, _placement, _model, _data) for found in group(recipe)]
+    return [
+        Problem(key=keys[0], where=source.where(keys[0]), message=text)
+        for keys, text in findings
+        if not any(f"{key}.".startswith(f"{r}.") or r.startswith(f"{key}.") for key in keys for r in refused)
+    ]
+
+
+def _training(recipe: Recipe) -> Iterator[Finding]:
+    stop, batch = recipe.train.early_stopping, recipe.batch
+    better = METRICS.get(stop.metric)
+    metric, mode = "train.early_stopping.metric", "train.early_stopping.mode"
+    if better is None:
+        yield (metric,), f"found {stop.metric!r}; no such metric; valid: {', '.join(METRICS)}"
+    elif better != stop.mode:
+        yield (mode, metric), f"found {stop.mode!r}, which would keep the worst {stop.metric}; valid: {better}"
+    if batch.global_size is not None and batch.accumulate != 1:
+        yield (
+            ("batch.accumulate", "batch.global_size"),
+            "follows from global_size, size and the number of ranks; give global_size or accumulate, not both",
+        )
+    if recipe.optim.warmup_epochs >= recipe.train.epochs:
+        yield (
+            ("optim.warmup_epochs", "train.epochs"),
+            f"found {recipe.optim.warmup_epochs:g}; must be less than train.epochs ({recipe.train.epochs})",
+        )
+    if "onnx_int8" in recipe.post.quantize and "onnx" not in recipe.post.export:
+        yield ("post.quantize", "post.export"), "onnx_int8 is made from the onnx export; add onnx to post.export"
+
+
+def _placement(recipe: Recipe) -> Iterator[Finding]:
+    launch = recipe.launch
+    if launch.gpus != "auto" and launch.device == "cpu":
+        yield (
+            ("launch.device", "launch.gpus"),
+            f"cpu, but {launch.gpus} GPUs per node are asked for; use --procs for workers on the CPU",
+        )
+    if launch.gpus != "auto" and launch.procs not in ("auto", launch.gpus):
+        yield (
+            ("launch.procs", "launch.gpus"),
+            f"found {launch.procs}, but there is one worker per GPU and launch.gpus is {launch.gpus}; leave one out",
+        )
+    one = ("auto", 1)
+    if launch.backend == "local" and (launch.nodes != 1 or launch.procs not in one or launch.gpus not in one):
+        keys = ("launch.backend", "launch.nodes", "launch.procs", "launch.gpus")
+        yield keys, "local is one process on this machine; use torchrun for more"
+
+
+def _model(recipe: Recipe) -> Iterator[Finding]:
+    model = recipe.model
+    if model.unfreeze and not model.freeze:
+        keys = ("model.unfreeze", "model.freeze")
+        yield keys, "nothing is frozen; name the layers in model.freeze first"
+    late = [epoch for epoch in model.unfreeze if epoch >= recipe.train.epochs]
+    if late:
+        keys = ("model.unfreeze", "train.epochs")
+        yield keys, f"epoch {late[0]} never comes: train.epochs is {recipe.train.epochs}, counted from 0"
+    try:
+        entry = catalog.find_model(model.arch)
+    except UsageError as error:
+        yield ("model.arch",), str(error)
+        return
+    file = recipe.model.weights_file
+    if file is not None:
+        yield from _weights_file(file)
+    elif model.weights is not None:
+        keys = ("model.weights", "model.arch")
+        try:
+            weights = entry.find_weights(model.weights)
+        except UsageError as error:
+            yield keys, str(error)
+        else:
+            if weights.top1 is None:
+                yield keys, f"{model.weights} is no whole model (torchvision gives it no accuracy); use DEFAULT"
+
+
+def _weights_file(file: Path) -> Iterator[Finding]:
+    if file.is_dir():
+        inside = ", ".join(sorted(each.name for each in file.iterdir() if each.is_file())[:8]) or "none"
+        yield ("model.weights",), f"{file}: is a folder; name the file with the weights (files in it: {inside})"
+    elif not file.is_file():
+        yield ("model.weights",), f"{file}: no such file; a name such as DEFAULT is torchvision's, null is none"
+
+
+def _data(recipe: Recipe) -> Iterator[Finding]:
+    data = recipe.data
+    if data.name == image_folder.DIGITS:
+        written = image_folder.data_path(data.name, None).is_dir()
+        if not written and importlib.util.find_spec("sklearn") is None:
+            yield ("data.name",), "digits come from scikit-learn, which is not installed: pip install scikit-learn"
+        return
+    keys = ("data.path", "data.name")
+    if data.path is None:
+        yield keys, "missing: the folder that holds train/ and val/; give it here or as data.path=/my/photos"
+        return
+    if data.grey_limits and data.grey_limits[0] >= data.grey_limits[1]:
+        yield ("data.grey_range",), f"found {data.grey_range}; the first, which is black, must be less than the second"
+    path = image_folder.data_path(data.name, data.path)
+    problems = image_folder.find_problems(path, missing_val_classes=data.missing_val_classes)
+    yield from ((keys, text) for text in problems)
+    if not problems and recipe.model.num_classes != "auto":
+        found = len(image_folder.find_classes(path / "train"))
+        if found > recipe.model.num_classes:
+            keys = ("model.num_classes", "data.path")
+            yield keys, f"found {recipe.model.num_classes}, but {path}/train has {found} class folders"

@@ -1,0 +1,89 @@
+"""Reads a recipe and names everything that is wrong with it at once.
+
+pydantic checks the values against the schema and collects all errors; OmegaConf reads YAML, resolves interpolations
+and applies the overrides of the command line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from launcher.errors import RecipeError
+from launcher.recipe.schema import Recipe
+from launcher.recipe.types import validate
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from launcher.recipe.source import Source
+
+
+def load(
+    path: str, overrides: Sequence[str] = (), flags: dict[str, tuple[str, Any]] | None = None
+) -> tuple[Recipe, Source]:
+    """Read the recipe at ``path`` and check it; precedence is defaults < file < overrides < flags.
+
+    Args:
+        path: a YAML file.
+        overrides: OmegaConf dotlist items, ``optim.lr=0.1``.
+        flags: dotted key to (the flag as typed, its value), as in ``{"launch.nodes": ("--nodes", 2)}``.
+
+    Returns:
+        The recipe, and where each of its values came from.
+
+    Raises:
+        RecipeError: names every problem, each with its key and the line or flag it came from.
+    """
+    from launcher.recipe import checks as recipe_checks
+    from launcher.recipe import source as recipe_source
+
+    source = recipe_source.read(path, overrides, flags or {}, schema=Recipe)
+    problems = list(source.problems)
+    try:
+        recipe = from_dict(source.values)
+    except ValidationError as error:
+        problems += recipe_source.explain(error, source, Recipe)
+        recipe = from_dict(recipe_source.without(source.values, [p.key for p in problems]))
+    problems += recipe_checks.find_problems(recipe, source, refused=[p.key for p in problems if p.key])
+    if problems:
+        raise RecipeError(problems)
+    return recipe, source
+
+
+def from_dict(values: dict[str, Any]) -> Recipe:
+    """Make a recipe of nested plain values.
+
+    Raises:
+        pydantic.ValidationError: lists all values that do not fit the schema.
+    """
+    return validate(Recipe, values)
+
+
+def read_resolved(path: Path) -> Recipe:
+    """Read the ``recipe.yaml`` of a run directory, which was checked when it was written."""
+    return from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """All fields as plain values, in the order of the schema."""
+    return asdict(recipe)
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, every default written out."""
+    from omegaconf import OmegaConf
+
+    # OmegaConf's own writer: it puts text in quotes that its reader, but not PyYAML's, would take for a number (1e3).
+    return str(OmegaConf.to_yaml(OmegaConf.create(to_dict(recipe))))
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of a recipe file, for editors."""
+    schema = TypeAdapter(Recipe).json_schema()
+    draft = "https://json-schema.org/draft/2020-12/schema"
+    return {"$schema": draft, **schema, "title": "finetune-launcher recipe"}

@@ -1,0 +1,34 @@
+"""What in a recipe names a file or a folder: a run is resumed from another directory than it was launched from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher.plan import profile as profiles
+
+if TYPE_CHECKING:
+    from launcher.recipe.schema import Recipe
+
+
+def absolute(recipe: Recipe) -> Recipe:
+    """The same recipe with every path of it absolute, seen from this working directory."""
+    model, data, launch, post = recipe.model, recipe.data, recipe.launch, recipe.post
+    if model.weights_file is not None:
+        model = replace(model, weights=str(model.weights_file.absolute()))
+    if data.path is not None:
+        data = replace(data, path=_absolute(data.path))
+    if launch.profile is not None:
+        launch = replace(launch, profile=_profile(launch.profile))
+    if post.profile is not None:
+        post = replace(post, profile=_profile(post.profile))
+    return replace(recipe, model=model, data=data, launch=launch, post=post)
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
+
+
+def _profile(name: str) -> str:
+    return _absolute(name) if profiles.is_path(name) else name

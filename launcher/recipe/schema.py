@@ -1,0 +1,304 @@
+"""The schema of a recipe: plain dataclasses, against which pydantic checks values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from launcher.recipe.types import STRICT, Auto, Count, CountOrZero, Fraction, NonNegative, Positive
+
+WEIGHT_NAMES = ("DEFAULT", "IMAGENET1K_")
+"""How torchvision's names of weights begin."""
+COLOURS = {"white": "#ffffff", "black": "#000000", "grey": "#808080"}
+METRICS = {"train/loss": "min", "val/loss": "min", "val/top1": "max", "val/top5": "max", "val/f1": "max"}
+"""What early stopping can watch, each with the mode that means better."""
+TOP_K = 5
+"""Of val/top5. With no more classes than that it is 1 for every model: metrics.jsonl has it, and nothing shows it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which network, from which weights, and what of it learns."""
+
+    __pydantic_config__ = STRICT
+
+    arch: str = "resnet50"
+    """A torchvision classification model by name; `launch models` lists them."""
+    weights: str | None = "DEFAULT"
+    """Where training starts: DEFAULT (torchvision's best), a name such as IMAGENET1K_V2, a file that torch or
+    safetensors wrote, also another trainer's checkpoint, or null (random)."""
+    num_classes: Count | Auto = "auto"
+    """Outputs of the head; auto: the number of class folders."""
+    freeze: list[str] = field(default_factory=list)
+    """Layers that do not learn, by name or glob (`layer1`, `features.[0-4]`); `backbone` is all but the head.
+    They run in eval mode: frozen BatchNorm keeps its statistics."""
+    unfreeze: Annotated[
+        dict[CountOrZero, list[str] | str], Field(json_schema_extra={"propertyNames": {"pattern": "^[0-9]+$"}})
+    ] = field(default_factory=dict)
+    """From which epoch (from 0) which layers learn again, as in {3: layer1}; the same patterns as freeze."""
+
+    @property
+    def weights_file(self) -> Path | None:
+        """The local file that weights names, or None where it names torchvision weights or nothing."""
+        if self.weights is None:
+            return None
+        path, is_path = Path(self.weights).expanduser(), bool(set("/.") & set(self.weights))
+        is_file = is_path or (not self.weights.startswith(WEIGHT_NAMES) and path.is_file())
+        return path if is_file else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images, and how they reach the model."""
+
+    __pydantic_config__ = STRICT
+
+    name: Literal["imagefolder", "digits"] = "imagefolder"
+    """imagefolder: path/train/CLASS/*.jpg and path/val/CLASS/*.jpg; digits: scikit-learn's 1,797 images of digits."""
+    path: str | None = None
+    """Folder that holds train/ and val/; needed by imagefolder."""
+    image_size: Annotated[int, Field(ge=16)] | Auto = "auto"
+    """Height and width in pixels that the model sees; auto: what the model's weights were trained at."""
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875
+    """Validation takes the centre crop of this fraction of the resized image's short side."""
+    augment: Literal["none", "light", "standard"] = "standard"
+    """Training images: none (as in validation), light (random crop of 64 to 100 % of the area), standard (25 to 100 %,
+    and mirrored)."""
+    workers: CountOrZero | Auto = "auto"
+    """Loader processes per rank; auto: the rank's cores but one, at most 8; measured with batch.size: auto."""
+    on_bad_image: Literal["error", "quarantine"] = "error"
+    """Images that cannot be decoded are looked for before training. error: nothing is started; quarantine: they are
+    left out from the beginning, and listed in bad_images.json and the report."""
+    missing_val_classes: Literal["error", "allow"] = "error"
+    """Classes without an image in val/. error: nothing is started; allow: they are learned and not measured."""
+    background: Annotated[str, Field(pattern=r"^(white|black|grey|#[0-9A-Fa-f]{6})$")] = "white"
+    """Colour behind what is transparent, in training, validation and exports: white, black, grey or "#rrggbb"."""
+    grey_range: Annotated[list[float], Field(min_length=2, max_length=2)] | Auto = "auto"
+    """Which values are black and white in grey images of more than 8 bits, as in [0, 4095]; what is beyond is cut off.
+    auto: 0 and 65535 of 16 bits, 0 and 1 of floats; where the images' values do not fit that, they are refused."""
+
+    @property
+    def background_rgb(self) -> tuple[int, int, int]:
+        """Red, green and blue of background."""
+        red, green, blue = bytes.fromhex(COLOURS.get(self.background, self.background).removeprefix("#"))
+        return red, green, blue
+
+    @property
+    def grey_limits(self) -> tuple[float, float] | None:
+        """Black and white of grey_range; None: auto."""
+        return None if self.grey_range == "auto" else (self.grey_range[0], self.grey_range[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """How many images make a step."""
+
+    __pydantic_config__ = STRICT
+
+    size: Count | Auto = "auto"
+    """Images per rank that go through the model at once; auto: measured on every rank before training."""
+    objective: Literal["throughput", "memory"] = "throughput"
+    """With size: auto. throughput: the smallest batch within 2 % of the most images per second; memory: the largest
+    that fits."""
+    global_size: Count | None = None
+    """Images per optimizer step over all ranks; accumulation fills in what the ranks do not hold at once.
+    null: size x ranks x accumulate."""
+    accumulate: Count = 1
+    """Batches per rank and optimizer step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """How the weights move."""
+
+    __pydantic_config__ = STRICT
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """SGD with Nesterov momentum, or AdamW."""
+    lr: Positive = 0.01
+    """Peak learning rate of what no group names."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """SGD's momentum; AdamW does not use it."""
+    weight_decay: NonNegative = 1e-4
+    """Weight decay of every parameter that learns."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After warm-up: down to zero by a half cosine, or constant; counted in optimizer steps."""
+    warmup_epochs: NonNegative = 0.0
+    """Epochs (or a fraction of one) over which the rate rises linearly from near zero."""
+    lr_batch_size: Count | None = None
+    """Global batch that lr and groups are meant for: at another one the rates are scaled, in proportion for sgd
+    (Goyal et al. 2017), with the square root for adamw (Malladi et al. 2022). null: not scaled."""
+    groups: dict[str, NonNegative] = field(default_factory=dict)
+    """Peak learning rates by layer pattern, the first that matches counts; `head` is the new head, "*" the rest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state of training is written."""
+
+    __pydantic_config__ = STRICT
+
+    every_steps: Count | None = None
+    """Also after every so many optimizer steps; null: only at the end of an epoch, by the clock, and at a stop."""
+    every_minutes: Positive | None = 10.0
+    """Also after so many minutes; null: not by the clock."""
+    keep: Count = 2
+    """How many of the newest are kept; the best is kept besides."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyStoppingConfig:
+    """Which metric says what the best checkpoint is, and when to stop waiting for a better one."""
+
+    __pydantic_config__ = STRICT
+
+    metric: str = "val/loss"
+    """One of train/loss, val/loss, val/top1, val/top5 (with more than five classes), val/f1."""
+    mode: Literal["min", "max"] = "min"
+    """Whether less or more of it is better."""
+    patience: Count | None = 5
+    """Epochs without a better value before training stops; null: never stop early."""
+    min_delta: NonNegative = 0.0
+    """How much better (in the metric's own unit) counts as better."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The training loop."""
+
+    __pydantic_config__ = STRICT
+
+    epochs: Count = 20
+    """Passes over the training images."""
+    channels_last: bool | Auto = "auto"
+    """Memory layout of images and convolutions; auto: on CUDA only, since on a CPU it can be slower."""
+    batchnorm_recompute: CountOrZero | Auto = "auto"
+    """Training batches that BatchNorm's running statistics are computed from before each validation; 0: the moving
+    average; auto: 100, until 10 / momentum steps are taken and the average has forgotten what it began with."""
+    clip_grad_norm: Positive | None = None
+    """Largest norm of the whole gradient; null: not clipped."""
+    label_smoothing: Fraction = 0.0
+    """Fraction of the target that is spread over all classes, in training only."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When the state of training is written."""
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+    """What the best checkpoint is, and when to stop."""
+    on_nan: Literal["stop", "skip", "rollback"] = "stop"
+    """When a step's loss or gradient is no number, which never reaches the weights: stop training; skip the step; or
+    roll back to the last checkpoint and do without the step, three times at most."""
+    hang_timeout_s: Positive | None = 600.0
+    """Seconds without a step or a validation batch after which the workers are taken for hung: their stacks go to
+    their logs, and they are started again. null: never."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """Weights & Biases."""
+
+    __pydantic_config__ = STRICT
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online where there is a key, else off. Where the server cannot be used, online and auto go on offline."""
+    project: str | None = None
+    """Project; null: `WANDB_PROJECT`, or finetune-launcher."""
+    entity: str | None = None
+    """User or team; null: `WANDB_ENTITY`, or the key's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """What is recorded of training, and where."""
+
+    __pydantic_config__ = STRICT
+
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    """Weights & Biases."""
+    log_every: Count = 10
+    """Optimizer steps between two lines of metrics.jsonl."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PostConfig:
+    """What becomes of the best checkpoint."""
+
+    __pydantic_config__ = STRICT
+
+    enabled: bool = True
+    """Export, quantize, measure and report after training."""
+    export: list[Literal["onnx", "torchscript"]] = field(default_factory=lambda: ["onnx"])
+    """Formats; torchscript is deprecated by torch itself."""
+    quantize: list[Literal["onnx_int8"]] = field(default_factory=lambda: ["onnx_int8"])
+    """Quantized formats; onnx_int8 is made from onnx."""
+    profile: str | None = None
+    """On SLURM: a profile on which the exports are made by a job of their own, after the training; null: in the same
+    job, by its first node. Elsewhere it means nothing."""
+    max_top1_drop: NonNegative = 1.0
+    """Points (hundredths) of validation top-1 that an exported model may lose and still be called accepted."""
+    min_agreement: Fraction = 0.97
+    """Least fraction of the validation images for which an exported model must name the checkpoint's class to be
+    accepted (a float32 one always 0.99): mistakes that come and go in equal numbers do not show in top-1."""
+    target: Literal["portable", "this", "vnni"] = "portable"
+    """CPUs that int8 models are for. portable: all (weights of 7 bits); vnni: x86 with VNNI (Ice Lake, Zen 4, later)
+    and ARM (8 bits; wrong answers on other x86); this: as the CPU that makes them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """Where the run happens."""
+
+    __pydantic_config__ = STRICT
+
+    nodes: Count = 1
+    """Machines."""
+    gpus: Count | Auto = "auto"
+    """GPUs per node, one worker each; auto: all there are. A number implies device: cuda."""
+    procs: Count | Auto = "auto"
+    """Workers per node; auto: one per GPU, or one on a CPU."""
+    threads: Count | Auto = "auto"
+    """CPU threads of each worker's computations, and of the exports'; auto: OMP_NUM_THREADS, or the node's cores shared
+    out (the exports have them all); measured on a CPU with batch.size: auto."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: cuda where a GPU is, else cpu."""
+    backend: Literal["auto", "local", "torchrun", "slurm"] = "auto"
+    """local: this process, for debugging (`--debug`); torchrun: this machine, by torch's elastic agent; slurm: a job;
+    auto: slurm where sbatch is on PATH and a profile or more than this machine is asked for, else torchrun."""
+    profile: str | None = None
+    """Profile of the cluster, a name or a path: what SLURM has to be told there (`slurm/profiles/template.yaml`)."""
+    preflight: bool = False
+    """On SLURM: check every node and the network between them before training; bad nodes are named and left out."""
+    max_restarts: CountOrZero = 3
+    """How often the workers are started again from the last checkpoint after one died."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A fine-tuning run, whole."""
+
+    __pydantic_config__ = STRICT
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)] = "run"
+    """Begins the run's id: letters, digits, dot, dash and underscore; where absent, the file's name."""
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    """Of the samples' order, augmentation, new weights and dropout."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Which network, from which weights, and what of it learns."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Which images, and how they reach the model."""
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    """How many images make a step."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """How the weights move."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the forward pass; weights stay fp32. auto: bf16 where the hardware has it, else fp16 on a GPU,
+    fp32 on a CPU."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The training loop."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """What is recorded of training, and where."""
+    post: PostConfig = field(default_factory=PostConfig)
+    """What becomes of the best checkpoint."""
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    """Where the run happens."""

@@ -1,0 +1,351 @@
+"""Where each value of a recipe came from (a line of the file, an override, a flag), and errors that say so."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.errors import Problem, RecipeError, did_you_mean
+from launcher.recipe import lines as recipe_yaml
+from launcher.recipe import values as recipe_types
+from launcher.system import redact
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from pydantic import ValidationError
+
+NO_SECRETS = (
+    "what stands here is written into files that others read. Take it out and export it in the shell that starts "
+    "`launch`, which SLURM hands on to the job (for wandb, `wandb login` does as well)"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A recipe as read, not yet checked."""
+
+    path: str
+    """The file, as the user named it."""
+    values: dict[str, Any]
+    """Nested plain values: the file with overrides and flags applied, interpolations resolved."""
+    origins: dict[str, str]
+    """Dotted key to ``FILE:LINE``, the override or the flag."""
+    problems: tuple[Problem, ...] = ()
+    """What was wrong with the overrides and interpolations themselves."""
+    typed: dict[str, str] = field(default_factory=dict)
+    """Dotted key to what was typed for its value, in the file or the override."""
+
+    def where(self, key: str) -> str:
+        """Where ``key`` was given, or the nearest key above it, or the file."""
+        while key:
+            if key in self.origins:
+                return self.origins[key]
+            key = key.rpartition(".")[0]
+        return self.path
+
+
+def read(
+    path: str, overrides: Sequence[str], flags: dict[str, tuple[str, Any]], *, schema: type, prefix: str = ""
+) -> Source:
+    """Read a YAML file and apply overrides (``a.b=c``) and flags (key to (flag, value)).
+
+    Args:
+        path: the file.
+        overrides: as typed.
+        flags: by key.
+        schema: by which a value is text, a number or something else.
+        prefix: what each override begins with before its key.
+
+    Raises:
+        RecipeError: the file is missing, is no YAML, or is no mapping.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    text = recipe_yaml.read_text(path)
+    origins = {key: f"{path}:{line}" for key, line in recipe_yaml.key_lines(path, text).items()}
+    try:
+        text, typed = recipe_yaml.typed(text, schema) if origins else ("", {})
+        config: Any = OmegaConf.create(text) if origins else OmegaConf.create({})
+    except OmegaConfBaseException as error:  # an interpolation that cannot be parsed
+        key = str(error.full_key or "")
+        raise RecipeError([Problem(key=key, where=origins.get(key, path), message=_first_line(error))]) from None
+    if "name" not in origins:
+        config["name"] = Path(path).stem
+    return _apply(config, Source(path=path, values={}, origins=origins, typed=typed), overrides, flags, schema, prefix)
+
+
+def from_values(
+    path: str, values: dict[str, Any], overrides: Sequence[str], *, schema: type, prefix: str = ""
+) -> Source:
+    """The same from nested plain values, taken as they are; ``path`` is what stands for the file in errors."""
+    from omegaconf import OmegaConf
+
+    source = Source(path=path, values={}, origins={})
+    return _apply(OmegaConf.create(_escaped(values)), source, overrides, {}, schema, prefix)
+
+
+def _escaped(value: Any) -> Any:
+    """Nested values in which OmegaConf finds no interpolation."""
+    if isinstance(value, dict):
+        return {key: _escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_escaped(inner) for inner in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def _apply(
+    config: Any,
+    source: Source,
+    overrides: Sequence[str],
+    flags: dict[str, tuple[str, Any]],
+    schema: type,
+    prefix: str,
+) -> Source:
+    """``source``, of which only places are known, with its values, overrides and flags."""
+    from omegaconf import OmegaConf
+
+    origins = source.origins
+    problems = list(_override(config, overrides, source, schema, prefix))
+    for key, (flag, value) in flags.items():
+        origins[key] = f"command line ({flag} {value})"
+        section = OmegaConf.select(config, key.rpartition(".")[0])
+        if section is None or OmegaConf.is_dict(section):  # else the schema says what is wrong with the section
+            OmegaConf.update(config, key, value)
+    values = typing.cast("dict[str, Any]", OmegaConf.to_container(config, resolve=False))
+    source = dataclasses.replace(source, values=values)
+    problems += _resolve(config, values, "", source.where)
+    return _without_secrets(dataclasses.replace(source, problems=tuple(problems)))
+
+
+def _without_secrets(source: Source) -> Source:
+    """Refuse each value that is or looks like a secret; neither it nor the override it came by is shown."""
+    secrets = {key: (value, kind) for key, value, kind in _find_secrets(source.values, "")}
+    if not secrets:
+        return source
+    values = [value for value, _ in secrets.values()]
+    origins = {key: _hide(origin, values) for key, origin in source.origins.items()}
+    problems = [
+        dataclasses.replace(problem, where=_hide(problem.where, values), message=_hide(problem.message, values))
+        for problem in source.problems
+    ]
+    clean = dataclasses.replace(source, values=without(source.values, list(secrets)), origins=origins)
+    problems += [
+        Problem(key=key, where=clean.where(key), message=f"{kind}, it seems; {NO_SECRETS}")
+        for key, (_, kind) in secrets.items()
+    ]
+    return dataclasses.replace(clean, problems=tuple(problems))
+
+
+def _find_secrets(values: Any, prefix: str) -> Iterator[tuple[str, str, str]]:
+    """Key, value and kind of each secret in nested values."""
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        if isinstance(value, dict | list):
+            yield from _find_secrets(value, f"{prefix}{key}.")
+        elif isinstance(value, str) and (kind := redact.find_secret(value, str(key))):
+            yield f"{prefix}{key}", value, kind
+
+
+def _hide(text: str, values: Sequence[str]) -> str:
+    for value in values:
+        text = text.replace(value, redact.HIDDEN)
+    return text
+
+
+def _override(config: Any, overrides: Sequence[str], source: Source, schema: type, prefix: str) -> Iterator[Problem]:
+    """Apply overrides to ``config`` and note where they came from."""
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    origins = source.origins
+    for typed in overrides:
+        item = typed.removeprefix(prefix)
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            yield Problem(key="", where="command line", message=f"{typed!r} is no override; write key=value")
+            continue
+        parts = re.findall(r"\[([^\]]*)\]|([^.\[\]]+)", name)
+        keys = [bracketed or plain for bracketed, plain in parts]
+        key = ".".join(keys)
+        origins[key] = f"command line ({typed})"
+        source.typed[key] = value
+        annotation = recipe_types.at(schema, keys)
+        if annotation is None and (problem := _too_deep(schema, keys, value, prefix)):
+            yield Problem(key=key, where=origins[key], message=problem)
+            continue
+        _blame(config, name, origins, origins[key])
+        try:
+            if annotation is not None and recipe_types.has_text(annotation):
+                OmegaConf.update(config, name, recipe_types.read(value, annotation))
+            else:
+                config.merge_with_dotlist([item])
+        except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, IndexError) as error:
+            yield Problem(key=key, where=origins[key], message=_first_line(error))
+
+
+def _too_deep(schema: type, keys: Sequence[str], value: str, prefix: str) -> str | None:
+    """What to write where a dot in a name of the user's (a layer) was taken for one between keys."""
+    for depth in range(1, len(keys) - 1):
+        outer = recipe_types.at(schema, keys[:depth])
+        if any(typing.get_origin(option) is dict for option in recipe_types.options(outer)):
+            right = f"{prefix}{'.'.join(keys[:depth])}[{'.'.join(keys[depth:])}]"
+            return f"a name with dots in it goes into brackets: '{right}={value}'"
+    return None
+
+
+def explain(error: ValidationError, source: Source, schema: type) -> list[Problem]:
+    """Turn pydantic's errors into ours: one per key, with what was found, what is valid and the nearest name."""
+    problems: dict[str, Problem] = {}
+    for detail in error.errors(include_url=False):
+        key, annotation, siblings = _locate(detail["loc"], schema)
+        if key in problems:  # the other branches of a union
+            continue
+        if detail["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            name = key.rpartition(".")[2]
+            message = " ".join(
+                filter(None, ["unknown key;", did_you_mean(name, siblings), f"valid: {', '.join(siblings)}"])
+            )
+        else:
+            found = _show(_value_at(source.values, key), source.typed.get(key))
+            message = f"found {found}; valid: {_describe(annotation)}"
+        problems[key] = Problem(key=key, where=source.where(key), message=message)
+    return list(problems.values())
+
+
+def without(values: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """A copy of nested ``values`` that lacks the dotted ``keys``."""
+    copy: dict[str, Any] = {}
+    for key, value in values.items():
+        if str(key) not in keys:
+            inner = [k.partition(".")[2] for k in keys if k.partition(".")[0] == str(key)]
+            copy[key] = without(value, inner) if isinstance(value, dict) else [] if inner else value
+    return copy
+
+
+def _blame(config: Any, key: str, origins: dict[str, str], origin: str) -> None:
+    """An override below a value that is no mapping replaces that value too."""
+    from omegaconf import OmegaConf
+
+    while key := key.rpartition(".")[0]:
+        found = OmegaConf.select(config, key, throw_on_resolution_failure=False)
+        if found is not None and not OmegaConf.is_dict(found):
+            origins[key] = origin
+
+
+def _resolve(config: Any, values: Any, prefix: str, where: Callable[[str], str]) -> Iterator[Problem]:
+    """Replace interpolations in ``values`` by what ``config`` resolves them to; take out what is missing or fails."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    missing = []
+    for key in list(values) if isinstance(values, dict) else range(len(values)):
+        value, dotted = values[key], f"{prefix}{key}"
+        if isinstance(value, dict | list):
+            yield from _resolve(config[key], value, f"{dotted}.", where)
+        elif value == "???":
+            missing.append(key)
+            if dotted != "data.path":  # reported with its own advice by the recipe's checks
+                message = f"missing (???); give it as {dotted}=VALUE"
+                yield Problem(key=dotted, where=where(dotted), message=message)
+        elif isinstance(value, str) and "${" in value:
+            try:
+                found = config[key]
+                values[key] = OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
+            except OmegaConfBaseException as error:
+                missing.append(key)
+                yield Problem(key=dotted, where=where(dotted), message=f"{value}: {_first_line(error)}")
+    for key in reversed(missing):
+        del values[key]
+
+
+def _first_line(error: Exception) -> str:
+    return str(getattr(error, "problem", None) or error).splitlines()[0]
+
+
+def _locate(location: tuple[int | str, ...], schema: type) -> tuple[str, Any, list[str]]:
+    """Follow an error's location as far as it names fields: dotted key, the field's annotation, the names beside it."""
+    names: list[str] = []
+    annotation: Any = schema
+    siblings: list[str] = []
+    for part in location:
+        if dataclasses.is_dataclass(annotation):
+            hints = typing.get_type_hints(annotation, include_extras=True)
+            siblings = list(hints)
+            siblings = [name for name in siblings if not name.startswith("__")]
+            names.append(str(part))
+            annotation = hints.get(str(part))
+            if annotation is None:
+                break
+        elif typing.get_origin(_strip(annotation)) in (dict, list) and len(names) < len(location):
+            names.append(str(part))
+            break
+        else:
+            break
+    return ".".join(names), annotation, siblings
+
+
+def _value_at(values: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        if isinstance(values, dict):
+            values = next((value for key, value in values.items() if str(key) == part), None)
+        elif isinstance(values, list) and part.isdigit() and int(part) < len(values):
+            values = values[int(part)]
+        else:
+            return None
+    return values
+
+
+def _show(value: Any, typed: str | None) -> str:
+    """A value as it was ``typed``, where that is known and no interpolation or list."""
+    if value is None:
+        return "null"
+    if isinstance(value, str):
+        return repr(value if typed is None or "${" in typed else typed)
+    if isinstance(value, bool | int | float) and math.isfinite(value) and typed and "${" not in typed:
+        return typed
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def _strip(annotation: Any) -> Any:
+    return typing.get_args(annotation)[0] if typing.get_origin(annotation) is typing.Annotated else annotation
+
+
+def _describe(annotation: Any) -> str:
+    """Say in words what an annotation allows, as in ``a whole number >= 1, or auto``."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return " and ".join([_describe(args[0]), *_describe_limits(args[1:])]).replace(" and ", " ", 1)
+    if origin is typing.Literal:
+        return ", ".join(str(a) for a in args)
+    if origin in (types.UnionType, typing.Union):
+        return ", or ".join(_describe(a) for a in args)
+    if origin in (list, dict):
+        return f"a {'list' if origin is list else 'mapping'} of {' to '.join(_describe(a) for a in args)}"
+    if dataclasses.is_dataclass(annotation):
+        return f"a mapping with the keys {', '.join(f.name for f in dataclasses.fields(annotation))}"
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}[
+        annotation
+    ]
+
+
+def _describe_limits(metadata: tuple[Any, ...]) -> list[str]:
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    limits = []
+    for info in metadata:
+        for constraint in getattr(info, "metadata", [info]):
+            limits += [
+                f"{sign} {getattr(constraint, name):g}" for name, sign in signs.items() if hasattr(constraint, name)
+            ]
+            if getattr(constraint, "pattern", None):
+                limits.append(f"matching {constraint.pattern}")
+            if hasattr(constraint, "max_length"):
+                limits.append(f"of at most {constraint.max_length} characters")
+    return limits

@@ -1,0 +1,1 @@
+"""From a run directory to report.html, report.json and model_card.md."""

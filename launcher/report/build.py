@@ -1,0 +1,298 @@
+"""From a run directory to ``report.json``, ``report.html`` and ``model_card.md``; what is missing there is named.
+
+:func:`build_report` is the data; the page is drawn in :mod:`launcher.report.html` and the card written in
+:mod:`launcher.report.model_card`, from that data alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import statistics
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from launcher.errors import UsageError
+from launcher.recipe import load as recipes
+from launcher.runs import findings
+from launcher.system.files import write_json_atomic, write_text_atomic
+from launcher.tracking import wandb_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from launcher.runs.run_dir import RunDir
+
+TRAIN_FIELDS = ("epoch", "step", "samples", "loss", "top1", "top5", "lr", "images_per_s")
+VAL_FIELDS = ("epoch", "step", "samples", "loss", "top1", "top5", "f1")
+AFTER_TRAINING = ("export", "completed", wandb_folder.UNSYNCED)
+"""Kinds of events that may come days after training, and so say nothing about how long it took."""
+NUM_MISTAKES = 10
+
+Json = dict[str, Any]
+
+
+def write_report(run: RunDir) -> None:
+    """Write ``report.json``, ``report.html`` and ``model_card.md``, each atomically.
+
+    Raises:
+        UsageError: ``plan.json`` or ``recipe.yaml`` cannot be read; everything else may be missing or cut short.
+    """
+    from launcher.report import html as report_html
+    from launcher.report import model_card as report_model_card
+
+    report = build_report(run)
+    write_json_atomic(run.report_json, report)
+    write_text_atomic(run.report_html, report_html.render(report))
+    write_text_atomic(run.model_card, report_model_card.render(report, run.recipe.read_text(encoding="utf-8")))
+
+
+def build_report(run: RunDir) -> Json:
+    """All that the report says, as JSON holds it: string keys, None for what is not known, no NaN.
+
+    Epochs count from 0, steps are optimizer steps done, metrics are fractions, times are seconds (``created``,
+    ``started``: since 1970). The classes' figures and the confusion matrix (rows true, columns predicted) are those of
+    the validation that the best checkpoint was chosen by.
+
+    Raises:
+        UsageError: ``plan.json`` or ``recipe.yaml`` cannot be read.
+    """
+    plan: Json = _essential(run.plan, lambda path: json.loads(path.read_text(encoding="utf-8")))
+    recipe = recipes.to_dict(_essential(run.recipe, recipes.read_resolved))
+    missing: list[str] = []
+    status = _read_json(run.status, missing, "what the run was doing last, and its best value")
+    events = _read_lines(run.events, missing, "attempts and their causes")
+    metrics = _without_top5(_read_lines(run.metrics, missing, "curves and tables of metrics"))
+    manifest = _read_json(run.export_manifest, missing, "exported models and what they measured")
+    state, best = status.get("state", "unknown"), status.get("best")
+    train, val = _curve(metrics, "train"), _curve(metrics, "val")
+    best_val = next((line for line in val if best and line["step"] == best["step"]), {})
+    if best and not best_val:
+        missing.append(
+            f"{run.metrics.name} has no validation of step {best['step']}, which the best checkpoint is from"
+        )
+    attempts = _attempts(events, metrics, state)
+    exports = _exports(manifest, best)
+    report: Json = _clean(
+        {
+            "run_id": plan["run_id"],
+            "name": plan["name"],
+            "state": state,
+            "command": plan.get("launched_by") or shlex.join(plan["command"]),
+            "created": plan["created"],
+            "host": plan["host"],
+            "path": str(run.path),
+            **{key: plan[key] for key in ("backend", "device", "nodes", "procs_per_node", "world_size")},
+            "wall_s": _wall_s(events, metrics),
+            "training_s": sum(row["duration_s"] for row in attempts) if attempts else None,
+            "images_per_s": _median(line.get("images_per_s") for line in train),
+            "attempts": attempts,
+            "best": best,
+            "best_val": _take(best_val, VAL_FIELDS),
+            "final_val": _take(val[-1], VAL_FIELDS) if val else None,
+            "curves": {
+                "train": [_take(line, TRAIN_FIELDS) for line in train],
+                "val": [_take(line, VAL_FIELDS) for line in val],
+            },
+            "classes": list(best_val.get("per_class") or manifest.get("classes", [])),
+            "per_class": best_val.get("per_class"),
+            "confusion": best_val.get("confusion"),
+            "mistakes": _mistakes(best_val),
+            "findings": [asdict(found) for found in findings.of_run(run)],
+            "rare_classes": _rare_classes(events),
+            "exports": exports,
+            "batch_sizes": _batch_sizes(run, events, missing),
+            "bad_images": _bad_images(run, missing),
+            "recipe": recipe,
+            "settings": _settings(recipe, recipes.to_dict(recipes.from_dict({}))),
+            "next": _next_commands(run, state, best, exports) + _sync_command(run, state, events),
+            "missing": missing,
+        }
+    )
+    return report
+
+
+def _essential(path: Path, read: Callable[[Path], Any]) -> Any:
+    try:
+        return read(path)
+    except Exception as error:  # whatever the reader raises: the file does not say what a run is made of
+        raise UsageError(
+            f"{path}: cannot be read ({str(error).splitlines()[0]}); a report needs the run's plan.json and "
+            "recipe.yaml, which `launch RECIPE` wrote when it made the run"
+        ) from error
+
+
+def _read_json(path: Path, missing: list[str], holds: str) -> Json:
+    """The object in a file; an empty one, and a word in ``missing``, where there is none or half of one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        missing.append(f"{path.name} is not there: {holds}")
+    except ValueError:
+        missing.append(f"{path.name} is cut short or damaged: {holds}")
+    else:
+        return dict(value)
+    return {}
+
+
+def _read_lines(path: Path, missing: list[str], holds: str) -> list[Json]:
+    """The records of a ``.jsonl`` file. Unlike files.read_jsonl it tells of a file or line that is not whole."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        missing.append(f"{path.name} is not there: {holds}")
+        return []
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            missing.append(f"{path.name}, line {number}: cut short or damaged and left out")
+    return records
+
+
+def _curve(metrics: list[Json], split: str) -> list[Json]:
+    """One line per step, by step: after a crash and a resume steps come again, and the last line counts."""
+    by_step = {line["step"]: line for line in metrics if line.get("split") == split}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _take(record: Json, fields: tuple[str, ...]) -> Json | None:
+    return {field: record.get(field) for field in fields} if record else None
+
+
+def _median(values: Any) -> float | None:
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return statistics.median(known) if known else None
+
+
+def _wall_s(events: list[Json], metrics: list[Json]) -> float | None:
+    """Seconds from the first start to the last sign of training, with the pauses between attempts."""
+    times = [record["time"] for record in [*events, *metrics] if record.get("kind") not in AFTER_TRAINING]
+    return max(times) - min(times) if times else None
+
+
+def _attempts(events: list[Json], metrics: list[Json], state: str) -> list[Json]:
+    """What each start of the workers did, and why it ended."""
+    records = [record for record in [*events, *metrics] if "attempt" in record]
+    numbers = sorted({record["attempt"] for record in records})
+    rows = []
+    for number in numbers:
+        own = [record for record in records if record["attempt"] == number]
+        times = [record["time"] for record in own if record.get("kind") not in AFTER_TRAINING]
+        cause, message = _cause(own)
+        steps = [record["step"] for record in own if "step" in record]
+        rows.append(
+            {
+                "attempt": number,
+                "started": min(times, default=None),
+                "duration_s": max(times) - min(times) if times else 0.0,
+                "hosts": sorted({record["host"] for record in own if record.get("kind") == "attempt_started"}),
+                "resumed_step": next((record["step"] for record in own if record.get("kind") == "resumed"), None),
+                "last_step": max(steps, default=None),
+                "cause": cause or (state if number == numbers[-1] else "unknown"),
+                "message": message,
+            }
+        )
+    return rows
+
+
+def _cause(own: list[Json]) -> tuple[str | None, str | None]:
+    """Cause and message of an attempt's end; a node that saw the failure knows more than one that lost a peer."""
+    ends = [record for record in own if record.get("kind") == "attempt_ended"]
+    if ends:
+        end = min(ends, key=lambda record: (record.get("cause") == "lost_worker", record["time"]))
+        failures = [record for record in own if record.get("kind") == "failure"]
+        return end.get("cause"), end.get("message") or (failures[0].get("message") if failures else None)
+    return next((record["outcome"] for record in own if record.get("kind") == "training_ended"), None), None
+
+
+def _mistakes(best_val: Json) -> list[Json]:
+    """The most frequent confusions of one class with another, most frequent first."""
+    if "mistakes" in best_val:  # of more classes than a matrix is recorded of
+        return list(best_val["mistakes"])
+    classes = list(best_val.get("per_class") or [])
+    cells = [
+        {"true": classes[i], "predicted": classes[j], "count": count}
+        for i, row in enumerate(best_val.get("confusion") or [])
+        for j, count in enumerate(row)
+        if i != j and count
+    ]
+    return sorted(cells, key=lambda cell: -cell["count"])[:NUM_MISTAKES]
+
+
+def _exports(manifest: Json, best: Json | None) -> Json | None:
+    """The manifest, and whether it is of the best checkpoint that the run has now."""
+    if not manifest:
+        return None
+    return {**manifest, "of_best": best is None or manifest["checkpoint"]["step"] == best["step"]}
+
+
+def _rare_classes(events: list[Json]) -> Json | None:
+    """Those with few training images: ``{num_classes, classes: {name: images}}``, the fewest; None: there are none."""
+    found = [event for event in events if event.get("kind") == "rare_classes"]
+    return _take(found[-1], ("num_classes", "classes")) if found else None
+
+
+def _without_top5(metrics: list[Json]) -> list[Json]:
+    """The lines, without top-5 where there are so few classes that it is 1 for every model."""
+    few = any(0 < len(line.get("per_class") or ()) <= recipes.TOP_K for line in metrics)
+    return [line | {"top5": None} if few and "top5" in line else line for line in metrics]
+
+
+def _batch_sizes(run: RunDir, events: list[Json], missing: list[str]) -> Json | None:
+    """What batch.size: auto measured, and where memory ran out later; None: neither."""
+    tuned = _read_json(run.tuning, missing, "batch sizes that were measured") if run.tuning.exists() else {}
+    ran_out = [_take(event, ("attempt", "step", "batch_sizes")) for event in events if event["kind"] == "out_of_memory"]
+    return {"tuned": tuned or None, "out_of_memory": ran_out} if tuned or ran_out else None
+
+
+def _bad_images(run: RunDir, missing: list[str]) -> Json | None:
+    """What was left out because it cannot be decoded; None: the images were not looked through."""
+    if not run.bad_images.exists():  # a run of an earlier version, or one that has not begun
+        return None
+    found = _read_json(run.bad_images, missing, "images that cannot be decoded")
+    return _take(found, ("scanned", "leaked", "images"))
+
+
+def _settings(values: Json, defaults: Json, prefix: str = "") -> list[Json]:
+    """The recipe as rows ``{key, value, default}``; a mapping whose default is empty is a value, not a section."""
+    rows: list[Json] = []
+    for key, value in values.items():
+        if isinstance(defaults[key], dict) and defaults[key]:
+            rows += _settings(value, defaults[key], f"{prefix}{key}.")
+        else:
+            rows.append({"key": f"{prefix}{key}", "value": value, "default": defaults[key]})
+    return rows
+
+
+def _next_commands(run: RunDir, state: str, best: Json | None, exports: Json | None) -> list[Json]:
+    rows = []
+    if state == "failed":
+        rows.append(("why", "the first failure, and its cure"))
+    if state in ("preempted", "failed", "cancelled"):
+        rows.append(("resume", "go on from the last checkpoint"))
+    if state in ("pending", "running", "unknown"):
+        rows.append(("report", "write this report again, from what is there then"))
+    elif best and not (exports and exports["of_best"]):
+        rows.append(("export", "export, quantize and measure the best checkpoint"))
+    # The whole path: whoever reads the report stands in another folder than the one who launched.
+    return [{"command": f"launch {verb} {shlex.quote(str(run.path))}", "why": why} for verb, why in rows]
+
+
+def _sync_command(run: RunDir, state: str, events: list[Json]) -> list[Json]:
+    """What sends wandb's records; while the run goes on they are still written."""
+    records = wandb_folder.unsynced(run, events) if state not in ("pending", "running") else []
+    why = "send wandb's server what it has not got of this run"
+    return [{"command": wandb_folder.sync_command(records), "why": why}] if records else []
+
+
+def _clean(value: Any) -> Any:
+    """Plain JSON: string keys, lists, and None for NaN and infinity."""
+    if isinstance(value, dict):
+        return {str(key): _clean(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,207 @@
+"""Why did it die: from the ranks' error files to the first failure and what to do about it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.backends.slurm import job_end
+from launcher.runs import findings, history, whereabouts
+
+if TYPE_CHECKING:
+    from launcher.runs.run_dir import RunDir
+    from launcher.backends.slurm.client import JobState
+
+NOT_RETRYABLE = ("bug", "usage", "out_of_memory", "full_disk", "environment")
+"""Causes that the same start would meet again."""
+RESUME = "`launch resume RUN` goes on from the last checkpoint"
+CURES = {
+    "bug": "this is a fault of finetune-launcher or of a library that it uses: report it with the lines above; "
+    "`launch RECIPE --debug` runs the same in one process",
+    "usage": "correct what the message names and start again",
+    "out_of_memory": "lower batch.size (batch.global_size keeps the step's size), or data.image_size",
+    "hang": "the workers' stacks are in their logs; one that waits for data or a lock holds up all others; a step that "
+    "really takes this long needs a higher train.hang_timeout_s",
+    "memory_kill": "it goes on with batches of half the size, launch.max_restarts times; if that does not help: fewer "
+    f"data.workers, a lower data.image_size or more memory; {RESUME}, with batches of half the size again",
+    "environment": f"mend what the message names: it is the machine's, the shell's or a file system's; {RESUME}",
+    "full_disk": f"make room where the run directory is; {RESUME}",
+    "lost_node": f"{RESUME}; ask whoever runs the cluster about the node",
+    "lost_worker": "a worker was killed from outside: look for the out-of-memory killer (`dmesg | grep -i oom`) "
+    f"or whoever sent the signal; {RESUME}",
+}
+OWN_CODE = "look at {place}, the last line of your own code above; `launch RECIPE --debug` runs it in one process"
+ENVIRONMENT = {
+    r"shared memory|/dev/shm|Bus error": "make /dev/shm larger (a container: --shm-size=8g or --ipc=host), or set "
+    "data.workers=0",
+    r"Too many open files|ancdata": "raise the limit of open files (`ulimit -n`, its hard limit), or set fewer "
+    "data.workers",
+    r"AF_UNIX path too long": "set TMPDIR to a folder with a short path",
+    r"File name too long": "name a --run-dir or a data.path with a shorter path",
+    r"Cannot allocate memory": "free memory, or ask for more; fewer data.workers need less",
+    r"can't start new thread|Resource temporarily unavailable": "raise the limit of processes (`ulimit -u`, or the "
+    "container's)",
+    r"Read-only file system|Permission denied|Operation not permitted": "see that the user who runs this may read, and "
+    "in the run directory write, what the message names, on every node",
+    r"No such file or directory|Not a directory": "see that what the message names is there, on every node",
+    r"Stale file handle|Input/output error|Transport endpoint": "the file system failed: look at its mount and its "
+    "server (`dmesg`)",
+}
+"""What the environment's failures say, as regular expressions, each with its cure."""
+SLURM_WORDS = ("oom_kill", "oom-kill", "DUE TO", "Node failure", "Exceeded job memory")
+OURS = "DUE TO JOB REQUEUE"
+STOPS = ("preempted", "time_limit", "interrupted", "cancelled")
+TRACEBACK_LINES = 12
+
+
+def errors(run: RunDir, attempt: int) -> list[dict[str, Any]]:
+    """The error files of one attempt, oldest first."""
+    found = []
+    for file in run.attempt_errors(attempt).glob("rank-*.json"):
+        try:
+            found.append(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, json.JSONDecodeError):
+            continue
+    return sorted(found, key=lambda error: float(error["time"]))
+
+
+def first_failure(run: RunDir, attempt: int) -> dict[str, Any] | None:
+    """What ended an attempt: the first error in time that is no echo of another rank's death.
+
+    Returns:
+        The error file's content; with the cause ``lost_worker`` or ``memory_kill`` where ranks report only that another
+        one vanished.
+    """
+    found = errors(run, attempt)
+    # Where all hang, the one that does not wait for the others is what they wait for.
+    own = sorted((e for e in found if e["kind"] != "peer_lost"), key=lambda e: bool(e.get("waiting")))
+    if own:
+        return own[0]
+    if not found:
+        return None
+    echo = found[0]
+    lost = {"kind": "lost_worker", "message": "a worker vanished without a word (killed, or its machine lost)"}
+    lost |= _memory_kill(run, attempt) or _lost_node(run, attempt) or {}
+    return {**echo, **lost, "rank": None, "type": lost["kind"].replace("_", " "), "traceback": ""}
+
+
+def cause_of_end(run: RunDir, attempt: int) -> tuple[str, str]:
+    """The cause of an attempt's end and the message that goes with it, as its supervisor sees them right after."""
+    failure = first_failure(run, attempt)
+    if failure:
+        return failure["kind"], failure["message"]
+    killed = _memory_kill(run, attempt)
+    if killed:
+        return killed["kind"], killed["message"]
+    problem = run.problem()  # which is then why nobody left a word
+    return ("full_disk", problem) if problem else ("lost_worker", "a worker was killed")
+
+
+def explain(run: RunDir, job: JobState | None = None) -> str:
+    """The answer of ``launch why``, in some ten lines: the first failure in time, the evidence and the cure.
+
+    Args:
+        run: the run directory.
+        job: what SLURM says of the run's job, where it has one and somebody has asked.
+    """
+    status = run.read_status()
+    attempt, state = int(status.get("attempt", 1)), whereabouts.settled(status["state"], job)
+    head = f"{run}: {state}, attempt {attempt}, epoch {status.get('epoch', 0)}, step {status.get('step', 0)}"
+    if job and not history.since_launched(run, "attempt_started"):
+        return "\n".join([head, *_before(run, attempt + 1), *job_end.explain(run, job), *_refused(run)])
+    lines = [head, *_before(run, attempt)]
+    if job and job.state == "PENDING":
+        lines += job_end.explain(run, job)
+    failure = first_failure(run, attempt) or _as_recorded(run, attempt)
+    if failure and failure["kind"] == "preempted" and state == "cancelled":  # both begin by SIGTERM
+        failure |= {"kind": "cancelled", "type": "cancelled"}
+    if failure is None and job and job.over and job.state not in ("COMPLETED", "UNKNOWN"):
+        lines += [f"job {job.job_id} ended as {job.state}", *job_end.last_words(run, job.job_id)]
+    elif failure is None and (failed := failed_checks(run)):
+        lines += ["the check of the nodes failed", *failed]
+    elif failure is None:
+        logs = run.attempt_logs(attempt) if attempt else run.logs
+        lines.append(f"no failure is recorded for this attempt; the logs are in {logs}")
+    lines += [f"{found.message}\nlikely cause: {found.cause}" for found in findings.of_run(run)]
+    if failure is None:
+        return "\n".join([*lines, *_evidence(run), *_refused(run)])
+    rank, host = failure["rank"], failure["host"]
+    where = f"rank {rank} on {host}" if rank is not None else f"seen from {host}"
+    label = "stopped" if failure["kind"] in STOPS else "first failure"
+    lines.append(f"{label}: {where}: {failure['type']}: {failure['message']}")
+    lines += [f"  {line}" for line in failure["traceback"].rstrip().splitlines()[-TRACEBACK_LINES:]]
+    if rank is not None:
+        lines.append(f"log: {run.rank_log(attempt, rank)}")
+    return "\n".join([*lines, *_evidence(run), *_refused(run), f"what to do: {cure(failure)}"])
+
+
+def cure(failure: dict[str, Any]) -> str:
+    """What to do about a failure."""
+    kind, own_line = failure["kind"], failure.get("own_line")
+    if kind == "environment":
+        found = (text for sign, text in ENVIRONMENT.items() if re.search(sign, failure["message"]))
+        return f"{text}; {RESUME}" if (text := next(found, "")) else CURES[kind]
+    if kind == "bug" and own_line:  # also where a library raised what the user's code had it do
+        return OWN_CODE.format(place=own_line)
+    return CURES.get(kind, RESUME)
+
+
+def failed_checks(run: RunDir) -> list[str]:
+    """What nodes found wrong with themselves or each other, where that has kept the run from starting."""
+    if history.since_launched(run, "attempt_started"):
+        return []
+    failed = [event["problems"] for event in history.since_launched(run, "preflight_failed")]
+    return [f"{host}: {text}" for problems in failed for host, text in problems.items()]
+
+
+def _memory_kill(run: RunDir, attempt: int) -> dict[str, str] | None:
+    """What is to be said where the kernel killed a worker in this attempt."""
+    for event in history.events(run, "memory_kill"):
+        if event["attempt"] == attempt:
+            return {"kind": "memory_kill", "message": f"the kernel killed a worker on {event['host']}: memory ran out"}
+    return None
+
+
+def _lost_node(run: RunDir, attempt: int) -> dict[str, str] | None:
+    """What is to be said where a supervisor has missed another node in this attempt."""
+    for event in history.events(run, "attempt_ended"):
+        if event["attempt"] == attempt and event["cause"] == "lost_node":
+            return {"kind": "lost_node", "message": event["message"]}
+    return None
+
+
+def _as_recorded(run: RunDir, attempt: int) -> dict[str, Any] | None:
+    """What the supervisor wrote of an attempt whose workers left no word."""
+    ended = [event for event in history.events(run, "attempt_ended") if event["attempt"] == attempt]
+    if not ended:
+        return None
+    kind = ended[0]["cause"]
+    return {**ended[0], "kind": kind, "rank": None, "type": kind.replace("_", " "), "traceback": ""}
+
+
+def _before(run: RunDir, attempt: int) -> list[str]:
+    """How the attempts before the last one ended, in a line."""
+    ended = history.events(run, "attempt_ended")  # each node may have written one
+    causes = {event["attempt"]: event["cause"] for event in ended if event["attempt"] < attempt}
+    counts = [f"{count} x {cause.replace('_', ' ')}" for cause, count in Counter(causes.values()).items()]
+    return [f"attempts before it ended by: {', '.join(counts)}"] if counts else []
+
+
+def _evidence(run: RunDir) -> list[str]:
+    """SLURM's last words about the job that say why it ended."""
+    if run.read_status()["state"] in ("completed", "early_stopped"):
+        return []
+    found = [run.batch_log(event["job_id"]) for event in history.events(run, "submitted")]
+    logs = sorted(filter(Path.exists, found), key=lambda log: log.stat().st_mtime)
+    if not logs:
+        return []
+    text = logs[-1].read_text(encoding="utf-8", errors="replace")
+    words = [line.strip() for line in text.splitlines() if any(w in line for w in SLURM_WORDS) and OURS not in line]
+    return [f"{logs[-1].name}: {words[-1]}"] if words else []
+
+
+def _refused(run: RunDir) -> list[str]:
+    return [event["message"] for event in history.since_launched(run, "refused")[-1:]]

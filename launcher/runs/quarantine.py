@@ -1,0 +1,187 @@
+"""What a run does about images that cannot be decoded: decided before the workers deal out the samples.
+
+``bad_images.json`` of the run directory says what was found; it is there, perhaps with nothing in it, before any worker
+starts, and all ranks leave out what it lists.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from typing import TYPE_CHECKING
+
+from launcher.images import folder as image_folder, scan as image_scan
+from launcher.errors import Problem, RecipeError, TrainingError
+from launcher.system.files import write_json_atomic
+from launcher.images.folder import printable
+from launcher.system.waiting import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from launcher.images.scan import Scan
+    from launcher.recipe.schema import DataConfig, Recipe
+    from launcher.runs.run_dir import RunDir
+
+VERSION = 1
+NUM_NAMED = 10
+WAIT_S = 7200
+
+
+def scan(config: DataConfig, progress: Callable[[int, int], None] | None = None) -> Scan:
+    """Look through a recipe's images; those that the launcher has made itself need no look."""
+    folder = image_folder.data_path(config.name, config.path)
+    if config.name == image_folder.DIGITS:
+        return image_scan.Scan(folder=folder, images=[], num_read=0, warnings=[])
+    found = image_scan.scan(folder, grey_range=config.grey_limits, progress=progress or image_scan.show_progress())
+    for warning in (*found.warnings, *map(printable, found.left_out)):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    leaks = found.leaks()
+    if leaks:
+        print(
+            f"warning: {len(leaks)} of the validation images are training images too, byte for byte, as "
+            f"{printable(leaks[0][1])}: what is measured will flatter; all of them: {_command(folder)}",
+            file=sys.stderr,
+            flush=True,
+        )
+    return found
+
+
+def check(recipe: Recipe, where: Callable[[str], str]) -> Scan:
+    """Look through a recipe's images before anything is written.
+
+    Args:
+        recipe: checked by recipe.load already.
+        where: from a key to the place in the recipe's file.
+
+    Raises:
+        RecipeError: the recipe does not allow what was found; names the images.
+    """
+    found = scan(recipe.data)
+    problem = _refusal(found, recipe.data)
+    if problem:
+        raise RecipeError([Problem(key="data.path", where=where("data.path"), message=problem)])
+    return found
+
+
+def prepare(run: RunDir, *, attempt: int, node_rank: int, progress: Callable[[], None]) -> None:
+    """See to it that ``bad_images.json`` is there and fit for an attempt that is about to start.
+
+    Node 0 looks through the images, unless that has been done for this attempt; the others wait for what it finds.
+
+    Args:
+        run: the run directory.
+        attempt: number of the next start of the workers.
+        node_rank: which node this is.
+        progress: called twice a second at least; what it raises ends the work.
+
+    Raises:
+        TrainingError: the recipe does not allow what was found; the run's history says so.
+    """
+    from launcher.recipe import load as recipes
+
+    recipe = recipes.read_resolved(run.recipe)
+    if node_rank:
+        _wait(run, attempt, progress)
+        if recipe.data.on_bad_image == "error" and image_folder.read_quarantine(run.bad_images):
+            raise TrainingError(f"there are bad images; node 0 names them, and so does {run.bad_images}")
+        return
+    if _attempt(run) == attempt:
+        return
+    show = image_scan.show_progress()
+
+    def watch(done: int, total: int) -> None:
+        progress()
+        show(done, total)
+
+    found = scan(recipe.data, watch)
+    record(run, recipe, found, attempt=attempt)
+    problem = _refusal(found, recipe.data)
+    if problem:
+        run.append_event("attempt_started", attempt=attempt, node=0, workers=0)
+        run.append_event("attempt_ended", attempt=attempt, node=0, cause="usage", message=problem)
+        run.update_status(state="failed", attempt=attempt)
+        raise TrainingError(f"{problem}\nmore: launch why {run}")
+
+
+def record(run: RunDir, recipe: Recipe, found: Scan, *, attempt: int) -> None:
+    """Write ``bad_images.json`` for an attempt.
+
+    Under quarantine an entry stays, even where the file has been mended since: who took part in the epochs so far must
+    not change in the middle of a run.
+    """
+    quarantine = recipe.data.on_bad_image == "quarantine"
+    before = image_folder.read_bad_images(run.bad_images)
+    if before is None and run.bad_images.exists():
+        run.append_event("bad_images_lost", message=f"{run.bad_images}: damaged, and made anew from what is bad now")
+    images = before["images"] if quarantine and before else []
+    known = {image["path"] for image in images}
+    added = [
+        {"path": i.path, "split": i.split, "kind": i.kind, "message": i.message, "since_attempt": attempt}
+        for i in found.bad
+        if i.path not in known
+    ]
+    images += added
+    value = {"version": VERSION, "attempt": attempt, "scanned": len(found.images), "leaked": len(found.leaks())}
+    write_json_atomic(run.bad_images, {**value, "images": images}, durable=True)
+    if quarantine and added:
+        run.append_event("quarantined", images=[image["path"] for image in added], since_attempt=attempt)
+    if quarantine and images:
+        count = "1 image is" if len(images) == 1 else f"{len(images)} images are"
+        print(f"{count} left out: they cannot be decoded ({run.bad_images.name})", flush=True)
+
+
+def _command(folder: Path) -> str:
+    return f"launch check {printable(shlex.quote(str(folder)))}"
+
+
+def _attempt(run: RunDir) -> int:
+    """For which attempt node 0 has looked through the images last."""
+    found = image_folder.read_bad_images(run.bad_images)
+    return int(found["attempt"]) if found else 0
+
+
+def _wait(run: RunDir, attempt: int, progress: Callable[[], None]) -> None:
+    """Wait for node 0 to have looked through the images for this attempt."""
+
+    def is_written() -> bool:
+        os.listdir(run.path)  # noqa: PTH208  a listing is fresh where NFS still remembers an older file
+        return _attempt(run) >= attempt
+
+    if not wait_until(is_written, timeout_s=WAIT_S, heed=progress, what="node 0 to look through the images"):
+        raise TrainingError(
+            f"{run.bad_images}: not written for attempt {attempt} after {WAIT_S} s; node 0 does so when it has "
+            "looked through the images: is it running?"
+        )
+
+
+def _refusal(found: Scan, config: DataConfig) -> str | None:
+    """Why a run must not start with these images, with what to do; None: it may."""
+    folder = printable(str(found.folder))
+    if config.on_bad_image == "error":
+        if not found.bad:
+            return None
+        count = "1 image cannot" if len(found.bad) == 1 else f"{len(found.bad)} images cannot"
+        # Those whose range does not fit are decoded well enough.
+        what = (
+            "be used with the values they have"
+            if any(image.kind == "grey_range" for image in found.bad)
+            else "be decoded"
+        )
+        more = len(found.bad) - NUM_NAMED
+        named = "".join(f"\n    {image}" for image in found.bad[:NUM_NAMED])
+        named += f"\n    and {more} more" if more > 0 else ""
+        return (
+            f"{count} {what} in {folder}; mend or remove what is listed, or leave it out by "
+            f"data.on_bad_image=quarantine; the whole list with cures: {_command(found.folder)}{named}"
+        )
+    counts = {split: found.class_counts(split) for split in dict.fromkeys(image.split for image in found.bad)}
+    lost = [
+        f"{split}/{name}"
+        for split, classes in counts.items()
+        for name, count in classes.items()
+        if not count and not (split == "val" and config.missing_val_classes == "allow" and classes.total())
+    ]
+    return f"{folder}: no image that can be decoded is left in {', '.join(lost)}; add some" if lost else None

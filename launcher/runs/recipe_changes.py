@@ -1,0 +1,204 @@
+"""What of a recipe may change while its run goes on: one row for each key, and the comparison by them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.images import folder as image_folder
+from launcher.recipe import catalog, paths as recipe_paths
+from launcher.recipe import load as recipes
+from launcher.errors import Problem, RecipeError, UsageError
+from launcher.recipe.keys import flat, show
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from launcher.recipe.schema import Recipe
+    from launcher.runs.run_dir import RunDir
+
+FIXED = {
+    "seed": "the order of the samples follows from it: some would come twice in an epoch, others never",
+    "model.arch": "the checkpoint's weights are those of the other",
+    "model.weights": "training began from the other, and goes on from the checkpoint's weights",
+    "model.num_classes": "the checkpoint's head has the other number of outputs",
+    "data.image_size": "the best checkpoint so far was chosen, and would be exported, at the other size",
+    "data.crop_pct": "the best checkpoint so far was chosen, and would be exported, with the other crop",
+    "data.background": "the best checkpoint so far was chosen, and would be exported, on the other background",
+    "data.grey_range": "the best checkpoint so far was chosen, and would be exported, with other grey values",
+    "optim.name": "the checkpoint holds the other's state",
+}
+"""Keys that have to stay as they are, each with the reason."""
+SAME_GLOBAL_BATCH = "the global batch stays that of the run; batch.global_size=N changes it"
+SAME_IMAGES = "the training images have to be the same"
+OPEN = {
+    "name": "",
+    "model.freeze": "",
+    "model.unfreeze": "",
+    "data.name": SAME_IMAGES,
+    "data.path": SAME_IMAGES,
+    "data.augment": "",
+    "data.workers": "",
+    "data.on_bad_image": "",
+    "data.missing_val_classes": "",
+    "batch.size": SAME_GLOBAL_BATCH,
+    "batch.objective": "",
+    "batch.global_size": "",
+    "batch.accumulate": SAME_GLOBAL_BATCH,
+    "optim.lr": "",
+    "optim.momentum": "",
+    "optim.weight_decay": "",
+    "optim.schedule": "",
+    "optim.warmup_epochs": "",
+    "optim.lr_batch_size": "",
+    "optim.groups": "",
+    "precision": "",
+    "train.epochs": "",
+    "train.channels_last": "",
+    "train.batchnorm_recompute": "",
+    "train.clip_grad_norm": "",
+    "train.label_smoothing": "",
+    "train.checkpoint.every_steps": "",
+    "train.checkpoint.every_minutes": "",
+    "train.checkpoint.keep": "",
+    "train.early_stopping.metric": "the best checkpoint is chosen anew from the next validation on",
+    "train.early_stopping.mode": "",
+    "train.early_stopping.patience": "",
+    "train.early_stopping.min_delta": "",
+    "train.on_nan": "",
+    "train.hang_timeout_s": "",
+    "tracking.wandb.mode": "",
+    "tracking.wandb.project": "",
+    "tracking.wandb.entity": "",
+    "tracking.log_every": "",
+    "post.enabled": "",
+    "post.export": "",
+    "post.quantize": "",
+    "post.profile": "",
+    "post.max_top1_drop": "",
+    "post.min_agreement": "",
+    "post.target": "",
+    "launch.nodes": "",
+    "launch.gpus": "",
+    "launch.procs": "",
+    "launch.threads": "",
+    "launch.device": "",
+    "launch.backend": "",
+    "launch.profile": "",
+    "launch.preflight": "",
+    "launch.max_restarts": "",
+}
+"""Keys with which a run goes on at another value, each with what to know then."""
+TUNED = (
+    *("model.", "batch.", "precision", "train.channels_last", "train.clip_grad_norm", "optim.momentum"),
+    *("data.workers", "data.augment", "launch.threads"),
+)
+"""How keys begin that measured batch sizes and shares of cores follow from: they are measured anew."""
+
+_SAME_PLACE = ("data.path", "launch.profile", "post.profile")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A key whose value is not what the run has been trained with so far."""
+
+    key: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        note = OPEN.get(self.key, "")
+        return f"{self.key}: {show(self.old)} -> {show(self.new)}{f' ({note})' if note else ''}"
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether batch sizes that were measured for the old value say nothing about the new one."""
+        return self.key.startswith(TUNED)
+
+
+def find(run: RunDir, recipe: Recipe, where: Callable[[str], str]) -> list[Change]:
+    """What ``recipe`` changes for a run that has a checkpoint; reads files and writes none.
+
+    The recipe that the checkpoint was trained with is in its ``state.json``; where an earlier version wrote that, it is
+    the run's own. A run without a checkpoint has nothing that could not go with another recipe.
+
+    Args:
+        run: there may be none yet.
+        recipe: to go on with.
+        where: from a key to the place that its value comes from.
+
+    Raises:
+        RecipeError: the run cannot go on with it; names all keys that are in the way.
+        UsageError: the run's own recipe cannot be read.
+    """
+    state = run.newest_state()
+    if state is None:
+        return []
+    before = _trained_with(run, state)
+    changes = list(_compare(before, recipe_paths.absolute(recipe), len(state["classes"])))
+    problems = [
+        Problem(
+            key=change.key,
+            where=where(change.key),
+            message=f"found {show(change.new)}, but the run has been trained with {show(change.old)} and cannot go on "
+            f"with another: {FIXED[change.key]}; take the old value, or begin a new run in another --run-dir",
+        )
+        for change in changes
+        if change.key in FIXED
+    ]
+    if problems:
+        raise RecipeError(problems)
+    return changes
+
+
+def _trained_with(run: RunDir, state: dict[str, Any]) -> Recipe:
+    import yaml
+
+    try:
+        return recipes.from_dict(state["recipe"]) if "recipe" in state else recipes.read_resolved(run.recipe)
+    except (yaml.YAMLError, ValueError, TypeError, OSError) as error:
+        first = str(error).splitlines()[0]
+        raise UsageError(f"{run}: the recipe that it was trained with cannot be read: {first}") from None
+
+
+def _compare(before: Recipe, now: Recipe, num_classes: int) -> Iterator[Change]:
+    new_values = dict(flat(now))
+    for key, old in flat(before):
+        new = new_values[key]
+        if _meaning(key, old, before, num_classes) == _meaning(key, new, now, num_classes):
+            continue
+        if key == "model.weights" and _has_moved(before, now):
+            continue
+        yield Change(key=key, old=old, new=new)
+
+
+def _meaning(key: str, value: Any, recipe: Recipe, num_classes: int) -> Any:
+    """What a value stands for, so that two ways to write the same are no change."""
+    if key == "model.weights":
+        return _weights(recipe)
+    if key == "data.image_size" and value == "auto":
+        return catalog.image_size(recipe.model.arch, recipe.model.weights)
+    if key == "model.num_classes" and value == "auto":
+        return _num_folders(recipe) or num_classes
+    if key in _SAME_PLACE and value is not None:
+        return Path(value).resolve()
+    return list(value.items()) if isinstance(value, dict) else value  # the first pattern that matches counts
+
+
+def _weights(recipe: Recipe) -> Any:
+    model = recipe.model
+    if model.weights_file is not None:
+        return model.weights_file.resolve()
+    return model.weights and catalog.find_model(model.arch).find_weights(model.weights).name
+
+
+def _has_moved(before: Recipe, now: Recipe) -> bool:
+    """Whether both start from a file of one name, which is not read any more."""
+    old, new = before.model.weights_file, now.model.weights_file
+    return old is not None and new is not None and old.name == new.name
+
+
+def _num_folders(recipe: Recipe) -> int | None:
+    folder = image_folder.data_path(recipe.data.name, recipe.data.path) / "train"
+    return len(image_folder.find_classes(folder)) if folder.is_dir() else None

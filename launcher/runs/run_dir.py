@@ -1,0 +1,332 @@
+"""Every file name of a run, in one class."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from launcher.errors import UsageError
+from launcher.system.files import append_jsonl, fsync, write_json_atomic
+from launcher.system.redact import redact_all
+
+State = Literal["pending", "running", "preempted", "completed", "early_stopped", "failed", "cancelled"]
+
+ATTEMPT_VARIABLE = "LAUNCH_ATTEMPT"
+"""Environment variable by which a worker learns its attempt; the supervisor counts."""
+MEMORY_KILLS_VARIABLE = "LAUNCH_MEMORY_KILLS"
+"""Environment variable by which a worker learns how often, since the last checkpoint, the kernel has killed one of its
+node because memory had run out."""
+
+PROBE_BYTES = 1 << 16
+
+BATCH_LOG_VARIABLE = "LAUNCH_BATCH_LOG"
+"""Environment variable by which a node's supervisor learns where its batch script writes; unset outside of one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSpec:
+    """All that a worker is handed; the rest it reads from the run directory and torchrun's environment variables."""
+
+    run_dir: str
+    """Absolute path of the run directory."""
+    attempt: int
+    """Which start of the workers this is, from 1; a restart counts."""
+    debug: bool = False
+    """In this process, with a handful of steps and no files but those of the run."""
+
+
+def new_run_id(name: str) -> str:
+    """``NAME-YYYYmmdd-HHMMSS-xxxx``: the run's id, its folder's name and its wandb id, fixed before anything starts."""
+    return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def code_digest() -> str:
+    """Of this package's code: a requeued run meets what was edited meanwhile (submitit#1717), and says so."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parents[1]
+    for folder in (package, package / "tools"):  # the latter is a link, which rglob does not follow
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def node_name() -> str:
+    """This machine as SLURM names it in a job, which need not be its host name: what can be excluded."""
+    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+
+
+class RunDir:
+    """The files of one run (a public contract: README, "The run directory").
+
+    Args:
+        path: the folder; it need not exist yet.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).absolute()
+
+    @classmethod
+    def existing(cls, path: str | os.PathLike[str]) -> RunDir:
+        """Open the run at ``path``.
+
+        Raises:
+            UsageError: there is no run directory at ``path``.
+        """
+        run = cls(path)
+        if not run.exists:
+            missing = run.plan.name if run.recipe.is_file() else run.recipe.name
+            found = f"a folder without {missing}" if run.path.is_dir() else "nothing"
+            raise UsageError(f"{path}: not a run directory (found {found}); runs are made by `launch RECIPE`")
+        return run
+
+    def __str__(self) -> str:
+        """Relative to the working directory where that is shorter."""
+        relative = os.path.relpath(self.path)
+        return relative if len(relative) < len(str(self.path)) else str(self.path)
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a run."""
+        return self.plan.is_file() and self.recipe.is_file()
+
+    @property
+    def run_id(self) -> str:
+        """The run's id, as fixed in the plan before it started."""
+        return str(self.read_plan()["run_id"])
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe, every default written out."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def plan(self) -> Path:
+        """The plan as carried out."""
+        return self.path / "plan.json"
+
+    @property
+    def status(self) -> Path:
+        """``{state, attempt, epoch, step, best, updated}``."""
+        return self.path / "status.json"
+
+    @property
+    def bad_images(self) -> Path:
+        """Images that cannot be decoded: ``{version, attempt, scanned, leaked, images}``; made before the workers."""
+        return self.path / "bad_images.json"
+
+    @property
+    def tuning(self) -> Path:
+        """Batch sizes that were measured: ``{version, batching, ranks}``; there with ``batch.size: auto``."""
+        return self.path / "tuning.json"
+
+    @property
+    def events(self) -> Path:
+        """One line per attempt, restart, signal, failure, checkpoint, export."""
+        return self.path / "events.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        """One line per logged training window and per validation."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        """The folder of all logs."""
+        return self.path / "logs"
+
+    def attempt_logs(self, attempt: int) -> Path:
+        """The folder of one attempt's rank logs."""
+        return self.logs / f"attempt-{attempt}"
+
+    def rank_log(self, attempt: int, rank: int) -> Path:
+        """Standard output and error of one rank."""
+        return self.attempt_logs(attempt) / f"rank-{rank}.log"
+
+    def nccl_dump(self, attempt: int) -> Path:
+        """Beginning of the names of what NCCL's flight recorder writes; torch adds the rank."""
+        return self.attempt_logs(attempt) / "nccl-rank-"
+
+    def nccl_pipe(self, attempt: int) -> Path:
+        """Beginning of the names of the pipes that ask for it; torch adds the rank and ``.pipe``, and makes them."""
+        digest = hashlib.sha256(f"{self.path} {attempt}".encode()).hexdigest()[:16]
+        return Path(tempfile.gettempdir()) / f"launch-{digest}-"
+
+    def launch_log(self, node_rank: int) -> Path:
+        """What ``launch --detach`` would have said on one node."""
+        return self.logs / ("launch.log" if node_rank == 0 else f"launch-{node_rank}.log")
+
+    def node_log(self, node_rank: int) -> Path:
+        """What torch's elastic agent on one node had to say."""
+        return self.logs / f"node-{node_rank}.log"
+
+    @property
+    def post_log(self) -> Path:
+        """Output of the post-step."""
+        return self.logs / "post.log"
+
+    def attempt_errors(self, attempt: int) -> Path:
+        """The folder of one attempt's error files."""
+        return self.path / "errors" / f"attempt-{attempt}"
+
+    def rank_error(self, attempt: int, rank: int) -> Path:
+        """What ended a rank: ``{time, attempt, rank, node, kind, type, message, traceback}``."""
+        return self.attempt_errors(attempt) / f"rank-{rank}.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of all checkpoints."""
+        return self.path / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        """The checkpoint after ``step`` optimizer steps."""
+        return self.checkpoints / f"step-{step:08d}"
+
+    def newest_state(self) -> dict[str, Any] | None:
+        """``state.json`` of the newest checkpoint that has one; None where nothing was trained yet."""
+        for folder in sorted(self.checkpoints.glob("step-*"), reverse=True):
+            with contextlib.suppress(OSError, ValueError):  # half of one
+                state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+                return state
+        return None
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """Symlink to the newest checkpoint."""
+        return self.checkpoints / "last"
+
+    @property
+    def best_checkpoint(self) -> Path:
+        """Symlink to the checkpoint with the best watched metric."""
+        return self.checkpoints / "best"
+
+    @property
+    def exports(self) -> Path:
+        """The folder of exported models."""
+        return self.path / "exports"
+
+    @property
+    def export_manifest(self) -> Path:
+        """What each exported model measured against its checkpoint."""
+        return self.exports / "manifest.json"
+
+    @property
+    def report_json(self) -> Path:
+        """The report, for programs."""
+        return self.path / "report.json"
+
+    @property
+    def report_html(self) -> Path:
+        """The report, for people."""
+        return self.path / "report.html"
+
+    @property
+    def model_card(self) -> Path:
+        """What the model is, in Markdown."""
+        return self.path / "model_card.md"
+
+    @property
+    def slurm(self) -> Path:
+        """The folder of submitit's own files, and of the output of each node's supervisor."""
+        return self.path / "slurm"
+
+    def supervisor_log(self, job_id: str, node_rank: int) -> Path:
+        """Standard output of one node's supervisor in a SLURM job; node 0's is what a terminal would show."""
+        return self._of_job(job_id) / "slurm" / f"{job_id}_{node_rank}_log.out"
+
+    def batch_log(self, job_id: str) -> Path:
+        """Output of a SLURM job's batch script, with srun's own words."""
+        return self._of_job(job_id) / "logs" / f"slurm-{job_id}.log"
+
+    def _of_job(self, job_id: str) -> Path:
+        """Where a job writes: an element of an array (``7_1``) into the folder of its sweep."""
+        return self.path.parent if "_" in job_id else self.path
+
+    def meeting(self, start: str) -> Path:
+        """Where the nodes meet in one start of a SLURM job: ``{host, port, attempt}``."""
+        return self.slurm / f"meeting-{start}.json"
+
+    @property
+    def meetings(self) -> Path:
+        """The folder of what nodes that are started by hand say to each other before the workers start."""
+        return self.path / "nodes"
+
+    @property
+    def meeting_by_hand(self) -> Path:
+        """What node 0 has made of it: ``{created, problems, address}``."""
+        return self.meetings / "meeting.json"
+
+    def node_by_hand(self, node_rank: int) -> Path:
+        """What one of the other nodes says of itself."""
+        return self.meetings / f"node-{node_rank}.json"
+
+    def preflight(self, start: str) -> Path:
+        """The folder of what the nodes say to each other before one start of a SLURM job."""
+        return self.slurm / f"preflight-{start}"
+
+    def bad_nodes(self, start: str, node_rank: int) -> Path:
+        """Node names with commas between them that, as a node found, one start of a SLURM job should do without."""
+        return self.slurm / f"bad-{start}-{node_rank}"
+
+    def job_done(self, start: str) -> Path:
+        """The run's exit code in one start of a SLURM job; made by node 0 when it has nothing left to do."""
+        return self.slurm / f"done-{start}"
+
+    @property
+    def wandb(self) -> Path:
+        """The folder of wandb itself, when tracking is on."""
+        return self.path / "wandb"
+
+    def create(self) -> None:
+        """Make the folder and those of its folders that every run has; they survive a loss of power."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.checkpoints.mkdir(exist_ok=True)
+        fsync(self.path)
+        for above in list(self.path.parents)[:2]:  # runs/ may be new, too
+            with contextlib.suppress(OSError):  # a folder that may be passed through but not be read
+                fsync(above)
+
+    def problem(self) -> str | None:
+        """Why nothing can be written here, as when the disk is full; None: it can."""
+        probe = self.path / f".room-{node_name()}-{os.getpid()}"
+        try:
+            probe.write_bytes(bytes(PROBE_BYTES))
+        except OSError as error:
+            return f"{self}: cannot be written to: {error.strerror}"
+        finally:
+            with contextlib.suppress(OSError):
+                probe.unlink(missing_ok=True)
+        return None
+
+    def read_plan(self) -> dict[str, Any]:
+        """The content of ``plan.json``."""
+        plan: dict[str, Any] = json.loads(self.plan.read_text(encoding="utf-8"))
+        return plan
+
+    def read_status(self) -> dict[str, Any]:
+        """The content of ``status.json``; ``{"state": "pending"}`` where there is none, or half of one."""
+        try:
+            status: dict[str, Any] = json.loads(self.status.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return {"state": "pending"}
+        return status
+
+    def update_status(self, **changes: Any) -> None:
+        """Change some fields of ``status.json``. One process at a time writes it: rank 0, or the supervisor."""
+        write_json_atomic(self.status, {**self.read_status(), **changes, "updated": time.time()})
+
+    def append_event(self, kind: str, **fields: Any) -> None:
+        """Add a line ``{time, kind, host, …}`` to ``events.jsonl``; messages may quote what no file must hold."""
+        known = {"time": time.time(), "kind": kind, "host": node_name()}
+        append_jsonl(self.events, known | redact_all(fields))
+
+    def append_metrics(self, **fields: Any) -> None:
+        """Add a line to ``metrics.jsonl``."""
+        append_jsonl(self.metrics, {"time": time.time(), **fields})

@@ -1,0 +1,1 @@
+"""Tells Weights & Biases what a run records."""

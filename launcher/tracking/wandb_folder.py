@@ -1,0 +1,70 @@
+"""wandb's folder of a run: whether it can be written, what in it the server lacks, and the command that sends it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from launcher.runs.run_dir import RunDir
+
+UNSYNCED = "wandb_unsynced"
+"""Kind of the event that names a record (``folder``) which was not, or not wholly, sent, and says why (``reason``)."""
+PROBE_BYTES = 65536
+
+
+def unsynced(run: RunDir, events: Iterable[dict[str, Any]]) -> list[Path]:
+    """The folders of records that the server lacks, oldest first.
+
+    These are offline ones, and online ones that the run's ``events`` say were given up, without the mark that
+    ``wandb sync`` leaves.
+    """
+    given_up = {run.wandb / str(event["folder"]) for event in events if event.get("kind") == UNSYNCED}
+    return sorted(
+        (
+            folder
+            for folder in {*run.wandb.glob("offline-run-*"), *given_up}
+            if any(folder.glob("run-*.wandb")) and not any(folder.glob("*.wandb.synced"))
+        ),
+        key=lambda folder: folder.name.removeprefix("offline-"),
+    )
+
+
+def sync_command(folders: Iterable[Path]) -> str:
+    """What sends these records; wandb skips those that were begun online unless it is told not to."""
+    names = [str(folder) for folder in folders]
+    online = any("/offline-run-" not in name for name in names)
+    return shlex.join(["wandb", "sync", *(["--include-online"] if online else []), *names])
+
+
+def check_writable(folder: Path) -> None:
+    """Write and remove some bytes. wandb itself goes on without a word where its disk is full.
+
+    Raises:
+        OSError: the disk or quota is full, or the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / ".probe"
+    try:
+        probe.write_bytes(bytes(PROBE_BYTES))
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def upload_error(folder: Path) -> str | None:
+    """Why wandb stopped sending a record for good, by its own log; its ``finish`` returns as if all had been sent."""
+    try:
+        lines = (folder / "logs" / "debug-internal.log").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if "filestream: fatal error" in line:
+            try:
+                return str(json.loads(line)["msg"])
+            except (ValueError, KeyError, TypeError):
+                return line
+    return None

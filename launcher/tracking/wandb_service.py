@@ -1,0 +1,89 @@
+"""wandb-core, the process in which wandb does its work: how it is started, and ended without waiting for it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.system.processes import children, descendants
+from launcher.tracking.wandb_mode import configured_url
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import wandb
+
+    from launcher.tracking.wandb_mode import Mode
+
+INIT_TIMEOUT_S = 30.0
+"""How long ``wandb.init`` may wait for its server."""
+KILL_TIMEOUT_S = 2.0
+
+
+def settings(mode: Mode, warn: Callable[[str], None]) -> wandb.Settings:
+    """Settings of wandb, without those that an older version lacks; ``warn`` is called with a line, later."""
+    import wandb
+
+    values: dict[str, Any] = {
+        "mode": mode,
+        "silent": True,
+        "console": "off",  # logs/ has what the ranks print
+        "save_code": False,
+        "disable_code": True,
+        "disable_git": True,  # on a large or remote checkout git takes its time
+        "label_disable": True,
+        "sagemaker_disable": True,  # it would replace the run's id
+        "reinit": "create_new",
+        "init_timeout": INIT_TIMEOUT_S,
+        "x_transaction_log_flush_interval": 2.0,  # what a service that has to be killed may lose
+        # By default the stop button of wandb's page sends SIGINT to this process.
+        "stop_fn": lambda: warn("wandb: its stop button does not stop training; `launch cancel RUN` does"),
+    }
+    values |= {"base_url": url} if (url := configured_url()) else {}
+    return wandb.Settings(**{key: v for key, v in values.items() if key in wandb.Settings.model_fields})
+
+
+def start(options: wandb.Settings) -> None:
+    """Start the service by itself: it comes with an exit hook, and ``wandb.init`` may hang.
+
+    The hook would wait until all is sent, however long that takes. wandb has no public way to leave it out.
+    """
+    import wandb
+
+    service = wandb.setup(options)
+    if unregister_exit_hook := getattr(getattr(service, "_connection", None), "_cleanup", None):
+        unregister_exit_hook()
+
+
+def end() -> None:
+    """Kill the service, and have wandb forget it: it still has threads, and knows of a service that is gone."""
+    logging.getLogger("wandb").handlers = [logging.NullHandler()]  # what it says of its end may find a full disk
+    kill()
+    with contextlib.suppress(BaseException):
+        sys.modules["wandb"].teardown()
+
+
+def kill() -> None:
+    """Kill wandb-core, a child of this process, with what it started (the system monitor), and wait for its end."""
+    for core in children(os.getpid()):
+        if _name(core) == "wandb-core":
+            for pid in (*descendants(core), core):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            until = time.monotonic() + KILL_TIMEOUT_S
+            with contextlib.suppress(ChildProcessError):  # wandb's own thread may reap it first
+                while os.waitpid(core, os.WNOHANG) == (0, 0) and time.monotonic() < until:
+                    time.sleep(0.01)
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""

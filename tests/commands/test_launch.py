@@ -1,0 +1,250 @@
+"""`launch` as a person runs it: real workers, real files; signals and kills are in tests/faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launcher.images import scan as image_scan
+from launcher.runs.history import events
+from launcher.runs.run_dir import RunDir
+from launcher.system.files import read_jsonl
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+RECIPE = str(ROOT / "recipes/debug.yaml")
+NO_POST = "post.enabled=false"
+DEADLINE_S = 240
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start `launch …` in a process group of its own; whatever is left of it is killed at the end."""
+    started = []
+
+    def _start(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "launcher", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **(env or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield _start
+    for process in started:
+        for left in session_of(process):
+            left.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def session_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """All living processes of the session that ``process`` leads."""
+    found = []
+    for other in psutil.process_iter():
+        try:
+            if os.getsid(other.pid) == process.pid and other.status() != psutil.STATUS_ZOMBIE:
+                found.append(other)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> RunDir:
+    """Three epochs with two workers that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    subprocess.run(
+        [sys.executable, "-m", "launcher", RECIPE, "train.epochs=3", NO_POST, "--run-dir", str(folder / "run")],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+    return RunDir(folder / "run")
+
+
+def test_a_run_leaves_everything_the_contract_names(start, tmp_path):
+    process = start(RECIPE, "--run-dir", "run")
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0, output
+    run = RunDir(tmp_path / "run")
+    assert run.read_status()["state"] == "completed"
+    assert run.read_status()["best"]["metric"] == "val/loss"
+    plan = run.read_plan()
+    assert plan["world_size"] == 2
+    assert run.run_id == plan["run_id"]
+    for file in (
+        run.recipe,
+        run.metrics,
+        run.events,
+        run.report_html,
+        run.report_json,
+        run.model_card,
+        run.export_manifest,
+        run.exports / "model.onnx",
+        run.exports / "model.int8.onnx",
+        run.best_checkpoint / "manifest.json",
+        run.rank_log(1, 0),
+        run.rank_log(1, 1),
+    ):
+        assert file.is_file(), file
+    val = [m for m in read_jsonl(run.metrics) if m["split"] == "val"]
+    assert [m["samples"] for m in val] == [360]
+    exports = json.loads(run.export_manifest.read_text())["exports"]
+    assert {e["format"]: e["agreement"] for e in exports}["onnx"] == 1.0
+    last_lines = output.strip().splitlines()[-3:]
+    assert last_lines[0].split() == ["run:", "run"]
+    assert last_lines[1].split() == ["report:", "run/report.html"]
+    assert last_lines[2].startswith("next:")
+    assert session_of(process) == []
+
+
+def test_a_training_epoch_counts_every_sample_once(undisturbed):
+    state = json.loads((undisturbed.last_checkpoint / "state.json").read_text())
+    assert (state["epoch"], state["offset"], state["step"]) == (3, 0, 3 * 12)  # 1437 images, 2 x 64 a step
+    assert [m["samples"] for m in read_jsonl(undisturbed.metrics) if m["split"] == "val"] == [360] * 3
+
+
+@pytest.fixture
+def photos(undisturbed, tmp_path):
+    """The digits as a user's own image folder."""
+    return shutil.copytree(Path(os.environ["FINETUNE_LAUNCHER_CACHE"]) / "digits", tmp_path / "photos")
+
+
+def break_unseen(file):
+    """Put rubbish in a file's place, of its size and its time: what was known of the file is now wrong."""
+    before = file.stat()
+    file.write_bytes(b"x" * before.st_size)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def spoil(photos):
+    """Two bad training images and a bad validation image."""
+    first, second = sorted((photos / "train/7").iterdir())[:2]
+    val = min((photos / "val/3").iterdir())
+    first.write_bytes(b"not an image")
+    second.write_bytes(second.read_bytes()[:60])
+    val.write_bytes(b"")
+    return [str(file.relative_to(photos)) for file in (first, second, val)]
+
+
+def test_bad_images_are_refused_before_anything_is_written(start, tmp_path, photos):
+    bad = spoil(photos)
+    process = start(RECIPE, "data.name=imagefolder", f"data.path={photos}", "--run-dir", "run")
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 2, output
+    assert "nothing was started" in output
+    assert "data.on_bad_image=quarantine" in output
+    assert all(path in output for path in bad)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_bad_images_are_left_out_on_every_rank_and_listed(start, tmp_path, photos, debug):
+    bad = spoil(photos)
+    data = ("data.name=imagefolder", f"data.path={photos}", "data.on_bad_image=quarantine")
+    process = start(RECIPE, *data, "--run-dir", "run", *(["--debug", "batch.size=auto"] if debug else []))
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0, output
+    assert "3 images are left out" in output
+    run = RunDir(tmp_path / "run")
+    found = json.loads(run.bad_images.read_text())
+    assert [image["path"] for image in found["images"]] == bad
+    assert found["scanned"] == 1797
+    if debug:
+        return
+    assert [m["samples"] for m in read_jsonl(run.metrics) if m["split"] == "val"] == [359]
+    assert json.loads(run.export_manifest.read_text())["val_samples"] == 359
+    assert json.loads(run.report_json.read_text())["bad_images"]["images"] == found["images"]
+    assert all(path in run.report_html.read_text() for path in bad)
+    assert "3 images that cannot be decoded" in run.model_card.read_text()
+
+
+def test_an_image_that_breaks_later_ends_the_run_once_and_why_names_it(start, tmp_path, photos):
+    data = photos
+    image_scan.scan(data)
+    broken = min((data / "train/7").iterdir())
+    break_unseen(broken)
+    process = start(
+        RECIPE, "data.name=imagefolder", f"data.path={data}", NO_POST, "launch.max_restarts=3", "--run-dir", "run"
+    )
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 1, output
+    assert str(broken) in output
+    assert "Traceback (most recent call last)" not in output
+    run = RunDir(tmp_path / "run")
+    assert [e["attempt"] for e in events(run, "attempt_started")] == [1]  # the same image would end each restart
+    assert run.read_status()["state"] == "failed"
+    why = start("why", "run")
+    explained, _ = why.communicate(timeout=DEADLINE_S)
+    assert why.returncode == 0
+    assert str(broken) in explained
+    assert "mend or remove the file" in explained
+    assert session_of(process) == []
+
+
+def test_two_nodes_started_by_hand_make_one_run(start, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    processes = [
+        start(
+            *(RECIPE, NO_POST, "--procs", "1", "--nodes", "2", "--node-rank", str(rank)),
+            *("--rdzv-endpoint", endpoint, "--run-dir", "run"),
+            env={"OMP_NUM_THREADS": "1"},
+        )
+        for rank in (1, 0)
+    ]
+    outputs = [process.communicate(timeout=DEADLINE_S)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    run = RunDir(tmp_path / "run")
+    assert json.loads((run.last_checkpoint / "state.json").read_text())["world_size"] == 2
+    assert [m["samples"] for m in read_jsonl(run.metrics) if m["split"] == "val"] == [360]
+    assert {e["node"] for e in events(run, "attempt_started")} == {0, 1}
+
+
+def test_a_sweep_without_slurm_runs_one_after_the_other_and_one_that_fails_stops_no_other(start, tmp_path, photos):
+    broken = photos
+    image_scan.scan(broken)
+    for file in (broken / "train").rglob("*.png"):
+        break_unseen(file)
+    data = f"data={{name: digits}},{{name: imagefolder, path: {broken}}},{{name: digits, image_size: 32}}"
+    process = start(RECIPE, data, "batch.size=32", NO_POST, "--backend", "torchrun", "--sweep", "--run-dir", "sweep")
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 1, output
+    runs = [RunDir(folder) for folder in sorted((tmp_path / "sweep").glob("[0-9]-*"))]
+    assert [run.read_status()["state"] for run in runs] == ["completed", "failed", "completed"]
+    assert "cannot be decoded as an image" in output
+    comparison = output[output.rindex("run 3 of 3") :]
+    assert all(run.path.name in comparison for run in runs)
+    assert session_of(process) == []
+
+
+def test_a_rare_class_is_named_and_top_5_of_three_classes_is_not_shown(launch, recipe_file, images):
+    recipe = recipe_file(
+        f"model: {{arch: shufflenet_v2_x0_5, weights: null}}\ndata: {{path: {images}, image_size: 32}}\n"
+        "batch: {size: 6}\ntrain: {epochs: 1}\noptim: {warmup_epochs: 0}\nlaunch: {device: cpu}\n"
+    )
+    done = launch(str(recipe), "--run-dir", "run", NO_POST, "tracking.wandb.mode=disabled")
+    assert done.returncode == 0, done.stderr
+    assert "warning: few training images of cat (6), dog (6), fox (6): expect little" in done.stdout
+    assert "top5" not in done.stdout
+    run = RunDir(launch.cwd / "run")
+    assert [event["classes"] for event in events(run, "rare_classes")] == [{"cat": 6, "dog": 6, "fox": 6}]
+    card = run.model_card.read_text()
+    assert "expect little of these classes: cat (6), dog (6), fox (6)." in card
+    assert "top-5" not in card
+    assert [line["top5"] for line in read_jsonl(run.metrics) if line["split"] == "val"] == [1.0]

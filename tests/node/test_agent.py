@@ -1,0 +1,100 @@
+"""What the agent writes down of its attempts. Whole runs under it: tests/test_launch.py, tests/faults."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from launcher.node import agent
+from launcher.node.watchdog import Heartbeats
+from launcher.runs import history
+from launcher.runs.run_dir import RunDir
+from launcher.system import memory as host_memory
+from launcher.system.files import write_json_atomic
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """One whose kills are as many as a test says."""
+    found = SimpleNamespace(kills=3)
+    monkeypatch.setattr(host_memory, "num_kills", lambda: found.kills)
+    return found
+
+
+@pytest.fixture
+def started(tmp_path):
+    """A run, what torch's agent asks at each start of its workers, and their beats."""
+    run = RunDir(tmp_path / "run")
+    run.create()
+    beats, stop = Heartbeats(2), SimpleNamespace(requested=False)
+    logs = agent._attempt_logs(run, node_rank=0, first_attempt=1, stop=stop, beats=beats)
+    logs.reify({0: {}, 1: {}})
+    return run, logs, beats, stop
+
+
+def kills(run):
+    return [event["attempt"] for event in history.events(run, "memory_kill")]
+
+
+def test_a_worker_that_is_killed_in_training_is_written_down_for_its_attempt(kernel, started):
+    run, logs, beats, _ = started
+    beats.begin(host_memory.num_kills())
+    kernel.kills += 1
+    logs.reify({0: {}, 1: {}})
+    assert kills(run) == [1]
+    (ended,) = history.events(run, "attempt_ended")
+    assert (ended["attempt"], ended["cause"]) == (1, "memory_kill")
+    beats.begin(host_memory.num_kills())
+    logs.note_kill()  # the second attempt ended otherwise
+    assert kills(run) == [1]
+
+
+def test_a_probe_that_is_killed_is_no_worker_that_is(kernel, started):
+    run, logs, beats, _ = started
+    kernel.kills += 2
+    logs.note_kill()  # ended before it trained
+    beats.begin(host_memory.num_kills())
+    logs.note_kill()
+    assert kills(run) == []
+    kernel.kills += 1
+    beats.begin(host_memory.num_kills())  # the other worker comes a moment later
+    logs.note_kill()
+    assert kills(run) == [1]
+
+
+def test_a_kill_is_written_down_once_also_where_no_attempt_follows(kernel, started):
+    run, logs, beats, stop = started
+    beats.begin(host_memory.num_kills())
+    kernel.kills += 1
+    stop.requested = True
+    with pytest.raises(agent._NoRestartError):
+        logs.reify({0: {}, 1: {}})
+    logs.note_kill()  # as run_workers does in the end
+    assert kills(run) == [1]
+
+
+def end(run, logs, kind, **event):
+    """An attempt ends by a kind of error, and its workers are to be started again."""
+    if event:
+        run.append_event("checkpoint", attempt=logs.attempt, **event)
+    error = {"time": logs.attempt, "attempt": logs.attempt, "rank": 0, "node": 0, "host": "n1", "kind": kind}
+    write_json_atomic(run.rank_error(logs.attempt, 0), error | {"type": kind, "message": "a test", "traceback": ""})
+    logs.reify({0: {}, 1: {}})
+
+
+def test_workers_that_hang_twice_without_a_new_step_are_not_started_a_third_time(kernel, started):
+    run, logs, *_ = started
+    end(run, logs, "hang", step=3)
+    end(run, logs, "hang", step=6)
+    end(run, logs, "hang")
+    with pytest.raises(agent._NoRestartError, match=r"2 attempts in a row ended at step 6 \(hang, hang\)"):
+        end(run, logs, "hang")
+    assert len(history.events(run, "attempt_started")) == 4
+
+
+def test_how_often_a_worker_may_vanish_is_for_max_restarts_to_say(kernel, started):
+    run, logs, *_ = started
+    for _ in range(9):
+        end(run, logs, "peer_lost")
+    assert {event["cause"] for event in history.events(run, "attempt_ended")} == {"lost_worker"}
