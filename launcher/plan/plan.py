@@ -320,6 +320,6 @@ def environment(*, device: str, nodes: int, threads: int) -> dict[str, str]:
 
 
 def _recipe_lines(recipe: dict[str, Any]) -> list[str]:
-    defaults = dict(flat(recipes.Recipe()))
+    defaults = dict(flat(recipes.from_dict({})))
     values = flat(recipes.from_dict(recipe))
     return [f"{'*' if defaults[key] != value else ' '} {key}: {show(value)}" for key, value in values]
