@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from launcher.commands import launch as launch_command
+from launcher import start
 from launcher.engine import worker
 from launcher.engine.checkpoints.checkpoint import Checkpoint, load_newest, write
 from launcher.engine.distributed import Ranks
@@ -222,7 +222,7 @@ def test_a_secret_in_the_name_of_the_run_directory_is_refused_and_not_shown(laun
 def test_the_command_that_is_kept_holds_no_secret(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["launch", "a.yaml", "--rdzv-endpoint", TOKEN])
     plan = SimpleNamespace(run_dir=str(tmp_path / "run"), backend="torchrun", to_dict=lambda: {"run_id": "a"})
-    launch_command.write_run(plan, recipes.from_dict({}))
+    start.write_run(plan, recipes.from_dict({}))
     assert RunDir(plan.run_dir).read_plan()["launched_by"] == "launch a.yaml --rdzv-endpoint ***"
     assert TOKEN.encode() not in everything(tmp_path)
 

@@ -1,6 +1,8 @@
-"""The subcommands of ``launch``, one module each, imported by name when asked for."""
+"""The subcommands of ``launch``, one module each, imported at first use."""
 
-from pathlib import Path
+import argparse
 
-RECIPES = Path(__file__).parents[1] / "recipes"
-"""Folder of the recipes that come with this package."""
+
+def parser_of(verb: str, description: str) -> argparse.ArgumentParser:
+    """A parser for the arguments of ``launch VERB``."""
+    return argparse.ArgumentParser(prog=f"launch {verb}", description=description, allow_abbrev=False)

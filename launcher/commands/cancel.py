@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.backends.slurm import client as slurm_client
-from launcher.errors import TrainingError, UsageError
+from launcher.commands import parser_of
+from launcher.errors import EXIT_OK, TrainingError, UsageError
 from launcher.plan import batch_script
 from launcher.runs import whereabouts
 from launcher.runs.run_dir import RunDir
@@ -21,6 +22,18 @@ if TYPE_CHECKING:
 
 END_S = 90
 """More than SLURM gives a job between SIGTERM and SIGKILL (KillWait, 30 s) and what a checkpoint takes."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``launch cancel``; return its exit code."""
+    parser = parser_of("cancel", "Stop a run, or all of a sweep, wherever they run; a checkpoint is saved first.")
+    parser.add_argument("path", metavar="RUN|SWEEP")
+    args = parser.parse_args(argv)
+    from launcher.system import console
+
+    console.protect()
+    run(args.path)
+    return EXIT_OK
 
 
 def run(path: str) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.commands import parser_of
 from launcher.errors import EXIT_OK, EXIT_PREFLIGHT, RecipeError, UsageError
 from launcher.images import folder as image_folder
 from launcher.images import scan as image_scan
@@ -24,6 +25,16 @@ NUM_PAIRS_SHOWN = 5
 FEW_IMAGES = 10
 IMBALANCE = 10.0
 """How many times more images the largest class has than the smallest before that is worth a word."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``launch check``; return its exit code."""
+    parser = parser_of("check", "Look through an image folder: bad files, classes, images that are there twice.")
+    parser.add_argument("data", metavar="DATA", help="the folder that holds train/ and val/")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="as the recipe has it: data.background=black")
+    parser.add_argument("--json", action="store_true", dest="as_json", help="for programs; lists every file")
+    args = parser.parse_intermixed_args(argv)
+    return run(args.data, args.overrides, as_json=args.as_json)
 
 
 def run(path: str, overrides: Sequence[str] = (), *, as_json: bool) -> int:
@@ -62,13 +73,14 @@ def _data_config(overrides: Sequence[str]) -> DataConfig:
 
     from launcher.recipe import load as recipes
     from launcher.recipe import source as recipe_source
+    from launcher.recipe.schema import Recipe
 
-    source = recipe_source.from_values("command line", {}, overrides, schema=recipes.Recipe)
+    source = recipe_source.from_values("command line", {}, overrides, schema=Recipe)
     try:
         config = recipes.from_dict(source.values).data
         problems = list(source.problems)
     except ValidationError as error:
-        problems = [*source.problems, *recipe_source.explain(error, source, recipes.Recipe)]
+        problems = [*source.problems, *recipe_source.explain(error, source, Recipe)]
     if problems:
         raise RecipeError(problems, of="overrides")
     return config

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
+from launcher.commands import parser_of
 from launcher.commands import ps as jobs
-from launcher.errors import UsageError, did_you_mean
+from launcher.errors import EXIT_OK, UsageError, did_you_mean
 from launcher.recipe.schema import METRICS, TOP_K
 from launcher.report.build import AFTER_TRAINING
 from launcher.runs.run_dir import RunDir
@@ -29,6 +30,17 @@ MIN_WIDTH = 12
 NONE = "-"
 
 Json = dict[str, Any]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``launch compare``; return its exit code."""
+    parser = parser_of("compare", "Put runs side by side: what differs in their recipes, and what came of it.")
+    parser.add_argument("paths", nargs="+", metavar="RUN|FOLDER", help="run directories, or folders that hold some")
+    parser.add_argument("--metric", metavar="M", help="what best means (default: what all watched, else val/top1)")
+    parser.add_argument("--json", action="store_true", dest="as_json", help="for programs")
+    args = parser.parse_args(argv)
+    run(args.paths, metric=args.metric, as_json=args.as_json)
+    return EXIT_OK
 
 
 @dataclass(frozen=True, kw_only=True)

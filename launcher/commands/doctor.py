@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from launcher.commands import doctor_checks as checks
-from launcher.errors import EXIT_OK, EXIT_PREFLIGHT
+from launcher.commands import parser_of
+from launcher.errors import EXIT_OK, EXIT_PREFLIGHT, UsageError
 from launcher.images import walk as image_walk
 from launcher.plan import topology
 from launcher.system import cores as host_cores
 from launcher.system import loader_room
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from types import ModuleType
 
     from launcher.commands.doctor_checks import Verdict
@@ -40,6 +41,23 @@ _SHM = Path("/dev/shm")  # noqa: S108 - its size is looked at, nothing is writte
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 _DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``launch doctor``; return its exit code."""
+    parser = parser_of("doctor", "Check this machine: each line ok, warning or problem with the cure.")
+    parser.add_argument("--json", action="store_true", dest="as_json", help="for programs")
+    parser.add_argument("--nodes", type=int, metavar="N", help="check N nodes of a SLURM cluster and their network")
+    parser.add_argument("--gpus", type=int, metavar="M", help="with --nodes: GPUs that each must have")
+    parser.add_argument("--profile", metavar="NAME", help="with --nodes: profile of the cluster")
+    args = parser.parse_args(argv)
+    if args.nodes is not None:
+        from launcher.commands import doctor_nodes
+
+        return doctor_nodes.run(args.nodes, gpus=args.gpus, profile_name=args.profile, as_json=args.as_json)
+    if args.gpus or args.profile:
+        raise UsageError("--gpus and --profile are for the nodes of a cluster; add --nodes N")
+    return run(as_json=args.as_json)
 
 
 def run(*, as_json: bool) -> int:

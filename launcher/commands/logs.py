@@ -6,19 +6,21 @@ import contextlib
 import itertools
 import os
 import re
+import signal
 import sys
 import time
 from typing import TYPE_CHECKING
 
+from launcher.commands import parser_of
 from launcher.commands.log_lines import LINE_BYTES, RankLog, read_lines
 from launcher.commands.run_end import Ending
-from launcher.errors import UsageError
+from launcher.errors import EXIT_OK, UsageError
+from launcher.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
-    from launcher.runs.run_dir import RunDir
 
 TAIL_LINES = 10
 """So many of a rank's last lines are shown before what is appended."""
@@ -31,6 +33,23 @@ QUIET_S = 1.0
 _MAX_RANGES = 10
 _ATTEMPT = re.compile(r"attempt-([1-9][0-9]*)")
 _RANK = re.compile(r"rank-(0|[1-9][0-9]*)\.log")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``launch logs``; return its exit code."""
+    parser = parser_of("logs", "Print what the ranks of a run wrote, each line with its rank.")
+    parser.add_argument("run_dir", metavar="RUN")
+    parser.add_argument("-f", "--follow", action="store_true", help="go on with what is appended, until the run ends")
+    parser.add_argument("--rank", type=int, metavar="R", help="only this rank (default: all)")
+    parser.add_argument("--attempt", type=int, metavar="A", help="this attempt (default: the last)")
+    parser.add_argument("--grep", metavar="X", help="only lines in which this regular expression is found")
+    args = parser.parse_args(argv)
+    found = RunDir.existing(args.run_dir)
+    try:
+        run(found, follow=args.follow, rank=args.rank, attempt=args.attempt, pattern=args.grep)
+    except KeyboardInterrupt:  # the usual end of following: nothing to say
+        return 128 + signal.SIGINT
+    return EXIT_OK
 
 
 def run(run: RunDir, *, follow: bool, rank: int | None, attempt: int | None, pattern: str | None) -> None:

@@ -7,15 +7,28 @@ import sys
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from launcher.errors import UsageError, did_you_mean
+from launcher.commands import parser_of
+from launcher.errors import EXIT_OK, UsageError, did_you_mean
 from launcher.recipe import catalog
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.table import Table
 
     from launcher.recipe.catalog import ModelEntry
 
 _PIPE_WIDTH = 120  # rich takes a pipe for 80 columns wide, and would break the names that people grep for
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``launch models``; return its exit code."""
+    parser = parser_of("models", "List torchvision's classification models.")
+    parser.add_argument("pattern", nargs="?", metavar="PATTERN", help="part of a name, or a glob: 'resnet*'")
+    parser.add_argument("--layers", metavar="ARCH", help="show the layer names that freeze and groups match")
+    args = parser.parse_args(argv)
+    run(args.pattern, args.layers)
+    return EXIT_OK
 
 
 def run(pattern: str | None, layers: str | None) -> None:

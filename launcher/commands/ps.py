@@ -10,16 +10,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.backends.slurm import client as slurm_client
-from launcher.errors import UsageError
+from launcher.commands import parser_of
+from launcher.errors import EXIT_OK, UsageError
 from launcher.runs import whereabouts
 from launcher.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from launcher.backends.slurm.client import JobState
+    from launcher.runs.whereabouts import JobState
 
 MINUTE_S, HOUR_S, DAY_S = 60, 3600, 86_400
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``launch ps``; return its exit code."""
+    parser = parser_of("ps", "List the runs below a folder: state, job, progress.")
+    parser.add_argument("folder", nargs="?", default="runs", metavar="FOLDER", help="default: runs")
+    parser.add_argument("--json", action="store_true", dest="as_json", help="for programs")
+    args = parser.parse_args(argv)
+    ps(args.folder, as_json=args.as_json)
+    return EXIT_OK
 
 
 def ps(folder: str, *, as_json: bool) -> None:

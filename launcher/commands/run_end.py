@@ -6,11 +6,12 @@ import math
 import time
 from typing import TYPE_CHECKING, Any
 
+from launcher.backends import living
 from launcher.runs import history, whereabouts
 
 if TYPE_CHECKING:
-    from launcher.backends.slurm.client import JobState
     from launcher.runs.run_dir import RunDir
+    from launcher.runs.whereabouts import JobState
 
 ENDED = (*whereabouts.OVER, "preempted")
 """States in which nothing runs any more."""
@@ -40,7 +41,7 @@ class Ending:
         if has_ended and status["state"] != "preempted":
             return True
         if time.monotonic() - self._asked >= ASK_S:
-            self._has_job, self._job = whereabouts.job_of(self._run) is not None, whereabouts.job_state(self._run)
+            self._has_job, self._job = whereabouts.job_of(self._run) is not None, living.job_state(self._run)
             self._asked = time.monotonic()
         return self._job.over if self._job else has_ended and not self._has_job
 

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launcher import start
 from launcher.backends.slurm import client as slurm_client
-from launcher.commands import launch
 from launcher.errors import (
     EXIT_FAILED,
     EXIT_OK,
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     if base.exists():
         raise UsageError(f"--run-dir {base}: is there already; a sweep makes a folder of its own")
     plans = [
-        launch.plan_run(recipe, args, run_id=f"{base.name}-{label}", run_dir=str(base / label))
+        start.plan_run(recipe, args, run_id=f"{base.name}-{label}", run_dir=str(base / label))
         for (recipe, _), label in zip(loaded, sweep.labels(combinations), strict=True)
     ]
     arrays = _arrays(plans, base, args.parallel or len(plans)) if plans[0].script else []
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--detach: without SLURM a sweep's runs are started here one after the other; leave it out")
     _check_all(plans, loaded, [script for script, _ in arrays])
     for plan, (recipe, _) in zip(plans, loaded, strict=True):
-        launch.write_run(plan, recipe)
+        start.write_run(plan, recipe)
     runs = [RunDir(plan.run_dir) for plan in plans]
     write_text_atomic(base / batch_script.RUNS, "".join(f"{found.path}\n" for found in runs))
     if arrays:
@@ -91,7 +91,7 @@ def _load_all(args: argparse.Namespace, combinations: list[tuple[str, ...]]) -> 
     loaded, problems = [], {}
     for combination in combinations:
         try:
-            loaded.append(recipes.load(launch.find_recipe(args.recipe), combination, launch.flags(args)))
+            loaded.append(recipes.load(start.find_recipe(args.recipe), combination, start.flags(args)))
         except RecipeError as error:
             problems.update({str(problem): problem for problem in error.problems})
     if problems:

@@ -10,13 +10,26 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.commands import launch
+from launcher import start
+from launcher.commands import parser_of
 from launcher.errors import EXIT_OK
 from launcher.runs.run_dir import RunDir, new_run_id
 from launcher.system import console, processes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``launch tune``; return its exit code."""
+    parser = parser_of("tune", "Measure which batch size is best on this machine; nothing is trained.")
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of one that `launch recipes` lists")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="change the recipe: data.image_size=160")
+    parser.add_argument("--gpus", type=int, metavar="M", help="GPUs, one worker each")
+    parser.add_argument("--procs", type=int, metavar="P", help="workers, on whatever device the recipe names")
+    parser.add_argument("--json", action="store_true", dest="as_json", help="for programs")
+    args = parser.parse_intermixed_args(argv)
+    return run(args)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,9 +50,9 @@ def run(args: argparse.Namespace) -> int:
             tune=True,
         )
         overrides = [*args.overrides, "batch.size=auto"]
-        recipe, source = recipes.load(launch.find_recipe(args.recipe), overrides, launch.flags(options))
+        recipe, source = recipes.load(start.find_recipe(args.recipe), overrides, start.flags(options))
         with _output_to_stderr() if args.as_json else contextlib.nullcontext():
-            code = launch.carry_out(recipe, source, options, run_id=new_run_id(recipe.name))
+            code = start.carry_out(recipe, source, options, run_id=new_run_id(recipe.name))
         console.release()
         if code == EXIT_OK:
             found = json.loads(RunDir(options.run_dir).tuning.read_text(encoding="utf-8"))

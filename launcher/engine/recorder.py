@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from rich.progress import Progress, TaskID
 
-    from launcher.engine.trainer import Outcome
+    from launcher.engine.state import Outcome
     from launcher.recipe.schema import Recipe
     from launcher.runs.run_dir import RunDir, State
 

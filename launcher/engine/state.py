@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from launcher.engine import optim
 from launcher.engine.checkpoints import checkpoint as checkpoints
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from launcher.engine.data import ImageDataset
     from launcher.engine.setup import Parts
     from launcher.runs.run_dir import RunDir
+
+Outcome = Literal["completed", "early_stopped", "preempted"]
+"""How training ended."""
 
 
 class TrainingState:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,9 +25,7 @@ if TYPE_CHECKING:
     from launcher.engine.recorder import Recorder
     from launcher.engine.schedule import Step
     from launcher.engine.setup import Parts
-
-Outcome = Literal["completed", "early_stopped", "preempted"]
-
+    from launcher.engine.state import Outcome
 
 CURE = "lower optim.lr or its groups, or lengthen optim.warmup_epochs, and start again"
 MAX_ROLLBACKS = 3

@@ -23,12 +23,12 @@ from launcher.engine.loading.handover import heed_stop_signal
 from launcher.engine.recorder import Recorder
 from launcher.engine.setup import build_parts, open_data_sets
 from launcher.engine.stopping import StopFlag
-from launcher.engine.trainer import Outcome, Trainer
+from launcher.engine.trainer import Trainer
 from launcher.engine.tuning import autotune
 from launcher.errors import EXIT_FAILED, EXIT_RESUMABLE, LaunchError, MachineError
-from launcher.node.watchdog import DUMP_SIGNAL
 from launcher.recipe import load as recipes
 from launcher.runs import findings
+from launcher.runs.heartbeats import DUMP_SIGNAL
 from launcher.runs.run_dir import ATTEMPT_VARIABLE, MEMORY_KILLS_VARIABLE, RunDir, WorkerSpec, node_name
 from launcher.system import console
 from launcher.system import memory as host_memory
@@ -39,7 +39,8 @@ from launcher.system.redact import redact
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from launcher.node.watchdog import Heartbeats
+    from launcher.engine.state import Outcome
+    from launcher.runs.heartbeats import Heartbeats
 
 SHORTAGES = (
     "shared memory",  # torch: "unable to open", "unable to allocate", and its advice after a bus error

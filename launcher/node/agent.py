@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.node.agent_thread import AgentThread, LeftError, ask_for_lost
 from launcher.node.peers import Peers
-from launcher.node.watchdog import Heartbeats, Watchdog
+from launcher.node.watchdog import Watchdog
 from launcher.runs import diagnose, history
+from launcher.runs.heartbeats import Heartbeats
 from launcher.runs.run_dir import ATTEMPT_VARIABLE, MEMORY_KILLS_VARIABLE
 from launcher.system import memory as host_memory
 from launcher.system import network, processes

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from launcher.node.peers import Peers
     from launcher.node.signals import StopSignals
-    from launcher.node.watchdog import Heartbeats
+    from launcher.runs.heartbeats import Heartbeats
     from launcher.runs.run_dir import RunDir
 
 IDLE_S = 2.0

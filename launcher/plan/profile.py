@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError
 
 from launcher.errors import Problem, RecipeError, UsageError, did_you_mean
 from launcher.recipe import source as recipe_source
+from launcher.recipe.paths import is_profile_path
 from launcher.recipe.types import STRICT, Count, Positive, validate
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def find(name: str) -> Path:
     Raises:
         UsageError: there is none.
     """
-    if is_path(name):
+    if is_profile_path(name):
         path = Path(name).expanduser()
         if not path.is_file():
             raise UsageError(f"--profile {name}: no such file")
@@ -156,11 +157,6 @@ def find(name: str) -> Path:
         valid = f"valid: {', '.join(sorted(found))}, or a path; your own go into {user_folder()}/NAME.yaml"
         raise UsageError(" ".join(filter(None, [f"--profile {name}: no such profile;", near, valid])))
     return found[name]
-
-
-def is_path(name: str) -> bool:
-    """Whether a profile is named by its file."""
-    return "/" in name or name.endswith((".yaml", ".yml"))
 
 
 def available() -> dict[str, Path]:

@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.plan import profile as profiles
-
 if TYPE_CHECKING:
     from launcher.recipe.schema import Recipe
 
@@ -26,9 +24,14 @@ def absolute(recipe: Recipe) -> Recipe:
     return replace(recipe, model=model, data=data, launch=launch, post=post)
 
 
+def is_profile_path(name: str) -> bool:
+    """Whether a cluster's profile is named by its file."""
+    return "/" in name or name.endswith((".yaml", ".yml"))
+
+
 def _absolute(path: str) -> str:
     return str(Path(path).expanduser().absolute())
 
 
 def _profile(name: str) -> str:
-    return _absolute(name) if profiles.is_path(name) else name
+    return _absolute(name) if is_profile_path(name) else name

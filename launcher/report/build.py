@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.errors import UsageError
 from launcher.recipe import load as recipes
+from launcher.recipe.schema import TOP_K
 from launcher.runs import findings
 from launcher.system.files import write_json_atomic, write_text_atomic
 from launcher.tracking import wandb_folder
@@ -238,7 +239,7 @@ def _rare_classes(events: list[Json]) -> Json | None:
 
 def _without_top5(metrics: list[Json]) -> list[Json]:
     """The lines, without top-5 where there are so few classes that it is 1 for every model."""
-    few = any(0 < len(line.get("per_class") or ()) <= recipes.TOP_K for line in metrics)
+    few = any(0 < len(line.get("per_class") or ()) <= TOP_K for line in metrics)
     return [line | {"top5": None} if few and "top5" in line else line for line in metrics]
 
 

@@ -8,12 +8,13 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.backends.slurm import job_end
-from launcher.runs import findings, history, whereabouts
+from launcher.runs import findings, history, job_logs, whereabouts
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from launcher.runs.whereabouts import JobState
     from launcher.runs.run_dir import RunDir
-    from launcher.backends.slurm.client import JobState
 
 NOT_RETRYABLE = ("bug", "usage", "out_of_memory", "full_disk", "environment")
 """Causes that the same start would meet again."""
@@ -100,26 +101,29 @@ def cause_of_end(run: RunDir, attempt: int) -> tuple[str, str]:
     return ("full_disk", problem) if problem else ("lost_worker", "a worker was killed")
 
 
-def explain(run: RunDir, job: JobState | None = None) -> str:
+def explain(
+    run: RunDir, job: JobState | None = None, explain_job: Callable[[RunDir, JobState], list[str]] = lambda *_: []
+) -> str:
     """The answer of ``launch why``, in some ten lines: the first failure in time, the evidence and the cure.
 
     Args:
         run: the run directory.
         job: what SLURM says of the run's job, where it has one and somebody has asked.
+        explain_job: what became of a job from which no worker came, or why it waits.
     """
     status = run.read_status()
     attempt, state = int(status.get("attempt", 1)), whereabouts.settled(status["state"], job)
     head = f"{run}: {state}, attempt {attempt}, epoch {status.get('epoch', 0)}, step {status.get('step', 0)}"
     if job and not history.since_launched(run, "attempt_started"):
-        return "\n".join([head, *_before(run, attempt + 1), *job_end.explain(run, job), *_refused(run)])
+        return "\n".join([head, *_before(run, attempt + 1), *explain_job(run, job), *_refused(run)])
     lines = [head, *_before(run, attempt)]
     if job and job.state == "PENDING":
-        lines += job_end.explain(run, job)
+        lines += explain_job(run, job)
     failure = first_failure(run, attempt) or _as_recorded(run, attempt)
     if failure and failure["kind"] == "preempted" and state == "cancelled":  # both begin by SIGTERM
         failure |= {"kind": "cancelled", "type": "cancelled"}
     if failure is None and job and job.over and job.state not in ("COMPLETED", "UNKNOWN"):
-        lines += [f"job {job.job_id} ended as {job.state}", *job_end.last_words(run, job.job_id)]
+        lines += [f"job {job.job_id} ended as {job.state}", *job_logs.last_words(run, job.job_id)]
     elif failure is None and (failed := failed_checks(run)):
         lines += ["the check of the nodes failed", *failed]
     elif failure is None:

@@ -9,10 +9,10 @@ import sys
 import pytest
 
 from launcher.backends.slurm import client as slurm_client
-from launcher.backends.slurm.client import JobState
 from launcher.commands import cancel
 from launcher.errors import UsageError
 from launcher.plan import batch_script
+from launcher.runs.whereabouts import JobState
 from launcher.system import processes, waiting
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from launcher.backends.slurm.client import JobState
 from launcher.commands import log_lines, logs, run_end
 from launcher.errors import UsageError
 from launcher.runs import whereabouts
 from launcher.runs.run_dir import RunDir
+from launcher.runs.whereabouts import JobState
 from launcher.system.files import append_jsonl, write_json_atomic
 
 ROOT = Path(__file__).parents[2]

@@ -7,9 +7,9 @@ import json
 import pytest
 
 from launcher.backends.slurm import client as slurm_client
-from launcher.backends.slurm.client import JobState
 from launcher.commands import ps as jobs
 from launcher.errors import UsageError
+from launcher.runs.whereabouts import JobState
 
 BEST = {"metric": "val/top1", "value": 0.98765, "epoch": 1, "step": 10}
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from launcher import cli
-from launcher.commands import launch as command
+from launcher import cli, start
+from launcher.commands import resume
 from launcher.errors import UsageError
 from launcher.plan import topology
 from launcher.plan.topology import Topology
@@ -29,12 +29,12 @@ def launched(tmp_path, monkeypatch, images):
 
     def launch(*arguments):
         made = []
-        plan_run = command.plan_run
-        monkeypatch.setattr(command, "plan_run", lambda *a, **k: made.append((plan_run(*a, **k), a[0])) or made[-1][0])
+        plan_run = start.plan_run
+        monkeypatch.setattr(start, "plan_run", lambda *a, **k: made.append((plan_run(*a, **k), a[0])) or made[-1][0])
         run_dir = str(tmp_path / "run")
         assert cli.main([*arguments, "--run-dir", run_dir, "--dry-run"]) == 0
-        command.write_run(*made[0])
-        monkeypatch.setattr(command, "plan_run", plan_run)
+        start.write_run(*made[0])
+        monkeypatch.setattr(start, "plan_run", plan_run)
         monkeypatch.chdir(tmp_path / "elsewhere")
         return run_dir
 
@@ -86,4 +86,4 @@ def test_paths_become_absolute_and_names_stay(monkeypatch, tmp_path):
 def test_without_a_profile_there_is_none_to_change(launched):
     run = launched("quickstart")
     with pytest.raises(UsageError, match=r"profile\.timeout_min=9: there is no profile to change"):
-        command.resume([run, "profile.timeout_min=9", "--dry-run"])
+        resume.main([run, "profile.timeout_min=9", "--dry-run"])

@@ -15,8 +15,8 @@ import torch
 from launcher.engine import worker
 from launcher.engine.schedule import Batching
 from launcher.errors import EXIT_FAILED, MachineError
-from launcher.node.watchdog import Heartbeats
 from launcher.runs import diagnose
+from launcher.runs.heartbeats import Heartbeats
 from launcher.runs.run_dir import ATTEMPT_VARIABLE
 from launcher.system.files import write_json_atomic
 

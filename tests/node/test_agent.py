@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from launcher.node import agent
-from launcher.node.watchdog import Heartbeats
 from launcher.runs import history
+from launcher.runs.heartbeats import Heartbeats
 from launcher.runs.run_dir import RunDir
 from launcher.system import memory as host_memory
 from launcher.system.files import write_json_atomic

@@ -169,7 +169,7 @@ def test_other_numbers_of_workers_are_said_and_mended_the_run_is_resumed(start, 
     ],
 )
 def test_an_endpoint_that_cannot_be_is_refused_before_anything_is_written(rank, endpoint, said, machines, tmp_path):
-    code = "import sys; from launcher import meeting; meeting.check(sys.argv[1], node_rank=int(sys.argv[2]))"
+    code = "import sys; from launcher.node import meeting; meeting.check(sys.argv[1], node_rank=int(sys.argv[2]))"
     done = subprocess.run(
         machines(rank, sys.executable, "-c", code, endpoint, str(rank)),
         cwd=tmp_path,

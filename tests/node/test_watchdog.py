@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from launcher.node import watchdog
-from launcher.node.watchdog import Heartbeats, Watchdog
+from launcher.node.watchdog import Watchdog
+from launcher.runs.heartbeats import Heartbeats
 from launcher.runs.run_dir import RunDir
 
 WORKER = """

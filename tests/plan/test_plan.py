@@ -163,10 +163,9 @@ def test_a_plan_reads_no_file_and_starts_nothing_and_is_the_same_each_time():
     """In a process of its own: an audit hook cannot be taken off again."""
     code = """
 import copy, sys
-from launcher import recipe as recipes
-from launcher.commands import launch as launch_command
-from launcher.plan import Request, make_plan
-from launcher.topology import Topology
+from launcher.plan.plan import Request, make_plan
+from launcher.plan.topology import Topology
+from launcher.recipe import load as recipes
 
 recipe = recipes.from_dict({"model": {"weights": "/w.pth", "freeze": ["a"]}, "data": {"path": "/photos"}})
 inputs = recipe, Topology(num_cores=8, num_gpus=2, host="h"), Request(run_id="r-1", run_dir="/runs/r")

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from launcher.backends.slurm import client as slurm_client
 from launcher.backends.slurm import follow as slurm_follow
 from launcher.backends.slurm import submit as slurm
-from launcher.backends.slurm.client import JobState
 from launcher.commands import sweep as command
 from launcher.errors import PreflightError, UsageError
 from launcher.plan import sweep
+from launcher.runs.whereabouts import JobState
 from launcher.system.files import write_json_atomic
 
 

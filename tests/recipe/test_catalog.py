@@ -77,7 +77,7 @@ def test_weights_that_cannot_classify_have_no_accuracy():
 def test_the_catalog_and_the_plain_table_import_no_torch():
     code = (
         "import sys\n"
-        "from launcher import catalog\n"
+        "from launcher.recipe import catalog\n"
         "catalog.image_size('resnet50', None)\n"
         "catalog.cached_weights_path(catalog.find_model('resnet50').find_weights('DEFAULT'))\n"
         "from launcher.commands import models\n"

@@ -6,7 +6,7 @@ from launcher.backends.slurm import client as slurm_client, job_end
 from launcher.runs import diagnose
 from launcher.system.files import write_json_atomic
 from launcher.runs.run_dir import RunDir
-from launcher.backends.slurm.client import JobState
+from launcher.runs.whereabouts import JobState
 
 TRACEBACK = "Traceback (most recent call last):\n" + "".join(f'  File "m.py", line {n}\n' for n in range(30))
 
@@ -216,11 +216,11 @@ def test_a_job_that_was_cancelled_was_not_preempted(run):
     run.append_event("attempt_started", attempt=1, node=0)
     run.append_event("attempt_ended", attempt=1, node=0, cause="preempted", message="stopped by SIGTERM")
     run.update_status(state="preempted", attempt=1)
-    text = diagnose.explain(run, JobState(job_id="7", state="CANCELLED"))
+    text = diagnose.explain(run, JobState(job_id="7", state="CANCELLED"), job_end.explain)
     assert "run: cancelled, attempt 1" in text
     assert "cancelled: stopped by SIGTERM" in text
     assert "preempted" not in text
-    assert "preempted: stopped by SIGTERM" in diagnose.explain(run, JobState(job_id="7", state="PENDING"))
+    assert "preempted: stopped by SIGTERM" in diagnose.explain(run, JobState(job_id="7", state="PENDING"), job_end.explain)
 
 
 def test_an_element_of_a_job_array_has_its_logs_in_the_folder_of_the_sweep(run, tmp_path):
@@ -234,7 +234,7 @@ def test_an_element_of_a_job_array_has_its_logs_in_the_folder_of_the_sweep(run, 
     ):
         (run.path.parent / folder).mkdir(exist_ok=True)
         (run.path.parent / folder / name).write_text(f"{text}\n")
-    assert job_end.last_words(run, "7_1") == [
+    assert job_logs.last_words(run, "7_1") == [
         "  7_1_0_log.err: no way to n2",
         "  slurm-7_1.log: slurmstepd: error: Detected 1 oom_kill event",
     ]
@@ -277,7 +277,7 @@ def test_why_of_a_job_that_left_no_word_has_its_logs_and_a_cure(
     monkeypatch.setattr(slurm_client, "exit_code", lambda job_id: code)
     if log:
         (run.slurm / log if log.endswith("err") else run.logs / log).write_text(f"srun: job 8 queued\n{words}\n")
-    text = diagnose.explain(run, JobState(job_id="8", state="FAILED", reason=reason))
+    text = diagnose.explain(run, JobState(job_id="8", state="FAILED", reason=reason), job_end.explain)
     assert "run: failed, attempt 1" in text
     assert "attempts before it ended by: 1 x bug" in text
     assert "job 8 ended before training began: FAILED" in text
@@ -291,11 +291,11 @@ def test_why_of_a_job_that_left_no_word_has_its_logs_and_a_cure(
 
 
 def test_why_of_a_job_that_waits_says_for_what(launched_again):
-    text = diagnose.explain(launched_again, JobState(job_id="8", state="PENDING", reason="BadConstraints"))
+    text = diagnose.explain(launched_again, JobState(job_id="8", state="PENDING", reason="BadConstraints"), job_end.explain)
     assert "run: pending" in text
     assert "job 8 is pending (BadConstraints)" in text
     assert "no nodes are left that fit" in text
-    cancelled = diagnose.explain(launched_again, JobState(job_id="8", state="CANCELLED"))
+    cancelled = diagnose.explain(launched_again, JobState(job_id="8", state="CANCELLED"), job_end.explain)
     assert "run: cancelled" in cancelled
     assert "job 8 was cancelled before training began" in cancelled
 

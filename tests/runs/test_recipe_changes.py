@@ -12,7 +12,7 @@ from launcher import cli
 from launcher.runs import recipe_changes
 from launcher.recipe import load as recipes
 from launcher.recipe import schema as recipe_schema
-from launcher.commands import going_on
+from launcher import start
 from launcher.errors import RecipeError, UsageError
 from launcher.runs.history import events
 from launcher.runs.recipe_changes import FIXED, OPEN
@@ -211,9 +211,9 @@ def test_changes_are_said_and_recorded_and_what_was_measured_for_others_is_forgo
     run.tuning.write_text("{}")
     recipe, source = recipes.load(str(file), ["optim.lr=0.001", "batch.accumulate=2"])
     changes = recipe_changes.find(run, recipe, source.where)
-    going_on.record(run, changes[1:])
+    start.record_changes(run, changes[1:])
     assert run.tuning.exists()
-    going_on.record(run, changes)
+    start.record_changes(run, changes)
     assert not run.tuning.exists()
     assert "recipe changed: optim.lr: 0.05 -> 0.001\n" in capsys.readouterr().out
     recorded = [(e["key"], e["old"], e["new"]) for e in events(run, "recipe_changed")]

@@ -6,13 +6,14 @@ import os
 
 import pytest
 
+from launcher.backends import living
 from launcher.backends.slurm import client as slurm_client
 from launcher.runs import whereabouts
 from launcher.system import processes
 from launcher.recipe import load as recipes
-from launcher.commands import going_on
+from launcher import start
 from launcher.errors import UsageError
-from launcher.backends.slurm.client import JobState
+from launcher.runs.whereabouts import JobState
 
 
 @pytest.fixture
@@ -32,20 +33,20 @@ def test_a_run_lives_as_long_as_its_last_job(state, found, make_run, slurm):
     run.append_event("launched")
     run.append_event("submitted", job_id="8")
     slurm.update({"8": state})
-    assert whereabouts.living(run) == found
+    assert living.living(run) == found
     if found:
         with pytest.raises(UsageError, match=r"runs as job 8; .*launch cancel .*runs/a first") as error:
-            whereabouts.refuse_second(run)
+            living.refuse_second(run)
         assert error.value.exit_code == 2
 
 
 def test_a_run_lives_as_long_as_the_process_that_launched_it_here(make_run):
     mine = {"pid": os.getpid(), "started": processes.start_time(os.getpid())}
     found = f"process {os.getpid()}"
-    assert whereabouts.living(make_run("a", state="running", **mine)) == found
-    assert whereabouts.living(make_run("d", state="failed", **mine)) is None  # of a sweep that goes on with others
-    assert whereabouts.living(make_run("e", state="running", host="elsewhere", **mine)) is None
-    assert whereabouts.living(make_run("f", state="running", pid=os.getpid(), started="1")) is None
+    assert living.living(make_run("a", state="running", **mine)) == found
+    assert living.living(make_run("d", state="failed", **mine)) is None  # of a sweep that goes on with others
+    assert living.living(make_run("e", state="running", host="elsewhere", **mine)) is None
+    assert living.living(make_run("f", state="running", pid=os.getpid(), started="1")) is None
 
 
 def test_without_an_answer_of_slurm_it_is_not_known_and_said(make_run, monkeypatch, capsys):
@@ -53,7 +54,7 @@ def test_without_an_answer_of_slurm_it_is_not_known_and_said(make_run, monkeypat
         raise slurm_client.SlurmError("squeue: no answer")
 
     monkeypatch.setattr(slurm_client, "job_states", no_answer)
-    assert whereabouts.living(make_run("a", job_id="7", state="running")) is None
+    assert living.living(make_run("a", job_id="7", state="running")) is None
     assert "whether job 7 still runs is unknown: squeue: no answer" in capsys.readouterr().err
 
 
@@ -63,11 +64,11 @@ def test_a_job_whose_turn_comes_refuses_to_be_the_second(make_run, slurm):
     run.append_event("submitted", job_id="8")
     slurm.update({"7": "RUNNING", "8": "RUNNING"})
     with pytest.raises(UsageError, match="runs as job 7 already"):
-        whereabouts.refuse_second_job(run, "8")
-    whereabouts.refuse_second_job(run, "7")  # which may have been queued again meanwhile
-    whereabouts.refuse_second_job(run, "9")  # an allocation's
+        living.refuse_second_job(run, "8")
+    living.refuse_second_job(run, "7")  # which may have been queued again meanwhile
+    living.refuse_second_job(run, "9")  # an allocation's
     slurm["7"] = "CANCELLED"
-    whereabouts.refuse_second_job(run, "8")
+    living.refuse_second_job(run, "8")
 
 
 def recipe(**train):
@@ -89,6 +90,6 @@ def recipe(**train):
 )
 def test_a_trained_run_has_something_left_only_where_the_recipe_asks_for_more(state, train, left, make_run, capsys):
     run = make_run("a", state=state, recipe=recipes.to_yaml(recipe()))
-    assert going_on.has_nothing_left(run, recipe(**train)) != left
+    assert start.has_nothing_left(run, recipe(**train)) != left
     said = capsys.readouterr().out
     assert (f"{state} already" in said and "launch export" in said and "launch report" in said) != left

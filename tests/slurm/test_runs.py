@@ -502,7 +502,7 @@ def test_a_sweep_is_a_job_array_and_ends_in_a_comparison(launch_on, slurm_cluste
 BAD_NODE = """
 import os
 
-from launcher import processes
+from launcher.system import processes
 
 if os.uname().nodename == "n2":
     processes.die_with_parent = lambda: os._exit(9)  # the first thing that the all-reduce does
@@ -523,7 +523,7 @@ def test_a_bad_node_is_found_before_training_and_left_out(launch, patched):
 OTHER_NETWORK = """
 import os
 
-from launcher import network
+from launcher.system import network
 
 if os.uname().nodename == "n2":
     network.address_of = lambda interface: None

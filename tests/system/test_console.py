@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / "recipes/debug.yaml")
 CHATTER = """
 import sys, time
-from launcher import console
+from launcher.system import console
 from launcher.errors import exit_code_of
 def main():
     console.protect()

@@ -51,7 +51,7 @@ def test_sockets_go_to_a_short_folder_and_all_else_to_tmpdir(tmp_path):
     folder = tmp_path / ("x" * 110)
     folder.mkdir()
     code = (
-        "import tempfile, multiprocessing.util as u; from launcher import loader_room as r; "
+        "import tempfile, multiprocessing.util as u; from launcher.system import loader_room as r; "
         "r.make(); print(u.get_temp_dir(), tempfile.gettempdir())"
     )
     sockets, rest = in_python(code, env={**os.environ, "TMPDIR": str(folder)})
@@ -61,14 +61,14 @@ def test_sockets_go_to_a_short_folder_and_all_else_to_tmpdir(tmp_path):
 
 
 def test_a_short_tmpdir_is_taken(tmp_path):
-    code = "from launcher import loader_room as r; print(r.short_folder())"
+    code = "from launcher.system import loader_room as r; print(r.short_folder())"
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         assert in_python(code, env={**os.environ, "TMPDIR": folder}) == [folder]
 
 
 def test_the_limit_of_open_files_is_raised_as_far_as_it_may():
     code = (
-        "import resource as r; from launcher import loader_room as l; r.setrlimit(r.RLIMIT_NOFILE, (64, 200)); "
+        "import resource as r; from launcher.system import loader_room as l; r.setrlimit(r.RLIMIT_NOFILE, (64, 200)); "
         "print(l.raise_open_files(), *r.getrlimit(r.RLIMIT_NOFILE))"
     )
     assert in_python(code) == ["200", "200", "200"]

@@ -37,7 +37,7 @@ time.sleep(100)
 """
 PRELUDE = f"""
 import json, os, subprocess, sys, time
-from launcher import processes
+from launcher.system import processes
 PARENT = {PARENT!r}
 
 def start_family():
@@ -171,7 +171,7 @@ def test_a_process_that_asked_for_it_dies_with_its_parent_however_that_ends(fami
     (started,) = in_a_process("""
 code = '''
 import time
-from launcher import processes
+from launcher.system import processes
 processes.die_with_parent()
 print("up", flush=True)
 time.sleep(100)

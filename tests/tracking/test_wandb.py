@@ -397,7 +397,7 @@ def test_exports_without_a_manifest_are_one_warning(tmp_path, fake):
 PREAMBLE = """
     import json, os, signal, sys, threading, time
     import psutil
-    from launcher import recipe as recipes
+    from launcher.recipe import load as recipes
     from launcher.engine.tracking import Tracker, log_exports
     from launcher.run_dir import RunDir
 
@@ -824,7 +824,7 @@ def test_a_server_that_refuses_leaves_a_whole_offline_record(tmp_path, home, ans
     run = make_run(tmp_path, "auto")
     done = python(
         """
-        from launcher.engine import wandb_service
+        from launcher.tracking import wandb_service
 
         wandb_service.INIT_TIMEOUT_S = 2
         tracker = start()
@@ -918,7 +918,7 @@ def test_a_folder_that_is_full_or_read_only_turns_tracking_off_and_nothing_else(
         (run.wandb / "others").write_bytes(bytes(500_000))
     done = python(
         """
-        from launcher.engine import tracking
+        from launcher.tracking import wandb as tracking
 
         tracking.PROBE_S = 0.1
         tracker = start()

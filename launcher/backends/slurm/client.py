@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from launcher.errors import LaunchError
+from launcher.runs.whereabouts import JobState
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,34 +23,10 @@ READ = ("SLURM_", "SBATCH_", "SRUN_", "SALLOC_", "SQUEUE_", "SINFO_", "SACCT_", 
 """Beginnings of the variables that SLURM's commands read as options: they would answer something else."""
 MAX_ARRAY_SIZE = 1001
 """SLURM's own, where it does not say."""
-OVER = (
-    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED"),
-    *("NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "REVOKED"),
-)
-"""States that SLURM leaves no job again by itself; one that it preempts and queues again is PENDING."""
 
 
 class SlurmError(LaunchError):
     """A command of SLURM failed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class JobState:
-    """A job as SLURM sees it now."""
-
-    job_id: str = ""
-    """Its id."""
-    state: str
-    """PENDING, RUNNING, COMPLETED and so on; UNKNOWN where SLURM has forgotten it."""
-    reason: str = ""
-    """Why it waits or has ended, in SLURM's word."""
-    nodes: str = ""
-    """Node list, as in n[1-2]."""
-
-    @property
-    def over(self) -> bool:
-        """Whether it will not run again by itself."""
-        return self.state in OVER or self.state == "UNKNOWN"
 
 
 def clean_environment() -> dict[str, str]:

@@ -17,14 +17,14 @@ from launcher.errors import (
     PreflightError,
     TrainingError,
 )
-from launcher.runs import diagnose, whereabouts
+from launcher.runs import diagnose, job_logs, whereabouts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from launcher.backends.slurm.client import JobState
     from launcher.runs.run_dir import RunDir
+    from launcher.runs.whereabouts import JobState
 
 POLL_S = 2.0
 MAX_FAILURES, PAUSE_S = 60, 10.0
@@ -126,7 +126,9 @@ def conclude(run: RunDir, job_id: str) -> None:
         raise InterruptedRunError(f"job {job_id} was cancelled; go on with: launch resume {run}")
     if state == "preempted" and (job.state != "FAILED" or slurm_client.exit_code(job_id) == EXIT_RESUMABLE):
         raise InterruptedRunError(f"job {job_id} ended as {job.state}; go on with: launch resume {run}")
-    raise _error(job_id)(f"job {job_id} ended as {job.state}\n{diagnose.explain(run, job)}\nmore: launch why {run}")
+    raise _error(job_id)(
+        f"job {job_id} ended as {job.state}\n{diagnose.explain(run, job, job_end.explain)}\nmore: launch why {run}"
+    )
 
 
 def _error(job_id: str) -> type[LaunchError]:
@@ -145,5 +147,5 @@ def conclude_post(run: RunDir, job_id: str) -> None:
     cure = f"training is complete; make the exports by: launch export {run}"
     if job.state == "CANCELLED":
         raise InterruptedRunError(f"job {job_id}, which was to make the exports, was cancelled; {cure}")
-    words = "\n".join(job_end.last_words(run, job_id))
+    words = "\n".join(job_logs.last_words(run, job_id))
     raise TrainingError(f"job {job_id}, which was to make the exports, ended as {job.state}\n{words}\n{cure}")

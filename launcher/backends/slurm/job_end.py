@@ -5,18 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from launcher.backends.slurm import client as slurm_client
+from launcher.runs import job_logs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-    from launcher.backends.slurm.client import JobState
     from launcher.runs.run_dir import RunDir
+    from launcher.runs.whereabouts import JobState
 
-LAST_LINES = 5
-"""Of each log."""
-NOISE = ("srun: job ", "srun: Job step aborted", "srun: launch/slurm", "srun: Force Terminated", "*** STEP")
-"""What srun says of every step that it ends."""
 RESERVED = "Reserved_for_maintenance"
 """What SLURM says of a job that would run into a maintenance; it writes it with spaces, too."""
 REASONS = {
@@ -64,7 +58,7 @@ def explain(run: RunDir, job: JobState) -> list[str]:
             ],
         )
     )
-    words = last_words(run, job.job_id)
+    words = job_logs.last_words(run, job.job_id)
     text = "\n".join(words)
     cures = [cure for word, cure in REASONS.items() if word == job.reason]
     cures += [cure for word, cure in WORDS.items() if word in text]
@@ -93,21 +87,3 @@ def _before_maintenance(run: RunDir) -> str:
         "(timeout_min), which is longer than until then: a shorter one starts before it, saves and goes on afterwards: "
         f"launch cancel {run}, then launch resume {run} {shorter}"
     )
-
-
-def last_words(run: RunDir, job_id: str) -> list[str]:
-    """The last lines of each node's standard error, and of the batch script's log."""
-    logs = [*sorted(run.supervisor_log(job_id, 0).parent.glob(f"{job_id}_*_log.err")), run.batch_log(job_id)]
-    found: dict[str, str] = {}  # several nodes say the same; it stands there once, with the first that said it
-    for log in logs:
-        for line in _last_lines(log):
-            found.setdefault(line, log.name)
-    return [f"  {name}: {line}" for line, name in found.items()]
-
-
-def _last_lines(log: Path) -> Iterator[str]:
-    try:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return
-    yield from [line for line in lines if line.strip() and not any(word in line for word in NOISE)][-LAST_LINES:]

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.backends import living
 from launcher.errors import (
     EXIT_OK,
     EXIT_PREFLIGHT,
@@ -100,7 +101,7 @@ def _supervise(run: RunDir) -> int:
     plan = run.read_plan()
     attempt = None
     if node_rank == 0:
-        whereabouts.refuse_second_job(run, str(SlurmJobEnvironment().job_id))
+        living.refuse_second_job(run, str(SlurmJobEnvironment().job_id))
         if code_digest() != plan.get("code"):
             run.append_event("code_changed", planned=plan.get("code"), found=code_digest())
             print("warning: the code of finetune-launcher has changed since this run was launched", file=sys.stderr)

@@ -6,8 +6,8 @@ import pytest
 
 from launcher.backends.slurm import client as slurm_client
 from launcher.backends.slurm import follow as slurm_follow
-from launcher.backends.slurm.client import JobState
 from launcher.errors import InterruptedRunError, PreflightError, TrainingError
+from launcher.runs.whereabouts import JobState
 
 
 @pytest.fixture
