@@ -411,7 +411,7 @@ def test_a_memory_that_cannot_be_written_is_a_warning(folder, monkeypatch, tmp_p
 
 
 def test_scans_at_the_same_time_leave_one_whole_memory(folder):
-    code = "import sys, pathlib; from launcher.images import scan as image_scan; image_scan.scan(pathlib.Path(sys.argv[1]))"
+    code = "import sys, pathlib; from launcher.images.scan import scan; scan(pathlib.Path(sys.argv[1]))"
     scans = [subprocess.Popen([sys.executable, "-c", code, str(folder)]) for _ in range(3)]
     assert [scan.wait() for scan in scans] == [0, 0, 0]
     assert image_scan.scan(folder).num_read == 0
