@@ -28,7 +28,7 @@ PROGRAM = """
 import ast, sys
 from launcher.commands import logs
 from launcher.errors import exit_code_of
-from launcher.run_dir import RunDir
+from launcher.runs.run_dir import RunDir
 
 def main():
     options = {"follow": False, "rank": None, "attempt": None, "pattern": None} | ast.literal_eval(sys.argv[2])
@@ -44,7 +44,7 @@ sys.exit(exit_code_of(main))
 WRITER = """
 import os, sys, time
 from pathlib import Path
-from launcher.run_dir import RunDir
+from launcher.runs.run_dir import RunDir
 
 run = RunDir(sys.argv[1])
 for line in sys.stdin:
@@ -356,7 +356,7 @@ def test_bytes_that_begin_no_character_are_cut_too(run, capfdbinary, monkeypatch
 MEMORY_PROGRAM = """
 import os, sys, threading, tracemalloc
 from launcher.commands import logs
-from launcher.run_dir import RunDir
+from launcher.runs.run_dir import RunDir
 
 run, mode = RunDir(sys.argv[1]), sys.argv[2]
 

@@ -20,8 +20,8 @@ from tests.faults.processes import begin
 
 WRITER = """
 import os, sys, torch
-from launcher.engine.checkpoint import Checkpoint, CheckpointWriter
-from launcher.run_dir import RunDir
+from launcher.engine.checkpoints.checkpoint import Checkpoint, CheckpointWriter
+from launcher.runs.run_dir import RunDir
 
 told = os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT)
 tell = lambda step, seconds, size_mb, best: os.write(told, f"{step} {best}".encode())

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 WRITER = """
 import sys
 from pathlib import Path
-from launcher.files import write_json_atomic
+from launcher.system.files import write_json_atomic
 
 for number in range(1, int(sys.argv[2]) + 1):
     write_json_atomic(Path(sys.argv[1]), {"number": number, "filling": [number] * 20_000})
@@ -24,7 +24,7 @@ for number in range(1, int(sys.argv[2]) + 1):
 APPENDER = """
 import sys
 from pathlib import Path
-from launcher.files import append_jsonl
+from launcher.system.files import append_jsonl
 
 path, writer = Path(sys.argv[1]), int(sys.argv[2])
 print("ready", flush=True)

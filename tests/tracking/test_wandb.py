@@ -398,8 +398,8 @@ PREAMBLE = """
     import json, os, signal, sys, threading, time
     import psutil
     from launcher.recipe import load as recipes
-    from launcher.engine.tracking import Tracker, log_exports
-    from launcher.run_dir import RunDir
+    from launcher.tracking.wandb import Tracker, log_exports
+    from launcher.runs.run_dir import RunDir
 
     run = RunDir(sys.argv[1])
     said = []
