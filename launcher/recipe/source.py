@@ -293,14 +293,13 @@ def _locate(location: tuple[int | str, ...], schema: type) -> tuple[str, Any, li
 
 
 def _value_at(values: Any, dotted: str) -> Any:
-    for part in dotted.split("."):
-        if isinstance(values, dict):
-            values = next((value for key, value in values.items() if str(key) == part), None)
-        elif isinstance(values, list) and part.isdigit() and int(part) < len(values):
-            values = values[int(part)]
-        else:
-            return None
-    return values
+    pairs = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for key, value in pairs:  # a key of the user's may have dots in it
+        if dotted == str(key):
+            return value
+        if dotted.startswith(f"{key}."):
+            return _value_at(value, dotted.removeprefix(f"{key}."))
+    return None
 
 
 def _show(value: Any, typed: str | None) -> str:

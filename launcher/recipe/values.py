@@ -80,7 +80,8 @@ def read(typed: str, annotation: Any) -> Any:
             found = yaml.safe_load(typed)
         except yaml.YAMLError:
             return typed
-        return found if type(found) in ((str,) if is_quoted else options(annotation)) and found != typed else typed
+        wanted = (str,) if is_quoted else [option for option in options(annotation) if option is not str]
+        return found if type(found) in wanted else typed
     return typed
 
 

@@ -177,14 +177,14 @@ def test_another_error_is_no_lack_of_memory(make_run, engine, one_rank):
 
 def test_batchnorm_statistics_are_those_of_the_batches_that_went_through(make_run, engine, one_rank):
     """A pass that broke off leaves nothing behind: the same as if the smaller batches had been meant."""
-    run, halves = (make_run(name, model={"arch": "shufflenet_v2_x0_5"}, batch={"size": 18}) for name in ("a", "b"))
+    run, halves = (make_run(name, model={"arch": "shufflenet_v2_x0_5"}, batch={"size": 12}) for name in ("a", "b"))
 
     def prepare(parts):
-        parts.model.module.stage3 = Full(parts.model.module.stage3, most=9, where="forward")
+        parts.model.module.stage3 = Full(parts.model.module.stage3, most=6, where="forward")
 
     def small(parts):
         batching = parts.schedule.batching
-        parts.schedule = replace(parts.schedule, batching=replace(batching, batch_sizes=(9,)))
+        parts.schedule = replace(parts.schedule, batching=replace(batching, batch_sizes=(6,)))
 
     found = engine.train(run, prepare=prepare)
     expected = engine.train(halves, prepare=small)

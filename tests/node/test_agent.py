@@ -22,6 +22,11 @@ def kernel(monkeypatch):
     return found
 
 
+def environments():
+    """Of two workers, as torch's agent makes them."""
+    return {local_rank: {"RANK": str(local_rank)} for local_rank in (0, 1)}
+
+
 @pytest.fixture
 def started(tmp_path):
     """A run, what torch's agent asks at each start of its workers, and their beats."""
@@ -29,7 +34,7 @@ def started(tmp_path):
     run.create()
     beats, stop = Heartbeats(2), SimpleNamespace(requested=False)
     logs = agent._attempt_logs(run, node_rank=0, first_attempt=1, stop=stop, beats=beats)
-    logs.reify({0: {}, 1: {}})
+    logs.reify(environments())
     return run, logs, beats, stop
 
 
@@ -41,7 +46,7 @@ def test_a_worker_that_is_killed_in_training_is_written_down_for_its_attempt(ker
     run, logs, beats, _ = started
     beats.begin(host_memory.num_kills())
     kernel.kills += 1
-    logs.reify({0: {}, 1: {}})
+    logs.reify(environments())
     assert kills(run) == [1]
     (ended,) = history.events(run, "attempt_ended")
     assert (ended["attempt"], ended["cause"]) == (1, "memory_kill")
@@ -69,7 +74,7 @@ def test_a_kill_is_written_down_once_also_where_no_attempt_follows(kernel, start
     kernel.kills += 1
     stop.requested = True
     with pytest.raises(agent._NoRestartError):
-        logs.reify({0: {}, 1: {}})
+        logs.reify(environments())
     logs.note_kill()  # as run_workers does in the end
     assert kills(run) == [1]
 
@@ -80,7 +85,7 @@ def end(run, logs, kind, **event):
         run.append_event("checkpoint", attempt=logs.attempt, **event)
     error = {"time": logs.attempt, "attempt": logs.attempt, "rank": 0, "node": 0, "host": "n1", "kind": kind}
     write_json_atomic(run.rank_error(logs.attempt, 0), error | {"type": kind, "message": "a test", "traceback": ""})
-    logs.reify({0: {}, 1: {}})
+    logs.reify(environments())
 
 
 def test_workers_that_hang_twice_without_a_new_step_are_not_started_a_third_time(kernel, started):

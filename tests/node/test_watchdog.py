@@ -12,7 +12,7 @@ import pytest
 
 from launcher.node import watchdog
 from launcher.node.watchdog import Watchdog
-from launcher.runs.heartbeats import Heartbeats
+from launcher.runs.heartbeats import Beat, Heartbeats
 from launcher.runs.run_dir import RunDir
 
 WORKER = """
@@ -54,7 +54,7 @@ def test_the_flight_recorder_is_asked_where_there_is_one(run, worker, monkeypatc
     try:
         reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
         Watchdog(run, Heartbeats(1), timeout_s=1.0, node_rank=0, attempt=lambda: 1)._end(
-            [watchdog.Beat(age_s=2.0, pid=worker.pid, rank=rank) for rank in (5, 6)]  # 6 has no pipe
+            [Beat(age_s=2.0, pid=worker.pid, rank=rank) for rank in (5, 6)]  # 6 has no pipe
         )
         assert os.read(reader, 10) == b"1\n"
         os.close(reader)
@@ -138,7 +138,7 @@ def test_a_worker_waits_for_the_others_where_its_innermost_call_is_in_a_collecti
     other = 'junk\nThread 0x1 (most recent call first):\n  File "other.py", line 1 in x\n\n'
     run.rank_log(1, 0).write_text(f"{other}Current thread 0x2 (most recent call first):\n{frames}")
     Watchdog(run, Heartbeats(1), timeout_s=1.0, node_rank=0, attempt=lambda: 1)._end(
-        [watchdog.Beat(age_s=2.0, pid=worker.pid, rank=0)]
+        [Beat(age_s=2.0, pid=worker.pid, rank=0)]
     )
     error = json.loads(run.rank_error(1, 0).read_text())
     assert error["waiting"] == waits
