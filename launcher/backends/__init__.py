@@ -1,11 +1,8 @@
-"""Where a plan is carried out. Each module is one backend, with ``submit``; plan.BACKENDS names them."""
+"""Where a plan is carried out. Each module is one backend, with ``submit``; imported at first use."""
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Protocol, cast
-
-from launcher.plan.plan import BACKENDS
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from launcher.plan.plan import LaunchPlan
@@ -23,5 +20,15 @@ class Backend(Protocol):
 
 
 def load(name: str) -> Backend:
-    """Import a backend by name, at first use."""
-    return cast("Backend", importlib.import_module(BACKENDS[name]))
+    """The backend ``local``, ``torchrun`` or ``slurm``."""
+    if name == "local":
+        from launcher.backends import local
+
+        return local
+    if name == "torchrun":
+        from launcher.backends import torchrun
+
+        return torchrun
+    from launcher.backends.slurm import submit
+
+    return submit

@@ -39,6 +39,7 @@ from launcher.system.redact import redact
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from launcher.engine.setup import Parts
     from launcher.engine.state import Outcome
     from launcher.runs.heartbeats import Heartbeats
 
@@ -154,26 +155,12 @@ def train(
         begin()
         if own:
             torch.set_num_threads(own["threads"])
+        own_workers = own.get("workers")
         parts = build_parts(
-            run,
-            ranks,
-            device,
-            data_sets=data_sets,
-            batching=batching,
-            loader_workers=own.get("workers"),
-            debug=spec.debug,
+            run, ranks, device, data_sets=data_sets, batching=batching, loader_workers=own_workers, debug=spec.debug
         )
         if ranks.rank == 0:
-            recorder = Recorder(
-                run,
-                parts.recipe,
-                attempt=spec.attempt,
-                console=terminal,
-                num_steps=parts.num_steps,
-                tracked=not spec.debug,
-            )
-            recorder.status(epoch=0, step=0)
-            recorder.classes(len(parts.classes), findings.rare_classes(parts.images_per_class))
+            recorder = _begin_record(run, parts, spec, terminal)
         if fewer := parts.fit_loading():
             say(fewer)
             run.append_event("fewer_loaders", rank=ranks.rank, message=fewer)
@@ -190,6 +177,21 @@ def train(
             recorder.close(finished=outcome != "preempted", stop=stop)
     _leave_process_group()
     return outcome
+
+
+def _begin_record(run: RunDir, parts: Parts, spec: WorkerSpec, terminal: IO[str]) -> Recorder:
+    """What rank 0 tells the world by."""
+    recorder = Recorder(
+        run,
+        parts.recipe,
+        attempt=spec.attempt,
+        console=terminal,
+        num_steps=parts.num_steps,
+        tracked=not spec.debug,
+    )
+    recorder.status(epoch=0, step=0)
+    recorder.classes(len(parts.classes), findings.rare_classes(parts.images_per_class))
+    return recorder
 
 
 def _leave_process_group() -> None:

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from launcher.plan.topology import Topology
     from launcher.recipe.schema import Recipe
 
-BACKENDS = {name: f"launcher.backends.{name}" for name in ("local", "torchrun", "slurm")}
-"""By name; imported at first use (house rule 7)."""
 MAX_PORT = 65_535
 _ENDPOINT = re.compile(r"(?:[^\s:/\[\]]+|\[[0-9A-Fa-f:.]+\]):0*[1-9][0-9]*")
 
@@ -154,73 +152,124 @@ def make_plan(
     backend = _choose_backend(recipe, topology, request)
     if request.detach and backend == "local":
         raise UsageError("--detach: --debug and launch.backend=local are for a terminal; leave one of them out")
-    run_dir = request.run_dir or str(Path("runs") / request.run_id)
-    command: tuple[str, ...] = ()
-    script = post_script = ""
-    if backend == "slurm":
-        profile = profile or profiles.Profile()
-        if not topology.allocation:
-            profile = variables.fill(profile, topology.sbatch_variables)
-            post_profile = variables.fill(post_profile, topology.sbatch_variables) if post_profile else None
-        device, procs = _choose_for_job(recipe)
-        run_dir, endpoint = str(Path(topology.cwd, run_dir)), ""
-        said = _said_threads_of_job(profile, topology)
-        threads = said or profile.cpus_per_gpu
-        if any(char in "%\\" or not char.isprintable() for char in run_dir):
-            raise UsageError(
-                f"--run-dir {run_dir}: SLURM puts something else in the place of a %, a backslash or a control "
-                "character; name another folder"
-            )
-        job = batch_script.Job(
-            name=recipe.name,
-            run_dir=run_dir,
-            nodes=launch.nodes,
-            procs_per_node=procs,
-            device=device,
-            python=topology.python,
-        )
-        if topology.allocation:
-            command = batch_script.step_command(job, profile, overlap=topology.in_step)
-        else:
-            script = batch_script.build_script(job, profile)
-            if post_profile and recipe.post.enabled:
-                post_script = batch_script.build_post_script(job, post_profile)
-    else:
-        device = _choose_device(recipe, topology)
-        procs = _choose_procs(recipe, topology, device)
-        endpoint = _choose_endpoint(launch.nodes, request)
-        said = topology.omp_num_threads
-        threads = said or max(1, topology.num_cores // procs)
-        command = ("python", "-m", "launcher.node", run_dir, "--node-rank", str(request.node_rank))
-        if launch.nodes > 1:
-            command += ("--nodes", str(launch.nodes), "--procs", str(procs), "--rdzv-endpoint", endpoint)
-    if launch.threads != "auto":
-        said = threads = launch.threads
+    place = (
+        _place_job(recipe, topology, request, profile or profiles.Profile(), post_profile)
+        if backend == "slurm"
+        else _place_here(recipe, topology, request)
+    )
+    said = place.said_threads if launch.threads == "auto" else launch.threads
+    threads = place.threads if launch.threads == "auto" else launch.threads
     return LaunchPlan(
         run_id=request.run_id,
         name=recipe.name,
-        run_dir=run_dir,
+        run_dir=place.run_dir,
         backend=backend,
-        device=device,
+        device=place.device,
         nodes=launch.nodes,
-        procs_per_node=procs,
+        procs_per_node=place.procs,
         threads_per_proc=threads,
         export_threads=said or None,
         max_restarts=0 if backend == "local" else launch.max_restarts,
         preflight=launch.preflight,
         hang_timeout_s=recipe.train.hang_timeout_s,
         node_rank=request.node_rank,
-        rdzv_endpoint=endpoint,
+        rdzv_endpoint=place.endpoint,
         debug=request.debug,
         tune=request.tune,
         detach=request.detach,
-        env=environment(device=device, nodes=launch.nodes, threads=threads),
-        command=command if backend != "local" else (),
-        profile=profiles.to_dict(profile) if profile and backend == "slurm" else None,
-        script=script,
-        post_script=post_script,
+        env=environment(device=place.device, nodes=launch.nodes, threads=threads),
+        command=place.command if backend != "local" else (),
+        profile=profiles.to_dict(place.profile) if place.profile else None,
+        script=place.script,
+        post_script=place.post_script,
         recipe=recipes.to_dict(recipe),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where a run goes, and what is started there."""
+
+    device: str
+    procs: int
+    run_dir: str
+    threads: int
+    """Of each worker."""
+    said_threads: int
+    """What the environment or the profile says of them; 0: nothing."""
+    endpoint: str = ""
+    command: tuple[str, ...] = ()
+    profile: Profile | None = None
+    script: str = ""
+    post_script: str = ""
+
+
+def _place_job(
+    recipe: Recipe, topology: Topology, request: Request, profile: Profile, post_profile: Profile | None
+) -> _Place:
+    """A SLURM job, or a step of the allocation that this is."""
+    if not topology.allocation:
+        profile = variables.fill(profile, topology.sbatch_variables)
+        post_profile = variables.fill(post_profile, topology.sbatch_variables) if post_profile else None
+    device, procs = _choose_for_job(recipe)
+    run_dir = str(Path(topology.cwd, _run_dir(request)))
+    if any(char in "%\\" or not char.isprintable() for char in run_dir):
+        raise UsageError(
+            f"--run-dir {run_dir}: SLURM puts something else in the place of a %, a backslash or a control "
+            "character; name another folder"
+        )
+    job = batch_script.Job(
+        name=recipe.name,
+        run_dir=run_dir,
+        nodes=recipe.launch.nodes,
+        procs_per_node=procs,
+        device=device,
+        python=topology.python,
+    )
+    command: tuple[str, ...] = ()
+    script = post_script = ""
+    if topology.allocation:
+        command = batch_script.step_command(job, profile, overlap=topology.in_step)
+    else:
+        script = batch_script.build_script(job, profile)
+        if post_profile and recipe.post.enabled:
+            post_script = batch_script.build_post_script(job, post_profile)
+    said = _said_threads_of_job(profile, topology)
+    return _Place(
+        device=device,
+        procs=procs,
+        run_dir=run_dir,
+        threads=said or profile.cpus_per_gpu,
+        said_threads=said or 0,
+        command=command,
+        profile=profile,
+        script=script,
+        post_script=post_script,
+    )
+
+
+def _place_here(recipe: Recipe, topology: Topology, request: Request) -> _Place:
+    """This machine, or one of several that are started by hand."""
+    device = _choose_device(recipe, topology)
+    procs = _choose_procs(recipe, topology, device)
+    nodes, run_dir = recipe.launch.nodes, _run_dir(request)
+    endpoint, said = _choose_endpoint(nodes, request), topology.omp_num_threads or 0
+    command: tuple[str, ...] = ("python", "-m", "launcher.node", run_dir, "--node-rank", str(request.node_rank))
+    if nodes > 1:
+        command += ("--nodes", str(nodes), "--procs", str(procs), "--rdzv-endpoint", endpoint)
+    return _Place(
+        device=device,
+        procs=procs,
+        run_dir=run_dir,
+        threads=said or max(1, topology.num_cores // procs),
+        said_threads=said,
+        endpoint=endpoint,
+        command=command,
+    )
+
+
+def _run_dir(request: Request) -> str:
+    return request.run_dir or str(Path("runs") / request.run_id)
 
 
 def _choose_backend(recipe: Recipe, topology: Topology, request: Request) -> str:

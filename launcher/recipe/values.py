@@ -63,10 +63,12 @@ def read(typed: str, annotation: Any) -> Any:
     """The value that was typed behind ``key=`` for a key that :func:`has_text`.
 
     Raises:
-        yaml.YAMLError: a list or mapping that is none.
+        yaml.YAMLError: a list or mapping that is none; or a tag, which means nothing here.
     """
     import yaml
 
+    if typed.startswith("!!"):
+        raise yaml.YAMLError("a YAML tag means nothing here; text that begins with !! goes into quotes")
     is_nested = any(typing.get_origin(option) in (list, dict) for option in options(annotation))
     if is_nested and typed[:1] in ("[", "{"):
         root = yaml.compose(typed, Loader=yaml.SafeLoader)

@@ -94,8 +94,8 @@ def build_report(run: RunDir) -> Json:
             "best_val": _take(best_val, VAL_FIELDS),
             "final_val": _take(val[-1], VAL_FIELDS) if val else None,
             "curves": {
-                "train": [_take(line, TRAIN_FIELDS) for line in train],
-                "val": [_take(line, VAL_FIELDS) for line in val],
+                split: [_take(line, names) for line in lines]
+                for split, lines, names in (("train", train, TRAIN_FIELDS), ("val", val, VAL_FIELDS))
             },
             "classes": list(best_val.get("per_class") or manifest.get("classes", [])),
             "per_class": best_val.get("per_class"),

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from launcher.backends import living
 from launcher.commands import log_lines, logs, run_end
 from launcher.errors import UsageError
-from launcher.runs import whereabouts
 from launcher.runs.run_dir import RunDir
 from launcher.runs.whereabouts import JobState
 from launcher.system.files import append_jsonl, write_json_atomic
@@ -708,7 +708,7 @@ def test_a_run_that_is_queued_again_is_followed_until_its_job_is_over(ended, cap
         answer = answers.pop(0) if len(answers) > 1 else answers[0]
         return answer and JobState(job_id="7", state=answer)
 
-    monkeypatch.setattr(whereabouts, "job_state", job_state)
+    monkeypatch.setattr(living, "job_state", job_state)
     show(ended, follow=True)
     assert capsys.readouterr().out == "[0] x\nattempt 2 begins\n[0] y\n"
 
@@ -716,7 +716,7 @@ def test_a_run_that_is_queued_again_is_followed_until_its_job_is_over(ended, cap
 def test_a_run_whose_job_died_without_a_word_is_not_followed_for_ever(ended, capsys, monkeypatch):
     ended.append_event("submitted", job_id="7")
     ended.update_status(state="running")
-    monkeypatch.setattr(whereabouts, "job_state", lambda _: JobState(job_id="7", state="NODE_FAIL"))
+    monkeypatch.setattr(living, "job_state", lambda _: JobState(job_id="7", state="NODE_FAIL"))
     write(ended, 1, 0, "x\n")
     show(ended, follow=True)
     assert capsys.readouterr().out == "[0] x\n"

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from launcher.backends.slurm import client as slurm_client, job_end
-from launcher.runs import diagnose
+from launcher.runs import diagnose, job_logs
 from launcher.system.files import write_json_atomic
 from launcher.runs.run_dir import RunDir
 from launcher.runs.whereabouts import JobState

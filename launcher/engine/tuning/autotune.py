@@ -109,20 +109,9 @@ def tune_rank(
             if cached.get("loading") != loading:  # an earlier version's has none
                 cached |= probes.split(cached["batch_size"], cached["images_per_s"])
             return cached | who | {"loading": loading, "from": "cache"}
-        start = time.monotonic()
-        search = BatchSearch(
-            probes.measure,
-            compare=probes.compare,
-            needed=functools.partial(needed_bytes, recipe=recipe, ranks=ranks, device=device, data_sets=data_sets),
-            budget_bytes=budget,
-            objective=recipe.batch.objective,
-            max_size=most,
-        )
-        found = search.run()
-        assert found.chosen.probe  # noqa: S101  it ran
-        split = probes.split(found.chosen.batch_size, found.chosen.probe.images_per_s)
-        report = known | {"free_bytes": facts.free.num_bytes, "budget_bytes": budget, "limit": facts.free.limit}
-        report |= _describe(found) | split | {"loading": loading, "seconds": round(time.monotonic() - start, 2)}
+        needed = functools.partial(needed_bytes, recipe=recipe, ranks=ranks, device=device, data_sets=data_sets)
+        found = _measure(probes, recipe, needed=needed, free=facts.free, most=most)
+        report = known | found | {"loading": loading}
         tuning_cache.write(key, report)
         return report | {"from": "probes"}
     except StoppedError:
@@ -131,6 +120,25 @@ def tune_rank(
         return who | {"error": f"{error} ({facts.free.limit}); {CURE}", "kind": "usage"}
     except (TrainingError, TooSlowError) as error:
         return who | {"error": str(error), "kind": "training"}
+
+
+def _measure(
+    probes: RankProbes, recipe: Recipe, *, needed: Callable[[Probe], int], free: FreeMemory, most: int
+) -> dict[str, Any]:
+    """Find the batch size within ``free`` memory and ``most`` images that the recipe's objective asks for."""
+    start, budget = time.monotonic(), budget_bytes(free)
+    found = BatchSearch(
+        probes.measure,
+        compare=probes.compare,
+        needed=needed,
+        budget_bytes=budget,
+        objective=recipe.batch.objective,
+        max_size=most,
+    ).run()
+    assert found.chosen.probe  # noqa: S101  it ran
+    split = probes.split(found.chosen.batch_size, found.chosen.probe.images_per_s)
+    memory = {"free_bytes": free.num_bytes, "budget_bytes": budget, "limit": free.limit}
+    return memory | _describe(found) | split | {"seconds": round(time.monotonic() - start, 2)}
 
 
 def agree(run: RunDir, recipe: Recipe, ranks: Ranks, own: dict[str, Any], say: Callable[[str], None]) -> Batching:
