@@ -37,7 +37,8 @@ def split_overrides(args: argparse.Namespace) -> None:
 def plan_run(recipe: Recipe, args: argparse.Namespace, *, run_id: str, run_dir: str | None) -> LaunchPlan:
     """The plan of a recipe for this machine and this command line."""
     from launcher.plan import topology
-    from launcher.plan.plan import Request, make_plan
+    from launcher.plan.plan import make_plan
+    from launcher.plan.request import Request
 
     request = Request(
         run_id=run_id,

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import RecipeError
-from launcher.plan.plan import Request, make_plan
+from launcher.plan.plan import make_plan
+from launcher.plan.request import Request
 from launcher.plan.topology import Topology
 from launcher.recipe import load as recipes
 from launcher.runs.history import events

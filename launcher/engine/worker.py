@@ -141,10 +141,7 @@ def train(
     say = functools.partial(print, file=terminal if ranks.rank == 0 else sys.stdout, flush=True)
     if recipe.batch.size == "auto" and not spec.debug:  # in children, before this process touches its device
         own = autotune.tune_rank(run, recipe, ranks, device, data_sets, fresh=plan["tune"], stop=stop, say=say)
-    device.activate()
-    if device.is_cuda:
-        record_collectives(run.nccl_dump(spec.attempt), run.nccl_pipe(spec.attempt))
-    init_process_group(device, ranks)
+    _join_group(run, spec, device, ranks)
     recorder = None
     outcome: Outcome = "preempted"
     try:
@@ -155,9 +152,9 @@ def train(
         begin()
         if own:
             torch.set_num_threads(own["threads"])
-        own_workers = own.get("workers")
+        workers, debug = own.get("workers"), spec.debug
         parts = build_parts(
-            run, ranks, device, data_sets=data_sets, batching=batching, loader_workers=own_workers, debug=spec.debug
+            run, ranks, device, data_sets=data_sets, batching=batching, loader_workers=workers, debug=debug
         )
         if ranks.rank == 0:
             recorder = _begin_record(run, parts, spec, terminal)
@@ -177,6 +174,14 @@ def train(
             recorder.close(finished=outcome != "preempted", stop=stop)
     _leave_process_group()
     return outcome
+
+
+def _join_group(run: RunDir, spec: WorkerSpec, device: Device, ranks: Ranks) -> None:
+    """Start the device, and the process group over it."""
+    device.activate()
+    if device.is_cuda:
+        record_collectives(run.nccl_dump(spec.attempt), run.nccl_pipe(spec.attempt))
+    init_process_group(device, ranks)
 
 
 def _begin_record(run: RunDir, parts: Parts, spec: WorkerSpec, terminal: IO[str]) -> Recorder:

@@ -71,12 +71,10 @@ def build_report(run: RunDir) -> Json:
     train, val = _curve(metrics, "train"), _curve(metrics, "val")
     best_val = next((line for line in val if best and line["step"] == best["step"]), {})
     if best and not best_val:
-        missing.append(
-            f"{run.metrics.name} has no validation of step {best['step']}, which the best checkpoint is from"
-        )
+        missing.append(f"{run.metrics.name} has no validation of step {best['step']}, that of the best checkpoint")
     attempts = _attempts(events, metrics, state)
     exports = _exports(manifest, best)
-    report: Json = _clean(
+    return _clean(  # type: ignore[no-any-return]
         {
             "run_id": plan["run_id"],
             "name": plan["name"],
@@ -112,7 +110,6 @@ def build_report(run: RunDir) -> Json:
             "missing": missing,
         }
     )
-    return report
 
 
 def _essential(path: Path, read: Callable[[Path], Any]) -> Any:

@@ -18,8 +18,9 @@ from launcher.commands import launch as launch_command
 from launcher.errors import UsageError
 from launcher.plan import plan as plans
 from launcher.plan import topology
-from launcher.plan.plan import Request, make_plan
+from launcher.plan.plan import make_plan
 from launcher.plan.profile import Profile
+from launcher.plan.request import Request
 from launcher.plan.topology import Topology
 from launcher.recipe import checks as recipe_checks
 from launcher.recipe import load as recipes
@@ -163,7 +164,8 @@ def test_a_plan_reads_no_file_and_starts_nothing_and_is_the_same_each_time():
     """In a process of its own: an audit hook cannot be taken off again."""
     code = """
 import copy, sys
-from launcher.plan.plan import Request, make_plan
+from launcher.plan.plan import make_plan
+from launcher.plan.request import Request
 from launcher.plan.topology import Topology
 from launcher.recipe import load as recipes
 

@@ -427,7 +427,7 @@ def test_a_file_cut_short_is_named_and_what_is_whole_of_it_is_used(write_run, cu
 
 def test_a_best_checkpoint_whose_validation_is_lost_is_named(write_run):
     data, page = written(write_run(metrics=[line for line in METRICS if (line["split"], line["step"]) != ("val", 8)]))
-    assert data["missing"] == ["metrics.jsonl has no validation of step 8, which the best checkpoint is from"]
+    assert data["missing"] == ["metrics.jsonl has no validation of step 8, that of the best checkpoint"]
     assert (data["per_class"], data["confusion"], data["best_val"]) == (None, None, None)
     assert data["classes"] == list(CLASSES)  # from the exports
     assert "Confusion matrix" not in page

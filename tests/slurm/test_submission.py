@@ -16,8 +16,9 @@ from launcher.backends.slurm import client as slurm_client
 from launcher.backends.slurm import job_end, submission
 from launcher.backends.slurm import submit as slurm
 from launcher.commands import sweep
-from launcher.plan.plan import Request, make_plan
+from launcher.plan.plan import make_plan
 from launcher.plan.profile import Profile
+from launcher.plan.request import Request
 from launcher.plan.topology import Topology
 from launcher.recipe import load as recipe
 from launcher.runs.history import events

@@ -97,21 +97,17 @@ def tune_rank(
     try:
         facts = probes.facts()
         known = who | {"device": facts.name, "total_bytes": facts.total_bytes}
-        kept = None if fresh else _kept(run, known, ranks)
-        if kept:
+        if not fresh and (kept := _kept(run, known, ranks)):
             return kept | {"from": "run"}
         most = _max_size(recipe, ranks, data_sets)
         key = tuning_cache.key(recipe, facts, data_sets, ranks, most)
         loading = tuning_cache.loading_key(recipe, data_sets)
-        budget = budget_bytes(facts.free)
-        cached = None if fresh else tuning_cache.read(key, budget)
-        if cached:
+        if not fresh and (cached := tuning_cache.read(key, budget_bytes(facts.free))):
             if cached.get("loading") != loading:  # an earlier version's has none
                 cached |= probes.split(cached["batch_size"], cached["images_per_s"])
             return cached | who | {"loading": loading, "from": "cache"}
         needed = functools.partial(needed_bytes, recipe=recipe, ranks=ranks, device=device, data_sets=data_sets)
-        found = _measure(probes, recipe, needed=needed, free=facts.free, most=most)
-        report = known | found | {"loading": loading}
+        report = known | _measure(probes, recipe, needed=needed, free=facts.free, most=most) | {"loading": loading}
         tuning_cache.write(key, report)
         return report | {"from": "probes"}
     except StoppedError:
