@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.errors import EXIT_FAILED, EXIT_OK, InterruptedRunError, TrainingError, UsageError, exit_code_of
+from launcher.errors import EXIT_FAILED, EXIT_OK, InterruptedRunError, TrainingError, UsageError
 from launcher.node import meeting, signals
 from launcher.node.signals import StopSignals
 from launcher.runs import diagnose, findings, history, quarantine, whereabouts
@@ -256,7 +256,3 @@ def summary(run: RunDir) -> str:
         else f"next:   launch export {run}"
     )
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code_of(main))
