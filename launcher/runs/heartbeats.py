@@ -1,0 +1,97 @@
+"""Signs of life: a worker says after each step that it lives, in memory that its node's supervisor reads."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+import struct
+import time
+from dataclasses import dataclass
+
+from launcher.system import processes
+
+DUMP_SIGNAL = signal.SIGUSR1
+"""On it a worker writes the stacks of all its threads into its log (faulthandler)."""
+_CELL = struct.Struct("dqq")
+_KILLS = struct.Struct("q")
+_PID = struct.Struct("q")
+_FAILED = -1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beat:
+    """A worker's last sign of life."""
+
+    age_s: float
+    """How long ago."""
+    pid: int
+    """Of the worker."""
+    rank: int
+    """Of the worker, among all."""
+
+
+class Heartbeats:
+    """A cell of shared memory for each local worker; made before they are forked. Writing one takes a microsecond."""
+
+    def __init__(self, num: int) -> None:
+        self._num = num
+        self._kills_at = _CELL.size * num
+        self._pids_at = self._kills_at + _KILLS.size
+        self._memory = mmap.mmap(-1, self._pids_at + _PID.size * num)
+
+    def enter(self, local_rank: int) -> None:
+        """A worker has started."""
+        _PID.pack_into(self._memory, self._pids_at + local_rank * _PID.size, os.getpid())
+
+    def living(self) -> list[int]:
+        """Process ids of the workers that have started and have not ended."""
+        pids = [_PID.unpack_from(self._memory, self._pids_at + index * _PID.size)[0] for index in range(self._num)]
+        return [pid for pid in pids if pid and processes.start_time(pid)]
+
+    def begin(self, num_kills: int) -> None:
+        """Nothing is tried any more, this node's workers train; the first one's word counts.
+
+        Args:
+            num_kills: processes that the kernel has killed so far; those that tried batch sizes may be among them.
+        """
+        if self.kills_before is None:
+            _KILLS.pack_into(self._memory, self._kills_at, num_kills + 1)
+
+    @property
+    def kills_before(self) -> int | None:
+        """Processes that the kernel had killed when training began; None: it has not."""
+        (told,) = _KILLS.unpack_from(self._memory, self._kills_at)
+        return told - 1 if told else None
+
+    def beat(self, local_rank: int, rank: int) -> None:
+        """A step was taken, a batch was validated."""
+        _CELL.pack_into(self._memory, local_rank * _CELL.size, time.monotonic(), os.getpid(), rank)
+
+    def rest(self, local_rank: int) -> None:
+        """No step is to be expected any more."""
+        _CELL.pack_into(self._memory, local_rank * _CELL.size, 0.0, 0, 0)
+
+    def fail(self, local_rank: int) -> None:
+        """This worker failed; for its peers, where the disk does not take its error file."""
+        _CELL.pack_into(self._memory, local_rank * _CELL.size, _FAILED, 0, 0)
+
+    @property
+    def any_failed(self) -> bool:
+        """Whether a worker of this node failed."""
+        return any(then == _FAILED for then, _, _ in self._cells())
+
+    def clear(self) -> None:
+        """Forget the workers of an attempt that is over."""
+        for local_rank in range(self._num):
+            self.rest(local_rank)
+            _PID.pack_into(self._memory, self._pids_at + local_rank * _PID.size, 0)
+        _KILLS.pack_into(self._memory, self._kills_at, 0)
+
+    def read(self) -> list[Beat]:
+        """Of the workers that have taken a step and have others to take."""
+        now = time.monotonic()
+        return [Beat(age_s=now - then, pid=pid, rank=rank) for then, pid, rank in self._cells() if then > 0]
+
+    def _cells(self) -> list[tuple[float, int, int]]:
+        return [_CELL.unpack_from(self._memory, index * _CELL.size) for index in range(self._num)]
