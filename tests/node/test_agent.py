@@ -1,4 +1,4 @@
-"""What the agent writes down of its attempts. Whole runs under it: tests/test_launch.py, tests/faults."""
+"""What the agent writes down of its attempts. Whole runs under it: tests/commands/test_launch.py, tests/faults."""
 
 from __future__ import annotations
 

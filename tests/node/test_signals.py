@@ -1,4 +1,4 @@
-"""Stop signals at any moment of a job, and twice; tests/test_launch.py has them in the middle of training."""
+"""Stop signals at any moment of a job, and twice; tests/commands/test_launch.py has them in the middle of training."""
 
 from __future__ import annotations
 

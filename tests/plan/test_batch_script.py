@@ -1,4 +1,4 @@
-"""Whole scripts are held by tests/golden (tests/test_plan.py); here is what no golden file can say."""
+"""Whole scripts are held by tests/golden (tests/plan/test_plan.py); here is what no golden file can say."""
 
 from __future__ import annotations
 
