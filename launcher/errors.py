@@ -1,4 +1,4 @@
-"""What can go wrong, each kind with its exit code (the codes are a public contract, see README)."""
+"""What can go wrong, each kind with its exit code (the codes are a public contract, see docs/command-line.md)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """torch's elastic agent on one node: workers are forked from a process that has imported torch and torchvision once.
 
-Measured against torchrun, which imports them in every worker: README, "Start-up".
+Measured against torchrun, which imports them in every worker: docs/evidence.md, "Start-up".
 """
 
 from __future__ import annotations

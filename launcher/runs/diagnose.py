@@ -13,8 +13,8 @@ from launcher.runs import findings, history, job_logs, whereabouts
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from launcher.runs.whereabouts import JobState
     from launcher.runs.run_dir import RunDir
+    from launcher.runs.whereabouts import JobState
 
 NOT_RETRYABLE = ("bug", "usage", "out_of_memory", "full_disk", "environment")
 """Causes that the same start would meet again."""

@@ -10,8 +10,8 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from launcher.system.files import read_jsonl
 from launcher.images.folder import printable
+from launcher.system.files import read_jsonl
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from launcher.system.files import read_jsonl
 from launcher.runs.run_dir import BATCH_LOG_VARIABLE
+from launcher.system.files import read_jsonl
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

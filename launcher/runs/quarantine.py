@@ -11,10 +11,11 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
-from launcher.images import folder as image_folder, scan as image_scan
 from launcher.errors import Problem, RecipeError, TrainingError
-from launcher.system.files import write_json_atomic
+from launcher.images import folder as image_folder
+from launcher.images import scan as image_scan
 from launcher.images.folder import printable
+from launcher.system.files import write_json_atomic
 from launcher.system.waiting import wait_until
 
 if TYPE_CHECKING:

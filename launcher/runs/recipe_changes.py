@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.images import folder as image_folder
-from launcher.recipe import catalog, paths as recipe_paths
-from launcher.recipe import load as recipes
 from launcher.errors import Problem, RecipeError, UsageError
+from launcher.images import folder as image_folder
+from launcher.recipe import catalog
+from launcher.recipe import load as recipes
+from launcher.recipe import paths as recipe_paths
 from launcher.recipe.keys import flat, show
 
 if TYPE_CHECKING:

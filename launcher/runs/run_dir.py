@@ -64,7 +64,7 @@ def node_name() -> str:
 
 
 class RunDir:
-    """The files of one run (a public contract: README, "The run directory").
+    """The files of one run (a public contract: docs/run-directory.md).
 
     Args:
         path: the folder; it need not exist yet.

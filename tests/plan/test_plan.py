@@ -1,4 +1,4 @@
-"""Plans are data: whole ones are held by tests/golden; UPDATE_GOLDEN=1 pytest tests/plan/test_plan.py writes them anew."""
+"""Plans are data: tests/golden holds whole ones; UPDATE_GOLDEN=1 pytest tests/plan/test_plan.py writes them anew."""
 
 from __future__ import annotations
 
@@ -100,7 +100,9 @@ def test_a_dry_run_prints_exactly_the_plan_and_it_is_golden(name, arguments, mac
     golden = GOLDEN / f"{name}.txt"
     if os.environ.get("UPDATE_GOLDEN"):
         golden.write_text(printed, encoding="utf-8")
-    assert printed == golden.read_text(encoding="utf-8"), "if this is meant: UPDATE_GOLDEN=1 pytest tests/plan/test_plan.py"
+    assert printed == golden.read_text(encoding="utf-8"), (
+        "if this is meant: UPDATE_GOLDEN=1 pytest tests/plan/test_plan.py"
+    )
 
 
 def test_every_golden_plan_belongs_to_a_test():

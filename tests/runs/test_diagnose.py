@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.backends.slurm import client as slurm_client, job_end
+from launcher.backends.slurm import client as slurm_client
+from launcher.backends.slurm import job_end
 from launcher.runs import diagnose, job_logs
-from launcher.system.files import write_json_atomic
 from launcher.runs.run_dir import RunDir
 from launcher.runs.whereabouts import JobState
+from launcher.system.files import write_json_atomic
 
 TRACEBACK = "Traceback (most recent call last):\n" + "".join(f'  File "m.py", line {n}\n' for n in range(30))
 
@@ -220,7 +221,9 @@ def test_a_job_that_was_cancelled_was_not_preempted(run):
     assert "run: cancelled, attempt 1" in text
     assert "cancelled: stopped by SIGTERM" in text
     assert "preempted" not in text
-    assert "preempted: stopped by SIGTERM" in diagnose.explain(run, JobState(job_id="7", state="PENDING"), job_end.explain)
+    assert "preempted: stopped by SIGTERM" in diagnose.explain(
+        run, JobState(job_id="7", state="PENDING"), job_end.explain
+    )
 
 
 def test_an_element_of_a_job_array_has_its_logs_in_the_folder_of_the_sweep(run, tmp_path):
@@ -291,7 +294,9 @@ def test_why_of_a_job_that_left_no_word_has_its_logs_and_a_cure(
 
 
 def test_why_of_a_job_that_waits_says_for_what(launched_again):
-    text = diagnose.explain(launched_again, JobState(job_id="8", state="PENDING", reason="BadConstraints"), job_end.explain)
+    text = diagnose.explain(
+        launched_again, JobState(job_id="8", state="PENDING", reason="BadConstraints"), job_end.explain
+    )
     assert "run: pending" in text
     assert "job 8 is pending (BadConstraints)" in text
     assert "no nodes are left that fit" in text

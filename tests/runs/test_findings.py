@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from launcher.node import supervisor
-from launcher.report import build as report
-from launcher.runs import diagnose, findings
 from launcher.recipe import load as recipes
 from launcher.recipe import schema as recipe_schema
+from launcher.report import build as report
+from launcher.runs import diagnose, findings
 from launcher.runs.run_dir import RunDir
 
 TEN = tuple(f"class {index}" for index in range(10))

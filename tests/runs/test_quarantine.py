@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from launcher.images import folder as image_folder
-from launcher.runs import history, quarantine
-from launcher.recipe import load as recipes
 from launcher.errors import InterruptedRunError, RecipeError, TrainingError
-from launcher.system.files import write_json_atomic, write_text_atomic
+from launcher.images import folder as image_folder
+from launcher.recipe import load as recipes
+from launcher.runs import history, quarantine
 from launcher.runs.run_dir import RunDir
+from launcher.system.files import write_json_atomic, write_text_atomic
 
 
 @pytest.fixture

@@ -8,16 +8,15 @@ from dataclasses import replace
 
 import pytest
 
-from launcher import cli
-from launcher.runs import recipe_changes
+from launcher import cli, start
+from launcher.errors import RecipeError, UsageError
 from launcher.recipe import load as recipes
 from launcher.recipe import schema as recipe_schema
-from launcher import start
-from launcher.errors import RecipeError, UsageError
-from launcher.runs.history import events
-from launcher.runs.recipe_changes import FIXED, OPEN
 from launcher.recipe.keys import flat
 from launcher.recipe.paths import absolute
+from launcher.runs import recipe_changes
+from launcher.runs.history import events
+from launcher.runs.recipe_changes import FIXED, OPEN
 from launcher.runs.run_dir import RunDir
 
 RECIPE = """\

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.runs import run_dir
 from launcher.errors import UsageError
-from launcher.system.files import read_jsonl, write_json_atomic, write_text_atomic
+from launcher.runs import run_dir
 from launcher.runs.run_dir import RunDir, new_run_id
+from launcher.system.files import read_jsonl, write_json_atomic, write_text_atomic
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,14 +6,13 @@ import os
 
 import pytest
 
+from launcher import start
 from launcher.backends import living
 from launcher.backends.slurm import client as slurm_client
-from launcher.runs import whereabouts
-from launcher.system import processes
-from launcher.recipe import load as recipes
-from launcher import start
 from launcher.errors import UsageError
+from launcher.recipe import load as recipes
 from launcher.runs.whereabouts import JobState
+from launcher.system import processes
 
 
 @pytest.fixture
