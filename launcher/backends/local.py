@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
 from launcher.errors import EXIT_OK, InterruptedRunError
@@ -20,7 +19,9 @@ def submit(plan: LaunchPlan) -> int:
     quarantine.prepare(run, attempt=attempt, node_rank=0, progress=lambda: None)
     run.append_event("attempt_started", attempt=attempt, node=0, workers=1)
     spec = WorkerSpec(run_dir=str(run.path), attempt=attempt, debug=plan.debug)
-    outcome = importlib.import_module("launcher.engine.worker").train_here(spec)
+    from launcher.engine import worker
+
+    outcome = worker.train_here(spec)
     if outcome == "preempted":
         raise InterruptedRunError(f"interrupted; go on with: launch resume {run}")
     print(f"run:  {run}")

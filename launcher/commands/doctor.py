@@ -245,7 +245,8 @@ def _gpus(torch: ModuleType, num_gpus: int, driver: str | None) -> Verdict:
 
 
 def _bf16() -> Verdict:
-    device = importlib.import_module("launcher.engine.device")  # by name: it imports torch
+    from launcher.engine import device
+
     has_units, auto = ("yes (AVX512-BF16 or AMX)", "bf16") if device.cpu_has_bf16_units() else ("none", "fp32")
     return checks.ok(f"{has_units}; precision: auto is {auto} on the CPU")
 
@@ -299,7 +300,8 @@ def _wandb() -> Verdict:
     verdict = _package("wandb")
     if verdict.status != "ok":
         return verdict
-    wandb_mode = importlib.import_module("launcher.tracking.wandb_mode")  # by name: no command imports the engine
+    from launcher.tracking import wandb_mode
+
     try:
         has_key = wandb_mode.has_key()
     except netrc.NetrcParseError as error:  # its text may quote the key

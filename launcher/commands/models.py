@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -93,20 +92,21 @@ def _model_table(models: list[ModelEntry]) -> Table:
 def _print_layers(arch: str) -> None:
     from rich.table import Table
 
-    engine = importlib.import_module("launcher.engine.layers")  # by name: only this table pays for torch
+    from launcher.engine import layers  # only this table pays for torch
+
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("layer")
     table.add_column("type")
     table.add_column("parameters", justify="right")
     table.add_column("")
-    rows = engine.describe_layers(arch)
+    rows = layers.describe_layers(arch)
     for row in rows:
         table.add_row(f"{'  ' * row.depth}{row.name}", row.kind, f"{row.num_params:,}", "head" if row.is_head else "")
     _print(table)
     total = sum(row.num_params for row in rows if row.depth == 0)
-    print(f"\n{arch}: {total:,} parameters with {engine.DESCRIBED_CLASSES:,} classes")
+    print(f"\n{arch}: {total:,} parameters with {layers.DESCRIBED_CLASSES:,} classes")
     print("A name selects everything beneath it, and may be a glob (layer[12], *.bn1); deeper names work as well.")
-    print(f"`head` is {', '.join(engine.head_modules(arch))}; `backbone` is all but the head; `*` is all.")
+    print(f"`head` is {', '.join(layers.head_modules(arch))}; `backbone` is all but the head; `*` is all.")
 
 
 def _print(renderable: Any) -> None:

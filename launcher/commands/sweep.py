@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,9 +59,10 @@ def run(args: argparse.Namespace) -> int:
     runs = [RunDir(plan.run_dir) for plan in plans]
     write_text_atomic(base / batch_script.RUNS, "".join(f"{found.path}\n" for found in runs))
     if arrays:
-        backend = importlib.import_module("launcher.backends.slurm.submit")
+        from launcher.backends.slurm import submit
+
         posts = [plan.post_script for plan in plans]
-        if not backend.submit_arrays(base, arrays, posts, detach=args.detach, in_turn=bool(args.parallel)):
+        if not submit.submit_arrays(base, arrays, posts, detach=args.detach, in_turn=bool(args.parallel)):
             return EXIT_OK
     else:
         _run_one_after_the_other(plans)
@@ -136,9 +136,9 @@ def _check_all(plans: list[LaunchPlan], loaded: list[tuple[Recipe, Source]], scr
 
     network.set_environment(plans[0].env)
     with processes.importing():
-        checks = importlib.import_module("launcher.engine.recipe_checks")
+        from launcher.engine import recipe_checks
     for recipe, source in loaded:
-        checks.check(recipe, source.where)
+        recipe_checks.check(recipe, source.where)
     if scripts:
         admission.check(plans[0].to_dict(), RunDir(plans[0].run_dir), *scripts, plans[0].post_script)
         return

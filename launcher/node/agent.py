@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import logging
 import operator
 import os
@@ -68,10 +67,11 @@ def run_workers(
     """
     # The only import of torch on this node; torchvision brings the rest of what a worker needs.
     with processes.importing():
-        worker_main = importlib.import_module("launcher.engine.worker").worker_main
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.elastic.rendezvous.api import RendezvousError
         from torch.distributed.launcher.api import elastic_launch
+
+        from launcher.engine.worker import worker_main
 
     _log_to_file(run, node_rank)
     if plan["nodes"] == 1:

@@ -248,9 +248,10 @@ def _reduce(
     if group is None:
         return
     first = facts[group[0]]
-    reduce = importlib.import_module("launcher.engine.allreduce").all_reduce
+    from launcher.engine.allreduce import all_reduce
+
     arguments = (f"{first.address}:{first.port}", group.index(node_rank), len(group), plan["device"], REDUCE_S)
-    process = multiprocessing.get_context("fork").Process(target=reduce, args=arguments)
+    process = multiprocessing.get_context("fork").Process(target=all_reduce, args=arguments)
     start = time.monotonic()
     process.start()
     failed = folder / f"round-{number}-failed-{group[0]}"  # made by the first that fails: the others need not wait

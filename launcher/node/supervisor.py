@@ -23,7 +23,7 @@ from launcher.system import cpu as host_cpu
 from launcher.system.redact import redact
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
 WAIT_FOR_RUN_DIR_S = 600
 
@@ -204,7 +204,6 @@ def run_post_step(run: RunDir) -> str | None:
 
 
 def _post_step(run: RunDir) -> None:
-    import importlib
     import signal
     import traceback
 
@@ -214,9 +213,10 @@ def _post_step(run: RunDir) -> None:
     if run.read_plan().get("export_threads") is None:
         os.environ.pop("OMP_NUM_THREADS", None)  # a worker's share of the cores; nothing else computes now
     console.redirect(run.post_log)
-    export_run: Callable[[RunDir], None] = importlib.import_module("launcher.tools.export").export_run
     try:
-        export_run(run)
+        from launcher.tools import export
+
+        export.export_run(run)
     except Exception:  # whatever it is, its text goes to a file
         print(redact(traceback.format_exc()), file=sys.stderr, flush=True)
         sys.exit(EXIT_FAILED)

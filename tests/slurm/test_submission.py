@@ -20,7 +20,7 @@ from launcher.plan.plan import make_plan
 from launcher.plan.profile import Profile
 from launcher.plan.request import Request
 from launcher.plan.topology import Topology
-from launcher.recipe import load as recipe
+from launcher.recipe.schema import LaunchConfig, PostConfig, Recipe
 from launcher.runs.history import events
 from launcher.runs.run_dir import RunDir
 from launcher.system.files import write_json_atomic
@@ -143,7 +143,7 @@ def test_a_sweep_of_more_runs_than_an_array_may_have_becomes_several(here, tmp_p
     monkeypatch.setattr(slurm_client, "max_array_size", lambda: 2)
     profile = Profile(partition="low", cpus_per_gpu=1, timeout_min=5, python="true", setup=['touch "$run/was-here"'])
     machine = Topology(num_cores=1, num_gpus=0, host="h", has_slurm=True, cwd=str(tmp_path))
-    asked = recipe.Recipe(launch=recipe.LaunchConfig(procs=1, backend="slurm"), post=recipe.PostConfig(enabled=False))
+    asked = Recipe(launch=LaunchConfig(procs=1, backend="slurm"), post=PostConfig(enabled=False))
     base = tmp_path / "sweep"
     plans = [
         make_plan(asked, machine, Request(run_id=f"r-{number}", run_dir=str(base / str(number))), profile)
