@@ -78,13 +78,8 @@ def run_workers(
         _meet_at_once()
     beats = Heartbeats(plan["procs_per_node"])
     logs = _attempt_logs(run, node_rank=node_rank, first_attempt=first_attempt, stop=stop, beats=beats)
-    watchdog = Watchdog(
-        run,
-        beats,
-        timeout_s=plan["hang_timeout_s"],
-        node_rank=node_rank,
-        attempt=lambda: int(logs.attempt),
-    )
+    hang_timeout_s = plan["hang_timeout_s"]
+    watchdog = Watchdog(run, beats, timeout_s=hang_timeout_s, node_rank=node_rank, attempt=lambda: int(logs.attempt))
     config = _config(plan, node_rank, logs)
     agent = AgentThread(lambda: elastic_launch(config, worker_main)(str(run.path), beats))
     peers = Peers(plan, node_rank=node_rank)
