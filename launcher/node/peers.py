@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 BEAT_S = 1.0
 LOST_S = 20.0
 """A node that was not heard of for so long is gone."""
-LOST_IDLE_S = 5.0
+LOST_IDLE_S = 10.0
 """The same where no worker of this node lives, so that nothing is lost by leaving."""
 SILENT_S = 3.0
 """The same where this node was told to stop and leaves: it may be for that node's sake (SLURM)."""
@@ -48,7 +48,7 @@ class Peers:
         self._heard: dict[int, float] = {}
         self._hosts: dict[int, str] = {}
         self._left: dict[int, float] = {}
-        self._answered = 0.0
+        self._answered = time.monotonic()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._keep_in_touch, name="peers", daemon=True)
         self._told = ""
@@ -139,6 +139,7 @@ class Peers:
 
     def _exchange(self, store: Any) -> None:
         store.add(f"launcher/beat/{self._own}", 1)
+        self._answered = time.monotonic()  # before anybody counts as heard of: silence is measured from here
         for node in self._others:
             beats = store.add(f"launcher/beat/{node}", 0)
             if beats != self._beats[node]:

@@ -148,7 +148,8 @@ def _interrupted(run: RunDir, plan: dict[str, Any], node_rank: int, stop: StopSi
     """What to tell after a stop; the run's state and history say so too."""
     lost = stop.cause == "lost_node"
     reason = stop.reason or "stopped by the signal of another node"  # of which only a worker here has heard
-    if node_rank == 0 or lost:
+    # Of a job only the first node writes: another one that was cut off may come to it when the run goes on elsewhere.
+    if node_rank == 0 or (lost and plan["backend"] != "slurm"):
         attempt = history.next_attempt(run) - 1
         cause = stop.cause or history.cause_of_signal("")
         with _even_if_full(run):

@@ -41,6 +41,7 @@ SAVED = ("state.", "parts.model.module", "parts.optimizer.state", "parts.optimiz
 DERIVED = {
     "state._copies": "memory for the next copies",
     "parts.optimizer.found_inf": "set in each step before it is used",
+    "parts.optimizer.param_groups.0.lr": "set before each step, from the recipe and the position",
     "state.scaler._init_growth_tracker": "what it was made with",
     "state.numbers._watched": "read before each checkpoint",
     "parts.optimizer._need_device_dtype_check_for_fused": "torch's own, once",
@@ -120,7 +121,7 @@ def test_all_that_changes_in_training_is_in_a_checkpoint_or_follows_from_the_pos
     def look(trainer):
         assert all(p.grad is None for p in trainer.parts.model.module.parameters())
         seen.append(snapshot(trainer))
-        return len(seen) >= 14
+        return len(seen) >= 23  # 5 steps, 9 batches of statistics, 6 of validation, 3 steps
 
     first = new_trainer(run, engine, look)
     assert first.run() == "preempted"

@@ -1,0 +1,66 @@
+"""What the supervisors of a run's nodes know of each other, over a real store."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+
+import pytest
+from torch.distributed import TCPStore
+
+from launcher.node import peers
+from launcher.node.peers import Peers
+
+
+@pytest.fixture
+def store():
+    """The store in which torch's agents meet."""
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=10))
+
+
+def node(rank, store):
+    return Peers({"rdzv_endpoint": f"127.0.0.1:{store.port}", "nodes": 2}, node_rank=rank)
+
+
+def until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_one_that_has_just_been_heard_of_for_the_first_time_is_not_gone(store, monkeypatch):
+    """The main thread asks at any moment, also within the first exchange."""
+    first, second, found = node(0, store), node(1, store), []
+    exchange = Peers._exchange
+
+    class Watched:
+        """A store; after each question the main thread asks who is gone."""
+
+        def __init__(self, inner, who):
+            self._inner, self._who = inner, who
+
+        def __getattr__(self, name):
+            def asked(*arguments):
+                answer = getattr(self._inner, name)(*arguments)
+                found.append(self._who.lost(idle=True))
+                return answer
+
+            return asked
+
+    monkeypatch.setattr(Peers, "_exchange", lambda self, inner: exchange(self, Watched(inner, self)))
+    with first, second:
+        until(lambda: first._heard and second._heard)
+    assert set(found) == {""}
+
+
+def test_one_that_falls_silent_is_gone_and_one_that_says_farewell_has_left(store, monkeypatch):
+    monkeypatch.setattr(peers, "LOST_S", 2.0)
+    monkeypatch.setattr(peers, "LOST_IDLE_S", 2.0)
+    first, second = node(0, store), node(1, store)
+    with first:
+        with second:
+            until(lambda: first._heard)
+        until(lambda: first.lost(idle=True))
+        assert first.lost(idle=True).endswith("has left")
+        assert first.lost(idle=False) == ""
