@@ -70,6 +70,12 @@ def build_optimizer(model: FineTunedModel, config: OptimConfig) -> torch.optim.O
     )
 
 
+def saved(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Its ``state_dict()`` without the rates of the moment: they follow from the recipe and the position."""
+    found: dict[str, Any] = optimizer.state_dict()
+    return found | {"param_groups": [group | {"lr": group["peak_lr"]} for group in found["param_groups"]]}
+
+
 def restore(optimizer: torch.optim.Optimizer, model: FineTunedModel, saved: dict[str, Any]) -> None:
     """Give each parameter the state (momentum, moments, steps) that it had when ``saved`` was made.
 

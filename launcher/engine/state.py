@@ -68,7 +68,7 @@ class TrainingState:
         sums = {"epoch_sums": list(self.epoch_totals.reduce()), "window_sums": list(self.window_totals.reduce())}
         if parts.ranks.rank != 0:
             return None
-        optimizer = {"optimizer": parts.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        optimizer = {"optimizer": optim.saved(parts.optimizer), "scaler": self.scaler.state_dict()}
         state: dict[str, Any] = {
             "run_id": parts.run_id,
             "step": self.step,

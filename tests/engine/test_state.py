@@ -164,7 +164,7 @@ def test_a_run_stopped_anywhere_ends_with_the_bits_of_one_that_was_not(make_run,
     run, lines, outcomes = make_run("stopped", **changes), [], []
     chance = random.Random(10 * world_size + workers)  # noqa: S311  where it is stopped
     while not outcomes or outcomes[-1] == "preempted":
-        found = train(run, engine.at_poll(chance.randint(2, 7)))
+        found = train(run, engine.at_poll(chance.randint(3, 18)))
         outcomes.append(found.outcome)
         lines += found.lines
     assert len(outcomes) > 1
