@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
+from launcher.engine import optim
 from launcher.engine.device import Device
 from launcher.engine.distributed import Ranks
 from launcher.engine.setup import build_parts
@@ -185,7 +186,7 @@ def train(run, ranks=None, *, stop=never, prepare=None):
         outcome=outcome,
         initial=initial,
         state={k: v.clone() for k, v in parts.model.module.state_dict().items()},
-        optimizer=parts.optimizer.state_dict(),
+        optimizer=optim.saved(parts.optimizer),
         lines=records.lines if records else [],
         best=trainer.best,
         step=trainer.state.step,

@@ -139,7 +139,9 @@ def test_what_was_frozen_learns_and_what_learned_is_frozen(stopped, engine):
 def test_the_precision_may_change(make_run, engine, one_rank, before, after):
     run, device = make_run(**START, precision=before), engine.from_scale(256.0)
     state = TrainingState(build_parts(run, Ranks(), device))
-    checkpoints.write(run, state.capture())
+    captured = state.capture()
+    state.finish_capture()
+    checkpoints.write(run, captured)
     change(run, precision=after)
     parts, _ = restored(run, device)
     assert parts.precision == after
