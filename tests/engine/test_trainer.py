@@ -369,8 +369,11 @@ def test_one_image_more_than_the_steps_hold_does_not_make_training_diverge(
     for seed in range(10):
         changes = {"model": {"arch": "resnet18"}, "optim": {"lr": 0.05}, "data": {"path": str(folder)}}
         run = make_run(f"run-{seed}", **changes, seed=seed, batch={"size": size}, train={"epochs": 2})
-        last = engine.train(run).lines[-1]  # or it ends with a TrainingError
-        assert last["loss"] < 5, seed
+        found = engine.train(run)  # one that diverges ends with a TrainingError
+        assert found.outcome == "completed"
+        assert found.lines[-1]["loss"] < 100, (
+            seed
+        )  # at this rate 40 images, too, do not always come to rest in 2 epochs
 
 
 # What learns
