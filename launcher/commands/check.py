@@ -13,6 +13,7 @@ from launcher.errors import EXIT_OK, EXIT_PREFLIGHT, RecipeError, UsageError
 from launcher.images import folder as image_folder
 from launcher.images import scan as image_scan
 from launcher.images.folder import printable
+from launcher.runs.findings import FEW_IMAGES, IMBALANCE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
 
 NUM_SHOWN = 20
 NUM_PAIRS_SHOWN = 5
-FEW_IMAGES = 10
-IMBALANCE = 10.0
-"""How many times more images the largest class has than the smallest before that is worth a word."""
 
 
 def main(argv: Sequence[str]) -> int:
