@@ -78,6 +78,8 @@ def _find(recipe: Recipe, *, is_new: bool) -> Iterator[tuple[str, str]]:
     preprocessing = build_preprocessing(recipe.model, recipe.data)
     if recipe.train.early_stopping.metric == "val/top5" and classes <= TOP_K:
         yield "train.early_stopping.metric", f"found 'val/top5', which is always 1 with {classes} classes; use val/top1"
+    if recipe.model.factory:
+        return
     yield from _patterns(recipe, classes)
     yield from _image_size(recipe, classes, preprocessing.image_size)
     yield from _weights(recipe, classes, preprocessing.image_size, is_new=is_new)
