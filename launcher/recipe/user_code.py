@@ -43,7 +43,15 @@ class Seam:
         return isinstance(value, str) and value not in self.names
 
 
-SEAMS = (Seam(key="model.factory", call=Call(keywords=("num_classes",)), args="model.factory_args"),)
+SEAMS = (
+    Seam(key="model.factory", call=Call(keywords=("num_classes",)), args="model.factory_args"),
+    Seam(key="data.dataset", call=Call(keywords=("split",), offered=("path",)), args="data.dataset_args"),
+    Seam(
+        key="data.transform",
+        call=Call(keywords=("train",), offered=("image_size", "mean", "std", "interpolation")),
+        args="data.transform_args",
+    ),
+)
 """Everywhere that the user's own code can be plugged in."""
 
 

@@ -8,6 +8,8 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from launcher.images import pixels
+from launcher.images.datasets import DATASETS
+from launcher.recipe.user_code import as_in_run
 from launcher.system import cpu as host_cpu
 
 if TYPE_CHECKING:
@@ -18,6 +20,10 @@ MAX_CONFUSION_CLASSES = 20
 Z_95 = 1.959964
 
 Json = dict[str, Any]
+
+USAGE_OF_OWN = """\
+`model.onnx` takes `images`, float32 N x 3 x {size} x {size}, and gives `logits`, float32 N x {num_classes}.
+Images are made {preprocessing}, with `train=False`; that code lies in this run's folder, as it was launched."""
 
 CARD = """\
 # {name}
@@ -84,27 +90,25 @@ print(manifest["classes"][int(logits[0].argmax())])
 def render(report: Json, recipe_yaml: str) -> str:
     """The model card, in Markdown, of what :func:`launcher.report.build.build_report` gives."""
     model, data, exports = report["recipe"]["model"], report["recipe"]["data"], report["exports"]
-    origin = "random weights" if model["weights"] is None else f"the weights {_md(model['weights'])}"
     frozen = f", {_md(', '.join(model['freeze']))} frozen" if model["freeze"] else ""
     use = "There is no ONNX file; `launch export` on this run's folder makes one where the recipe names onnx."
     if exports and any(row["format"] == "onnx" for row in exports["exports"]):
         facts = exports["preprocessing"]
-        use = USAGE.format(
+        use = (USAGE_OF_OWN if facts.get("transform") else USAGE).format(
             size=facts["image_size"],
             num_classes=len(exports["classes"]),
-            preprocessing=pixels.describe(facts),
+            preprocessing=facts["description"] if facts.get("transform") else pixels.describe(facts),
             functions=pixels.source(),
         )
-    source = "scikit-learn's images of digits" if data["name"] == "digits" else f"image folder {_md(data['path'])}"
     return CARD.format(
         name=_md(report["name"]),
-        what=f"An image classifier: torchvision's {_md(model['arch'])}, trained from {origin}{frozen}.",
+        what=f"An image classifier: {_model(model)}, trained from {_origin(model)}{frozen}.",
         num_classes=len(report["classes"]) or "an unknown number of",
         classes=_md(", ".join(report["classes"])) or "not recorded",
         command=report["command"].replace("`", "'"),
         run_id=_md(report["run_id"]),
         state=report["state"].replace("_", " "),
-        data=f"Trained on the {source}, `train/`.{_left_out(report['bad_images'])}",
+        data=f"Trained on {_source(data)}.{_left_out(report['bad_images'])}",
         samples=(report["best_val"] or {}).get("samples") or "an unknown number of",
         metrics=_card_metrics(report),
         exports=_card_exports(exports),
@@ -112,6 +116,26 @@ def render(report: Json, recipe_yaml: str) -> str:
         limitations="\n".join(f"- {line}" for line in _limitations(report)),
         recipe=recipe_yaml,
     )
+
+
+def _model(model: Json) -> str:
+    return (
+        f"the user's own, {_md(as_in_run(model['factory']))}"
+        if model.get("factory")
+        else f"torchvision's {_md(model['arch'])}"
+    )
+
+
+def _origin(model: Json) -> str:
+    if model.get("factory") and model["weights"] in (None, "DEFAULT"):
+        return "what it is made with"
+    return "random weights" if model["weights"] is None else f"the weights {_md(model['weights'])}"
+
+
+def _source(data: Json) -> str:
+    if data.get("dataset"):
+        return f"the user's own data set, {_md(as_in_run(data['dataset']))}, split `train`"
+    return f"the {DATASETS[data['name']].title or 'image folder ' + _md(data['path'])}, `train/`"
 
 
 def _md(value: Any) -> str:
