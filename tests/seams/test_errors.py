@@ -100,7 +100,7 @@ def bad(project):
         ("model.factory=bad.py:Wide", ["returned 2 x 4 of float32 for 2 images", "2 x 3 logits"]),
         ("model.factory=bad.py:InPair", ["returned a tuple for 2 images"]),
         ("data.dataset=bad.py:Lacks", ["data.dataset: ", "lacks __getitem__ (of i", "; key (of i", "; label (of i"]),
-        ("data.dataset=bad.py:SameKey", ["samples 0 and 1 have the same key, 'always'"]),
+        ("data.dataset=bad.py:SameKey", ["samples 0 and 1 have the same key, 'train/always'"]),
         ("data.dataset=bad.py:WrongLabel", ["the class of sample 0 (train/000) is 3; it must be a number from 0 to 2"]),
         ("data.transform=bad.py:flat", ["data.transform: ", "returned float32 3 x 7", "3 x 32 x 32 (data.image_size)"]),
         ("data.transform=bad.py:no_function", ["(train=True) returned NoneType, which cannot be called"]),
@@ -149,7 +149,7 @@ def test_what_a_sample_raises_is_shown_and_nothing_is_tried_again(bad):
 
 def test_a_sample_that_raises_what_ends_loops_ends_the_run(bad):
     output = bad.launch("recipe.yaml", "data.dataset=bad.py:Stops", "--debug", code=1)
-    assert "RuntimeError: StopIteration in sample 7 (train/007)" in output
+    assert "RuntimeError: StopIteration in sample 7 (" in output
 
 
 def test_what_is_ignored_beside_the_users_own_is_said(project):
@@ -157,3 +157,16 @@ def test_what_is_ignored_beside_the_users_own_is_said(project):
     output = project.launch("recipe.yaml", "data.augment=none", "--debug")
     assert "recipe.yaml:2: model.arch is ignored: code/net.py:Net takes its place" in output
     assert "data.augment is ignored: code/augment.py:make takes its place" in output
+
+
+def test_samples_that_raise_are_left_out_under_quarantine(bad):
+    run = bad.run_dir("run")
+    overrides = ("data.dataset=bad.py:At7", "data.on_bad_image=quarantine", "post.enabled=false", "train.epochs=1")
+    output = bad.launch("recipe.yaml", *overrides, "--run-dir", run.path, "--procs", "2")
+    assert "2 images are left out: they cannot be decoded (bad_images.json)" in output
+    found = json.loads(run.bad_images.read_text())
+    assert [(one["path"], one["kind"]) for one in found["images"]] == [("train/007", "raises"), ("val/007", "raises")]
+    assert "KeyError: 'seven'" in found["images"][0]["message"]
+    metrics = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [line["samples"] for line in metrics if line["split"] == "val"] == [11]
+    assert sum(line["samples"] for line in metrics if line["split"] == "train") == 47
