@@ -22,7 +22,7 @@ from launcher.engine.setup import num_classes
 from launcher.engine.weights_file import read_weights_file
 from launcher.errors import Problem, RecipeError, UsageError
 from launcher.images import folder as image_folder
-from launcher.recipe.schema import TOP_K
+from launcher.recipe import metrics as recipe_metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -76,8 +76,10 @@ def _find(recipe: Recipe, *, is_new: bool) -> Iterator[tuple[str, str]]:
     folder = data.prepare(recipe.data)
     classes = num_classes(recipe, image_folder.find_classes(folder / "train"))
     preprocessing = build_preprocessing(recipe.model, recipe.data)
-    if recipe.train.early_stopping.metric == "val/top5" and classes <= TOP_K:
-        yield "train.early_stopping.metric", f"found 'val/top5', which is always 1 with {classes} classes; use val/top1"
+    watched = recipe.train.early_stopping.metric
+    if watched.removeprefix("val/") in recipe_metrics.trivial(classes):
+        text = f"found {watched!r}, which is the same for every model with {classes} classes; use val/top1"
+        yield "train.early_stopping.metric", text
     yield from _patterns(recipe, classes)
     yield from _image_size(recipe, classes, preprocessing.image_size)
     yield from _weights(recipe, classes, preprocessing.image_size, is_new=is_new)

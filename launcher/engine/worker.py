@@ -19,8 +19,8 @@ import torch.distributed as dist
 
 from launcher.engine.device import Device, is_out_of_memory
 from launcher.engine.distributed import Ranks, init_process_group, record_collectives
+from launcher.engine.listeners.recorder import Recorder
 from launcher.engine.loading.handover import heed_stop_signal
-from launcher.engine.recorder import Recorder
 from launcher.engine.setup import build_parts, open_data_sets
 from launcher.engine.stopping import StopFlag
 from launcher.engine.trainer import Trainer
@@ -165,8 +165,6 @@ def train(
         memory_kills = int(os.environ.get(MEMORY_KILLS_VARIABLE, "0"))
         trainer = Trainer(parts, recorder=recorder, stop_requested=stop, alive=alive, memory_kills=memory_kills)
         outcome = trainer.run()
-        if recorder:
-            recorder.end(outcome, trainer.best, run.best_checkpoint)
     except autotune.StoppedError:  # before it had begun to train
         pass
     finally:

@@ -8,15 +8,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from launcher.recipe.types import STRICT, Auto, Count, CountOrZero, Fraction, NonNegative, Positive
+from launcher.recipe.types import STRICT, Argument, Auto, Count, CountOrZero, Fraction, NonNegative, Positive
 
 WEIGHT_NAMES = ("DEFAULT", "IMAGENET1K_")
 """How torchvision's names of weights begin."""
 COLOURS = {"white": "#ffffff", "black": "#000000", "grey": "#808080"}
-METRICS = {"train/loss": "min", "val/loss": "min", "val/top1": "max", "val/top5": "max", "val/f1": "max"}
-"""What early stopping can watch, each with the mode that means better."""
-TOP_K = 5
-"""Of val/top5. With no more classes than that it is 1 for every model: metrics.jsonl has it, and nothing shows it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,13 +152,41 @@ class EarlyStoppingConfig:
     __pydantic_config__ = STRICT
 
     metric: str = "val/loss"
-    """One of train/loss, val/loss, val/top1, val/top5 (with more than five classes), val/f1."""
+    """train/loss or val/NAME: val/loss, val/top1, val/top5 (with more than five classes), val/f1, or of metrics."""
     mode: Literal["min", "max"] = "min"
     """Whether less or more of it is better."""
     patience: Count | None = 5
     """Epochs without a better value before training stops; null: never stop early."""
     min_delta: NonNegative = 0.0
     """How much better (in the metric's own unit) counts as better."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricConfig:
+    """A metric of the user's own."""
+
+    __pydantic_config__ = STRICT
+
+    metric: str
+    """`package.module:name` or `file.py:name`: a class or an instance of torchmetrics, or a function."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_length=40)] | None = None
+    """What it is called in every file, as in val/NAME; null: as in the reference."""
+    mode: Literal["min", "max"] = "max"
+    """Whether less or more of it is better."""
+    args: dict[str, Argument] = field(default_factory=dict)
+    """What it is made with; `num_classes: auto` is the number of the model's outputs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListenerConfig:
+    """A listener of the user's own."""
+
+    __pydantic_config__ = STRICT
+
+    listener: str
+    """`file.py:name` or `package.module:name`: a class, or a function that makes one."""
+    args: dict[str, Argument] = field(default_factory=dict)
+    """What it is made with, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +197,11 @@ class TrainConfig:
 
     epochs: Count = 20
     """Passes over the training images."""
+    loss: str = "cross_entropy"
+    """cross_entropy, binary_cross_entropy (each class by a sigmoid), focal, or your own: `file.py:name` or
+    `package.module:name` (docs/extending.md)."""
+    loss_args: dict[str, Argument] = field(default_factory=dict)
+    """Further arguments of loss by name, as in {gamma: 1.5} of focal."""
     channels_last: bool | Auto = "auto"
     """Memory layout of images and convolutions; auto: on CUDA only, since on a CPU it can be slower."""
     batchnorm_recompute: CountOrZero | Auto = "auto"
@@ -181,7 +210,7 @@ class TrainConfig:
     clip_grad_norm: Positive | None = None
     """Largest norm of the whole gradient; null: not clipped."""
     label_smoothing: Fraction = 0.0
-    """Fraction of the target that is spread over all classes, in training only."""
+    """Fraction of the target that is spread over all classes, in training only, by a loss that takes it."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When the state of training is written."""
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
@@ -189,6 +218,9 @@ class TrainConfig:
     on_nan: Literal["stop", "skip", "rollback"] = "stop"
     """When a step's loss or gradient is no number, which never reaches the weights: stop training; skip the step; or
     roll back to the last checkpoint and do without the step, three times at most."""
+    listeners: list[str | ListenerConfig] = field(default_factory=list)
+    """Objects of your own that are told of training on rank 0 (docs/extending.md): references to classes, or mappings
+    with listener and args."""
     hang_timeout_s: Positive | None = 600.0
     """Seconds without a step or a validation batch after which the workers are taken for hung: their stacks go to
     their logs, and they are started again. null: never."""
@@ -296,6 +328,9 @@ class Recipe:
     fp32 on a CPU."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The training loop."""
+    metrics: list[str | MetricConfig] = field(default_factory=list)
+    """Metrics beside ours, measured in validation (docs/extending.md): references such as
+    `torchmetrics.classification:MulticlassAUROC`, or mappings with metric, name, mode and args."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """What is recorded of training, and where."""
     post: PostConfig = field(default_factory=PostConfig)

@@ -17,6 +17,8 @@ Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+Argument = bool | int | float | str | list[bool | int | float | str] | None
+"""What a recipe can pass to the user's own code."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 

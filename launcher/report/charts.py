@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launcher.report.markup import escape
 
@@ -14,6 +14,7 @@ Point = tuple[float, float | None, str]
 """x, y (None: not known, the line breaks) and what the pointer is told."""
 
 LOG_SPREAD = 50
+MAX_POINTS = 200
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 400, 250, 58, 10, 30, 36
 
 
@@ -64,6 +65,20 @@ def line_chart(
         f'<figure><h3>{head}</h3><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
         f"{''.join(parts)}</svg></figure>"
     )
+
+
+def thin(lines: list[dict[str, Any]], keys: list[str]) -> list[dict[str, Any]]:
+    """At most MAX_POINTS lines, each the mean of neighbours at the step of the last of them."""
+    size = math.ceil(len(lines) / MAX_POINTS)
+    if size <= 1:
+        return lines
+    groups = [lines[start : start + size] for start in range(0, len(lines), size)]
+    return [{**group[-1], **{key: _mean(group, key) for key in keys}} for group in groups]
+
+
+def _mean(lines: list[dict[str, Any]], key: str) -> float | None:
+    values = [line[key] for line in lines if line[key] is not None]
+    return sum(values) / len(values) if values else None
 
 
 def _ticks(low: float, high: float, count: int = 5) -> list[float]:

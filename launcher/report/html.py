@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
 
 from launcher.images.folder import printable
-from launcher.report.charts import Point, line_chart
+from launcher.report.charts import Point, line_chart, thin
 from launcher.report.markup import (
     Cell,
     css_class,
@@ -26,7 +25,6 @@ from launcher.system import cpu as host_cpu
 Json = dict[str, Any]
 
 MAX_HEAT_CLASSES = 30
-MAX_POINTS = 200
 MAX_RANKS = 64
 MAX_BAD_IMAGES = 200
 
@@ -61,7 +59,8 @@ def _headline(report: Json) -> str:
     facts = []
     if best:
         where = f"after epoch {best['epoch'] + 1}, step {best['step']}"
-        facts.append((f"best {escape(best['metric'])}", metric(best["metric"], best["value"]), where))
+        shown = report["metrics"].get(best["metric"].partition("/")[2], {"fraction": False})
+        facts.append((f"best {escape(best['metric'])}", metric(best["value"], fraction=shown["fraction"]), where))
     else:
         facts.append(("best", "-", "no validation yet"))
     facts.append(("state", f'<span class="{css}">{escape(state.replace("_", " "))}</span>', ""))
@@ -100,50 +99,41 @@ def _notes(report: Json) -> str:
 
 
 def _curves(report: Json) -> str:
-    train, val = _thin(report["curves"]["train"]), report["curves"]["val"]
+    metrics, val = report["metrics"], report["curves"]["val"]
+    train = thin(report["curves"]["train"], [*metrics, "lr"])
     if not (train or val):
         return ""
     best_step = report["best"]["step"] if report["best"] else None
     charts = [
-        line_chart(title, {"train": _points(train, key, show), "val": _points(val, key, show)}, show, best_x=best_step)
-        for title, key, show in (("Loss", "loss", "{:.4g}"), ("Top-1", "top1", "{:.2%}"))
+        line_chart(
+            escape(found["title"][:1].upper() + found["title"][1:]),
+            {"train": _points(train, key, show), "val": _points(val, key, show)},
+            show,
+            best_x=best_step,
+        )
+        for key, found in metrics.items()
+        if found["charted"]
+        for show in ("{:.2%}" if found["fraction"] else "{:.4g}",)
     ]
     charts.append(line_chart("Learning rate", {"train": _points(train, "lr", "{:.3g}")}, "{:.3g}", floor=0.0))
     smoothing = report["recipe"]["train"]["label_smoothing"]
     smoothed = f" and its loss includes label smoothing of {smoothing:g}" if smoothing else ""
-    names = {"top1": "top-1", "top5": "top-5", "f1": "F1"}
-    if all(line["top5"] is None for line in val):
-        del names["top5"]
+    measured = {key: found for key, found in metrics.items() if any(line[key] is not None for line in val)}
     rows = [
         [
             (str(line["epoch"] + 1), "num"),
             num(line["step"], "{:,}"),
-            num(line["loss"], "{:.4f}"),
-            *(num(line[key], "{:.2%}") for key in names),
+            *((metric(line[key], fraction=found["fraction"]), "num") for key, found in measured.items()),
         ]
         for line in val
     ]
-    head = [(name, "num") for name in ("epoch", "step", "loss", *names.values())]
+    head = [(name, "num") for name in ("epoch", "step", *(escape(found["title"]) for found in measured.values()))]
     table = html_table("Validation after each epoch", head, rows)
     return (
         f'<div class="charts">{"".join(charts)}</div>\n<p class="soft">Training is measured on augmented images while '
         f"the weights move{smoothed}; validation after each epoch. A ring marks the best checkpoint.</p>\n"
         f"<details><summary>Validation as a table</summary>{table}</details>"
     )
-
-
-def _thin(lines: list[Json]) -> list[Json]:
-    """At most MAX_POINTS lines, each the mean of neighbours at the step of the last of them."""
-    size = math.ceil(len(lines) / MAX_POINTS)
-    if size <= 1:
-        return lines
-    groups = [lines[start : start + size] for start in range(0, len(lines), size)]
-    return [{**group[-1], **{key: _mean(group, key) for key in ("loss", "top1", "lr")}} for group in groups]
-
-
-def _mean(lines: list[Json], key: str) -> float | None:
-    values = [line[key] for line in lines if line[key] is not None]
-    return sum(values) / len(values) if values else None
 
 
 def _points(lines: list[Json], key: str, show: str) -> list[Point]:

@@ -23,9 +23,9 @@ def show_number(value: float | None, template: str) -> str:
     return "-" if value is None else template.format(value)
 
 
-def metric(name: str, value: float | None) -> str:
-    """A loss as it is, any other metric in percent."""
-    return show_number(value, "{:.4f}" if name.endswith("loss") else "{:.2%}")
+def metric(value: float | None, *, fraction: bool) -> str:
+    """A metric that is a fraction in percent, any other as it is."""
+    return show_number(value, "{:.2%}" if fraction else "{:.4f}")
 
 
 def duration(seconds: float | None) -> str:

@@ -133,8 +133,9 @@ def _card_metrics(report: Json) -> str:
     best, val = report["best"], report["best_val"]
     if not (best and val):
         return "No validation is recorded."
-    names = {"top1": "top-1", "top5": "top-5", "f1": "F1 (mean over classes)", "loss": "loss"}
-    rows = [(name, f"{val[key]:.4f}") for key, name in names.items() if val[key] is not None]
+    rows = [
+        (_md(metric["title"]), f"{val[key]:.4f}") for key, metric in report["metrics"].items() if val[key] is not None
+    ]
     text = f"Of the best checkpoint by {best['metric']} (epoch {best['epoch'] + 1}, step {best['step']}):\n\n"
     text += _md_table(("metric", "validation"), rows)
     if report["per_class"]:

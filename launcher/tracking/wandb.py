@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.recipe import load as recipes
+from launcher.recipe import metrics as recipe_metrics
 from launcher.system.redact import redact
 from launcher.tracking import wandb_folder, wandb_service
 from launcher.tracking.wandb_mode import asked_mode, resolve_mode
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from launcher.tracking.wandb_mode import Mode
 
 DEFAULT_PROJECT = "finetune-launcher"
-NUMBERS = ("loss", "top1", "top5", "f1", "lr", "images_per_s")
 NOT_UPLOADED = ("optimizer.pt",)  # two thirds of a checkpoint, and of use to nobody but this run
 QUEUE_SIZE = 1000
 POLL_S = 0.2
@@ -64,6 +64,7 @@ class Tracker:
         self._run = run
         self._recipe = recipe
         self._plan = plan
+        self._numbers = (*recipe_metrics.of(recipe.metrics), "lr", "images_per_s")
         self._warn = warn
         self._queue: queue.Queue[Callable[[wandb.Run], object] | None] = queue.Queue(QUEUE_SIZE)
         self._num_dropped = 0
@@ -88,7 +89,7 @@ class Tracker:
     def log(self, record: dict[str, Any]) -> None:
         """Plot a line of metrics.jsonl over its step, as ``train/loss``, ``train/lr``, ``val/top1``, ``epoch`` …."""
         copied = dict(record)
-        self._put(lambda tracked: tracked.log(_scalars(copied)))
+        self._put(lambda tracked: tracked.log(_scalars(copied, self._numbers)))
 
     def summary(self, values: dict[str, Any]) -> None:
         """Note what the run came to, as in ``{"best/val/top1": 0.93, "best/epoch": 7, "best/step": 1200}``."""
@@ -288,10 +289,10 @@ def log_exports(run: RunDir, warn: Callable[[str], None], *, timeout_s: float = 
         warn(_describe(error))
 
 
-def _scalars(record: dict[str, Any]) -> dict[str, Any]:
+def _scalars(record: dict[str, Any], numbers: Sequence[str]) -> dict[str, Any]:
     """A line of metrics.jsonl as wandb's names and values."""
     split = record["split"]
-    values = {f"{split}/{name}": record[name] for name in NUMBERS if record.get(name) is not None}
+    values = {f"{split}/{name}": record[name] for name in numbers if record.get(name) is not None}
     return {**values, "epoch": record["epoch"], "step": record["step"]}
 
 

@@ -17,7 +17,7 @@ from torchvision import models
 from launcher.engine.checkpoints import checkpoint as checkpoints
 from launcher.engine.data import read_image
 from launcher.engine.distributed import Ranks
-from launcher.engine.recorder import Recorder
+from launcher.engine.listeners.recorder import Recorder
 from launcher.engine.schedule import Batching, epoch_order
 from launcher.engine.setup import build_parts
 from launcher.engine.trainer import Trainer
@@ -762,7 +762,7 @@ def recorded(make_run, engine, **changes):
     recorder = Recorder(run, parts.recipe, attempt=1, console=console, num_steps=parts.num_steps, tracked=False)
     try:
         trainer = Trainer(parts, recorder=recorder, stop_requested=engine.never)
-        recorder.end(trainer.run(), trainer.best, run.best_checkpoint)
+        trainer.run()
     finally:
         recorder.close()
     return run, console.getvalue()
