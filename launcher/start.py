@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from launcher.recipe.schema import Recipe
     from launcher.recipe.source import Source
     from launcher.runs.recipe_changes import Change
+    from launcher.runs.user_code import Code
 
 RECIPES = Path(__file__).parent / "recipes"
 """Folder of the recipes that come with this package."""
@@ -58,13 +59,14 @@ def carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_i
     from launcher.backends import living
     from launcher.backends.slurm import admission
     from launcher.node import meeting
-    from launcher.runs import quarantine, recipe_changes
+    from launcher.runs import quarantine, recipe_changes, user_code
 
     plan = plan_run(recipe, args, run_id=run_id, run_dir=args.run_dir)
     run = RunDir(plan.run_dir)
+    recipe, code = user_code.gather(recipe, source, run, renew=args.new_code)
     changes = recipe_changes.find(run, recipe, source.where)
     if args.dry_run:
-        print(plan)
+        print("\n".join(filter(None, [str(plan), str(code)])))
         return EXIT_OK
     if run.exists and has_nothing_left(run, recipe):
         return EXIT_OK
@@ -86,7 +88,8 @@ def carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_i
         if plan.node_rank == 0:
             found = quarantine.check(recipe, source.where)
     if plan.node_rank == 0:
-        write_run(plan, recipe)
+        write_run(plan, recipe, code)
+        user_code.tell_of_changes(run, code)
         record_changes(run, changes)
         if found:
             quarantine.record(run, recipe, found, attempt=history.next_attempt(run))
@@ -141,8 +144,8 @@ def _profiles(recipe: Recipe, args: argparse.Namespace) -> tuple[Profile | None,
     return found, profile.load(post) if post else None
 
 
-def write_run(plan: LaunchPlan, recipe: Recipe) -> None:
-    """Make the run directory with its plan and recipe."""
+def write_run(plan: LaunchPlan, recipe: Recipe, code: Code | None = None) -> None:
+    """Make the run directory with its plan, the user's code and the recipe."""
     import time
 
     from launcher.plan import variables
@@ -172,6 +175,8 @@ def write_run(plan: LaunchPlan, recipe: Recipe) -> None:
         write_json_atomic(run.plan, plan.to_dict() | facts, durable=True)
         before = run.read_status() if run.status.exists() else {"attempt": 0, "epoch": 0, "step": 0, "best": None}
         run.update_status(**before | {"state": "pending"})
+        if code:
+            code.write(run.code)
         write_text_atomic(run.recipe, recipes.to_yaml(recipe_paths.absolute(recipe)), durable=True)
         run.append_event("launched", backend=plan.backend)
     except OSError as error:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from launcher.errors import EXIT_OK, InterruptedRunError
-from launcher.runs import history, quarantine
+from launcher.runs import diagnose, history, quarantine
 from launcher.runs.run_dir import RunDir, WorkerSpec
 
 if TYPE_CHECKING:
@@ -21,8 +22,20 @@ def submit(plan: LaunchPlan) -> int:
     spec = WorkerSpec(run_dir=str(run.path), attempt=attempt, debug=plan.debug)
     from launcher.engine import worker
 
-    outcome = worker.train_here(spec)
+    try:
+        outcome = worker.train_here(spec)
+    except Exception:
+        _record_failure(run, attempt)
+        raise
     if outcome == "preempted":
         raise InterruptedRunError(f"interrupted; go on with: launch resume {run}")
     print(f"run:  {run}")
     return EXIT_OK
+
+
+def _record_failure(run: RunDir, attempt: int) -> None:
+    """Leave for `launch why` and `launch ps` that the run failed."""
+    with contextlib.suppress(OSError):  # a full disk
+        cause, message = diagnose.cause_of_end(run, attempt)
+        run.update_status(state="failed", attempt=attempt)
+        run.append_event("attempt_ended", attempt=attempt, node=0, cause=cause, message=message)

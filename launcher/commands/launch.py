@@ -47,7 +47,7 @@ def main(argv: Sequence[str], *, epilog: str) -> int:
     if not args.dry_run and not args.debug:  # which answers a question, and which may ask some (breakpoints)
         console.protect()
     start.split_overrides(args)
-    args.kept_profile, args.tune = None, False
+    args.kept_profile, args.tune, args.new_code = None, False, False
     if args.sweep:
         from launcher.commands import sweep
 

@@ -29,6 +29,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--detach", action="store_true")
     parser.add_argument("--node-rank", type=int, default=0, metavar="K")
     parser.add_argument("--rdzv-endpoint", metavar="HOST:PORT")
+    parser.add_argument(
+        "--new-code", action="store_true", help="take your own code (model.factory and the like) anew from where it was"
+    )
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_intermixed_args(argv)
     if not args.dry_run:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from launcher.plan.plan import LaunchPlan
     from launcher.recipe.schema import Recipe
     from launcher.recipe.source import Source
+    from launcher.runs.user_code import Code
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,15 +48,18 @@ def run(args: argparse.Namespace) -> int:
         start.plan_run(recipe, args, run_id=f"{base.name}-{label}", run_dir=str(base / label))
         for (recipe, _), label in zip(loaded, sweep.labels(combinations), strict=True)
     ]
+    gathered = _gather(plans, loaded)
     arrays = _arrays(plans, base, args.parallel or len(plans)) if plans[0].script else []
     if args.dry_run:
         _print_plans(plans, combinations, [script for script, _ in arrays])
+        codes = dict.fromkeys(filter(None, (str(code) for _, code in gathered)))
+        print("\n".join(codes), end="\n" if codes else "")
         return EXIT_OK
     if args.detach and not arrays:
         raise UsageError("--detach: without SLURM a sweep's runs are started here one after the other; leave it out")
     _check_all(plans, loaded, [script for script, _ in arrays])
-    for plan, (recipe, _) in zip(plans, loaded, strict=True):
-        start.write_run(plan, recipe)
+    for plan, (recipe, code) in zip(plans, gathered, strict=True):
+        start.write_run(plan, recipe, code)
     runs = [RunDir(plan.run_dir) for plan in plans]
     write_text_atomic(base / batch_script.RUNS, "".join(f"{found.path}\n" for found in runs))
     if arrays:
@@ -70,6 +74,14 @@ def run(args: argparse.Namespace) -> int:
 
     compare.run([str(base)], metric=None, as_json=False)
     return _exit_code(runs)
+
+
+def _gather(plans: list[LaunchPlan], loaded: list[tuple[Recipe, Source]]) -> list[tuple[Recipe, Code]]:
+    """Each run's recipe and the user's code that it takes along."""
+    from launcher.runs import user_code
+
+    pairs = zip(plans, loaded, strict=True)
+    return [user_code.gather(recipe, source, RunDir(plan.run_dir)) for plan, (recipe, source) in pairs]
 
 
 def _print_plans(plans: list[LaunchPlan], combinations: list[tuple[str, ...]], scripts: list[str]) -> None:

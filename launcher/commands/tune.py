@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
             run_dir=str(Path(folder) / "run"),
             backend="torchrun",
             **dict.fromkeys(("nodes", "profile", "kept_profile", "rdzv_endpoint")),
-            **dict.fromkeys(("detach", "debug", "dry_run"), False),
+            **dict.fromkeys(("detach", "debug", "dry_run", "new_code"), False),
             node_rank=0,
             profile_overrides=[],
             tune=True,

@@ -17,6 +17,7 @@ from launcher.engine.layers import batch_norms, head_modules, match_parameters
 from launcher.engine.non_finite import non_finite_names
 from launcher.engine.weights_file import present_name, read_weights_file
 from launcher.errors import UsageError
+from launcher.runs import user_code
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -52,6 +53,10 @@ def build_preprocessing(model: ModelConfig, data: DataConfig) -> Preprocessing:
 
 def build_module(config: ModelConfig, *, num_classes: int, image_size: int) -> nn.Module:
     """The network with new weights from torch's generator; logits N x num_classes from float32 N x 3 x S x S."""
+    if config.factory:
+        found = user_code.load(config.factory)
+        made: nn.Module = user_code.call("model.factory", found, config.factory_args, num_classes=num_classes)
+        return made
     options: dict[str, Any] = {}
     if config.arch in AUXILIARY:
         options = {"aux_logits": True, "init_weights": config.weights is None}

@@ -80,6 +80,8 @@ def _find(recipe: Recipe, *, is_new: bool) -> Iterator[tuple[str, str]]:
     if watched.removeprefix("val/") in recipe_metrics.trivial(classes):
         text = f"found {watched!r}, which is the same for every model with {classes} classes; use val/top1"
         yield "train.early_stopping.metric", text
+    if recipe.model.factory:
+        return
     yield from _patterns(recipe, classes)
     yield from _image_size(recipe, classes, preprocessing.image_size)
     yield from _weights(recipe, classes, preprocessing.image_size, is_new=is_new)

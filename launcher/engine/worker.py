@@ -108,10 +108,15 @@ def worker_main(run_path: str, beats: Heartbeats) -> Outcome:
 
 
 def train_here(spec: WorkerSpec) -> Outcome:
-    """Train as the only worker, in this process and on this terminal."""
+    """Train as the only worker, in this process and on this terminal; what ends it leaves an error file, too."""
     stop = StopFlag()
     stop.install()
-    return train(spec, Ranks(), stop, sys.stdout)
+    try:
+        return train(spec, Ranks(), stop, sys.stdout)
+    except Exception as error:
+        with contextlib.suppress(OSError):  # a full disk
+            write_error_file(RunDir(spec.run_dir), spec, Ranks(), error)
+        raise
 
 
 def train(
@@ -207,10 +212,15 @@ def _leave_process_group() -> None:
 
 
 def write_error(run: RunDir, spec: WorkerSpec, ranks: Ranks, error: BaseException) -> None:
-    """Leave what ended this rank in its error file."""
-    text = redact(traceback.format_exc())
+    """Leave what ended this rank in its log and its error file."""
     with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print(redact(traceback.format_exc()), file=sys.stderr, flush=True)
+    write_error_file(run, spec, ranks, error)
+
+
+def write_error_file(run: RunDir, spec: WorkerSpec, ranks: Ranks, error: BaseException) -> None:
+    """Leave what ended this rank in its error file."""
+    text = redact("".join(traceback.format_exception(error)))
     file = run.rank_error(spec.attempt, ranks.rank)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json_atomic(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from launcher.errors import Problem, UsageError, did_you_mean
 from launcher.images import folder as image_folder
-from launcher.recipe import catalog
+from launcher.recipe import catalog, user_code
 from launcher.recipe import metrics as recipe_metrics
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def find_problems(recipe: Recipe, source: Source, refused: Collection[str] = ())
         refused: keys whose values were: what follows from their defaults would only confuse.
     """
     findings = [found for group in (_training, _placement, _model, _data) for found in group(recipe)]
+    findings += user_code.find_problems(recipe, source)
     return [
         Problem(key=keys[0], where=source.where(keys[0]), message=text)
         for keys, text in findings

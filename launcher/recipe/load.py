@@ -13,6 +13,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from launcher.errors import RecipeError
+from launcher.recipe import user_code
 from launcher.recipe.schema import Recipe
 from launcher.recipe.types import validate
 
@@ -65,8 +66,12 @@ def from_dict(values: dict[str, Any]) -> Recipe:
 
 
 def read_resolved(path: Path) -> Recipe:
-    """Read the ``recipe.yaml`` of a run directory, which was checked when it was written."""
-    return from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    """Read the ``recipe.yaml`` of a run directory, which was checked when it was written.
+
+    References to the user's code lead to the run's copies, wherever the run directory is now.
+    """
+    recipe = from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    return user_code.placed(recipe, path.absolute().parent)
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:

@@ -31,6 +31,11 @@ class ModelConfig:
     freeze: list[str] = field(default_factory=list)
     """Layers that do not learn, by name or glob (`layer1`, `features.[0-4]`); `backbone` is all but the head.
     They run in eval mode: frozen BatchNorm keeps its statistics."""
+    factory: str | None = None
+    """Your own model, `file.py:name` or `package.module:name`: what is called with num_classes=… and returns an
+    nn.Module. null: model.arch."""
+    factory_args: dict[str, Argument] = field(default_factory=dict)
+    """Further arguments of factory by name, as in {model_name: resnet18}."""
     unfreeze: Annotated[
         dict[CountOrZero, list[str] | str], Field(json_schema_extra={"propertyNames": {"pattern": "^[0-9]+$"}})
     ] = field(default_factory=dict)

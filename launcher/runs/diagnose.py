@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.runs import findings, history, job_logs, whereabouts
+from launcher.runs import findings, history, job_logs, user_code, whereabouts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,6 +35,7 @@ CURES = {
     f"or whoever sent the signal; {RESUME}",
 }
 OWN_CODE = "look at {place}, the last line of your own code above; `launch RECIPE --debug` runs it in one process"
+NEW_CODE = "; the run has its own copy of it: `launch resume RUN --new-code` goes on with what you have corrected"
 ENVIRONMENT = {
     r"shared memory|/dev/shm|Bus error": "make /dev/shm larger (a container: --shm-size=8g or --ipc=host), or set "
     "data.workers=0",
@@ -56,6 +57,8 @@ SLURM_WORDS = ("oom_kill", "oom-kill", "DUE TO", "Node failure", "Exceeded job m
 OURS = "DUE TO JOB REQUEUE"
 STOPS = ("preempted", "time_limit", "interrupted", "cancelled")
 TRACEBACK_LINES = 12
+OWN_LINES = 2
+"""Of a traceback: the place, and the text of that line."""
 
 
 def errors(run: RunDir, attempt: int) -> list[dict[str, Any]]:
@@ -136,10 +139,20 @@ def explain(
     where = f"rank {rank} on {host}" if rank is not None else f"seen from {host}"
     label = "stopped" if failure["kind"] in STOPS else "first failure"
     lines.append(f"{label}: {where}: {failure['type']}: {failure['message']}")
-    lines += [f"  {line}" for line in failure["traceback"].rstrip().splitlines()[-TRACEBACK_LINES:]]
+    lines += [f"  {line}" for line in _shown(failure)]
     if rank is not None:
         lines.append(f"log: {run.rank_log(attempt, rank)}")
     return "\n".join([*lines, *_evidence(run), *_refused(run), f"what to do: {cure(failure)}"])
+
+
+def _shown(failure: dict[str, Any]) -> list[str]:
+    """The end of a traceback, from the last line of the user's own code where that comes before it."""
+    lines: list[str] = failure["traceback"].rstrip().splitlines()
+    file, _, number = (failure.get("own_line") or "").rpartition(":")
+    own = [index for index, line in enumerate(lines) if line.strip().startswith(f'File "{file}", line {number},')]
+    if not own or own[-1] >= len(lines) - TRACEBACK_LINES:
+        return lines[-TRACEBACK_LINES:]
+    return [*lines[own[-1] : own[-1] + OWN_LINES], "  …", *lines[OWN_LINES + 1 - TRACEBACK_LINES :]]
 
 
 def cure(failure: dict[str, Any]) -> str:
@@ -149,7 +162,9 @@ def cure(failure: dict[str, Any]) -> str:
         found = (text for sign, text in ENVIRONMENT.items() if re.search(sign, failure["message"]))
         return f"{text}; {RESUME}" if (text := next(found, "")) else CURES[kind]
     if kind == "bug" and own_line:  # also where a library raised what the user's code had it do
-        return OWN_CODE.format(place=own_line)
+        file, _, number = own_line.rpartition(":")
+        original = user_code.original_of(Path(file))
+        return OWN_CODE.format(place=f"{original}:{number}" if original else own_line) + (NEW_CODE if original else "")
     return CURES.get(kind, RESUME)
 
 

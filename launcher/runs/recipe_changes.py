@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.errors import Problem, RecipeError, UsageError
 from launcher.images import folder as image_folder
-from launcher.recipe import catalog
+from launcher.recipe import catalog, user_code
 from launcher.recipe import load as recipes
 from launcher.recipe import paths as recipe_paths
 from launcher.recipe.keys import flat, show
@@ -37,6 +37,8 @@ OPEN = {
     "name": "",
     "model.freeze": "",
     "model.unfreeze": "",
+    "model.factory": "",
+    "model.factory_args": "",
     "data.name": SAME_IMAGES,
     "data.path": SAME_IMAGES,
     "data.augment": "",
@@ -97,6 +99,7 @@ TUNED = (
 )
 """How keys begin that measured batch sizes and shares of cores follow from: they are measured anew."""
 
+_REFERENCES = {seam.key for seam in user_code.SEAMS}
 _SAME_PLACE = ("data.path", "launch.profile", "post.profile")
 
 
@@ -182,6 +185,8 @@ def _meaning(key: str, value: Any, recipe: Recipe, num_classes: int) -> Any:
         return catalog.image_size(recipe.model.arch, recipe.model.weights)
     if key == "model.num_classes" and value == "auto":
         return _num_folders(recipe) or num_classes
+    if key in _REFERENCES:
+        return [*map(user_code.as_in_run, value)] if isinstance(value, list) else value and user_code.as_in_run(value)
     if key in _SAME_PLACE and value is not None:
         return Path(value).resolve()
     return list(value.items()) if isinstance(value, dict) else value  # the first pattern that matches counts

@@ -113,6 +113,11 @@ class RunDir:
         return self.path / "plan.json"
 
     @property
+    def code(self) -> Path:
+        """The folder of the user's own code as it was launched, with a manifest; there where the recipe names some."""
+        return self.path / "code"
+
+    @property
     def status(self) -> Path:
         """``{state, attempt, epoch, step, best, updated}``."""
         return self.path / "status.json"

@@ -74,7 +74,7 @@ def single_values_of(schema):
     if "const" in schema or "enum" in schema:
         return st.sampled_from(schema.get("enum") or [schema["const"]])
     kinds = {
-        "integer": lambda: st.integers(schema["minimum"], schema["minimum"] + 10**6),
+        "integer": lambda: st.integers(low := schema.get("minimum", -(10**6)), low + 10**6),
         "number": lambda: numbers_of(schema),
         "string": lambda: names_of(schema) if "pattern" in schema else TEXT,
         "boolean": st.booleans,
@@ -100,6 +100,8 @@ OWN = {
     "model.arch": st.sampled_from(["resnet18", "vit_b_16", "mobilenet_v2"]),
     "model.weights": st.sampled_from(["DEFAULT", "IMAGENET1K_V1", None]),
     "model.unfreeze": st.dictionaries(st.integers(0, 10**6), TEXT | st.lists(TEXT, max_size=2), max_size=2),
+    "model.factory": st.sampled_from([None, "torchvision.models:resnet18"]),
+    "model.factory_args": st.just({}),
     "data.path": st.just("/photos"),
     "data.name": st.just("digits"),
     "metrics": st.lists(
