@@ -77,7 +77,7 @@ def carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_i
     network.set_environment(plan.env)  # before torch is imported: it reads its thread count then
     with processes.importing():
         from launcher.engine import recipe_checks
-    recipe_checks.check(recipe, source.where, is_new=run.newest_state() is None)
+    recipe_checks.check(recipe, source.where, code, is_new=run.newest_state() is None)
     recipe_checks.check_train_set(run, recipe, source.where)
     found = None
     if plan.script:

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         return EXIT_OK
     if args.detach and not arrays:
         raise UsageError("--detach: without SLURM a sweep's runs are started here one after the other; leave it out")
-    _check_all(plans, loaded, [script for script, _ in arrays])
+    _check_all(plans, loaded, gathered, [script for script, _ in arrays])
     for plan, (recipe, code) in zip(plans, gathered, strict=True):
         start.write_run(plan, recipe, code)
     runs = [RunDir(plan.run_dir) for plan in plans]
@@ -142,15 +142,20 @@ def _arrays(plans: list[LaunchPlan], base: Path, parallel: int) -> list[tuple[st
     ]
 
 
-def _check_all(plans: list[LaunchPlan], loaded: list[tuple[Recipe, Source]], scripts: list[str]) -> None:
+def _check_all(
+    plans: list[LaunchPlan],
+    loaded: list[tuple[Recipe, Source]],
+    gathered: list[tuple[Recipe, Code]],
+    scripts: list[str],
+) -> None:
     from launcher.backends.slurm import admission
     from launcher.runs import quarantine
 
     network.set_environment(plans[0].env)
     with processes.importing():
         from launcher.engine import recipe_checks
-    for recipe, source in loaded:
-        recipe_checks.check(recipe, source.where)
+    for (_, source), (recipe, code) in zip(loaded, gathered, strict=True):
+        recipe_checks.check(recipe, source.where, code)
     if scripts:
         admission.check(plans[0].to_dict(), RunDir(plans[0].run_dir), *scripts, plans[0].post_script)
         return

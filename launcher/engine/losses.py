@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from launcher.engine.user import objects as user_objects
 from launcher.errors import TrainingError
+from launcher.recipe import user_code
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,25 +60,30 @@ class Loss:
     """
 
     def __init__(self, name: str, function: Callable[..., Any], in_training: dict[str, Any]) -> None:
-        self._name = name
-        self._function = function
+        self.name = name
+        self.function = function
         self._in_training = in_training
+
+    def call(self, logits: torch.Tensor, targets: torch.Tensor, *, training: bool) -> Any:
+        """What the function gives."""
+        if isinstance(self.function, nn.Module):
+            self.function.train(training)
+        return self.function(logits.float(), targets, **(self._in_training if training else {}))
 
     def sum(self, logits: torch.Tensor, targets: torch.Tensor, *, training: bool) -> torch.Tensor:
         """The sum over samples, a scalar: float32 in training, float64 in validation.
 
         Raises:
-            TrainingError: the loss gave something else than a loss.
+            TrainingError: the function gave something else than a loss.
         """
-        if not len(targets):
+        num = len(targets)
+        if not num:
             return logits.float().sum()  # of nothing, which DDP can still differentiate
-        if isinstance(self._function, nn.Module):
-            self._function.train(training)
-        found = self._function(logits.float(), targets, **(self._in_training if training else {}))
-        if problem := find_problem(found, len(targets), needs_gradient=training and logits.requires_grad):
-            raise TrainingError(f"train.loss: {self._name} {problem}")
+        found = self.call(logits, targets, training=training)
+        if problem := find_problem(found, num, needs_gradient=training and logits.requires_grad):
+            raise TrainingError(f"train.loss: {self.name} {problem}")
         dtype = torch.float32 if training else torch.float64
-        total: torch.Tensor = found.sum(dtype=dtype) if found.dim() else found.to(dtype) * len(targets)
+        total: torch.Tensor = found.sum(dtype=dtype) if found.dim() else found.to(dtype) * num
         return total
 
 
@@ -90,8 +96,7 @@ def build_loss(config: TrainConfig, *, num_classes: int, device: torch.device) -
         function = user_objects.build(config.loss, config.loss_args, num_classes=num_classes, takes=2)
     if isinstance(function, nn.Module):
         function.to(device)
-        smoothing = {}
-    return Loss(config.loss, function, smoothing)
+    return Loss(user_code.shown(config.loss), function, smoothing)
 
 
 def find_problem(found: Any, num: int, *, needs_gradient: bool) -> str | None:

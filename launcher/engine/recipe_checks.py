@@ -19,6 +19,7 @@ from launcher.engine.model import (
     torchvision_weights,
 )
 from launcher.engine.setup import num_classes
+from launcher.engine.user import checks as user_checks
 from launcher.engine.weights_file import read_weights_file
 from launcher.errors import Problem, RecipeError, UsageError
 from launcher.images import folder as image_folder
@@ -30,9 +31,10 @@ if TYPE_CHECKING:
     from launcher.engine.weights_file import Weights
     from launcher.recipe.schema import ModelConfig, Recipe
     from launcher.runs.run_dir import RunDir
+    from launcher.runs.user_code import Code
 
 
-def check(recipe: Recipe, where: Callable[[str], str], *, is_new: bool = True) -> None:
+def check(recipe: Recipe, where: Callable[[str], str], code: Code, *, is_new: bool = True) -> None:
     """Check that the model can be built, takes the weights, and that every pattern selects something.
 
     Torchvision weights that the cache lacks are downloaded, and the digits are written: once, before workers need them.
@@ -40,12 +42,15 @@ def check(recipe: Recipe, where: Callable[[str], str], *, is_new: bool = True) -
     Args:
         recipe: checked by recipe.load already.
         where: from a key to the place in the recipe's file.
+        code: of the user's own, which the recipe names.
         is_new: whether training begins from the weights, so that what is not taken of them is worth a line.
 
     Raises:
         RecipeError: names everything that is wrong.
     """
-    problems = [Problem(key=key, where=where(key), message=text) for key, text in _find(recipe, is_new=is_new)]
+    with code.staged(recipe) as tried:
+        found = list(_find(tried, is_new=is_new))
+    problems = [Problem(key=key, where=where(key), message=text) for key, text in found]
     if problems:
         raise RecipeError(problems)
 
@@ -80,6 +85,7 @@ def _find(recipe: Recipe, *, is_new: bool) -> Iterator[tuple[str, str]]:
     if watched.removeprefix("val/") in recipe_metrics.trivial(classes):
         text = f"found {watched!r}, which is the same for every model with {classes} classes; use val/top1"
         yield "train.early_stopping.metric", text
+    yield from user_checks.find(recipe, classes)
     if recipe.model.factory:
         return
     yield from _patterns(recipe, classes)

@@ -52,6 +52,7 @@ def _training(recipe: Recipe) -> Iterator[Finding]:
         )
     elif better != stop.mode:
         yield (mode, metric), f"found {stop.mode!r}, which would keep the worst {stop.metric}; valid: {better}"
+    yield from (((key,), text) for key, text in recipe_metrics.find_problems(recipe.metrics))
     if batch.global_size is not None and batch.accumulate != 1:
         yield (
             ("batch.accumulate", "batch.global_size"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from launcher.recipe.schema import MetricConfig, Recipe
 
@@ -150,8 +150,22 @@ def trivial_in(line: Mapping[str, Any]) -> set[str]:
 
 def measure(recipe: Recipe, watched: str) -> str | None:
     """What the values of a watched metric are measured by, where a recipe says: its loss, or an object of its own."""
+    from launcher.recipe import user_code
+
     name = watched.partition("/")[2]
     if name == "loss":
-        return f"{recipe.train.loss} {recipe.train.loss_args}"
+        return f"{user_code.as_in_run(recipe.train.loss)} {recipe.train.loss_args}"
     row = configs(recipe.metrics).get(name)
-    return f"{row.metric} {row.args}" if row else None
+    return f"{user_code.as_in_run(row.metric)} {row.args}" if row else None
+
+
+def find_problems(rows: Sequence[str | MetricConfig]) -> Iterator[tuple[str, str]]:
+    """What is wrong with the names of a recipe's own metrics; keys, and words."""
+    taken = {*METRICS, *RESERVED}
+    for index, row in enumerate(rows):
+        ((name, _),) = configs([row]).items()
+        if name in taken:
+            whose = "" if name in METRICS or name in RESERVED else " by another metric of this recipe"
+            text = f"the name {name!r} is taken{whose}; give it another: {{name: my_{name}, metric: …}}"
+            yield f"metrics.{index}", text
+        taken.add(name)

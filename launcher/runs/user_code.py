@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import importlib.metadata
@@ -20,7 +21,7 @@ from launcher.recipe.user_modules import MANIFEST
 from launcher.system.files import fsync, write_json_atomic
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from types import ModuleType
 
     from launcher.recipe.schema import Recipe
@@ -67,6 +68,13 @@ class Code:
         }
         return {"version": VERSION, "references": self.references, "files": files, "packages": self.packages}
 
+    @contextlib.contextmanager
+    def staged(self, recipe: Recipe) -> Iterator[Recipe]:
+        """The recipe with its references leading to this code in a temporary folder, to try it before a run is made."""
+        with tempfile.TemporaryDirectory(prefix="launch-code-") as folder:
+            self.write(Path(folder) / user_modules.CODE)
+            yield user_code.placed(recipe, Path(folder))
+
     def write(self, folder: Path) -> None:
         """Make ``folder`` hold exactly this; a reader sees the old one, for a moment none, or the new one."""
         if not self:
@@ -100,6 +108,18 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     return found
+
+
+def digest_of(recipe: Recipe) -> str | None:
+    """Of all code that a run has copied; None: it has none.
+
+    Args:
+        recipe: as :func:`launcher.recipe.load.read_resolved` gives it.
+    """
+    files = [Path(text.rpartition(":")[0]) for _, _, text in user_code.references(recipe)]
+    folder = next((found for file in files if (found := user_modules.code_folder(file))), None)
+    manifest = read_manifest(folder) if folder else None
+    return digest(json.dumps(manifest["files"], sort_keys=True).encode()) if manifest else None
 
 
 def gather(recipe: Recipe, source: Source, run: RunDir, *, renew: bool = False) -> tuple[Recipe, Code]:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from launcher.engine.user import objects as user_objects
 from launcher.errors import UsageError, did_you_mean
 from launcher.recipe import load as recipes
+from launcher.recipe import user_code
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from launcher.engine.setup import Parts
     from launcher.recipe.schema import ListenerConfig
@@ -75,12 +76,7 @@ class Listeners:
 def _call(listener: Any, event: str, values: dict[str, Any]) -> None:
     method = getattr(listener, event, None)
     if method is not None:
-        method(**{name: value for name, value in values.items() if _takes(method, name)})
-
-
-def _takes(method: Callable[..., Any], name: str) -> bool:
-    parameters = user_objects.parameters_of(method) or {}
-    return name in parameters or any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+        method(**{name: value for name, value in values.items() if user_objects.takes(method, name)})
 
 
 def build_listeners(parts: Parts, recorder: Any) -> Listeners:
@@ -93,7 +89,7 @@ def build_listeners(parts: Parts, recorder: Any) -> Listeners:
     for row in rows(parts.recipe.train.listeners) if parts.ranks.rank == 0 else ():
         others.append(user_objects.build(row.listener, row.args, num_classes=len(parts.classes)))
         if problems := list(find_problems(others[-1])):
-            raise UsageError(f"train.listeners: {row.listener} {'; '.join(problems)}")
+            raise UsageError(f"train.listeners: {user_code.shown(row.listener)} {'; '.join(problems)}")
     return Listeners(recorder, others)
 
 
@@ -112,21 +108,16 @@ def find_problems(listener: Any) -> Iterator[str]:
         hints = filter(None, (did_you_mean(event, near, num=1) for event in EVENTS))
         found = f"; it has {', '.join(near[:8])}" if any(hints) or near else ""
         yield f"has no method that is called; valid: any of {', '.join(EVENTS)}{found}"
-    for event, method in methods.items():
-        bound = dict(user_objects.parameters_of(method) or {})
-        if isinstance(listener, type) and not isinstance(
-            inspect.getattr_static(listener, event), staticmethod | classmethod
-        ):
-            bound = dict(list(bound.items())[1:])  # self
-        for name, parameter in bound.items():
-            needed = parameter.default is parameter.empty and parameter.kind not in (
-                parameter.VAR_KEYWORD,
-                parameter.VAR_POSITIONAL,
-            )
-            if parameter.kind is parameter.POSITIONAL_ONLY or (needed and name not in EVENTS[event]):
+    for event in methods:
+        static = inspect.getattr_static(listener, event)
+        is_unbound = isinstance(listener, type) and not isinstance(static, staticmethod | classmethod)
+        for name in user_objects.needed(methods[event])[int(is_unbound) :]:
+            if name not in EVENTS[event]:
                 hint = did_you_mean(name, EVENTS[event])
-                valid = f"valid by name: {', '.join(EVENTS[event])}"
-                yield " ".join(filter(None, [f"cannot be called: {event}() needs {name!r};", hint, valid]))
+                valid = f"valid, by name: {', '.join(EVENTS[event])}"
+                yield " ".join(
+                    filter(None, [f"has a method {event}() that needs {name!r}, which nobody passes;", hint, valid])
+                )
 
 
 def start_values(parts: Parts, *, epoch: int, step: int) -> dict[str, Any]:

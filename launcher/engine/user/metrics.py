@@ -19,6 +19,7 @@ from torchmetrics.utilities import dim_zero_cat
 from launcher.engine.user import objects as user_objects
 from launcher.errors import TrainingError, UsageError
 from launcher.recipe import metrics as recipe_metrics
+from launcher.recipe import user_code
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -110,8 +111,8 @@ def build(row: MetricConfig, *, num_classes: int) -> Metric:
         metric = FunctionMetric(found)
     else:
         raise UsageError(
-            f"{row.metric} is {type(found).__name__}; valid: a metric of torchmetrics (a class, an object, or "
-            "a function that makes one; of a collection name each), or a function of probabilities and targets"
+            f"{user_code.shown(row.metric)} is {type(found).__name__}; valid: a metric of torchmetrics (a class, an "
+            "object, or a function that makes one; of a collection each), or a function of probabilities and targets"
         )
     for part in _parts(metric):
         part.distributed_available_fn = _never
@@ -187,34 +188,35 @@ def find_value_problem(value: Any) -> str | None:
 def find_problem(row: MetricConfig, num_classes: int) -> str | None:
     """What is wrong with a row of the recipe, tried with made-up answers on one rank and on several.
 
-    An error of the user's own code is not told here: it ends the run before its first step, with its traceback.
+    Raises:
+        UsageError: it is no metric.
     """
-    try:
-        metric = build(row, num_classes=num_classes)
-    except (UsageError, TypeError, ValueError) as error:
-        return str(error) if isinstance(error, UsageError) else f"{row.metric}: {type(error).__name__}: {error}"
+    metric, name = build(row, num_classes=num_classes), user_code.shown(row.metric)
     better = getattr(metric, "higher_is_better", None)
     if better is not None and better != (row.mode == "max"):
-        return f"{row.metric}: {'more' if better else 'less'} of it is better; write mode: {'max' if better else 'min'}"
-    try:
-        whole, spread = _value_of_whole(metric, num_classes), _value_of_spread(metric, num_classes)
-        again = _value_of_whole(metric, num_classes)
-    except Exception:  # whatever the user's code raises
-        return None
+        return f"{name}: {'more' if better else 'less'} of it is better; write mode: {'max' if better else 'min'}"
+    whole = _value_of_whole(metric, num_classes)
     if problem := find_value_problem(whole):
-        return f"{row.metric} {problem}"
+        return f"{name} {problem}"
+    spread, again = _value_of_spread(metric, num_classes), _value_of_whole(metric, num_classes)
     if _is_near(whole, again) and not _is_near(whole, spread):
         return (
-            f"{row.metric} is {float(whole):.6g} of some answers on one rank and {float(spread):.6g} of the same on "
-            "three: its states cannot be put together; give each add_state() a dist_reduce_fx that makes one of them "
-            "(sum, cat, min, max), or use a function of all probabilities and targets"
+            f"{name} is {_shown(whole)} of some answers on one rank and {_shown(spread)} of the same on three: its "
+            "states cannot be put together; give each add_state() a dist_reduce_fx that makes one of them (sum, cat, "
+            "min, max), or use a function of all probabilities and targets"
         )
     return None
 
 
 def _is_near(one: Any, other: Any) -> bool:
+    if find_value_problem(other):
+        return False
     one, other = float(one), float(other)
     return math.isclose(one, other, rel_tol=TOLERANCE, abs_tol=TOLERANCE) or (math.isnan(one) and math.isnan(other))
+
+
+def _shown(value: Any) -> str:
+    return "several numbers" if find_value_problem(value) else f"{float(value):.6g}"
 
 
 def _answers(num_classes: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

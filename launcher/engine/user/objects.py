@@ -6,6 +6,8 @@ import functools
 import inspect
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from launcher.runs import user_code
 
 if TYPE_CHECKING:
@@ -46,12 +48,24 @@ def parameters_of(found: Callable[..., Any]) -> dict[str, inspect.Parameter] | N
         return None
 
 
+def takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function, or an object that is called, takes an argument of that name."""
+    called = function.forward if isinstance(function, nn.Module) else function
+    parameters = parameters_of(called) or {}
+    return name in parameters or any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+
+
 def is_factory(function: Callable[..., Any], given: Mapping[str, Any]) -> bool:
     """Whether a function needs no more than what is ``given``."""
     parameters = parameters_of(function)
     if parameters is None or any(one.kind is inspect.Parameter.VAR_POSITIONAL for one in parameters.values()):
         return False
-    return not any(_is_needed(one) and name not in given for name, one in parameters.items())
+    return not set(needed(function)) - set(given)
+
+
+def needed(function: Callable[..., Any]) -> list[str]:
+    """Arguments without which a function cannot be called."""
+    return [name for name, one in (parameters_of(function) or {}).items() if _is_needed(one)]
 
 
 def _is_needed(parameter: inspect.Parameter | None) -> bool:
