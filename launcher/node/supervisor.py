@@ -73,7 +73,7 @@ def supervise(run: RunDir, plan: dict[str, Any], *, node_rank: int, first_attemp
             _check_images(run, node_rank, stop, attempt)
             outcomes = _train(run, plan, node_rank, stop, attempt)
             if "preempted" in outcomes.values():
-                raise _interrupted(run, plan, node_rank, stop)
+                raise _interrupted(run, plan, node_rank, stop, attempt)
             if 0 in outcomes and not plan["tune"]:  # the node that holds rank 0 finishes the run
                 _finish(run, plan, stop)
     finally:
@@ -122,10 +122,10 @@ def _train(run: RunDir, plan: dict[str, Any], node_rank: int, stop: StopSignals,
     try:
         return agent.run_workers(run, plan, node_rank=node_rank, first_attempt=attempt, stop=stop)
     except agent_thread.LeftError:
-        raise _interrupted(run, plan, node_rank, stop) from None
+        raise _interrupted(run, plan, node_rank, stop, attempt) from None
     except agent.WorkersFailedError as error:
         if stop.requested:
-            raise _interrupted(run, plan, node_rank, stop) from None
+            raise _interrupted(run, plan, node_rank, stop, attempt) from None
         cause, message = diagnose.cause_of_end(run, error.attempt)
         with _even_if_full(run):
             if node_rank == 0:
@@ -144,7 +144,9 @@ def _even_if_full(run: RunDir) -> Iterator[None]:
         print(f"{run}: cannot be written to: {error.strerror}", file=sys.stderr, flush=True)
 
 
-def _interrupted(run: RunDir, plan: dict[str, Any], node_rank: int, stop: StopSignals) -> InterruptedRunError:
+def _interrupted(
+    run: RunDir, plan: dict[str, Any], node_rank: int, stop: StopSignals, first_attempt: int
+) -> InterruptedRunError:
     """What to tell after a stop; the run's state and history say so too."""
     lost = stop.cause == "lost_node"
     reason = stop.reason or "stopped by the signal of another node"  # of which only a worker here has heard
@@ -153,7 +155,8 @@ def _interrupted(run: RunDir, plan: dict[str, Any], node_rank: int, stop: StopSi
         attempt = history.next_attempt(run) - 1
         cause = stop.cause or history.cause_of_signal("")
         with _even_if_full(run):
-            run.append_event("attempt_ended", attempt=attempt, node=node_rank, cause=cause, message=reason)
+            if attempt >= first_attempt:  # else the nodes were still waiting for each other
+                run.append_event("attempt_ended", attempt=attempt, node=node_rank, cause=cause, message=reason)
             whereabouts.note_preempted(run)
     last = run.last_checkpoint
     kept = f"the checkpoint {last.resolve().name} is saved" if last.exists() else "it had not begun to train"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from datetime import timedelta
 
@@ -9,7 +10,9 @@ import pytest
 from torch.distributed import TCPStore
 
 from launcher.node import peers
+from launcher.node.agent_thread import blame_lost
 from launcher.node.peers import Peers
+from launcher.node.signals import StopSignals
 
 
 @pytest.fixture
@@ -64,3 +67,25 @@ def test_one_that_falls_silent_is_gone_and_one_that_says_farewell_has_left(store
         until(lambda: first.lost(idle=True))
         assert first.lost(idle=True).endswith("has left")
         assert first.lost(idle=False) == ""
+
+
+def _beat(port, leave):
+    with Peers({"rdzv_endpoint": f"127.0.0.1:{port}", "nodes": 2}, node_rank=1):
+        leave.wait()
+
+
+@pytest.mark.parametrize("dies", [True, False])
+def test_a_sigterm_that_comes_for_the_sake_of_a_dead_node_is_told_from_one_that_all_nodes_get(dies, store, make_run):
+    """SLURM ends the others a moment after a supervisor was killed, long before that one is missed."""
+    context = multiprocessing.get_context("fork")
+    leave = context.Event()
+    other = context.Process(target=_beat, args=(store.port, leave))
+    other.start()
+    stop = StopSignals(make_run("run"), node_rank=0)
+    with node(0, store) as first:
+        until(first.heard)
+        other.kill() if dies else leave.set()
+        stop.request(reason="stopped by SIGTERM", cause="preempted")
+        blame_lost(stop, first)
+    other.join()
+    assert stop.cause == ("lost_node" if dies else "preempted")

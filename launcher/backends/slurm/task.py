@@ -134,7 +134,16 @@ def _supervise(run: RunDir) -> int:
             raise PreflightError(f"the check of the nodes failed: {text}")
         if problems:
             return EXIT_OK  # node 0 speaks for the run
-    return supervisor.supervise(run, plan, node_rank=node_rank, first_attempt=attempt)
+    try:
+        return supervisor.supervise(run, plan, node_rank=node_rank, first_attempt=attempt)
+    except InterruptedRunError:
+        bad = [file.read_text(encoding="utf-8").strip() for file in run.all_bad_nodes(_start())]
+        if node_rank or not bad:
+            raise
+        # SLURM has ended this node because another one failed its own check: that was no preemption. The batch script
+        # queues the job again without that node, or ends it.
+        run.update_status(state="pending")
+        raise PreflightError(f"stopped because {', '.join(bad)} failed the check of its own network") from None
 
 
 def _check_nodes(run: RunDir, plan: dict[str, Any], address: str, *, node_rank: int) -> dict[str, str]:
