@@ -32,7 +32,7 @@ from launcher.system.files import write_json_atomic, write_text_atomic
 from launcher.system.waiting import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import MutableMapping
+    from collections.abc import Iterator, MutableMapping
 
 MEET_TIMEOUT_S = 600
 LEAVE_TIMEOUT_S = 120
@@ -134,14 +134,22 @@ def _supervise(run: RunDir) -> int:
             raise PreflightError(f"the check of the nodes failed: {text}")
         if problems:
             return EXIT_OK  # node 0 speaks for the run
-    try:
+    with _preemption_told_from_bad_nodes(run, node_rank):
         return supervisor.supervise(run, plan, node_rank=node_rank, first_attempt=attempt)
+
+
+@contextlib.contextmanager
+def _preemption_told_from_bad_nodes(run: RunDir, node_rank: int) -> Iterator[None]:
+    """SLURM ends this node also where another one has failed its own check.
+
+    Then the batch script queues the job again without that node, or ends it.
+    """
+    try:
+        yield
     except InterruptedRunError:
         bad = [file.read_text(encoding="utf-8").strip() for file in run.all_bad_nodes(_start())]
         if node_rank or not bad:
             raise
-        # SLURM has ended this node because another one failed its own check: that was no preemption. The batch script
-        # queues the job again without that node, or ends it.
         run.update_status(state="pending")
         raise PreflightError(f"stopped because {', '.join(bad)} failed the check of its own network") from None
 
