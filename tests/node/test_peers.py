@@ -10,6 +10,7 @@ from torch.distributed import TCPStore
 
 from launcher.node import peers
 from launcher.node.peers import Peers
+from launcher.plan.launch_plan import LaunchPlan
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def store():
 
 
 def node(rank, store):
-    return Peers({"rdzv_endpoint": f"127.0.0.1:{store.port}", "nodes": 2}, node_rank=rank)
+    return Peers(LaunchPlan(run_id="a", name="a", nodes=2, node_rank=rank, rdzv_endpoint=f"127.0.0.1:{store.port}"))
 
 
 def until(condition):
