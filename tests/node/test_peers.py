@@ -13,6 +13,7 @@ from launcher.node import peers
 from launcher.node.agent_thread import blame_lost
 from launcher.node.peers import Peers
 from launcher.node.signals import StopSignals
+from launcher.plan.launch_plan import LaunchPlan
 
 
 @pytest.fixture
@@ -22,7 +23,11 @@ def store():
 
 
 def node(rank, store):
-    return Peers({"rdzv_endpoint": f"127.0.0.1:{store.port}", "nodes": 2}, node_rank=rank)
+    return on_port(rank, store.port)
+
+
+def on_port(rank, port):
+    return Peers(LaunchPlan(run_id="a", name="a", nodes=2, node_rank=rank, rdzv_endpoint=f"127.0.0.1:{port}"))
 
 
 def until(condition):
@@ -70,12 +75,12 @@ def test_one_that_falls_silent_is_gone_and_one_that_says_farewell_has_left(store
 
 
 def _beat(port, leave):
-    with Peers({"rdzv_endpoint": f"127.0.0.1:{port}", "nodes": 2}, node_rank=1):
+    with on_port(1, port):
         leave.wait()
 
 
 @pytest.mark.parametrize("dies", [True, False])
-def test_a_sigterm_that_comes_for_the_sake_of_a_dead_node_is_told_from_one_that_all_nodes_get(dies, store, make_run):
+def test_a_sigterm_because_a_node_died_is_no_preemption(dies, store, make_run):
     """SLURM ends the others a moment after a supervisor was killed, long before that one is missed."""
     context = multiprocessing.get_context("fork")
     leave = context.Event()
