@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.errors import EXIT_OK, UsageError
+from launcher.errors import EXIT_OK, TrainingError, UsageError
 from launcher.runs import history
 from launcher.runs.run_dir import RunDir
 from launcher.system import network, processes
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
+    from launcher.images.scan import Scan
     from launcher.plan.launch_plan import LaunchPlan
     from launcher.plan.profile import Profile
     from launcher.recipe.schema import Recipe
@@ -57,7 +58,6 @@ def carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_i
     """Plan, and print the plan or run it: one road for every backend."""
     from launcher import backends
     from launcher.backends import living
-    from launcher.backends.slurm import admission
     from launcher.node import meeting
     from launcher.runs import quarantine, recipe_changes, user_code
 
@@ -77,16 +77,16 @@ def carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_i
     network.set_environment(plan.env)  # before torch is imported: it reads its thread count then
     with processes.importing():
         from launcher.engine import recipe_checks
-    recipe_checks.check(recipe, source.where, code, is_new=run.newest_state() is None)
+        from launcher.engine.user import trial
+    tell_of_ignored(recipe, source)
+    try:  # with --debug the user's code is not tried before: breakpoints may be in it
+        is_new, tried = run.newest_state() is None, None if plan.debug else code
+        recipe_checks.check(recipe, source.where, is_new=is_new, code=tried, place=run.path)
+    except trial.UserCodeError as error:
+        write_run(plan, recipe, code)
+        raise record_failure(run, error.record) from None
     recipe_checks.check_train_set(run, recipe, source.where)
-    found = None
-    if plan.script:
-        admission.check(plan, run, plan.script, plan.post_script)
-    else:
-        if plan.backend == "slurm":
-            admission.check_step(plan)
-        if plan.node_rank == 0:
-            found = quarantine.check(recipe, source.where)
+    found = admit(plan, run, recipe, source)
     if plan.node_rank == 0:
         write_run(plan, recipe, code)
         user_code.tell_of_changes(run, code)
@@ -97,6 +97,51 @@ def carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_i
     else:
         print(f"node {plan.node_rank} of {plan.nodes}: joining the run in {plan.run_dir}", flush=True)
     return backends.load(plan)(plan)
+
+
+def admit(plan: LaunchPlan, run: RunDir, recipe: Recipe, source: Source) -> Scan | None:
+    """Check the job against its cluster, or here the images; return what was found of those."""
+    from launcher.backends.slurm import admission
+    from launcher.runs import quarantine
+
+    if plan.script:
+        admission.check(plan, run, plan.script, plan.post_script)
+        return None
+    if plan.backend == "slurm":
+        admission.check_step(plan)
+    return quarantine.check(recipe, source.where) if plan.node_rank == 0 else None
+
+
+def tell_of_ignored(recipe: Recipe, source: Source) -> None:
+    """Say which keys mean nothing beside the user's own model, data set or transform."""
+    model, data = recipe.model, recipe.data
+    ignored = {"model.arch": model.factory, "data.name": data.dataset, "data.augment": data.transform}
+    ignored |= {"data.crop_pct": data.transform}
+    if Path(source.path).with_name("plan.json").exists():  # a run's own recipe, which has every key
+        return
+    for key, reference in ignored.items():
+        if reference and key in source.origins:
+            print(f"{source.where(key)}: {key} is ignored: {reference} takes its place", flush=True)
+
+
+def record_failure(run: RunDir, record: dict[str, Any]) -> TrainingError:
+    """Leave in a run that the user's code raised before its workers were started; return what to tell."""
+    import time
+
+    from launcher.runs import diagnose
+    from launcher.system.files import write_json_atomic
+
+    attempt = history.next_attempt(run)
+    file, who = run.rank_error(attempt, 0), {"attempt": attempt, "node": 0, "rank": 0, "host": os.uname().nodename}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(file, {"time": time.time(), **who, **record})
+    run.append_event("attempt_started", attempt=attempt, node=0, workers=0)
+    cause, message = diagnose.cause_of_end(run, attempt)
+    run.append_event("attempt_ended", attempt=attempt, node=0, cause=cause, message=message)
+    run.update_status(state="failed", attempt=attempt)
+    return TrainingError(
+        f"your own code failed, before training began\n{diagnose.explain(run)}\nmore: launch why {run}"
+    )
 
 
 def has_nothing_left(run: RunDir, recipe: Recipe) -> bool:

@@ -27,6 +27,7 @@ HEAVY = {
     "numpy",
     "onnx",
     "sklearn",
+    "torchmetrics",
 }
 
 # From the ground up: folders, and the files beside them. A file imports from its own floor, or from below.

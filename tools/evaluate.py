@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from launcher.engine import data
 from launcher.engine.checkpoints import checkpoint
-from launcher.engine.data import ImageDataset, Preprocessing, build_loader
+from launcher.engine.data import Preprocessing, build_loader
 from launcher.engine.device import Device
 from launcher.engine.model import build_module, build_preprocessing, load_state
 from launcher.errors import EXIT_OK, UsageError, exit_code_of
@@ -24,8 +26,8 @@ from launcher.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
+    from launcher.engine.loading.samples import Samples
     from launcher.recipe.schema import Recipe
 
     Predictor = Callable[[torch.Tensor], torch.Tensor]
@@ -53,21 +55,14 @@ class BestModel:
     left_out: frozenset[str]
     """Paths of the images that the run does without, relative to its data folder."""
 
-    def dataset(self, split: str) -> ImageDataset:
+    def dataset(self, split: str) -> Samples:
         """One split, as validation sees it."""
-        folder = data.prepare(self.recipe.data)
-        return ImageDataset(
-            folder,
-            split,
-            self.preprocessing.transform(),
-            seed=self.recipe.seed,
-            left_out=self.left_out,
-            classes=self.classes,
-            read=self.preprocessing.read,
-        )
+        return data.open_split(self.recipe, split, self.preprocessing, left_out=self.left_out, classes=self.classes)
 
     def missing(self, split: str) -> str | None:
         """Why there is nothing of ``split`` to measure or calibrate with; None: there is."""
+        if self.recipe.data.dataset:
+            return self._missing_of_own(split)
         folder = data.prepare(self.recipe.data) / split
         if not folder.is_dir():
             return f"no images at {folder}"
@@ -75,6 +70,15 @@ class BestModel:
         if unknown:
             return f"{folder}: holds classes that the model does not know, as {unknown[0]!r}"
         return None if len(self.dataset(split)) else f"no images at {folder}"
+
+    def _missing_of_own(self, split: str) -> str | None:
+        """The same of a data set of the user's own, whose images may be gone."""
+        try:
+            self.dataset(split)
+        except Exception as error:  # whatever the user's code raises; the model is exported all the same
+            traceback.print_exc()
+            return f"data.dataset (split={split}) raised {type(error).__name__}: {error}"
+        return None
 
     def batches(self, split: str, indices: Sequence[int] | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Normalised images (float32 N x 3 x S x S) and labels (int64 N) of a split, or of some of its indices."""
@@ -105,10 +109,11 @@ def load_best(run: RunDir, data_path: str | None = None) -> BestModel:
         )
     recipe = recipes.read_resolved(run.recipe)
     if data_path is not None:
-        recipe = replace(recipe, data=replace(recipe.data, name="imagefolder", path=data_path))
+        path = str(Path(data_path).expanduser().absolute())
+        recipe = replace(recipe, data=replace(recipe.data, name="imagefolder", path=path))
     loaded = checkpoint.load(folder)
-    preprocessing = build_preprocessing(recipe.model, recipe.data)
     classes = loaded.state["classes"]
+    preprocessing = build_preprocessing(recipe.model, recipe.data, num_classes=len(classes))
     module = build_module(recipe.model, num_classes=len(classes), image_size=preprocessing.image_size)
     load_state(module, loaded.model)
     return BestModel(

@@ -153,8 +153,8 @@ def _check_all(
     network.set_environment(plans[0].env)
     with processes.importing():
         from launcher.engine import recipe_checks
-    for (_, source), (recipe, code) in zip(loaded, gathered, strict=True):
-        recipe_checks.check(recipe, source.where, code)
+    for plan, (_, source), (recipe, code) in zip(plans, loaded, gathered, strict=True):
+        recipe_checks.check(recipe, source.where, code=code, place=Path(plan.run_dir))
     if scripts:
         admission.check(plans[0], RunDir(plans[0].run_dir), *scripts, plans[0].post_script)
         return

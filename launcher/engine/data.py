@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import signal
 import threading
@@ -11,16 +10,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
 
 from launcher.engine.device import num_cores
-from launcher.engine.loading import digits
 from launcher.engine.loading.decode import CentreCrop, read_image
 from launcher.engine.loading.handover import Batch, Loader
-from launcher.engine.schedule import derive_seed
+from launcher.engine.loading.samples import Samples
+from launcher.engine.user.dataset import UserDataset
+from launcher.engine.user.transform import UserTransform
+from launcher.images import datasets, pixels
 from launcher.images import folder as image_folder
-from launcher.images import pixels
 from launcher.system.processes import STOP_SIGNALS, die_with_parent
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
     from launcher.engine.device import Device
     from launcher.engine.distributed import Ranks
-    from launcher.recipe.schema import DataConfig
+    from launcher.recipe.schema import DataConfig, Recipe
 
 MAX_LOADER_WORKERS = 8
 PREFETCH = 4
@@ -55,6 +54,8 @@ class Preprocessing:
     """Red, green and blue of what transparency shows."""
     grey_range: tuple[float, float] | None = None
     """What is black and white in grey of more than 8 bits; None: as the kind of number says."""
+    own_transform: str | None = None
+    """The user's own transform, which does all of it instead."""
 
     def read(self, path: str) -> torch.Tensor:
         """Decode a file to uint8 RGB, 3 x H x W.
@@ -86,10 +87,17 @@ class Preprocessing:
             "background": list(self.background),
             "grey_range": self.grey_range and list(self.grey_range),
         }
+        if self.own_transform:
+            words = (
+                f"by the user's own code, {self.own_transform}, to float32 3 x {self.image_size} x {self.image_size}"
+            )
+            return facts | {"transform": self.own_transform, "description": words}
         return facts | {"description": pixels.describe(facts)}
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 N x 3 x S x S to float32, on the images' own device."""
+        """uint8 N x 3 x S x S to float32, on the images' own device; the user's own transform has done it already."""
+        if images.is_floating_point():
+            return images
         mean, std = _per_channel(self.mean, images.device), _per_channel(self.std, images.device)
         return images.float().div_(255).sub_(mean).div_(std)
 
@@ -100,7 +108,7 @@ def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tenso
     return torch.tensor(values, device=device).view(1, -1, 1, 1)
 
 
-class ImageDataset(Dataset[Batch]):
+class ImageDataset(Samples):
     """One split of an image folder.
 
     Args:
@@ -125,48 +133,73 @@ class ImageDataset(Dataset[Batch]):
         classes: list[str] | None = None,
         read: Callable[[str], torch.Tensor] = read_image,
     ) -> None:
+        super().__init__(transform, seed=seed)
         self.classes = image_folder.find_classes(folder / "train") if classes is None else classes
         self._folder = folder
         listed = image_folder.list_images(folder / split, self.classes)
         self.samples = [sample for sample in listed if image_folder.relative(sample[0], folder) not in left_out]
-        self._transform = transform
         self._read = read
-        self._seed = seed
 
-    def __len__(self) -> int:
-        return len(self.samples)
+    def key(self, index: int) -> str:
+        """Its path below the folder."""
+        return image_folder.relative(self.samples[index][0], self._folder)
 
-    @functools.cached_property
-    def digest(self) -> str:
-        """Of the samples' paths below the folder and their classes, in their order."""
-        digest = hashlib.sha256()
-        for path, label in self.samples:
-            digest.update(f"{label} {image_folder.relative(path, self._folder)}\n".encode(errors="surrogateescape"))
-        return digest.hexdigest()
+    def load(self, index: int) -> torch.Tensor:
+        """The image, uint8 3 x H x W."""
+        return self._read(self.samples[index][0])
 
-    def find(self, paths: frozenset[str]) -> frozenset[int]:
-        """Indices of the samples with these paths, relative to the data folder."""
-        listed = (image_folder.relative(path, self._folder) for path, _ in self.samples)
-        return frozenset(index for index, path in enumerate(listed) if path in paths)
 
-    def __getitem__(self, position: tuple[int, int]) -> Batch:
-        """The image at (epoch, index), uint8 3 x S x S, and its class, int64."""
-        epoch, index = position
-        path, label = self.samples[index]
-        # Only the CPU's generator: torch.manual_seed would also queue work for every GPU.
-        torch.default_generator.manual_seed(derive_seed(self._seed, epoch, index))
-        return self._transform(self._read(path)), torch.tensor(label)
+def open_split(
+    recipe: Recipe,
+    split: str,
+    preprocessing: Preprocessing,
+    *,
+    is_train: bool = False,
+    left_out: frozenset[str] = frozenset(),
+    classes: list[str] | None = None,
+) -> Samples:
+    """The samples of one split of a recipe's data set, as training or validation sees them.
+
+    Args:
+        recipe: the run's.
+        split: train or val.
+        preprocessing: what is done to an image.
+        is_train: seen as in training, with data.augment.
+        left_out: keys that are no samples; of training images the schedule leaves them out.
+        classes: names in the order of the logits; None: those of the data set.
+    """
+    config = recipe.data
+    transform: Callable[[Any], torch.Tensor] = preprocessing.transform(config.augment if is_train else "none")
+    if config.transform:
+        facts = {"mean": preprocessing.mean, "std": preprocessing.std, "interpolation": preprocessing.interpolation}
+        transform = UserTransform(
+            config,
+            train=is_train,
+            image_size=preprocessing.image_size,
+            from_file=not config.dataset,
+            facts=facts,
+        )
+    if config.dataset:
+        return UserDataset(config, split, transform, seed=recipe.seed, left_out=left_out, classes=classes)
+    folder = prepare(config)
+    options: dict[str, Any] = {"seed": recipe.seed, "left_out": left_out, "classes": classes}
+    return ImageDataset(folder, split, transform, read=preprocessing.read, **options)
 
 
 def prepare(config: DataConfig) -> Path:
-    """The folder with train/ and val/; the digits are written there first where they are missing."""
-    if config.name == image_folder.DIGITS:
-        return digits.write_digits()
-    return image_folder.data_path(config.name, config.path)
+    """The folder with train/ and val/; a data set that is written here is written first where it is missing."""
+    return datasets.prepare(config.name, config.path)
+
+
+def find_classes(recipe: Recipe) -> list[str]:
+    """Names of the classes of a recipe's data set, in the order of the logits."""
+    if recipe.data.dataset:
+        return UserDataset(recipe.data, "train", lambda image: image, seed=recipe.seed).classes
+    return image_folder.find_classes(prepare(recipe.data) / "train")
 
 
 def build_loader(
-    dataset: ImageDataset,
+    dataset: Samples,
     batches: Iterable[Sequence[tuple[int, int]]],
     *,
     workers: int,

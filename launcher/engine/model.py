@@ -14,17 +14,19 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 
 from launcher.engine.data import Preprocessing
 from launcher.engine.layers import batch_norms, head_modules, match_parameters
+from launcher.engine.loading.samples import seed_generators
 from launcher.engine.non_finite import non_finite_names
+from launcher.engine.user import model as user_model
+from launcher.engine.user.model import IMAGENET_MEAN, IMAGENET_STD, InputFacts
 from launcher.engine.weights_file import present_name, read_weights_file
 from launcher.errors import UsageError
-from launcher.runs import user_code
+from launcher.recipe.user_code import as_in_run
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from launcher.recipe.schema import DataConfig, ModelConfig, Recipe
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AUXILIARY = ("googlenet", "inception_v3")
 AUXILIARY_WEIGHT = {"googlenet": 0.3, "inception_v3": 0.4}  # of each auxiliary loss, as their papers have it
 
@@ -35,28 +37,45 @@ def torchvision_weights(config: ModelConfig) -> Any:
     return models.get_model_weights(config.arch)[name]
 
 
-def build_preprocessing(model: ModelConfig, data: DataConfig) -> Preprocessing:
-    """Sizes of the recipe; mean, deviation and interpolation of the weights that training starts from."""
-    trained_with = torchvision_weights(model).transforms()
-    size = trained_with.crop_size[0] if data.image_size == "auto" else data.image_size
-    from_imagenet = model.weights is not None
+def build_preprocessing(model: ModelConfig, data: DataConfig, *, num_classes: int | None = None) -> Preprocessing:
+    """Sizes of the recipe; mean, deviation and interpolation of the weights that training starts from.
+
+    Args:
+        model: the recipe's.
+        data: the recipe's.
+        num_classes: with a model of the user's own, which is asked; None: nobody asks, it is not to be computed with.
+    """
+    if not model.factory:
+        facts = _torchvision_facts(model)
+    else:
+        facts = user_model.facts(model, num_classes=num_classes) if num_classes else InputFacts()
+    size = facts.image_size if data.image_size == "auto" else data.image_size
     return Preprocessing(
         image_size=size,
         resize_size=round(size / data.crop_pct),
+        mean=facts.mean if data.mean == "auto" else (data.mean[0], data.mean[1], data.mean[2]),
+        std=facts.std if data.std == "auto" else (data.std[0], data.std[1], data.std[2]),
+        interpolation=facts.interpolation if data.interpolation == "auto" else data.interpolation,
+        background=data.background_rgb,
+        grey_range=data.grey_limits,
+        own_transform=data.transform and as_in_run(data.transform),
+    )
+
+
+def _torchvision_facts(model: ModelConfig) -> InputFacts:
+    trained_with, from_imagenet = torchvision_weights(model).transforms(), model.weights is not None
+    return InputFacts(
+        image_size=trained_with.crop_size[0],
         mean=tuple(trained_with.mean) if from_imagenet else IMAGENET_MEAN,
         std=tuple(trained_with.std) if from_imagenet else IMAGENET_STD,
         interpolation=trained_with.interpolation.value,
-        background=data.background_rgb,
-        grey_range=data.grey_limits,
     )
 
 
 def build_module(config: ModelConfig, *, num_classes: int, image_size: int) -> nn.Module:
     """The network with new weights from torch's generator; logits N x num_classes from float32 N x 3 x S x S."""
     if config.factory:
-        found = user_code.load(config.factory)
-        made: nn.Module = user_code.call("model.factory", found, config.factory_args, num_classes=num_classes)
-        return made
+        return user_model.build(config, num_classes=num_classes)
     options: dict[str, Any] = {}
     if config.arch in AUXILIARY:
         options = {"aux_logits": True, "init_weights": config.weights is None}
@@ -70,13 +89,13 @@ def build_module(config: ModelConfig, *, num_classes: int, image_size: int) -> n
     return module
 
 
-def load_weights(module: nn.Module, config: ModelConfig, *, image_size: int) -> None:
+def load_weights(module: nn.Module, config: ModelConfig, *, image_size: int, head: Sequence[str] | None = None) -> None:
     """Give ``module`` the weights the recipe names; a head for other classes keeps its new ones.
 
     Raises:
         UsageError: the file does not fit the model, and says which keys; or it holds NaN or infinite values.
     """
-    if config.weights is None:
+    if config.weights is None or (config.factory and config.weights_file is None):
         return
     if config.weights_file is not None:
         state = read_weights_file(config.weights_file, module.state_dict()).state
@@ -86,7 +105,7 @@ def load_weights(module: nn.Module, config: ModelConfig, *, image_size: int) -> 
             warnings.simplefilter("ignore")  # torchvision warns of its own arguments
             source = models.get_model(config.arch, weights=torchvision_weights(config), progress=False, **options)
         state = source.state_dict()
-    state = fit_weights(state, module, config, image_size=image_size)
+    state = fit_weights(state, module, config, image_size=image_size, head=head)
     check_finite(state, config)
     load_state(module, state, strict=False)
 
@@ -113,7 +132,12 @@ def load_state(module: nn.Module, state: dict[str, torch.Tensor], *, strict: boo
 
 
 def fit_weights(
-    state: dict[str, torch.Tensor], module: nn.Module, config: ModelConfig, *, image_size: int
+    state: dict[str, torch.Tensor],
+    module: nn.Module,
+    config: ModelConfig,
+    *,
+    image_size: int,
+    head: Sequence[str] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Those entries of ``state`` that ``module`` takes: all but a head of another shape.
 
@@ -122,8 +146,8 @@ def fit_weights(
     """
     expected = module.state_dict()
     state = {present_name(k): v for k, v in state.items()}
-    head = tuple(f"{name}." for name in head_modules(config.arch))
-    if config.arch.startswith("vit_") and "encoder.pos_embedding" in state:
+    head = tuple(f"{name}." for name in (head_modules(config.arch) if head is None else head))
+    if not config.factory and config.arch.startswith("vit_") and "encoder.pos_embedding" in state:
         state = _resize_positions(state, expected, image_size)
     fitting = {k: v for k, v in state.items() if k in expected and v.shape == expected[k].shape}
     missing = [
@@ -141,7 +165,7 @@ def fit_weights(
         if keys
     ]
     if problems:
-        raise UsageError(f"{config.weights} does not fit {config.arch}: {'; '.join(problems)}")
+        raise UsageError(f"{config.weights} does not fit {config.label}: {'; '.join(problems)}")
     return fitting
 
 
@@ -169,12 +193,14 @@ class FineTunedModel:
     Args:
         module: the network.
         config: the recipe's ``model``.
+        head: dotted names of its layers that are new for a new number of classes; None: as the architecture has it.
     """
 
-    def __init__(self, module: nn.Module, config: ModelConfig) -> None:
+    def __init__(self, module: nn.Module, config: ModelConfig, head: Sequence[str] | None = None) -> None:
         self.module = module
-        self.head = head_modules(config.arch)
+        self.head = head_modules(config.arch) if head is None else tuple(head)
         self._config = config
+        self._frozen_by_factory = frozenset(name for name, p in module.named_parameters() if not p.requires_grad)
 
     def matching(self, patterns: Iterable[str]) -> set[str]:
         """Names of the parameters that any of the patterns selects.
@@ -198,7 +224,7 @@ class FineTunedModel:
 
     def frozen_parameters(self, epoch: int) -> set[str]:
         """Names of the parameters that do not learn in ``epoch``."""
-        frozen = self.matching(self._config.freeze)
+        frozen = self.matching(self._config.freeze) | self._frozen_by_factory
         for start, patterns in self._config.unfreeze.items():
             if start <= epoch:
                 names = [patterns] if isinstance(patterns, str) else patterns
@@ -234,6 +260,8 @@ def split_outputs(arch: str, outputs: Any) -> tuple[torch.Tensor, list[tuple[flo
     """The logits, and those of auxiliary heads with the weight of their loss (googlenet, inception_v3 in training)."""
     if isinstance(outputs, torch.Tensor):
         return outputs, []
+    if arch not in AUXILIARY_WEIGHT:
+        raise UsageError(f"the model returned {type(outputs).__name__}; it must return a tensor of N x C logits")
     weight = AUXILIARY_WEIGHT[arch]
     return outputs.logits, [(weight, o) for name, o in outputs._asdict().items() if name != "logits" and o is not None]
 
@@ -248,7 +276,9 @@ def build_model(recipe: Recipe, *, num_classes: int, image_size: int, with_weigh
         with_weights: read the starting weights; only rank 0 needs to, DDP hands them on.
     """
     torch.manual_seed(recipe.seed)
+    seed_generators(recipe.seed)
     module = build_module(recipe.model, num_classes=num_classes, image_size=image_size)
+    head = user_model.head_of(module, recipe.model, num_classes=num_classes) if recipe.model.factory else None
     if with_weights:
-        load_weights(module, recipe.model, image_size=image_size)
-    return FineTunedModel(module, recipe.model)
+        load_weights(module, recipe.model, image_size=image_size, head=head)
+    return FineTunedModel(module, recipe.model, head)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import urllib.error
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,13 +21,16 @@ from launcher.engine.model import (
 )
 from launcher.engine.setup import num_classes
 from launcher.engine.user import checks as user_checks
+from launcher.engine.user import model as user_model
+from launcher.engine.user import trial
 from launcher.engine.weights_file import read_weights_file
 from launcher.errors import Problem, RecipeError, UsageError
-from launcher.images import folder as image_folder
 from launcher.recipe import metrics as recipe_metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch import nn
 
     from launcher.engine.weights_file import Weights
     from launcher.recipe.schema import ModelConfig, Recipe
@@ -34,7 +38,14 @@ if TYPE_CHECKING:
     from launcher.runs.user_code import Code
 
 
-def check(recipe: Recipe, where: Callable[[str], str], code: Code, *, is_new: bool = True) -> None:
+def check(
+    recipe: Recipe,
+    where: Callable[[str], str],
+    *,
+    is_new: bool = True,
+    code: Code | None = None,
+    place: Path | None = None,
+) -> None:
     """Check that the model can be built, takes the weights, and that every pattern selects something.
 
     Torchvision weights that the cache lacks are downloaded, and the digits are written: once, before workers need them.
@@ -42,14 +53,16 @@ def check(recipe: Recipe, where: Callable[[str], str], code: Code, *, is_new: bo
     Args:
         recipe: checked by recipe.load already.
         where: from a key to the place in the recipe's file.
-        code: of the user's own, which the recipe names.
         is_new: whether training begins from the weights, so that what is not taken of them is worth a line.
+        code: of the user's, which is tried in a child process.
+        place: the run directory, for messages about that code.
 
     Raises:
         RecipeError: names everything that is wrong.
+        trial.UserCodeError: the user's code raised.
     """
-    with code.staged(recipe) as tried:
-        found = list(_find(tried, is_new=is_new))
+    find = functools.partial(_find, is_new=is_new)
+    found = trial.find_problems(recipe, code, find, place=place or Path()) if code else list(find(recipe))
     problems = [Problem(key=key, where=where(key), message=text) for key, text in found]
     if problems:
         raise RecipeError(problems)
@@ -69,8 +82,9 @@ def check_train_set(run: RunDir, recipe: Recipe, where: Callable[[str], str]) ->
     saved = run.newest_state()
     if saved is None:
         return
-    transform = build_preprocessing(recipe.model, recipe.data).transform()
-    train_set = data.ImageDataset(data.prepare(recipe.data), "train", transform, seed=recipe.seed)
+    if recipe.data.dataset:  # rank 0 compares them when it has made the data set
+        return
+    train_set = data.open_split(recipe, "train", build_preprocessing(recipe.model, recipe.data))
     try:
         state.check_train_set(run, train_set, saved)
     except UsageError as error:
@@ -78,23 +92,73 @@ def check_train_set(run: RunDir, recipe: Recipe, where: Callable[[str], str]) ->
 
 
 def _find(recipe: Recipe, *, is_new: bool) -> Iterator[tuple[str, str]]:
-    folder = data.prepare(recipe.data)
-    classes = num_classes(recipe, image_folder.find_classes(folder / "train"))
-    preprocessing = build_preprocessing(recipe.model, recipe.data)
+    try:
+        names = data.find_classes(recipe)
+    except UsageError as error:
+        yield "data.dataset", str(error)
+        return
+    classes = num_classes(recipe, names)
+    if len(names) > classes:
+        yield "model.num_classes", f"found {classes}, but data.dataset has {len(names)} classes"
     watched = recipe.train.early_stopping.metric
     if watched.removeprefix("val/") in recipe_metrics.trivial(classes):
         text = f"found {watched!r}, which is the same for every model with {classes} classes; use val/top1"
         yield "train.early_stopping.metric", text
     yield from user_checks.find(recipe, classes)
+    if recipe.data.dataset or recipe.data.transform:
+        yield from _samples(recipe, classes)
     if recipe.model.factory:
+        yield from _own_model(recipe, classes, is_new=is_new)
         return
-    yield from _patterns(recipe, classes)
-    yield from _image_size(recipe, classes, preprocessing.image_size)
-    yield from _weights(recipe, classes, preprocessing.image_size, is_new=is_new)
+    size = build_preprocessing(recipe.model, recipe.data).image_size
+    yield from _patterns(recipe, FineTunedModel(build_meta(recipe.model.arch, classes), recipe.model))
+    yield from _image_size(recipe, classes, size)
+    yield from _weights(recipe, build_meta(recipe.model.arch, classes), size, is_new=is_new)
 
 
-def _patterns(recipe: Recipe, classes: int) -> Iterator[tuple[str, str]]:
-    model = FineTunedModel(build_meta(recipe.model.arch, classes), recipe.model)
+def _samples(recipe: Recipe, classes: int) -> Iterator[tuple[str, str]]:
+    """The first sample of each split, as training and as validation see it."""
+    key = "data.dataset" if recipe.data.dataset else "data.transform"
+    try:
+        preprocessing = build_preprocessing(recipe.model, recipe.data, num_classes=classes)
+    except UsageError:
+        return  # of the model, which is looked at next
+    try:
+        train = data.open_split(recipe, "train", preprocessing, is_train=True)
+        val = data.open_split(recipe, "val", preprocessing, classes=train.classes)
+        key = "data.transform" if recipe.data.transform else key
+        for samples in (train, val):
+            if len(samples):
+                samples[0, 0]
+    except UsageError as error:
+        yield key, str(error)
+
+
+def _own_model(recipe: Recipe, classes: int, *, is_new: bool) -> Iterator[tuple[str, str]]:
+    """The user's own model, made as training makes it."""
+    config = recipe.model
+    try:
+        module = user_model.build(config, num_classes=classes)
+    except UsageError as error:
+        yield "model.factory", str(error)
+        return
+    try:
+        head = user_model.head_of(module, config, num_classes=classes)
+    except UsageError as error:
+        yield "model.head", str(error)
+        return
+    size = user_model.facts_of(module).image_size if recipe.data.image_size == "auto" else recipe.data.image_size
+    try:
+        user_model.try_forward(module, config, num_classes=classes, image_size=size)
+    except UsageError as error:
+        yield "model.factory", str(error)
+    model = FineTunedModel(module, config, head)
+    yield from _patterns(recipe, model)
+    if config.weights_file is not None:
+        yield from _weights(recipe, module, size, is_new=is_new, head=head)
+
+
+def _patterns(recipe: Recipe, model: FineTunedModel) -> Iterator[tuple[str, str]]:
     thaw = {
         f"model.unfreeze.{epoch}": [names] if isinstance(names, str) else names
         for epoch, names in recipe.model.unfreeze.items()
@@ -114,7 +178,7 @@ def _patterns(recipe: Recipe, classes: int) -> Iterator[tuple[str, str]]:
         epochs = range(recipe.train.epochs)
         idle = next((epoch for epoch in epochs if model.frozen_parameters(epoch) == every), None)
         if idle is not None:
-            yield "model.freeze", f"freezes all of {recipe.model.arch} in epoch {idle}; leave something to learn"
+            yield "model.freeze", f"freezes all of {recipe.model.label} in epoch {idle}; leave something to learn"
 
 
 def _image_size(recipe: Recipe, classes: int, size: int) -> Iterator[tuple[str, str]]:
@@ -127,37 +191,41 @@ def _image_size(recipe: Recipe, classes: int, size: int) -> Iterator[tuple[str, 
         yield "data.image_size", f"{recipe.model.arch} does not take images of {size} px: {str(error).splitlines()[0]}"
 
 
-def _weights(recipe: Recipe, classes: int, size: int, *, is_new: bool) -> Iterator[tuple[str, str]]:
+def _weights(
+    recipe: Recipe, module: nn.Module, size: int, *, is_new: bool, head: Sequence[str] | None = None
+) -> Iterator[tuple[str, str]]:
     config = recipe.model
     if config.weights is None:
         return
     if config.weights_file is None:
         yield from _download(recipe)
         return
-    module = build_meta(config.arch, classes)
     wanted = module.state_dict()
     try:
         found = read_weights_file(config.weights_file, wanted, device="meta")
-        taken = fit_weights(found.state, module, config, image_size=size)
+        taken = fit_weights(found.state, module, config, image_size=size, head=head)
         values = read_weights_file(config.weights_file, wanted).state
         check_finite({name: values[name] for name in taken}, config)
     except UsageError as error:
         yield "model.weights", str(error)
     else:
         if is_new:
-            _tell_of_weights(config, found, wanted, classes)
+            _tell_of_weights(config, found, wanted, head_modules(config.arch) if head is None else head)
 
 
-def _tell_of_weights(config: ModelConfig, found: Weights, wanted: dict[str, torch.Tensor], classes: int) -> None:
+def _tell_of_weights(
+    config: ModelConfig, found: Weights, wanted: dict[str, torch.Tensor], parts: Sequence[str]
+) -> None:
     """What is not taken as it is in the file; all that is would be no news."""
     if found.also:
         place = found.place or "the file itself"
         print(f"{config.weights}: the weights are those in {place}; {', '.join(found.also)} would fit too", flush=True)
-    head = [name for part in head_modules(config.arch) for name in wanted if name.startswith(f"{part}.")]
+    head = [name for part in parts for name in wanted if name.startswith(f"{part}.")]
     new = [name for name in head if name not in found.state or found.state[name].shape != wanted[name].shape]
     if new:
         there = next((found.state[name].shape[0] for name in new if name in found.state), None)
         why = "it has none" if there is None else f"its own is for {there} classes"
+        classes = wanted[new[-1]].shape[0]
         print(f"{config.weights}: a new head is put on for {classes} classes ({', '.join(new)}): {why}", flush=True)
 
 

@@ -16,6 +16,7 @@ from launcher.engine.distributed import broadcast_buffers
 from launcher.engine.losses import Loss, build_loss
 from launcher.engine.model import FineTunedModel, build_model, build_preprocessing
 from launcher.engine.schedule import Batching, Schedule, validation_batches
+from launcher.engine.user import model as user_model
 from launcher.images import folder as image_folder
 from launcher.recipe import load as recipes
 from launcher.system import loader_room
@@ -25,14 +26,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from contextlib import AbstractContextManager
 
-    from launcher.engine.data import ImageDataset, Preprocessing
+    from launcher.engine.data import Preprocessing
     from launcher.engine.device import Device, Precision
     from launcher.engine.distributed import Ranks
     from launcher.engine.loading.handover import Batch, Loader
+    from launcher.engine.loading.samples import Samples
     from launcher.recipe.schema import BatchConfig, Recipe
     from launcher.runs.run_dir import RunDir
 
-BYTES_OF_LABEL = 8
+BYTES_OF_LABEL, BYTES_OF_FLOAT = 8, 4
 DEBUG_STEPS, DEBUG_BATCH_SIZE = 5, 8
 """With ``--debug``: steps, and their batch size where the recipe leaves it to measurement, which takes a while."""
 
@@ -59,9 +61,9 @@ class Parts:
     """Of all its parameters."""
     schedule: Schedule
     """Which samples form which step."""
-    train_set: ImageDataset
+    train_set: Samples
     """Training images."""
-    val_set: ImageDataset
+    val_set: Samples
     """Validation images."""
     preprocessing: Preprocessing
     """What is done to an image."""
@@ -140,7 +142,7 @@ class Parts:
             Why there are fewer than the recipe asks for, and what to do; None: there are not.
         """
         wanted, ranks = self.loading, self.ranks
-        pixels = 3 * self.preprocessing.image_size**2
+        pixels = 3 * self.preprocessing.image_size**2 * (BYTES_OF_FLOAT if self.recipe.data.transform else 1)
         self.loading = loader_room.fit(
             wanted.workers,
             wanted.prefetch,
@@ -171,7 +173,7 @@ class Parts:
         )
         return self._loader(self.val_set, ([(0, i) for i in batch] for batch in islice(batches, self.max_steps)))
 
-    def _loader(self, dataset: ImageDataset, batches: Iterator[list[tuple[int, int]]]) -> Loader:
+    def _loader(self, dataset: Samples, batches: Iterator[list[tuple[int, int]]]) -> Loader:
         loading = self.loading
         return data.build_loader(
             dataset, batches, workers=loading.workers, prefetch=loading.prefetch, device=self.device
@@ -182,9 +184,9 @@ class Parts:
 class DataSets:
     """The images of a run, listed."""
 
-    train: ImageDataset
+    train: Samples
     """To learn from."""
-    val: ImageDataset
+    val: Samples
     """To measure with."""
     preprocessing: Preprocessing
     """What is done to an image."""
@@ -195,19 +197,17 @@ class DataSets:
 def open_data_sets(run: RunDir) -> DataSets:
     """List the images that the recipe of ``run`` names; touches no device."""
     recipe = recipes.read_resolved(run.recipe)
-    folder = data.prepare(recipe.data)
-    preprocessing = build_preprocessing(recipe.model, recipe.data)
     left_out = image_folder.read_quarantine(run.bad_images)
-    return DataSets(
-        train=data.ImageDataset(
-            folder, "train", preprocessing.transform(recipe.data.augment), seed=recipe.seed, read=preprocessing.read
-        ),
-        val=data.ImageDataset(
-            folder, "val", preprocessing.transform(), seed=recipe.seed, left_out=left_out, read=preprocessing.read
-        ),
-        preprocessing=preprocessing,
-        left_out=left_out,
-    )
+    return open_images(recipe, left_out)
+
+
+def open_images(recipe: Recipe, left_out: frozenset[str] = frozenset()) -> DataSets:
+    """The same, of a recipe; without those that are ``left_out``."""
+    classes = num_classes(recipe, data.find_classes(recipe)) if recipe.model.factory else None
+    preprocessing = build_preprocessing(recipe.model, recipe.data, num_classes=classes)
+    train = data.open_split(recipe, "train", preprocessing, is_train=True)
+    val = data.open_split(recipe, "val", preprocessing, left_out=left_out, classes=train.classes)
+    return DataSets(train=train, val=val, preprocessing=preprocessing, left_out=left_out)
 
 
 def num_classes(recipe: Recipe, classes: list[str]) -> int:
@@ -222,6 +222,15 @@ def fixed_batching(config: BatchConfig, ranks: Ranks, *, debug: bool) -> Batchin
     return Batching.even(
         size, world_size=ranks.world_size, global_size=config.global_size, accumulate=config.accumulate
     )
+
+
+def _build_model(recipe: Recipe, images: DataSets, *, with_weights: bool, tried: bool) -> FineTunedModel:
+    """The model for a data set; one of the user's own is run once where it was not ``tried`` before the start."""
+    classes, size = num_classes(recipe, images.train.classes), images.preprocessing.image_size
+    model = build_model(recipe, num_classes=classes, image_size=size, with_weights=with_weights)
+    if recipe.model.factory and not tried:
+        user_model.try_forward(model.module, recipe.model, num_classes=classes, image_size=size)
+    return model
 
 
 def build_parts(
@@ -250,13 +259,9 @@ def build_parts(
     recipe = recipes.read_resolved(run.recipe)
     images = data_sets or open_data_sets(run)
     channels_last = device.channels_last if recipe.train.channels_last == "auto" else recipe.train.channels_last
+    with_weights = ranks.rank == 0 if with_weights is None else with_weights
+    model = _build_model(recipe, images, with_weights=with_weights, tried=not debug)
     classes = num_classes(recipe, images.train.classes)
-    model = build_model(
-        recipe,
-        num_classes=classes,
-        image_size=images.preprocessing.image_size,
-        with_weights=ranks.rank == 0 if with_weights is None else with_weights,
-    )
     model.module.to(device.torch_device)
     if channels_last:
         model.module.to(memory_format=torch.channels_last)

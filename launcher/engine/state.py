@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from launcher.engine.checkpoints.checkpoint import Checkpoint
-    from launcher.engine.data import ImageDataset
+    from launcher.engine.loading.samples import Samples
     from launcher.engine.setup import Parts
     from launcher.runs.run_dir import RunDir
 
@@ -151,7 +151,7 @@ class TrainingState:
                 totals.restore(state[sums])
 
 
-def check_train_set(run: RunDir, train_set: ImageDataset, state: dict[str, Any]) -> None:
+def check_train_set(run: RunDir, train_set: Samples, state: dict[str, Any]) -> None:
     """A position in an epoch's order means nothing for another set of images.
 
     Raises:

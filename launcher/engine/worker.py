@@ -220,24 +220,22 @@ def write_error(run: RunDir, spec: WorkerSpec, ranks: Ranks, error: BaseExceptio
 
 def write_error_file(run: RunDir, spec: WorkerSpec, ranks: Ranks, error: BaseException) -> None:
     """Leave what ended this rank in its error file."""
-    text = redact("".join(traceback.format_exception(error)))
     file = run.rank_error(spec.attempt, ranks.rank)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(
-        file,
-        {
-            "time": time.time(),
-            "attempt": spec.attempt,
-            "rank": ranks.rank,
-            "node": ranks.node_rank,
-            "host": node_name(),
-            "kind": error_kind(error),
-            "type": type(error).__name__,
-            "message": redact(str(error)),
-            "traceback": text,
-            "own_line": last_own_line(text),
-        },
-    )
+    who = {"attempt": spec.attempt, "rank": ranks.rank, "node": ranks.node_rank, "host": node_name()}
+    write_json_atomic(file, {"time": time.time(), **who, **error_record(error)})
+
+
+def error_record(error: BaseException) -> dict[str, Any]:
+    """What an error file says of an error: ``{kind, type, message, traceback, own_line}``."""
+    text = redact("".join(traceback.format_exception(error)))
+    return {
+        "kind": error_kind(error),
+        "type": type(error).__name__,
+        "message": redact(str(error)),
+        "traceback": text,
+        "own_line": last_own_line(text),
+    }
 
 
 def error_kind(error: BaseException) -> str:

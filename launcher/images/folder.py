@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SPLITS = ("train", "val")
-DIGITS = "digits"
 CACHE_CURE = "set FINETUNE_LAUNCHER_CACHE to a folder that can be written to"
 
 
@@ -28,11 +27,6 @@ def cache_dir() -> Path:
     except RuntimeError:
         raise UsageError(f"there is no home folder (HOME); {CACHE_CURE}") from None
     return Path(base) / "finetune-launcher"
-
-
-def data_path(name: str, path: str | None) -> Path:
-    """The folder with train/ and val/ of a recipe's data set."""
-    return cache_dir() / DIGITS if name == DIGITS else Path(str(path)).expanduser()
 
 
 def find_classes(split: Path) -> list[str]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import TYPE_CHECKING
 
 from launcher.errors import Problem, UsageError, did_you_mean
+from launcher.images import datasets
 from launcher.images import folder as image_folder
 from launcher.recipe import catalog, user_code
 from launcher.recipe import metrics as recipe_metrics
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
     from pathlib import Path
 
-    from launcher.recipe.schema import Recipe
+    from launcher.recipe.schema import ModelConfig, Recipe
     from launcher.recipe.source import Source
 
 
@@ -94,15 +94,25 @@ def _model(recipe: Recipe) -> Iterator[Finding]:
     if late:
         keys = ("model.unfreeze", "train.epochs")
         yield keys, f"epoch {late[0]} never comes: train.epochs is {recipe.train.epochs}, counted from 0"
+    if model.weights_file is not None:
+        yield from _weights_file(model.weights_file)
+    if not model.factory:
+        yield from _architecture(model)
+    elif model.weights not in (None, "DEFAULT") and model.weights_file is None:
+        keys = ("model.weights", "model.factory")
+        yield keys, f"{model.weights} are torchvision's; with model.factory: a file, or null for what it returns"
+
+
+def _architecture(model: ModelConfig) -> Iterator[Finding]:
+    """A model of torchvision's, and its weights by name."""
+    if model.head != "auto":
+        yield ("model.head", "model.factory"), "goes with model.factory; of torchvision's models the head is known"
     try:
         entry = catalog.find_model(model.arch)
     except UsageError as error:
         yield ("model.arch",), str(error)
         return
-    file = recipe.model.weights_file
-    if file is not None:
-        yield from _weights_file(file)
-    elif model.weights is not None:
+    if model.weights is not None and model.weights_file is None:
         keys = ("model.weights", "model.arch")
         try:
             weights = entry.find_weights(model.weights)
@@ -123,18 +133,19 @@ def _weights_file(file: Path) -> Iterator[Finding]:
 
 def _data(recipe: Recipe) -> Iterator[Finding]:
     data = recipe.data
-    if data.name == image_folder.DIGITS:
-        written = image_folder.data_path(data.name, None).is_dir()
-        if not written and importlib.util.find_spec("sklearn") is None:
-            yield ("data.name",), "digits come from scikit-learn, which is not installed: pip install scikit-learn"
+    if data.grey_limits and data.grey_limits[0] >= data.grey_limits[1]:
+        yield ("data.grey_range",), f"found {data.grey_range}; the first, which is black, must be less than the second"
+    if data.dataset:
+        return
+    if datasets.DATASETS[data.name].write:
+        if problem := datasets.find_problem(data.name):
+            yield ("data.name",), problem
         return
     keys = ("data.path", "data.name")
     if data.path is None:
         yield keys, "missing: the folder that holds train/ and val/; give it here or as data.path=/my/photos"
         return
-    if data.grey_limits and data.grey_limits[0] >= data.grey_limits[1]:
-        yield ("data.grey_range",), f"found {data.grey_range}; the first, which is black, must be less than the second"
-    path = image_folder.data_path(data.name, data.path)
+    path = datasets.data_path(data.name, data.path)
     problems = image_folder.find_problems(path, missing_val_classes=data.missing_val_classes)
     yield from ((keys, text) for text in problems)
     if not problems and recipe.model.num_classes != "auto":

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from launcher.images.datasets import DATASETS
 from launcher.recipe.types import STRICT, Argument, Auto, Count, CountOrZero, Fraction, NonNegative, Positive
 
 WEIGHT_NAMES = ("DEFAULT", "IMAGENET1K_")
 """How torchvision's names of weights begin."""
 COLOURS = {"white": "#ffffff", "black": "#000000", "grey": "#808080"}
+if TYPE_CHECKING:
+    DatasetName = str
+else:
+    DatasetName = Literal[tuple(DATASETS)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +38,21 @@ class ModelConfig:
     They run in eval mode: frozen BatchNorm keeps its statistics."""
     factory: str | None = None
     """Your own model, `file.py:name` or `package.module:name`: what is called with num_classes=… and returns an
-    nn.Module. null: model.arch."""
+    nn.Module. null: model.arch. weights may then be a file; DEFAULT and null mean what factory returns."""
     factory_args: dict[str, Argument] = field(default_factory=dict)
     """Further arguments of factory by name, as in {model_name: resnet18}."""
+    head: list[str] | Auto = "auto"
+    """With factory: the layers that are new for a new number of classes, by name. auto: as the model says (timm), else
+    its fc, classifier, head or heads, else its last linear layer."""
     unfreeze: Annotated[
         dict[CountOrZero, list[str] | str], Field(json_schema_extra={"propertyNames": {"pattern": "^[0-9]+$"}})
     ] = field(default_factory=dict)
     """From which epoch (from 0) which layers learn again, as in {3: layer1}; the same patterns as freeze."""
+
+    @property
+    def label(self) -> str:
+        """The model in words: its architecture, or the user's own factory."""
+        return self.factory or self.arch
 
     @property
     def weights_file(self) -> Path | None:
@@ -57,14 +70,32 @@ class DataConfig:
 
     __pydantic_config__ = STRICT
 
-    name: Literal["imagefolder", "digits"] = "imagefolder"
+    name: DatasetName = "imagefolder"
     """imagefolder: path/train/CLASS/*.jpg and path/val/CLASS/*.jpg; digits: scikit-learn's 1,797 images of digits."""
     path: str | None = None
-    """Folder that holds train/ and val/; needed by imagefolder."""
+    """Folder that holds train/ and val/; needed by imagefolder. Your own dataset gets it as it is."""
+    dataset: str | None = None
+    """Your own data set, `file.py:name` or `package.module:name`: what is called with split="train" and split="val"
+    (and path, where it names that) and returns an object with classes, __len__, __getitem__, key and label
+    (docs/extending.md). null: name."""
+    dataset_args: dict[str, Argument] = field(default_factory=dict)
+    """Further arguments of dataset by name."""
+    transform: str | None = None
+    """Your own transform in place of resizing, augment and normalisation: what is called with train=True and with
+    train=False (and image_size, mean, std, interpolation, where it names them) and returns what makes an image a float
+    tensor of 3 x image_size x image_size. null: crop_pct and augment."""
+    transform_args: dict[str, Argument] = field(default_factory=dict)
+    """Further arguments of transform by name."""
     image_size: Annotated[int, Field(ge=16)] | Auto = "auto"
-    """Height and width in pixels that the model sees; auto: what the model's weights were trained at."""
+    """Height and width in pixels that the model sees; auto: what the model's weights were trained at, or 224."""
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875
     """Validation takes the centre crop of this fraction of the resized image's short side."""
+    mean: Annotated[list[float], Field(min_length=3, max_length=3)] | Auto = "auto"
+    """Of the colour channels, from 0 to 1, which is subtracted; auto: what the model's weights were trained with."""
+    std: Annotated[list[Positive], Field(min_length=3, max_length=3)] | Auto = "auto"
+    """Of the colour channels, from 0 to 1, which is divided by; auto: what the model's weights were trained with."""
+    interpolation: Literal["auto", "bilinear", "bicubic"] = "auto"
+    """Of resizing; auto: what the model's weights were trained with."""
     augment: Literal["none", "light", "standard"] = "standard"
     """Training images: none (as in validation), light (random crop of 64 to 100 % of the area), standard (25 to 100 %,
     and mirrored)."""

@@ -58,6 +58,12 @@ class Seam:
 OFFERED = Call(offered=("num_classes", "reduction"))
 SEAMS = (
     Seam(key="model.factory", call=Call(keywords=("num_classes",)), args="model.factory_args"),
+    Seam(key="data.dataset", call=Call(keywords=("split",), offered=("path",)), args="data.dataset_args"),
+    Seam(
+        key="data.transform",
+        call=Call(keywords=("train",), offered=("image_size", "mean", "std", "interpolation")),
+        args="data.transform_args",
+    ),
     Seam(
         key="train.loss",
         call=Call(positional=("logits", "targets"), offered=OFFERED.offered),

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from launcher.images import pixels
+from launcher.images.datasets import DATASETS
 from launcher.report import templating
 
 FEW_SAMPLES = 30
@@ -25,6 +26,7 @@ def render(report: Json, recipe_yaml: str) -> str:
     return templating.card(
         "model_card.md.jinja",
         report=report,
+        data_title=DATASETS[report["recipe"]["data"]["name"]].title,
         recipe_yaml=recipe_yaml,
         recipe_fence=templating.fence(recipe_yaml),
         preprocessing_source=pixels.source(),

@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from launcher.images import pixels
 from launcher.images.folder import printable
+from launcher.recipe.user_code import as_in_run
 from launcher.system import cpu as host_cpu
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ FILTERS = {
     "code": code,
     "describe_preprocessing": pixels.describe,
     "duration": duration,
+    "in_run": as_in_run,
     "metric": metric,
     "moment": moment,
     "number": number,

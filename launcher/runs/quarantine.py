@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.errors import Problem, RecipeError, TrainingError
+from launcher.images import datasets
 from launcher.images import folder as image_folder
 from launcher.images import scan as image_scan
 from launcher.images.folder import printable
@@ -20,7 +22,6 @@ from launcher.system.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from launcher.images.scan import Scan
     from launcher.recipe.schema import DataConfig, Recipe
@@ -32,10 +33,10 @@ WAIT_S = 7200
 
 
 def scan(config: DataConfig, progress: Callable[[int, int], None] | None = None) -> Scan:
-    """Look through a recipe's images; those that the launcher has made itself need no look."""
-    folder = image_folder.data_path(config.name, config.path)
-    if config.name == image_folder.DIGITS:
-        return image_scan.Scan(folder=folder, images=[], num_read=0, warnings=[])
+    """Look through a recipe's images, but not through those that the launcher or the user's own code has made."""
+    if config.dataset or datasets.DATASETS[config.name].write:
+        return image_scan.Scan(folder=Path(config.path or "."), images=[], num_read=0, warnings=[])
+    folder = datasets.data_path(config.name, config.path)
     found = image_scan.scan(folder, grey_range=config.grey_limits, progress=progress or image_scan.show_progress())
     for warning in (*found.warnings, *map(printable, found.left_out)):
         print(f"warning: {warning}", file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.errors import Problem, RecipeError, UsageError
+from launcher.images import datasets
 from launcher.images import folder as image_folder
 from launcher.recipe import catalog, user_code
 from launcher.recipe import load as recipes
@@ -26,6 +27,9 @@ FIXED = {
     "model.num_classes": "the checkpoint's head has the other number of outputs",
     "data.image_size": "the best checkpoint so far was chosen, and would be exported, at the other size",
     "data.crop_pct": "the best checkpoint so far was chosen, and would be exported, with the other crop",
+    "data.mean": "the best checkpoint so far was chosen, and would be exported, with the other values",
+    "data.std": "the best checkpoint so far was chosen, and would be exported, with the other values",
+    "data.interpolation": "the best checkpoint so far was chosen, and would be exported, with the other",
     "data.background": "the best checkpoint so far was chosen, and would be exported, on the other background",
     "data.grey_range": "the best checkpoint so far was chosen, and would be exported, with other grey values",
     "optim.name": "the checkpoint holds the other's state",
@@ -40,8 +44,13 @@ OPEN = {
     "model.unfreeze": "",
     "model.factory": "",
     "model.factory_args": "",
+    "model.head": "",
     "data.name": SAME_IMAGES,
     "data.path": SAME_IMAGES,
+    "data.dataset": SAME_IMAGES,
+    "data.dataset_args": SAME_IMAGES,
+    "data.transform": "",
+    "data.transform_args": "",
     "data.augment": "",
     "data.workers": "",
     "data.on_bad_image": "",
@@ -186,7 +195,7 @@ def _meaning(key: str, value: Any, recipe: Recipe, num_classes: int) -> Any:
     """What a value stands for, so that two ways to write the same are no change."""
     if key == "model.weights":
         return _weights(recipe)
-    if key == "data.image_size" and value == "auto":
+    if key == "data.image_size" and value == "auto" and not recipe.model.factory:
         return catalog.image_size(recipe.model.arch, recipe.model.weights)
     if key == "model.num_classes" and value == "auto":
         return _num_folders(recipe) or num_classes
@@ -201,6 +210,8 @@ def _weights(recipe: Recipe) -> Any:
     model = recipe.model
     if model.weights_file is not None:
         return model.weights_file.resolve()
+    if model.factory:
+        return None
     return model.weights and catalog.find_model(model.arch).find_weights(model.weights).name
 
 
@@ -211,5 +222,7 @@ def _has_moved(before: Recipe, now: Recipe) -> bool:
 
 
 def _num_folders(recipe: Recipe) -> int | None:
-    folder = image_folder.data_path(recipe.data.name, recipe.data.path) / "train"
+    if recipe.data.dataset:
+        return None
+    folder = datasets.data_path(recipe.data.name, recipe.data.path) / "train"
     return len(image_folder.find_classes(folder)) if folder.is_dir() else None

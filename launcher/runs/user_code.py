@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib
 import importlib.metadata
@@ -21,7 +20,7 @@ from launcher.recipe.user_modules import MANIFEST
 from launcher.system.files import fsync, write_json_atomic
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from types import ModuleType
 
     from launcher.recipe.schema import Recipe
@@ -67,13 +66,6 @@ class Code:
             for name, content in sorted(self.files.items())
         }
         return {"version": VERSION, "references": self.references, "files": files, "packages": self.packages}
-
-    @contextlib.contextmanager
-    def staged(self, recipe: Recipe) -> Iterator[Recipe]:
-        """The recipe with its references leading to this code in a temporary folder, to try it before a run is made."""
-        with tempfile.TemporaryDirectory(prefix="launch-code-") as folder:
-            self.write(Path(folder) / user_modules.CODE)
-            yield user_code.placed(recipe, Path(folder))
 
     def write(self, folder: Path) -> None:
         """Make ``folder`` hold exactly this; a reader sees the old one, for a moment none, or the new one."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.images import datasets
 from launcher.images import folder as image_folder
 from launcher.images.folder import find_classes, find_problems, list_images
 
@@ -128,9 +129,9 @@ def test_where_the_cache_is(environment, expected, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert image_folder.cache_dir() == Path(expected)
-    assert image_folder.data_path("digits", None) == Path(expected) / "digits"
+    assert datasets.data_path("digits", None) == Path(expected) / "digits"
 
 
 def test_a_path_may_begin_with_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/h")
-    assert image_folder.data_path("imagefolder", "~/photos") == Path("/h/photos")
+    assert datasets.data_path("imagefolder", "~/photos") == Path("/h/photos")

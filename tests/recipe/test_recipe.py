@@ -102,6 +102,11 @@ OWN = {
     "model.unfreeze": st.dictionaries(st.integers(0, 10**6), TEXT | st.lists(TEXT, max_size=2), max_size=2),
     "model.factory": st.sampled_from([None, "torchvision.models:resnet18"]),
     "model.factory_args": st.just({}),
+    "model.head": st.just("auto"),
+    "data.dataset": st.none(),
+    "data.dataset_args": st.just({}),
+    "data.transform": st.none(),
+    "data.transform_args": st.just({}),
     "data.path": st.just("/photos"),
     "data.name": st.just("digits"),
     "metrics": st.lists(

@@ -1,1 +1,1 @@
-"""Makes what a recipe brings of the user's own into objects that the engine uses."""
+"""What people bring with them, as the engine uses it: a model, data, a loss, metrics, listeners."""

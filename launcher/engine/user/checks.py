@@ -1,14 +1,14 @@
-"""Tries a recipe's losses, metrics and listeners before anything is written or started, with made-up answers.
+"""Tries a recipe's losses, metrics and listeners before anything is started, with made-up answers.
 
 What only shows when the user's own code runs is told here: shapes, gradients, and whether a loss or a metric means the
-same on one rank and on several. An exception of theirs is not: it ends the run in the worker, with its traceback.
+same on one rank and on several.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from launcher.recipe import user_code
 from launcher.runs.user_code import load
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
     from launcher.recipe.schema import Recipe, TrainConfig
 
@@ -40,31 +40,26 @@ def find(recipe: Recipe, num_classes: int) -> Iterator[tuple[str, str]]:
         num_classes: outputs of the model.
     """
     config = recipe.train
-    if problem := _tried(functools.partial(_loss_problem, config, num_classes), config.loss, config.loss_args):
+    if problem := _told(functools.partial(_loss_problem, config, num_classes)):
         yield "train.loss", problem
     for index, row in enumerate(listeners.rows(config.listeners)):
-        if problem := _tried(functools.partial(_listener_problem, row.listener), row.listener, {}):
+        if problem := _told(functools.partial(_listener_problem, row.listener)):
             yield f"train.listeners.{index}", problem
     if not recipe.metrics:
         return
     from launcher.engine.user import metrics
 
     for index, metric in enumerate(recipe_metrics.configs(recipe.metrics).values()):
-        problem = _tried(functools.partial(metrics.find_problem, metric, num_classes), metric.metric, metric.args)
-        if problem:
+        if problem := _told(functools.partial(metrics.find_problem, metric, num_classes)):
             yield f"metrics.{index}", problem
 
 
-def _tried(look: Callable[[], str | None], name: str, args: Mapping[str, Any]) -> str | None:
-    """What ``look`` finds; where it raises, that is the recipe's fault only if it has arguments for what was called."""
+def _told(look: Callable[[], str | None]) -> str | None:
+    """What ``look`` finds. An exception of the user's own code is not caught: it is shown with its traceback."""
     try:
         return look()
     except UsageError as error:
         return str(error)
-    except (TypeError, ValueError) as error:
-        return f"{user_code.shown(name)} with {dict(args)}: {type(error).__name__}: {error}" if args else None
-    except Exception:  # the user's own code; see above
-        return None
 
 
 def _loss_problem(config: TrainConfig, num_classes: int) -> str | None:
@@ -81,7 +76,13 @@ def _loss_problem(config: TrainConfig, num_classes: int) -> str | None:
         torch.manual_seed(0)
         logits = torch.randn(NUM_TRIED, num_classes).requires_grad_()
         targets = torch.randint(num_classes, (NUM_TRIED,))
-        if problem := losses.find_problem(loss.call(logits, targets, training=True), NUM_TRIED, needs_gradient=True):
+        try:
+            found = loss.call(logits, targets, training=True)
+        except (TypeError, ValueError) as error:
+            if config.loss not in losses.LOSSES:
+                raise
+            raise UsageError(f"{config.loss} with {config.loss_args}: {type(error).__name__}: {error}") from error
+        if problem := losses.find_problem(found, NUM_TRIED, needs_gradient=True):
             return f"{loss.name} {problem}"
         whole, again = (float(loss.sum(logits, targets, training=True).detach()) for _ in range(2))
         cut = NUM_TRIED // 2 - 1

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from launcher.errors import UsageError
+from launcher.recipe.user_code import shown
 from launcher.runs import user_code
 
 if TYPE_CHECKING:
@@ -24,7 +26,10 @@ def build(reference: str, args: Mapping[str, Any], *, num_classes: int, takes: i
         reference: as the run's recipe has it.
         args: of the recipe.
         num_classes: outputs of the model; passed where ``num_classes`` is "auto", or is needed and not given.
-        takes: how many arguments by position what is meant is called with; 0: functions are factories.
+        takes: how many arguments by position a function that is meant itself is called with; 0: it is a factory.
+
+    Raises:
+        UsageError: a class or a factory does not take ``args``.
     """
     found = user_code.load(reference)
     if not (isinstance(found, type) or inspect.isroutine(found)):
@@ -37,7 +42,12 @@ def build(reference: str, args: Mapping[str, Any], *, num_classes: int, takes: i
         given.setdefault("reduction", "none")
     if takes and not isinstance(found, type) and not is_factory(found, given):
         return functools.partial(found, **given)
-    return found(**given)
+    try:
+        return found(**given)
+    except (TypeError, ValueError) as error:
+        if not args:
+            raise
+        raise UsageError(f"{shown(reference)} with {dict(args)}: {type(error).__name__}: {error}") from error
 
 
 def parameters_of(found: Callable[..., Any]) -> dict[str, inspect.Parameter] | None:

@@ -1,0 +1,75 @@
+"""The samples of a split, whoever made them: their keys and classes, and what is random about one of them."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import random
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from launcher.engine.loading.handover import Batch
+from launcher.engine.schedule import derive_seed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Samples(Dataset[Batch]):
+    """One split of a data set.
+
+    Args:
+        transform: from what :meth:`load` gives to an image for the model, 3 x S x S.
+        seed: the recipe's; the randomness of a sample follows from (seed, epoch, index).
+    """
+
+    classes: list[str]
+    """Names in the order of the logits."""
+    samples: list[tuple[str, int]]
+    """Path, or another key, and class of each."""
+
+    def __init__(self, transform: Callable[[Any], torch.Tensor], *, seed: int) -> None:
+        self._transform = transform
+        self._seed = seed
+
+    def key(self, index: int) -> str:
+        """What a sample is known by in the run's files."""
+        return self.samples[index][0]
+
+    def load(self, index: int) -> Any:
+        """The image of a sample, as the transform takes it."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of the samples' keys and their classes, in their order."""
+        digest = hashlib.sha256()
+        for index, (_, label) in enumerate(self.samples):
+            digest.update(f"{label} {self.key(index)}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+    def find(self, keys: frozenset[str]) -> frozenset[int]:
+        """Indices of the samples with these keys."""
+        return frozenset(index for index in range(len(self)) if self.key(index) in keys) if keys else frozenset()
+
+    def __getitem__(self, position: tuple[int, int]) -> Batch:
+        """The image at (epoch, index), uint8 or, of the user's own transform, float 3 x S x S; its class, int64."""
+        epoch, index = position
+        seed_generators(derive_seed(self._seed, epoch, index))
+        return self._transform(self.load(index)), torch.tensor(self.samples[index][1])
+
+
+def seed_generators(seed: int) -> None:
+    """Have all that is random from here on follow from ``seed``, in the user's code too.
+
+    Only the CPU's generator of torch: torch.manual_seed would also queue work for every GPU.
+    """
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  what the user's code may use
