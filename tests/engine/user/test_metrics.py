@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import sys
 from itertools import pairwise
 
@@ -209,8 +210,6 @@ def test_good_ones_are_taken(row):
     ],
 )
 def test_what_is_no_single_number_over_ranks_is_refused(name, words):
-    import re
-
     assert re.search(words, problem_of(f"{HERE}:{name}"))
 
 
@@ -234,3 +233,31 @@ def test_an_error_comes_with_the_metric_and_not_after_an_epoch(monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "spread", broken)
     with pytest.raises(ZeroDivisionError, match="theirs"):
         build([f"{HERE}:spread"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_run_stopped_anywhere_ends_with_the_bits_of_one_that_was_not(make_run, engine, in_ranks, world_size):
+    changes = {
+        "batch": {"size": 5},
+        "metrics": ROWS[:2],
+        "train": {
+            "epochs": 2,
+            "loss": "torch.nn:CrossEntropyLoss",
+            "loss_args": {"label_smoothing": 0.1},
+            "early_stopping": {"metric": "val/MulticlassCalibrationError", "mode": "min"},
+        },
+    }
+    whole = make_run("whole", **changes)
+    expected = in_ranks(world_size, lambda who: engine.train(whole, who))[0]
+    run, outcomes, lines = make_run("stopped", **changes), [], []
+    for poll in (3, 8, 14, 200):  # in an epoch, in a validation
+        found = in_ranks(world_size, lambda who, poll=poll: engine.train(run, who, stop=engine.at_poll(poll)))[0]
+        outcomes.append(found.outcome)
+        lines += found.lines
+    assert outcomes[0] == "preempted"
+    assert outcomes[-1] == "completed"
+    for part in ("state", "optimizer", "best", "step"):
+        assert engine.identical(getattr(found, part), getattr(expected, part)), part
+    last = {(line["split"], line["step"]): line for line in lines}
+    assert list(last.values()) == expected.lines
