@@ -49,7 +49,13 @@ FLOORS = (
     "cli",
     "__main__",
 )
-SCHEMAS = {"launcher.recipe.schema", "launcher.recipe.load", "launcher.recipe.types", "launcher.plan.profile"}
+SCHEMAS = {
+    "launcher.recipe.schema",
+    "launcher.recipe.schema_train",
+    "launcher.recipe.load",
+    "launcher.recipe.types",
+    "launcher.plan.profile",
+}
 """Imported at first use: their schema is pydantic's words."""
 
 

@@ -21,7 +21,7 @@ from launcher.recipe import user_code
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from launcher.recipe.schema import TrainConfig
+    from launcher.recipe.schema_train import TrainConfig
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, *, label_smoothing: float = 0.0) -> torch.Tensor:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from launcher.recipe.schema import MetricConfig, Recipe
+    from launcher.recipe.schema import Recipe
+    from launcher.recipe.schema_train import MetricConfig
 
 TOP_K = 5
 """Of val/top5."""
@@ -116,7 +117,7 @@ def _values(row: Any) -> dict[str, Any]:
 
 def configs(rows: Sequence[str | MetricConfig]) -> dict[str, MetricConfig]:
     """A recipe's own metrics by their names, each as a whole row."""
-    from launcher.recipe.schema import MetricConfig
+    from launcher.recipe.schema_train import MetricConfig
 
     whole = [MetricConfig(metric=row) if isinstance(row, str) else row for row in rows]
     return {row.name or name_of(row.metric): row for row in whole}

@@ -11,7 +11,7 @@ from torch.nn import functional
 from launcher.engine import losses
 from launcher.errors import TrainingError
 from launcher.recipe import user_code
-from launcher.recipe.schema import TrainConfig
+from launcher.recipe.schema_train import TrainConfig
 
 CPU = torch.device("cpu")
 

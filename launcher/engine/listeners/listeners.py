@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from launcher.engine.setup import Parts
-    from launcher.recipe.schema import ListenerConfig
+    from launcher.recipe.schema_train import ListenerConfig
 
 EVENTS: dict[str, tuple[str, ...]] = {
     "start": ("run_dir", "run_id", "recipe", "world_size", "num_steps", "epoch", "step"),
@@ -95,7 +95,7 @@ def build_listeners(parts: Parts, recorder: Any) -> Listeners:
 
 def rows(listeners: list[str | ListenerConfig]) -> list[ListenerConfig]:
     """Each entry of ``train.listeners`` as a whole row."""
-    from launcher.recipe.schema import ListenerConfig
+    from launcher.recipe.schema_train import ListenerConfig
 
     return [ListenerConfig(listener=row) if isinstance(row, str) else row for row in listeners]
 

@@ -24,7 +24,8 @@ from launcher.runs.user_code import load
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from launcher.recipe.schema import Recipe, TrainConfig
+    from launcher.recipe.schema import Recipe
+    from launcher.recipe.schema_train import TrainConfig
 
 NUM_TRIED = 12
 """Samples of the trial of a loss."""

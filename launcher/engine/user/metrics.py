@@ -24,7 +24,8 @@ from launcher.recipe import user_code
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from launcher.recipe.schema import MetricConfig, Recipe
+    from launcher.recipe.schema import Recipe
+    from launcher.recipe.schema_train import MetricConfig
 
 TRIAL_IMAGES = 24
 """Images of made-up answers that a metric is tried with, at least; two of each class where there are few."""

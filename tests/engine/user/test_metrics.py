@@ -18,7 +18,7 @@ from launcher.engine.user import metrics as user_metrics
 from launcher.errors import TrainingError, UsageError
 from launcher.recipe import load as recipes
 from launcher.recipe import metrics as recipe_metrics
-from launcher.recipe.schema import MetricConfig
+from launcher.recipe.schema_train import MetricConfig
 
 CPU = torch.device("cpu")
 CLASSES, NUM = 7, 40
