@@ -174,6 +174,9 @@ def valid(value):
         return " or ".join(valid(option) for option in value["anyOf"])
     if "enum" in value or "const" in value:
         return ", ".join(f"`{option}`" for option in value.get("enum", [value.get("const")]))
+    if "$ref" in value:
+        names = SCHEMA["$defs"][value["$ref"].rpartition("/")[2]]["properties"]
+        return f"mapping with {', '.join(f'`{name}`' for name in names)}"
     if value["type"] == "array":
         return f"list of {valid(value['items'])}"
     if value["type"] == "object":

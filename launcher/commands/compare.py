@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 from launcher.commands import parser_of
 from launcher.commands import ps as jobs
 from launcher.errors import EXIT_OK, UsageError, did_you_mean
-from launcher.recipe.schema import METRICS, TOP_K
+from launcher.recipe import metrics as recipe_metrics
 from launcher.report.build import AFTER_TRAINING
 from launcher.runs.run_dir import RunDir
 from launcher.system.files import read_jsonl
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from launcher.recipe.metrics import Mode
 
 DEFAULT_METRIC = "val/top1"
 ASIDE = ("launch", "tracking", "name")
@@ -69,25 +71,27 @@ def run(paths: Sequence[str], *, metric: str | None, as_json: bool) -> None:
     Raises:
         UsageError: there is no run at one of the paths, or no such metric.
     """
-    if metric is not None and metric not in METRICS:
-        valid = f"--metric {metric}: no such metric; valid are {', '.join(METRICS)}"
-        raise UsageError("; ".join(filter(None, [valid, did_you_mean(metric, METRICS)])))
     runs = _find(paths)
     recipes = [_recipe(run) for run in runs]
-    metric = metric or _watched(recipes)
-    rows = [_row(run, recipe, metric) for run, recipe in zip(runs, recipes, strict=True)]
-    sign = -1 if METRICS[metric] == "max" else 1
+    modes = _modes(recipes)
+    if metric is not None and metric not in modes:
+        valid = f"--metric {metric}: no such metric; valid are {', '.join(modes)}"
+        raise UsageError("; ".join(filter(None, [valid, did_you_mean(metric, modes)])))
+    metric = metric or _watched(recipes, modes)
+    mode = modes[metric]
+    rows = [_row(run, recipe, metric, mode) for run, recipe in zip(runs, recipes, strict=True)]
+    sign = -1 if mode == "max" else 1
     rows.sort(key=lambda row: sign * row["best"]["value"] if row["best"] else math.inf)
     keys = _differing(recipes)
     if as_json:
         rows = [{**row, "recipe": {key: row["recipe"][key] for key in keys if key in row["recipe"]}} for row in rows]
-        table = {"metric": metric, "mode": METRICS[metric], "keys": keys, "runs": rows}
+        table = {"metric": metric, "mode": mode, "keys": keys, "runs": rows}
         print(json.dumps(table, indent=2, default=str))
         return
     marks = ["*" if row["best"] and row["best"]["value"] == rows[0]["best"]["value"] else "" for row in rows]
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None  # what is piped stays whole
     _print_table([Column(header="", cells=marks), *_columns(rows, keys, metric)], width)
-    print(f"\n* the best {metric} ({METRICS[metric]})" if any(marks) else f"\nno run has a {metric} yet")
+    print(f"\n* the best {metric} ({mode})" if any(marks) else f"\nno run has a {metric} yet")
     if any(row["exports"] for row in rows):
         print("exports: top-1 of those that were accepted; (old) of an earlier checkpoint than the best")
 
@@ -162,11 +166,16 @@ def _flat(mapping: Json, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _watched(recipes: Sequence[Json]) -> str:
+def _modes(recipes: Sequence[Json]) -> dict[str, Mode]:
+    """The metrics that runs can be compared by, ours and the recipes' own, each with the mode that means better."""
+    return recipe_metrics.watchable([row for recipe in recipes for row in recipe.get("metrics") or ()])
+
+
+def _watched(recipes: Sequence[Json], modes: dict[str, Mode]) -> str:
     """The metric that all runs watched for early stopping, else val/top1."""
     metrics = {str(recipe.get("train.early_stopping.metric")) for recipe in recipes if recipe}
     metric = metrics.pop() if len(metrics) == 1 else DEFAULT_METRIC
-    return metric if metric in METRICS else DEFAULT_METRIC
+    return metric if metric in modes else DEFAULT_METRIC
 
 
 def _differing(recipes: Sequence[Json]) -> list[str]:
@@ -180,7 +189,7 @@ def _differing(recipes: Sequence[Json]) -> list[str]:
     return [key for key in keys if key.partition(".")[0] not in ASIDE] or keys
 
 
-def _row(run: RunDir, recipe: Json, metric: str) -> Json:
+def _row(run: RunDir, recipe: Json, metric: str, mode: Mode) -> Json:
     """What the files of a run say; None, or nothing, where they do not. Epochs count from 0, times are seconds."""
     status, manifest, metrics = _object(run.status), _object(run.export_manifest), _records(run.metrics)
     rates = [line.get("images_per_s") for line in _curve(metrics, "train")]
@@ -189,7 +198,7 @@ def _row(run: RunDir, recipe: Json, metric: str) -> Json:
         "run": str(run),
         "state": str(status["state"]) if status.get("state") else None if run.status.exists() else "pending",
         "recipe": recipe,
-        "best": _best(metric, metrics, status),
+        "best": _best(metric, mode, metrics, status),
         "images_per_s": statistics.median(known) if (known := list(filter(_is_number, rates))) else None,
         "training_s": _training_s([*_records(run.events), *metrics]),
         "exports": exports,
@@ -207,24 +216,18 @@ def _curve(metrics: Sequence[Json], split: str) -> list[Json]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def _best(metric: str, metrics: Sequence[Json], status: Json) -> Json | None:
+def _best(metric: str, mode: Mode, metrics: Sequence[Json], status: Json) -> Json | None:
     """The first of the best values; a mean over an epoch of training stands only in status.json, if it was watched."""
     split, _, name = metric.partition("/")
     if split == "val":
-        shown = [line for line in _curve(metrics, split) if metric != "val/top5" or _has_top5(line)]
+        shown = [line for line in _curve(metrics, split) if name not in recipe_metrics.trivial_in(line)]
         found = [{**line, "value": line.get(name)} for line in shown]
     else:
         watched = status.get("best")
         found = [watched] if isinstance(watched, dict) and watched.get("metric") == metric else []
     found = [{key: each.get(key) for key in ("value", "epoch", "step")} for each in found]
     whole = [each for each in found if all(map(_is_number, each.values()))]
-    return (max if METRICS[metric] == "max" else min)(whole, key=lambda each: each["value"], default=None)
-
-
-def _has_top5(line: Json) -> bool:
-    """Whether top-5 says anything: with few classes it is 1 for every model."""
-    classes = line.get("per_class")
-    return not isinstance(classes, dict) or len(classes) > TOP_K
+    return (max if mode == "max" else min)(whole, key=lambda each: each["value"], default=None)
 
 
 def _training_s(records: Sequence[Json]) -> float | None:

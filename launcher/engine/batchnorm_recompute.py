@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from launcher.engine.layers import BatchNorm
+    from launcher.engine.listeners.recorder import Recorder
     from launcher.engine.loading.handover import Batch
-    from launcher.engine.recorder import Recorder
     from launcher.engine.setup import Parts
 
 AUTO_BATCHES = 100

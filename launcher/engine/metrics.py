@@ -11,10 +11,14 @@ import torch.distributed as dist
 from torch import nn
 
 from launcher.engine.distributed import max_over_ranks, sum_over_ranks
-from launcher.recipe.schema import TOP_K
+from launcher.recipe.metrics import METRICS, TOP_K, Counts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from launcher.engine.losses import Loss
+    from launcher.engine.setup import Parts
+    from launcher.engine.user.metrics import UserMetrics
 
 MAX_DETAILED_CLASSES = 100
 NUM_MISTAKES = 10
@@ -73,29 +77,36 @@ class ValidationTotals:
     Args:
         classes: names, in the order of the logits.
         device: where logits will be.
+        loss: of the run.
+        own: the recipe's own metrics.
     """
 
-    def __init__(self, classes: Sequence[str], device: torch.device) -> None:
+    def __init__(
+        self, classes: Sequence[str], device: torch.device, loss: Loss, own: UserMetrics | None = None
+    ) -> None:
         self._classes = list(classes)
+        self._of_run = loss
+        self._own = own
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
-        self._top5 = torch.zeros((), dtype=torch.int64, device=device)
+        self._top_k = torch.zeros((), dtype=torch.int64, device=device)
         self._pairs = [torch.empty(0, dtype=torch.int64, device=device)]
         """Of each image, true class * number of classes + predicted class."""
 
     def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Count a batch of logits (N x C) and labels (int64 N)."""
-        self._loss += nn.functional.cross_entropy(logits.float(), labels, reduction="sum").double()
-        self._top5 += _hits(logits, labels).sum().long()
+        self._loss += self._of_run.sum(logits, labels, training=False)
+        self._top_k += _hits(logits, labels).sum().long()
         self._pairs.append(labels * len(self._classes) + logits.argmax(dim=1))
+        if self._own:
+            self._own.add(logits, labels)
 
     def compute(self) -> dict[str, Any]:
-        """``{samples, loss, top1, top5, f1}`` of all ranks.
+        """``samples`` of all ranks, and the value of every metric.
 
         Up to 100 classes with ``per_class`` and ``confusion`` (rows true, columns predicted), beyond with ``mistakes``,
-        the most frequent confusions, and ``answers`` (:func:`answers`). F1 is the mean over the classes that occur or
-        are predicted.
+        the most frequent confusions, and ``answers`` (:func:`answers`).
         """
-        loss, top5 = float(sum_over_ranks(self._loss.clone())), int(sum_over_ranks(self._top5.clone()))
+        loss, top_k = float(sum_over_ranks(self._loss.clone())), int(sum_over_ranks(self._top_k.clone()))
         pairs, counts = (found.cpu() for found in _count_over_ranks(torch.cat(self._pairs)))
         num, samples = len(self._classes), int(counts.sum())
         true, predicted = pairs // num, pairs % num
@@ -105,10 +116,17 @@ class ValidationTotals:
             true=_sum_by(true, counts, num),
             predicted=_sum_by(predicted, counts, num),
         )
-        seen = totals.true + totals.predicted
-        f1 = (2.0 * totals.hits[seen > 0].double() / seen[seen > 0]).mean()
-        result: dict[str, Any] = {"samples": samples, "loss": loss / samples}
-        result |= {"top1": int(totals.hits.sum()) / samples, "top5": top5 / samples, "f1": float(f1)}
+        counted = Counts(
+            samples=samples,
+            loss=loss,
+            top_k=top_k,
+            hits=totals.hits.tolist(),
+            true=totals.true.tolist(),
+            predicted=totals.predicted.tolist(),
+        )
+        result: dict[str, Any] = {"samples": samples}
+        result |= {name: float(metric.value(counted)) for name, metric in METRICS.items() if metric.value}
+        result |= self._own.compute() if self._own else {}
         if num > MAX_DETAILED_CLASSES:
             mistakes = self._mistakes(true[~right], predicted[~right], counts[~right])
             return result | {"mistakes": mistakes, "answers": answers(totals, self._classes)}
@@ -187,10 +205,14 @@ class BestMetric:
         mode: min or max.
         min_delta: how much better counts as better, in the metric's own unit.
         patience: epochs without a better value after which :attr:`exhausted` is true; None: never.
+        measure: what the values are measured by, where that can change.
     """
 
-    def __init__(self, *, metric: str, mode: str, min_delta: float, patience: int | None) -> None:
+    def __init__(
+        self, *, metric: str, mode: str, min_delta: float, patience: int | None, measure: str | None = None
+    ) -> None:
         self.metric = metric
+        self._measure = measure
         self._sign = 1.0 if mode == "max" else -1.0
         self._min_delta = min_delta
         self._patience = patience
@@ -203,10 +225,8 @@ class BestMetric:
         return self._patience is not None and self.waited >= self._patience
 
     def update(self, value: float, *, epoch: int, step: int) -> bool:
-        """Take an epoch's value; return whether it is the best so far. NaN never is."""
-        if (self.best is None and not math.isnan(value)) or (
-            self.best is not None and self._sign * (value - self.best["value"]) > self._min_delta
-        ):
+        """Take an epoch's value; return whether it is the best so far. NaN and infinity never are."""
+        if math.isfinite(value) and (self.best is None or self._sign * (value - self.best["value"]) > self._min_delta):
             self.best = {"metric": self.metric, "value": value, "epoch": epoch, "step": step}
             self.waited = 0
             return True
@@ -215,11 +235,21 @@ class BestMetric:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"best": self.best, "waited": self.waited}
+        return {"best": self.best, "waited": self.waited, "measure": self._measure}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state`; a best value of another metric says nothing about this one's."""
-        if state["best"] is None or state["best"]["metric"] == self.metric:
+        """Go on from :meth:`state`; a best value of another metric or loss says nothing about this one's."""
+        is_same = state.get("measure", self._measure) == self._measure
+        if is_same and (state["best"] is None or state["best"]["metric"] == self.metric):
             self.best, self.waited = state["best"], state["waited"]
         else:
             self.best, self.waited = None, 0
+
+
+def build_user_metrics(parts: Parts) -> UserMetrics | None:
+    """The recipe's own metrics; torchmetrics, which takes a second, is imported only where there are some."""
+    if not parts.recipe.metrics:
+        return None
+    from launcher.engine.user.metrics import UserMetrics
+
+    return UserMetrics(parts.recipe, num_classes=len(parts.classes), device=parts.device.torch_device)

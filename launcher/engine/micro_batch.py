@@ -189,15 +189,11 @@ class MicroBatch:
             outputs = module(images)
             self._expected = module is parts.ddp and parts.ddp.require_backward_grad_sync
             logits, auxiliary = split_outputs(parts.recipe.model.arch, outputs)
-            logits = logits[:num]
-            loss = self._loss_sum(logits, labels)
-            total = loss + sum(weight * self._loss_sum(o[:num], labels) for weight, o in auxiliary)
+        logits = logits[:num]
+        loss = parts.loss.sum(logits, labels, training=True)
+        total = loss + sum(weight * parts.loss.sum(o[:num], labels, training=True) for weight, o in auxiliary)
         weighted = self._state.scaler.scale(total * (parts.ranks.world_size / num_samples))
         return _Forward(weighted=weighted, loss=loss, logits=logits, labels=labels)
-
-    def _loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        smoothing = self._parts.recipe.train.label_smoothing
-        return nn.functional.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
 
     def _count(self, found: _Forward) -> torch.Tensor:
         loss = found.loss.detach()

@@ -21,11 +21,12 @@ from launcher.engine.model import (
     torchvision_weights,
 )
 from launcher.engine.setup import num_classes
+from launcher.engine.user import checks as user_checks
 from launcher.engine.user import model as user_model
 from launcher.engine.user import trial
 from launcher.engine.weights_file import read_weights_file
 from launcher.errors import Problem, RecipeError, UsageError
-from launcher.recipe.schema import TOP_K
+from launcher.recipe import metrics as recipe_metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -101,8 +102,11 @@ def _find(recipe: Recipe, *, is_new: bool) -> Iterator[tuple[str, str]]:
     classes = num_classes(recipe, names)
     if len(names) > classes:
         yield "model.num_classes", f"found {classes}, but data.dataset has {len(names)} classes"
-    if recipe.train.early_stopping.metric == "val/top5" and classes <= TOP_K:
-        yield "train.early_stopping.metric", f"found 'val/top5', which is always 1 with {classes} classes; use val/top1"
+    watched = recipe.train.early_stopping.metric
+    if watched.removeprefix("val/") in recipe_metrics.trivial(classes):
+        text = f"found {watched!r}, which is the same for every model with {classes} classes; use val/top1"
+        yield "train.early_stopping.metric", text
+    yield from user_checks.find(recipe, classes)
     if recipe.data.dataset or recipe.data.transform:
         yield from _samples(recipe, classes)
     if recipe.model.factory:

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from launcher.engine import data, optim
 from launcher.engine.distributed import broadcast_buffers
+from launcher.engine.losses import Loss, build_loss
 from launcher.engine.model import FineTunedModel, build_model, build_preprocessing
 from launcher.engine.schedule import Batching, Schedule, validation_batches
 from launcher.images import folder as image_folder
@@ -53,6 +54,8 @@ class Parts:
     """Of the forward pass."""
     model: FineTunedModel
     """The network, on the device."""
+    loss: Loss
+    """What it learns by."""
     optimizer: torch.optim.Optimizer
     """Of all its parameters."""
     schedule: Schedule
@@ -246,9 +249,10 @@ def build_parts(
     recipe = recipes.read_resolved(run.recipe)
     images = data_sets or open_data_sets(run)
     channels_last = device.channels_last if recipe.train.channels_last == "auto" else recipe.train.channels_last
+    classes = num_classes(recipe, images.train.classes)
     model = build_model(
         recipe,
-        num_classes=num_classes(recipe, images.train.classes),
+        num_classes=classes,
         image_size=images.preprocessing.image_size,
         with_weights=ranks.rank == 0 if with_weights is None else with_weights,
     )
@@ -263,6 +267,7 @@ def build_parts(
         device=device,
         precision=device.precision(recipe.precision),
         model=model,
+        loss=build_loss(recipe.train, num_classes=classes, device=device.torch_device),
         optimizer=optim.build_optimizer(model, recipe.optim),
         schedule=Schedule(
             seed=recipe.seed,

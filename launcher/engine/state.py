@@ -13,6 +13,7 @@ from launcher.engine.model import load_state
 from launcher.engine.non_finite import NonFiniteMonitor
 from launcher.errors import UsageError
 from launcher.recipe import load as recipes
+from launcher.recipe import metrics as recipe_metrics
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,6 +43,7 @@ class TrainingState:
         self._parts = parts
         self._device_bytes = list(device_bytes)
         device, stop = parts.device, parts.recipe.train.early_stopping
+        measure = recipe_metrics.measure(parts.recipe, stop.metric)
         self.step = 0
         """Optimizer steps done."""
         self.epoch = 0
@@ -52,7 +54,9 @@ class TrainingState:
         """Steps that are left out since training went back because of them (train.on_nan)."""
         self.batch_limits: list[int] | None = None
         """What each rank can take at once, since memory ran out on one of them."""
-        self.best = BestMetric(metric=stop.metric, mode=stop.mode, min_delta=stop.min_delta, patience=stop.patience)
+        self.best = BestMetric(
+            metric=stop.metric, mode=stop.mode, min_delta=stop.min_delta, patience=stop.patience, measure=measure
+        )
         self.scaler = device.grad_scaler(parts.precision)
         self.numbers = NonFiniteMonitor(device, scaled=self.scaler.is_enabled())
         self.epoch_totals = TrainTotals(device.torch_device)

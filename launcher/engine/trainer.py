@@ -12,8 +12,9 @@ import torch
 from launcher.engine import distributed, optim
 from launcher.engine.batchnorm_recompute import BatchNormRecompute
 from launcher.engine.checkpoints.saving import Saving
+from launcher.engine.listeners.listeners import build_listeners, start_values
 from launcher.engine.loading.handover import Feed, end_loaders
-from launcher.engine.metrics import ValidationTotals, means
+from launcher.engine.metrics import ValidationTotals, build_user_metrics, means
 from launcher.engine.state import TrainingState
 from launcher.engine.train_step import TrainStep
 from launcher.errors import TrainingError
@@ -21,8 +22,8 @@ from launcher.errors import TrainingError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from launcher.engine.listeners.recorder import Recorder
     from launcher.engine.non_finite import NonFiniteStep
-    from launcher.engine.recorder import Recorder
     from launcher.engine.schedule import Step
     from launcher.engine.setup import Parts
     from launcher.engine.state import Outcome
@@ -76,12 +77,14 @@ class Trainer:
         self._memory_kills = memory_kills
         self._agreement = distributed.Agreement(num_wishes=3)
         self.state = TrainingState(parts, self._agreement.gather(parts.device.total_memory()))
-        self._saving = Saving(parts, self.state, recorder)
+        self._listeners = build_listeners(parts, recorder)
+        self._saving = Saving(parts, self.state, recorder, self._listeners)
         self._timed_since = time.monotonic()
         self._timed_samples = 0
         self._wrapped = False
         self._step = TrainStep(parts, self.state)
         self._batchnorm = BatchNormRecompute(parts, recorder)
+        self._user_metrics = build_user_metrics(parts)
 
     @property
     def best(self) -> dict[str, Any] | None:
@@ -98,6 +101,7 @@ class Trainer:
         resumed = self._saving.restore()
         self._limit_batches(max(1, self._batch_size >> self._memory_kills))
         self._prepare_epoch()
+        self._listeners.tell("start", **start_values(self.parts, epoch=self.state.epoch, step=self.state.step))
         if not resumed and self.recipe.train.on_nan == "rollback":
             self._save(best=False)
         while True:
@@ -110,6 +114,7 @@ class Trainer:
                 self._limit_batches(self._fitting_size)
         self._agreement.collect()
         self._saving.finish(again=outcome == "preempted")
+        self._listeners.tell("end", outcome=outcome, best=self.best)
         return outcome
 
     def _go_on(self) -> Outcome:
@@ -145,7 +150,7 @@ class Trainer:
             state.offset = step.end
             self._timed_samples += step.num_samples
             if self._recorder:
-                self._recorder.step(state.step)
+                self._recorder.progress(state.step)
                 if state.step == 1:
                     self._recorder.event("first_step")
             if state.step % self.recipe.tracking.log_every == 0:
@@ -187,8 +192,8 @@ class Trainer:
         is_best = state.best.update(watched[state.best.metric], epoch=epoch, step=state.step)
         state.epoch, state.offset = epoch + 1, 0
         state.epoch_totals.reset()
+        self._listeners.tell("validation", epoch=epoch, step=state.step, values=values, best=is_best)
         if self._recorder:
-            self._recorder.validation(epoch=epoch, step=state.step, values=values, best=is_best)
             self._recorder.status(epoch=state.epoch, step=state.step, best=self.best)
             if state.best.exhausted and state.epoch < self.recipe.train.epochs:
                 self._recorder.event("early_stopped", epoch=epoch, step=state.step, waited=state.best.waited)
@@ -211,7 +216,7 @@ class Trainer:
         parts = self.parts
         distributed.broadcast_buffers(parts.model.module)
         parts.model.eval()
-        totals = ValidationTotals(parts.classes, parts.device.torch_device)
+        totals = ValidationTotals(parts.classes, parts.device.torch_device, parts.loss, self._user_metrics)
         loaded = iter(parts.val_loader())
         while True:
             try:
@@ -237,6 +242,7 @@ class Trainer:
             asked: whether to look if this rank was asked to stop; else it does so only where it waits in vain.
         """
         self._alive()
+        self._listeners.deliver()
         stop, save, smaller = self._agreement.collect()
         if stop:
             raise StopTraining
@@ -258,9 +264,10 @@ class Trainer:
         now = time.monotonic()
         values = {**sums, "lr": lr, "images_per_s": self._timed_samples / (now - self._timed_since)}
         self._timed_since, self._timed_samples = now, 0
-        if self._recorder and sums["samples"]:  # none where all its steps were left out
-            self._recorder.train(epoch=state.epoch, step=state.step, values={**values, "offset": state.offset})
-            self._recorder.status(epoch=state.epoch, step=state.step, best=self.best)
+        if sums["samples"]:  # none where all its steps were left out
+            self._listeners.tell("step", epoch=state.epoch, step=state.step, values={**values, "offset": state.offset})
+            if self._recorder:
+                self._recorder.status(epoch=state.epoch, step=state.step, best=self.best)
 
     def _check_numbers(self, step: int | None = None) -> None:
         """Act upon the steps that were left out, of those before ``step`` that are due; None: of all."""

@@ -19,8 +19,8 @@ import torch.distributed as dist
 
 from launcher.engine.device import Device, is_out_of_memory
 from launcher.engine.distributed import Ranks, init_process_group, record_collectives
+from launcher.engine.listeners.recorder import Recorder
 from launcher.engine.loading.handover import heed_stop_signal
-from launcher.engine.recorder import Recorder
 from launcher.engine.setup import build_parts, open_data_sets
 from launcher.engine.stopping import StopFlag
 from launcher.engine.trainer import Trainer
@@ -142,18 +142,18 @@ def train(
     """
     run = RunDir(spec.run_dir)
     plan, recipe, data_sets = run.read_plan(), recipes.read_resolved(run.recipe), open_data_sets(run)
-    device = Device(type=plan["device"], index=ranks.local_rank)
+    device = Device(type=plan.device, index=ranks.local_rank)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     own: dict[str, Any] = {}
     say = functools.partial(print, file=terminal if ranks.rank == 0 else sys.stdout, flush=True)
     if recipe.batch.size == "auto" and not spec.debug:  # in children, before this process touches its device
-        own = autotune.tune_rank(run, recipe, ranks, device, data_sets, fresh=plan["tune"], stop=stop, say=say)
+        own = autotune.tune_rank(run, recipe, ranks, device, data_sets, fresh=plan.tune, stop=stop, say=say)
     _join_group(run, spec, device, ranks)
     recorder = None
     outcome: Outcome = "preempted"
     try:
         batching = autotune.agree(run, recipe, ranks, own, say) if own else None
-        if plan["tune"]:
+        if plan.tune:
             _leave_process_group()
             return "completed"
         begin()
@@ -172,8 +172,6 @@ def train(
         memory_kills = int(os.environ.get(MEMORY_KILLS_VARIABLE, "0"))
         trainer = Trainer(parts, recorder=recorder, stop_requested=stop, alive=alive, memory_kills=memory_kills)
         outcome = trainer.run()
-        if recorder:
-            recorder.end(outcome, trainer.best, run.best_checkpoint)
     except autotune.StoppedError:  # before it had begun to train
         pass
     finally:

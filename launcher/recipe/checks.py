@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from launcher.errors import Problem, UsageError
+from launcher.errors import Problem, UsageError, did_you_mean
 from launcher.images import datasets
 from launcher.images import folder as image_folder
 from launcher.recipe import catalog, user_code
-from launcher.recipe.schema import METRICS, Recipe
+from launcher.recipe import metrics as recipe_metrics
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
     from pathlib import Path
 
-    from launcher.recipe.schema import ModelConfig
+    from launcher.recipe.schema import ModelConfig, Recipe
     from launcher.recipe.source import Source
 
 
@@ -41,12 +41,18 @@ def find_problems(recipe: Recipe, source: Source, refused: Collection[str] = ())
 
 def _training(recipe: Recipe) -> Iterator[Finding]:
     stop, batch = recipe.train.early_stopping, recipe.batch
-    better = METRICS.get(stop.metric)
+    valid = recipe_metrics.watchable(recipe.metrics)
+    better = valid.get(stop.metric)
     metric, mode = "train.early_stopping.metric", "train.early_stopping.mode"
     if better is None:
-        yield (metric,), f"found {stop.metric!r}; no such metric; valid: {', '.join(METRICS)}"
+        hint = did_you_mean(stop.metric, valid)
+        yield (
+            (metric, "metrics"),
+            " ".join(filter(None, [f"found {stop.metric!r}; no such metric;", hint, f"valid: {', '.join(valid)}"])),
+        )
     elif better != stop.mode:
         yield (mode, metric), f"found {stop.mode!r}, which would keep the worst {stop.metric}; valid: {better}"
+    yield from (((key,), text) for key, text in recipe_metrics.find_problems(recipe.metrics))
     if batch.global_size is not None and batch.accumulate != 1:
         yield (
             ("batch.accumulate", "batch.global_size"),

@@ -15,6 +15,8 @@ def flat(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         value, key = getattr(section, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
             yield from flat(value, f"{key}.")
+        elif isinstance(value, list):
+            yield key, [dataclasses.asdict(item) if dataclasses.is_dataclass(item) else item for item in value]  # type: ignore[arg-type]
         else:
             yield key, value
 

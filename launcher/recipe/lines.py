@@ -104,6 +104,7 @@ def _walk_value(path: str, node: Any, key: str, above: tuple[Any, ...]) -> Itera
         yield from _walk(path, node, f"{key}.", above)
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
+            yield f"{key}.{index}", item.start_mark.line + 1
             yield from _walk_value(path, item, f"{key}.{index}", (*above, node))
 
 

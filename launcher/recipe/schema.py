@@ -9,15 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from launcher.images.datasets import DATASETS
+from launcher.recipe.schema_train import MetricConfig, TrainConfig
 from launcher.recipe.types import STRICT, Argument, Auto, Count, CountOrZero, Fraction, NonNegative, Positive
 
 WEIGHT_NAMES = ("DEFAULT", "IMAGENET1K_")
 """How torchvision's names of weights begin."""
 COLOURS = {"white": "#ffffff", "black": "#000000", "grey": "#808080"}
-METRICS = {"train/loss": "min", "val/loss": "min", "val/top1": "max", "val/top5": "max", "val/f1": "max"}
-"""What early stopping can watch, each with the mode that means better."""
-TOP_K = 5
-"""Of val/top5. With no more classes than that it is 1 for every model: metrics.jsonl has it, and nothing shows it."""
 if TYPE_CHECKING:
     DatasetName = str
 else:
@@ -172,65 +169,6 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """When the state of training is written."""
-
-    __pydantic_config__ = STRICT
-
-    every_steps: Count | None = None
-    """Also after every so many optimizer steps; null: only at the end of an epoch, by the clock, and at a stop."""
-    every_minutes: Positive | None = 10.0
-    """Also after so many minutes; null: not by the clock."""
-    keep: Count = 2
-    """How many of the newest are kept; the best is kept besides."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EarlyStoppingConfig:
-    """Which metric says what the best checkpoint is, and when to stop waiting for a better one."""
-
-    __pydantic_config__ = STRICT
-
-    metric: str = "val/loss"
-    """One of train/loss, val/loss, val/top1, val/top5 (with more than five classes), val/f1."""
-    mode: Literal["min", "max"] = "min"
-    """Whether less or more of it is better."""
-    patience: Count | None = 5
-    """Epochs without a better value before training stops; null: never stop early."""
-    min_delta: NonNegative = 0.0
-    """How much better (in the metric's own unit) counts as better."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """The training loop."""
-
-    __pydantic_config__ = STRICT
-
-    epochs: Count = 20
-    """Passes over the training images."""
-    channels_last: bool | Auto = "auto"
-    """Memory layout of images and convolutions; auto: on CUDA only, since on a CPU it can be slower."""
-    batchnorm_recompute: CountOrZero | Auto = "auto"
-    """Training batches that BatchNorm's running statistics are computed from before each validation; 0: the moving
-    average; auto: 100, until 10 / momentum steps are taken and the average has forgotten what it began with."""
-    clip_grad_norm: Positive | None = None
-    """Largest norm of the whole gradient; null: not clipped."""
-    label_smoothing: Fraction = 0.0
-    """Fraction of the target that is spread over all classes, in training only."""
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """When the state of training is written."""
-    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
-    """What the best checkpoint is, and when to stop."""
-    on_nan: Literal["stop", "skip", "rollback"] = "stop"
-    """When a step's loss or gradient is no number, which never reaches the weights: stop training; skip the step; or
-    roll back to the last checkpoint and do without the step, three times at most."""
-    hang_timeout_s: Positive | None = 600.0
-    """Seconds without a step or a validation batch after which the workers are taken for hung: their stacks go to
-    their logs, and they are started again. null: never."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class WandbConfig:
     """Weights & Biases."""
 
@@ -332,6 +270,9 @@ class Recipe:
     fp32 on a CPU."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The training loop."""
+    metrics: list[str | MetricConfig] = field(default_factory=list)
+    """Metrics beside ours, measured in validation (docs/extending.md): references such as
+    `torchmetrics.classification:MulticlassAUROC`, or mappings with metric, name, mode and args."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """What is recorded of training, and where."""
     post: PostConfig = field(default_factory=PostConfig)

@@ -175,7 +175,8 @@ def _override(config: Any, overrides: Sequence[str], source: Source, schema: typ
         parts = re.findall(r"\[([^\]]*)\]|([^.\[\]]+)", name)
         keys = [bracketed or plain for bracketed, plain in parts]
         key = ".".join(keys)
-        origins[key] = f"command line ({typed})"
+        entries = [found for found in origins if value[:1] == "[" and found.startswith(f"{key}.")]  # of another list
+        origins.update(dict.fromkeys([key, *entries], f"command line ({typed})"))
         source.typed[key] = value
         annotation = recipe_types.at(schema, keys)
         if annotation is None and (problem := _too_deep(schema, keys, value, prefix)):
@@ -278,8 +279,7 @@ def _locate(location: tuple[int | str, ...], schema: type) -> tuple[str, Any, li
     for part in location:
         if dataclasses.is_dataclass(annotation):
             hints = typing.get_type_hints(annotation, include_extras=True)
-            siblings = list(hints)
-            siblings = [name for name in siblings if not name.startswith("__")]
+            siblings = [name for name in hints if not name.startswith("__")]
             names.append(str(part))
             annotation = hints.get(str(part))
             if annotation is None:

@@ -6,7 +6,7 @@ A reference is ``file.py:name`` or ``package.module:name``. ``SEAMS`` says which
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from launcher.recipe import signatures, user_modules
 from launcher.recipe.signatures import Call
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from launcher.recipe.schema import Recipe
     from launcher.recipe.source import Source
@@ -35,14 +35,27 @@ class Seam:
     """How what it names is called."""
     args: str | None = None
     """Dotted key of a mapping whose entries are passed too."""
-    names: tuple[str, ...] = ()
-    """What comes with the launcher and is meant by its name; everything else is a reference."""
+    made: Call | None = None
+    """Where what is called may be an object: how its class, or a function that makes it, is called."""
+    row: str | None = None
+    """Where an entry of a list may be a mapping: its field with the reference, beside which ``args`` stands."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """What comes with the launcher and is meant by its name, each with its own reference; all else is a reference."""
 
     def is_reference(self, value: Any) -> bool:
         """Whether a value is meant as a reference."""
         return isinstance(value, str) and value not in self.names
 
+    def text(self, entry: Any) -> Any:
+        """The reference of an entry of a list, which may stand in a row."""
+        return getattr(entry, self.row) if self.row and is_dataclass(entry) else entry
 
+    def changed(self, entry: Any, text: str) -> Any:
+        """The same entry with another reference."""
+        return replace(entry, **{self.row: text}) if self.row and is_dataclass(entry) else text  # type: ignore[type-var]
+
+
+OFFERED = Call(offered=("num_classes", "reduction"))
 SEAMS = (
     Seam(key="model.factory", call=Call(keywords=("num_classes",)), args="model.factory_args"),
     Seam(key="data.dataset", call=Call(keywords=("split",), offered=("path",)), args="data.dataset_args"),
@@ -50,6 +63,20 @@ SEAMS = (
         key="data.transform",
         call=Call(keywords=("train",), offered=("image_size", "mean", "std", "interpolation")),
         args="data.transform_args",
+    ),
+    Seam(
+        key="train.loss",
+        call=Call(positional=("logits", "targets"), offered=OFFERED.offered),
+        made=OFFERED,
+        args="train.loss_args",
+        names=user_modules.table(Path(__file__).parents[1] / "engine" / "losses.py", "LOSSES"),
+    ),
+    Seam(key="train.listeners", call=OFFERED, row="listener"),
+    Seam(
+        key="metrics",
+        call=Call(positional=("probabilities", "targets"), offered=OFFERED.offered),
+        made=OFFERED,
+        row="metric",
     ),
 )
 """Everywhere that the user's own code can be plugged in."""
@@ -81,7 +108,7 @@ def references(recipe: Recipe) -> Iterator[tuple[Seam, str, str]]:
     for one in SEAMS:
         value = get(recipe, one.key)
         if isinstance(value, list):
-            yield from ((one, f"{one.key}.{i}", text) for i, text in enumerate(value) if one.is_reference(text))
+            yield from ((one, f"{one.key}.{i}", one.text(entry)) for i, entry in enumerate(value))
         elif one.is_reference(value):
             yield one, one.key, value
 
@@ -92,7 +119,10 @@ def rewrite(recipe: Recipe, change: Callable[[str, str], str]) -> Recipe:
         value = get(recipe, one.key)
         if isinstance(value, list):
             new: Any = [
-                change(f"{one.key}.{i}", text) if one.is_reference(text) else text for i, text in enumerate(value)
+                one.changed(entry, change(f"{one.key}.{i}", one.text(entry)))
+                if one.is_reference(one.text(entry))
+                else entry
+                for i, entry in enumerate(value)
             ]
         else:
             new = change(one.key, value) if one.is_reference(value) else value
@@ -135,6 +165,11 @@ def as_in_run(text: str) -> str:
     return f"{user_modules.CODE}/{rest}" if inside and head.startswith("/") else text
 
 
+def shown(text: str) -> str:
+    """A reference as people know it, without the folder of the run's copies."""
+    return as_in_run(text).removeprefix(f"{user_modules.CODE}/")
+
+
 def folders(source: Source, key: str) -> list[Path]:
     """Where the reference at a key is looked for: beside the recipe and where `launch` runs.
 
@@ -172,8 +207,12 @@ def resolve(text: str, places: Sequence[Path]) -> Reference:
 
 def find_problems(recipe: Recipe, source: Source) -> Iterator[tuple[tuple[str, ...], str]]:
     """What is wrong with the references of a recipe; its keys, the first to blame, and the words."""
+    for one in SEAMS:
+        if isinstance(name := get(recipe, one.key), str) and name in one.names and one.args:  # arguments of one of ours
+            for problem in _problems_of(resolve(one.names[name], ()), one, get(recipe, one.args)):
+                yield (one.args, one.key), problem
     for one, key, text in references(recipe):
-        args = get(recipe, one.args) if one.args else {}
+        args = get(recipe, one.args) if one.args else _args_of_row(recipe, key)
         keys = (key, one.args) if one.args else (key,)
         if one.names and ":" not in text:
             valid = f"valid: {', '.join(one.names)}, or your own, as {FORM}"
@@ -181,13 +220,20 @@ def find_problems(recipe: Recipe, source: Source) -> Iterator[tuple[tuple[str, .
             continue
         try:
             reference = resolve(text, folders(source, key))
-            for problem in _problems_of(reference, one.call, args):
+            for problem in _problems_of(reference, one, args):
                 yield keys, problem
         except UsageError as error:
             yield keys, str(error)
     for one in SEAMS:
         if one.args and get(recipe, one.args) and not get(recipe, one.key):
             yield (one.args, one.key), f"are for what {one.key} names, which is null"
+
+
+def _args_of_row(recipe: Recipe, key: str) -> dict[str, Any]:
+    """Arguments that stand beside the reference in an entry of a list."""
+    listed, _, number = key.rpartition(".")
+    entry: Any = get(recipe, listed)[int(number)] if number.isdigit() else None
+    return dict(getattr(entry, "args", {}))
 
 
 def problem_at(source: Source, key: str, message: str) -> Problem:
@@ -209,7 +255,7 @@ def _find_file(name: str, places: Sequence[Path]) -> Path:
     raise UsageError(f"found {name!r}; no such file in {looked}{f'; {hint}' if hint else ''}")
 
 
-def _problems_of(reference: Reference, call: Call, args: dict[str, Any]) -> Iterator[str]:
+def _problems_of(reference: Reference, one: Seam, args: dict[str, Any]) -> Iterator[str]:
     """What of the code itself does not fit, as far as its text says."""
     if reference.file is None:
         return
@@ -229,5 +275,10 @@ def _problems_of(reference: Reference, call: Call, args: dict[str, Any]) -> Iter
         if part not in methods:
             return
         node = methods[part]
-    for problem in signatures.find_problems(node, call, args, is_method=bool(attributes)):
+    is_method = bool(attributes)
+    call = one.made if one.made and isinstance(node, ast.ClassDef) else one.call
+    problems = list(signatures.find_problems(node, call, args, is_method=is_method))
+    if problems and one.made and not list(signatures.find_problems(node, one.made, args, is_method=is_method)):
+        return  # a function that makes the object
+    for problem in problems:
         yield f"{place}:{node.lineno}: {reference.name} {problem}"

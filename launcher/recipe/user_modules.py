@@ -131,6 +131,18 @@ def parse(file: Path) -> ast.Module:
         raise UsageError(f"{file}: cannot be read: {error}") from None
 
 
+def table(file: Path, name: str) -> dict[str, str]:
+    """The rows of a table of ours, a dict of names to functions: each with a reference to its function.
+
+    They are read from the text of the file: it may import torch, which takes seconds.
+    """
+    node = signatures.find(parse(file), name)
+    assert isinstance(node, ast.AnnAssign), f"{file}: {name} is written as a dict"  # noqa: S101
+    assert isinstance(node.value, ast.Dict), f"{file}: {name} is written as a dict"  # noqa: S101
+    rows = zip(node.value.keys, node.value.values, strict=True)
+    return {ast.literal_eval(key): f"{file}:{ast.unparse(function)}" for key, function in rows if key}
+
+
 def definition(
     file: Path, tree: ast.Module, name: str, root: Path | None, hops: int = MAX_HOPS
 ) -> tuple[Path, Definition | None]:

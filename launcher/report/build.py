@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.errors import UsageError
 from launcher.recipe import load as recipes
-from launcher.recipe.schema import TOP_K
+from launcher.recipe import metrics as recipe_metrics
 from launcher.runs import findings
 from launcher.system.files import write_json_atomic, write_text_atomic
 from launcher.tracking import wandb_folder
@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from launcher.recipe.metrics import Metric
     from launcher.runs.run_dir import RunDir
 
-TRAIN_FIELDS = ("epoch", "step", "samples", "loss", "top1", "top5", "lr", "images_per_s")
-VAL_FIELDS = ("epoch", "step", "samples", "loss", "top1", "top5", "f1")
+POSITION = ("epoch", "step", "samples")
+SPEED = ("lr", "images_per_s")
 AFTER_TRAINING = ("export", "completed", wandb_folder.UNSYNCED)
 """Kinds of events that may come days after training, and so say nothing about how long it took."""
 NUM_MISTAKES = 10
@@ -60,12 +61,13 @@ def build_report(run: RunDir) -> Json:
     Raises:
         UsageError: ``plan.json`` or ``recipe.yaml`` cannot be read.
     """
-    plan: Json = _essential(run.plan, lambda path: json.loads(path.read_text(encoding="utf-8")))
+    plan, launched = _essential(run.plan, lambda _: (run.read_plan(), run.read_launched()))
     recipe = recipes.to_dict(_essential(run.recipe, recipes.read_resolved))
     missing: list[str] = []
     status = _read_json(run.status, missing, "what the run was doing last, and its best value")
     events = _read_lines(run.events, missing, "attempts and their causes")
-    metrics = _without_top5(_read_lines(run.metrics, missing, "curves and tables of metrics"))
+    table = recipe_metrics.of(recipe["metrics"])
+    metrics = _without_trivial(_read_lines(run.metrics, missing, "curves and tables of metrics"))
     manifest = _read_json(run.export_manifest, missing, "exported models and what they measured")
     state, best = status.get("state", "unknown"), status.get("best")
     train, val = _curve(metrics, "train"), _curve(metrics, "val")
@@ -76,24 +78,25 @@ def build_report(run: RunDir) -> Json:
     exports = _exports(manifest, best)
     return _clean(  # type: ignore[no-any-return]
         {
-            "run_id": plan["run_id"],
-            "name": plan["name"],
+            "run_id": plan.run_id,
+            "name": plan.name,
             "state": state,
-            "command": plan.get("launched_by") or shlex.join(plan["command"]),
-            "created": plan["created"],
-            "host": plan["host"],
+            "command": launched.launched_by or shlex.join(plan.command),
+            "created": launched.created,
+            "host": launched.host,
             "path": str(run.path),
-            **{key: plan[key] for key in ("backend", "device", "nodes", "procs_per_node", "world_size")},
+            **{key: getattr(plan, key) for key in ("backend", "device", "nodes", "procs_per_node", "world_size")},
             "wall_s": _wall_s(events, metrics),
             "training_s": sum(row["duration_s"] for row in attempts) if attempts else None,
             "images_per_s": _median(line.get("images_per_s") for line in train),
             "attempts": attempts,
             "best": best,
-            "best_val": _take(best_val, VAL_FIELDS),
-            "final_val": _take(val[-1], VAL_FIELDS) if val else None,
+            "metrics": {name: _shown_as(metric) for name, metric in table.items()},
+            "best_val": _take(best_val, (*POSITION, *table)),
+            "final_val": _take(val[-1], (*POSITION, *table)) if val else None,
             "curves": {
-                split: [_take(line, names) for line in lines]
-                for split, lines, names in (("train", train, TRAIN_FIELDS), ("val", val, VAL_FIELDS))
+                "train": [_take(line, (*POSITION, *table, *SPEED)) for line in train],
+                "val": [_take(line, (*POSITION, *table)) for line in val],
             },
             "classes": list(best_val.get("per_class") or manifest.get("classes", [])),
             "per_class": best_val.get("per_class"),
@@ -234,10 +237,15 @@ def _rare_classes(events: list[Json]) -> Json | None:
     return _take(found[-1], ("num_classes", "classes")) if found else None
 
 
-def _without_top5(metrics: list[Json]) -> list[Json]:
-    """The lines, without top-5 where there are so few classes that it is 1 for every model."""
-    few = any(0 < len(line.get("per_class") or ()) <= TOP_K for line in metrics)
-    return [line | {"top5": None} if few and "top5" in line else line for line in metrics]
+def _shown_as(metric: Metric) -> Json:
+    """What a reader of a metric's values has to know."""
+    return {key: getattr(metric, key) for key in ("title", "mode", "fraction", "charted")}
+
+
+def _without_trivial(metrics: list[Json]) -> list[Json]:
+    """The lines, without what is the same for every model where there are so few classes."""
+    hidden = {name for line in metrics for name in recipe_metrics.trivial_in(line)}
+    return [line | {name: None for name in hidden if name in line} for line in metrics]
 
 
 def _batch_sizes(run: RunDir, events: list[Json], missing: list[str]) -> Json | None:

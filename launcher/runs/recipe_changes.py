@@ -36,6 +36,7 @@ FIXED = {
 }
 """Keys that have to stay as they are, each with the reason."""
 SAME_GLOBAL_BATCH = "the global batch stays that of the run; batch.global_size=N changes it"
+OTHER_LOSS = "a best checkpoint by the loss is chosen anew from the next validation on"
 SAME_IMAGES = "the training images have to be the same"
 OPEN = {
     "name": "",
@@ -70,6 +71,8 @@ OPEN = {
     "train.channels_last": "",
     "train.batchnorm_recompute": "",
     "train.clip_grad_norm": "",
+    "train.loss": OTHER_LOSS,
+    "train.loss_args": OTHER_LOSS,
     "train.label_smoothing": "",
     "train.checkpoint.every_steps": "",
     "train.checkpoint.every_minutes": "",
@@ -80,6 +83,8 @@ OPEN = {
     "train.early_stopping.min_delta": "",
     "train.on_nan": "",
     "train.hang_timeout_s": "",
+    "train.listeners": "",
+    "metrics": "",
     "tracking.wandb.mode": "",
     "tracking.wandb.project": "",
     "tracking.wandb.entity": "",
@@ -103,7 +108,7 @@ OPEN = {
 }
 """Keys with which a run goes on at another value, each with what to know then."""
 TUNED = (
-    *("model.", "batch.", "precision", "train.channels_last", "train.clip_grad_norm", "optim.momentum"),
+    *("model.", "batch.", "precision", "train.loss", "train.channels_last", "train.clip_grad_norm", "optim.momentum"),
     *("data.workers", "data.augment", "launch.threads"),
 )
 """How keys begin that measured batch sizes and shares of cores follow from: they are measured anew."""
@@ -195,7 +200,7 @@ def _meaning(key: str, value: Any, recipe: Recipe, num_classes: int) -> Any:
     if key == "model.num_classes" and value == "auto":
         return _num_folders(recipe) or num_classes
     if key in _REFERENCES:
-        return [*map(user_code.as_in_run, value)] if isinstance(value, list) else value and user_code.as_in_run(value)
+        return user_code.get(user_code.rewrite(recipe, lambda _, text: user_code.as_in_run(text)), key)
     if key in _SAME_PLACE and value is not None:
         return Path(value).resolve()
     return list(value.items()) if isinstance(value, dict) else value  # the first pattern that matches counts

@@ -102,6 +102,18 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return found
 
 
+def digest_of(recipe: Recipe) -> str | None:
+    """Of all code that a run has copied; None: it has none.
+
+    Args:
+        recipe: as :func:`launcher.recipe.load.read_resolved` gives it.
+    """
+    files = [Path(text.rpartition(":")[0]) for _, _, text in user_code.references(recipe)]
+    folder = next((found for file in files if (found := user_modules.code_folder(file))), None)
+    manifest = read_manifest(folder) if folder else None
+    return digest(json.dumps(manifest["files"], sort_keys=True).encode()) if manifest else None
+
+
 def gather(recipe: Recipe, source: Source, run: RunDir, *, renew: bool = False) -> tuple[Recipe, Code]:
     """The user's code that a recipe needs, and the recipe with its references as that of the run has them.
 

@@ -16,10 +16,12 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.recipe import load as recipes
+from launcher.recipe import metrics as recipe_metrics
 from launcher.system.redact import redact
 from launcher.tracking import wandb_folder, wandb_service
 from launcher.tracking.wandb_mode import asked_mode, resolve_mode
@@ -29,12 +31,12 @@ if TYPE_CHECKING:
 
     import wandb
 
+    from launcher.plan.launch_plan import LaunchPlan
     from launcher.recipe.schema import Recipe
     from launcher.runs.run_dir import RunDir
     from launcher.tracking.wandb_mode import Mode
 
 DEFAULT_PROJECT = "finetune-launcher"
-NUMBERS = ("loss", "top1", "top5", "f1", "lr", "images_per_s")
 NOT_UPLOADED = ("optimizer.pt",)  # two thirds of a checkpoint, and of use to nobody but this run
 QUEUE_SIZE = 1000
 POLL_S = 0.2
@@ -60,10 +62,11 @@ class Tracker:
         warn: called with a line, from whatever thread.
     """
 
-    def __init__(self, run: RunDir, recipe: Recipe, plan: dict[str, Any], warn: Callable[[str], None]) -> None:
+    def __init__(self, run: RunDir, recipe: Recipe, plan: LaunchPlan, warn: Callable[[str], None]) -> None:
         self._run = run
         self._recipe = recipe
         self._plan = plan
+        self._numbers = (*recipe_metrics.of(recipe.metrics), "lr", "images_per_s")
         self._warn = warn
         self._queue: queue.Queue[Callable[[wandb.Run], object] | None] = queue.Queue(QUEUE_SIZE)
         self._num_dropped = 0
@@ -88,7 +91,7 @@ class Tracker:
     def log(self, record: dict[str, Any]) -> None:
         """Plot a line of metrics.jsonl over its step, as ``train/loss``, ``train/lr``, ``val/top1``, ``epoch`` …."""
         copied = dict(record)
-        self._put(lambda tracked: tracked.log(_scalars(copied)))
+        self._put(lambda tracked: tracked.log(_scalars(copied, self._numbers)))
 
     def summary(self, values: dict[str, Any]) -> None:
         """Note what the run came to, as in ``{"best/val/top1": 0.93, "best/epoch": 7, "best/step": 1200}``."""
@@ -101,7 +104,7 @@ class Tracker:
         Its files are not copied first: it has to stay where it is until :meth:`finish` (the best one does).
         """
         folder = path.resolve()
-        name, metadata = f"model-{self._plan['run_id']}", {"checkpoint": folder.name}
+        name, metadata = f"model-{self._plan.run_id}", {"checkpoint": folder.name}
         self._put(lambda tracked: self._log_folder(tracked, folder, name, metadata, list(aliases)))
 
     def log_exports(self) -> None:
@@ -225,10 +228,10 @@ class Tracker:
         self._stop_if_finished(mode)
         wandb_service.start(options)
         self._stop_if_finished(mode)
-        config = {**recipes.to_dict(self._recipe), "plan": self._plan}
+        config = {**recipes.to_dict(self._recipe), "plan": self._plan.to_dict() | asdict(self._run.read_launched())}
         tracked = wandb.init(
-            id=self._plan["run_id"],
-            name=self._plan["run_id"],
+            id=self._plan.run_id,
+            name=self._plan.run_id,
             project=self._recipe.tracking.wandb.project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT,
             entity=self._recipe.tracking.wandb.entity,  # None: WANDB_ENTITY, or the key's own
             dir=str(self._run.path),
@@ -250,7 +253,7 @@ class Tracker:
 
     def _log_exports(self, tracked: wandb.Run) -> None:
         manifest = json.loads(self._run.export_manifest.read_text(encoding="utf-8"))
-        name = f"exports-{self._plan['run_id']}"
+        name = f"exports-{self._plan.run_id}"
         self._log_folder(tracked, self._run.exports, name, manifest, ["latest"])
         for export in [manifest["reference"], *manifest["exports"]]:
             numbers = {key: value for key, value in export.items() if isinstance(value, (bool, int, float))}
@@ -288,10 +291,10 @@ def log_exports(run: RunDir, warn: Callable[[str], None], *, timeout_s: float = 
         warn(_describe(error))
 
 
-def _scalars(record: dict[str, Any]) -> dict[str, Any]:
+def _scalars(record: dict[str, Any], numbers: Sequence[str]) -> dict[str, Any]:
     """A line of metrics.jsonl as wandb's names and values."""
     split = record["split"]
-    values = {f"{split}/{name}": record[name] for name in NUMBERS if record.get(name) is not None}
+    values = {f"{split}/{name}": record[name] for name in numbers if record.get(name) is not None}
     return {**values, "epoch": record["epoch"], "step": record["step"]}
 
 

@@ -104,7 +104,7 @@ class Records:
     def say(self, line):
         pass
 
-    def step(self, step):
+    def progress(self, step):
         pass
 
     def status(self, state="running", **fields):
@@ -116,7 +116,10 @@ class Records:
     def resumed(self, *, num_steps, **fields):
         self.event("resumed", **fields)
 
-    def train(self, *, epoch, step, values):
+    def checkpoint(self, *, step, best, seconds, size_mb):
+        self.event("checkpoint", step=step, best=best)
+
+    def step(self, *, epoch, step, values):
         kept = {k: v for k, v in values.items() if k != "images_per_s"}
         self.lines.append({"split": "train", "epoch": epoch, "step": step, **kept})
 

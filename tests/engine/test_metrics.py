@@ -11,9 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from launcher.engine.losses import Loss, cross_entropy
 from launcher.engine.metrics import BestMetric, TrainTotals, ValidationTotals, means
 
 CPU = torch.device("cpu")
+LOSS = Loss("cross_entropy", cross_entropy, {})
 NAMES = ["a", "b", "c", "d", "e", "f", "g"]
 
 
@@ -55,7 +57,7 @@ def by_hand(confusion, names):
 
 
 def validated(logits, labels, sizes, names=NAMES):
-    totals = ValidationTotals(names, CPU)
+    totals = ValidationTotals(names, CPU, LOSS)
     for part, own in zip(logits.split(sizes), labels.split(sizes), strict=True):
         totals.add(part, own)
     return totals.compute()
@@ -152,7 +154,7 @@ def test_all_ranks_come_to_the_integers_of_one(in_ranks, num_classes):
 
     def work(ranks):
         own = {1: [90], 3: [40, 0, 50]}[ranks.world_size]
-        totals = ValidationTotals(names, CPU)
+        totals = ValidationTotals(names, CPU, LOSS)
         if own[ranks.rank]:
             totals.add(logits.split(own)[ranks.rank], labels.split(own)[ranks.rank])
         return totals.compute()
@@ -201,7 +203,7 @@ def test_above_a_hundred_classes_it_stands_there_how_the_answers_lie(one_rank):
 def test_a_loss_that_is_no_number_is_not_reported_as_one(one_rank, value):
     logits, labels = predictions(20, 7)
     logits[3] = value
-    totals = ValidationTotals(NAMES, CPU)
+    totals = ValidationTotals(NAMES, CPU, LOSS)
     totals.add(logits[:10], labels[:10])
     totals.add(logits[10:], labels[10:])
     assert not math.isfinite(totals.compute()["loss"])

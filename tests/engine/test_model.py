@@ -22,7 +22,8 @@ from launcher.engine.model import (
 )
 from launcher.engine.weights_file import read_weights_file
 from launcher.errors import UsageError
-from launcher.recipe.schema import DataConfig, EarlyStoppingConfig, ModelConfig, Recipe, TrainConfig
+from launcher.recipe.schema import DataConfig, ModelConfig, Recipe
+from launcher.recipe.schema_train import EarlyStoppingConfig, TrainConfig
 
 ARCHS = models.list_models(module=models)
 HEAD = ("classifier.1.weight", "classifier.1.bias")  # of squeezenet1_1, the smallest there is

@@ -7,7 +7,8 @@ from launcher.engine.layers import build_meta
 from launcher.engine.model import FineTunedModel
 from launcher.engine.optim import build_optimizer, group_parameters, lr_scale, set_lr
 from launcher.errors import UsageError
-from launcher.recipe.schema import ModelConfig, OptimConfig, Recipe, TrainConfig
+from launcher.recipe.schema import ModelConfig, OptimConfig, Recipe
+from launcher.recipe.schema_train import TrainConfig
 
 
 def model_of(arch="resnet18", **config):

@@ -60,6 +60,7 @@ DERIVED = {
     "_timed_samples": "for the speed since then",
     "_saving": "files, where the last checkpoint is, and the clock",
     "_recorder": "files",
+    "_listeners": "what is not told yet",
     "random.torch": "seeded by position before it is used",
 }
 

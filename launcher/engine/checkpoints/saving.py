@@ -11,7 +11,8 @@ import torch.distributed as dist
 from launcher.engine.checkpoints import checkpoint as checkpoints
 
 if TYPE_CHECKING:
-    from launcher.engine.recorder import Recorder
+    from launcher.engine.listeners.listeners import Listeners
+    from launcher.engine.listeners.recorder import Recorder
     from launcher.engine.setup import Parts
     from launcher.engine.state import TrainingState
 
@@ -23,10 +24,12 @@ class Saving:
         parts: what is trained.
         state: of the training.
         recorder: on rank 0.
+        listeners: hear of each checkpoint.
     """
 
-    def __init__(self, parts: Parts, state: TrainingState, recorder: Recorder | None) -> None:
+    def __init__(self, parts: Parts, state: TrainingState, recorder: Recorder | None, listeners: Listeners) -> None:
         self._parts = parts
+        self._listeners = listeners
         self._state = state
         self._recorder = recorder
         self._config = parts.recipe.train.checkpoint
@@ -101,10 +104,8 @@ class Saving:
         )
 
     def _written(self, step: int, seconds: float, size_mb: float, best: bool) -> None:  # noqa: FBT001  a callback
-        if self._recorder:
-            self._recorder.event(
-                "checkpoint", step=step, seconds=round(seconds, 3), size_mb=round(size_mb, 3), best=best
-            )
+        path = str(self._parts.run.checkpoint(step))
+        self._listeners.tell_later("checkpoint", step=step, path=path, best=best, seconds=seconds, size_mb=size_mb)
 
     def _not_written(self, step: int, problem: str) -> None:
         if self._recorder:

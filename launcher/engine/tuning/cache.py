@@ -13,6 +13,8 @@ import torch
 import torchvision
 
 from launcher.images import folder as image_folder
+from launcher.recipe import user_code
+from launcher.runs.user_code import digest_of
 from launcher.system.files import write_json_atomic
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ SAME_BUDGET = 0.05
 
 def key(recipe: Recipe, facts: DeviceFacts, data_sets: DataSets, ranks: Ranks, max_size: int) -> str:
     """Of all that speed and memory depend on, and the search."""
+    code = digest_of(recipe)
+    recipe = user_code.rewrite(recipe, lambda _, text: user_code.as_in_run(text))  # wherever the run is
     model = asdict(recipe.model)
     del model["weights"]
     values = {
@@ -39,6 +43,8 @@ def key(recipe: Recipe, facts: DeviceFacts, data_sets: DataSets, ranks: Ranks, m
         "precision": facts.precision,
         "channels_last": recipe.train.channels_last,
         "optimizer": [recipe.optim.name, recipe.optim.momentum > 0],
+        "loss": [recipe.train.loss, recipe.train.loss_args],
+        "code": code,
         "clip": recipe.train.clip_grad_norm is not None,
         "last_epoch": recipe.train.epochs if recipe.model.unfreeze else None,
         "batch": [recipe.batch.objective, max_size],

@@ -1,1 +1,1 @@
-"""What people bring with them, as the engine uses it: a model, a data set, a transform."""
+"""What people bring with them, as the engine uses it: a model, data, a loss, metrics, listeners."""

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from launcher.engine.recorder import Recorder
+from launcher.engine.listeners.recorder import Recorder
 from launcher.recipe.schema import Recipe
 from launcher.runs.run_dir import RunDir
 

@@ -1,20 +1,20 @@
-"""What rank 0 tells the world while it trains: metrics.jsonl, status.json, events.jsonl, the terminal, wandb."""
+"""The launcher's own listener, by which rank 0 tells the world: metrics.jsonl, events.jsonl, the terminal, wandb."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import threading
 import time
 from typing import IO, TYPE_CHECKING, Any
 
-from launcher.recipe.schema import TOP_K
+from launcher.recipe import metrics as recipe_metrics
 from launcher.runs import findings
 from launcher.tracking.wandb import Tracker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from rich.progress import Progress, TaskID
 
@@ -45,7 +45,9 @@ class Recorder:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._epochs = recipe.train.epochs
-        self._shows_top5 = True
+        self._table = recipe_metrics.of(recipe.metrics)
+        self._hidden: set[str] = set()
+        """Metrics that say nothing with so few classes."""
         self._writing = threading.Lock()
         self._unwritten: list[Callable[[], None]] = []
         self._tracker = Tracker(run, recipe, run.read_plan(), self.say) if tracked else None
@@ -77,7 +79,7 @@ class Recorder:
 
     def classes(self, num: int, rare: dict[str, int]) -> None:
         """Learn how many outputs the model has, and name the classes with few training images."""
-        self._shows_top5 = num > TOP_K
+        self._hidden = recipe_metrics.trivial(num)
         if rare:
             self.event("rare_classes", num_classes=len(rare), classes=dict([*rare.items()][: findings.NUM_SHOWN]))
             self.say(f"warning: {findings.describe_rare(rare)}")
@@ -86,15 +88,17 @@ class Recorder:
         """Write status.json."""
         self._write(lambda: self._run.update_status(state=state, attempt=self._attempt, **fields))
 
-    def step(self, step: int) -> None:
+    def progress(self, step: int) -> None:
         """An optimizer step was taken; costs nothing off a terminal."""
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=step)
 
-    def train(self, *, epoch: int, step: int, values: dict[str, Any]) -> None:
+    def step(self, *, epoch: int, step: int, values: dict[str, Any]) -> None:
         """The means over a window of steps."""
         self._metrics("train", epoch, step, values)
-        text = f"loss {values['loss']:.4f}  top1 {values['top1']:.3f}  {values['images_per_s']:.0f} images/s"
+        measured = {name: metric for name, metric in self._table.items() if metric.in_training}
+        shown = [f"{name} {values[name]:{'.3f' if metric.fraction else '.4f'}}" for name, metric in measured.items()]
+        text = "  ".join([*shown, f"{values['images_per_s']:.0f} images/s"])
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, epoch=epoch + 1, text=text)
         else:
@@ -103,11 +107,14 @@ class Recorder:
     def validation(self, *, epoch: int, step: int, values: dict[str, Any], best: bool) -> None:
         """The counts over the validation set after an epoch."""
         self._metrics("val", epoch, step, values)
-        names = ("loss", "top1", "top5", "f1") if self._shows_top5 else ("loss", "top1", "f1")
-        text = "  ".join(f"{name} {values[name]:.4f}" for name in names)
+        text = "  ".join(f"{name} {values[name]:.4f}" for name in self._table if name not in self._hidden)
         self.say(f"epoch {epoch + 1}/{self._epochs}  val  {text}{'  best so far' if best else ''}")
 
-    def end(self, outcome: Outcome, best: dict[str, Any] | None, checkpoint: Path) -> None:
+    def checkpoint(self, *, step: int, best: bool, seconds: float, size_mb: float) -> None:
+        """A checkpoint is on the disk."""
+        self.event("checkpoint", step=step, seconds=round(seconds, 3), size_mb=round(size_mb, 3), best=best)
+
+    def end(self, *, outcome: Outcome, best: dict[str, Any] | None) -> None:
         """Training is over; the best checkpoint goes to wandb."""
         self.status(outcome)
         self.event("training_ended", outcome=outcome)
@@ -115,7 +122,7 @@ class Recorder:
             self._tracker.summary(
                 {f"best/{best['metric']}": best["value"], "best/epoch": best["epoch"], "best/step": best["step"]}
             )
-            self._tracker.log_checkpoint(checkpoint, ["best"])
+            self._tracker.log_checkpoint(self._run.best_checkpoint, ["best"])
 
     def close(self, *, finished: bool = True, stop: Callable[[], bool] = lambda: False) -> None:
         """Leave the terminal as it was, and end wandb; after a stop or a failure there is no time to wait for it."""
@@ -129,9 +136,10 @@ class Recorder:
 
     def _metrics(self, split: str, epoch: int, step: int, values: dict[str, Any]) -> None:
         record = {"time": time.time(), "split": split, "attempt": self._attempt, "epoch": epoch, "step": step, **values}
+        record = {name: value if _is_json(value) else None for name, value in record.items()}
         self._write(lambda: self._run.append_metrics(**record))
         if self._tracker is not None:
-            self._tracker.log(record if self._shows_top5 else record | {"top5": None})
+            self._tracker.log(record | dict.fromkeys(self._hidden))
 
     def _write(self, write: Callable[[], None]) -> None:
         """Write to the run directory; what a full disk does not take now is kept, in its order, for the next time."""
@@ -164,3 +172,8 @@ class Recorder:
         )
         self._task = self._progress.add_task("train", total=self._num_steps, epoch=1, text="")
         self._progress.start()
+
+
+def _is_json(value: Any) -> bool:
+    """NaN and infinity are no JSON."""
+    return not isinstance(value, float) or math.isfinite(value)

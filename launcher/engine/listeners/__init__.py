@@ -1,0 +1,1 @@
+"""What rank 0 tells of training, and to whom."""

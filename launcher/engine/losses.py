@@ -1,0 +1,116 @@
+"""Losses: of ours one function and one row each; and a recipe's own, made from its reference.
+
+A loss is called with logits (float32 N x C) and targets (int64 N, the true classes), and gives the losses of the N
+samples, or their mean as a scalar. Means of a step are over samples, however these are spread over ranks and
+micro-batches (invariant 3): a scalar counts N times.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from launcher.engine.user import objects as user_objects
+from launcher.errors import TrainingError
+from launcher.recipe import user_code
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from launcher.recipe.schema_train import TrainConfig
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, *, label_smoothing: float = 0.0) -> torch.Tensor:
+    """Of softmax; with smoothing that fraction of the target is spread over all classes."""
+    return functional.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+
+
+def binary_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, *, label_smoothing: float = 0.0) -> torch.Tensor:
+    """Each class against all others, by a sigmoid, summed over the classes (Wightman et al. 2021, arXiv 2110.00476)."""
+    wanted = functional.one_hot(targets, logits.shape[1]).to(logits)
+    wanted = wanted * (1 - label_smoothing) + label_smoothing / logits.shape[1]
+    return functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none").sum(dim=1)
+
+
+def focal(logits: torch.Tensor, targets: torch.Tensor, *, gamma: float = 2.0) -> torch.Tensor:
+    """Cross-entropy, less of what is right already (Lin et al. 2017, arXiv 1708.02002); gamma 0 is cross-entropy."""
+    losses = functional.cross_entropy(logits, targets, reduction="none")
+    return (1 - (-losses).exp()) ** gamma * losses
+
+
+LOSSES: dict[str, Callable[..., torch.Tensor]] = {
+    "cross_entropy": cross_entropy,
+    "binary_cross_entropy": binary_cross_entropy,
+    "focal": focal,
+}
+"""By the name that ``train.loss`` gives; ``launch`` reads the names from this text, without importing torch."""
+
+
+class Loss:
+    """The loss of a run, whatever it was made from, as sums over samples.
+
+    Args:
+        name: what messages call it.
+        function: called with logits and targets; an ``nn.Module`` is told whether it trains.
+        in_training: further arguments, by name, which validation does without.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any], in_training: dict[str, Any]) -> None:
+        self.name = name
+        self.function = function
+        self._in_training = in_training
+
+    def call(self, logits: torch.Tensor, targets: torch.Tensor, *, training: bool) -> Any:
+        """What the function gives."""
+        if isinstance(self.function, nn.Module):
+            self.function.train(training)
+        return self.function(logits.float(), targets, **(self._in_training if training else {}))
+
+    def sum(self, logits: torch.Tensor, targets: torch.Tensor, *, training: bool) -> torch.Tensor:
+        """The sum over samples, a scalar: float32 in training, float64 in validation.
+
+        Raises:
+            TrainingError: the function gave something else than a loss.
+        """
+        num = len(targets)
+        if not num:
+            return logits.float().sum()  # of nothing, which DDP can still differentiate
+        found = self.call(logits, targets, training=training)
+        if problem := find_problem(found, num, needs_gradient=training and logits.requires_grad):
+            raise TrainingError(f"train.loss: {self.name} {problem}")
+        dtype = torch.float32 if training else torch.float64
+        total: torch.Tensor = found.sum(dtype=dtype) if found.dim() else found.to(dtype) * num
+        return total
+
+
+def build_loss(config: TrainConfig, *, num_classes: int, device: torch.device) -> Loss:
+    """The loss that a recipe names; it is imported here, on every rank."""
+    smoothing = {"label_smoothing": config.label_smoothing} if config.label_smoothing else {}
+    if config.loss in LOSSES:
+        function: Any = functools.partial(LOSSES[config.loss], **config.loss_args)
+    else:
+        function = user_objects.build(config.loss, config.loss_args, num_classes=num_classes, takes=2)
+    if isinstance(function, nn.Module):
+        function.to(device)
+    return Loss(user_code.shown(config.loss), function, smoothing)
+
+
+def find_problem(found: Any, num: int, *, needs_gradient: bool) -> str | None:
+    """What is wrong with what a loss gave for ``num`` samples; words that follow its name."""
+    valid = f"valid: a tensor of shape ({num},) with the loss of each sample, or their mean as a scalar"
+    if not isinstance(found, torch.Tensor):
+        return f"returned {type(found).__name__}; {valid}"
+    if found.shape not in ((), (num,)):
+        return f"returned a tensor of shape {tuple(found.shape)} for {num} samples; {valid}"
+    if not found.is_floating_point():
+        return f"returned a tensor of {found.dtype}; {valid}"
+    if needs_gradient and not found.requires_grad:
+        return (
+            "returned a tensor that no gradient leads to: nothing would be learned; compute it from the logits without "
+            "detach(), item(), argmax() or torch.no_grad()"
+        )
+    return None

@@ -1,0 +1,172 @@
+"""What is measured in validation: one row a metric, which all read that compute, watch, show or record metrics.
+
+A row computes from what was counted over all ranks, so the result is the same at any world size. A row here is all that
+a new metric of ours needs. A recipe adds its own rows (``metrics``), which are objects of torchmetrics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from launcher.recipe.schema import Recipe
+    from launcher.recipe.schema_train import MetricConfig
+
+TOP_K = 5
+"""Of val/top5."""
+RESERVED = {
+    *("time", "split", "attempt", "epoch", "step", "samples", "offset", "lr", "images_per_s"),
+    *("per_class", "confusion", "mistakes", "answers", "best"),
+}
+"""Other names in a line of metrics.jsonl."""
+
+Mode = Literal["min", "max"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What was counted over the whole validation set, on all ranks."""
+
+    samples: int
+    """Images."""
+    loss: float
+    """Sum of the losses of all images."""
+    top_k: int
+    """Images whose class is among the TOP_K that the model ranks highest."""
+    hits: Sequence[int]
+    """Of each class, images that were predicted rightly."""
+    true: Sequence[int]
+    """Of each class, images."""
+    predicted: Sequence[int]
+    """Of each class, images that were taken for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One metric."""
+
+    title: str
+    """What people read."""
+    mode: Mode
+    """Whether less or more of it is better."""
+    value: Callable[[Counts], float] | None = None
+    """From the counts; None: it is a recipe's own."""
+    fraction: bool = False
+    """Whether pages show it in percent."""
+    charted: bool = False
+    """Whether the report draws its curve."""
+    in_training: bool = False
+    """Whether windows of training are measured by it too, and say so at the terminal."""
+    more_classes_than: int = 0
+    """With no more classes it is the same for every model: metrics.jsonl has it, and nothing shows it."""
+
+
+def _f1(counts: Counts) -> float:
+    """The mean over the classes that occur or are predicted."""
+    rows = zip(counts.hits, counts.true, counts.predicted, strict=True)
+    values = [2.0 * hits / (true + predicted) for hits, true, predicted in rows if true + predicted]
+    return sum(values) / len(values)
+
+
+METRICS: dict[str, Metric] = {
+    "loss": Metric(
+        title="loss",
+        mode="min",
+        value=lambda counts: counts.loss / counts.samples,
+        charted=True,
+        in_training=True,
+    ),
+    "top1": Metric(
+        title="top-1",
+        mode="max",
+        value=lambda counts: sum(counts.hits) / counts.samples,
+        fraction=True,
+        charted=True,
+        in_training=True,
+    ),
+    "top5": Metric(
+        title="top-5",
+        mode="max",
+        value=lambda counts: counts.top_k / counts.samples,
+        fraction=True,
+        more_classes_than=TOP_K,
+    ),
+    "f1": Metric(title="F1 (mean over classes)", mode="max", value=_f1, fraction=True),
+}
+"""Ours, by their names in metrics.jsonl, in the order in which they are shown."""
+
+
+def own(rows: Any) -> dict[str, Metric]:
+    """A recipe's own metrics by their names, as they stand in it or in a file; what makes no sense is left out."""
+    found = {}
+    for row in rows if isinstance(rows, list) else ():
+        values = _values(row)
+        name, mode = values.get("name") or name_of(str(values.get("metric"))), values.get("mode", "max")
+        if name not in METRICS and mode in ("min", "max"):
+            found[str(name)] = Metric(title=str(name), mode=mode, charted=True)
+    return found
+
+
+def _values(row: Any) -> dict[str, Any]:
+    """A row, which may be a reference alone, a mapping from a file or a part of a recipe, as a mapping."""
+    return {"metric": row} if isinstance(row, str) else dict(row if isinstance(row, dict) else vars(row))
+
+
+def configs(rows: Sequence[str | MetricConfig]) -> dict[str, MetricConfig]:
+    """A recipe's own metrics by their names, each as a whole row."""
+    from launcher.recipe.schema_train import MetricConfig
+
+    whole = [MetricConfig(metric=row) if isinstance(row, str) else row for row in rows]
+    return {row.name or name_of(row.metric): row for row in whole}
+
+
+def name_of(reference: str) -> str:
+    """What a metric is called where the recipe does not say: ``MyMetric`` of ``my.py:MyMetric``."""
+    return reference.rpartition(":")[2].rpartition(".")[2]
+
+
+def of(rows: Any) -> dict[str, Metric]:
+    """Ours and a recipe's own."""
+    return METRICS | own(rows)
+
+
+def watchable(rows: Any) -> dict[str, Mode]:
+    """What early stopping can watch, each with the mode that means better."""
+    return {"train/loss": METRICS["loss"].mode, **{f"val/{name}": metric.mode for name, metric in of(rows).items()}}
+
+
+def trivial(num_classes: int) -> set[str]:
+    """Metrics that are the same for every model with so few classes (0: not known)."""
+    return {name for name, metric in METRICS.items() if 0 < num_classes <= metric.more_classes_than}
+
+
+def trivial_in(line: Mapping[str, Any]) -> set[str]:
+    """The same, by a line of metrics.jsonl."""
+    classes = line.get("per_class")
+    return trivial(len(classes) if isinstance(classes, dict) else 0)
+
+
+def measure(recipe: Recipe, watched: str) -> str | None:
+    """What the values of a watched metric are measured by, where a recipe says: its loss, or an object of its own."""
+    from launcher.recipe import user_code
+
+    name = watched.partition("/")[2]
+    if name == "loss":
+        return f"{user_code.as_in_run(recipe.train.loss)} {recipe.train.loss_args}"
+    row = configs(recipe.metrics).get(name)
+    return f"{user_code.as_in_run(row.metric)} {row.args}" if row else None
+
+
+def find_problems(rows: Sequence[str | MetricConfig]) -> Iterator[tuple[str, str]]:
+    """What is wrong with the names of a recipe's own metrics; keys, and words."""
+    taken = {*METRICS, *RESERVED}
+    for index, row in enumerate(rows):
+        ((name, _),) = configs([row]).items()
+        if name in taken:
+            whose = "" if name in METRICS or name in RESERVED else " by another metric of this recipe"
+            text = f"the name {name!r} is taken{whose}; give it another: {{name: my_{name}, metric: …}}"
+            yield f"metrics.{index}", text
+        taken.add(name)

@@ -1,0 +1,105 @@
+"""The part of the schema of a recipe that says how it trains and what is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from launcher.recipe.types import STRICT, Argument, Auto, Count, CountOrZero, Fraction, NonNegative, Positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state of training is written."""
+
+    __pydantic_config__ = STRICT
+
+    every_steps: Count | None = None
+    """Also after every so many optimizer steps; null: only at the end of an epoch, by the clock, and at a stop."""
+    every_minutes: Positive | None = 10.0
+    """Also after so many minutes; null: not by the clock."""
+    keep: Count = 2
+    """How many of the newest are kept; the best is kept besides."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyStoppingConfig:
+    """Which metric says what the best checkpoint is, and when to stop waiting for a better one."""
+
+    __pydantic_config__ = STRICT
+
+    metric: str = "val/loss"
+    """train/loss or val/NAME: val/loss, val/top1, val/top5 (with more than five classes), val/f1, or of metrics."""
+    mode: Literal["min", "max"] = "min"
+    """Whether less or more of it is better."""
+    patience: Count | None = 5
+    """Epochs without a better value before training stops; null: never stop early."""
+    min_delta: NonNegative = 0.0
+    """How much better (in the metric's own unit) counts as better."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricConfig:
+    """A metric of the user's own."""
+
+    __pydantic_config__ = STRICT
+
+    metric: str
+    """`package.module:name` or `file.py:name`: a class or an instance of torchmetrics, or a function."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_length=40)] | None = None
+    """What it is called in every file, as in val/NAME; null: as in the reference."""
+    mode: Literal["min", "max"] = "max"
+    """Whether less or more of it is better."""
+    args: dict[str, Argument] = field(default_factory=dict)
+    """What it is made with; `num_classes: auto` is the number of the model's outputs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListenerConfig:
+    """A listener of the user's own."""
+
+    __pydantic_config__ = STRICT
+
+    listener: str
+    """`file.py:name` or `package.module:name`: a class, or a function that makes one."""
+    args: dict[str, Argument] = field(default_factory=dict)
+    """What it is made with, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The training loop."""
+
+    __pydantic_config__ = STRICT
+
+    epochs: Count = 20
+    """Passes over the training images."""
+    loss: str = "cross_entropy"
+    """cross_entropy, binary_cross_entropy (each class by a sigmoid), focal, or your own: `file.py:name` or
+    `package.module:name` (docs/extending.md)."""
+    loss_args: dict[str, Argument] = field(default_factory=dict)
+    """Further arguments of loss by name, as in {gamma: 1.5} of focal."""
+    channels_last: bool | Auto = "auto"
+    """Memory layout of images and convolutions; auto: on CUDA only, since on a CPU it can be slower."""
+    batchnorm_recompute: CountOrZero | Auto = "auto"
+    """Training batches that BatchNorm's running statistics are computed from before each validation; 0: the moving
+    average; auto: 100, until 10 / momentum steps are taken and the average has forgotten what it began with."""
+    clip_grad_norm: Positive | None = None
+    """Largest norm of the whole gradient; null: not clipped."""
+    label_smoothing: Fraction = 0.0
+    """Fraction of the target that is spread over all classes, in training only, by a loss that takes it."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When the state of training is written."""
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+    """What the best checkpoint is, and when to stop."""
+    on_nan: Literal["stop", "skip", "rollback"] = "stop"
+    """When a step's loss or gradient is no number, which never reaches the weights: stop training; skip the step; or
+    roll back to the last checkpoint and do without the step, three times at most."""
+    listeners: list[str | ListenerConfig] = field(default_factory=list)
+    """Objects of your own that are told of training on rank 0 (docs/extending.md): references to classes, or mappings
+    with listener and args."""
+    hang_timeout_s: Positive | None = 600.0
+    """Seconds without a step or a validation batch after which the workers are taken for hung: their stacks go to
+    their logs, and they are started again. null: never."""

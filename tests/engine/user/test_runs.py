@@ -1,0 +1,317 @@
+"""Runs with a user's own loss, metrics and listeners, through the command line and real gloo groups."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from launcher.runs.run_dir import RunDir
+from launcher.system.files import read_jsonl
+
+EXTENDING = Path(__file__).parents[3] / "docs" / "extending.md"
+CODE = """
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+
+def loss(logits, targets, gamma=2.0):
+    losses = functional.cross_entropy(logits, targets, reduction="none")
+    return (1 - (-losses).exp()) ** gamma * losses
+
+
+def mean(logits, targets):
+    return functional.cross_entropy(logits, targets)
+
+
+def margin(probabilities, targets):
+    top = probabilities.topk(2, dim=1).values
+    return (top[:, 0] - top[:, 1]).double().mean()
+
+
+def worse(probabilities, targets):
+    worse.calls = getattr(worse, "calls", 0) + 1
+    return float(-worse.calls)
+
+
+class Told:
+    def start(self, run_dir, step, world_size):
+        self.file = Path(run_dir) / "told.jsonl"
+        self.tell("start", step=step, world_size=world_size)
+
+    def tell(self, event, **values):
+        with self.file.open("a") as file:
+            file.write(json.dumps({"event": event, "pid": os.getpid(), **values}) + "\\n")
+
+    def step(self, step, values):
+        self.tell("step", step=step, loss=values["loss"])
+
+    def validation(self, step, values, best):
+        self.tell("validation", step=step, best=best, names=sorted(values))
+
+    def checkpoint(self, step, path):
+        self.tell("checkpoint", step=step, there=Path(path).is_dir())
+
+    def end(self, outcome, best):
+        self.tell("end", outcome=outcome, metric=best["metric"])
+
+
+def broken_loss(logits, targets):
+    raise RuntimeError("theirs")
+
+
+class Broken:
+    def step(self, values):
+        raise RuntimeError("theirs")
+
+
+class BrokenLater:
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, logits, targets):
+        self.calls += 1
+        if self.calls > 6:
+            raise RuntimeError("theirs")
+        return functional.cross_entropy(logits, targets)
+
+
+def vector(logits, targets):
+    return logits
+
+
+def detached(logits, targets):
+    return functional.cross_entropy(logits.detach(), targets)
+
+
+def one(logits):
+    return logits.sum()
+"""
+RECIPE = {
+    "model": {"arch": "squeezenet1_1", "weights": None},
+    "data": {"image_size": 32, "crop_pct": 1.0, "augment": "none", "workers": 0},
+    "batch": {"size": 3},
+    "optim": {"lr": 0.005, "schedule": "constant"},
+    "precision": "fp32",
+    "train": {"epochs": 2, "checkpoint": {"every_minutes": None}, "early_stopping": {"patience": None}},
+    "tracking": {"wandb": {"mode": "disabled"}, "log_every": 2},
+    "post": {"enabled": False},
+    "launch": {"device": "cpu"},
+}
+AUROC = "torchmetrics.classification:MulticlassAUROC"
+ECE = {"name": "ece", "metric": "torchmetrics.classification:MulticlassCalibrationError", "mode": "min"}
+
+
+def merge(base, changes):
+    return {
+        **base,
+        **{
+            k: merge(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v
+            for k, v in changes.items()
+        },
+    }
+
+
+@pytest.fixture
+def start(launch, recipe_file, images, tmp_path):
+    """Run a recipe beside the user's file; return the finished process and the run."""
+
+    def call(*arguments, name="run", code=CODE, **changes):
+        recipe = merge(merge(RECIPE, {"data": {"path": str(images)}}), changes)
+        path = recipe_file(yaml.safe_dump(recipe), name="mine.yaml")
+        (path.parent / "my.py").write_text(code)
+        done = launch(str(path), "--run-dir", str(tmp_path / name), *arguments, env={"OMP_NUM_THREADS": "1"})
+        return done, RunDir(tmp_path / name)
+
+    return call
+
+
+OWN = {
+    "train": {"loss": "my.py:loss", "loss_args": {"gamma": 1.0}, "listeners": ["my.py:Told"]}
+    | {"early_stopping": {"metric": "val/ece", "mode": "min", "patience": None}},
+    "metrics": [ECE, AUROC, "my.py:margin"],
+}
+
+
+@pytest.mark.slow
+def test_they_train_measure_and_hear_and_are_shown_wherever_top_1_is(start, launch):
+    changes = merge(OWN, {"tracking": {"wandb": {"mode": "offline"}}})
+    done, run = start("--procs", "2", **changes)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in read_jsonl(run.metrics) if line["split"] == "val"]
+    assert len(lines) == 2
+    assert all({"ece", "MulticlassAUROC", "margin"} <= set(line) for line in lines)
+    assert re.search(r"val  loss .*top1 .*ece .*MulticlassAUROC .*margin", done.stdout)
+    best = run.read_status()["best"]
+    assert (best["metric"], best["value"]) == ("val/ece", min(line["ece"] for line in lines))
+    report = json.loads(run.report_json.read_text())
+    assert report["best_val"]["ece"] == best["value"]
+    page, card = run.report_html.read_text(), run.model_card.read_text()
+    assert "Ece over" in page
+    assert "MulticlassAUROC" in page
+    assert f"| ece | {best['value']:.4f} |" in card
+    (record,) = run.wandb.rglob("run-*.wandb")
+    assert b"val/ece" in record.read_bytes()
+    table = launch("compare", str(run), "--metric", "val/ece").stdout
+    assert f"{best['value']:.4f}" in table
+    told = list(read_jsonl(run.path / "told.jsonl"))
+    assert len({line["pid"] for line in told}) == 1  # rank 0's alone
+    assert [line["event"] for line in told if line["event"] != "step"] == [
+        *("start", "validation", "checkpoint", "validation", "checkpoint", "end")
+    ]
+    assert all(line["there"] for line in told if line["event"] == "checkpoint")
+    windows = [line for line in read_jsonl(run.metrics) if line["split"] == "train"]
+    assert [(line["step"], line["loss"]) for line in told if line["event"] == "step"] == [
+        (line["step"], line["loss"]) for line in windows
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["my.py:loss", "my.py:mean"])
+def test_one_and_two_ranks_learn_and_measure_the_same(start, loss):
+    """With an uneven last batch, accumulation, and a validation set that two ranks cannot share evenly."""
+    changes = {"train": {"loss": loss}, "metrics": [ECE, "my.py:margin"], "batch": {"size": 4, "global_size": 8}}
+    changes["model"] = {"arch": "shufflenet_v2_x0_5", "freeze": ["backbone"]}  # nothing random, no batch statistics
+    found = [start("--procs", str(procs), name=f"run-{procs}", **changes) for procs in (1, 2)]
+    assert [done.returncode for done, _ in found] == [0, 0], found[0][0].stderr + found[1][0].stderr
+    one, two = ([line for line in read_jsonl(run.metrics) if line["split"] == "val"] for _, run in found)
+    for first, second in zip(one, two, strict=True):
+        for name in ("loss", "ece", "margin", "top1"):
+            assert second[name] == pytest.approx(first[name], rel=1e-4), name
+    weights = [load_file(run.last_checkpoint / "model.safetensors") for _, run in found]
+    assert max((weights[0][name].double() - weights[1][name].double()).abs().max() for name in weights[0]) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("procs", [1, 2])
+def test_a_resumed_run_ends_with_the_same_bits(start, launch, procs):
+    flags = ("--procs", str(procs))
+    done, whole = start(*flags, name="whole", **OWN)
+    assert done.returncode == 0, done.stderr
+    done, run = start(*flags, name="stopped", **merge(OWN, {"train": {"epochs": 1}}))
+    assert done.returncode == 0, done.stderr
+    done, run = start(*flags, "--resume", name="stopped", **OWN)
+    assert done.returncode == 0, done.stderr
+    one, other = (load_file(each.last_checkpoint / "model.safetensors") for each in (whole, run))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    values = [
+        [
+            {k: v for k, v in line.items() if k not in ("time", "attempt", "images_per_s")}
+            for line in read_jsonl(each.metrics)
+        ]
+        for each in (whole, run)
+    ]
+    assert values[0] == values[1]
+
+
+@pytest.mark.slow
+def test_early_stopping_watches_a_metric_of_the_users(start):
+    stopping = {"metric": "val/worse", "mode": "max", "patience": 2}
+    done, run = start(metrics=["my.py:worse"], train={"epochs": 9, "early_stopping": stopping})
+    assert done.returncode == 0, done.stderr
+    status = run.read_status()
+    assert (status["state"], status["epoch"], status["best"]["epoch"]) == ("early_stopped", 3, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train": {"loss": "my.py:broken_loss"}},
+        {"train": {"loss": "my.py:BrokenLater"}},
+        {"train": {"listeners": ["my.py:Broken"]}},
+        {"metrics": ["my.py:broken_loss"]},
+    ],
+    ids=str,
+)
+def test_an_exception_of_theirs_is_shown_and_not_tried_again(start, changes):
+    done, run = start(**changes)
+    assert done.returncode == 1
+    assert 'raise RuntimeError("theirs")' in done.stderr
+    assert re.search(r"my\.py:\d+, the last line of your own code", done.stderr)
+    assert len([event for event in read_jsonl(run.events) if event["kind"] == "attempt_started"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train": {"loss": "crossentropy"}}, r"mine\.yaml:\d+: train\.loss: .*did you mean 'cross_entropy'"),
+        ({"train": {"loss": "my.py:lost"}}, r"train\.loss: .*did you mean 'loss'"),
+        ({"train": {"loss": "my.py:one"}}, r"train\.loss: .*my\.py:\d+: one takes 1 arguments by position"),
+        ({"train": {"loss": "focal", "loss_args": {"gama": 1}}}, "did you mean 'gamma'"),
+        ({"metrics": [{"metric": AUROC, "name": "top1"}]}, r"metrics\.0: the name 'top1' is taken"),
+        ({"metrics": [AUROC, AUROC]}, r"mine\.yaml:\d+: metrics\.1: the name 'MulticlassAUROC' is taken by another"),
+        ({"metrics": ["torchmetrics.classification:MulticlassAUROK"]}, "did you mean 'MulticlassAUROC'"),
+        ({"train": {"early_stopping": {"metric": "val/ecee"}}, "metrics": [ECE]}, "did you mean 'val/ece'"),
+        ({"train": {"early_stopping": {"metric": "val/ece", "mode": "max"}}, "metrics": [ECE]}, "valid: min"),
+        ({"train": {"listeners": ["my.py:Tolds"]}}, r"train\.listeners\.0: .*did you mean 'Told'"),
+        ({"train": {"listeners": [{"listener": "my.py:Told", "args": {"a": 1}}]}}, "does not take 'a'|takes no"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_said_with_its_place_before_torch_is_imported(start, changes, words):
+    done, run = start("--dry-run", **changes)
+    assert done.returncode == 2
+    assert re.search(words, done.stderr), done.stderr
+    assert not run.path.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train": {"loss": "my.py:vector"}}, r"train\.loss: my\.py:vector returned a tensor of shape \(12, 3\)"),
+        ({"train": {"loss": "my.py:detached"}}, r"train\.loss: my\.py:detached returned a tensor that no gradient"),
+        ({"train": {"loss": "focal", "label_smoothing": 0.1}}, "focal takes no label_smoothing"),
+        ({"metrics": [{**ECE, "mode": "max"}]}, r"metrics\.0: .*less of it is better; write mode: min"),
+        ({"metrics": [{"metric": AUROC, "args": {"num_classes": -2}}]}, r"metrics\.0: .*ValueError"),
+        ({"metrics": ["my.py:vector"]}, r"metrics\.0: my\.py:vector gives a tensor of shape"),
+        ({"train": {"listeners": [AUROC]}}, r"train\.listeners\.0: .*has no method that is called"),
+    ],
+    ids=str,
+)
+def test_what_only_shows_when_it_runs_is_refused_before_the_start(start, changes, words):
+    done, run = start(**changes)
+    assert done.returncode == 2, done.stderr
+    assert re.search(words, done.stderr), done.stderr
+    assert not run.path.exists()
+
+
+def examples():
+    """The examples of docs/extending.md: the name of each, its file and its content, its recipe."""
+    pattern = r"<!-- example: (loss|metrics|listeners) -->\n```python\n# (\S+)\n(.*?)```.*?```yaml\n(.*?)```"
+    return re.findall(pattern, EXTENDING.read_text(), re.DOTALL)
+
+
+def test_the_examples_of_the_documentation_are_found():
+    assert [found[0] for found in examples()] == ["loss", "metrics", "listeners"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("part", "file", "code", "recipe"), examples(), ids=lambda value: value[:9])
+def test_an_example_of_the_documentation_runs(start, recipe_file, part, file, code, recipe):
+    recipe_file(code, name=file)
+    changes = merge(yaml.safe_load(recipe), {})
+    changes.setdefault("train", {})["epochs"] = 1
+    done, run = start("--procs", "2", **changes)
+    assert done.returncode == 0, done.stderr
+    if part == "listeners":
+        assert json.loads((run.path / "diary.jsonl").read_text())["world_size"] == 2
+
+
+@pytest.mark.slow
+def test_torchmetrics_is_not_imported_where_no_recipe_names_metrics(start):
+    code = (
+        CODE + "\nimport sys\n\n\nclass Look:\n    def end(self):\n        assert 'torchmetrics' not in sys.modules\n"
+    )
+    done, _ = start(code=code, train={"epochs": 1, "listeners": ["my.py:Look"]})
+    assert done.returncode == 0, done.stderr
