@@ -59,11 +59,11 @@ def carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_i
     from launcher import backends
     from launcher.backends import living
     from launcher.node import meeting
-    from launcher.runs import quarantine, recipe_changes, user_code
+    from launcher.runs import quarantine, recipe_changes, user_code, user_copies
 
     plan = plan_run(recipe, args, run_id=run_id, run_dir=args.run_dir)
     run = RunDir(plan.run_dir)
-    recipe, code = user_code.gather(recipe, source, run, renew=args.new_code)
+    recipe, code = user_copies.gather(recipe, source, run, renew=args.new_code)
     changes = recipe_changes.find(run, recipe, source.where)
     if args.dry_run:
         print("\n".join(filter(None, [str(plan), str(code)])))
@@ -89,7 +89,7 @@ def carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_i
     found = admit(plan, run, recipe, source)
     if plan.node_rank == 0:
         write_run(plan, recipe, code)
-        user_code.tell_of_changes(run, code)
+        user_code.tell_of_changes(run, code.changed, is_new=code.is_new)
         record_changes(run, changes)
         if found:
             quarantine.record(run, recipe, found, attempt=history.next_attempt(run))

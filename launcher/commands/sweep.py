@@ -78,10 +78,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _gather(plans: list[LaunchPlan], loaded: list[tuple[Recipe, Source]]) -> list[tuple[Recipe, Code]]:
     """Each run's recipe and the user's code that it takes along."""
-    from launcher.runs import user_code
+    from launcher.runs import user_copies
 
     pairs = zip(plans, loaded, strict=True)
-    return [user_code.gather(recipe, source, RunDir(plan.run_dir)) for plan, (recipe, source) in pairs]
+    return [user_copies.gather(recipe, source, RunDir(plan.run_dir)) for plan, (recipe, source) in pairs]
 
 
 def _print_plans(plans: list[LaunchPlan], combinations: list[tuple[str, ...]], scripts: list[str]) -> None:

@@ -49,7 +49,7 @@ OPEN = {
     "data.path": SAME_IMAGES,
     "data.dataset": SAME_IMAGES,
     "data.dataset_args": SAME_IMAGES,
-    "data.transform": "",
+    "data.transform": "the best checkpoint is chosen anew from the next validation on",
     "data.transform_args": "",
     "data.augment": "",
     "data.workers": "",
@@ -109,7 +109,7 @@ OPEN = {
 """Keys with which a run goes on at another value, each with what to know then."""
 TUNED = (
     *("model.", "batch.", "precision", "train.loss", "train.channels_last", "train.clip_grad_norm", "optim.momentum"),
-    *("data.workers", "data.augment", "launch.threads"),
+    *("data.workers", "data.augment", "data.dataset", "data.transform", "launch.threads"),
 )
 """How keys begin that measured batch sizes and shares of cores follow from: they are measured anew."""
 

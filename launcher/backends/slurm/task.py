@@ -26,7 +26,7 @@ from launcher.errors import (
 )
 from launcher.node import preflight, signals, supervisor
 from launcher.plan import variables
-from launcher.runs import history, whereabouts
+from launcher.runs import history, user_code, whereabouts
 from launcher.runs.run_dir import BATCH_LOG_VARIABLE, RunDir, code_digest, node_name
 from launcher.system import network
 from launcher.system.files import write_json_atomic, write_text_atomic
@@ -116,6 +116,8 @@ def _supervise(run: RunDir) -> int:
         if code_digest() != planned:
             run.append_event("code_changed", planned=planned, found=code_digest())
             print("warning: the code of finetune-launcher has changed since this run was launched", file=sys.stderr)
+        if manifest := user_code.read_manifest(run.code):
+            user_code.tell_of_changes(run, user_code.find_changed(manifest))
         _tell_lost_variables(run)
         history.close_attempt(run, lost_nodes=_lost_nodes())
         stopped = history.refusal(run)
