@@ -79,12 +79,12 @@ def carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_i
         from launcher.engine import recipe_checks
         from launcher.engine.user import trial
     tell_of_ignored(recipe, source)
-    try:  # with --debug the user's code is not tried before: breakpoints may be in it
-        is_new, tried = run.newest_state() is None, None if plan.debug else code
-        recipe_checks.check(recipe, source.where, is_new=is_new, code=tried, place=run.path)
+    try:
+        recipe_checks.check(recipe, source.where, is_new=run.newest_state() is None, code=code, place=run.path)
     except trial.UserCodeError as error:
-        write_run(plan, recipe, code)
-        raise record_failure(run, error.record) from None
+        if not plan.debug:  # with which it comes again, in this process
+            write_run(plan, recipe, code)
+            raise record_failure(run, error.record) from None
     recipe_checks.check_train_set(run, recipe, source.where)
     found = admit(plan, run, recipe, source)
     if plan.node_rank == 0:
@@ -135,6 +135,8 @@ def record_failure(run: RunDir, record: dict[str, Any]) -> TrainingError:
     file, who = run.rank_error(attempt, 0), {"attempt": attempt, "node": 0, "rank": 0, "host": os.uname().nodename}
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json_atomic(file, {"time": time.time(), **who, **record})
+    run.rank_log(attempt, 0).parent.mkdir(parents=True, exist_ok=True)
+    run.rank_log(attempt, 0).write_text(record["traceback"], encoding="utf-8")
     run.append_event("attempt_started", attempt=attempt, node=0, workers=0)
     cause, message = diagnose.cause_of_end(run, attempt)
     run.append_event("attempt_ended", attempt=attempt, node=0, cause=cause, message=message)

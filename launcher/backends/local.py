@@ -17,7 +17,9 @@ def submit(plan: LaunchPlan) -> int:
     """Train here; an error leaves with its whole traceback."""
     run = RunDir(plan.run_dir)
     attempt = history.next_attempt(run)
-    quarantine.prepare(run, attempt=attempt, node_rank=0, progress=lambda: None)
+    from launcher.engine.user import scan
+
+    quarantine.prepare(run, attempt=attempt, node_rank=0, progress=lambda: None, scan_own=scan.scan)
     run.append_event("attempt_started", attempt=attempt, node=0, workers=1)
     spec = WorkerSpec(run_dir=str(run.path), attempt=attempt, debug=plan.debug)
     from launcher.engine import worker

@@ -160,7 +160,7 @@ def _check_all(
         return
     if plans[0].backend == "slurm":
         admission.check_step(plans[0])
-    for recipe, source in {recipe.data: (recipe, source) for recipe, source in loaded}.values():
+    for recipe, source in {repr(recipe.data): (recipe, source) for recipe, source in loaded}.values():
         quarantine.check(recipe, source.where)
 
 

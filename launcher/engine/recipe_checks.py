@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import urllib.error
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,7 +85,8 @@ def check_train_set(run: RunDir, recipe: Recipe, where: Callable[[str], str]) ->
         return
     if recipe.data.dataset:  # rank 0 compares them when it has made the data set
         return
-    train_set = data.open_split(recipe, "train", build_preprocessing(recipe.model, recipe.data))
+    listed = replace(recipe, data=replace(recipe.data, transform=None))  # whose images nobody looks at
+    train_set = data.open_split(listed, "train", build_preprocessing(recipe.model, recipe.data))
     try:
         state.check_train_set(run, train_set, saved)
     except UsageError as error:

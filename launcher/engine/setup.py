@@ -16,7 +16,6 @@ from launcher.engine.distributed import broadcast_buffers
 from launcher.engine.losses import Loss, build_loss
 from launcher.engine.model import FineTunedModel, build_model, build_preprocessing
 from launcher.engine.schedule import Batching, Schedule, validation_batches
-from launcher.engine.user import model as user_model
 from launcher.images import folder as image_folder
 from launcher.recipe import load as recipes
 from launcher.system import loader_room
@@ -224,15 +223,6 @@ def fixed_batching(config: BatchConfig, ranks: Ranks, *, debug: bool) -> Batchin
     )
 
 
-def _build_model(recipe: Recipe, images: DataSets, *, with_weights: bool, tried: bool) -> FineTunedModel:
-    """The model for a data set; one of the user's own is run once where it was not ``tried`` before the start."""
-    classes, size = num_classes(recipe, images.train.classes), images.preprocessing.image_size
-    model = build_model(recipe, num_classes=classes, image_size=size, with_weights=with_weights)
-    if recipe.model.factory and not tried:
-        user_model.try_forward(model.module, recipe.model, num_classes=classes, image_size=size)
-    return model
-
-
 def build_parts(
     run: RunDir,
     ranks: Ranks,
@@ -259,9 +249,13 @@ def build_parts(
     recipe = recipes.read_resolved(run.recipe)
     images = data_sets or open_data_sets(run)
     channels_last = device.channels_last if recipe.train.channels_last == "auto" else recipe.train.channels_last
-    with_weights = ranks.rank == 0 if with_weights is None else with_weights
-    model = _build_model(recipe, images, with_weights=with_weights, tried=not debug)
     classes = num_classes(recipe, images.train.classes)
+    model = build_model(
+        recipe,
+        num_classes=classes,
+        image_size=images.preprocessing.image_size,
+        with_weights=ranks.rank == 0 if with_weights is None else with_weights,
+    )
     model.module.to(device.torch_device)
     if channels_last:
         model.module.to(memory_format=torch.channels_last)

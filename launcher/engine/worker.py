@@ -52,6 +52,8 @@ SHORTAGES = (
 )
 """How torch and Python say, in a RuntimeError, that the machine or the shell's limits lack something."""
 PACKAGE, PYTHON = Path(__file__).resolve().parents[1], Path(os.__file__).resolve().parent
+LOADER_TRACEBACK = "Original Traceback"
+"""How torch begins the traceback of a loader process."""
 LOADER_KILLED = ("by signal: Killed", "by signal: Terminated", "exited unexpectedly")
 """How torch says that somebody else, such as the out-of-memory killer, ended a loader process. What ends one by its own
 fault (an exception, a segmentation fault) would come again."""
@@ -232,10 +234,23 @@ def error_record(error: BaseException) -> dict[str, Any]:
     return {
         "kind": error_kind(error),
         "type": type(error).__name__,
-        "message": redact(str(error)),
+        "message": redact(_message(error)),
         "traceback": text,
         "own_line": last_own_line(text),
     }
+
+
+def _message(error: BaseException) -> str:
+    """What an error says; of one from a loader process, whose text holds its whole traceback, what that one says."""
+    text = str(error)
+    if not text.startswith("Caught ") or LOADER_TRACEBACK not in text:
+        return text
+    said: list[str] = []
+    for line in reversed(text.rstrip().splitlines()):
+        if line.startswith((" ", LOADER_TRACEBACK)):
+            break
+        said.insert(0, line)
+    return " ".join(said).removeprefix(f"{type(error).__name__}: ")
 
 
 def error_kind(error: BaseException) -> str:

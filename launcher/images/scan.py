@@ -33,6 +33,7 @@ CURES = {
     "truncated": "copy it again, or remove it",
     "damaged": "copy or save it again, or remove it",
     "bomb": "scale it down, or remove it",
+    "raises": "correct the data set's code, or the sample",
     "crashes_decoder": "save it again by another program, or remove it",
     "not_finite": "write numbers in their place, or remove it",
     "grey_range": "say what is black and white: data.grey_range=[0, 4095] where 12 bits were used, [0, 65535] where "
@@ -101,6 +102,8 @@ class Scan:
     """What lies in the folder and is not trained on, a sentence each."""
     levels: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Kinds of images with more than 8 bits, each with the lowest and the highest value of them all."""
+    classes: list[str] | None = None
+    """Of a data set that is no folder; None: the class folders."""
 
     @property
     def bad(self) -> list[ScannedImage]:
@@ -109,7 +112,8 @@ class Scan:
 
     def class_counts(self, split: str) -> Counter[str]:
         """Good images of each class, 0 too, in the order of the classes."""
-        counts = Counter(dict.fromkeys(image_folder.find_classes(self.folder / split), 0))
+        names = image_folder.find_classes(self.folder / split) if self.classes is None else self.classes
+        counts = Counter(dict.fromkeys(names, 0))
         counts.update(image.class_name for image in self.images if image.split == split and not image.kind)
         return counts
 

@@ -24,8 +24,9 @@ from launcher.system import cpu as host_cpu
 from launcher.system.redact import redact
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
+    from launcher.images.scan import Scan
     from launcher.plan.launch_plan import LaunchPlan
 
 
@@ -104,7 +105,13 @@ def _check_images(run: RunDir, node_rank: int, stop: StopSignals, attempt: int) 
     awaited = " while waiting for node 0 to look through the images" if node_rank else ""
     heed_stop = functools.partial(_heed_stop, run, node_rank, stop, awaited)
     heed_stop()
-    quarantine.prepare(run, attempt=attempt, node_rank=node_rank, progress=heed_stop)
+    quarantine.prepare(run, attempt=attempt, node_rank=node_rank, progress=heed_stop, scan_own=_scan_own)
+
+
+def _scan_own(run: RunDir, heed_stop: Callable[[], None]) -> Scan:
+    from launcher.engine.user import scan
+
+    return scan.scan(run, heed_stop)
 
 
 @contextlib.contextmanager

@@ -51,8 +51,13 @@ def scan(config: DataConfig, progress: Callable[[int, int], None] | None = None)
     return found
 
 
-def check(recipe: Recipe, where: Callable[[str], str]) -> Scan:
-    """Look through a recipe's images before anything is written.
+def is_read_by_own_code(recipe: Recipe) -> bool:
+    """Whether the samples that cannot be read are known to the user's own code only: it is asked before the workers."""
+    return bool(recipe.data.dataset) and recipe.data.on_bad_image == "quarantine"
+
+
+def check(recipe: Recipe, where: Callable[[str], str]) -> Scan | None:
+    """Look through a recipe's images before anything is written; None: that comes later.
 
     Args:
         recipe: checked by recipe.load already.
@@ -61,6 +66,8 @@ def check(recipe: Recipe, where: Callable[[str], str]) -> Scan:
     Raises:
         RecipeError: the recipe does not allow what was found; names the images.
     """
+    if is_read_by_own_code(recipe):
+        return None
     found = scan(recipe.data)
     problem = _refusal(found, recipe.data)
     if problem:
@@ -68,7 +75,14 @@ def check(recipe: Recipe, where: Callable[[str], str]) -> Scan:
     return found
 
 
-def prepare(run: RunDir, *, attempt: int, node_rank: int, progress: Callable[[], None]) -> None:
+def prepare(
+    run: RunDir,
+    *,
+    attempt: int,
+    node_rank: int,
+    progress: Callable[[], None],
+    scan_own: Callable[[RunDir, Callable[[], None]], Scan] | None = None,
+) -> None:
     """See to it that ``bad_images.json`` is there and fit for an attempt that is about to start.
 
     Node 0 looks through the images, unless that has been done for this attempt; the others wait for what it finds.
@@ -78,6 +92,7 @@ def prepare(run: RunDir, *, attempt: int, node_rank: int, progress: Callable[[],
         attempt: number of the next start of the workers.
         node_rank: which node this is.
         progress: called twice a second at least; what it raises ends the work.
+        scan_own: looks through a data set of the user's own.
 
     Raises:
         TrainingError: the recipe does not allow what was found; the run's history says so.
@@ -98,7 +113,7 @@ def prepare(run: RunDir, *, attempt: int, node_rank: int, progress: Callable[[],
         progress()
         show(done, total)
 
-    found = scan(recipe.data, watch)
+    found = scan_own(run, progress) if scan_own and is_read_by_own_code(recipe) else scan(recipe.data, watch)
     record(run, recipe, found, attempt=attempt)
     problem = _refusal(found, recipe.data)
     if problem:

@@ -59,6 +59,7 @@ class UserDataset(Samples):
         super().__init__(transform, seed=seed)
         assert config.dataset  # noqa: S101
         self._config = config
+        self._split = split
         self._name = f"{as_in_run(config.dataset)}(split={split!r})"
         function = user_code.load(config.dataset)
         self._made = user_code.call("data.dataset", function, config.dataset_args, split=split, path=config.path)
@@ -131,7 +132,8 @@ class UserDataset(Samples):
                 f"{self._name}: the class of sample {index} ({key}) is {label!r}; it must be a number from 0 to "
                 f"{len(self.classes) - 1}, of {len(self.classes)} classes"
             )
-        return str(key).removeprefix(f"{self._config.path}/"), number
+        inside, split = str(key).removeprefix(f"{self._config.path}/"), f"{self._split}/"
+        return inside if inside.startswith(split) else f"{split}{inside}", number  # the same in both is another sample
 
     def _check_samples(self, listed: list[tuple[str, int]]) -> None:
         if not listed:
