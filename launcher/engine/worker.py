@@ -100,7 +100,9 @@ def worker_main(run_path: str, beats: Heartbeats) -> Outcome:
         console.drain()
         os._exit(EXIT_FAILED)  # the agent would print the same traceback once more
     console.drain()
-    # From here on the agent's acknowledgement is awaited; without an agent it would never come.
+    # From here on the agent's acknowledgement is awaited. Without an agent it would never come, and one that has lost
+    # the other nodes waits for this worker instead.
+    beats.leave(ranks.local_rank)
     die_with_parent()
     if os.getppid() != supervisor:
         os._exit(EXIT_RESUMABLE)

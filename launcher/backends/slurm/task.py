@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 LOOPBACK = "127.0.0.1"
 MEET_TIMEOUT_S = 600
-LEAVE_TIMEOUT_S = 120
 PREFLIGHT_PORT = 5000
 """How far its port is from that of the rendezvous."""
 STEP_PORTS = 101
@@ -51,9 +50,11 @@ STALE_BEGINNINGS = ("TORCHELASTIC_", "PET_", "ROLE_", "GROUP_")
 def main(run_path: str) -> None:
     """Run this node's part of the job; leaves by SystemExit with the design's exit code where that is not 0.
 
-    Node 0 speaks for the run. The others stay until it is done, exports and all, and leave with 0: srun ends the whole
-    step when a task leaves with anything else, and some time after the first has left. That is meant where a node's
-    own check has failed: the others could wait for it long.
+    Node 0 speaks for the run. The others leave with 0: srun ends the whole step when a task leaves with anything else,
+    and five minutes after the first has left (``--wait``). So they stay until an orderly end, exports and all, is done.
+    They leave at once where they were stopped: a node that is still there ten seconds after a SIGTERM is sent it again
+    a minute later by slurmctld, and by then the step of that number is the requeued job's (SLURM 22.05). Where a node's
+    own check has failed the step is meant to end: the others could wait for it long.
     """
     signals.hold()
     run = RunDir(run_path)
@@ -63,8 +64,9 @@ def main(run_path: str) -> None:
         done.parent.mkdir(exist_ok=True)
         write_text_atomic(done, f"{code}\n")  # for the batch script too: srun's own code may be that of a task it ended
     elif code != EXIT_PREFLIGHT:
-        with contextlib.suppress(InterruptedRunError):  # node 0 is told the same, and speaks for the run
-            _wait_for(done, None if code == EXIT_OK else LEAVE_TIMEOUT_S, "node 0 to finish the run")
+        if code == EXIT_OK:
+            with contextlib.suppress(InterruptedRunError):  # node 0 is told the same, and speaks for the run
+                _wait_for(done, None, "node 0 to finish the run")
         code = EXIT_OK
     sys.stdout.flush()
     if code:
