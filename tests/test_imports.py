@@ -191,7 +191,7 @@ print("\\n" + json.dumps({"code": code or 0, "modules": sorted(sys.modules)}))
     return result["code"], tops(result["modules"])
 
 
-LIGHT = HEAVY | {"onnxruntime", "safetensors", "PIL"}
+LIGHT = HEAVY | {"onnxruntime", "safetensors", "PIL", "jinja2", "markupsafe", "psutil"}
 
 
 @pytest.mark.parametrize(

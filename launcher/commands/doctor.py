@@ -268,10 +268,13 @@ def _cgroup_values(controller: str, file_v2: str, file_v1: str) -> Iterator[str]
 
 
 def _memory() -> Verdict:
-    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    gib = {key: int(value.split()[0]) * 1024 / checks.GIB for key, _, value in (line.partition(":") for line in lines)}
+    import psutil
+
+    memory = psutil.virtual_memory()
     limits = [int(t) for t in _cgroup_values("memory", "memory.max", "memory.limit_in_bytes") if t != "max"]
-    return checks.check_memory(gib["MemTotal"], gib["MemAvailable"], min(limits) / checks.GIB if limits else None)
+    return checks.check_memory(
+        memory.total / checks.GIB, memory.available / checks.GIB, min(limits) / checks.GIB if limits else None
+    )
 
 
 def _disk(folder: Path, *, status: checks.Status, cure: str) -> Verdict:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.images import pixels
-from launcher.system.processes import STOP_SIGNALS, offer_to_kernel
+from launcher.system.processes import STOP_SIGNALS, die_with_parent, offer_to_kernel
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,7 +50,8 @@ def main() -> None:
     """Answer until standard input ends, as it does when whoever asks has gone."""
     for number in STOP_SIGNALS:  # whoever asks decides when to stop
         signal.signal(number, signal.SIG_IGN)
-    offer_to_kernel(1000)  # rather than its parent
+    die_with_parent()  # a process that hangs does not see its input end
+    offer_to_kernel(1000)  # where memory runs out, the kernel kills this process rather than its parent
     warnings.simplefilter("ignore")  # Pillow's, about files that it reads all the same
     answers = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)  # what a decoder's C library prints must not get between the answers

@@ -14,7 +14,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from launcher.node.agent_thread import AgentThread, LeftError, ask_for_lost
+from launcher.node.agent_thread import AgentThread, LeftError, ask_for_lost, blame_lost
 from launcher.node.peers import Peers
 from launcher.node.watchdog import Watchdog
 from launcher.runs import diagnose, history
@@ -91,6 +91,7 @@ def run_workers(run: RunDir, plan: LaunchPlan, *, first_attempt: int, stop: Stop
             except (ChildFailedError, _NoRestartError):
                 if plan.nodes > 1 and diagnose.cause_of_end(run, logs.attempt)[0] == "lost_worker":
                     ask_for_lost(stop, peers)
+                blame_lost(stop, peers)
                 raise
     except RendezvousError as error:
         if plan.nodes == 1:

@@ -11,8 +11,6 @@ import functools
 import json
 import os
 import socket
-import sys
-import time
 import uuid
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -22,15 +20,13 @@ from launcher.node import signals
 from launcher.runs.run_dir import RunDir
 from launcher.system import network, waiting
 from launcher.system.files import write_json_atomic
+from launcher.system.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from launcher.plan.launch_plan import LaunchPlan
 
-POLL_S = 0.2
-SAY_S = 3.0
-"""After so long it is said for whom this node waits."""
 WAIT_S = 900
 """How long node 0 waits for the others to be started."""
 WAIT_FOR_RUN_DIR_S = 600
@@ -215,8 +211,12 @@ def _lead(run: RunDir, plan: LaunchPlan, mine: dict[str, Any], heed_stop: Callab
                     found[rank] = node
         return not missing()
 
-    is_whole = _wait_for(
-        all_are_there, heed_stop, lambda: f"node {missing()}: run the same command there, with its --node-rank"
+    is_whole = wait_until(
+        all_are_there,
+        timeout_s=WAIT_S,
+        heed=heed_stop,
+        what=lambda: f"node {missing()} to come to {mine['rdzv_endpoint']}",
+        cure="run the same command there, with its --node-rank",
     )
     nodes = [mine, *(found[rank] for rank in sorted(found))]
     problems = find_problems(nodes)
@@ -263,21 +263,7 @@ def _join(run: RunDir, mine: dict[str, Any], node_rank: int, heed_stop: Callable
         meant = verdict and (not verdict["problems"] or mine["start"] in verdict["starts"])
         return bool(meant) and verdict["created"] == created
 
-    if not _wait_for(is_decided, heed_stop, lambda: f"node 0, which begins when all nodes are there ({run})"):
+    awaited = f"node 0 to begin in {run}, when all nodes are there"
+    if not wait_until(is_decided, timeout_s=WAIT_S, heed=heed_stop, what=awaited):
         raise UsageError(f"node 0 has not come in {WAIT_S} s: is it started, and does it see {run.path}?")
     return verdict
-
-
-def _wait_for(is_so: Callable[[], bool], heed_stop: Callable[[], None], what: Callable[[], str]) -> bool:
-    """Wait for other nodes, and say so after a while; False where it has become too long."""
-    begun, is_said = time.monotonic(), False
-    while not is_so():
-        heed_stop()
-        waited = time.monotonic() - begun
-        if waited > WAIT_S:
-            return False
-        if waited > SAY_S and not is_said:
-            print(f"waiting for {what()}", file=sys.stderr, flush=True)
-            is_said = True
-        time.sleep(POLL_S)
-    return True

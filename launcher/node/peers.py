@@ -87,6 +87,10 @@ class Peers:
             return f"node 0 at {self._endpoint}"
         return ", ".join(f"node {node}" for node in missing) + f" to come to {self._endpoint}"
 
+    def heard(self) -> list[int]:
+        """The other nodes that have come and have not said that they leave."""
+        return [node for node in self._heard if node not in self._left]
+
     def lost(self, *, idle: bool) -> str:
         """The first node that came and is gone, in words; empty: there is none.
 

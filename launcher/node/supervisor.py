@@ -69,10 +69,10 @@ def supervise(plan: LaunchPlan, *, first_attempt: int | None = None) -> int:
             network.set_environment(plan.env)
         attempt = first_attempt or history.next_attempt(run)
         _check_images(run, plan.node_rank, stop, attempt)
-        with _explained(run, plan, stop):
+        with _explained(run, plan, stop, attempt):
             outcomes = agent.run_workers(run, plan, first_attempt=attempt, stop=stop)
         if "preempted" in outcomes.values():
-            raise _interrupted(run, plan, stop)
+            raise _interrupted(run, plan, stop, attempt)
         if 0 in outcomes and not plan.tune:  # the node that holds rank 0 finishes the run
             _finish(run, plan, stop)
     return EXIT_OK
@@ -108,15 +108,15 @@ def _check_images(run: RunDir, node_rank: int, stop: StopSignals, attempt: int) 
 
 
 @contextlib.contextmanager
-def _explained(run: RunDir, plan: LaunchPlan, stop: StopSignals) -> Iterator[None]:
+def _explained(run: RunDir, plan: LaunchPlan, stop: StopSignals, attempt: int) -> Iterator[None]:
     """Turn what ended the workers into what is told, and write it down."""
     try:
         yield
     except agent_thread.LeftError:
-        raise _interrupted(run, plan, stop) from None
+        raise _interrupted(run, plan, stop, attempt) from None
     except agent.WorkersFailedError as error:
         if stop.requested:
-            raise _interrupted(run, plan, stop) from None
+            raise _interrupted(run, plan, stop, attempt) from None
         cause, message = diagnose.cause_of_end(run, error.attempt)
         with _even_if_full(run):
             if plan.node_rank == 0:
@@ -135,7 +135,7 @@ def _even_if_full(run: RunDir) -> Iterator[None]:
         print(f"{run}: cannot be written to: {error.strerror}", file=sys.stderr, flush=True)
 
 
-def _interrupted(run: RunDir, plan: LaunchPlan, stop: StopSignals) -> InterruptedRunError:
+def _interrupted(run: RunDir, plan: LaunchPlan, stop: StopSignals, first_attempt: int) -> InterruptedRunError:
     """What to tell after a stop; the run's state and history say so too."""
     node_rank, lost = plan.node_rank, stop.cause == "lost_node"
     reason = stop.reason or "stopped by the signal of another node"  # of which only a worker here has heard
@@ -144,7 +144,8 @@ def _interrupted(run: RunDir, plan: LaunchPlan, stop: StopSignals) -> Interrupte
         attempt = history.next_attempt(run) - 1
         cause = stop.cause or history.cause_of_signal("")
         with _even_if_full(run):
-            run.append_event("attempt_ended", attempt=attempt, node=node_rank, cause=cause, message=reason)
+            if attempt >= first_attempt:  # else the nodes were still waiting for each other
+                run.append_event("attempt_ended", attempt=attempt, node=node_rank, cause=cause, message=reason)
             whereabouts.note_preempted(run)
     last = run.last_checkpoint
     kept = f"the checkpoint {last.resolve().name} is saved" if last.exists() else "it had not begun to train"

@@ -1,20 +1,57 @@
-"""Curves over optimizer steps as inline SVG; its colours are those of the page around it."""
+"""Curves over optimizer steps: where ticks, lines and points lie. The template draws them as SVG."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-from launcher.report.markup import escape
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 Point = tuple[float, float | None, str]
-"""x, y (None: not known, the line breaks) and what the pointer is told."""
+"""x, y (None: not known, the line breaks) and the tooltip."""
 
 LOG_SPREAD = 50
+"""A loss whose highest value is this many times its lowest gets a logarithmic axis."""
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 400, 250, 58, 10, 30, 36
+"""The size of a chart and its margins, in its own units: the page scales it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """A point of a curve."""
+
+    x: float
+    y: float
+    tip: str
+    is_best: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One line: its name (train or val, which are CSS classes too), its SVG path and its points."""
+
+    name: str
+    path: str
+    marks: list[Mark]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """What the template draws; places are in the chart's units, from its left and its top."""
+
+    title: str
+    label: str
+    """What a screen reader says."""
+    y_ticks: list[tuple[float, str]]
+    x_ticks: list[tuple[float, str]]
+    curves: list[Curve]
+    width: int = WIDTH
+    height: int = HEIGHT
+    left: int = LEFT
+    right: int = WIDTH - RIGHT
+    bottom: int = HEIGHT - BOTTOM
 
 
 def line_chart(
@@ -24,12 +61,12 @@ def line_chart(
     *,
     best_x: float | None = None,
     floor: float = math.inf,
-) -> str:
-    """A figure of curves over optimizer steps, as inline SVG.
+) -> Chart | None:
+    """A chart of curves over optimizer steps; None where no value is known.
 
     Args:
         title: what y is.
-        series: names (train or val, which are CSS classes too), each with its points.
+        series: names (train or val), each with its points.
         show: format string of a y, for the spoken summary.
         best_x: where a ring goes on the val curve; None: nowhere.
         floor: a value that the y axis reaches down to in any case.
@@ -37,32 +74,53 @@ def line_chart(
     series = {name: points for name, points in series.items() if any(y is not None for _, y, _ in points)}
     values = [y for points in series.values() for _, y, _ in points if y is not None]
     if not values:
-        return ""
+        return None
     logarithmic = min(values) > 0 and title == "Loss" and max(values) > LOG_SPREAD * min(values)
     ticks = _log_ticks(min(values), max(values)) if logarithmic else _ticks(min(*values, floor), max(values))
     scale: Callable[[float], float] = math.log10 if logarithmic else float
     end = max(x for points in series.values() for x, _, _ in points) or 1
     low, high = scale(ticks[0]), scale(ticks[-1])
 
-    def place(x: float, y: float) -> tuple[float, float]:
-        down = (high - scale(y)) / (high - low)
-        return LEFT + (WIDTH - LEFT - RIGHT) * x / end, TOP + (HEIGHT - TOP - BOTTOM) * down
+    def across(x: float) -> float:
+        return round(LEFT + (WIDTH - LEFT - RIGHT) * x / end, 1)
 
-    parts = [_axes(ticks, end, place, percent="%" in show)]
-    parts += [_series(name, points, place, best_x) for name, points in series.items()]
-    if len(series) > 1:
-        parts.append(_legend(list(series)))
+    def down(y: float) -> float:
+        return round(TOP + (HEIGHT - TOP - BOTTOM) * (high - scale(y)) / (high - low), 1)
+
+    return Chart(
+        title=f"{title} (logarithmic)" if logarithmic else title,
+        label=f"{title} over {end:,} optimizer steps: {_spoken(series, show)}",
+        y_ticks=[(down(tick), f"{tick * 100:.4g}%" if "%" in show else f"{tick:.4g}") for tick in ticks],
+        x_ticks=[(across(x), f"{x:,.0f}") for x in _ticks(0, end, 4) if x <= end and x == int(x)],
+        curves=[_curve(name, points, across, down, best_x) for name, points in series.items()],
+    )
+
+
+def _curve(
+    name: str,
+    points: list[Point],
+    across: Callable[[float], float],
+    down: Callable[[float], float],
+    best_x: float | None,
+) -> Curve:
+    path, marks, pen = [], [], "M"
+    for x, y, tip in points:
+        if y is None:
+            pen = "M"
+            continue
+        mark = Mark(x=across(x), y=down(y), tip=tip, is_best=name == "val" and x == best_x)
+        path.append(f"{pen}{mark.x} {mark.y}")
+        pen = "L"
+        marks.append(mark)
+    return Curve(name=name, path="".join(path), marks=marks)
+
+
+def _spoken(series: dict[str, list[Point]], show: str) -> str:
     known = {name: [y for _, y, _ in points if y is not None] for name, points in series.items()}
-    spoken = "; ".join(
+    return "; ".join(
         f"{name} from {show.format(ys[0])} to {show.format(ys[-1])}, lowest {show.format(min(ys))}, "
         f"highest {show.format(max(ys))}"
         for name, ys in known.items()
-    )
-    label = f"{title} over {end:,} optimizer steps: {spoken}"
-    head = f"{title} (logarithmic)" if logarithmic else title
-    return (
-        f'<figure><h3>{head}</h3><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
-        f"{''.join(parts)}</svg></figure>"
     )
 
 
@@ -78,54 +136,3 @@ def _ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 def _log_ticks(low: float, high: float) -> list[float]:
     return [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
-
-
-def _axes(
-    ticks: list[float], end: float, place: Callable[[float, float], tuple[float, float]], *, percent: bool
-) -> str:
-    parts = []
-    for tick in ticks:
-        x, y = place(0, tick)
-        text = f"{tick * 100:.4g}%" if percent else f"{tick:.4g}"
-        parts.append(
-            f'<line class="grid" x1="{x:.1f}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text x="{x - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{text}</text>'
-        )
-    for tick in (tick for tick in _ticks(0, end, 4) if tick <= end and tick == int(tick)):
-        x, y = place(tick, ticks[0])
-        parts.append(
-            f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{y:.1f}" y2="{y + 5:.1f}"/>'
-            f'<text x="{x:.1f}" y="{y + 18:.1f}" text-anchor="middle">{tick:,.0f}</text>'
-        )
-    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">optimizer steps</text>')
-    return "".join(parts)
-
-
-def _series(
-    name: str, points: list[Point], place: Callable[[float, float], tuple[float, float]], best_x: float | None
-) -> str:
-    path, marks, pen = [], [], "M"
-    for x, y, tip in points:
-        if y is None:
-            pen = "M"
-            continue
-        left, top = place(x, y)
-        path.append(f"{pen}{left:.1f} {top:.1f}")
-        pen = "L"
-        at = f'cx="{left:.1f}" cy="{top:.1f}"'
-        best = name == "val" and x == best_x
-        css, radius = (f"{name} best", 5) if best else (name, 3 if name == "val" else 1.5)
-        more = " (best checkpoint)" if best else ""
-        marks.append(
-            f'<g><title>{name}, {escape(tip)}{more}</title><circle class="{css}" {at} r="{radius}"/>'
-            f'<circle class="hit" {at} r="7"/></g>'
-        )
-    return f'<path class="curve {name}" d="{"".join(path)}"/>{"".join(marks)}'
-
-
-def _legend(names: list[str]) -> str:
-    return "".join(
-        f'<line class="curve {name}" x1="{LEFT + 80 * i}" x2="{LEFT + 80 * i + 22}" y1="14" y2="14"/>'
-        f'<text x="{LEFT + 80 * i + 28}" y="18">{name}</text>'
-        for i, name in enumerate(names)
-    )

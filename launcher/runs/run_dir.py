@@ -276,6 +276,10 @@ class RunDir:
         """Node names with commas between them that, as a node found, one start of a SLURM job should do without."""
         return self.slurm / f"bad-{start}-{node_rank}"
 
+    def all_bad_nodes(self, start: str) -> list[Path]:
+        """Those of all nodes that have written one."""
+        return sorted(self.slurm.glob(f"bad-{start}-*"))
+
     def job_done(self, start: str) -> Path:
         """The run's exit code in one start of a SLURM job; made by node 0 when it has nothing left to do."""
         return self.slurm / f"done-{start}"

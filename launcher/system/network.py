@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import ipaddress
 import os
 import socket
-import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +15,6 @@ if TYPE_CHECKING:
 LOWEST_PORT, HIGHEST_PORT = 10_000, 60_000
 EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-IPV6_ADDRESSES = Path("/proc/net/if_inet6")
-_SIOCGIFADDR = 0x8915
 INTERFACES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 """Environment variables that name the interface between the nodes; where the user has set one, it stays."""
 
@@ -77,11 +73,12 @@ def is_own(address: str) -> bool:
 
 def interface_of(address: str) -> str | None:
     """Name of the network interface that has an ``address``, or None."""
-    if is_loopback(address):
+    wanted = ipaddress.ip_address(address.partition("%")[0])
+    if is_loopback(str(wanted)):
         return "lo"
-    if ":" in address:
-        return _interface_of_ipv6(address)
-    return next((name for name, found in interfaces().items() if found == address), None)
+    family = socket.AF_INET if wanted.version == 4 else socket.AF_INET6  # noqa: PLR2004
+    found = _addresses(family).items()
+    return next((name for name, own in found if wanted in map(ipaddress.ip_address, own)), None)
 
 
 def interface_environment(interface: str) -> dict[str, str]:
@@ -100,7 +97,7 @@ def machine() -> str:
 
 
 def address_of(interface: str) -> str | None:
-    """The IPv4 address of a network interface, or None."""
+    """The first IPv4 address of a network interface, or None."""
     return interfaces().get(interface)
 
 
@@ -134,21 +131,16 @@ def try_port(port: int) -> None:
 
 
 def interfaces() -> dict[str, str]:
-    """The IPv4 address of each network interface that has one."""
-    found = {}
-    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # it has no IPv4 address
-                reply = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name[:15].encode()))
-                found[name] = socket.inet_ntoa(reply[20:24])
-    return found
+    """The first IPv4 address of each network interface that has one."""
+    return {name: own[0] for name, own in _addresses(socket.AF_INET).items()}
 
 
-def _interface_of_ipv6(address: str) -> str | None:
-    wanted = ipaddress.ip_address(address.partition("%")[0])
-    with contextlib.suppress(FileNotFoundError):  # a kernel without IPv6
-        for line in IPV6_ADDRESSES.read_text(encoding="ascii").splitlines():
-            digits, *_, name = line.split()
-            if ipaddress.IPv6Address(int(digits, 16)) == wanted:
-                return name
-    return None
+def _addresses(family: socket.AddressFamily) -> dict[str, list[str]]:
+    """All addresses of a family, by network interface; an interface without one is left out."""
+    import psutil  # takes 0.04 s
+
+    found = {
+        name: [one.address.partition("%")[0] for one in own if one.family == family]
+        for name, own in psutil.net_if_addrs().items()
+    }
+    return {name: own for name, own in found.items() if own}

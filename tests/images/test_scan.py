@@ -512,6 +512,34 @@ def test_a_file_that_takes_for_ever_keeps_nobody_from_stopping(folder, fatal_com
     assert probes() == []
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_file_on_which_the_decoder_hangs_is_bad_and_no_other(workers, folder, fatal_comment, monkeypatch):
+    monkeypatch.setattr(image_probe_pool, "ANSWER_S", 1.0)
+    picture(50).save(folder / "train/cat/5.jpg", comment=b"endless")
+    os.mkfifo(folder / "val/cat/5.jpg")  # to open it waits for a writer
+    found = image_scan.scan(folder, workers=workers)
+    assert [(i.path, i.kind, i.message) for i in found.bad] == [
+        ("train/cat/5.jpg", "crashes_decoder", "the decoder did not end within 1 s"),
+        ("val/cat/5.jpg", "crashes_decoder", "the decoder did not end within 1 s"),
+    ]
+    assert len(found.images) == 8
+    assert probes() == []
+
+
+def test_a_scan_that_is_killed_leaves_no_process_that_hangs(folder, fatal_comment):
+    picture(50).save(folder / "train/cat/5.jpg", comment=b"endless")
+    code = "import sys, pathlib; from launcher.images.scan import scan; scan(pathlib.Path(sys.argv[1]))"
+    scan = subprocess.Popen([sys.executable, "-c", code, str(folder)])
+    deadline = time.monotonic() + 60
+    while not (found := [p for p in probes() if p.cpu_times().user > 0 and p.status() == psutil.STATUS_SLEEPING]):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(1)  # it has begun with the file
+    scan.kill()
+    scan.wait()
+    assert psutil.wait_procs(found, timeout=20)[1] == []
+
+
 def test_processes_that_do_not_start_are_an_error_that_says_how_to_see_why(folder, monkeypatch):
     monkeypatch.setattr(image_probe_pool.sys, "executable", "/bin/false")
     with pytest.raises(LaunchError, match=r"does not start; to see why: /bin/false -P -m launcher.images.probe"):

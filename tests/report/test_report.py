@@ -9,6 +9,7 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import markupsafe
 import numpy as np
 import pytest
 
@@ -17,8 +18,8 @@ from launcher.node import supervisor
 from launcher.recipe import load as recipes
 from launcher.report import build as report
 from launcher.report import charts as report_charts
-from launcher.report import markup as report_markup
 from launcher.report import model_card as report_model_card
+from launcher.report import templating
 from launcher.runs.run_dir import RunDir
 
 NASTY = '<b>&"'
@@ -340,7 +341,7 @@ def test_records_that_wandbs_server_lacks_come_with_the_command_that_sends_them(
     command = f"wandb sync --include-online '{run.wandb}/offline-run-1-a' '{run.wandb}/run-2-a'"
     data, page = written(run)
     assert (command in [row["command"] for row in data["next"]]) == shown
-    assert (html.escape(command) in page) == shown
+    assert (command in html.unescape(page)) == shown
     assert data["wall_s"] < 100  # the exports of another day may have written the event
 
 
@@ -392,7 +393,7 @@ def test_a_missing_file_is_named_and_the_rest_is_reported(write_run, absent):
     told = [line for line in data["missing"] if "not there" in line]
     assert len(told) == 1
     assert told[0].startswith(FILES[absent])
-    assert html.escape(told[0]) in page
+    assert told[0] in html.unescape(page)
     Page(page)
     assert run.model_card.is_file()
     assert (data["state"] == "unknown") == (absent == "status")
@@ -508,8 +509,8 @@ def test_every_text_is_escaped(write_run):
     assert cells_of(page, "Each class")[1][0] == NASTY
     assert cells_of(page, "Rows:")[0] == ["", *CLASSES]
     assert cells_of(page, "Exported models")[3][-1] == "loses 10.00 points > 1.0 & more"
-    assert "&quot;" in page
-    assert html.escape(PLAN["launched_by"]) in page
+    assert "&#34;" in page
+    assert str(markupsafe.escape(PLAN["launched_by"])) in page
 
 
 def test_the_headline_says_best_state_time_and_speed(write_run):
@@ -529,7 +530,7 @@ def test_a_loss_is_no_percentage(write_run):
     ("seconds", "text"), [(None, "-"), (0.04, "0.0 s"), (59.9, "59.9 s"), (61.0, "1 min 01 s"), (7384.0, "2 h 03 min")]
 )
 def test_durations_are_readable(seconds, text):
-    assert report_markup.duration(seconds) == text
+    assert templating.duration(seconds) == text
 
 
 def test_the_table_of_exports_has_the_reference_first_and_says_why_not(write_run):
@@ -541,6 +542,12 @@ def test_the_table_of_exports_has_the_reference_first_and_says_why_not(write_run
         ["model.onnx", "accepted", "onnx", "70.00%", "+0.00", "100.00%", "8.90", "4.11", "4.62", ""],
         ["model.int8.onnx", "not accepted", "onnx_int8", "60.00%", "+10.00", "90.00%", "2.40", "3.05", "3.60", why],
     ]
+
+
+def test_where_all_exports_are_accepted_no_column_says_why_not(write_run):
+    run = write_run(manifest=MANIFEST | {"exports": MANIFEST["exports"][:1]})
+    rows = cells_of(written(run)[1], "Exported models")
+    assert [row[-1] for row in rows] == ["p95 ms", "16.80", "4.62"]
 
 
 def test_the_attempts_say_from_where_to_where_and_why_they_ended(write_run):
@@ -677,6 +684,16 @@ def test_no_name_breaks_a_table_of_the_model_card(write_run):
     assert "<b>" not in run.model_card.read_text()
 
 
+def test_no_text_ends_a_block_of_code_or_a_code_span_of_the_model_card(write_run):
+    recipe = RECIPE | {"data": {"path": "/<x>|`y`\n```\n# b"}}
+    run = write_run(recipe=recipe, plan=PLAN | {"launched_by": "launch 'a`\n\n# b'"})
+    report.write_report(run)
+    card = run.model_card.read_text()
+    assert "Made by `launch 'a'  # b'` (run" in card
+    assert r"image folder /&lt;x&gt;\|\`y\` \`\`\` \# b, `train/`." in card
+    assert card.endswith(f"````yaml\n{run.recipe.read_text()}````\n")
+
+
 @pytest.mark.parametrize(("num", "shown"), [(3, False), (5, False), (6, True)])
 def test_top_5_of_five_classes_or_fewer_is_shown_nowhere(write_run, num, shown):
     names = tuple(f"c{index}" for index in range(num))
@@ -754,15 +771,16 @@ def test_the_code_of_the_model_card_runs_and_names_the_class(write_run, monkeypa
     assert capsys.readouterr().out == "fox\n"
 
 
-def test_a_report_costs_no_torch():
+def test_a_report_costs_no_torch_and_jinja2_only_where_one_is_written():
     code = (
-        "import sys; import launcher.report.build, launcher.report.html, launcher.report.model_card"
+        "import sys; import launcher.report.build; print('jinja2' in sys.modules)"
+        "; import launcher.report.html, launcher.report.model_card"
         "; print('torch' in sys.modules, 'rich' in sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
     )
-    assert done.stdout == "False False\n"
+    assert done.stdout == "False\nFalse False\n"
 
 
 # Images that were left out

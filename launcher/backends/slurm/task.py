@@ -33,7 +33,7 @@ from launcher.system.files import write_json_atomic, write_text_atomic
 from launcher.system.waiting import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import MutableMapping
+    from collections.abc import Iterator, MutableMapping
 
     from launcher.plan.launch_plan import LaunchPlan
 
@@ -143,7 +143,24 @@ def _supervise(run: RunDir) -> int:
             raise PreflightError(f"the check of the nodes failed: {text}")
         if problems:
             return EXIT_OK  # node 0 speaks for the run
-    return supervisor.supervise(plan, first_attempt=attempt)
+    with _preemption_told_from_bad_nodes(run, plan.node_rank):
+        return supervisor.supervise(plan, first_attempt=attempt)
+
+
+@contextlib.contextmanager
+def _preemption_told_from_bad_nodes(run: RunDir, node_rank: int) -> Iterator[None]:
+    """SLURM ends this node also where another one has failed its own check.
+
+    Then the batch script queues the job again without that node, or ends it.
+    """
+    try:
+        yield
+    except InterruptedRunError:
+        bad = [file.read_text(encoding="utf-8").strip() for file in run.all_bad_nodes(_start())]
+        if node_rank or not bad:
+            raise
+        run.update_status(state="pending")
+        raise PreflightError(f"stopped because {', '.join(bad)} failed the check of its own network") from None
 
 
 def _check_nodes(run: RunDir, plan: LaunchPlan) -> dict[str, str]:
