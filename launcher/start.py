@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.errors import EXIT_OK, RecipeError, UsageError
-from launcher.runs import history
+from launcher.runs import history, states
 from launcher.runs.run_dir import RunDir, new_run_id
 from launcher.system import network, processes
 from launcher.system.redact import redact
@@ -245,8 +245,10 @@ def write_run(plan: LaunchPlan, recipe: Recipe) -> None:
     )
     try:
         run.write_plan(plan, launched)
-        before = run.read_status() if run.status.exists() else {"attempt": 0, "epoch": 0, "step": 0, "best": None}
-        run.update_status(**before | {"state": "pending"})
+        new = {} if run.status.exists() else {"epoch": 0, "step": 0, "best": None}
+        # The last attempt that the history knows of, by which a late word of an earlier one is told.
+        run.update_status(attempt=history.next_attempt(run) - 1, **new)
+        states.move(run, "pending")
         write_text_atomic(run.recipe, recipes.to_yaml(recipe_paths.absolute(recipe)), durable=True)
         run.append_event("launched", backend=plan.backend)
     except OSError as error:
