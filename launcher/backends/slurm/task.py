@@ -26,11 +26,11 @@ from launcher.errors import (
 )
 from launcher.node import preflight, signals, supervisor
 from launcher.plan import variables
-from launcher.runs import history, whereabouts
+from launcher.runs import history, states, whereabouts
 from launcher.runs.run_dir import BATCH_LOG_VARIABLE, RunDir, code_digest, node_name
 from launcher.system import network
 from launcher.system.files import write_json_atomic, write_text_atomic
-from launcher.system.waiting import wait_until
+from launcher.system.waiting import is_listed, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, MutableMapping
@@ -92,7 +92,7 @@ def _wait_for(file: Path, timeout_s: float | None, what: str) -> bool:
         InterruptedRunError: a stop signal came.
     """
     return wait_until(
-        lambda: file in list(file.parent.iterdir()),  # fresh where NFS still remembers that there was none
+        lambda: is_listed(file),
         timeout_s=timeout_s,
         heed=lambda: signals.heed(f"waiting for {what}"),
         what=what,
@@ -119,11 +119,13 @@ def _supervise(run: RunDir) -> int:
             run.append_event("code_changed", planned=planned, found=code_digest())
             print("warning: the code of finetune-launcher has changed since this run was launched", file=sys.stderr)
         _tell_lost_variables(run)
+        if run.read_status()["state"] in whereabouts.OVER:  # somebody has queued its job again (scontrol requeue)
+            states.move(run, "pending")
         history.close_attempt(run, lost_nodes=_lost_nodes())
         stopped = history.refusal(run)
         if stopped:
             run.append_event("refused", message=stopped)
-            run.update_status(state="failed")
+            states.move(run, "failed")
             raise TrainingError(f"{stopped}\nmore: launch why {run}")
     if plan.nodes > 1:
         hosts = SlurmJobEnvironment().hostnames
@@ -161,7 +163,7 @@ def _preemption_told_from_bad_nodes(run: RunDir, node_rank: int) -> Iterator[Non
         bad = [file.read_text(encoding="utf-8").strip() for file in run.all_bad_nodes(_start())]
         if node_rank or not bad:
             raise
-        run.update_status(state="pending")
+        states.move(run, "pending")
         raise PreflightError(f"stopped because {', '.join(bad)} failed the check of its own network") from None
 
 
