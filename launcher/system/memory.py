@@ -1,4 +1,4 @@
-"""How much memory there is for us: the least of what the machine, the job and the control groups still allow."""
+"""How much memory this process can still take: the least that the machine, the job and control groups allow."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 FREE_VARIABLE = "LAUNCH_FREE_MEMORY"
-"""Environment variable by which a worker learns what was free, and by what limit, before any worker of its node began
-to take some: ``BYTES LIMIT``."""
+"""Environment variable of a worker, ``BYTES LIMIT``: the node's free memory before its workers began, and its limit."""
 UNLIMITED = 1 << 60
-"""What control groups of version 1 say where there is no limit is beyond this."""
+"""Bytes. Control groups of version 1 show a limit above this where there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,18 +37,18 @@ class FreeMemory:
 
 
 def free(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> FreeMemory:
-    """What all processes here together can still take: reclaimable page cache counts as free.
+    """Memory that all processes here together can still take; reclaimable page cache counts as free.
 
     Args:
         root: where /proc and /sys are; another one in tests.
-        environment: of this process; SLURM names the job's memory there.
+        environment: variables of this process; SLURM's give the job's memory.
     """
     found = [_machine(root), *_control_groups(root), *_job(environment)]
     return min(found, key=lambda one: one.num_bytes)
 
 
 def num_kills(root: Path = Path("/")) -> int:
-    """How many processes the kernel has killed because memory ran out: of our control group, or of this machine."""
+    """How many processes the kernel has killed for lack of memory, in our control group or on this machine."""
     for mount, path, version in _own_groups(root):
         group = mount / path if (mount / path).is_dir() else mount  # as in _limits
         counts = _counts(group / ("memory.events.local" if version == 2 else "memory.oom_control"))  # noqa: PLR2004
@@ -59,7 +58,7 @@ def num_kills(root: Path = Path("/")) -> int:
 
 
 def process_limit() -> FreeMemory | None:
-    """What this process alone can still take where ``ulimit`` sets its data or address space; None: no limit."""
+    """What this process can still take under ``ulimit -d`` and ``ulimit -v``; None: no limit."""
     found = []
     for kind, field, name in (
         (resource.RLIMIT_DATA, "VmData", "ulimit -d"),
@@ -84,7 +83,7 @@ def _machine(root: Path) -> FreeMemory:
 
 
 def _job(environment: Mapping[str, str]) -> Iterator[FreeMemory]:
-    """What SLURM gave the job on this node (MB in its variables); a job of ours has just begun."""
+    """What SLURM gave the job on this node (its variables are in MB). All of it is free: the job has just begun."""
     by_node, by_cpu = environment.get("SLURM_MEM_PER_NODE"), environment.get("SLURM_MEM_PER_CPU")
     cpus = environment.get("SLURM_CPUS_ON_NODE", "1")
     if by_node and by_node != "0":  # 0: all that the node has
@@ -118,7 +117,7 @@ def _own_groups(root: Path) -> Iterator[tuple[Path, str, int]]:
 
 
 def _counts(file: Path) -> dict[str, int]:
-    """Lines of a name and a number; none where the file is not there."""
+    """The lines of a file, each a name and a number; empty where the file is missing."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -134,7 +133,7 @@ def _limits(mount: Path, path: str, *, limit: str, usage: str, prefix: str) -> I
         if not group.is_relative_to(mount):
             return
         try:
-            most = int((group / limit).read_text(encoding="utf-8"))  # "max" is no number
+            most = int((group / limit).read_text(encoding="utf-8"))  # "max" raises ValueError
             used = int((group / usage).read_text(encoding="utf-8"))
             stat = (group / "memory.stat").read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError):

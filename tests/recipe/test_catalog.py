@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from torchvision import models
 
 from launcher.errors import LaunchError, UsageError
@@ -79,7 +78,7 @@ def test_the_catalog_and_the_plain_table_import_no_torch():
         "import sys\n"
         "from launcher.recipe import catalog\n"
         "catalog.image_size('resnet50', None)\n"
-        "catalog.cached_weights_path(catalog.find_model('resnet50').find_weights('DEFAULT'))\n"
+        "catalog.find_model('resnet50').find_weights('DEFAULT')\n"
         "from launcher.commands import models\n"
         "models.run('resnet50', None)\n"
         "heavy = {name.partition('.')[0] for name in sys.modules} & {'torch', 'torchvision', 'numpy', 'omegaconf'}\n"
@@ -127,20 +126,6 @@ def test_an_unknown_model_is_answered_with_the_nearest(typed, meant):
 def test_models_for_other_tasks_are_not_in_the_catalog(arch):
     with pytest.raises(UsageError):
         catalog.find_model(arch)
-
-
-@pytest.mark.parametrize(
-    "environment",
-    [{"TORCH_HOME": "/t/home"}, {"XDG_CACHE_HOME": "/x/cache"}, {}, {"TORCH_HOME": "~/own"}, {"XDG_CACHE_HOME": "~/c"}],
-)
-def test_weights_are_looked_for_where_torch_hub_keeps_them(environment, monkeypatch):
-    for name in ("TORCH_HOME", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", "/h/me")
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    weights = known("resnet18").find_weights("DEFAULT")
-    assert catalog.cached_weights_path(weights) == Path(torch.hub.get_dir()) / "checkpoints" / "resnet18-f37072fd.pth"
 
 
 @pytest.mark.parametrize(
