@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
-    from launcher.plan.plan import LaunchPlan
+    from launcher.plan.launch_plan import LaunchPlan
     from launcher.plan.profile import Profile
     from launcher.recipe.schema import Recipe
     from launcher.recipe.source import Source
@@ -79,10 +79,10 @@ def carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_i
     recipe_checks.check_train_set(run, recipe, source.where)
     found = None
     if plan.script:
-        admission.check(plan.to_dict(), run, plan.script, plan.post_script)
+        admission.check(plan, run, plan.script, plan.post_script)
     else:
         if plan.backend == "slurm":
-            admission.check_step(plan.to_dict())
+            admission.check_step(plan)
         if plan.node_rank == 0:
             found = quarantine.check(recipe, source.where)
     if plan.node_rank == 0:
@@ -93,7 +93,7 @@ def carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_i
         print(f"run {plan.run_id}: {plan.world_size} workers on {plan.device}, in {plan.run_dir}", flush=True)
     else:
         print(f"node {plan.node_rank} of {plan.nodes}: joining the run in {plan.run_dir}", flush=True)
-    return backends.load(plan.backend).submit(plan)
+    return backends.load(plan)(plan)
 
 
 def has_nothing_left(run: RunDir, recipe: Recipe) -> bool:
@@ -102,7 +102,7 @@ def has_nothing_left(run: RunDir, recipe: Recipe) -> bool:
     from launcher.runs import whereabouts
 
     state = run.read_status()["state"]
-    if state not in whereabouts.TRAINED or run.read_plan()["debug"]:
+    if state not in whereabouts.TRAINED or run.read_plan().debug:
         return False
     before, now = recipes.read_resolved(run.recipe).train, recipe.train
     if state == "early_stopped":
@@ -146,10 +146,11 @@ def write_run(plan: LaunchPlan, recipe: Recipe) -> None:
     import time
 
     from launcher.plan import variables
+    from launcher.plan.launch_plan import Launched
     from launcher.recipe import load as recipes
     from launcher.recipe import paths as recipe_paths
     from launcher.runs.run_dir import code_digest
-    from launcher.system.files import write_json_atomic, write_text_atomic
+    from launcher.system.files import write_text_atomic
 
     run = RunDir(plan.run_dir)
     if run.recipe.exists() and not run.plan.exists():
@@ -159,17 +160,17 @@ def write_run(plan: LaunchPlan, recipe: Recipe) -> None:
     except OSError as error:
         raise UsageError(f"--run-dir {run}: cannot be made there: {error.strerror}: {error.filename}") from None
     # The recipe comes last: its presence says that the plan is there.
-    facts = {
-        "created": time.time(),
-        "code": code_digest(),
-        "host": os.uname().nodename,
-        "pid": os.getpid(),
-        "process_started": processes.start_time(os.getpid()),
-        "variables": sorted(set(variables.read_by_runs(os.environ)) - plan.env.keys()) if plan.script else [],
-        "launched_by": redact(shlex.join(["launch", *sys.argv[1:]])),
-    }
+    launched = Launched(
+        created=time.time(),
+        code=code_digest(),
+        host=os.uname().nodename,
+        pid=os.getpid(),
+        process_started=processes.start_time(os.getpid()),
+        variables=sorted(set(variables.read_by_runs(os.environ)) - plan.env.keys()) if plan.script else [],
+        launched_by=redact(shlex.join(["launch", *sys.argv[1:]])),
+    )
     try:
-        write_json_atomic(run.plan, plan.to_dict() | facts, durable=True)
+        run.write_plan(plan, launched)
         before = run.read_status() if run.status.exists() else {"attempt": 0, "epoch": 0, "step": 0, "best": None}
         run.update_status(**before | {"state": "pending"})
         write_text_atomic(run.recipe, recipes.to_yaml(recipe_paths.absolute(recipe)), durable=True)

@@ -12,7 +12,6 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from launcher.engine.checkpoints.checkpoint import Checkpoint, load_newest, writ
 from launcher.engine.distributed import Ranks
 from launcher.errors import LaunchError, RecipeError, exit_code_of
 from launcher.plan import batch_script, profile
+from launcher.plan.launch_plan import LaunchPlan
 from launcher.recipe import load as recipes
 from launcher.runs.history import events
 from launcher.runs.run_dir import RunDir, WorkerSpec
@@ -224,11 +224,9 @@ def test_a_secret_in_the_name_of_the_run_directory_is_refused_and_not_shown(laun
 
 def test_the_command_that_is_kept_holds_no_secret(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["launch", "a.yaml", "--rdzv-endpoint", TOKEN])
-    plan = SimpleNamespace(
-        run_dir=str(tmp_path / "run"), backend="torchrun", script="", env={}, to_dict=lambda: {"run_id": "a"}
-    )
+    plan = LaunchPlan(run_id="a", name="a", run_dir=str(tmp_path / "run"), backend="torchrun")
     start.write_run(plan, recipes.from_dict({}))
-    assert RunDir(plan.run_dir).read_plan()["launched_by"] == "launch a.yaml --rdzv-endpoint ***"
+    assert RunDir(plan.run_dir).read_launched().launched_by == "launch a.yaml --rdzv-endpoint ***"
     assert TOKEN.encode() not in everything(tmp_path)
 
 

@@ -1,34 +1,28 @@
-"""Where a plan is carried out. Each module is one backend, with ``submit``; imported at first use."""
+"""Where a plan is carried out. Each module is one backend; imported at first use."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from launcher.plan.plan import LaunchPlan
+    from collections.abc import Callable
+
+    from launcher.plan.launch_plan import LaunchPlan
 
 
-class Backend(Protocol):
-    """What a backend module offers."""
+def load(plan: LaunchPlan) -> Callable[[LaunchPlan], int]:
+    """What carries out a plan whose run directory is written, and returns the exit code.
 
-    def submit(self, plan: LaunchPlan) -> int:
-        """Carry a plan out whose run directory is written; return the exit code.
-
-        Raises:
-            LaunchError: it failed or was interrupted.
-        """
-
-
-def load(name: str) -> Backend:
-    """The backend ``local``, ``torchrun`` or ``slurm``."""
-    if name == "local":
+    It raises a LaunchError where that failed or was interrupted.
+    """
+    if plan.backend == "local":
         from launcher.backends import local
 
-        return local
-    if name == "torchrun":
-        from launcher.backends import torchrun
+        return local.submit
+    if plan.backend == "slurm":
+        from launcher.backends.slurm import submit
 
-        return torchrun
-    from launcher.backends.slurm import submit
+        return submit.submit
+    from launcher.backends import torchrun
 
-    return submit
+    return torchrun.detach if plan.detach else torchrun.submit

@@ -9,7 +9,7 @@ from launcher.runs import history, quarantine
 from launcher.runs.run_dir import RunDir, WorkerSpec
 
 if TYPE_CHECKING:
-    from launcher.plan.plan import LaunchPlan
+    from launcher.plan.launch_plan import LaunchPlan
 
 
 def submit(plan: LaunchPlan) -> int:

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from launcher.errors import EXIT_OK
 from launcher.node import supervisor
 from launcher.runs.run_dir import RunDir
 from launcher.system import processes
-from launcher.system.files import write_json_atomic
 
 if TYPE_CHECKING:
-    from launcher.plan.plan import LaunchPlan
+    from launcher.plan.launch_plan import LaunchPlan
 
 
-def submit(plan: LaunchPlan) -> int:
-    """Run the plan's command here: the same function that ``python -m launcher.node`` calls."""
-    return _detach(plan) if plan.detach else supervisor.main(plan.command[3:])
+submit = supervisor.supervise
+"""Run the plan in this process: the function that ``python -m launcher.node``, the plan's command, calls too."""
 
 
-def _detach(plan: LaunchPlan) -> int:
+def detach(plan: LaunchPlan) -> int:
     """Start the plan's command in a session of its own, which outlives this terminal; it writes to a log of its own."""
     run = RunDir(plan.run_dir)
     log = run.launch_log(plan.node_rank)
@@ -35,8 +34,8 @@ def _detach(plan: LaunchPlan) -> int:
             start_new_session=True,
         )
     if plan.node_rank == 0:  # by which the run is found again: to cancel it, to refuse a second one
-        found = {"pid": started.pid, "process_started": processes.start_time(started.pid)}
-        write_json_atomic(run.plan, run.read_plan() | found, durable=True)
+        launched = run.read_launched()
+        run.write_plan(plan, replace(launched, pid=started.pid, process_started=processes.start_time(started.pid)))
     print(
         f"process {started.pid} goes on in the background (log: {log}); follow it by: launch logs {run} -f; "
         f"stop it by: launch cancel {run}",

@@ -77,7 +77,7 @@ def cancel(runs: Sequence[RunDir]) -> None:
 
 def _end(here: Sequence[RunDir], job_ids: Sequence[str]) -> None:
     for run in here:
-        host = run.read_plan()["host"]
+        host = run.read_launched().host
         if host != os.uname().nodename:
             raise UsageError(f"{run}: runs on {host}; cancel it there")
     pids = {pid for run in here if (pid := whereabouts.process_of(run))}  # one for all runs of a sweep

@@ -15,7 +15,8 @@ from launcher.errors import EXIT_OK, EXIT_PREFLIGHT, PreflightError, UsageError
 from launcher.plan import batch_script, topology, variables
 from launcher.plan import plan as plans
 from launcher.plan import profile as profiles
-from launcher.system.files import write_json_atomic
+from launcher.plan.launch_plan import Launched, LaunchPlan
+from launcher.runs.run_dir import RunDir
 
 COLUMNS = ("host", "address", "torch", "cuda", "nccl", "driver", "num_gpus", "free_gb")
 
@@ -51,11 +52,20 @@ def run(nodes: int, *, gpus: int | None, profile_name: str | None, as_json: bool
         device="cuda" if gpus else "cpu",
         python=here.python,
     )
-    env = plans.environment(device=job.device, nodes=nodes, threads=profile.cpus_per_gpu)
-    plan = {"nodes": nodes, "procs_per_node": gpus or 1, "device": job.device, "env": env}
+    plan = LaunchPlan(
+        run_id=folder.name,
+        name=job.name,
+        run_dir=job.run_dir,
+        backend="slurm",
+        device="cuda" if gpus else "cpu",
+        nodes=nodes,
+        procs_per_node=job.procs_per_node,
+        env=plans.environment(device=job.device, nodes=nodes, threads=profile.cpus_per_gpu),
+        profile=profile,
+    )
     folder.mkdir(parents=True)
     try:
-        write_json_atomic(folder / "plan.json", plan | {"profile": profiles.to_dict(profile)})
+        RunDir(folder).write_plan(plan, Launched())
         found = _ask(batch_script.check_command(job, profile), folder, profile.env)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

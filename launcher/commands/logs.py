@@ -294,6 +294,6 @@ def _ranges(numbers: Iterable[int]) -> str:
 def _world_size(run: RunDir) -> int:
     """How many ranks the plan has; 0 where there is none yet."""
     try:
-        return int(run.read_plan().get("world_size", 0))
+        return run.read_plan().world_size
     except FileNotFoundError:
         return 0

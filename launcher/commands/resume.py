@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     args.debug = args.tune = False
     start.split_overrides(args)
     run = RunDir.existing(args.run_dir)
-    args.kept_profile = run.read_plan().get("profile")
+    args.kept_profile = run.read_plan().profile
     from launcher.recipe import load as recipes
 
     try:

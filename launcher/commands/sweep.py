@@ -26,7 +26,7 @@ from launcher.system.files import write_text_atomic
 if TYPE_CHECKING:
     import argparse
 
-    from launcher.plan.plan import LaunchPlan
+    from launcher.plan.launch_plan import LaunchPlan
     from launcher.recipe.schema import Recipe
     from launcher.recipe.source import Source
 
@@ -102,7 +102,6 @@ def _load_all(args: argparse.Namespace, combinations: list[tuple[str, ...]]) -> 
 def _arrays(plans: list[LaunchPlan], base: Path, parallel: int) -> list[tuple[str, list[RunDir]]]:
     """The scripts of as few job arrays as the cluster allows for so many runs, each with its runs."""
     from launcher.plan import profile as profiles
-    from launcher.recipe import types as schema
 
     first = plans[0]
     job = batch_script.Job(
@@ -118,7 +117,7 @@ def _arrays(plans: list[LaunchPlan], base: Path, parallel: int) -> list[tuple[st
     shapes = {(plan.nodes, plan.procs_per_node, plan.device) for plan in plans}
     if len(shapes) > 1:
         raise UsageError("--sweep: the runs of a job array have one size; launch.nodes and the like cannot be swept")
-    profile: profiles.Profile = schema.validate(profiles.Profile, first.profile or {})
+    profile = first.profile or profiles.Profile()
     runs, size = [RunDir(plan.run_dir) for plan in plans], slurm_client.max_array_size()
     parts = {first: runs[first : first + size] for first in range(0, len(runs), size)}
     return [
@@ -140,10 +139,10 @@ def _check_all(plans: list[LaunchPlan], loaded: list[tuple[Recipe, Source]], scr
     for recipe, source in loaded:
         recipe_checks.check(recipe, source.where)
     if scripts:
-        admission.check(plans[0].to_dict(), RunDir(plans[0].run_dir), *scripts, plans[0].post_script)
+        admission.check(plans[0], RunDir(plans[0].run_dir), *scripts, plans[0].post_script)
         return
     if plans[0].backend == "slurm":
-        admission.check_step(plans[0].to_dict())
+        admission.check_step(plans[0])
     for recipe, source in {recipe.data: (recipe, source) for recipe, source in loaded}.values():
         quarantine.check(recipe, source.where)
 
@@ -154,7 +153,7 @@ def _run_one_after_the_other(plans: list[LaunchPlan]) -> None:
     for number, plan in enumerate(plans, start=1):
         print(f"\nrun {number} of {len(plans)}: {plan.run_dir}", flush=True)
         try:
-            backends.load(plan.backend).submit(plan)
+            backends.load(plan)(plan)
         except InterruptedRunError:
             raise  # all of them are meant
         except LaunchError as error:
@@ -171,5 +170,5 @@ def _exit_code(runs: list[RunDir]) -> int:
 
 def _is_done(run: RunDir) -> bool:
     """Whether it is trained, and has its exports where they are the part of another job."""
-    is_whole = run.export_manifest.exists() or not run.read_plan().get("post_job")
+    is_whole = run.export_manifest.exists() or not run.read_plan().post_job
     return bool(history.events(run, "completed")) and is_whole

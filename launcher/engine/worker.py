@@ -135,18 +135,18 @@ def train(
     """
     run = RunDir(spec.run_dir)
     plan, recipe, data_sets = run.read_plan(), recipes.read_resolved(run.recipe), open_data_sets(run)
-    device = Device(type=plan["device"], index=ranks.local_rank)
+    device = Device(type=plan.device, index=ranks.local_rank)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     own: dict[str, Any] = {}
     say = functools.partial(print, file=terminal if ranks.rank == 0 else sys.stdout, flush=True)
     if recipe.batch.size == "auto" and not spec.debug:  # in children, before this process touches its device
-        own = autotune.tune_rank(run, recipe, ranks, device, data_sets, fresh=plan["tune"], stop=stop, say=say)
+        own = autotune.tune_rank(run, recipe, ranks, device, data_sets, fresh=plan.tune, stop=stop, say=say)
     _join_group(run, spec, device, ranks)
     recorder = None
     outcome: Outcome = "preempted"
     try:
         batching = autotune.agree(run, recipe, ranks, own, say) if own else None
-        if plan["tune"]:
+        if plan.tune:
             _leave_process_group()
             return "completed"
         begin()

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import operator
 import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from launcher.node.agent_thread import AgentThread, LeftError, ask_for_lost
+from launcher.node.agent_thread import AgentThread, LeftError, ask_for_lost, blame_lost
 from launcher.node.peers import Peers
 from launcher.node.watchdog import Watchdog
 from launcher.runs import diagnose, history
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
 
     from launcher.node.signals import StopSignals
+    from launcher.plan.launch_plan import LaunchPlan
     from launcher.runs.run_dir import RunDir
 
 SHUTDOWN_S = 10
@@ -46,15 +48,12 @@ class _NoRestartError(Exception):
     """Starting the workers again would not help."""
 
 
-def run_workers(
-    run: RunDir, plan: dict[str, Any], *, node_rank: int, first_attempt: int, stop: StopSignals
-) -> dict[int, str]:
+def run_workers(run: RunDir, plan: LaunchPlan, *, first_attempt: int, stop: StopSignals) -> dict[int, str]:
     """Start this node's workers and restart them when one dies, up to the plan's ``max_restarts``.
 
     Args:
         run: the run directory.
-        plan: its ``plan.json``.
-        node_rank: which node this is.
+        plan: as this node carries it out.
         first_attempt: number of the first start.
         stop: whether a stop was asked for.
 
@@ -73,27 +72,29 @@ def run_workers(
 
         from launcher.engine.worker import worker_main
 
+    node_rank = plan.node_rank
     _log_to_file(run, node_rank)
-    if plan["nodes"] == 1:
+    if plan.nodes == 1:
         _meet_at_once()
-    beats = Heartbeats(plan["procs_per_node"])
+    beats = Heartbeats(plan.procs_per_node)
     logs = _attempt_logs(run, node_rank=node_rank, first_attempt=first_attempt, stop=stop, beats=beats)
-    hang_timeout_s = plan["hang_timeout_s"]
+    hang_timeout_s = plan.hang_timeout_s
     watchdog = Watchdog(run, beats, timeout_s=hang_timeout_s, node_rank=node_rank, attempt=lambda: int(logs.attempt))
-    config = _config(plan, node_rank, logs)
-    agent = AgentThread(lambda: elastic_launch(config, worker_main)(str(run.path), beats))
-    peers = Peers(plan, node_rank=node_rank)
+    config = _config(plan, logs)
+    agent = AgentThread(functools.partial(elastic_launch(config, worker_main), str(run.path), beats))
+    peers = Peers(plan)
     capped = LogCap(lambda: [run.rank_log(logs.attempt, int(rank)) for rank in logs.ranks])
     try:
         with watchdog, peers, capped:
             try:
                 outcomes = agent.attend(run, stop, peers, beats)
             except (ChildFailedError, _NoRestartError):
-                if plan["nodes"] > 1 and diagnose.cause_of_end(run, logs.attempt)[0] == "lost_worker":
+                if plan.nodes > 1 and diagnose.cause_of_end(run, logs.attempt)[0] == "lost_worker":
                     ask_for_lost(stop, peers)
+                blame_lost(stop, peers)
                 raise
     except RendezvousError as error:
-        if plan["nodes"] == 1:
+        if plan.nodes == 1:
             raise WorkersFailedError(logs.attempt, str(error).splitlines()[0]) from error
         stop.request(reason=peers.why_apart(), cause="lost_node")
         raise LeftError from None
@@ -104,27 +105,27 @@ def run_workers(
     return outcomes
 
 
-def _config(plan: dict[str, Any], node_rank: int, logs: Any) -> LaunchConfig:
+def _config(plan: LaunchPlan, logs: Any) -> LaunchConfig:
     """What torch's agent is told."""
     from torch.distributed.launcher.api import LaunchConfig
 
     options: dict[str, Any] = {
-        "min_nodes": plan["nodes"],
-        "max_nodes": plan["nodes"],
-        "nproc_per_node": plan["procs_per_node"],
+        "min_nodes": plan.nodes,
+        "max_nodes": plan.nodes,
+        "nproc_per_node": plan.procs_per_node,
         "logs_specs": logs,
-        "run_id": plan["run_id"],
+        "run_id": plan.run_id,
         "role": "worker",
         "rdzv_backend": "c10d",
-        "rdzv_endpoint": plan["rdzv_endpoint"],
+        "rdzv_endpoint": plan.rdzv_endpoint,
         # Told, not guessed: comparing host names finds nodes that are not "me" (pytorch#73656).
         "rdzv_configs": {
-            "is_host": node_rank == 0,
+            "is_host": plan.node_rank == 0,
             **dict.fromkeys(("timeout", "join_timeout", "read_timeout"), JOIN_TIMEOUT_S),
         },
-        "max_restarts": plan["max_restarts"],
+        "max_restarts": plan.max_restarts,
         "start_method": "fork",
-        "local_addr": plan.get("address") or network.local_address(*network.split(plan["rdzv_endpoint"])),
+        "local_addr": plan.address or network.local_address(*network.split(plan.rdzv_endpoint)),
         "shutdown_timeout": SHUTDOWN_S,
     }
     known = {field.name for field in dataclasses.fields(LaunchConfig)}  # torch 2.9 has fewer

@@ -10,7 +10,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from launcher.node.peers import LOST_IDLE_S
+from launcher.node.peers import LOST_IDLE_S, SILENT_S
 from launcher.runs import history, whereabouts
 from launcher.system import waiting
 
@@ -28,6 +28,8 @@ SAVE_S = 60.0
 """How long the workers get to save and leave where another node is gone: some may wait for those of it for ever."""
 ASK_S = LOST_IDLE_S + 2.0
 """How long a node is looked out for whose workers have vanished."""
+FAREWELL_S = SILENT_S + 2.0
+"""How long a node that was told to stop waits for the others to say that they leave; one that says nothing is lost."""
 STACK_BYTES = 64 << 20
 """Of the thread that forks the workers, on whose stack they run."""
 
@@ -80,7 +82,7 @@ class AgentThread:
                 if stop.cause == "lost_node" and now - stopping_since > SAVE_S:
                     _kill(living)
                 if idle and self._thread.is_alive():
-                    stop.blame(peers.silent())
+                    blame_lost(stop, peers)
                     return _outcomes_of_trained(run, peers)
                 continue
             stopping_since = now
@@ -111,6 +113,13 @@ def ask_for_lost(stop: StopSignals, peers: Peers) -> None:
     waiting.wait_until(lambda: peers.lost(idle=True) or stop.requested, timeout_s=ASK_S, heed=lambda: None)
     if lost := peers.lost(idle=True):
         stop.request(reason=lost, cause="lost_node")
+
+
+def blame_lost(stop: StopSignals, peers: Peers) -> None:
+    """Say that a lost node is why a SIGTERM came, where it is: SLURM stops the others when a supervisor dies."""
+    if stop.cause == "preempted":
+        waiting.wait_until(lambda: peers.silent() or not peers.heard(), timeout_s=FAREWELL_S, heed=lambda: None)
+        stop.blame(peers.silent())
 
 
 def _kill(pids: list[int]) -> None:

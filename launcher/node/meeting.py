@@ -7,28 +7,29 @@ with the same words, where the workers would wait for each other in silence.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import socket
-import sys
-import time
 import uuid
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from launcher.errors import UsageError
-from launcher.system import network
+from launcher.node import signals
+from launcher.runs.run_dir import RunDir
+from launcher.system import network, waiting
 from launcher.system.files import write_json_atomic
+from launcher.system.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from launcher.runs.run_dir import RunDir
+    from launcher.plan.launch_plan import LaunchPlan
 
-POLL_S = 0.2
-SAY_S = 3.0
-"""After so long it is said for whom this node waits."""
 WAIT_S = 900
 """How long node 0 waits for the others to be started."""
+WAIT_FOR_RUN_DIR_S = 600
 SAME = {"nodes": "--nodes", "procs_per_node": "--procs (or --gpus)"}
 """What every node must be given alike, with its flag."""
 LOOPBACK_NAMES = ("localhost", "localhost4", "localhost6", "ip6-localhost", "ip6-loopback")
@@ -80,29 +81,54 @@ def _own_addresses() -> str:
     return f"this machine's: {', '.join(others) or 'none but loopback'}"
 
 
-def meet(run: RunDir, plan: dict[str, Any], *, node_rank: int, heed_stop: Callable[[], None]) -> dict[str, Any]:
+def wait_for_run(path: str) -> RunDir:
+    """The run directory, which node 0 makes on the file system that all nodes share.
+
+    Raises:
+        UsageError: it has not come.
+    """
+    run = RunDir(path)
+    signals.hold()
+    what = f"node 0 to make {path}"
+    heed = functools.partial(signals.heed, f"waiting for {what}")
+    if not waiting.wait_until(lambda: run.exists, timeout_s=WAIT_FOR_RUN_DIR_S, heed=heed, what=what):
+        raise UsageError(
+            f"{path}: not there after {WAIT_FOR_RUN_DIR_S} s; node 0 makes it: is it started, and is the folder "
+            "on a file system that all nodes share?"
+        )
+    return run
+
+
+def meet(run: RunDir, plan: LaunchPlan, *, heed_stop: Callable[[], None]) -> LaunchPlan:
     """Wait until all nodes are there and agree; return the run's plan with this node's own address and interface.
 
     Args:
         run: the run directory.
-        plan: the run's, with ``nodes``, ``procs_per_node`` and ``rdzv_endpoint`` as this node was given them.
-        node_rank: which node this is.
+        plan: as this node was given it.
         heed_stop: called all the while; raises where a stop was asked for.
 
     Raises:
         UsageError: they do not agree, or a node has not come; the same on all of them.
     """
-    mine = _describe(plan, node_rank)
+    is_first = plan.node_rank == 0
+    mine = _describe(plan)
     run.meetings.mkdir(exist_ok=True)
-    verdict = _lead(run, plan, mine, heed_stop) if node_rank == 0 else _join(run, mine, node_rank, heed_stop)
+    verdict = _lead(run, plan, mine, heed_stop) if is_first else _join(run, mine, plan.node_rank, heed_stop)
     if verdict["problems"]:
         raise UsageError("\n".join(["the nodes cannot work together; no worker was started", *verdict["problems"]]))
-    address = verdict["address"] if node_rank == 0 else mine["address"]
-    at = network.join(address, mine["port"]) if node_rank == 0 else mine["rdzv_endpoint"]
+    address = verdict["address"] if is_first else mine["address"]
+    at = network.join(address, mine["port"]) if is_first else mine["rdzv_endpoint"]
     interface = network.interface_of(address)
     env = network.interface_environment(interface) if interface else {}
     agreed = run.read_plan()  # node 0 may have written it anew since this node was started
-    return agreed | {"rdzv_endpoint": at, "address": address, "env": agreed["env"] | env}
+    return replace(
+        agreed,
+        run_dir=plan.run_dir,
+        node_rank=plan.node_rank,
+        rdzv_endpoint=at,
+        address=address,
+        env=agreed.env | env,
+    )
 
 
 def leave(run: RunDir) -> None:
@@ -112,22 +138,22 @@ def leave(run: RunDir) -> None:
             run.meeting_by_hand.unlink()
 
 
-def _describe(plan: Mapping[str, Any], node_rank: int) -> dict[str, Any]:
+def _describe(plan: LaunchPlan) -> dict[str, Any]:
     """What a node says of itself."""
-    host, port = network.split(plan["rdzv_endpoint"])
+    host, port = network.split(plan.rdzv_endpoint)
     there = network.resolve(host, port)
     is_own = network.is_own(there)
-    names_itself = is_own if node_rank else _names_loopback(host, there)
+    names_itself = is_own if plan.node_rank else _names_loopback(host, there)
     return {
         "start": uuid.uuid4().hex,
-        "rank": node_rank,
+        "rank": plan.node_rank,
         "host": os.uname().nodename,
         "machine": network.machine(),
-        "rdzv_endpoint": plan["rdzv_endpoint"],
+        "rdzv_endpoint": plan.rdzv_endpoint,
         "port": port,
         "names_itself": names_itself,
         "address": there if is_own else network.local_address(host, port),
-        **{key: plan[key] for key in SAME},
+        **{key: getattr(plan, key) for key in SAME},
     }
 
 
@@ -168,25 +194,29 @@ def find_problems(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
     return problems
 
 
-def _lead(run: RunDir, plan: Mapping[str, Any], mine: dict[str, Any], heed_stop: Callable[[], None]) -> dict[str, Any]:
+def _lead(run: RunDir, plan: LaunchPlan, mine: dict[str, Any], heed_stop: Callable[[], None]) -> dict[str, Any]:
     """Wait for the other nodes, and write down for all of them what has come of it."""
-    created = run.read_plan()["created"]
+    created = run.read_launched().created
     found: dict[int, dict[str, Any]] = {}
 
     def missing() -> str:
-        return ", ".join(str(rank) for rank in range(1, plan["nodes"]) if rank not in found)
+        return ", ".join(str(rank) for rank in range(1, plan.nodes) if rank not in found)
 
     def all_are_there() -> bool:
         listed = set(run.meetings.iterdir())  # a listing is fresh where NFS still remembers that there was none
-        for rank in range(1, plan["nodes"]):
+        for rank in range(1, plan.nodes):
             if rank not in found and run.node_by_hand(rank) in listed:
                 node = json.loads(run.node_by_hand(rank).read_text(encoding="utf-8"))
                 if node["created"] == created:
                     found[rank] = node
         return not missing()
 
-    is_whole = _wait_for(
-        all_are_there, heed_stop, lambda: f"node {missing()}: run the same command there, with its --node-rank"
+    is_whole = wait_until(
+        all_are_there,
+        timeout_s=WAIT_S,
+        heed=heed_stop,
+        what=lambda: f"node {missing()} to come to {mine['rdzv_endpoint']}",
+        cure="run the same command there, with its --node-rank",
     )
     nodes = [mine, *(found[rank] for rank in sorted(found))]
     problems = find_problems(nodes)
@@ -223,7 +253,7 @@ def _join(run: RunDir, mine: dict[str, Any], node_rank: int, heed_stop: Callable
 
     def is_decided() -> bool:
         nonlocal told, verdict
-        created = run.read_plan()["created"]  # node 0 may be started later, and then writes another
+        created = run.read_launched().created  # node 0 may be started later, and then writes another
         if created != told:
             write_json_atomic(run.node_by_hand(node_rank), mine | {"created": created})
             told = created
@@ -233,21 +263,7 @@ def _join(run: RunDir, mine: dict[str, Any], node_rank: int, heed_stop: Callable
         meant = verdict and (not verdict["problems"] or mine["start"] in verdict["starts"])
         return bool(meant) and verdict["created"] == created
 
-    if not _wait_for(is_decided, heed_stop, lambda: f"node 0, which begins when all nodes are there ({run})"):
+    awaited = f"node 0 to begin in {run}, when all nodes are there"
+    if not wait_until(is_decided, timeout_s=WAIT_S, heed=heed_stop, what=awaited):
         raise UsageError(f"node 0 has not come in {WAIT_S} s: is it started, and does it see {run.path}?")
     return verdict
-
-
-def _wait_for(is_so: Callable[[], bool], heed_stop: Callable[[], None], what: Callable[[], str]) -> bool:
-    """Wait for other nodes, and say so after a while; False where it has become too long."""
-    begun, is_said = time.monotonic(), False
-    while not is_so():
-        heed_stop()
-        waited = time.monotonic() - begun
-        if waited > WAIT_S:
-            return False
-        if waited > SAY_S and not is_said:
-            print(f"waiting for {what()}", file=sys.stderr, flush=True)
-            is_said = True
-        time.sleep(POLL_S)
-    return True

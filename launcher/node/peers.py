@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 from launcher.runs.run_dir import node_name
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from launcher.plan.launch_plan import LaunchPlan
 
 BEAT_S = 1.0
 LOST_S = 20.0
@@ -36,14 +36,13 @@ class Peers:
     """While entered, keeps in touch with the other nodes; a run of one node has none.
 
     Args:
-        plan: the run's.
-        node_rank: which node this is.
+        plan: as this node carries it out.
     """
 
-    def __init__(self, plan: Mapping[str, Any], *, node_rank: int) -> None:
-        self._endpoint = plan["rdzv_endpoint"]
-        self._own = node_rank
-        self._others = [node for node in range(plan["nodes"]) if node != node_rank]
+    def __init__(self, plan: LaunchPlan) -> None:
+        self._endpoint = plan.rdzv_endpoint
+        self._own = plan.node_rank
+        self._others = [node for node in range(plan.nodes) if node != plan.node_rank]
         self._beats = dict.fromkeys(self._others, 0)
         self._heard: dict[int, float] = {}
         self._hosts: dict[int, str] = {}
@@ -87,6 +86,10 @@ class Peers:
         if missing[0] == 0:
             return f"node 0 at {self._endpoint}"
         return ", ".join(f"node {node}" for node in missing) + f" to come to {self._endpoint}"
+
+    def heard(self) -> list[int]:
+        """The other nodes that have come and have not said that they leave."""
+        return [node for node in self._heard if node not in self._left]
 
     def lost(self, *, idle: bool) -> str:
         """The first node that came and is gone, in words; empty: there is none.

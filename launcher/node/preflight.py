@@ -22,8 +22,10 @@ from launcher.system.files import write_json_atomic
 from launcher.system.waiting import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
+
+    from launcher.plan.launch_plan import LaunchPlan
 
 Groups = list[list[int]]
 """Node ranks, in groups that try an all-reduce at the same time."""
@@ -64,15 +66,15 @@ class Facts:
     """On the node's own disk."""
 
 
-def gather(plan: Mapping[str, Any], address: str, *, seed: int) -> Facts:
+def gather(plan: LaunchPlan, *, seed: int) -> Facts:
     """Look at this node."""
     with processes.importing():
         torch = importlib.import_module("torch")
-    cuda = plan["device"] == "cuda"
+    cuda = plan.device == "cuda"
     nccl = torch.cuda.nccl.version() if cuda and torch.cuda.is_available() else None
     return Facts(
         host=node_name(),
-        address=address,
+        address=plan.address,
         port=network.free_port(seed),
         torch=torch.__version__,
         launcher=__version__,
@@ -93,7 +95,7 @@ def _driver() -> str | None:
     return done.stdout.splitlines()[0] if done.returncode == 0 and done.stdout else None
 
 
-def find_problems(facts: Sequence[Facts], plan: Mapping[str, Any]) -> dict[int, str]:
+def find_problems(facts: Sequence[Facts], plan: LaunchPlan) -> dict[int, str]:
     """What is wrong with single nodes, by node rank; of versions that differ the less frequent one is the wrong one."""
     problems = {}
     for rank, node in enumerate(facts):
@@ -102,8 +104,8 @@ def find_problems(facts: Sequence[Facts], plan: Mapping[str, Any]) -> dict[int, 
             most = max(values, key=values.count)
             if getattr(node, name) != most:
                 problems[rank] = f"{name} is {getattr(node, name)}, elsewhere {most}"
-        if plan["device"] == "cuda" and node.num_gpus < plan["procs_per_node"]:
-            problems[rank] = f"torch sees {node.num_gpus} GPUs of {plan['procs_per_node']} (driver {node.driver})"
+        if plan.device == "cuda" and node.num_gpus < plan.procs_per_node:
+            problems[rank] = f"torch sees {node.num_gpus} GPUs of {plan.procs_per_node} (driver {node.driver})"
         if node.free_gb < MIN_FREE_GB:
             problems[rank] = f"{node.free_gb:.1f} GB are free in {DISK}; {MIN_FREE_GB:g} GB are the least"
     return problems
@@ -152,16 +154,12 @@ def find_bad(num: int, attempt: Callable[[Groups], list[bool]]) -> list[int] | N
     return sorted(bad) or None
 
 
-def run(
-    folder: Path, plan: Mapping[str, Any], address: str, *, node_rank: int, seed: int, heed: Callable[[], None]
-) -> dict[str, str]:
+def run(folder: Path, plan: LaunchPlan, *, seed: int, heed: Callable[[], None]) -> dict[str, str]:
     """Check all nodes of a job; every node calls it. Returns what is wrong, by host; nothing where all is well.
 
     Args:
         folder: of this start of the job, in the run directory.
-        plan: the run's.
-        address: where the other nodes reach this one.
-        node_rank: which node this is.
+        plan: as this node carries it out, with its address.
         seed: for the port.
         heed: called again and again while this node waits for others; what it raises ends the check.
 
@@ -169,16 +167,16 @@ def run(
         PreflightError: a node was not heard of, or (on node 0) no single one can be blamed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(folder / f"node-{node_rank}.json", asdict(gather(plan, address, seed=seed)))
-    files = [folder / f"node-{rank}.json" for rank in range(plan["nodes"])]
+    write_json_atomic(folder / f"node-{plan.node_rank}.json", asdict(gather(plan, seed=seed)))
+    files = [folder / f"node-{rank}.json" for rank in range(plan.nodes)]
     missing = _wait(files, WAIT_S, heed, "the other nodes to be checked")
     if missing:
         ranks = ", ".join(file.stem.removeprefix("node-") for file in missing)
         raise PreflightError(f"nothing was heard of node {ranks} in {WAIT_S:g} s: does it see {folder}?")
     facts = [Facts(**json.loads(file.read_text(encoding="utf-8"))) for file in files]
-    if node_rank == 0:
+    if plan.node_rank == 0:
         return _lead(folder, facts, plan, heed)
-    return _take_part(folder, facts, plan, node_rank, heed)
+    return _take_part(folder, facts, plan, heed)
 
 
 def read_facts(folder: Path) -> list[dict[str, Any]]:
@@ -187,14 +185,14 @@ def read_facts(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
-def _lead(folder: Path, facts: Sequence[Facts], plan: Mapping[str, Any], heed: Callable[[], None]) -> dict[str, str]:
+def _lead(folder: Path, facts: Sequence[Facts], plan: LaunchPlan, heed: Callable[[], None]) -> dict[str, str]:
     rounds = 0
 
     def attempt(groups: Groups) -> list[bool]:
         nonlocal rounds
         rounds += 1
         write_json_atomic(folder / f"round-{rounds}.json", {"groups": groups})
-        _reduce(folder, rounds, groups, facts, plan, node_rank=0, heed=heed)
+        _reduce(folder, rounds, groups, facts, plan, heed)
         files = {node: folder / f"round-{rounds}-node-{node}.json" for group in groups for node in group}
         _wait(list(files.values()), REDUCE_S, heed, "the other nodes to try an all-reduce")
         results = {node: file.exists() and json.loads(file.read_text())["ok"] for node, file in files.items()}
@@ -218,9 +216,7 @@ _UNCLEAR = (
 )
 
 
-def _take_part(
-    folder: Path, facts: Sequence[Facts], plan: Mapping[str, Any], node_rank: int, heed: Callable[[], None]
-) -> dict[str, str]:
+def _take_part(folder: Path, facts: Sequence[Facts], plan: LaunchPlan, heed: Callable[[], None]) -> dict[str, str]:
     number = 0
     while True:
         number += 1
@@ -230,7 +226,7 @@ def _take_part(
         said = json.loads(file.read_text(encoding="utf-8"))
         if "found" in said:
             return {"*": _UNCLEAR} if said["unclear"] else dict(said["found"])
-        _reduce(folder, number, said["groups"], facts, plan, node_rank=node_rank, heed=heed)
+        _reduce(folder, number, said["groups"], facts, plan, heed)
 
 
 def _reduce(
@@ -238,19 +234,18 @@ def _reduce(
     number: int,
     groups: Groups,
     facts: Sequence[Facts],
-    plan: Mapping[str, Any],
-    *,
-    node_rank: int,
+    plan: LaunchPlan,
     heed: Callable[[], None],
 ) -> None:
     """Take part in a round, in a process that can be ended; leaves the outcome in a file."""
+    node_rank = plan.node_rank
     group = next((group for group in groups if node_rank in group), None)
     if group is None:
         return
     first = facts[group[0]]
     from launcher.engine.allreduce import all_reduce
 
-    arguments = (f"{first.address}:{first.port}", group.index(node_rank), len(group), plan["device"], REDUCE_S)
+    arguments = (f"{first.address}:{first.port}", group.index(node_rank), len(group), plan.device, REDUCE_S)
     process = multiprocessing.get_context("fork").Process(target=all_reduce, args=arguments)
     start = time.monotonic()
     process.start()

@@ -1,6 +1,6 @@
 """The supervisor on each node: signals, torch's elastic agent, restarts, the post-step, the exit code.
 
-``python -m launcher.node RUN`` runs it by hand; ``launch`` calls :func:`main` in its own process.
+``python -m launcher.node RUN`` runs it by hand; ``launch`` calls :func:`supervise` in its own process.
 """
 
 from __future__ import annotations
@@ -10,22 +10,23 @@ import contextlib
 import functools
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from launcher.errors import EXIT_FAILED, EXIT_OK, InterruptedRunError, TrainingError, UsageError
-from launcher.node import meeting, signals
+from launcher.errors import EXIT_FAILED, EXIT_OK, InterruptedRunError, TrainingError
+from launcher.node import agent, agent_thread, meeting
 from launcher.node.signals import StopSignals
 from launcher.runs import diagnose, findings, history, quarantine, whereabouts
 from launcher.runs.run_dir import RunDir
-from launcher.system import console, loader_room, network, processes, waiting
+from launcher.system import console, loader_room, network, processes
 from launcher.system import cpu as host_cpu
 from launcher.system.redact import redact
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-WAIT_FOR_RUN_DIR_S = 600
+    from launcher.plan.launch_plan import LaunchPlan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,60 +42,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--procs", type=int, dest="procs_per_node", help="workers on each (default: as planned)")
     parser.add_argument("--rdzv-endpoint", help="how this node reaches node 0 (default: as planned)")
     args = parser.parse_args(argv)
-    run = _wait_for_run(args.run_dir) if args.node_rank else RunDir.existing(args.run_dir)
+    run = meeting.wait_for_run(args.run_dir) if args.node_rank else RunDir.existing(args.run_dir)
     given = {name: value for name, value in vars(args).items() if value is not None}
-    return supervise(run, run.read_plan() | given, node_rank=args.node_rank)
+    return supervise(replace(run.read_plan(), **given))
 
 
-def supervise(run: RunDir, plan: dict[str, Any], *, node_rank: int, first_attempt: int | None = None) -> int:
+def supervise(plan: LaunchPlan, *, first_attempt: int | None = None) -> int:
     """Run one node's part of a run to its end; return the exit code.
 
     Args:
-        run: the run directory.
-        plan: its ``plan.json``; a job has filled in where the nodes meet.
-        node_rank: which node this is.
+        plan: as this node carries it out; a job has filled in where the nodes meet.
         first_attempt: number of the first start of the workers; None: the next.
 
     Raises:
         LaunchError: training failed or was interrupted.
     """
     console.protect()
-    network.set_environment(plan["env"])
+    run = meeting.wait_for_run(plan.run_dir) if plan.node_rank else RunDir(plan.run_dir)
+    network.set_environment(plan.env)
     loader_room.make()
     processes.adopt_orphans()
-    stop = StopSignals(run, node_rank=node_rank)
-    attempt = first_attempt or history.next_attempt(run)
+    with _nothing_left(run, plan.node_rank), StopSignals(run, node_rank=plan.node_rank) as stop:
+        if plan.backend != "slurm" and plan.nodes > 1:
+            heed_stop = functools.partial(_heed_stop, run, plan.node_rank, stop, " while the nodes meet")
+            plan = meeting.meet(run, plan, heed_stop=heed_stop)
+            network.set_environment(plan.env)
+        attempt = first_attempt or history.next_attempt(run)
+        _check_images(run, plan.node_rank, stop, attempt)
+        with _explained(run, plan, stop, attempt):
+            outcomes = agent.run_workers(run, plan, first_attempt=attempt, stop=stop)
+        if "preempted" in outcomes.values():
+            raise _interrupted(run, plan, stop, attempt)
+        if 0 in outcomes and not plan.tune:  # the node that holds rank 0 finishes the run
+            _finish(run, plan, stop)
+    return EXIT_OK
+
+
+@contextlib.contextmanager
+def _nothing_left(run: RunDir, node_rank: int) -> Iterator[None]:
+    """Leave no process of the run behind, and no meeting of its nodes, however it ends."""
     try:
-        with stop:
-            if plan["backend"] != "slurm" and plan["nodes"] > 1:
-                heed_stop = functools.partial(_heed_stop, run, node_rank, stop, " while the nodes meet")
-                plan = meeting.meet(run, plan, node_rank=node_rank, heed_stop=heed_stop)
-                network.set_environment(plan["env"])
-            _check_images(run, node_rank, stop, attempt)
-            outcomes = _train(run, plan, node_rank, stop, attempt)
-            if "preempted" in outcomes.values():
-                raise _interrupted(run, plan, node_rank, stop)
-            if 0 in outcomes and not plan["tune"]:  # the node that holds rank 0 finishes the run
-                _finish(run, plan, stop)
+        yield
     finally:
         processes.kill_descendants()
         if node_rank == 0:
             meeting.leave(run)
-    return EXIT_OK
-
-
-def _wait_for_run(path: str) -> RunDir:
-    """The run directory, which node 0 makes on the file system that all nodes share."""
-    run = RunDir(path)
-    signals.hold()
-    what = f"node 0 to make {path}"
-    heed = functools.partial(signals.heed, f"waiting for {what}")
-    if not waiting.wait_until(lambda: run.exists, timeout_s=WAIT_FOR_RUN_DIR_S, heed=heed, what=what):
-        raise UsageError(
-            f"{path}: not there after {WAIT_FOR_RUN_DIR_S} s; node 0 makes it: is it started, and is the folder "
-            "on a file system that all nodes share?"
-        )
-    return run
 
 
 def _heed_stop(run: RunDir, node_rank: int, stop: StopSignals, awaited: str) -> None:
@@ -115,22 +107,21 @@ def _check_images(run: RunDir, node_rank: int, stop: StopSignals, attempt: int) 
     quarantine.prepare(run, attempt=attempt, node_rank=node_rank, progress=heed_stop)
 
 
-def _train(run: RunDir, plan: dict[str, Any], node_rank: int, stop: StopSignals, attempt: int) -> dict[int, str]:
-    """Run the workers under torch's elastic agent; return each local worker's outcome by its global rank."""
-    from launcher.node import agent, agent_thread
-
+@contextlib.contextmanager
+def _explained(run: RunDir, plan: LaunchPlan, stop: StopSignals, attempt: int) -> Iterator[None]:
+    """Turn what ended the workers into what is told, and write it down."""
     try:
-        return agent.run_workers(run, plan, node_rank=node_rank, first_attempt=attempt, stop=stop)
+        yield
     except agent_thread.LeftError:
-        raise _interrupted(run, plan, node_rank, stop) from None
+        raise _interrupted(run, plan, stop, attempt) from None
     except agent.WorkersFailedError as error:
         if stop.requested:
-            raise _interrupted(run, plan, node_rank, stop) from None
+            raise _interrupted(run, plan, stop, attempt) from None
         cause, message = diagnose.cause_of_end(run, error.attempt)
         with _even_if_full(run):
-            if node_rank == 0:
+            if plan.node_rank == 0:
                 run.update_status(state="failed", attempt=error.attempt)
-            run.append_event("attempt_ended", attempt=error.attempt, node=node_rank, cause=cause, message=message)
+            run.append_event("attempt_ended", attempt=error.attempt, node=plan.node_rank, cause=cause, message=message)
         why = f"{message}\nwhat to do: {diagnose.CURES[cause]}" if cause == "full_disk" else diagnose.explain(run)
         raise TrainingError(f"training failed\n{why}\nmore: launch why {run}") from None
 
@@ -144,31 +135,32 @@ def _even_if_full(run: RunDir) -> Iterator[None]:
         print(f"{run}: cannot be written to: {error.strerror}", file=sys.stderr, flush=True)
 
 
-def _interrupted(run: RunDir, plan: dict[str, Any], node_rank: int, stop: StopSignals) -> InterruptedRunError:
+def _interrupted(run: RunDir, plan: LaunchPlan, stop: StopSignals, first_attempt: int) -> InterruptedRunError:
     """What to tell after a stop; the run's state and history say so too."""
-    lost = stop.cause == "lost_node"
+    node_rank, lost = plan.node_rank, stop.cause == "lost_node"
     reason = stop.reason or "stopped by the signal of another node"  # of which only a worker here has heard
     # Of a job only the first node writes: another one that was cut off may come to it when the run goes on elsewhere.
-    if node_rank == 0 or (lost and plan["backend"] != "slurm"):
+    if node_rank == 0 or (lost and plan.backend != "slurm"):
         attempt = history.next_attempt(run) - 1
         cause = stop.cause or history.cause_of_signal("")
         with _even_if_full(run):
-            run.append_event("attempt_ended", attempt=attempt, node=node_rank, cause=cause, message=reason)
+            if attempt >= first_attempt:  # else the nodes were still waiting for each other
+                run.append_event("attempt_ended", attempt=attempt, node=node_rank, cause=cause, message=reason)
             whereabouts.note_preempted(run)
     last = run.last_checkpoint
     kept = f"the checkpoint {last.resolve().name} is saved" if last.exists() else "it had not begun to train"
-    told = "" if node_rank == 0 and plan["nodes"] == 1 else f" ({reason})"
+    told = "" if node_rank == 0 and plan.nodes == 1 else f" ({reason})"
     return InterruptedRunError(f"interrupted{told}; {kept}; go on with: {whereabouts.resume_command(run)}")
 
 
-def _finish(run: RunDir, plan: dict[str, Any], stop: StopSignals) -> None:
+def _finish(run: RunDir, plan: LaunchPlan, stop: StopSignals) -> None:
     """Export and measure, report, and say where everything is."""
     from launcher.recipe import load as recipes
     from launcher.report import build as report
 
     recipe = recipes.read_resolved(run.recipe)
     problem = None
-    here = recipe.post.enabled and not plan["debug"] and not plan["post_job"]
+    here = recipe.post.enabled and not plan.debug and not plan.post_job
     if here and (recipe.post.export or recipe.post.quantize):
         print(f"exporting and measuring on the validation images (log: {run.post_log})", flush=True)
         problem = run_post_step(run)
@@ -211,7 +203,7 @@ def _post_step(run: RunDir) -> None:
     for number in processes.heeded():
         signal.signal(number, signal.SIG_DFL)
     processes.die_with_parent()
-    if run.read_plan().get("export_threads") is None:
+    if run.read_plan().export_threads is None:
         os.environ.pop("OMP_NUM_THREADS", None)  # a worker's share of the cores; nothing else computes now
     console.redirect(run.post_log)
     try:

@@ -11,6 +11,7 @@ from launcher.errors import UsageError
 from launcher.plan import batch_script, variables
 
 if TYPE_CHECKING:
+    from launcher.plan.launch_plan import DeviceType
     from launcher.plan.profile import Profile
     from launcher.plan.request import Request
     from launcher.plan.topology import Topology
@@ -24,7 +25,7 @@ _ENDPOINT = re.compile(r"(?:[^\s:/\[\]]+|\[[0-9A-Fa-f:.]+\]):0*[1-9][0-9]*")
 class Place:
     """Where a run goes, and what is started there."""
 
-    device: str
+    device: DeviceType
     procs: int
     run_dir: str
     threads: int
@@ -132,7 +133,7 @@ def _backend_of(recipe: Recipe, topology: Topology, request: Request) -> str:
     return launch.backend
 
 
-def _choose_for_job(recipe: Recipe) -> tuple[str, int]:
+def _choose_for_job(recipe: Recipe) -> tuple[DeviceType, int]:
     """Device and workers per node of a batch job, whose nodes this machine cannot see."""
     launch = recipe.launch
     if launch.gpus != "auto":
@@ -148,7 +149,7 @@ def _said_threads_of_job(profile: Profile, topology: Topology) -> int | None:
     return (int(said) if said.isdigit() else 0) or topology.omp_num_threads
 
 
-def _choose_device(recipe: Recipe, topology: Topology) -> str:
+def _choose_device(recipe: Recipe, topology: Topology) -> DeviceType:
     launch = recipe.launch
     if launch.gpus != "auto" or launch.device == "cuda":
         wanted = 1 if launch.gpus == "auto" else launch.gpus

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, ValidationError
 
@@ -109,15 +109,15 @@ def load(name: str, overrides: Sequence[str] = ()) -> Profile:
     return _checked(recipe_source.read(str(find(name)), overrides, {}, schema=Profile, prefix=OVERRIDE), name)
 
 
-def change(values: dict[str, Any], overrides: Sequence[str]) -> Profile:
-    """A profile from the values of an earlier one (:func:`to_dict`) and overrides.
+def change(before: Profile, overrides: Sequence[str]) -> Profile:
+    """An earlier profile with overrides.
 
     Raises:
         RecipeError: names every problem in it.
     """
-    name = f"profile {values['name']}"
-    source = recipe_source.from_values(name, values, overrides, schema=Profile, prefix=OVERRIDE)
-    return _checked(source, str(values["name"]))
+    name = f"profile {before.name}"
+    source = recipe_source.from_values(name, asdict(before), overrides, schema=Profile, prefix=OVERRIDE)
+    return _checked(source, before.name)
 
 
 def _checked(source: Source, name: str) -> Profile:
@@ -133,11 +133,6 @@ def _checked(source: Source, name: str) -> Profile:
     if problems:
         raise RecipeError(problems, of=f"profile {name}")
     return profile
-
-
-def to_dict(profile: Profile) -> dict[str, Any]:
-    """All fields as plain values."""
-    return asdict(profile)
 
 
 def find(name: str) -> Path:

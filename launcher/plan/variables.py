@@ -44,7 +44,7 @@ def fill(profile: Profile, variables: Mapping[str, str]) -> Profile:
     return replace(profile, **open_fields)
 
 
-def notes(variables: Mapping[str, str], profile: Mapping[str, Any]) -> Iterator[str]:
+def notes(variables: Mapping[str, str], profile: Profile) -> Iterator[str]:
     """What becomes of each of sbatch's variables.
 
     Args:
@@ -55,10 +55,11 @@ def notes(variables: Mapping[str, str], profile: Mapping[str, Any]) -> Iterator[
         if not (value and name.startswith(SBATCH)):
             continue
         field = FILLS.get(name)
-        if field and profile[field] == value:
+        own = getattr(profile, field) if field else None
+        if field and own == value:
             yield f"{name}: the job's {field} is {value}"
         elif field:
-            yield f"{name}={value} is ignored: the profile's {field} is {profile[field]}"
+            yield f"{name}={value} is ignored: the profile's {field} is {own}"
         else:
             option = _OPTIONS.get(name.removeprefix(SBATCH), name.removeprefix(SBATCH).lower().replace("_", "-"))
             place = PLACES.get(option, f"the profile: sbatch: {{{option}: {value}}}")

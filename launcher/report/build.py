@@ -60,7 +60,7 @@ def build_report(run: RunDir) -> Json:
     Raises:
         UsageError: ``plan.json`` or ``recipe.yaml`` cannot be read.
     """
-    plan: Json = _essential(run.plan, lambda path: json.loads(path.read_text(encoding="utf-8")))
+    plan, launched = _essential(run.plan, lambda _: (run.read_plan(), run.read_launched()))
     recipe = recipes.to_dict(_essential(run.recipe, recipes.read_resolved))
     missing: list[str] = []
     status = _read_json(run.status, missing, "what the run was doing last, and its best value")
@@ -76,14 +76,14 @@ def build_report(run: RunDir) -> Json:
     exports = _exports(manifest, best)
     return _clean(  # type: ignore[no-any-return]
         {
-            "run_id": plan["run_id"],
-            "name": plan["name"],
+            "run_id": plan.run_id,
+            "name": plan.name,
             "state": state,
-            "command": plan.get("launched_by") or shlex.join(plan["command"]),
-            "created": plan["created"],
-            "host": plan["host"],
+            "command": launched.launched_by or shlex.join(plan.command),
+            "created": launched.created,
+            "host": launched.host,
             "path": str(run.path),
-            **{key: plan[key] for key in ("backend", "device", "nodes", "procs_per_node", "world_size")},
+            **{key: getattr(plan, key) for key in ("backend", "device", "nodes", "procs_per_node", "world_size")},
             "wall_s": _wall_s(events, metrics),
             "training_s": sum(row["duration_s"] for row in attempts) if attempts else None,
             "images_per_s": _median(line.get("images_per_s") for line in train),

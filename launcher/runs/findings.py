@@ -103,7 +103,7 @@ def of_run(run: RunDir) -> list[Finding]:
     status, lines = run.read_status(), [line for line in read_jsonl(run.metrics) if isinstance(line, dict)]
     train, val = (_by_step(lines, split) for split in ("train", "val"))
     best = val.get((status.get("best") or {}).get("step", -1))
-    if best is None or run.read_plan().get("debug"):
+    if best is None or run.read_plan().debug:
         return []
     return find(best, [*val.values()][-1], list(train.values()))
 

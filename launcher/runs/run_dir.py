@@ -9,11 +9,12 @@ import os
 import secrets
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from launcher.errors import UsageError
+from launcher.plan.launch_plan import Launched, LaunchPlan
 from launcher.system.files import append_jsonl, fsync, write_json_atomic
 from launcher.system.redact import redact_all
 
@@ -101,7 +102,7 @@ class RunDir:
     @property
     def run_id(self) -> str:
         """The run's id, as fixed in the plan before it started."""
-        return str(self.read_plan()["run_id"])
+        return self.read_plan().run_id
 
     @property
     def recipe(self) -> Path:
@@ -276,6 +277,10 @@ class RunDir:
         """Comma-separated names of nodes that one start of a SLURM job should leave out, as one node found."""
         return self.slurm / f"bad-{start}-{node_rank}"
 
+    def all_bad_nodes(self, start: str) -> list[Path]:
+        """Those of all nodes that have written one."""
+        return sorted(self.slurm.glob(f"bad-{start}-*"))
+
     def job_done(self, start: str) -> Path:
         """The run's exit code in one start of a SLURM job; made by node 0 when it has nothing left to do."""
         return self.slurm / f"done-{start}"
@@ -306,10 +311,17 @@ class RunDir:
                 probe.unlink(missing_ok=True)
         return None
 
-    def read_plan(self) -> dict[str, Any]:
-        """The content of ``plan.json``."""
-        plan: dict[str, Any] = json.loads(self.plan.read_text(encoding="utf-8"))
-        return plan
+    def read_plan(self) -> LaunchPlan:
+        """The plan in ``plan.json``."""
+        return LaunchPlan.from_dict(json.loads(self.plan.read_text(encoding="utf-8")))
+
+    def read_launched(self) -> Launched:
+        """By whom, when and with what code the plan was launched, as ``plan.json`` says too."""
+        return Launched.from_dict(json.loads(self.plan.read_text(encoding="utf-8")))
+
+    def write_plan(self, plan: LaunchPlan, launched: Launched) -> None:
+        """Write ``plan.json``; it survives a loss of power."""
+        write_json_atomic(self.plan, plan.to_dict() | asdict(launched), durable=True)
 
     def read_status(self) -> dict[str, Any]:
         """The content of ``status.json``; ``{"state": "pending"}`` where there is none, or half of one."""

@@ -90,15 +90,15 @@ def note_preempted(run: RunDir) -> None:
 def resume_command(run: RunDir) -> str:
     """The command that resumes a run; one for each node where nodes were started by hand."""
     plan, command = run.read_plan(), f"launch resume {run}"
-    if plan.get("backend") != "torchrun" or plan["nodes"] == 1:
+    if plan.backend != "torchrun" or plan.nodes == 1:
         return command
-    nodes = [f"{command} --node-rank {node} --rdzv-endpoint {plan['rdzv_endpoint']}" for node in range(plan["nodes"])]
+    nodes = [f"{command} --node-rank {node} --rdzv-endpoint {plan.rdzv_endpoint}" for node in range(plan.nodes)]
     shown = nodes if len(nodes) <= NUM_SHOWN else [*nodes[:2], f"… up to --node-rank {len(nodes) - 1}"]
     return "".join(f"\n  {line}" for line in shown)
 
 
 def process_of(run: RunDir) -> int | None:
     """Id of the living process on this machine that launched the run, or None."""
-    plan = run.read_plan()
-    is_it = plan["host"] == os.uname().nodename and processes.start_time(plan["pid"]) == plan["process_started"]
-    return int(plan["pid"]) if is_it else None
+    by = run.read_launched()
+    is_here = bool(by.pid) and by.host == os.uname().nodename
+    return by.pid if is_here and processes.start_time(by.pid) == by.process_started else None

@@ -15,7 +15,12 @@ FIRST_S, EVERY_S = 5.0, 30.0
 
 
 def wait_until(
-    is_there: Callable[[], object], *, timeout_s: float | None, heed: Callable[[], object], what: str = ""
+    is_there: Callable[[], object],
+    *,
+    timeout_s: float | None,
+    heed: Callable[[], object],
+    what: str | Callable[[], str] = "",
+    cure: str = "",
 ) -> bool:
     """Wait until ``is_there`` says so.
 
@@ -23,7 +28,8 @@ def wait_until(
         is_there: asked a few times a second.
         timeout_s: give up then; None: never.
         heed: called each time; what it raises ends the wait.
-        what: is awaited, for a line now and then; empty: nothing is said.
+        what: is awaited, for a line now and then; empty: nothing is said. A function where it changes.
+        cure: what a user can do to end the wait; ends that line.
 
     Returns:
         False where it was given up.
@@ -33,7 +39,7 @@ def wait_until(
         heed()
         if timeout_s is not None and time.monotonic() - start > timeout_s:
             return False
-        notice.say(what)
+        notice.say(what() if callable(what) else what, cure)
         time.sleep(POLL_S)
     return True
 
@@ -46,11 +52,12 @@ class Notice:
         self._since = ""
         self._next = 0.0
 
-    def say(self, what: str) -> None:
-        """What is awaited now."""
+    def say(self, what: str, cure: str = "") -> None:
+        """What is awaited now, and what a user can do to end the wait."""
         now = time.monotonic()
         if what != self._what:
             self._what, self._since, self._next = what, time.strftime("%H:%M:%S"), now + FIRST_S
         elif what and now >= self._next:
             self._next = now + EVERY_S
-            print(f"waiting for {what} since {self._since}", file=sys.stderr, flush=True)
+            line = f"waiting for {what} since {self._since}" + (f"; {cure}" if cure else "")
+            print(line, file=sys.stderr, flush=True)

@@ -16,6 +16,7 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     import wandb
 
+    from launcher.plan.launch_plan import LaunchPlan
     from launcher.recipe.schema import Recipe
     from launcher.runs.run_dir import RunDir
     from launcher.tracking.wandb_mode import Mode
@@ -60,7 +62,7 @@ class Tracker:
         warn: called with a line, from whatever thread.
     """
 
-    def __init__(self, run: RunDir, recipe: Recipe, plan: dict[str, Any], warn: Callable[[str], None]) -> None:
+    def __init__(self, run: RunDir, recipe: Recipe, plan: LaunchPlan, warn: Callable[[str], None]) -> None:
         self._run = run
         self._recipe = recipe
         self._plan = plan
@@ -101,7 +103,7 @@ class Tracker:
         Its files are not copied first: it has to stay where it is until :meth:`finish` (the best one does).
         """
         folder = path.resolve()
-        name, metadata = f"model-{self._plan['run_id']}", {"checkpoint": folder.name}
+        name, metadata = f"model-{self._plan.run_id}", {"checkpoint": folder.name}
         self._put(lambda tracked: self._log_folder(tracked, folder, name, metadata, list(aliases)))
 
     def log_exports(self) -> None:
@@ -225,10 +227,10 @@ class Tracker:
         self._stop_if_finished(mode)
         wandb_service.start(options)
         self._stop_if_finished(mode)
-        config = {**recipes.to_dict(self._recipe), "plan": self._plan}
+        config = {**recipes.to_dict(self._recipe), "plan": self._plan.to_dict() | asdict(self._run.read_launched())}
         tracked = wandb.init(
-            id=self._plan["run_id"],
-            name=self._plan["run_id"],
+            id=self._plan.run_id,
+            name=self._plan.run_id,
             project=self._recipe.tracking.wandb.project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT,
             entity=self._recipe.tracking.wandb.entity,  # None: WANDB_ENTITY, or the key's own
             dir=str(self._run.path),
@@ -250,7 +252,7 @@ class Tracker:
 
     def _log_exports(self, tracked: wandb.Run) -> None:
         manifest = json.loads(self._run.export_manifest.read_text(encoding="utf-8"))
-        name = f"exports-{self._plan['run_id']}"
+        name = f"exports-{self._plan.run_id}"
         self._log_folder(tracked, self._run.exports, name, manifest, ["latest"])
         for export in [manifest["reference"], *manifest["exports"]]:
             numbers = {key: value for key, value in export.items() if isinstance(value, (bool, int, float))}

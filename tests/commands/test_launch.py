@@ -84,8 +84,8 @@ def test_a_run_leaves_everything_the_contract_names(start, tmp_path):
     assert run.read_status()["state"] == "completed"
     assert run.read_status()["best"]["metric"] == "val/loss"
     plan = run.read_plan()
-    assert plan["world_size"] == 2
-    assert run.run_id == plan["run_id"]
+    assert plan.world_size == 2
+    assert run.run_id == plan.run_id
     for file in (
         run.recipe,
         run.metrics,

@@ -456,7 +456,7 @@ def test_stopped_at_any_poll_and_resumed_one_rank_ends_with_the_very_same_bits(m
     whole = engine.train(make_run("whole", **changes))
     assert whole.outcome == "completed"
     steps = set()
-    for poll in range(1, 22, 3 if optimizer == "sgd" else 7):  # in training and in validation, of both epochs
+    for poll in range(1, 22, 3 if optimizer == "sgd" else 5):  # in training and in validation, of both epochs
         run = make_run(f"stopped-{poll}", **changes)
         first = engine.train(run, stop=engine.at_poll(poll))
         assert first.outcome == "preempted"

@@ -15,6 +15,7 @@ import pytest
 
 from launcher.errors import UsageError
 from launcher.node import meeting
+from launcher.plan.launch_plan import LaunchPlan
 from launcher.runs.history import events
 from launcher.runs.run_dir import RunDir
 from launcher.system import network
@@ -229,5 +230,5 @@ def test_everything_that_keeps_nodes_apart_is_said_at_once(first, second, said):
     [("localhost:1", True), ("127.0.0.1:1", True), ("[::1]:1", True), (f"{os.uname().nodename}:1", False)],
 )
 def test_its_own_name_is_no_loopback_of_node_0_whatever_it_stands_for(endpoint, is_so):
-    plan = {"rdzv_endpoint": endpoint, "nodes": 2, "procs_per_node": 1}
-    assert meeting._describe(plan, 0)["names_itself"] == is_so
+    plan = LaunchPlan(run_id="a", nodes=2, rdzv_endpoint=endpoint)
+    assert meeting._describe(plan)["names_itself"] == is_so

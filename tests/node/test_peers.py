@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from datetime import timedelta
 
@@ -9,7 +10,10 @@ import pytest
 from torch.distributed import TCPStore
 
 from launcher.node import peers
+from launcher.node.agent_thread import blame_lost
 from launcher.node.peers import Peers
+from launcher.node.signals import StopSignals
+from launcher.plan.launch_plan import LaunchPlan
 
 
 @pytest.fixture
@@ -19,7 +23,11 @@ def store():
 
 
 def node(rank, store):
-    return Peers({"rdzv_endpoint": f"127.0.0.1:{store.port}", "nodes": 2}, node_rank=rank)
+    return on_port(rank, store.port)
+
+
+def on_port(rank, port):
+    return Peers(LaunchPlan(run_id="a", name="a", nodes=2, node_rank=rank, rdzv_endpoint=f"127.0.0.1:{port}"))
 
 
 def until(condition):
@@ -64,3 +72,25 @@ def test_one_that_falls_silent_is_gone_and_one_that_says_farewell_has_left(store
         until(lambda: first.lost(idle=True))
         assert first.lost(idle=True).endswith("has left")
         assert first.lost(idle=False) == ""
+
+
+def _beat(port, leave):
+    with on_port(1, port):
+        leave.wait()
+
+
+@pytest.mark.parametrize("dies", [True, False])
+def test_a_sigterm_because_a_node_died_is_no_preemption(dies, store, make_run):
+    """SLURM ends the others a moment after a supervisor was killed, long before that one is missed."""
+    context = multiprocessing.get_context("fork")
+    leave = context.Event()
+    other = context.Process(target=_beat, args=(store.port, leave))
+    other.start()
+    stop = StopSignals(make_run("run"), node_rank=0)
+    with node(0, store) as first:
+        until(first.heard)
+        other.kill() if dies else leave.set()
+        stop.request(reason="stopped by SIGTERM", cause="preempted")
+        blame_lost(stop, first)
+    other.join()
+    assert stop.cause == ("lost_node" if dies else "preempted")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from launcher.errors import PreflightError
 from launcher.node import preflight
 from launcher.node.preflight import Facts, find_bad, find_problems
+from launcher.plan.launch_plan import LaunchPlan
 
 NODE = Facts(
     host="n1",
@@ -24,7 +25,7 @@ NODE = Facts(
     num_gpus=8,
     free_gb=100.0,
 )
-PLAN = {"device": "cuda", "procs_per_node": 8, "nodes": 3}
+PLAN = LaunchPlan(run_id="a", name="a", device="cuda", procs_per_node=8, nodes=3, address="10.0.0.1")
 
 
 def network_with(bad, *, alone=False):
@@ -93,9 +94,9 @@ def as_node(folder, rank, nodes, fault, answers):
         from launcher.engine import allreduce
 
         allreduce.all_reduce = lambda *_: 1 / 0
-    plan = {"device": "cpu", "procs_per_node": 1, "nodes": nodes}
+    plan = LaunchPlan(run_id="a", name="a", nodes=nodes, node_rank=rank, address="127.0.0.1")
     try:
-        answers.put((rank, preflight.run(folder, plan, "127.0.0.1", node_rank=rank, seed=7000 + rank * 50, heed=heed)))
+        answers.put((rank, preflight.run(folder, plan, seed=7000 + rank * 50, heed=heed)))
     except PreflightError as error:
         answers.put((rank, str(error)))
 
@@ -124,4 +125,4 @@ def test_a_node_that_is_not_heard_of_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "WAIT_S", 0.5)
     monkeypatch.setattr(preflight, "gather", lambda *_, **__: NODE)
     with pytest.raises(PreflightError, match=r"nothing was heard of node 1, 2 in 0.5 s: does it see "):
-        preflight.run(tmp_path / "p", PLAN, "10.0.0.1", node_rank=0, seed=1, heed=heed)
+        preflight.run(tmp_path / "p", PLAN, seed=1, heed=heed)

@@ -72,7 +72,7 @@ def test_in_an_allocation_the_first_ctrl_c_saves_and_the_second_ends_the_step(ti
 
     threading.Thread(target=press, daemon=True).start()
     with pytest.raises(InterruptedRunError, match="launch resume"):
-        slurm._run_step(run, SimpleNamespace(command=("bash", "-c", srun), profile={"env": {}}))
+        slurm._run_step(run, SimpleNamespace(command=("bash", "-c", srun), profile=None))
     assert (tmp_path / "said").read_text().split() == ["USR2", "TERM"][:times]
     assert run.read_status()["state"] == "preempted"
 
@@ -80,7 +80,7 @@ def test_in_an_allocation_the_first_ctrl_c_saves_and_the_second_ends_the_step(ti
 def test_what_binds_the_shell_of_an_allocation_binds_no_worker(make_run, monkeypatch):
     monkeypatch.setenv("SLURM_CPU_BIND_TYPE", "mask_cpu:")
     command = ("bash", "-c", '[ -z "$SLURM_CPU_BIND_TYPE" ]')
-    assert slurm._run_step(make_run("a", state="completed"), SimpleNamespace(command=command, profile={"env": {}})) == 0
+    assert slurm._run_step(make_run("a", state="completed"), SimpleNamespace(command=command, profile=None)) == 0
 
 
 def test_steps_of_one_allocation_choose_other_ports(monkeypatch):

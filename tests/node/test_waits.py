@@ -19,6 +19,7 @@ import pytest
 from launcher.backends.slurm import task
 from launcher.errors import exit_code_of
 from launcher.node import preflight, signals
+from launcher.plan.launch_plan import LaunchPlan
 from launcher.runs.history import events
 from launcher.runs.run_dir import RunDir
 from launcher.system import network
@@ -223,8 +224,8 @@ def _in_a_job(wait, code):
 
 
 def _preflight(folder):
-    plan = {"device": "cpu", "procs_per_node": 1, "nodes": 2}
-    preflight.run(folder, plan, "127.0.0.1", node_rank=0, seed=7, heed=task._heed_check)
+    plan = LaunchPlan(run_id="a", name="a", nodes=2, address="127.0.0.1")
+    preflight.run(folder, plan, seed=7, heed=task._heed_check)
 
 
 def _meeting(folder):

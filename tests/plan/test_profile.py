@@ -101,8 +101,8 @@ def test_what_does_not_fit_on_the_command_line_is_said_as_it_was_typed(mine):
 def test_a_profile_is_changed_from_the_values_of_an_earlier_one():
     text = [r"export A=${HOME} B=\${C} D=\\${E}", "echo $F"]
     before = profile.Profile(name="mine", timeout_min=7, exclude="n1", setup=text, env={"A": "${x}"})
-    assert profile.change(profile.to_dict(before), []) == before
-    changed = profile.change(profile.to_dict(before), ["profile.timeout_min=9"])
+    assert profile.change(before, []) == before
+    changed = profile.change(before, ["profile.timeout_min=9"])
     assert changed == dataclasses.replace(before, timeout_min=9)
     with pytest.raises(RecipeError, match=r"1 problem in the profile mine.*\n.*profile.foo=1\): foo: unknown key"):
-        profile.change(profile.to_dict(before), ["profile.foo=1"])
+        profile.change(before, ["profile.foo=1"])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -128,7 +129,7 @@ def test_a_run_of_a_sweep_is_done_when_the_job_of_its_exports_is(make_run):
     run = make_run("0", state="completed")
     run.append_event("completed", exported=False)
     assert command._exit_code([run]) == 0
-    write_json_atomic(run.plan, run.read_plan() | {"post_job": True})
+    run.write_plan(replace(run.read_plan(), post_job=True), run.read_launched())
     assert command._exit_code([run]) == 1
     run.exports.mkdir()
     write_json_atomic(run.export_manifest, {})

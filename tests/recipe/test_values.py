@@ -101,5 +101,5 @@ def test_the_same_in_a_profile(tmp_path):
     assert (profile.account, profile.qos) == ("12345", "007")
     assert profile.env == {"A": "1", "B": "yes", "C": "1e3", "D": "a #1"}
     assert profile.sbatch == {"begin": "2024-01-01", "switches": 1, "wait": True, "comment": "a #1"}
-    again = profiles.change(profiles.to_dict(profile), ["profile.account=1e3", "profile.sbatch.switches=2"])
+    again = profiles.change(profile, ["profile.account=1e3", "profile.sbatch.switches=2"])
     assert (again.account, again.sbatch["switches"]) == ("1e3", 2)

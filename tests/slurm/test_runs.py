@@ -177,7 +177,7 @@ def test_two_nodes_train_to_the_end_from_one_command(undisturbed, slurm_cluster)
     run, output = undisturbed
     assert run.read_status()["state"] == "completed"
     assert len(hosts(run, 1)) == 2
-    assert run.read_plan()["world_size"] == 4
+    assert run.read_plan().world_size == 4
     assert "epoch 2/2  val" in output
     assert re.search(r"job \d+ running on n\[\d-\d\]", output)
     assert len(list(run.attempt_logs(1).glob("rank-*.log"))) == 4

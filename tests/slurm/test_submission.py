@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,6 @@ from launcher.plan.topology import Topology
 from launcher.recipe.schema import LaunchConfig, PostConfig, Recipe
 from launcher.runs.history import events
 from launcher.runs.run_dir import RunDir
-from launcher.system.files import write_json_atomic
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(420)]
 ROOT = Path(__file__).parents[2]
@@ -162,7 +162,7 @@ def test_a_sweep_of_more_runs_than_an_array_may_have_becomes_several(here, tmp_p
 
 def test_before_a_maintenance_a_shorter_job_is_advised_and_starts(here, make_run, tmp_path):
     run = make_run("run", state="pending")
-    write_json_atomic(run.plan, run.read_plan() | {"profile": {"timeout_min": 60, "lead_s": 30}})
+    run.write_plan(replace(run.read_plan(), profile=Profile(timeout_min=60, lead_s=30)), run.read_launched())
     window = ("reservation=repair", "starttime=now+30minutes", "duration=60", "flags=maint", "nodes=ALL", "users=root")
     slurm_client.run("scontrol", "create", *window)
     try:

@@ -6,16 +6,18 @@ import os
 import re
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launcher.backends.slurm import client as slurm_client
 from launcher.errors import PreflightError, did_you_mean
 from launcher.plan import variables
+from launcher.plan.profile import Profile
 from launcher.runs import history
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from launcher.plan.launch_plan import LaunchPlan
     from launcher.runs.run_dir import RunDir
 
 NEVER = ("UNLIMITED", "INFINITE", "NONE", "(null)")
@@ -71,7 +73,7 @@ class Cluster:
     """Whether its jobs are queued again where they do not ask for it (JobRequeue)."""
 
 
-def check(plan: Mapping[str, Any], run: RunDir, *scripts: str) -> None:
+def check(plan: LaunchPlan, run: RunDir, *scripts: str) -> None:
     """Ask the cluster whether the plan's job can run there; doubts are printed.
 
     Args:
@@ -88,7 +90,7 @@ def check(plan: Mapping[str, Any], run: RunDir, *scripts: str) -> None:
     except slurm_client.SlurmError as error:
         raise PreflightError(f"{error}; nothing was submitted") from None
     doubts = find_doubts(cluster, plan, checkpoint_s=max(seconds, default=None))
-    for text in (*variables.notes(os.environ, plan["profile"]), *doubts):
+    for text in (*variables.notes(os.environ, _profile(plan)), *doubts):
         print(f"warning: {text}", file=sys.stderr, flush=True)
     problems = list(find_problems(cluster, plan)) or list(_refusals(scripts))
     if problems:
@@ -96,18 +98,18 @@ def check(plan: Mapping[str, Any], run: RunDir, *scripts: str) -> None:
         raise PreflightError("\n".join([head, *(f"  {text}" for text in problems)]))
 
 
-def check_step(plan: Mapping[str, Any]) -> None:
+def check_step(plan: LaunchPlan) -> None:
     """The same inside an allocation, which has what it has: srun would wait for more, or refuse it in its own words.
 
     Raises:
         PreflightError: it is too small; says in what, all at once.
     """
-    job_id, nodes, workers = os.environ.get("SLURM_JOB_ID"), plan["nodes"], plan["procs_per_node"]
+    job_id, nodes, workers = os.environ.get("SLURM_JOB_ID"), plan.nodes, plan.procs_per_node
     has = f"the allocation {job_id} holds"
     held = int(os.environ.get("SLURM_JOB_NUM_NODES", nodes))
     cpus = sorted(_cpus_per_node(os.environ.get("SLURM_JOB_CPUS_PER_NODE", "")), reverse=True)[:nodes]
     gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
-    wanted = plan["profile"]["cpus_per_gpu"] * workers
+    wanted = _profile(plan).cpus_per_gpu * workers
     problems = []
     if nodes > held:
         problems.append(f"--nodes {nodes}: {has} {held}; ask for more (salloc --nodes={nodes}) or give --nodes {held}")
@@ -118,11 +120,15 @@ def check_step(plan: Mapping[str, Any]) -> None:
             f"for more (salloc --cpus-per-task={wanted}) or give "
             + (f"a profile with cpus_per_gpu: {fits}" if fits else f"at most {cpus[-1]} workers and cpus_per_gpu: 1")
         )
-    if plan["device"] == "cuda" and gpus.isdigit() and workers > int(gpus):
+    if plan.device == "cuda" and gpus.isdigit() and workers > int(gpus):
         more = f"salloc --gpus-per-node={workers}"
         problems.append(f"--gpus {workers}: {has} {gpus} per node; ask for more ({more}) or give --gpus {gpus}")
     if problems:
         raise PreflightError("\n".join([*problems, "nothing was started"]))
+
+
+def _profile(plan: LaunchPlan) -> Profile:
+    return plan.profile or Profile()
 
 
 def _cpus_per_node(text: str) -> list[int]:
@@ -169,35 +175,35 @@ def read_cluster() -> Cluster:
     )
 
 
-def find_problems(cluster: Cluster, plan: Mapping[str, Any]) -> Iterator[str]:
+def find_problems(cluster: Cluster, plan: LaunchPlan) -> Iterator[str]:
     """What keeps the job from ever starting."""
-    profile = plan["profile"]
+    profile = _profile(plan)
     chosen = _partitions(cluster, profile)
     unknown = [name for name in chosen if name not in cluster.partitions]
     for name in unknown:
         hint = did_you_mean(name, cluster.partitions)
         valid = f"valid: {', '.join(cluster.partitions)}"
         yield " ".join(filter(None, [f"partition {name}: there is none of that name;", hint, valid]))
-    if profile["lead_s"] >= profile["timeout_min"] * 60:
-        yield f"lead_s is {profile['lead_s']} s, as long as the whole time limit of {profile['timeout_min']} min"
+    if profile.lead_s >= profile.timeout_min * 60:
+        yield f"lead_s is {profile.lead_s} s, as long as the whole time limit of {profile.timeout_min} min"
     if unknown or not chosen:
         return
     limits = {name: _minutes(cluster.partitions[name]["MaxTime"]) for name in chosen}
-    if all(limit is not None and profile["timeout_min"] > limit for limit in limits.values()):
+    if all(limit is not None and profile.timeout_min > limit for limit in limits.values()):
         allowed = ", ".join(f"{name} {limit} min" for name, limit in limits.items())
-        yield f"timeout_min is {profile['timeout_min']}, more than is allowed ({allowed})"
+        yield f"timeout_min is {profile.timeout_min}, more than is allowed ({allowed})"
     downs = [name for name in chosen if cluster.partitions[name]["State"] != "UP"]
     if len(downs) == len(chosen):
         yield f"partition {', '.join(downs)} is {cluster.partitions[downs[0]]['State']}"
     yield from _nodes(cluster, plan, chosen)
 
 
-def find_doubts(cluster: Cluster, plan: Mapping[str, Any], *, checkpoint_s: float | None) -> Iterator[str]:
+def find_doubts(cluster: Cluster, plan: LaunchPlan, *, checkpoint_s: float | None) -> Iterator[str]:
     """What may go wrong later. ``checkpoint_s``: the longest that a checkpoint of this run has taken."""
-    profile = plan["profile"]
-    if checkpoint_s is not None and checkpoint_s * MARGIN > profile["lead_s"]:
-        yield f"lead_s is {profile['lead_s']} s, and a checkpoint of this run has taken {checkpoint_s:.1f} s; raise it"
-    exported, names = profile.get("sbatch", {}).get("export", "ALL"), variables.read_by_runs(os.environ)
+    profile = _profile(plan)
+    if checkpoint_s is not None and checkpoint_s * MARGIN > profile.lead_s:
+        yield f"lead_s is {profile.lead_s} s, and a checkpoint of this run has taken {checkpoint_s:.1f} s; raise it"
+    exported, names = profile.sbatch.get("export", "ALL"), variables.read_by_runs(os.environ)
     if "ALL" not in str(exported).split(",") and names:
         kept = f"keeps what is set here from the job: {', '.join(names)}"
         yield f"sbatch.export: {exported} in the profile {kept}; {variables.CURE}"
@@ -216,17 +222,17 @@ def find_doubts(cluster: Cluster, plan: Mapping[str, Any], *, checkpoint_s: floa
             yield f"partition {name} gives a preempted job {grace} s; {took}"
 
 
-def _partitions(cluster: Cluster, profile: Mapping[str, Any]) -> list[str]:
-    if profile["partition"]:
-        return [part.strip() for part in profile["partition"].split(",")]
+def _partitions(cluster: Cluster, profile: Profile) -> list[str]:
+    if profile.partition:
+        return [part.strip() for part in profile.partition.split(",")]
     return [name for name, fields in cluster.partitions.items() if fields.get("Default") == "YES"]
 
 
-def _nodes(cluster: Cluster, plan: Mapping[str, Any], chosen: Sequence[str]) -> Iterator[str]:
+def _nodes(cluster: Cluster, plan: LaunchPlan, chosen: Sequence[str]) -> Iterator[str]:
     """Whether enough nodes have what is asked for."""
     fitting = [node for node in cluster.nodes if node.partition in chosen]
     fitting = list({node.name: node for node in fitting}.values())
-    total, wanted = len(fitting), plan["nodes"]
+    total, wanted = len(fitting), plan.nodes
     asked = f"{wanted} node{'s' if wanted > 1 else ''}"
     where = ", ".join(chosen)
     for what, has in _needs(plan):
@@ -241,12 +247,12 @@ def _nodes(cluster: Cluster, plan: Mapping[str, Any], chosen: Sequence[str]) -> 
         yield f"{asked} asked for, {len(up)} that fit in {where} are up ({states})"
 
 
-def _needs(plan: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[Node], bool]]]:
+def _needs(plan: LaunchPlan) -> Iterator[tuple[str, Callable[[Node], bool]]]:
     """What each node must have, in words and as a test."""
-    profile, workers = plan["profile"], plan["procs_per_node"]
-    cpus, mem_mb, kind = profile["cpus_per_gpu"] * workers, round((profile["mem_gb"] or 0) * 1024), profile["gres"]
-    constraint = profile["constraint"] or ""
-    if plan["device"] == "cuda":
+    profile, workers = _profile(plan), plan.procs_per_node
+    cpus, mem_mb, kind = profile.cpus_per_gpu * workers, round((profile.mem_gb or 0) * 1024), profile.gres
+    constraint = profile.constraint or ""
+    if plan.device == "cuda":
         yield f"{workers} GPUs{f' ({kind})' if kind else ''}", lambda node: node.num_gpus(kind) >= workers
     yield f"{cpus} CPUs (cpus_per_gpu x workers)", lambda node: node.cpus >= cpus
     yield f"{mem_mb} MB of memory", lambda node: node.mem_mb >= mem_mb

@@ -74,16 +74,16 @@ def explain(run: RunDir, job: JobState) -> list[str]:
 
 def _before_maintenance(run: RunDir) -> str:
     """What to do about a time limit that reaches into a maintenance."""
-    profile = run.read_plan()["profile"]
+    profile = run.read_plan().profile
     try:
         found = slurm_client.next_maintenance()
     except slurm_client.SlurmError:
         found = None
-    if found is None or found.minutes - SLACK_MIN <= profile["lead_s"] // 60 + 1:
+    if profile is None or found is None or found.minutes - SLACK_MIN <= profile.lead_s // 60 + 1:
         return "it starts by itself when the maintenance is over"
     shorter = f"profile.timeout_min={found.minutes - SLACK_MIN}"
     return (
-        f"a maintenance begins at {found.starts} ({found.name}), and the job may take {profile['timeout_min']} minutes "
+        f"a maintenance begins at {found.starts} ({found.name}), and the job may take {profile.timeout_min} minutes "
         "(timeout_min), which is longer than until then: a shorter one starts before it, saves and goes on afterwards: "
         f"launch cancel {run}, then launch resume {run} {shorter}"
     )

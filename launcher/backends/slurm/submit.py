@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from launcher.plan.plan import LaunchPlan
+    from launcher.plan.launch_plan import LaunchPlan
 
 OF_THIS_SHELL = (
     "SLURM_CPU_BIND",
@@ -150,7 +150,7 @@ def _run_step(run: RunDir, plan: LaunchPlan) -> int:
     Of the profile's setup nothing is done: this shell has been set up by whoever asked for the allocation.
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(OF_THIS_SHELL)}
-    environment = {**kept, **(plan.profile or {})["env"]}
+    environment = {**kept, **(plan.profile.env if plan.profile else {})}
     # In a session of its own: to a Ctrl-C of the terminal srun would only say how its tasks are.
     process = subprocess.Popen(plan.command, start_new_session=True, env=environment)
 
@@ -210,7 +210,7 @@ def _sbatch_post(run: RunDir, script: str, *, after: str) -> str | None:
     file = run.slurm / "post.sh"
     write_text_atomic(file, script)
     waits = (f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes")
-    name = batch_script.post_name(run.read_plan()["name"])
+    name = batch_script.post_name(run.read_plan().name)
     known = [str(event["job_id"]) for event in history.events(run, "post_submitted")]
     try:
         job_id = submission.submit(file, *waits, name=name, logs=run.logs, known=known)

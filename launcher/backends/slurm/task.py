@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +33,11 @@ from launcher.system.files import write_json_atomic, write_text_atomic
 from launcher.system.waiting import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import MutableMapping
+    from collections.abc import Iterator, MutableMapping
 
+    from launcher.plan.launch_plan import LaunchPlan
+
+LOOPBACK = "127.0.0.1"
 MEET_TIMEOUT_S = 600
 LEAVE_TIMEOUT_S = 120
 PREFLIGHT_PORT = 5000
@@ -98,52 +102,74 @@ def _supervise(run: RunDir) -> int:
 
     scrub(os.environ)
     node_rank = int(os.environ["SLURM_NODEID"])
-    plan = run.read_plan()
+    plan = replace(
+        run.read_plan(),
+        run_dir=str(run.path),
+        node_rank=node_rank,
+        address=LOOPBACK,
+        rdzv_endpoint=f"{LOOPBACK}:0",
+    )
     attempt = None
     if node_rank == 0:
         living.refuse_second_job(run, str(SlurmJobEnvironment().job_id))
-        if code_digest() != plan.get("code"):
-            run.append_event("code_changed", planned=plan.get("code"), found=code_digest())
+        planned = run.read_launched().code
+        if code_digest() != planned:
+            run.append_event("code_changed", planned=planned, found=code_digest())
             print("warning: the code of finetune-launcher has changed since this run was launched", file=sys.stderr)
-        _tell_lost_variables(run, plan)
+        _tell_lost_variables(run)
         history.close_attempt(run, lost_nodes=_lost_nodes())
         stopped = history.refusal(run)
         if stopped:
             run.append_event("refused", message=stopped)
             run.update_status(state="failed")
             raise TrainingError(f"{stopped}\nmore: launch why {run}")
-    address = "127.0.0.1"
-    plan["rdzv_endpoint"] = f"{address}:0"
-    if plan["nodes"] > 1:
+    if plan.nodes > 1:
         hosts = SlurmJobEnvironment().hostnames
         # To itself a node's route is the loopback; to any other it is the network that they share.
         try:
-            address = _own_address(plan, toward=hosts[1 if node_rank == 0 else 0])
+            plan = _with_address(plan, toward=hosts[1 if node_rank == 0 else 0])
         except PreflightError as error:
             host = node_name()
             _leave_out(run, {host: str(error).removeprefix(f"{host}: ")}, node_rank=node_rank)
             raise
-        met = _meet(run, node_rank, address, first_host=hosts[0])
-        plan["rdzv_endpoint"], attempt = f"{met['host']}:{met['port']}", met["attempt"]
-    network.set_environment(plan["env"])
-    if plan["preflight"]:
-        problems = _check_nodes(run, plan, address, node_rank=node_rank)
+        met = _meet(run, node_rank, plan.address, first_host=hosts[0])
+        plan, attempt = replace(plan, rdzv_endpoint=f"{met['host']}:{met['port']}"), met["attempt"]
+    network.set_environment(plan.env)
+    if plan.preflight:
+        problems = _check_nodes(run, plan)
         if problems and node_rank == 0:
             _leave_out(run, problems, node_rank=node_rank)
             text = "; ".join(f"{host}: {problem}" for host, problem in problems.items())
             raise PreflightError(f"the check of the nodes failed: {text}")
         if problems:
             return EXIT_OK  # node 0 speaks for the run
-    return supervisor.supervise(run, plan, node_rank=node_rank, first_attempt=attempt)
+    with _preemption_told_from_bad_nodes(run, plan.node_rank):
+        return supervisor.supervise(plan, first_attempt=attempt)
 
 
-def _check_nodes(run: RunDir, plan: dict[str, Any], address: str, *, node_rank: int) -> dict[str, str]:
+@contextlib.contextmanager
+def _preemption_told_from_bad_nodes(run: RunDir, node_rank: int) -> Iterator[None]:
+    """SLURM ends this node also where another one has failed its own check.
+
+    Then the batch script queues the job again without that node, or ends it.
+    """
+    try:
+        yield
+    except InterruptedRunError:
+        bad = [file.read_text(encoding="utf-8").strip() for file in run.all_bad_nodes(_start())]
+        if node_rank or not bad:
+            raise
+        run.update_status(state="pending")
+        raise PreflightError(f"stopped because {', '.join(bad)} failed the check of its own network") from None
+
+
+def _check_nodes(run: RunDir, plan: LaunchPlan) -> dict[str, str]:
     """What is wrong, by host. Raises InterruptedRunError where a stop signal came."""
     folder, seed = run.preflight(_start()), _seed() + PREFLIGHT_PORT
     try:
-        return preflight.run(folder, plan, address, node_rank=node_rank, seed=seed, heed=_heed_check)
+        return preflight.run(folder, plan, seed=seed, heed=_heed_check)
     except InterruptedRunError:
-        if node_rank == 0:
+        if plan.node_rank == 0:
             whereabouts.note_preempted(run)
         raise
 
@@ -166,13 +192,14 @@ def check(folder: str) -> None:
 
     scrub(os.environ)
     node_rank, hosts = int(os.environ["SLURM_NODEID"]), SlurmJobEnvironment().hostnames
-    plan = json.loads((Path(folder) / "plan.json").read_text(encoding="utf-8"))
-    address = _own_address(plan, toward=hosts[1 if node_rank == 0 else 0]) if len(hosts) > 1 else "127.0.0.1"
-    network.set_environment(plan["env"])
+    plan = replace(RunDir(folder).read_plan(), node_rank=node_rank, address=LOOPBACK)
+    if len(hosts) > 1:
+        plan = _with_address(plan, toward=hosts[1 if node_rank == 0 else 0])
+    network.set_environment(plan.env)
     nodes = Path(folder) / "nodes"
     try:
         seed = int(os.environ["SLURM_JOB_ID"])
-        problems = preflight.run(nodes, plan, address, node_rank=node_rank, seed=seed, heed=_heed_check)
+        problems = preflight.run(nodes, plan, seed=seed, heed=_heed_check)
     except PreflightError as error:
         problems = {"*": str(error)}
     if node_rank == 0:
@@ -188,9 +215,9 @@ def _lost_nodes() -> list[str]:
     return re.findall(r"^srun: error: Node failure on (\S+)$", text, re.MULTILINE)
 
 
-def _tell_lost_variables(run: RunDir, plan: dict[str, Any]) -> None:
+def _tell_lost_variables(run: RunDir) -> None:
     """Say which of the submitting shell's variables have not come along, as by --export=NONE; once a start."""
-    lost = [name for name in plan.get("variables", []) if name not in os.environ]
+    lost = [name for name in run.read_launched().variables if name not in os.environ]
     if lost:
         run.append_event("variables_lost", names=lost)
         print(
@@ -229,9 +256,9 @@ def _meet(run: RunDir, node_rank: int, address: str, *, first_host: str) -> dict
     return found
 
 
-def _own_address(plan: dict[str, Any], *, toward: str) -> str:
-    """This node's address for the others; tells NCCL and gloo its interface."""
-    wanted = plan["profile"]["interface"]
+def _with_address(plan: LaunchPlan, *, toward: str) -> LaunchPlan:
+    """The plan with this node's address for the others; NCCL and gloo are told its interface."""
+    wanted = plan.profile.interface if plan.profile else None
     try:
         address = network.address_of(wanted) if wanted else network.local_address(toward)
     except OSError as error:
@@ -243,9 +270,8 @@ def _own_address(plan: dict[str, Any], *, toward: str) -> str:
             + "; name the network in the profile: interface: ib0"
         )
     interface = wanted or network.interface_of(address)
-    if interface:
-        plan["env"] |= network.interface_environment(interface)
-    return address
+    env = network.interface_environment(interface) if interface else {}
+    return replace(plan, address=address, env=plan.env | env)
 
 
 if __name__ == "__main__":

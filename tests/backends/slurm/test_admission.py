@@ -10,6 +10,8 @@ from launcher.backends.slurm import admission
 from launcher.backends.slurm import client as slurm_client
 from launcher.errors import PreflightError
 from launcher.plan import variables
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.profile import Profile
 from launcher.runs.run_dir import RunDir
 
 PARTITIONS = """\
@@ -29,15 +31,6 @@ CONFIG = """\
 JobFileAppend           = 0
 JobRequeue              = 1
 """
-PROFILE = {
-    "partition": None,
-    "lead_s": 120,
-    "timeout_min": 240,
-    "cpus_per_gpu": 8,
-    "mem_gb": None,
-    "gres": None,
-    "constraint": None,
-}
 
 
 @pytest.fixture
@@ -48,7 +41,8 @@ def cluster(monkeypatch):
 
 
 def plan_of(nodes=1, procs=8, device="cuda", **profile):
-    return {"nodes": nodes, "procs_per_node": procs, "device": device, "profile": PROFILE | profile}
+    of = {"nodes": nodes, "procs_per_node": procs, "device": device, "profile": Profile(**profile)}
+    return LaunchPlan(run_id="a", name="a", **of)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +179,7 @@ def test_a_profile_that_keeps_the_shells_variables_from_the_job_is_a_doubt(clust
 
 def test_what_becomes_of_sbatchs_variables_is_said():
     said = {"SBATCH_ACCOUNT": "a", "SBATCH_PARTITION": "p", "SBATCH_MEM_PER_NODE": "1G", "SBATCH_HINT": "nomultithread"}
-    assert list(variables.notes(said, {"account": "a", "partition": "gpu"})) == [
+    assert list(variables.notes(said, Profile(account="a", partition="gpu"))) == [
         "SBATCH_ACCOUNT: the job's account is a",
         "SBATCH_PARTITION=p is ignored: the profile's partition is gpu",
         "SBATCH_MEM_PER_NODE=1G is ignored; its place is the profile's mem_gb",
