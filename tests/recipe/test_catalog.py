@@ -165,7 +165,7 @@ def installed(tmp_path, monkeypatch):
     catalog.classification_models.cache_clear()
 
 
-def test_a_registered_name_wins_over_the_functions_and_any_form_of_annotation_will_do(installed):
+def test_a_registered_name_wins_and_any_form_of_annotation_is_read(installed):
     installed(WEIGHTS_FILE.replace("CROP", "32").replace("ANNOTATION", "Tiny_Weights | None"))
     assert list(catalog.classification_models()) == ["bare", "tiny"]
     weights = catalog.find_model("bare").find_weights("DEFAULT")
