@@ -1,4 +1,4 @@
-"""What can go wrong, each kind with its exit code (the codes are a public contract, see docs/command-line.md)."""
+"""The kinds of errors, each with its exit code (the codes are a public contract, see docs/command-line.md)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LaunchError(Exception):
 
 
 class UsageError(LaunchError):
-    """The command line, or what it points at, is wrong; nothing was written or started."""
+    """The command line, or a file that it names, is wrong; nothing was written or started."""
 
     exit_code = EXIT_USAGE
 
@@ -41,7 +41,7 @@ class TrainingError(LaunchError):
 
 
 class MachineError(TrainingError):
-    """The machine, or the shell that started the run, lacks what training needs: memory to share, open files, room."""
+    """The machine, or the shell that started the run, lacks what training needs: shared memory, open files, disk."""
 
 
 class PreflightError(LaunchError):
@@ -106,7 +106,7 @@ class Ended:
 def explained() -> Iterator[Ended]:
     """Print what a LaunchError says instead of its traceback, and take its exit code.
 
-    From here on no file or folder is made that everybody may write, whatever the shell's umask says.
+    Files and folders made from here on are not writable by everybody, whatever the shell's umask is.
     """
     os.umask(os.umask(0o077) | stat.S_IWOTH)
     console.open_missing()
@@ -119,7 +119,7 @@ def explained() -> Iterator[Ended]:
     except KeyboardInterrupt:
         ended.code = 128 + signal.SIGINT
         _say("interrupted")
-    except SystemExit as error:  # by which rich ends where the reader has gone
+    except SystemExit as error:  # rich raises it when the reader has closed the pipe
         if not isinstance(error.__context__, BrokenPipeError):
             raise
         ended.code = EXIT_OK
@@ -138,4 +138,4 @@ def explained() -> Iterator[Ended]:
 
 def _say(text: str) -> None:
     with contextlib.suppress(OSError):  # nobody is there to read it; the exit code says it too
-        print(text, file=sys.stderr, flush=True)  # a job's goes to a log
+        print(text, file=sys.stderr, flush=True)  # a job's standard error is a file, which would be buffered

@@ -1,7 +1,7 @@
-"""What a run does about images that cannot be decoded: decided before the workers deal out the samples.
+"""Decides what a run does about images that cannot be decoded, before the workers share out the samples.
 
-``bad_images.json`` of the run directory says what was found; it is there, perhaps with nothing in it, before any worker
-starts, and all ranks leave out what it lists.
+``bad_images.json`` of the run directory lists them. It is written, perhaps empty, before any worker starts, and all
+ranks leave out the images that it lists.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WAIT_S = 7200
 
 
 def scan(config: DataConfig, progress: Callable[[int, int], None] | None = None) -> Scan:
-    """Look through a recipe's images; those that the launcher has made itself need no look."""
+    """Scan a recipe's images; the launcher's own data set needs no scan."""
     folder = image_folder.data_path(config.name, config.path)
     if config.name == image_folder.DIGITS:
         return image_scan.Scan(folder=folder, images=[], num_read=0, warnings=[])
@@ -51,7 +51,7 @@ def scan(config: DataConfig, progress: Callable[[int, int], None] | None = None)
 
 
 def check(recipe: Recipe, where: Callable[[str], str]) -> Scan:
-    """Look through a recipe's images before anything is written.
+    """Scan a recipe's images before anything is written.
 
     Args:
         recipe: checked by recipe.load already.
@@ -68,9 +68,9 @@ def check(recipe: Recipe, where: Callable[[str], str]) -> Scan:
 
 
 def prepare(run: RunDir, *, attempt: int, node_rank: int, progress: Callable[[], None]) -> None:
-    """See to it that ``bad_images.json`` is there and fit for an attempt that is about to start.
+    """Make sure that ``bad_images.json`` is up to date for an attempt that is about to start.
 
-    Node 0 looks through the images, unless that has been done for this attempt; the others wait for what it finds.
+    Node 0 scans the images, unless that was done for this attempt already; the other nodes wait for its result.
 
     Args:
         run: the run directory.
@@ -110,8 +110,7 @@ def prepare(run: RunDir, *, attempt: int, node_rank: int, progress: Callable[[],
 def record(run: RunDir, recipe: Recipe, found: Scan, *, attempt: int) -> None:
     """Write ``bad_images.json`` for an attempt.
 
-    Under quarantine an entry stays, even where the file has been mended since: who took part in the epochs so far must
-    not change in the middle of a run.
+    Under quarantine an entry stays even if the file was repaired since: the set of images must not change during a run.
     """
     quarantine = recipe.data.on_bad_image == "quarantine"
     before = image_folder.read_bad_images(run.bad_images)
@@ -139,13 +138,13 @@ def _command(folder: Path) -> str:
 
 
 def _attempt(run: RunDir) -> int:
-    """For which attempt node 0 has looked through the images last."""
+    """The attempt for which node 0 has last scanned the images."""
     found = image_folder.read_bad_images(run.bad_images)
     return int(found["attempt"]) if found else 0
 
 
 def _wait(run: RunDir, attempt: int, progress: Callable[[], None]) -> None:
-    """Wait for node 0 to have looked through the images for this attempt."""
+    """Wait until node 0 has scanned the images for this attempt."""
 
     def is_written() -> bool:
         return is_listed(run.bad_images) and _attempt(run) >= attempt
@@ -164,7 +163,7 @@ def _refusal(found: Scan, config: DataConfig) -> str | None:
         if not found.bad:
             return None
         count = "1 image cannot" if len(found.bad) == 1 else f"{len(found.bad)} images cannot"
-        # Those whose range does not fit are decoded well enough.
+        # an image whose range does not fit can be decoded
         what = (
             "be used with the values they have"
             if any(image.kind == "grey_range" for image in found.bad)
@@ -174,7 +173,7 @@ def _refusal(found: Scan, config: DataConfig) -> str | None:
         named = "".join(f"\n    {image}" for image in found.bad[:NUM_NAMED])
         named += f"\n    and {more} more" if more > 0 else ""
         return (
-            f"{count} {what} in {folder}; mend or remove what is listed, or leave it out by "
+            f"{count} {what} in {folder}; repair or remove what is listed, or leave it out by "
             f"data.on_bad_image=quarantine; the whole list with cures: {_command(found.folder)}{named}"
         )
     counts = {split: found.class_counts(split) for split in dict.fromkeys(image.split for image in found.bad)}

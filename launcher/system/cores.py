@@ -1,4 +1,4 @@
-"""How many CPU cores there are for us: the least of what this process may run on and what its control groups grant."""
+"""How many CPU cores this process can use: the least of its affinity and its control groups' quotas."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PERIOD_US = 100_000
-"""What a quota is for, where a control group does not say."""
+"""Microseconds: the period of a quota where a control group does not name one."""
 
 
 def num_cores(root: Path = Path("/")) -> int:
@@ -31,7 +31,7 @@ def quota(root: Path = Path("/")) -> float | None:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """Of the process's own groups and of all above them: the least counts."""
+    """The quotas of this process's groups and of all groups above them."""
     for groups in control_groups.own("cpu", root):
         for group in groups:
             found = (_read_v2 if group.version == 2 else _read_v1)(group.path)  # noqa: PLR2004
@@ -43,7 +43,7 @@ def _read_v2(group: Path) -> float | None:
     try:
         granted, _, period = (group / "cpu.max").read_text(encoding="utf-8").strip().partition(" ")
         return int(granted) / int(period or PERIOD_US)
-    except (OSError, ValueError):  # "max" is no number
+    except (OSError, ValueError):  # "max" raises ValueError
         return None
 
 

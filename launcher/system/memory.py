@@ -1,4 +1,4 @@
-"""How much memory there is for us: the least of what the machine, the job and the control groups still allow."""
+"""How much memory this process can still take: the least that the machine, the job and control groups allow."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ if TYPE_CHECKING:
     from launcher.system.control_groups import ControlGroup
 
 FREE_VARIABLE = "LAUNCH_FREE_MEMORY"
-"""Environment variable by which a worker learns what was free, and by what limit, before any worker of its node began
-to take some: ``BYTES LIMIT``."""
+"""Environment variable of a worker, ``BYTES LIMIT``: the node's free memory before its workers began, and its limit."""
 UNLIMITED = 1 << 60
-"""What control groups of version 1 say where there is no limit is beyond this."""
+"""Bytes. Control groups of version 1 show a limit above this where there is none."""
 FILES = {
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
     2: ("memory.max", "memory.current", ""),
@@ -47,18 +46,18 @@ class FreeMemory:
 
 
 def free(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> FreeMemory:
-    """What all processes here together can still take: reclaimable page cache counts as free.
+    """Memory that all processes here together can still take; reclaimable page cache counts as free.
 
     Args:
         root: where /proc and /sys are; another one in tests.
-        environment: of this process; SLURM names the job's memory there.
+        environment: variables of this process; SLURM's give the job's memory.
     """
     found = [_machine(root), *_control_groups(root), *_job(environment)]
     return min(found, key=lambda one: one.num_bytes)
 
 
 def num_kills(root: Path = Path("/")) -> int:
-    """How many processes the kernel has killed because memory ran out: of our control group, or of this machine."""
+    """How many processes the kernel has killed for lack of memory, in our control group or on this machine."""
     for group, *_ in control_groups.own("memory", root):
         counts = _counts(group.path / ("memory.events.local" if group.version == 2 else "memory.oom_control"))  # noqa: PLR2004
         if "oom_kill" in counts:
@@ -67,7 +66,7 @@ def num_kills(root: Path = Path("/")) -> int:
 
 
 def process_limit() -> FreeMemory | None:
-    """What this process alone can still take where ``ulimit`` sets its data or address space; None: no limit."""
+    """What this process can still take under ``ulimit -d`` and ``ulimit -v``; None: no limit."""
     found = []
     for kind, field, name in (
         (resource.RLIMIT_DATA, "VmData", "ulimit -d"),
@@ -92,7 +91,7 @@ def _machine(root: Path) -> FreeMemory:
 
 
 def _job(environment: Mapping[str, str]) -> Iterator[FreeMemory]:
-    """What SLURM gave the job on this node (MB in its variables); a job of ours has just begun."""
+    """What SLURM gave the job on this node (its variables are in MB). All of it is free: the job has just begun."""
     by_node, by_cpu = environment.get("SLURM_MEM_PER_NODE"), environment.get("SLURM_MEM_PER_CPU")
     cpus = environment.get("SLURM_CPUS_ON_NODE", "1")
     if by_node and by_node != "0":  # 0: all that the node has
@@ -111,7 +110,7 @@ def _control_groups(root: Path) -> Iterator[FreeMemory]:
 
 
 def _counts(file: Path) -> dict[str, int]:
-    """Lines of a name and a number; none where the file is not there."""
+    """The lines of a file, each a name and a number; empty where the file is missing."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -123,7 +122,7 @@ def _limit_of(group: ControlGroup) -> FreeMemory | None:
     """What is left of a control group's limit; None: it has none."""
     limit, usage, prefix = FILES[group.version]
     try:
-        most = int((group.path / limit).read_text(encoding="utf-8"))  # "max" is no number
+        most = int((group.path / limit).read_text(encoding="utf-8"))  # "max" raises ValueError
         used = int((group.path / usage).read_text(encoding="utf-8"))
         stat = (group.path / "memory.stat").read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
