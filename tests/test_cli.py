@@ -143,7 +143,7 @@ def test_what_is_wrong_in_the_file_is_said_with_its_line(text, words, refused):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nonsense"], "command line: 'nonsense' is no override; write key=value"),
+        (["nonsense"], "command line: 'nonsense' is not an override; write key=value"),
         (["optim.lrr=1"], "command line (optim.lrr=1): optim.lrr: unknown key; did you mean 'lr'?"),
         (["train.epochs=ten"], "command line (train.epochs=ten): train.epochs: found 'ten'"),
         (["seed=${nothing.there}"], "command line (seed=${nothing.there}): seed: "),

@@ -139,7 +139,7 @@ def test_imports_go_down_and_never_up(name):
         assert below <= floor, f"{name} (floor {floor}) imports {imported} (floor {below})"
 
 
-def test_what_the_engine_shares_with_the_launcher_side_needs_nothing_heavy_in_a_worker():
+def test_modules_that_engine_and_launcher_share_import_the_standard_library_only():
     assert tops(imports(MODULES["launcher.system.processes"], inside_functions=True)) <= set(sys.stdlib_module_names)
     assert tops(imports(MODULES["launcher.system.redact"], inside_functions=True)) <= set(sys.stdlib_module_names)
     assert tops(imports(MODULES["launcher.system.console"], inside_functions=True)) <= set(sys.stdlib_module_names)

@@ -1,4 +1,4 @@
-"""Measures a checkpoint and what was made of it, side by side, on the validation images.
+"""Measures a checkpoint and its exports, side by side, on the validation images.
 
 ``python -m launcher.tools.evaluate RUN`` prints the checkpoint's own top-1 once more.
 """
@@ -128,7 +128,7 @@ def load_best(run: RunDir, data_path: str | None = None) -> BestModel:
 
 
 def _best_folder(run: RunDir) -> Path:
-    """What ``best`` leads to; not every copy of a run directory has its links."""
+    """The checkpoint that ``best`` links to; a copy of a run directory may lack the link."""
     best = run.read_status().get("best")
     linked = run.best_checkpoint.resolve()
     return linked if linked.is_dir() or not best else run.checkpoint(best["step"])
@@ -151,7 +151,7 @@ def predict(predictors: Mapping[str, Predictor], best: BestModel) -> tuple[dict[
 
 
 def size_mb(path: Path) -> float:
-    """Of a file, with the data that ONNX keeps beside one of over 2 GB."""
+    """Size of a file, with the weights that ONNX keeps beside a large one."""
     return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")) / 1e6
 
 

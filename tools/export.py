@@ -39,16 +39,16 @@ if TYPE_CHECKING:
 
 FILES = {"onnx": "model.onnx", "torchscript": "model.ts", "onnx_int8": "model.int8.onnx"}
 MIN_AGREEMENT = 0.99
-"""Of an export that computes in float32, whatever post.min_agreement says: the same network must see the same thing."""
+"""Least agreement of a float32 export, whatever post.min_agreement is: it computes the same network."""
 NO_CALIBRATION = "calibration needs training images"
 LARGE_BYTES = 1.9e9
-"""From here on ONNX keeps weights beside the model: a protobuf holds at most 2 GB."""
+"""Above this, ONNX keeps weights beside the model: a protobuf holds at most 2 GB."""
 
 
 def export_run(run: RunDir, data_path: str | None = None) -> None:
     """Make and measure what the recipe's ``post`` names; write ``exports/manifest.json``.
 
-    Where the images are gone, nothing is measured, and so nothing accepted; int8 cannot be calibrated, and is not made.
+    Without the images nothing is measured, so nothing is accepted, and int8, which needs calibration, is not made.
 
     Args:
         run: the run directory.
@@ -82,7 +82,7 @@ def _export_run(run: RunDir, data_path: str | None, say: Say) -> None:
             say(f"making {FILES[name]}")
             made = Path(folder) / FILES[name]
             _make(name, made, best)
-        # Only now: what lies in exports/ is whole, and all of it is of one checkpoint.
+        # all at once: every file in exports/ is then whole and of one checkpoint
         for made in Path(folder).iterdir():
             shutil.move(made, run.exports / made.name)
     say("measuring")
@@ -104,10 +104,10 @@ def _export_run(run: RunDir, data_path: str | None, say: Say) -> None:
 
 @contextlib.contextmanager
 def _noise_to(log: Path) -> Iterator[Say]:
-    """Send what libraries print, C libraries' too, to a log: nothing in it is for the user to mend.
+    """Send what libraries print, C libraries' too, to a log: the user can do nothing about it.
 
     Yields:
-        What writes a line to where standard output went until now.
+        A function that writes a line to the former standard output.
     """
     log.parent.mkdir(exist_ok=True)
     _flush()
@@ -138,7 +138,7 @@ def num_threads(config: LaunchConfig) -> int:
 
 
 def _made_before(run: RunDir, names: Sequence[str], checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
-    """What an earlier export says of files that are not made now: of the same checkpoint they stay, others go."""
+    """An earlier export's rows for files that are not made now; files of another checkpoint are removed."""
     try:
         before = json.loads(run.export_manifest.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -170,7 +170,7 @@ def export_onnx(target: Path, best: BestModel) -> None:
     size = sum(p.numel() * p.element_size() for p in best.module.parameters())
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own deprecations are nothing a user can mend
+        warnings.simplefilter("ignore")  # the exporter's own deprecations: the user can do nothing about them
         torch.onnx.export(
             best.module,
             (example,),
@@ -198,7 +198,7 @@ def export_torchscript(target: Path, best: BestModel) -> None:
 def _measure(run: RunDir, best: BestModel, files: dict[str, Path], missing: str | None, say: Say) -> dict[str, Any]:
     """The manifest: top-1, agreement, size and latency of the checkpoint and of each file.
 
-    Where images are ``missing``, top-1 and agreement are null, and why is said.
+    If images are ``missing``, top-1 and agreement are null, with the reason.
     """
     predictors = {"pytorch": best.module} | {name: _predictor(name, path, say) for name, path in files.items()}
     predicted, true = ({}, torch.empty(0)) if missing else evaluate.predict(predictors, best)
@@ -246,7 +246,7 @@ def _measure(run: RunDir, best: BestModel, files: dict[str, Path], missing: str 
 
 
 def _fraction_same(found: torch.Tensor | None, expected: torch.Tensor | None) -> Any:
-    """Of which part of the images two say the same; None where either says nothing."""
+    """The fraction of images on which two agree; None if either is None."""
     return None if found is None or expected is None else (found == expected).double().mean().item()
 
 

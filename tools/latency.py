@@ -1,4 +1,4 @@
-"""How long one image takes. Models take turns, so that what else the machine does meanwhile slows them all alike."""
+"""Measures the time for one image. Models take turns, so that other load on the machine slows all of them alike."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from launcher.tools.evaluate import Predictor
 
 WARM_UP_RUNS = 5
-"""Of each model before anything is timed: memory is allocated, TorchScript compiles."""
+"""Untimed runs of each model at first: memory is allocated, TorchScript compiles."""
 NUM_TURNS = 10
 RUNS_A_TURN = 5
-"""Timed runs; one that is not timed comes before them and brings the model's weights back into the caches."""
+"""Timed runs in a turn, after an untimed one that brings the model's weights into the caches."""
 PAUSE_S = 0.01
-"""Between two turns: threads of the model before spin for some milliseconds until they sleep."""
+"""Seconds between two turns: the last model's threads spin for some milliseconds before they sleep."""
 
 
 @torch.inference_mode()
@@ -41,7 +41,7 @@ def measure(predictors: Mapping[str, Predictor], image_size: int) -> dict[str, d
             time.sleep(PAUSE_S)
             predictors[name](image)
             times[name] += [_run_ms(predictors[name], image) for _ in range(RUNS_A_TURN)]
-        order = [*order[1:], order[0]]  # each follows each other one now and then
+        order = [*order[1:], order[0]]  # so that each model follows each other one in some turn
     return {name: _summary(found) for name, found in times.items()}
 
 

@@ -1,4 +1,4 @@
-"""Opens exported ONNX files on the CPU, for all our own code, so that int8 files compute right on every CPU."""
+"""Opens exported ONNX files on the CPU, so that int8 files compute correctly on every CPU."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ EXACT_SUMS = "session.x64quantprecision"
 
 
 def onnx_predictor(path: Path, *, threads: int, warn: Callable[[str], None]) -> Predictor:
-    """ONNX Runtime over a file; its answers are those that the file was made to give, on every CPU.
+    """A file opened in ONNX Runtime so that its answers are correct on every CPU.
 
     Args:
         path: a file as ``launch export`` makes it.
         threads: of the CPU.
-        warn: told in a line where the file was made for other CPUs than this one.
+        warn: gets a line if the file was made for other CPUs than this one.
     """
     session = _session(path, threads)
     if overflows_here(path, session.get_modelmeta().custom_metadata_map):
@@ -59,7 +59,7 @@ def overflows_here(path: Path, metadata: dict[str, str]) -> bool:
 
     Args:
         path: the file.
-        metadata: of the file; where they say nothing, as in one of an earlier version, its weights are looked at.
+        metadata: of the file; if they do not say, as in a file of an earlier version, its weights are examined.
     """
     if not host_cpu.saturates_int8():
         return False
@@ -80,7 +80,7 @@ def weight_bits(path: Path) -> int | None:
 
 
 def read_metadata(model: onnx.ModelProto) -> dict[str, str]:
-    """What a model says of itself."""
+    """A model's metadata, by key."""
     return {entry.key: entry.value for entry in model.metadata_props}
 
 

@@ -57,7 +57,7 @@ def quantize_onnx(source: Path, target: Path, best: BestModel) -> None:
 
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".quantize-") as folder:
         prepared = Path(folder) / "prepared.onnx"
-        # Folds BatchNorm into the convolutions first: ranges are then those of what is computed.
+        # folds BatchNorm into the convolutions first, so that ranges are those of the values that are computed
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
         quantize_static(
             prepared,
@@ -82,7 +82,7 @@ def weight_bits(target_cpus: str) -> int:
 
 
 def _write_metadata(source: Path, target: Path, more: dict[str, str]) -> None:
-    """Those of ``source``, and ``more``."""
+    """Give ``target`` the metadata of ``source``, and ``more``."""
     import onnx
 
     known = read_metadata(onnx.load(source, load_external_data=False))

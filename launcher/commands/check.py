@@ -1,4 +1,4 @@
-"""``launch check DATA``: what is bad or unusual about an image folder, before anybody trains on it."""
+"""``launch check DATA``: finds bad and unusual files in an image folder before training."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(path: str, overrides: Sequence[str] = (), *, as_json: bool) -> int:
-    """Look through an image folder and say what was found.
+    """Scan an image folder and print what was found.
 
     Args:
         path: holds train/ and val/.
-        overrides: what a recipe would say of ``data``, as in ``data.grey_range=[0, 4095]``.
+        overrides: keys of the recipe's ``data``, as in ``data.grey_range=[0, 4095]``.
         as_json: print :func:`describe` instead of lines for people.
 
     Returns:

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 DEFAULT_METRIC = "val/top1"
 ASIDE = ("launch", "tracking", "name")
-"""Parts of a recipe that say where and under which name it ran, not what was learned."""
+"""Parts of a recipe that do not affect what is learned: they are shown only if nothing else differs."""
 MIN_WIDTH = 12
-"""Cut shorter than this a value says nothing; columns that have no room for it are left out, and named."""
+"""Cut a value to this many characters at least; name the columns that have no room for that."""
 NONE = "-"
 
 Json = dict[str, Any]
@@ -89,7 +89,7 @@ def run(paths: Sequence[str], *, metric: str | None, as_json: bool) -> None:
         print(json.dumps(table, indent=2, default=str))
         return
     marks = ["*" if row["best"] and row["best"]["value"] == rows[0]["best"]["value"] else "" for row in rows]
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None  # what is piped stays whole
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None  # a pipe gets whole cells
     _print_table([Column(header="", cells=marks), *_columns(rows, keys, metric)], width)
     print(f"\n* the best {metric} ({mode})" if any(marks) else f"\nno run has a {metric} yet")
     if any(row["exports"] for row in rows):
@@ -123,7 +123,7 @@ def _runs_at(path: Path) -> list[RunDir]:
     return runs or [half_made] * (half_made.recipe.is_file() or half_made.plan.is_file())
 
 
-# --- what a run's files say; any of them may be missing, cut short or nonsense
+# --- reading a run's files; any of them may be missing, cut short or damaged
 
 
 def _object(path: Path) -> Json:
@@ -144,7 +144,7 @@ def _records(path: Path) -> list[Json]:
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
-    """NaN and infinity are none."""
+    """Whether a value is a number, and neither NaN nor infinite."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
@@ -310,7 +310,7 @@ def _total(columns: Sequence[Column], cap: int) -> int:
 
 
 def _cut(cells: Sequence[str], width: int) -> list[str]:
-    """Cut the wide ones in the middle, or as near to it as leaves different cells different."""
+    """Cut wide cells in the middle, or as near to it as keeps different cells different."""
     if max(map(len, cells)) <= width:
         return list(cells)
     ways = []

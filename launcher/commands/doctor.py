@@ -1,4 +1,4 @@
-"""``launch doctor``: looks at this machine; ``doctor_checks`` says what is right and wrong with what is found."""
+"""``launch doctor``: gathers facts about this machine; ``doctor_checks`` judges them."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def run(*, as_json: bool) -> int:
 
 
 def _all_checks() -> dict[str, Callable[[], Verdict]]:
-    """What to look at, in the order of the output; none runs before it is called."""
+    """The checks, in the order of the output; none runs before it is called."""
     torch = functools.cache(lambda: _attempt(lambda: importlib.import_module("torch")))
     driver = functools.cache(_driver)
     detected = functools.cache(lambda: _attempt(topology.detect))  # remembers a time-out as well
@@ -125,10 +125,10 @@ def _all_checks() -> dict[str, Callable[[], Verdict]]:
 
 
 def _verdict(look: Callable[[], Verdict]) -> Verdict:
-    """One check that fails must not hide the others, whatever it fails with."""
+    """Run a check; whatever it raises becomes a problem, so that the others run too."""
     outcome = _attempt(look)
     if isinstance(outcome, Exception):
-        return checks.problem(_describe(outcome), "this check itself failed; mend first what it ran into")
+        return checks.problem(_describe(outcome), "this check itself failed; fix the error that it met")
     return outcome
 
 
@@ -308,7 +308,7 @@ def _wandb() -> Verdict:
     try:
         has_key = wandb_mode.has_key()
     except netrc.NetrcParseError as error:  # its text may quote the key
-        cure = "mend the file: machine HOST login user password KEY; and chmod 600"
+        cure = "correct the file: machine HOST login user password KEY; and chmod 600"
         return checks.warning(f"{verdict.found}; the netrc file cannot be read, near line {error.lineno}", cure)
     mode, reason = wandb_mode.resolve_mode("auto")
     return checks.check_wandb(verdict.found, has_key=has_key, mode=mode, reason=reason)

@@ -1,4 +1,4 @@
-"""What ``launch doctor`` makes of the facts it found: pure functions, so that tests can make the facts up.
+"""Judges the facts that ``launch doctor`` gathers: pure functions, so that tests can invent facts.
 
 A *problem* is what would break a run as planned here; a *warning* costs speed, or breaks some runs.
 """
@@ -19,7 +19,7 @@ Status = Literal["ok", "warning", "problem"]
 GIB = 2**30
 
 MIN_PYTHON = (3, 11)
-"""As in pyproject.toml, which a checkout on PYTHONPATH goes past."""
+"""As in pyproject.toml, which does not apply to a checkout on PYTHONPATH."""
 MIN_DRIVERS = {12: "525.60.13", 13: "580"}
 """Oldest Linux driver for any CUDA 12.x and 13.x; torch 2.9 and later are built for no older CUDA.
 
@@ -236,7 +236,7 @@ def check_threads(value: str | None, cores: int) -> Verdict:
         return ok("not set; a run gives each worker its share of the cores")
     first = value.split(",")[0].strip()  # OpenMP takes a list, one number for each level of nesting
     if not first.isdecimal() or int(first) == 0:
-        return warning(f"{value!r} is no positive whole number", "unset OMP_NUM_THREADS")
+        return warning(f"{value!r} is not a positive whole number", "unset OMP_NUM_THREADS")
     if int(first) > cores:
         cure = f"unset OMP_NUM_THREADS, or set at most {cores} divided by the workers; launch.threads goes before it"
         return warning(f"{first} threads for {cores} cores: they slow each other down", cure)
@@ -314,6 +314,6 @@ def check_wandb(version: str, *, has_key: bool, mode: str, reason: str | None) -
     meaning = {"online": "runs are tracked", "offline": "runs are recorded offline", "disabled": "runs are not tracked"}
     found = f"{version}; {'an' if has_key else 'no'} API key, so {meaning[mode]} by default"
     if has_key and reason is not None:
-        cure = "mend that; until then each run's report has the `wandb sync` command that sends its record"
+        cure = "fix that; until then each run's report has the `wandb sync` command that sends its record"
         return warning(f"{version}; an API key, but {reason}: {meaning[mode]}", cure)
     return ok(found)

@@ -34,7 +34,7 @@ def run(nodes: int, *, gpus: int | None, profile_name: str | None, as_json: bool
         0, or 3 where a node or the network between them is bad.
 
     Raises:
-        UsageError: a number that cannot be.
+        UsageError: ``nodes`` is below 1.
         PreflightError: the job gave no result.
     """
     if nodes < 1:

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 TAIL_LINES = 10
-"""So many of a rank's last lines are shown before what is appended."""
+"""Show this many of a rank's last lines before new ones."""
 TAIL_RANKS = 16
 """With more ranks than this, only the first rank's last lines are shown: they say the same, and fill the screen."""
 POLL_S = 0.2
 QUIET_S = 1.0
-"""An ended run is followed until nothing was appended for so long."""
+"""Stop following an ended run after this many seconds without a new line."""
 
 _MAX_RANGES = 10
 _ATTEMPT = re.compile(r"attempt-([1-9][0-9]*)")
@@ -55,8 +55,8 @@ def main(argv: Sequence[str]) -> int:
 def run(run: RunDir, *, follow: bool, rank: int | None, attempt: int | None, pattern: str | None) -> None:
     """Print the logs of a run's ranks, each line behind its rank: ``[12] text``.
 
-    Without ``follow``: all lines of the last attempt that has logs, rank after rank, up to where each log ended when
-    its turn came. Lines carry no times by which they could be merged.
+    Without ``follow``: all lines of the last attempt that has logs, rank after rank, each up to its size at
+    that moment. Lines have no times by which they could be merged.
 
     With ``follow``: first the last 10 lines of each rank, or of the first rank only where there are more than 16; then
     what any rank appends, in order of arrival. A new attempt is gone over to when it begins. It ends when the run has
@@ -189,7 +189,7 @@ class _AttemptLogs:
 
     @property
     def backlog(self) -> bool:
-        """Whether more is known to be there than was printed."""
+        """Whether a log is known to have more than was printed."""
         return any(log.backlog for log in self._logs.values())
 
     def print_tails(self) -> None:

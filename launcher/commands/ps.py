@@ -77,7 +77,7 @@ def _rows(runs: Sequence[RunDir]) -> list[dict[str, Any]]:
 
 
 def _job_that_counts(run: RunDir, state: str) -> str | None:
-    """The job of a run that may run still: of one that is trained, the one that makes its exports."""
+    """The job of a run that may still run: the training job, or after training the one that makes exports."""
     if state in whereabouts.TRAINED:
         return whereabouts.post_job_of(run)
     return None if state in whereabouts.OVER else whereabouts.job_of(run)

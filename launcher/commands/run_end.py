@@ -1,4 +1,4 @@
-"""Whether a run that is followed has ended: by its own word, or by that of its SLURM job."""
+"""Decides whether a run has ended, by its own status or by that of its SLURM job."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 ENDED = (*whereabouts.OVER, "preempted")
 """States in which nothing runs any more."""
 ASK_S = 10.0
-"""How often SLURM is asked."""
+"""Seconds between two questions to SLURM."""
 
 
 class Ending:
@@ -35,7 +35,7 @@ class Ending:
         self._job: JobState | None = None
 
     def has_come(self) -> bool:
-        """Whether nothing of the run runs or will run; where SLURM does not answer it is taken to go on."""
+        """Whether the run is over. If SLURM does not answer, it is not."""
         status = self._run.read_status()
         has_ended = _has_ended(self._run, status)
         if has_ended and status["state"] != "preempted":
@@ -52,6 +52,6 @@ def _has_ended(run: RunDir, status: dict[str, Any]) -> bool:
         return False
     starts = history.events(run, "attempt_started")
     last = max((start.get("attempt", 0) for start in starts), default=0)
-    # The first node's word: the others' clocks may go before the one that the state was written by.
+    # the earliest time: other nodes' clocks may be ahead of the one that wrote the state
     started = min((start["time"] for start in starts if start.get("attempt", 0) == last), default=0.0)
     return bool(started <= status.get("updated", started))

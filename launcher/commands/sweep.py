@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,59 +15,57 @@ from launcher.errors import (
     EXIT_RESUMABLE,
     InterruptedRunError,
     LaunchError,
-    RecipeError,
     UsageError,
 )
 from launcher.plan import batch_script, sweep
 from launcher.runs import history
 from launcher.runs.run_dir import RunDir, new_run_id
-from launcher.system import network, processes
 from launcher.system.files import write_text_atomic
 
 if TYPE_CHECKING:
-    import argparse
-
     from launcher.plan.launch_plan import LaunchPlan
-    from launcher.recipe.schema import Recipe
-    from launcher.recipe.source import Source
-    from launcher.runs.user_code import Code
+    from launcher.plan.request import Request
+    from launcher.start import Reading
 
 
-def run(args: argparse.Namespace) -> int:
+def run(request: Request, *, parallel: int | None) -> int:
     """Carry a sweep out, and compare its runs; exit code 0 where all of them ended well.
+
+    Args:
+        request: its overrides may name several values for a key.
+        parallel: how many runs of a job array may run at the same time; None: all.
 
     Raises:
         RecipeError: names everything that is wrong with any of the runs.
         UsageError: the combinations, or where they would go, are wrong.
     """
-    combinations = sweep.expand(args.overrides)
-    loaded = _load_all(args, combinations)
-    base = Path(args.run_dir or Path("runs") / new_run_id(f"{loaded[0][0].name}-sweep"))
+    combinations = sweep.expand(request.overrides)
+    readings = start.read(*(replace(request, overrides=combination) for combination in combinations))
+    base = Path(request.run_dir or Path("runs") / new_run_id(f"{readings[0].recipe.name}-sweep"))
     if base.exists():
         raise UsageError(f"--run-dir {base}: is there already; a sweep makes a folder of its own")
-    plans = [
-        start.plan_run(recipe, args, run_id=f"{base.name}-{label}", run_dir=str(base / label))
-        for (recipe, _), label in zip(loaded, sweep.labels(combinations), strict=True)
+    drafts = [
+        start.plan(_placed(reading, base, label))
+        for reading, label in zip(readings, sweep.labels(combinations), strict=True)
     ]
-    gathered = _gather(plans, loaded)
-    arrays = _arrays(plans, base, args.parallel or len(plans)) if plans[0].script else []
-    if args.dry_run:
-        _print_plans(plans, combinations, [script for script, _ in arrays])
-        codes = dict.fromkeys(filter(None, (str(code) for _, code in gathered)))
+    plans, runs = [draft.plan for draft in drafts], [draft.run for draft in drafts]
+    arrays = _arrays(plans, base, parallel or len(plans)) if plans[0].script else []
+    scripts = [script for script, _ in arrays]
+    if request.dry_run:
+        _print_plans(plans, combinations, scripts)
+        codes = dict.fromkeys(filter(None, (str(draft.code) for draft in drafts)))
         print("\n".join(codes), end="\n" if codes else "")
         return EXIT_OK
-    if args.detach and not arrays:
+    if request.detach and not arrays:
         raise UsageError("--detach: without SLURM a sweep's runs are started here one after the other; leave it out")
-    _check_all(plans, loaded, gathered, [script for script, _ in arrays])
-    for plan, (recipe, code) in zip(plans, gathered, strict=True):
-        start.write_run(plan, recipe, code)
-    runs = [RunDir(plan.run_dir) for plan in plans]
+    for draft, found in zip(drafts, start.admit(drafts, [*scripts, plans[0].post_script]), strict=True):
+        start.record(draft, found)
     write_text_atomic(base / batch_script.RUNS, "".join(f"{found.path}\n" for found in runs))
     if arrays:
         from launcher.backends.slurm import submit
 
         posts = [plan.post_script for plan in plans]
-        if not submit.submit_arrays(base, arrays, posts, detach=args.detach, in_turn=bool(args.parallel)):
+        if not submit.submit_arrays(base, arrays, posts, detach=request.detach, in_turn=bool(parallel)):
             return EXIT_OK
     else:
         _run_one_after_the_other(plans)
@@ -76,12 +75,10 @@ def run(args: argparse.Namespace) -> int:
     return _exit_code(runs)
 
 
-def _gather(plans: list[LaunchPlan], loaded: list[tuple[Recipe, Source]]) -> list[tuple[Recipe, Code]]:
-    """Each run's recipe and the user's code that it takes along."""
-    from launcher.runs import user_copies
-
-    pairs = zip(plans, loaded, strict=True)
-    return [user_copies.gather(recipe, source, RunDir(plan.run_dir)) for plan, (recipe, source) in pairs]
+def _placed(reading: Reading, base: Path, label: str) -> Reading:
+    """One of the sweep's runs in a folder of its own."""
+    place = replace(reading.request, run_id=f"{base.name}-{label}", run_dir=str(base / label))
+    return replace(reading, request=place)
 
 
 def _print_plans(plans: list[LaunchPlan], combinations: list[tuple[str, ...]], scripts: list[str]) -> None:
@@ -94,21 +91,6 @@ def _print_plans(plans: list[LaunchPlan], combinations: list[tuple[str, ...]], s
         print(f"\nscript\n{script}", end="")
     if not scripts:
         print(f"\nthe first of {len(plans)}, one after the other\n{plans[0]}")
-
-
-def _load_all(args: argparse.Namespace, combinations: list[tuple[str, ...]]) -> list[tuple[Recipe, Source]]:
-    with processes.importing():
-        from launcher.recipe import load as recipes
-
-    loaded, problems = [], {}
-    for combination in combinations:
-        try:
-            loaded.append(recipes.load(start.find_recipe(args.recipe), combination, start.flags(args)))
-        except RecipeError as error:
-            problems.update({str(problem): problem for problem in error.problems})
-    if problems:
-        raise RecipeError(list(problems.values()))
-    return loaded
 
 
 def _arrays(plans: list[LaunchPlan], base: Path, parallel: int) -> list[tuple[str, list[RunDir]]]:
@@ -139,29 +121,6 @@ def _arrays(plans: list[LaunchPlan], base: Path, parallel: int) -> list[tuple[st
         )
         for first, part in parts.items()
     ]
-
-
-def _check_all(
-    plans: list[LaunchPlan],
-    loaded: list[tuple[Recipe, Source]],
-    gathered: list[tuple[Recipe, Code]],
-    scripts: list[str],
-) -> None:
-    from launcher.backends.slurm import admission
-    from launcher.runs import quarantine
-
-    network.set_environment(plans[0].env)
-    with processes.importing():
-        from launcher.engine import recipe_checks
-    for plan, (_, source), (recipe, code) in zip(plans, loaded, gathered, strict=True):
-        recipe_checks.check(recipe, source.where, code=code, place=Path(plan.run_dir))
-    if scripts:
-        admission.check(plans[0], RunDir(plans[0].run_dir), *scripts, plans[0].post_script)
-        return
-    if plans[0].backend == "slurm":
-        admission.check_step(plans[0])
-    for recipe, source in {repr(recipe.data): (recipe, source) for recipe, source in loaded}.values():
-        quarantine.check(recipe, source.where)
 
 
 def _run_one_after_the_other(plans: list[LaunchPlan]) -> None:

@@ -1,7 +1,7 @@
-"""What is known of image files that were looked into before, so that only new and changed ones have to be read.
+"""Remembers what earlier scans found about image files, so that only new and changed files are read.
 
 One file for each data folder, ``scans/HASH.jsonl`` in the cache directory: a line that says what it is, then one line
-for each image. It is replaced as a whole: of two scans at the same time the later one stays.
+for each image. It is replaced as a whole: of two scans at the same time, the one that ends later stays.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 VERSION = 2
 
 Stamp = tuple[int, int]
-"""Size in bytes, and time of the last change in nanoseconds: what a file must still have for its answer to count."""
+"""Size in bytes, and time of the last change in nanoseconds: an answer counts while the file still has both."""
 Entries = dict[str, tuple[Stamp, "Answer"]]
 """By path, relative to the data folder."""
 
@@ -36,10 +36,10 @@ def file_of(folder: Path) -> Path:
 
 
 def load(folder: Path) -> Entries:
-    """The answers about a data folder; none where there is no file, or one that is damaged or of another version."""
+    """The answers about a data folder; empty if the file is missing, damaged or of another version."""
     entries: Entries = {}
     collects = gc.isenabled()
-    gc.disable()  # it would go over a million entries again and again while they are read
+    gc.disable()  # it would scan up to a million entries again and again while they are read
     try:
         with contextlib.suppress(OSError, ValueError), file_of(folder).open(encoding="ascii") as lines:
             if json.loads(next(lines, "null")) != _header(folder):
@@ -73,5 +73,5 @@ def save(folder: Path, entries: Entries) -> None:
 
 
 def _header(folder: Path) -> dict[str, str | int]:
-    """Another Pillow may decode what this one refuses."""
+    """The first line. Answers of another Pillow do not count: it may decode what this one refuses."""
     return {"version": VERSION, "pillow": importlib.metadata.version("pillow"), "folder": str(folder.absolute())}

@@ -19,7 +19,7 @@ CACHE_CURE = "set FINETUNE_LAUNCHER_CACHE to a folder that can be written to"
 
 
 def cache_dir() -> Path:
-    """Where data that the launcher makes itself is kept: FINETUNE_LAUNCHER_CACHE, or under XDG_CACHE_HOME."""
+    """The launcher's own cache: FINETUNE_LAUNCHER_CACHE, or a folder in XDG_CACHE_HOME."""
     if own := os.environ.get("FINETUNE_LAUNCHER_CACHE"):
         return Path(own)
     try:
@@ -40,7 +40,7 @@ def list_images(split: Path, classes: list[str]) -> list[tuple[str, int]]:
 
 
 def walk(split: Path, classes: list[str]) -> tuple[list[tuple[str, int]], LeftOut]:
-    """What :func:`list_images` gives, and what was left out."""
+    """The images as :func:`list_images` returns them, and what was left out."""
     folders = class_folders(split)
     wanted = [folders.get(composed(name), []) for name in classes]
     found = Walk(split, [folder for names in wanted for folder in names])
@@ -50,7 +50,7 @@ def walk(split: Path, classes: list[str]) -> tuple[list[tuple[str, int]], LeftOu
 
 
 def find_problems(path: Path, *, missing_val_classes: str = "error") -> list[str]:
-    """What would keep ``path`` from being trained on, each with what to do.
+    """The reasons why ``path`` cannot be trained on, each with what to do.
 
     Args:
         path: holds train/ and val/.
@@ -86,7 +86,7 @@ def _lacking(path: Path, folders: dict[str, dict[str, list[str]]], missing_val_c
 
 
 def _alone(path: Path, folders: dict[str, dict[str, list[str]]]) -> Iterator[str]:
-    """A single class, which nothing could be told from."""
+    """A single class: there is nothing to tell it from."""
     if len({*folders["train"], *folders["val"]}) == 1:
         (names,) = folders["train"].values()
         yield (
@@ -121,7 +121,7 @@ def _empty(path: Path, folders: dict[str, dict[str, list[str]]], missing_val_cla
         ]
         if not suspects:
             continue
-        listed, left_out = walk(path / split, suspects)  # what links lead to counts as well
+        listed, left_out = walk(path / split, suspects)  # follows links too
         empty = [name for index, name in enumerate(suspects) if index not in {label for _, label in listed}]
         if split == "val" and missing_val_classes == "allow" and len(empty) < len(folders[split]):
             continue
@@ -132,7 +132,7 @@ def _empty(path: Path, folders: dict[str, dict[str, list[str]]], missing_val_cla
 
 
 def read_bad_images(file: Path) -> dict[str, Any] | None:
-    """A run's ``bad_images.json``; None where it is not there, or is damaged."""
+    """A run's ``bad_images.json``; None if it is missing or damaged."""
     try:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -141,18 +141,18 @@ def read_bad_images(file: Path) -> dict[str, Any] | None:
 
 
 def read_quarantine(bad_images: Path) -> frozenset[str]:
-    """What a run leaves out, of its ``bad_images.json``: paths relative to the data folder; none without the file."""
+    """The images that a run leaves out, by its ``bad_images.json``: paths relative to the data folder."""
     found = read_bad_images(bad_images)
     return frozenset(image["path"] for image in found["images"]) if found else frozenset()
 
 
 def relative(path: str, folder: Path) -> str:
-    """A listed path as seen from the data folder it was listed in."""
+    """A listed path, relative to its data folder."""
     return path.removeprefix(f"{folder}/")
 
 
 def printable(path: str) -> str:
-    """A path for messages: bytes in it that are no UTF-8 could not be printed."""
+    """A path for messages: bytes that are not UTF-8 are escaped, so that it can be printed."""
     return path.encode(errors="backslashreplace").decode()
 
 

@@ -1,4 +1,4 @@
-"""Says in words what a walk through an image folder did not take for images, and what to do about it."""
+"""Says in words which files a walk through an image folder left out, and what to do about them."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ CURES = {
     **dict.fromkeys((".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"), "unpack them"),
     **dict.fromkeys((".mp4", ".mov", ".avi", ".mkv", ".webm"), "take frames from them"),
 }
-"""What to do about files that are likely to be wanted but cannot be opened, by ending."""
+"""What to do about files that the user probably wants but that cannot be opened, by ending."""
 
 NUM_KINDS = 4
-"""Kinds of files, and classes that have them, which a line names."""
+"""A line names at most this many kinds of files, and of classes that have them."""
 
 
 def describe_left_out(split: Path, left_out: LeftOut) -> list[str]:
-    """What a walk left out, a sentence each; nothing where that is nothing."""
+    """What a walk left out, one sentence each."""
     name = split.name
     lines = [f"{name}/: {text}" for text in describe_endings(left_out)]
     followed = [(link, target) for link, target in left_out.links if target]
@@ -64,7 +64,7 @@ def describe_left_out(split: Path, left_out: LeftOut) -> list[str]:
 
 
 def describe_spellings(path: Path) -> list[str]:
-    """Classes whose names are there in composed and in decomposed Unicode, which look alike."""
+    """Classes whose names occur in composed and in decomposed Unicode, which look alike."""
     lines = []
     folders = [(split, class_folders(path / split)) for split in ("train", "val") if (path / split).is_dir()]
     for key in dict.fromkeys(key for _, found in folders for key in found):
@@ -76,7 +76,7 @@ def describe_spellings(path: Path) -> list[str]:
 
 
 def describe_endings(left_out: LeftOut) -> Iterator[str]:
-    """Files that are no images by their ending, most first, with the classes that have most of them and the cure."""
+    """Files whose ending is not an image's, most first, with the classes that have most of them and the cure."""
     for ending, classes in sorted(left_out.endings.items(), key=lambda item: -item[1].total()):
         what = f"{_count(classes.total(), 'file')} {ending or 'without an ending'}"
         where = ", ".join(f"{name} {count:,}" for name, count in classes.most_common(NUM_KINDS))
@@ -92,7 +92,7 @@ def _kind_of_hidden(path: str) -> str:
 
 
 def _images_in(path: str) -> int:
-    """Images of a hidden folder; a hidden file with an image's ending is one."""
+    """The number of images in a hidden folder; a hidden file counts as one if it has an image's ending."""
     if not os.path.isdir(path):  # noqa: PTH112
         return int(is_image(path))
     return sum(is_image(name) for _, _, files in os.walk(path) for name in files)

@@ -1,4 +1,4 @@
-"""Whether the values of images with more than 8 bits use the range that they would be scaled from.
+"""Checks whether images with more than 8 bits use the range that they would be scaled from.
 
 One image cannot tell a dark picture from one of 12 bits in 16; all images of a data set together can.
 """
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 FULL = (0.0, 65535.0)
 FEW = 16
-"""Where several kinds of images share one range, a kind that uses less than this part of it was not meant by it."""
+"""If several kinds of images share one range, a kind that uses less than 1/16 of it was not meant by it."""
 HALF = 32768
-"""16 bits of which no image has a value of at least this do not use their highest bit."""
+"""If no 16-bit image has a value of at least this, the highest bit is not used."""
 
 
 def judge(levels: Iterable[Levels | None], grey_range: Sequence[float] | None) -> Callable[[Levels | None], str]:
-    """What says why an image cannot be scaled, or "".
+    """A function that says why an image cannot be scaled, or "".
 
     Args:
         levels: of all images of the data set.

@@ -1,8 +1,8 @@
-"""From an opened image to what the model sees: RGB of 8 bits, and the centre of it.
+"""Turns an opened image into what the model sees: 8-bit RGB, cropped to the centre.
 
 Training, validation, exports and the check of the images use these functions, and the model card quotes their text for
-people who have nothing but Pillow and numpy. So each of them stands alone: it imports what it needs, and names nothing
-but the others.
+people who have nothing but Pillow and numpy. So each stands alone: it imports what it needs and uses
+nothing but the others.
 """
 
 from __future__ import annotations
@@ -114,13 +114,13 @@ SHARED = (to_rgb, raw_mode, grey_depth, transparent_value, scale_grey, extremes,
 
 
 def source() -> str:
-    """The text of what the model card quotes: Python that needs Pillow and numpy only."""
+    """The code that the model card quotes: Python that needs only Pillow and numpy."""
     texts = "\n\n".join(inspect.getsource(function) for function in SHARED)
     return f"WHITE = {WHITE}\nNOT_FINITE = {NOT_FINITE!r}\n\n\n{texts}"
 
 
 def describe(facts: dict[str, Any]) -> str:
-    """What is done to an image, in words, by the values that exports carry; an earlier version's lack some."""
+    """The preprocessing in words, by the values that exports carry; exports of earlier versions lack some."""
     colour = "#{:02x}{:02x}{:02x}".format(*facts.get("background", WHITE))
     if facts.get("grey_range"):
         deep = "{:g} to {:g} become 0 to 255, and what is beyond is cut off".format(*facts["grey_range"])

@@ -1,4 +1,4 @@
-"""Looks into one image file after the other, in a process of its own: a decoder that crashes takes only that along.
+"""Reads one image file after the other in a process of its own, so that a crash of the decoder ends only that process.
 
 ``python -m launcher.images.probe`` reads paths from standard input, one JSON string a line, and answers each with one
 line, ``[digest, kind, message, notes, levels]``. It must call good what ``engine.decode.read_image`` decodes, and
@@ -29,32 +29,32 @@ ORIENTATION = 0x0112
 DIGEST_CHARS = 32
 MAX_MESSAGE = 200
 READY = "ready"
-"""The first line on standard output: from now on a death is the fault of the file that was asked about."""
+"""The first line on standard output: if the process dies after it, the current file is at fault."""
 HEADERS = (JPEG_START, b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\x00", b"MM\x00*", b"P5", b"P6")
-"""How files of the formats that are looked for begin."""
+"""The first bytes of files in the common formats."""
 RGB_FROM = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV")
 """Modes that Pillow turns into RGB."""
 
 NARROW = 8
-"""Images so many times longer than wide are worth a note: next to nothing of them is seen."""
+"""Note images that are this many times longer than wide: the model sees little of them."""
 
 Levels = tuple[str, float, float]
 """Of an image with more than 8 bits: its kind, its lowest value and its highest one."""
 COLOURS_16_BIT = "colours of 16 bits"
-"""The kind beside those of :func:`launcher.images.pixels.grey_depth`."""
+"""A kind of image with more than 8 bits, beside those of :func:`launcher.images.pixels.grey_depth`."""
 Answer = tuple[str, str | None, str, tuple[str, ...], Levels | None]
-"""Hash of the content; what is bad about the file, or None; in words; what is worth a note; levels, or None."""
+"""Hash of the content; kind of fault, or None; the fault in words; notes; levels, or None."""
 
 
 def main() -> None:
-    """Answer until standard input ends, as it does when whoever asks has gone."""
-    for number in STOP_SIGNALS:  # whoever asks decides when to stop
+    """Answer until standard input ends, as it does when the asking process ends."""
+    for number in STOP_SIGNALS:  # the asking process decides when to stop
         signal.signal(number, signal.SIG_IGN)
     die_with_parent()  # a process that hangs does not see its input end
     offer_to_kernel(1000)  # where memory runs out, the kernel kills this process rather than its parent
-    warnings.simplefilter("ignore")  # Pillow's, about files that it reads all the same
+    warnings.simplefilter("ignore")  # Pillow's warnings about files that it can read
     answers = os.fdopen(os.dup(1), "w", encoding="ascii")
-    os.dup2(2, 1)  # what a decoder's C library prints must not get between the answers
+    os.dup2(2, 1)  # text that a decoder's C library prints must not mix with the answers
     from PIL import Image
 
     Image.init()
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def probe(path: str) -> Answer:
-    """Read and decode one file, as cheaply as shows that all of it can be decoded."""
+    """Read one file and decode it in the cheapest way that proves that all of it can be decoded."""
     try:
         path.encode()
         content = Path(path).read_bytes()

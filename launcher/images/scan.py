@@ -1,4 +1,4 @@
-"""Looks through the images of a data folder once: what cannot be decoded, what is unusual, what is there twice."""
+"""Scans the images of a data folder: which cannot be decoded, which are unusual, which are there twice."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from launcher.images.probe import Answer
 
 CURES = {
-    "unreadable": "mend its permissions, its name or the disk",
+    "unreadable": "correct its permissions, its name or the disk",
     "empty": "copy it again, or remove it",
     "not_an_image": "remove it, or give it the ending that it should have",
     "truncated": "copy it again, or remove it",
@@ -35,11 +35,11 @@ CURES = {
     "bomb": "scale it down, or remove it",
     "raises": "correct the data set's code, or the sample",
     "crashes_decoder": "save it again by another program, or remove it",
-    "not_finite": "write numbers in their place, or remove it",
+    "not_finite": "replace its NaN and infinite values, or remove it",
     "grey_range": "say what is black and white: data.grey_range=[0, 4095] where 12 bits were used, [0, 65535] where "
     "images of 16 bits are that dark",
 }
-"""What can be bad about a file, and what to do."""
+"""The kinds of bad files, each with what to do."""
 NOTES = {
     "cmyk": "CMYK, turned into RGB",
     "16_bit": "more than 8 bits per channel, scaled to 8",
@@ -51,9 +51,9 @@ NOTES = {
     "exif_rotated": "turned or mirrored as their EXIF data say",
     "animated": "with several frames or pages, of which the first counts",
 }
-"""What the engine does about files that are unusual but good."""
+"""Notes on files that are unusual but good, each with what the engine does."""
 NOT_CACHED = ("unreadable", "crashes_decoder")
-"""What may be over without a change of the file."""
+"""Faults that may go away without a change of the file: do not remember them."""
 FILES_PER_WORKER = 100
 PROGRESS_S = 5.0
 
@@ -95,9 +95,9 @@ class Scan:
     images: list[ScannedImage]
     """All of them, in the order in which they are listed."""
     num_read: int
-    """How many had to be read; the rest was known."""
+    """How many were read; the cache had the rest."""
     warnings: list[str]
-    """What went wrong beside the images."""
+    """Problems other than bad images."""
     left_out: list[str] = field(default_factory=list)
     """What lies in the folder and is not trained on, a sentence each."""
     levels: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -118,7 +118,7 @@ class Scan:
         return counts
 
     def noted(self) -> dict[str, list[str]]:
-        """Paths of the images that each note is about; only notes that there are."""
+        """Paths of the images, by note; notes without images are left out."""
         found = {
             note: [image.path for image in self.images if note in image.notes]
             for note in {note for image in self.images for note in image.notes}
@@ -147,14 +147,14 @@ def scan(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scan:
-    """Look through both splits of ``folder``; files that were seen before and have not changed are not read again.
+    """Scan both splits of ``folder``; a file that was read before and has not changed is not read again.
 
     Args:
         folder: holds train/ and val/; a split that is missing has no images.
         grey_range: the recipe's ``data.grey_range``; None: auto.
         workers: processes that decode; None: one a core, fewer where there is little to do.
-        progress: told how many of how many files are read, twice a second at least; what it raises ends the scan, and
-            what was found until then is remembered.
+        progress: called at least twice a second with the number of files read and of all. If it raises, the scan ends
+            and remembers what it has found.
     """
     listed, left_out = _list(folder)
     entries = image_scan_cache.load(folder)
@@ -227,7 +227,7 @@ def _stamp(file: str) -> Stamp:
 def _read(
     folder: Path, paths: list[str], workers: int | None, progress: Callable[[int, int], None] | None
 ) -> Generator[tuple[str, Answer]]:
-    """Have files looked into by processes; in the order in which they are done."""
+    """Have processes read the files; yield answers in the order in which they come."""
     if not paths:
         return
     num = workers or max(1, min(host_cores.num_cores(), len(paths) // FILES_PER_WORKER))
@@ -242,7 +242,7 @@ def _read(
 
 
 def _save(folder: Path, entries: Entries) -> list[str]:
-    """Remember the answers; where that cannot be, return what to say about it."""
+    """Remember the answers; return warnings if they cannot be written."""
     lasting = {path: entry for path, entry in entries.items() if entry[1][1] not in NOT_CACHED}
     try:
         image_scan_cache.save(folder, lasting)

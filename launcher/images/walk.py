@@ -1,4 +1,4 @@
-"""Walks through the class folders of one split: which files are images, and what is left out, each folder once.
+"""Walks through the class folders of one split, each once: which files are images, and what is left out.
 
 Links are followed, since people link data sets together. A folder is known by its device and inode, so that a link to
 a parent neither ends in a circle nor gives a class the images of another one.
@@ -21,30 +21,30 @@ EXTENSIONS = (
     *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"),
     *(".jpe", ".jfif", ".pbm", ".pnm", ".apng"),
 )
-"""Endings that are images wherever Pillow is; of any other, Pillow is asked whether it opens it here."""
+"""Endings that every Pillow opens; for any other, Pillow is asked."""
 SYSTEM = {
     *("@eadir", "@recycle", "#recycle", "#snapshot", "__macosx", "__pycache__", "lost+found", "$recycle.bin"),
     *("recycler", "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini"),
 }
-"""What operating systems, storage servers and programs leave in folders, in lower case."""
+"""Files and folders of operating systems, storage servers and programs, in lower case."""
 SYSTEM_BELOW_CLASS = {"thumbnails"}
-"""The same, but what could be a class's name too."""
+"""The same, but only below a class folder, because it could be a class's name too."""
 UNDECODABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-"""Formats that Pillow recognises, but decodes only with another program's help, or never."""
+"""Formats that Pillow recognises but cannot decode, or only with another program."""
 OPTIONAL = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}
-"""Formats that not every Pillow was built with, and its names for what they need."""
+"""Formats that some builds of Pillow lack, each with Pillow's name for the feature."""
 Inode = tuple[int, int]
-"""Device and number: which folder it is, whatever the path."""
+"""Device and inode number: they identify a folder by any path."""
 
 
 @dataclass(kw_only=True)
 class LeftOut:
-    """What a walk did not take for images."""
+    """What a walk left out."""
 
     hidden: list[str] = field(default_factory=list)
     """Paths of hidden and system files and folders."""
     links: list[tuple[str, str]] = field(default_factory=list)
-    """Links that were not followed, each with the folder that is read elsewhere, or "" where it leads nowhere."""
+    """Links that were not followed, each with its target, which is read elsewhere, or "" if there is no target."""
     unreadable: list[str] = field(default_factory=list)
     """Folders that cannot be listed."""
     loose: list[str] = field(default_factory=list)
@@ -59,7 +59,7 @@ def is_hidden(name: str) -> bool:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's ending says that it is an image which can be decoded here."""
+    """Whether a file's ending is that of an image which can be decoded here."""
     return is_image_ending(ending_of(name))
 
 
@@ -82,14 +82,14 @@ def is_image_ending(ending: str) -> bool:
 
 
 def can_decode(form: str) -> bool:
-    """Whether Pillow was built with what a format needs."""
+    """Whether this build of Pillow has what a format needs."""
     from PIL import features
 
     return form not in OPTIONAL or bool(features.check(OPTIONAL[form]))
 
 
 def composed(name: str) -> str:
-    """A name as it compares: the same letters are the same name, however Unicode spells them."""
+    """A name in composed Unicode, so that names with the same letters are equal."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -116,7 +116,7 @@ def has_image(folder: str) -> bool:
 
 
 def folder_inode(path: str) -> Inode | None:
-    """Which folder a path leads to; None where there is none."""
+    """The inode of the folder at a path; None if there is no such folder."""
     try:
         found = os.stat(path)  # noqa: PTH116  as often as there are folders
     except OSError:
@@ -191,7 +191,7 @@ class Walk:
             self.left_out.endings.setdefault(ending, Counter())[name] += 1
 
     def look_beside(self, split: Path) -> None:
-        """Note what lies beside the class folders too."""
+        """Note the files beside the class folders too."""
         for entry in _entries(str(split)):
             if is_hidden(entry.name):
                 self.left_out.hidden.append(entry.path)

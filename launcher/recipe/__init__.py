@@ -1,1 +1,1 @@
-"""The recipe: its schema, how one is read, and all that can be wrong with it."""
+"""The recipe: its schema, its reader and its checks."""

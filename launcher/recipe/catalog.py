@@ -10,7 +10,6 @@ import ast
 import functools
 import importlib.util
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,7 @@ DEFAULT = "DEFAULT"
 DEFAULT_IMAGE_SIZE = 224
 """Pixels, for a model without weights: what ImageNet models are commonly trained at."""
 
-# What torchvision.transforms._presets.ImageClassification does unless told otherwise.
+# The defaults of torchvision.transforms._presets.ImageClassification.
 _PRESET = {
     "resize_size": 256,
     "mean": (0.485, 0.456, 0.406),
@@ -122,13 +121,6 @@ def find_model(arch: str) -> ModelEntry:
         hint = did_you_mean(arch.lower(), models)
         raise UsageError(" ".join(filter(None, [problem, hint, "`launch models` lists them"])))
     return models[arch]
-
-
-def cached_weights_path(entry: WeightsEntry) -> Path:
-    """Where torch.hub keeps the file and looks for it before any download (as ``torch.hub.get_dir``)."""
-    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    home = os.environ.get("TORCH_HOME", str(Path(cache) / "torch"))
-    return Path(home).expanduser() / "hub" / "checkpoints" / entry.file_name
 
 
 def image_size(arch: str, weights: str | None) -> int:
@@ -242,9 +234,9 @@ def _weights_class(function: ast.FunctionDef, enums: dict[str, Any], file: Path)
 def _evaluate(node: ast.expr, constants: dict[str, ast.expr]) -> Any:  # noqa: PLR0911 - a return for each form
     """The value of an expression in one of the forms that describe weights.
 
-    A call is worth its keyword arguments as a dict (``Weights(…)``, ``partial(ImageClassification, …)``), an enum's
-    member its name in lower case (``InterpolationMode.BICUBIC``), and an imported name None: nothing that is needed
-    here is imported.
+    The value of a call is its keyword arguments as a dict (``Weights(…)``, ``partial(ImageClassification, …)``), that
+    of an enum's member is its name in lower case (``InterpolationMode.BICUBIC``), and that of an imported name is None,
+    since nothing that is needed here is imported.
 
     Raises:
         ValueError: the expression has another form.

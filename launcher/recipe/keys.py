@@ -1,4 +1,4 @@
-"""A recipe as a list of dotted keys with their values, and values as a recipe file has them."""
+"""Lists a recipe's dotted keys with their values, and writes a value as YAML."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The text of a recipe file: which key stands in which line, and what about it no recipe can use."""
+"""Reads the text of a recipe file: the line of each key, and YAML that a recipe cannot use."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def read_text(path: str) -> str:
     """The file as text.
 
     Raises:
-        RecipeError: it is missing or no text.
+        RecipeError: the file is missing or is not text.
     """
     try:
         return Path(path).read_text(encoding="utf-8")
@@ -38,7 +38,7 @@ def key_lines(path: str, text: str) -> dict[str, int]:
     """Dotted keys of a YAML text, each with its line (from 1).
 
     Raises:
-        RecipeError: the text is no YAML, no mapping, or holds what no recipe can use.
+        RecipeError: the text is not YAML, not a mapping, or has YAML that a recipe cannot use.
     """
     import yaml
 
@@ -61,10 +61,10 @@ def key_lines(path: str, text: str) -> dict[str, int]:
 
 
 def typed(text: str, schema: type) -> tuple[str, dict[str, str]]:
-    """The text that :func:`key_lines` has checked, with quotes around what is text by the schema; and what was typed.
+    """The YAML that :func:`key_lines` has checked, with quotes around each value that is text by the schema.
 
     Returns:
-        YAML, and the single values as they stand in the file, by their dotted keys.
+        That YAML, and the single values as the user typed them, by their dotted keys.
     """
     import yaml
 
@@ -75,7 +75,7 @@ def typed(text: str, schema: type) -> tuple[str, dict[str, str]]:
 
 
 def _walk(path: str, node: Any, prefix: str, above: tuple[Any, ...]) -> Iterator[tuple[str, int]]:
-    """Keys in and beneath a mapping; ``above`` are the nodes that hold it."""
+    """Yield the keys of a mapping and of those inside it; ``above`` are the nodes that contain it."""
     seen: set[str] = set()
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
@@ -83,7 +83,7 @@ def _walk(path: str, node: Any, prefix: str, above: tuple[Any, ...]) -> Iterator
             continue
         if key_node.tag not in _KEY_TAGS:
             found = key_node.value if isinstance(key_node.value, str) else "a list or mapping"
-            raise _error(path, line, f"{prefix}{found}: is no text, which a key must be; put it in quotes")
+            raise _error(path, line, f"{prefix}{found}: a key must be text; put it in quotes")
         key = f"{prefix}{key_node.value}"
         if key in seen:
             raise _error(path, line, f"{key} is given twice")
@@ -97,9 +97,9 @@ def _walk_value(path: str, node: Any, key: str, above: tuple[Any, ...]) -> Itera
 
     line = node.start_mark.line + 1
     if node.tag not in _VALUE_TAGS:
-        raise _error(path, line, f"{key}: the tag {node.tag.replace(_STANDARD, '!!')} means nothing in a recipe")
+        raise _error(path, line, f"{key}: the tag {node.tag.replace(_STANDARD, '!!')} cannot be used in a recipe")
     if node in above:
-        raise _error(path, line, f"{key}: holds itself")
+        raise _error(path, line, f"{key}: contains itself")
     if isinstance(node, yaml.MappingNode):
         yield from _walk(path, node, f"{key}.", above)
     elif isinstance(node, yaml.SequenceNode):

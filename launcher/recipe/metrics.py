@@ -104,15 +104,18 @@ def own(rows: Any) -> dict[str, Metric]:
     found = {}
     for row in rows if isinstance(rows, list) else ():
         values = _values(row)
-        name, mode = values.get("name") or name_of(str(values.get("metric"))), values.get("mode", "max")
-        if name not in METRICS and mode in ("min", "max"):
-            found[str(name)] = Metric(title=str(name), mode=mode, charted=True)
-    return found
+        reference, mode = values.get("metric"), values.get("mode", "max")
+        if isinstance(reference, str) and mode in ("min", "max"):
+            name = str(values.get("name") or name_of(reference))
+            found[name] = Metric(title=name, mode=mode, charted=True)
+    return {name: metric for name, metric in found.items() if name not in METRICS}
 
 
 def _values(row: Any) -> dict[str, Any]:
-    """A row, which may be a reference alone, a mapping from a file or a part of a recipe, as a mapping."""
-    return {"metric": row} if isinstance(row, str) else dict(row if isinstance(row, dict) else vars(row))
+    """A row as a mapping; it may be a reference alone, a mapping from a file, or a part of a recipe."""
+    if isinstance(row, str):
+        return {"metric": row}
+    return row if isinstance(row, dict) else getattr(row, "__dict__", {})
 
 
 def configs(rows: Sequence[str | MetricConfig]) -> dict[str, MetricConfig]:

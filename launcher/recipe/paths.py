@@ -1,4 +1,4 @@
-"""What in a recipe names a file or a folder: a run is resumed from another directory than it was launched from."""
+"""Makes the paths of a recipe absolute, because a run may be resumed from another working directory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def absolute(recipe: Recipe) -> Recipe:
-    """The same recipe with every path of it absolute, seen from this working directory."""
+    """The same recipe with absolute paths; relative ones start at this working directory."""
     model, data, launch, post = recipe.model, recipe.data, recipe.launch, recipe.post
     if model.weights_file is not None:
         model = replace(model, weights=str(model.weights_file.absolute()))
@@ -25,7 +25,7 @@ def absolute(recipe: Recipe) -> Recipe:
 
 
 def is_profile_path(name: str) -> bool:
-    """Whether a cluster's profile is named by its file."""
+    """Whether a cluster's profile is given as a path, not by its name."""
     return "/" in name or name.endswith((".yaml", ".yml"))
 
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 NO_SECRETS = (
-    "what stands here is written into files that others read. Take it out and export it in the shell that starts "
-    "`launch`, which SLURM hands on to the job (for wandb, `wandb login` does as well)"
+    "this looks like a secret, and would be written into files that others can read. Remove it and export it in the "
+    "shell that starts `launch`; SLURM passes it on to the job (for wandb, `wandb login` works too)"
 )
 
 
@@ -60,11 +60,11 @@ def read(
         path: the file.
         overrides: as typed.
         flags: by key.
-        schema: by which a value is text, a number or something else.
-        prefix: what each override begins with before its key.
+        schema: the type of each key.
+        prefix: text before the key in each override.
 
     Raises:
-        RecipeError: the file is missing, is no YAML, or is no mapping.
+        RecipeError: the file is missing, is not YAML, or is not a mapping.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -85,7 +85,7 @@ def read(
 def from_values(
     path: str, values: dict[str, Any], overrides: Sequence[str], *, schema: type, prefix: str = ""
 ) -> Source:
-    """The same from nested plain values, taken as they are; ``path`` is what stands for the file in errors."""
+    """A source made from nested plain values, without interpolation; errors show ``path`` as the file."""
     from omegaconf import OmegaConf
 
     source = Source(path=path, values={}, origins={})
@@ -93,7 +93,7 @@ def from_values(
 
 
 def _escaped(value: Any) -> Any:
-    """Nested values in which OmegaConf finds no interpolation."""
+    """Nested values with ``${`` escaped, so that OmegaConf interpolates nothing."""
     if isinstance(value, dict):
         return {key: _escaped(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -109,7 +109,7 @@ def _apply(
     schema: type,
     prefix: str,
 ) -> Source:
-    """``source``, of which only places are known, with its values, overrides and flags."""
+    """Complete a ``source`` that has only origins so far: its values, with overrides and flags applied."""
     from omegaconf import OmegaConf
 
     origins = source.origins
@@ -126,7 +126,7 @@ def _apply(
 
 
 def _without_secrets(source: Source) -> Source:
-    """Refuse each value that is or looks like a secret; neither it nor the override it came by is shown."""
+    """Refuse each value that is or looks like a secret; errors show neither it nor the override that gave it."""
     secrets = {key: (value, kind) for key, value, kind in _find_secrets(source.values, "")}
     if not secrets:
         return source
@@ -138,8 +138,7 @@ def _without_secrets(source: Source) -> Source:
     ]
     clean = dataclasses.replace(source, values=without(source.values, list(secrets)), origins=origins)
     problems += [
-        Problem(key=key, where=clean.where(key), message=f"{kind}, it seems; {NO_SECRETS}")
-        for key, (_, kind) in secrets.items()
+        Problem(key=key, where=clean.where(key), message=f"{kind}: {NO_SECRETS}") for key, (_, kind) in secrets.items()
     ]
     return dataclasses.replace(clean, problems=tuple(problems))
 
@@ -170,7 +169,7 @@ def _override(config: Any, overrides: Sequence[str], source: Source, schema: typ
         item = typed.removeprefix(prefix)
         name, equals, value = item.partition("=")
         if not equals or not name:
-            yield Problem(key="", where="command line", message=f"{typed!r} is no override; write key=value")
+            yield Problem(key="", where="command line", message=f"{typed!r} is not an override; write key=value")
             continue
         parts = re.findall(r"\[([^\]]*)\]|([^.\[\]]+)", name)
         keys = [bracketed or plain for bracketed, plain in parts]
@@ -193,12 +192,12 @@ def _override(config: Any, overrides: Sequence[str], source: Source, schema: typ
 
 
 def _too_deep(schema: type, keys: Sequence[str], value: str, prefix: str) -> str | None:
-    """What to write where a dot in a name of the user's (a layer) was taken for one between keys."""
+    """What to write where a name with dots (a layer) was read as several keys; None: it was not."""
     for depth in range(1, len(keys) - 1):
         outer = recipe_types.at(schema, keys[:depth])
         if any(typing.get_origin(option) is dict for option in recipe_types.options(outer)):
             right = f"{prefix}{'.'.join(keys[:depth])}[{'.'.join(keys[depth:])}]"
-            return f"a name with dots in it goes into brackets: '{right}={value}'"
+            return f"put a name with dots into brackets: '{right}={value}'"
     return None
 
 
@@ -232,7 +231,7 @@ def without(values: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
 
 
 def _blame(config: Any, key: str, origins: dict[str, str], origin: str) -> None:
-    """An override below a value that is no mapping replaces that value too."""
+    """Make an override the origin of the values above its key that it replaces, because they are not mappings."""
     from omegaconf import OmegaConf
 
     while key := key.rpartition(".")[0]:
@@ -242,7 +241,7 @@ def _blame(config: Any, key: str, origins: dict[str, str], origin: str) -> None:
 
 
 def _resolve(config: Any, values: Any, prefix: str, where: Callable[[str], str]) -> Iterator[Problem]:
-    """Replace interpolations in ``values`` by what ``config`` resolves them to; take out what is missing or fails."""
+    """Replace interpolations in ``values`` by their result in ``config``; remove those that are missing or fail."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -294,7 +293,7 @@ def _locate(location: tuple[int | str, ...], schema: type) -> tuple[str, Any, li
 
 def _value_at(values: Any, dotted: str) -> Any:
     pairs = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
-    for key, value in pairs:  # a key of the user's may have dots in it
+    for key, value in pairs:  # a user's key may contain dots
         if dotted == str(key):
             return value
         if dotted.startswith(f"{key}."):
@@ -303,7 +302,7 @@ def _value_at(values: Any, dotted: str) -> Any:
 
 
 def _show(value: Any, typed: str | None) -> str:
-    """A value as it was ``typed``, where that is known and no interpolation or list."""
+    """A value as it was ``typed``, if that is known; interpolations and lists as they were read."""
     if value is None:
         return "null"
     if isinstance(value, str):

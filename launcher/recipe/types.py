@@ -1,4 +1,4 @@
-"""What the schemas of recipes and profiles are made from: pydantic's strictness, and the kinds of numbers."""
+"""Shared by the schemas of recipes and profiles: pydantic's configuration, and types of numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 
 Schema = TypeVar("Schema")
 
-# Attribute docstrings become the descriptions in the JSON Schema; strict, so that "20" is no number and 1 no boolean.
+# Attribute docstrings become the descriptions in the JSON Schema; strict: "20" is not a number, 1 not a boolean.
 STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 Auto = Literal["auto"]
@@ -28,5 +28,5 @@ def validate(schema: type[Schema], values: dict[str, Any]) -> Schema:
     Raises:
         pydantic.ValidationError: lists all values that do not fit.
     """
-    # By way of JSON: pydantic's strict mode takes mappings for dataclasses from JSON only.
+    # Through JSON, because pydantic's strict mode accepts a mapping for a dataclass only from JSON.
     return TypeAdapter(schema).validate_json(json.dumps(values, default=str))

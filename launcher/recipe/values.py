@@ -1,4 +1,4 @@
-"""How a value is read: what its key is to be, by the schema, decides; a name that looks like a number stays a name."""
+"""Reads a value by its key's type in the schema, so that a name that looks like a number stays text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def options(annotation: Any) -> list[Any]:
 
 
 def at(schema: Any, keys: Sequence[str]) -> Any:
-    """What stands under these keys, by the schema; None: nothing can."""
+    """The schema's annotation for the parts of a dotted key; None: the schema has no such key."""
     annotation = schema
     for key in keys:
         inside = next((found for option in options(annotation) if (found := _inside(option, key)) is not None), None)
@@ -43,32 +43,32 @@ def _inside(option: Any, key: str) -> Any:
 
 
 def is_text(annotation: Any) -> bool:
-    """Whether a single value can only be text there."""
+    """Whether a single value (no list, no mapping) must be text."""
     single = [o for o in options(annotation) if typing.get_origin(o) not in (list, dict) and o is not type(None)]
     return bool(single) and all(option is str for option in single)
 
 
 def has_text(annotation: Any) -> bool:
-    """Whether text can stand there, alone or within a list or a mapping."""
+    """Whether an annotation allows text, alone or inside a list or a mapping."""
     inner = [arguments[-1] for option in options(annotation) if (arguments := typing.get_args(option))]
     return any(option is str for option in options(annotation)) or any(is_text(one) for one in inner)
 
 
 def allows_null(annotation: Any) -> bool:
-    """Whether nothing can stand there."""
+    """Whether an annotation allows null."""
     return type(None) in options(annotation)
 
 
 def read(typed: str, annotation: Any) -> Any:
-    """The value that was typed behind ``key=`` for a key that :func:`has_text`.
+    """The value of an override ``key=typed``, for a key whose annotation :func:`has_text`.
 
     Raises:
-        yaml.YAMLError: a list or mapping that is none; or a tag, which means nothing here.
+        yaml.YAMLError: ``typed`` has a tag, or begins like a list or a mapping and is not valid YAML.
     """
     import yaml
 
     if typed.startswith("!!"):
-        raise yaml.YAMLError("a YAML tag means nothing here; text that begins with !! goes into quotes")
+        raise yaml.YAMLError("YAML tags are not allowed here; put text that begins with !! in quotes")
     is_nested = any(typing.get_origin(option) in (list, dict) for option in options(annotation))
     if is_nested and typed[:1] in ("[", "{"):
         root = yaml.compose(typed, Loader=yaml.SafeLoader)
@@ -77,7 +77,7 @@ def read(typed: str, annotation: Any) -> Any:
     if allows_null(annotation) and typed in ("", "null"):
         return None
     is_quoted = typed[:1] in _QUOTES and typed[-1:] == typed[:1]
-    if is_quoted or not is_text(annotation):  # it is text where it is nothing else that is allowed
+    if is_quoted or not is_text(annotation):  # text, unless it is a value of another type that is allowed
         try:
             found = yaml.safe_load(typed)
         except yaml.YAMLError:
@@ -88,7 +88,7 @@ def read(typed: str, annotation: Any) -> Any:
 
 
 def retag(node: Any, annotation: Any) -> None:
-    """Have YAML take for text, in a composed document, what can only be text by the schema."""
+    """Mark as text, in a composed YAML document, each value that must be text by the schema."""
     import yaml
 
     if isinstance(node, yaml.MappingNode):
@@ -110,7 +110,7 @@ def _has_text_keys(annotation: Any) -> bool:
 
 
 def _means_other(node: Any, annotation: Any) -> bool:
-    """Whether a single value is what beside text is allowed there."""
+    """Whether YAML reads a single value as one of the other types that the annotation allows."""
     if node.tag == _NULL:
         return allows_null(annotation) or node.value == ""
     others = {bool: "bool", int: "int", float: "float"}
@@ -119,7 +119,7 @@ def _means_other(node: Any, annotation: Any) -> bool:
 
 def _quote(node: Any) -> None:
     node.tag = _TEXT
-    if node.style is None:  # as it stands there, without quotes
+    if node.style is None:  # it has no quotes in the file
         node.style = "'"
 
 

@@ -1,4 +1,4 @@
-"""From a run directory to ``report.json``, ``report.html`` and ``model_card.md``; what is missing there is named.
+"""Makes ``report.json``, ``report.html`` and ``model_card.md`` from a run directory, and names missing files.
 
 :func:`build_report` is the data; the page is drawn in :mod:`launcher.report.html` and the card written in
 :mod:`launcher.report.model_card`, from that data alone.
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 POSITION = ("epoch", "step", "samples")
 SPEED = ("lr", "images_per_s")
 AFTER_TRAINING = ("export", "completed", wandb_folder.UNSYNCED)
-"""Kinds of events that may come days after training, and so say nothing about how long it took."""
+"""Kinds of events that may come days after training: they do not count as training time."""
 NUM_MISTAKES = 10
 
 Json = dict[str, Any]
@@ -52,7 +52,7 @@ def write_report(run: RunDir) -> None:
 
 
 def build_report(run: RunDir) -> Json:
-    """All that the report says, as JSON holds it: string keys, None for what is not known, no NaN.
+    """The report's content as plain JSON: string keys, None for what is not known, no NaN.
 
     Epochs count from 0, steps are optimizer steps done, metrics are fractions, times are seconds (``created``,
     ``started``: since 1970). The classes' figures and the confusion matrix (rows true, columns predicted) are those of
@@ -126,7 +126,7 @@ def _essential(path: Path, read: Callable[[Path], Any]) -> Any:
 
 
 def _read_json(path: Path, missing: list[str], holds: str) -> Json:
-    """The object in a file; an empty one, and a word in ``missing``, where there is none or half of one."""
+    """The object in a file; if it is missing or damaged, an empty one and a line in ``missing``."""
     try:
         value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except OSError:
@@ -139,7 +139,7 @@ def _read_json(path: Path, missing: list[str], holds: str) -> Json:
 
 
 def _read_lines(path: Path, missing: list[str], holds: str) -> list[Json]:
-    """The records of a ``.jsonl`` file. Unlike files.read_jsonl it tells of a file or line that is not whole."""
+    """The records of a ``.jsonl`` file. Unlike files.read_jsonl it reports a missing file and damaged lines."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -201,7 +201,7 @@ def _attempts(events: list[Json], metrics: list[Json], state: str) -> list[Json]
 
 
 def _cause(own: list[Json]) -> tuple[str | None, str | None]:
-    """Cause and message of an attempt's end; a node that saw the failure knows more than one that lost a peer."""
+    """Cause and message of an attempt's end; a node that saw the failure goes before one that lost a peer."""
     ends = [record for record in own if record.get("kind") == "attempt_ended"]
     if ends:
         end = min(ends, key=lambda record: (record.get("cause") == "lost_worker", record["time"]))
@@ -212,7 +212,7 @@ def _cause(own: list[Json]) -> tuple[str | None, str | None]:
 
 def _mistakes(best_val: Json) -> list[Json]:
     """The most frequent confusions of one class with another, most frequent first."""
-    if "mistakes" in best_val:  # of more classes than a matrix is recorded of
+    if "mistakes" in best_val:  # with too many classes for a recorded matrix
         return list(best_val["mistakes"])
     classes = list(best_val.get("per_class") or [])
     cells = [
@@ -289,7 +289,7 @@ def _next_commands(run: RunDir, state: str, best: Json | None, exports: Json | N
 
 
 def _sync_command(run: RunDir, state: str, events: list[Json]) -> list[Json]:
-    """What sends wandb's records; while the run goes on they are still written."""
+    """The command that sends wandb's records; none while the run still writes them."""
     records = wandb_folder.unsynced(run, events) if state not in ("pending", "running") else []
     why = "send wandb's server what it has not got of this run"
     return [{"command": wandb_folder.sync_command(records), "why": why}] if records else []

@@ -1,1 +1,1 @@
-"""The record of runs: what a run directory holds, and what can be told from it."""
+"""The record of runs: the files of a run directory, and what they say about the run."""

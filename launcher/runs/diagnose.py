@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from launcher.runs.whereabouts import JobState
 
 NOT_RETRYABLE = ("bug", "usage", "out_of_memory", "full_disk", "environment")
-"""Causes that the same start would meet again."""
+"""Causes that a restart would meet again."""
 RESUME = "`launch resume RUN` goes on from the last checkpoint"
 CURES = {
     "bug": "this is a fault of finetune-launcher or of a library that it uses: report it with the lines above; "
     "`launch RECIPE --debug` runs the same in one process",
-    "usage": "correct what the message names and start again",
+    "usage": "fix the error that the message names and start again",
     "out_of_memory": "lower batch.size (batch.global_size keeps the step's size), or data.image_size",
     "hang": "the workers' stacks are in their logs; one that waits for data or a lock holds up all others; a step that "
     "really takes this long needs a higher train.hang_timeout_s",
     "memory_kill": "it goes on with batches of half the size, launch.max_restarts times; if that does not help: fewer "
     f"data.workers, a lower data.image_size or more memory; {RESUME}, with batches of half the size again",
-    "environment": f"mend what the message names: it is the machine's, the shell's or a file system's; {RESUME}",
+    "environment": f"fix the problem that the message names, of the machine, the shell or a file system; {RESUME}",
     "full_disk": f"make room where the run directory is; {RESUME}",
     "lost_node": f"{RESUME}; ask whoever runs the cluster about the node",
     "lost_worker": "a worker was killed from outside: look for the out-of-memory killer (`dmesg | grep -i oom`) "
@@ -52,7 +52,7 @@ ENVIRONMENT = {
     r"Stale file handle|Input/output error|Transport endpoint": "the file system failed: look at its mount and its "
     "server (`dmesg`)",
 }
-"""What the environment's failures say, as regular expressions, each with its cure."""
+"""Regular expressions for messages of failures of the environment, each with its cure."""
 SLURM_WORDS = ("oom_kill", "oom-kill", "DUE TO", "Node failure", "Exceeded job memory")
 OURS = "DUE TO JOB REQUEUE"
 STOPS = ("preempted", "time_limit", "interrupted", "cancelled")
@@ -73,14 +73,14 @@ def errors(run: RunDir, attempt: int) -> list[dict[str, Any]]:
 
 
 def first_failure(run: RunDir, attempt: int) -> dict[str, Any] | None:
-    """What ended an attempt: the first error in time that is no echo of another rank's death.
+    """What ended an attempt: the first error in time that is not caused by the end of another rank.
 
     Returns:
         The error file's content; with the cause ``lost_worker`` or ``memory_kill`` where ranks report only that another
         one vanished.
     """
     found = errors(run, attempt)
-    # Where all hang, the one that does not wait for the others is what they wait for.
+    # If all hang, the others wait for the one that does not wait.
     own = sorted((e for e in found if e["kind"] != "peer_lost"), key=lambda e: bool(e.get("waiting")))
     if own:
         return own[0]
@@ -169,7 +169,7 @@ def cure(failure: dict[str, Any]) -> str:
 
 
 def failed_checks(run: RunDir) -> list[str]:
-    """What nodes found wrong with themselves or each other, where that has kept the run from starting."""
+    """Problems that nodes found with themselves or each other, if they kept the run from starting."""
     if history.since_launched(run, "attempt_started"):
         return []
     failed = [event["problems"] for event in history.since_launched(run, "preflight_failed")]
@@ -177,7 +177,7 @@ def failed_checks(run: RunDir) -> list[str]:
 
 
 def _memory_kill(run: RunDir, attempt: int) -> dict[str, str] | None:
-    """What is to be said where the kernel killed a worker in this attempt."""
+    """Kind and message if the kernel killed a worker in this attempt."""
     for event in history.events(run, "memory_kill"):
         if event["attempt"] == attempt:
             return {"kind": "memory_kill", "message": f"the kernel killed a worker on {event['host']}: memory ran out"}
@@ -185,7 +185,7 @@ def _memory_kill(run: RunDir, attempt: int) -> dict[str, str] | None:
 
 
 def _lost_node(run: RunDir, attempt: int) -> dict[str, str] | None:
-    """What is to be said where a supervisor has missed another node in this attempt."""
+    """Kind and message if a supervisor lost another node in this attempt."""
     for event in history.events(run, "attempt_ended"):
         if event["attempt"] == attempt and event["cause"] == "lost_node":
             return {"kind": "lost_node", "message": event["message"]}
@@ -193,7 +193,7 @@ def _lost_node(run: RunDir, attempt: int) -> dict[str, str] | None:
 
 
 def _as_recorded(run: RunDir, attempt: int) -> dict[str, Any] | None:
-    """What the supervisor wrote of an attempt whose workers left no word."""
+    """The supervisor's record of an attempt whose workers recorded no error."""
     ended = [event for event in history.events(run, "attempt_ended") if event["attempt"] == attempt]
     if not ended:
         return None

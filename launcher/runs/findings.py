@@ -21,32 +21,32 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 
 MIN_IMAGES = 10
-"""Validation images; fewer say nothing."""
+"""With fewer validation images, find nothing: they prove nothing."""
 MIN_OTHERS = 3
-"""Validation images that are not of the class in question, from which on it can be seen that they are not found."""
+"""Validation images of other classes that are needed to see that a model answers one class only."""
 NEARLY_ALL = 0.9
-"""Share of all answers from which on they count as one class."""
+"""A class that takes at least this share of all answers takes "nearly all"."""
 MISSED = 0.8
-"""Share of the images of other classes that get this answer too: where one class is most of the validation images, it
-may rightly be most of the answers."""
+"""…if it also takes at least this share of the other classes' images: a class that is most of the validation images may
+rightly be most of the answers."""
 NEAR_CHANCE = 0.1
 """Share of the way from chance to no mistakes (Cohen's kappa) up to which a model counts as no better than chance …"""
 SIGMAS = 3.0
 """… if its top-1 is also within so many standard errors of chance: 1 % of 1,000 classes is ten times chance."""
 GAP = 0.4
-"""By how much top-1 in training exceeds top-1 in validation before it counts: half of it is common with few images."""
+"""Report a gap if top-1 in training exceeds top-1 in validation by this; half of it is common with few images."""
 WINDOW_IMAGES = 100
-"""Training images at the end, at least, that top-1 in training is taken from."""
+"""Measure top-1 in training on at least the last 100 images."""
 SWAPPED, SWAPPED_IMAGES = 0.8, 5
-"""Share, and least number, of a class's images that are taken for another class, before folders count as mixed up."""
+"""Folders count as mixed up if at least this share of a class's images, of at least 5, is taken for another class."""
 LEARNED = 0.2
-"""By how much top-1 in training exceeds chance before a model has learned something."""
+"""A model has learned something if top-1 in training exceeds chance by this."""
 FEW_STEPS = 100
-"""Optimizer steps below which too short a training is the likeliest cause."""
+"""With fewer optimizer steps, the likeliest cause is that training was too short."""
 FEW_IMAGES, IMBALANCE = 10, 10.0
-"""Training images of a class below which it is rare; or so many times fewer than the median class has."""
+"""A class is rare with fewer than 10 training images, or with 10 times fewer than the median class."""
 NUM_SHOWN = 10
-"""Classes that a line names."""
+"""A line names at most this many classes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ class _Answers:
 
 
 def of_run(run: RunDir) -> list[Finding]:
-    """What is suspicious about the best checkpoint of a run; nothing is where it has not been validated or debugged."""
+    """What is suspicious about a run's best checkpoint; nothing if there is no validation, or with --debug."""
     status, lines = run.read_status(), [line for line in read_jsonl(run.metrics) if isinstance(line, dict)]
     train, val = (_by_step(lines, split) for split in ("train", "val"))
     best = val.get((status.get("best") or {}).get("step", -1))
@@ -152,7 +152,7 @@ def describe_rare(rare: Mapping[str, int]) -> str:
 
 
 def _no_better_than_chance(answers: _Answers, learned: float | None, num_steps: int) -> Finding:
-    """What was measured of a model that is none better, and the cause that fits its training best."""
+    """A finding that a model is no better than chance, with the cause that fits its training best."""
     if answers.is_one_class:
         message = (
             f"{answers.count} of {answers.num} validation images are taken for {_quoted(answers.most)}, and "
@@ -208,7 +208,7 @@ def _training_top1(train: Sequence[Json]) -> float | None:
 
 
 def _answers(val: Json) -> _Answers | None:
-    """From the confusion matrix, or what stands in its place where there are too many classes; None: from neither."""
+    """From the confusion matrix, or from its summary where there are too many classes; None: there is neither."""
     num = val["samples"]
     if summary := val.get("answers"):
         return _Answers(num=num, top1=val["top1"], **summary)

@@ -1,4 +1,4 @@
-"""Signs of life: a worker says after each step that it lives, in memory that its node's supervisor reads."""
+"""Heartbeats: after each step a worker writes the time into memory that its node's supervisor reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from launcher.system import processes
 
 DUMP_SIGNAL = signal.SIGUSR1
-"""On it a worker writes the stacks of all its threads into its log (faulthandler)."""
+"""On this signal a worker writes the stacks of all its threads into its log (faulthandler)."""
 _CELL = struct.Struct("dqq")
 _KILLS = struct.Struct("q")
 _PID = struct.Struct("q")
@@ -24,11 +24,11 @@ class Beat:
     """A worker's last sign of life."""
 
     age_s: float
-    """How long ago."""
+    """Seconds since it."""
     pid: int
-    """Of the worker."""
+    """Process id of the worker."""
     rank: int
-    """Of the worker, among all."""
+    """Its rank, among all workers."""
 
 
 class Heartbeats:
@@ -44,13 +44,17 @@ class Heartbeats:
         """A worker has started."""
         _PID.pack_into(self._memory, self._pids_at + local_rank * _PID.size, os.getpid())
 
+    def leave(self, local_rank: int) -> None:
+        """A worker has ended, but for the acknowledgement of torch's agent."""
+        _PID.pack_into(self._memory, self._pids_at + local_rank * _PID.size, 0)
+
     def living(self) -> list[int]:
         """Process ids of the workers that have started and have not ended."""
         pids = [_PID.unpack_from(self._memory, self._pids_at + index * _PID.size)[0] for index in range(self._num)]
         return [pid for pid in pids if pid and processes.start_time(pid)]
 
     def begin(self, num_kills: int) -> None:
-        """Nothing is tried any more, this node's workers train; the first one's word counts.
+        """Training begins: batch sizes are no longer tried. The first worker of the node to call this counts.
 
         Args:
             num_kills: processes that the kernel has killed so far; those that tried batch sizes may be among them.
@@ -60,20 +64,20 @@ class Heartbeats:
 
     @property
     def kills_before(self) -> int | None:
-        """Processes that the kernel had killed when training began; None: it has not."""
+        """Processes that the kernel had killed when training began; None: it has not begun."""
         (told,) = _KILLS.unpack_from(self._memory, self._kills_at)
         return told - 1 if told else None
 
     def beat(self, local_rank: int, rank: int) -> None:
-        """A step was taken, a batch was validated."""
+        """Record that a step was taken or a batch validated."""
         _CELL.pack_into(self._memory, local_rank * _CELL.size, time.monotonic(), os.getpid(), rank)
 
     def rest(self, local_rank: int) -> None:
-        """No step is to be expected any more."""
+        """Expect no more steps from this worker."""
         _CELL.pack_into(self._memory, local_rank * _CELL.size, 0.0, 0, 0)
 
     def fail(self, local_rank: int) -> None:
-        """This worker failed; for its peers, where the disk does not take its error file."""
+        """Record that this worker failed, for its peers, in case its error file cannot be written."""
         _CELL.pack_into(self._memory, local_rank * _CELL.size, _FAILED, 0, 0)
 
     @property
@@ -89,7 +93,7 @@ class Heartbeats:
         _KILLS.pack_into(self._memory, self._kills_at, 0)
 
     def read(self) -> list[Beat]:
-        """Of the workers that have taken a step and have others to take."""
+        """The last heartbeats of workers that have taken a step and expect more."""
         now = time.monotonic()
         return [Beat(age_s=now - then, pid=pid, rank=rank) for then, pid, rank in self._cells() if then > 0]
 

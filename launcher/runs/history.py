@@ -1,4 +1,4 @@
-"""The attempts of a run, as events.jsonl has them: why each ended, and whether another one may begin."""
+"""The attempts of a run, from events.jsonl: why each ended, and whether another may begin."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ BUDGETS = {
     "bug": 1,
     "usage": 1,
 }
-"""How many attempts in a row may end by a cause without a new step. While steps advance there is no limit: a run that
-is preempted a hundred times and gets on is well."""
+"""Give up after this many attempts in a row that end by a cause without a new step. While steps advance there is no
+limit: a run may be preempted a hundred times."""
 ADVICE = {
     "preempted": "each time before a checkpoint was written: lower train.checkpoint.every_minutes",
     "time_limit": "the time limit is too short for one checkpoint: raise timeout_min or lead_s in the profile",
@@ -62,11 +62,11 @@ def cause_of_signal(name: str) -> str:
 
 
 def close_attempt(run: RunDir, *, lost_nodes: Sequence[str] = ()) -> None:
-    """Write down the end of an attempt that left no word of it: its first node was lost, or killed before it had saved.
+    """Record the end of an attempt that recorded none: its first node was lost, or killed before it had saved.
 
     Args:
         run: the run directory.
-        lost_nodes: of which SLURM has said so.
+        lost_nodes: names of nodes that SLURM reports as lost.
     """
     last = next_attempt(run) - 1
     ended = [event for event in events(run, "attempt_ended") if event.get("attempt") == last]

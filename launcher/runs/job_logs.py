@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from launcher.runs.run_dir import RunDir
 
 LAST_LINES = 5
-"""Of each log."""
+"""Lines shown of each log."""
 NOISE = ("srun: job ", "srun: Job step aborted", "srun: launch/slurm", "srun: Force Terminated", "*** STEP")
-"""What srun says of every step that it ends."""
+"""Lines that srun writes about every step that it ends: they are left out."""
 
 
 def last_words(run: RunDir, job_id: str) -> list[str]:

@@ -1,12 +1,11 @@
-"""What a run does about images that cannot be decoded: decided before the workers deal out the samples.
+"""Decides what a run does about images that cannot be decoded, before the workers share out the samples.
 
-``bad_images.json`` of the run directory says what was found; it is there, perhaps with nothing in it, before any worker
-starts, and all ranks leave out what it lists.
+``bad_images.json`` of the run directory lists them. It is written, perhaps empty, before any worker starts, and all
+ranks leave out the images that it lists.
 """
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -17,8 +16,9 @@ from launcher.images import datasets
 from launcher.images import folder as image_folder
 from launcher.images import scan as image_scan
 from launcher.images.folder import printable
+from launcher.runs import states
 from launcher.system.files import write_json_atomic
-from launcher.system.waiting import wait_until
+from launcher.system.waiting import is_listed, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -85,7 +85,7 @@ def prepare(
 ) -> None:
     """See to it that ``bad_images.json`` is there and fit for an attempt that is about to start.
 
-    Node 0 looks through the images, unless that has been done for this attempt; the others wait for what it finds.
+    Node 0 scans the images, unless that was done for this attempt already; the other nodes wait for its result.
 
     Args:
         run: the run directory.
@@ -119,15 +119,14 @@ def prepare(
     if problem:
         run.append_event("attempt_started", attempt=attempt, node=0, workers=0)
         run.append_event("attempt_ended", attempt=attempt, node=0, cause="usage", message=problem)
-        run.update_status(state="failed", attempt=attempt)
+        states.move(run, "failed", attempt=attempt)
         raise TrainingError(f"{problem}\nmore: launch why {run}")
 
 
 def record(run: RunDir, recipe: Recipe, found: Scan, *, attempt: int) -> None:
     """Write ``bad_images.json`` for an attempt.
 
-    Under quarantine an entry stays, even where the file has been mended since: who took part in the epochs so far must
-    not change in the middle of a run.
+    Under quarantine an entry stays even if the file was repaired since: the set of images must not change during a run.
     """
     quarantine = recipe.data.on_bad_image == "quarantine"
     before = image_folder.read_bad_images(run.bad_images)
@@ -155,17 +154,16 @@ def _command(folder: Path) -> str:
 
 
 def _attempt(run: RunDir) -> int:
-    """For which attempt node 0 has looked through the images last."""
+    """The attempt for which node 0 has last scanned the images."""
     found = image_folder.read_bad_images(run.bad_images)
     return int(found["attempt"]) if found else 0
 
 
 def _wait(run: RunDir, attempt: int, progress: Callable[[], None]) -> None:
-    """Wait for node 0 to have looked through the images for this attempt."""
+    """Wait until node 0 has scanned the images for this attempt."""
 
     def is_written() -> bool:
-        os.listdir(run.path)  # noqa: PTH208  a listing is fresh where NFS still remembers an older file
-        return _attempt(run) >= attempt
+        return is_listed(run.bad_images) and _attempt(run) >= attempt
 
     if not wait_until(is_written, timeout_s=WAIT_S, heed=progress, what="node 0 to look through the images"):
         raise TrainingError(
@@ -181,7 +179,7 @@ def _refusal(found: Scan, config: DataConfig) -> str | None:
         if not found.bad:
             return None
         count = "1 image cannot" if len(found.bad) == 1 else f"{len(found.bad)} images cannot"
-        # Those whose range does not fit are decoded well enough.
+        # an image whose range does not fit can be decoded
         what = (
             "be used with the values they have"
             if any(image.kind == "grey_range" for image in found.bad)
@@ -191,7 +189,7 @@ def _refusal(found: Scan, config: DataConfig) -> str | None:
         named = "".join(f"\n    {image}" for image in found.bad[:NUM_NAMED])
         named += f"\n    and {more} more" if more > 0 else ""
         return (
-            f"{count} {what} in {folder}; mend or remove what is listed, or leave it out by "
+            f"{count} {what} in {folder}; repair or remove what is listed, or leave it out by "
             f"data.on_bad_image=quarantine; the whole list with cures: {_command(found.folder)}{named}"
         )
     counts = {split: found.class_counts(split) for split in dict.fromkeys(image.split for image in found.bad)}

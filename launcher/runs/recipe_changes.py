@@ -1,4 +1,4 @@
-"""What of a recipe may change while its run goes on: one row for each key, and the comparison by them."""
+"""Which keys of a recipe may change when a run is resumed: a row for each key, and the comparison."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FIXED = {
     "data.grey_range": "the best checkpoint so far was chosen, and would be exported, with other grey values",
     "optim.name": "the checkpoint holds the other's state",
 }
-"""Keys that have to stay as they are, each with the reason."""
+"""Keys that must not change, each with the reason."""
 SAME_GLOBAL_BATCH = "the global batch stays that of the run; batch.global_size=N changes it"
 OTHER_LOSS = "a best checkpoint by the loss is chosen anew from the next validation on"
 SAME_IMAGES = "the training images have to be the same"
@@ -106,12 +106,12 @@ OPEN = {
     "launch.preflight": "",
     "launch.max_restarts": "",
 }
-"""Keys with which a run goes on at another value, each with what to know then."""
+"""Keys that may change, each with a note for the user."""
 TUNED = (
     *("model.", "batch.", "precision", "train.loss", "train.channels_last", "train.clip_grad_norm", "optim.momentum"),
     *("data.workers", "data.augment", "data.dataset", "data.transform", "launch.threads"),
 )
-"""How keys begin that measured batch sizes and shares of cores follow from: they are measured anew."""
+"""Beginnings of keys that measured batch sizes and shares of cores depend on: a change has them measured again."""
 
 _REFERENCES = {seam.key for seam in user_code.SEAMS}
 _SAME_PLACE = ("data.path", "launch.profile", "post.profile")
@@ -119,7 +119,7 @@ _SAME_PLACE = ("data.path", "launch.profile", "post.profile")
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """A key whose value is not what the run has been trained with so far."""
+    """A key whose value differs from what the run was trained with so far."""
 
     key: str
     old: Any
@@ -131,7 +131,7 @@ class Change:
 
     @property
     def is_measured(self) -> bool:
-        """Whether batch sizes that were measured for the old value say nothing about the new one."""
+        """Whether batch sizes have to be measured again for the new value."""
         return self.key.startswith(TUNED)
 
 
@@ -139,7 +139,7 @@ def find(run: RunDir, recipe: Recipe, where: Callable[[str], str]) -> list[Chang
     """What ``recipe`` changes for a run that has a checkpoint; reads files and writes none.
 
     The recipe that the checkpoint was trained with is in its ``state.json``; where an earlier version wrote that, it is
-    the run's own. A run without a checkpoint has nothing that could not go with another recipe.
+    the run's own. A run without a checkpoint can go on with any recipe.
 
     Args:
         run: there may be none yet.
@@ -147,7 +147,7 @@ def find(run: RunDir, recipe: Recipe, where: Callable[[str], str]) -> list[Chang
         where: from a key to the place that its value comes from.
 
     Raises:
-        RecipeError: the run cannot go on with it; names all keys that are in the way.
+        RecipeError: the run cannot go on with it; names all keys that must not change.
         UsageError: the run's own recipe cannot be read.
     """
     state = run.newest_state()
@@ -192,7 +192,7 @@ def _compare(before: Recipe, now: Recipe, num_classes: int) -> Iterator[Change]:
 
 
 def _meaning(key: str, value: Any, recipe: Recipe, num_classes: int) -> Any:
-    """What a value stands for, so that two ways to write the same are no change."""
+    """What a value means, so that two ways to write the same value are not a change."""
     if key == "model.weights":
         return _weights(recipe)
     if key == "data.image_size" and value == "auto" and not recipe.model.factory:

@@ -19,22 +19,20 @@ from launcher.system.files import append_jsonl, fsync, write_json_atomic
 from launcher.system.redact import redact_all
 
 State = Literal["pending", "running", "preempted", "completed", "early_stopped", "failed", "cancelled"]
-
 ATTEMPT_VARIABLE = "LAUNCH_ATTEMPT"
-"""Environment variable by which a worker learns its attempt; the supervisor counts."""
+"""Environment variable with the number of a worker's attempt, which the supervisor counts."""
 MEMORY_KILLS_VARIABLE = "LAUNCH_MEMORY_KILLS"
-"""Environment variable by which a worker learns how often, since the last checkpoint, the kernel has killed one of its
-node because memory had run out."""
-
+"""Environment variable of a worker: how many workers of its node the kernel has killed for lack of memory since the
+last checkpoint."""
 PROBE_BYTES = 1 << 16
-
+"""Write this much to see whether the disk has room."""
 BATCH_LOG_VARIABLE = "LAUNCH_BATCH_LOG"
-"""Environment variable by which a node's supervisor learns where its batch script writes; unset outside of one."""
+"""Environment variable of a node's supervisor: the log of its batch script; unset outside of one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSpec:
-    """All that a worker is handed; the rest it reads from the run directory and torchrun's environment variables."""
+    """All arguments of a worker; the rest it reads from the run directory and torchrun's environment variables."""
 
     run_dir: str
     """Absolute path of the run directory."""
@@ -50,7 +48,7 @@ def new_run_id(name: str) -> str:
 
 
 def code_digest() -> str:
-    """Of this package's code: a requeued run meets what was edited meanwhile (submitit#1717), and says so."""
+    """Digest of this package's code, by which a requeued run notices that it was edited (submitit#1717)."""
     digest = hashlib.sha256()
     package = Path(__file__).parents[1]
     for folder in (package, package / "tools"):  # the latter is a link, which rglob does not follow
@@ -60,7 +58,7 @@ def code_digest() -> str:
 
 
 def node_name() -> str:
-    """This machine as SLURM names it in a job, which need not be its host name: what can be excluded."""
+    """This machine's name in SLURM, by which it can be excluded; it may differ from the host name."""
     return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
 
 
@@ -157,7 +155,7 @@ class RunDir:
         return self.attempt_logs(attempt) / f"rank-{rank}.log"
 
     def nccl_dump(self, attempt: int) -> Path:
-        """Beginning of the names of what NCCL's flight recorder writes; torch adds the rank."""
+        """Beginning of the file names of NCCL's flight recorder; torch adds the rank."""
         return self.attempt_logs(attempt) / "nccl-rank-"
 
     def nccl_pipe(self, attempt: int) -> Path:
@@ -166,11 +164,11 @@ class RunDir:
         return Path(tempfile.gettempdir()) / f"launch-{digest}-"
 
     def launch_log(self, node_rank: int) -> Path:
-        """What ``launch --detach`` would have said on one node."""
+        """Output of ``launch --detach`` on one node."""
         return self.logs / ("launch.log" if node_rank == 0 else f"launch-{node_rank}.log")
 
     def node_log(self, node_rank: int) -> Path:
-        """What torch's elastic agent on one node had to say."""
+        """Output of torch's elastic agent on one node."""
         return self.logs / f"node-{node_rank}.log"
 
     @property
@@ -261,24 +259,24 @@ class RunDir:
 
     @property
     def meetings(self) -> Path:
-        """The folder of what nodes that are started by hand say to each other before the workers start."""
+        """The folder in which nodes started by hand exchange files before the workers start."""
         return self.path / "nodes"
 
     @property
     def meeting_by_hand(self) -> Path:
-        """What node 0 has made of it: ``{created, problems, address}``."""
+        """Node 0's answer to them: ``{created, problems, address}``."""
         return self.meetings / "meeting.json"
 
     def node_by_hand(self, node_rank: int) -> Path:
-        """What one of the other nodes says of itself."""
+        """The facts of one of the other nodes."""
         return self.meetings / f"node-{node_rank}.json"
 
     def preflight(self, start: str) -> Path:
-        """The folder of what the nodes say to each other before one start of a SLURM job."""
+        """The folder in which the nodes exchange files before one start of a SLURM job."""
         return self.slurm / f"preflight-{start}"
 
     def bad_nodes(self, start: str, node_rank: int) -> Path:
-        """Node names with commas between them that, as a node found, one start of a SLURM job should do without."""
+        """Comma-separated names of nodes that one start of a SLURM job should leave out, as one node found."""
         return self.slurm / f"bad-{start}-{node_rank}"
 
     def all_bad_nodes(self, start: str) -> list[Path]:
@@ -304,7 +302,7 @@ class RunDir:
                 fsync(above)
 
     def problem(self) -> str | None:
-        """Why nothing can be written here, as when the disk is full; None: it can."""
+        """Why nothing can be written here (a full disk, for example); None: it can."""
         probe = self.path / f".room-{node_name()}-{os.getpid()}"
         try:
             probe.write_bytes(bytes(PROBE_BYTES))
@@ -336,11 +334,14 @@ class RunDir:
         return status
 
     def update_status(self, **changes: Any) -> None:
-        """Change some fields of ``status.json``. One process at a time writes it: rank 0, or the supervisor."""
+        """Change some fields of ``status.json``. One process at a time writes it: rank 0, or the supervisor.
+
+        The state goes by way of :func:`launcher.runs.states.move`.
+        """
         write_json_atomic(self.status, {**self.read_status(), **changes, "updated": time.time()})
 
     def append_event(self, kind: str, **fields: Any) -> None:
-        """Add a line ``{time, kind, host, …}`` to ``events.jsonl``; messages may quote what no file must hold."""
+        """Add a line ``{time, kind, host, …}`` to ``events.jsonl``; secrets in messages are hidden."""
         known = {"time": time.time(), "kind": kind, "host": node_name()}
         append_jsonl(self.events, known | redact_all(fields))
 

@@ -1,4 +1,4 @@
-"""Which SLURM job or which process carries a run out, by its own record; and what its job's end means for its state."""
+"""Finds the SLURM job or process that carries out a run, and what the job's end means for the run's state."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from launcher.runs import history
+from launcher.runs import history, states
 from launcher.system import processes
 
 if TYPE_CHECKING:
-    from launcher.runs.run_dir import RunDir
+    from launcher.runs.run_dir import RunDir, State
 
 OVER = ("completed", "early_stopped", "failed", "cancelled")
-"""The states of a run that nothing carries out any more."""
+"""States of a run that is over."""
 TRAINED = ("completed", "early_stopped")
-"""Those of a run that has nothing left to train."""
+"""States of a run that has nothing left to train."""
 UNSETTLED = ("pending", "running")
-"""States that somebody lived to write who was to write the next one too."""
+"""States whose writer was to write the next one too: if it has died, they are out of date."""
 NUM_SHOWN = 4
-"""Of nodes: for each of so many its own command is shown."""
+"""With at most this many nodes, show the command of each."""
 JOB_OVER = (
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED"),
     *("NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "REVOKED"),
 )
-"""States that SLURM leaves no job again by itself; one that it preempts and queues again is PENDING."""
+"""SLURM's states of a job that will not run again by itself; one that is preempted and queued again is PENDING."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +61,8 @@ def _last_id(run: RunDir, kind: str) -> str | None:
     return str(found[-1]["job_id"]) if found else None
 
 
-def settled(state: str, job: JobState | None) -> str:
-    """The state of a run, where its job may have ended before anybody wrote down that it did."""
+def settled(state: State, job: JobState | None) -> State:
+    """The state of a run, corrected if its job has ended and nobody has recorded it."""
     if job is None or not job.over or job.state == "UNKNOWN":
         return state
     if job.state == "CANCELLED" and state in (*UNSETTLED, "preempted"):
@@ -72,23 +72,23 @@ def settled(state: str, job: JobState | None) -> str:
     return "failed" if state in UNSETTLED else state
 
 
-def settle(run: RunDir, job: JobState) -> str:
-    """Write down the state of a run whose job is over; return it."""
-    before = run.read_status()["state"]
+def settle(run: RunDir, job: JobState) -> State:
+    """Record the state of a run whose job is over; return it."""
+    before: State = run.read_status()["state"]
     state = settled(before, job)
     if state != before:
-        run.update_status(state=state)
+        states.move(run, state)
     return state
 
 
 def note_preempted(run: RunDir) -> None:
-    """Write down that a run was stopped and can go on; one that somebody has cancelled stays so."""
-    if run.read_status()["state"] != "cancelled":
-        run.update_status(state="preempted")
+    """Record that a run was stopped and can be resumed; one that is over stays over."""
+    if run.read_status()["state"] not in OVER:
+        states.move(run, "preempted")
 
 
 def resume_command(run: RunDir) -> str:
-    """How to go on with a run, on every machine where its nodes were started by hand."""
+    """The command that resumes a run; one for each node where nodes were started by hand."""
     plan, command = run.read_plan(), f"launch resume {run}"
     if plan.backend != "torchrun" or plan.nodes == 1:
         return command
@@ -98,7 +98,7 @@ def resume_command(run: RunDir) -> str:
 
 
 def process_of(run: RunDir) -> int | None:
-    """The living process on this machine that the run was launched by, or None."""
+    """Id of the living process on this machine that launched the run, or None."""
     by = run.read_launched()
     is_here = bool(by.pid) and by.host == os.uname().nodename
     return by.pid if is_here and processes.start_time(by.pid) == by.process_started else None

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MAX_PIECES = 2000
-"""Pieces of text, about as many lines, that are kept for a reader that is slow; of more the oldest are lost."""
+"""Keep this many pieces of text, about a line each, for a slow reader; beyond that, lose the oldest."""
 DRAIN_S = 2.0
-"""How long the end of a process waits for a slow reader."""
+"""Seconds that the end of a process waits for a slow reader."""
 
 _outlets: list[Outlet] = []
 _before: list[tuple[TextIO, TextIO]] = []
@@ -31,12 +31,12 @@ _before: list[tuple[TextIO, TextIO]] = []
 
 
 class Outlet(io.RawIOBase):
-    """Takes all that is written to it at once and never fails; a thread hands it on to a descriptor.
+    """Accepts all text at once and never fails; a thread writes the text to a descriptor.
 
     Writing takes no lock, so a signal handler may do it. A forked process begins with an empty queue of its own.
 
     Args:
-        descriptor: stays open; whether anybody reads what is written there does not matter.
+        descriptor: stays open; it need not have a reader.
     """
 
     name = "console"
@@ -58,7 +58,7 @@ class Outlet(io.RawIOBase):
         return True
 
     def fileno(self) -> int:
-        """The descriptor that is written to in the end."""
+        """The descriptor that the thread writes to."""
         return self._descriptor
 
     def isatty(self) -> bool:
@@ -78,7 +78,7 @@ class Outlet(io.RawIOBase):
         return len(data)
 
     def drain(self, timeout_s: float = DRAIN_S) -> None:
-        """Wait until all is written, but not for ever."""
+        """Wait until all is written, for ``timeout_s`` at most."""
         if self._thread is not None:
             done = threading.Event()
             self._waiting.put(done)
@@ -135,7 +135,7 @@ def protect() -> None:
 
 
 def release() -> None:
-    """Print again as any program does, after what was printed so far: for an answer that must not be lost."""
+    """Print as any program does from here on, for an answer that must not be lost."""
     if _before:
         drain()
         sys.stdout, sys.stderr = _before.pop()
@@ -173,7 +173,7 @@ def _drop(one: IO[str]) -> None:
 
 
 def redirect(log: Path) -> None:
-    """Have standard output and error, C libraries' too, go into a file from here on."""
+    """Send standard output and error, C libraries' too, to a file from here on."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     flush_or_drop()
     os.dup2(descriptor, 1)
@@ -184,7 +184,7 @@ def redirect(log: Path) -> None:
 
 
 def open_missing() -> None:
-    """Where this process was started without standard streams (``>&-``), no file of its own may take their place."""
+    """Open standard streams that are closed (``>&-``), so that no file of this process takes their place."""
     for descriptor, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
         try:
             os.fstat(descriptor)

@@ -1,4 +1,4 @@
-"""How many CPU cores there are for us: the least of what this process may run on and what its control groups grant."""
+"""How many CPU cores this process can use: the least of its affinity and its control groups' quotas."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launcher.system import control_groups
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PERIOD_US = 100_000
-"""What a quota is for, where a control group does not say."""
+"""Microseconds: the period of a quota where a control group does not name one."""
 
 
 def num_cores(root: Path = Path("/")) -> int:
@@ -29,22 +31,11 @@ def quota(root: Path = Path("/")) -> float | None:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """Of the process's own groups and of all above them: the least counts."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            mount, read = root / "sys/fs/cgroup", _read_v2
-        elif "cpu" in controllers.split(","):
-            mount, read = root / "sys/fs/cgroup/cpu", _read_v1
-        else:
-            continue
-        own = mount / path.lstrip("/")
-        for group in (own, *own.parents) if own.is_dir() else (mount,):  # a container may show the root alone
-            if group.is_relative_to(mount) and (found := read(group)) is not None:
+    """The quotas of this process's groups and of all groups above them."""
+    for groups in control_groups.own("cpu", root):
+        for group in groups:
+            found = (_read_v2 if group.version == 2 else _read_v1)(group.path)  # noqa: PLR2004
+            if found is not None:
                 yield found
 
 
@@ -52,7 +43,7 @@ def _read_v2(group: Path) -> float | None:
     try:
         granted, _, period = (group / "cpu.max").read_text(encoding="utf-8").strip().partition(" ")
         return int(granted) / int(period or PERIOD_US)
-    except (OSError, ValueError):  # "max" is no number
+    except (OSError, ValueError):  # "max" raises ValueError
         return None
 
 

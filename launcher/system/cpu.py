@@ -15,11 +15,11 @@ VNNI = frozenset({"avx512_vnni", "avx_vnni"})
 """Linux's names of the instructions that add int8 products in 32 bits: Ice Lake, Alder Lake and Zen 4 have one."""
 
 PORTABLE_BITS = 7
-"""Of int8 weights whose products with uint8 overflow on no CPU."""
+"""Bits of int8 weights whose products with uint8 overflow on no CPU."""
 
 
 def only_for(quantization: Mapping[str, Any] | None) -> str | None:
-    """CPUs that a quantized model needs, by what the manifest says of how it was made; None: any will do."""
+    """The CPUs that a quantized model needs, by the manifest's ``quantization``; None: any CPU."""
     bits = (quantization or {}).get("weight_bits", PORTABLE_BITS)
     return "x86 CPUs with VNNI and for ARM" if bits > PORTABLE_BITS else None
 
@@ -28,7 +28,7 @@ def saturates_int8(cpuinfo: Path | None = None) -> bool:
     """Whether this CPU adds pairs of uint8 x int8 products in 16 bits, where they can overflow: x86 without VNNI.
 
     Weights of 7 bits then keep the sums right (ONNX Runtime's documentation on quantization, "U8S8 saturation"). An x86
-    CPU of which the system says nothing is taken to overflow.
+    CPU whose features the system does not list counts as one that overflows.
     """
     return platform.machine() in X86 and not VNNI & _flags(cpuinfo or CPUINFO)
 

@@ -20,7 +20,7 @@ def write_text_atomic(path: Path, text: str, *, durable: bool = False) -> None:
     Args:
         path: the file.
         text: its new content.
-        durable: whether a loss of power right after must not undo it.
+        durable: whether the file must survive a loss of power right after.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     beside.write_text(text, encoding="utf-8")
@@ -37,7 +37,7 @@ def write_json_atomic(path: Path, value: Any, *, durable: bool = False) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Have what a file holds, or the names in a folder, survive a loss of power."""
+    """Have the disk write a file's content, or the names in a folder, so that they survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -46,11 +46,13 @@ def fsync(path: Path) -> None:
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
-    """Append one line in one ``write``, so that lines of several processes never mix; of several nodes by a lock."""
+    """Append one line in one ``write`` and under a lock, so that lines of several processes or nodes never mix."""
     line = json.dumps(record, allow_nan=False) + "\n"
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        with contextlib.suppress(OSError):  # NFS appends where it last saw the end (open(2)); not all file systems lock
+        with contextlib.suppress(
+            OSError
+        ):  # for NFS, which may append at an old end (open(2)); some file systems have no locks
             fcntl.lockf(descriptor, fcntl.LOCK_EX)  # closing the file frees it
         size = os.fstat(descriptor).st_size
         if size and os.pread(descriptor, 1, size - 1) != b"\n":  # the last writer was killed in the middle of a line

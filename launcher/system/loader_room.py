@@ -1,6 +1,6 @@
 """What loader processes need to hand batches over (sockets, shared memory, open files), and how many there is room for.
 
-Where one of them runs out in the middle of training, a batch is lost on its way and its rank waits for it for ever.
+If one of these runs out during training, a batch is lost and its rank waits for it for ever.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from pathlib import Path
 
 SHM = Path("/dev/shm")  # noqa: S108  its size is looked at, nothing is written
 SHM_PART = 0.75
-"""Of what is free in /dev/shm; the rest is for NCCL and for other programs."""
+"""Use this fraction of the free /dev/shm; the rest is for NCCL and for other programs."""
 MAX_FOLDER = 60
 """Characters of a folder for sockets. A socket's whole path has at most 107 (unix(7)), its name below takes 40."""
 SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108  only for a folder of mkdtemp's, which is ours alone
 MAX_OPEN_FILES = 1 << 16
-"""To which the limit is raised where it may be; some programs look at every file that there could be."""
+"""Raise the limit of open files to this at most: some programs loop over all numbers below the limit."""
 SPARE_FILES = 32
-"""For what a rank opens later: images, a checkpoint, tracking."""
+"""Open files that a rank needs later: images, a checkpoint, tracking."""
 FILES_OF_PROCESS = 4
-"""Two pipes, in the rank and in every loader process that is forked later."""
+"""Open files per loader process: two pipes, in the rank and in every loader process that is forked later."""
 FILES_OF_BATCH = 4
-"""In the process that made it: of the images and of the labels, each as shared memory and as what is handed over."""
+"""Open files per batch in the process that made it: for images and labels, the shared memory and its handle."""
 NUM_LOADERS = 2
 """Training and validation, each with processes of its own."""
 BATCHES_IN_USE = 4
-"""Beside those that wait in the queues: the one that is trained on, the next steps', the one that is made."""
+"""Batches in memory beside those in the queues: the current step's, the next steps', the one being made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Room:
     shm_bytes: int
     """Shared memory."""
     num_files: int
-    """Files that a process can open, beside those that it has open."""
+    """Files that a process can open, beyond those that it has open."""
     has_sockets: bool = True
     """Whether there is a folder for sockets."""
 
@@ -59,13 +59,13 @@ class Loading:
 
 
 def make() -> None:
-    """Make what room can be made for this process and those that it forks: more open files, a folder for sockets."""
+    """Make room for this process and those that it forks: raise the limit of open files, make a folder for sockets."""
     raise_open_files()
     _make_folder()
 
 
 def prepare(num_ranks: int) -> Room:
-    """Make room, and look how much there is; to be called before loader processes are forked.
+    """Make room and measure it; call this before loader processes are forked.
 
     Args:
         num_ranks: workers on this node, which share it.
@@ -78,7 +78,7 @@ def prepare(num_ranks: int) -> Room:
 
 
 def fit(workers: int, prefetch: int, *, batch_bytes: int, room: Room) -> Loading:
-    """As many loader processes as wanted, or as there is room for; they look ahead less before they become fewer.
+    """As many loader processes as wanted and as there is room for; they prefetch less before they become fewer.
 
     Args:
         workers: wanted.
@@ -136,7 +136,7 @@ def _make_folder() -> bool:
 
 
 def _num_files(workers: int, prefetch: int) -> int:
-    """The most that one process will open: the loader process that is forked last, which has the others' pipes too."""
+    """The most files that one process opens: the loader process that is forked last has the others' pipes too."""
     return NUM_LOADERS * FILES_OF_PROCESS * (workers + 1) + FILES_OF_BATCH * (prefetch + 1) + SPARE_FILES
 
 
@@ -145,7 +145,7 @@ def _shm_bytes(workers: int, prefetch: int, batch_bytes: int) -> int:
 
 
 def _lacking(workers: int, prefetch: int, batch_bytes: int, room: Room) -> list[str]:
-    """What there is not enough of, each with what to do."""
+    """What there is too little of, each with what to do."""
     found = []
     if not room.has_sockets:
         found.append("no folder for sockets can be written to; set TMPDIR to one with a short path")

@@ -12,22 +12,23 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MAX_BYTES = 64 << 20
-"""Of a rank's log of one attempt. What a rank says in earnest is a hundredth of it."""
+"""Bytes: cut a rank's log of one attempt that is longer. An ordinary log is a hundredth of this."""
 HEAD_BYTES = 16 << 20
-"""Kept of its beginning, where the first failure is."""
+"""Bytes kept of its beginning, where the first failure is."""
 TAIL_BYTES = 1 << 20
-"""Kept of its end."""
+"""Bytes kept of its end."""
 POLL_S = 1.0
 
 
 class LogCap:
     """While entered, cuts the middle out of logs that have grown too long.
 
-    Ranks write without a buffer between: a crash in C code keeps its last words. They append, so that they go on at the
-    new end of a file that was cut.
+    Ranks write unbuffered, so that a crash in C code keeps its last words, and append, so that they go on at the new
+    end of a log that was cut.
 
     Args:
-        logs: of this node's ranks; called again and again. Other nodes' are theirs: NFS has no appending by two.
+        logs: gives the logs of this node's ranks; called again and again. Each node cuts only its own, because on NFS
+            two nodes cannot append to one file.
     """
 
     def __init__(self, logs: Callable[[], Iterable[Path]]) -> None:

@@ -1,4 +1,4 @@
-"""Addresses, interfaces and ports of this machine, as the nodes of a run need them to find each other."""
+"""Addresses, interfaces and ports of this machine, by which the nodes of a run find each other."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def interface_environment(interface: str) -> dict[str, str]:
 
 
 def machine() -> str:
-    """Tells this machine's network from any other's: two that say the same reach each other by loopback.
+    """An id of this machine's network: two processes with the same id reach each other by loopback.
 
     Host names would not do: containers of one machine may share them.
     """
@@ -104,8 +104,7 @@ def address_of(interface: str) -> str | None:
 def free_port(seed: int) -> int:
     """A port that nobody listens on, the same for a ``seed`` where it is free.
 
-    Outside the range from which Linux gives ports to outgoing connections: one of those would be in the way now and
-    then (enroot#243).
+    It is outside the range that Linux uses for outgoing connections, which would take it now and then (enroot#243).
     """
     low, high = (int(part) for part in EPHEMERAL.read_text(encoding="ascii").split())
     ports = [port for port in range(LOWEST_PORT, HIGHEST_PORT) if not low <= port <= high]

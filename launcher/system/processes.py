@@ -1,4 +1,4 @@
-"""What Linux offers so that no process outlives the one it belongs to."""
+"""Signals, parents and children of processes, so that no process outlives its run."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
-"""They all mean: save at a step boundary and leave (design, "Stopping"). USR2 is SLURM's early signal."""
+"""Each means: save at a step boundary and leave (design, "Stopping"). USR2 is SLURM's early signal."""
 
 TELLING = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
-"""The stop signals in the order in which one is chosen to stop another process by."""
+"""The stop signals, best first, for stopping another process."""
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -26,10 +26,10 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """Import much, quickly, before forking.
+    """Import large libraries faster, before forking.
 
-    Python's cyclic garbage collector goes over the growing heap again and again while modules are imported: 0.7 of the
-    3.9 s that torch and torchvision took here. What was imported is then frozen, as the gc module's own documentation
+    Python's cyclic garbage collector scans the growing heap again and again while modules are imported: that was 0.7 of
+    3.9 s for torch and torchvision. What was imported is then frozen, as the gc module's own documentation
     advises before a fork: no collection in a worker looks at it, or copies its pages, again.
     """
     was_enabled = gc.isenabled()
@@ -45,35 +45,35 @@ def importing() -> Iterator[None]:
 def heeded() -> list[signal.Signals]:
     """The stop signals that this process does not ignore.
 
-    Whoever started it may have had some ignored: nohup (HUP), ``&`` in a script (INT), ``trap '' TERM``. Those stay so,
-    here and in every process that this one starts.
+    Some may have been ignored when it was started: by nohup (HUP), ``&`` in a script (INT), ``trap '' TERM``. They stay
+    ignored, here and in every process that this one starts.
     """
     return [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def telling_signal() -> signal.Signals:
-    """The signal by which the processes of a run tell each other to stop: SIGTERM, or one that is not ignored."""
+    """The signal that a run's processes send each other to stop: SIGTERM, or the next that is not ignored."""
     found = heeded()
     return next((number for number in TELLING if number in found), signal.SIGTERM)
 
 
 def stop_signal_for(pid: int) -> signal.Signals | None:
-    """The signal by which another process can be stopped: the first that it does not ignore; None: it ignores all."""
+    """The signal to stop another process with: the first that it does not ignore; None: it ignores all."""
     status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     ignored = int(next(line for line in status.splitlines() if line.startswith("SigIgn:")).split()[1], 16)
     return next((number for number in TELLING if not ignored >> (number - 1) & 1), None)
 
 
 def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
-    """Have the kernel send this process a signal when its parent ends, however that ends."""
+    """Have the kernel send this process a signal when its parent ends for any reason."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def offer_to_kernel(score: int) -> None:
-    """Where memory runs out the kernel is to take this process, and those that it starts, before ones of lower score.
+    """When memory runs out, have the kernel kill this process, and those that it starts, before ones of lower score.
 
     Args:
-        score: 0 to 1000 (proc(5), oom_score_adj); 0 is what everybody has.
+        score: 0 to 1000 (proc(5), oom_score_adj); 0 is the default.
     """
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(str(score), encoding="ascii")
@@ -85,7 +85,7 @@ def adopt_orphans() -> None:
 
 
 def start_time(pid: int) -> str | None:
-    """When a living process started, in the kernel's ticks: with it a process id is unique. None: there is none."""
+    """When a process started, in the kernel's ticks: id and start time together are unique. None: it does not live."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -130,7 +130,7 @@ def _children_by_parent() -> dict[int, list[int]]:
 
 
 def kill_descendants() -> list[int]:
-    """Kill every process below this one and wait until they are gone; return which there were."""
+    """Kill every process below this one and wait until they are gone; return their ids."""
     killed: list[int] = []
     while below := descendants(os.getpid()):
         for pid in below:

@@ -1,4 +1,4 @@
-"""Secrets: what is one or looks like one, found in a value that would be written down, and taken out of a text."""
+"""Finds secrets, or what looks like one, in values that would be written down, and hides them in text."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 HIDDEN = "***"
 MIN_CHARS = 8
-"""Of a secret; what is shorter would be found in ordinary text."""
+"""Ignore secrets with fewer characters: they would be found in ordinary text."""
 
 _NAMES = r"(?:API_?KEY|ACCESS_?KEY|SECRET_?KEY|PRIVATE_?KEY|TOKEN|SECRET|PASSWO?R?D|CREDENTIALS?)"
 _SECRET_NAME = re.compile(rf"{_NAMES}$", re.IGNORECASE)
-# No secret: a path or a variable, which say where one is, and a word (resnet50), which ordinary text may hold as well.
+# Not a secret: a path or a variable, which say where one is, and a word (resnet50), which may be ordinary text.
 _ORDINARY = re.compile(r"[~.]{0,2}/(?:[a-z0-9_/-]+|.*\..*)|\$.*|[A-Za-z][a-z_-]{,20}\d{,3}")
 _EDGE, _END = r"(?<![A-Za-z0-9])", r"(?![A-Za-z0-9])"
 _SHAPES: Mapping[str, re.Pattern[str]] = {

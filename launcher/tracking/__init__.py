@@ -1,1 +1,1 @@
-"""Tells Weights & Biases what a run records."""
+"""Sends a run's records to Weights & Biases."""

@@ -1,4 +1,4 @@
-"""Weights & Biases, from rank 0: whatever it does, training neither stops nor waits for it.
+"""Tracks a run with Weights & Biases, from rank 0. Training never stops or waits because of it.
 
 All of wandb happens in one daemon thread behind a bounded queue, because ``wandb.init`` takes seconds and, before a
 server that hangs, minutes; and each call after it can hang as well. Where the server cannot be used the record is kept
@@ -37,22 +37,22 @@ if TYPE_CHECKING:
     from launcher.tracking.wandb_mode import Mode
 
 DEFAULT_PROJECT = "finetune-launcher"
-NOT_UPLOADED = ("optimizer.pt",)  # two thirds of a checkpoint, and of use to nobody but this run
+NOT_UPLOADED = ("optimizer.pt",)  # two thirds of a checkpoint, and only this run can use it
 QUEUE_SIZE = 1000
 POLL_S = 0.2
 STOPPED_S = 1.5
-"""How long the end of training waits for wandb where somebody asks to stop."""
+"""Seconds that the end of training waits for wandb after a stop signal."""
 FALLBACK_S = 10.0
-"""How long an offline record may take to begin where training is over before the server has answered."""
+"""Seconds that an offline record may take to begin if training ends before the server has answered."""
 PROBE_S = 10.0
-"""How often it is looked whether wandb's folder can still be written."""
+"""Seconds between two checks that wandb's folder can be written."""
 
 
 class Tracker:
-    """A wandb run that follows a run directory. Every method returns at once, but for :meth:`finish`; none raises.
+    """A wandb run for a run directory. Every method but :meth:`finish` returns at once; none raises.
 
-    A server that cannot be used becomes one line to ``warn``, and the record is kept offline. What else goes wrong
-    becomes one line too, and tracking is off from then on. With mode ``disabled`` there is no thread and wandb is never
+    If the server cannot be used, ``warn`` gets one line and the record is kept offline. After any other error ``warn``
+    gets one line and tracking is off. With mode ``disabled`` there is no thread and wandb is never
     imported.
 
     Args:
@@ -74,14 +74,14 @@ class Tracker:
         self._lock = threading.Lock()
         self._off = threading.Event()
         self._contacting = threading.Event()  # the server's first answer is awaited
-        self._hurry = threading.Event()  # training is over, and it need not come any more
+        self._hurry = threading.Event()  # training is over: do not wait for the answer any longer
         self._folder: Path | None = None  # of the record
         self._probed = 0.0
         self._thread: threading.Thread | None = None
         if asked_mode(recipe.tracking.wandb.mode) == "disabled":
             self._off.set()
             return
-        # What wandb would put into the home folder; and its crash reports, which need the network at exit.
+        # keep wandb's files out of the home folder; its crash reports need the network at exit
         os.environ.setdefault("WANDB_CACHE_DIR", str(run.wandb / "cache"))
         os.environ.setdefault("WANDB_DATA_DIR", str(run.wandb / "data"))
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -121,7 +121,7 @@ class Tracker:
             timeout_s: how long to wait; up to two seconds more where a process has to be killed, and ``FALLBACK_S``
                 more where the record is then kept offline.
             exit_code: not 0 marks the wandb run as failed.
-            stop: whether somebody asks to stop, who is not kept waiting.
+            stop: whether a stop signal came; the wait is then short.
         """
         if self._thread is None:
             return
@@ -138,7 +138,7 @@ class Tracker:
         self._off.set()
 
     def _join(self, timeout_s: float, stop: Callable[[], bool]) -> None:
-        """Wait for the thread, from a stop on for ``STOPPED_S`` only."""
+        """Wait for the thread; after a stop signal, only ``STOPPED_S``."""
         assert self._thread  # noqa: S101  there is something to wait for
         deadline, stopped = time.monotonic() + timeout_s, False
         while self._thread.is_alive() and (left := deadline - time.monotonic()) > 0:
@@ -160,14 +160,14 @@ class Tracker:
                 return
 
     def _turn_off(self, line: str, reason: str) -> None:
-        """Say ``line`` and how to send what was recorded, which the server lacks for that ``reason``."""
+        """Warn with ``line`` and the command that sends the record; ``reason``: why the server lacks it."""
         with self._lock:  # the thread and finish() may both be here; the first one speaks
             if not self._off.is_set():
                 self._off.set()
                 self._say(line + self._unsent(reason))
 
     def _unsent(self, reason: str) -> str:
-        """Note in the run's history that the server lacks the record or some of it; the command that sends it."""
+        """Record that the server lacks some of the record; return the command that sends it."""
         if self._folder is None:
             return ""
         with contextlib.suppress(OSError):
@@ -175,7 +175,7 @@ class Tracker:
         return f"; `{wandb_folder.sync_command([self._folder])}` sends what is recorded"
 
     def _say(self, line: str) -> None:
-        with contextlib.suppress(Exception):  # wandb is not worth a failure of whoever prints it
+        with contextlib.suppress(Exception):  # a failure to print a line about wandb must not matter
             self._warn(line)
 
     def _work(self) -> None:
@@ -287,7 +287,7 @@ def log_exports(run: RunDir, warn: Callable[[str], None], *, timeout_s: float = 
         tracker = Tracker(run, recipes.read_resolved(run.recipe), run.read_plan(), warn)
         tracker.log_exports()
         tracker.finish(timeout_s)
-    except Exception as error:  # a record of the exports elsewhere is not worth a failed post-step
+    except Exception as error:  # wandb must not fail the post-step
         warn(_describe(error))
 
 

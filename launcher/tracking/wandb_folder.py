@@ -1,4 +1,4 @@
-"""wandb's folder of a run: whether it can be written, what in it the server lacks, and the command that sends it."""
+"""wandb's folder of a run: whether it can be written, which records the server lacks, and how to send them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from launcher.runs.run_dir import RunDir
 
 UNSYNCED = "wandb_unsynced"
-"""Kind of the event that names a record (``folder``) which was not, or not wholly, sent, and says why (``reason``)."""
+"""Kind of the event for a record (``folder``) that was not sent completely, and why (``reason``)."""
 PROBE_BYTES = 65536
 
 
@@ -35,14 +35,14 @@ def unsynced(run: RunDir, events: Iterable[dict[str, Any]]) -> list[Path]:
 
 
 def sync_command(folders: Iterable[Path]) -> str:
-    """What sends these records; wandb skips those that were begun online unless it is told not to."""
+    """The command that sends these records; without --include-online wandb skips those that were begun online."""
     names = [str(folder) for folder in folders]
     online = any("/offline-run-" not in name for name in names)
     return shlex.join(["wandb", "sync", *(["--include-online"] if online else []), *names])
 
 
 def check_writable(folder: Path) -> None:
-    """Write and remove some bytes. wandb itself goes on without a word where its disk is full.
+    """Write and remove some bytes. wandb itself says nothing when its disk is full.
 
     Raises:
         OSError: the disk or quota is full, or the folder cannot be written.

@@ -1,4 +1,4 @@
-"""Whether runs are tracked with Weights & Biases here, by what the recipe, the environment and the network say."""
+"""Decides whether runs are tracked with Weights & Biases, by recipe, environment and network."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MODES: Mapping[str, Mode] = {
     "dryrun": "offline",
     "disabled": "disabled",
 }
-"""What ``WANDB_MODE`` can be, and means."""
+"""Values of ``WANDB_MODE``, and what they mean."""
 CONNECT_TIMEOUT_S = 2.0
 
 
@@ -38,7 +38,7 @@ def resolve_mode(mode: str) -> tuple[Mode, str | None]:
             online where there is a key, and disabled where there is none.
 
     Returns:
-        The mode to run in, and why it is another one than was asked for.
+        The mode to use, and why it differs from the mode that was asked for.
     """
     asked = asked_mode(mode)
     if asked in ("offline", "disabled"):
@@ -97,7 +97,7 @@ def _hosts() -> Sequence[str]:
 
 
 def _unreachable(url: str | None) -> str | None:
-    """What is wrong where neither the server nor the proxy before it accepts a connection."""
+    """Why neither the server nor its proxy accepts a connection; None: one does."""
     if url is None:
         import wandb
 

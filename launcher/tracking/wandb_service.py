@@ -1,4 +1,4 @@
-"""wandb-core, the process in which wandb does its work: how it is started, and ended without waiting for it."""
+"""Starts and ends wandb-core, the process in which wandb does its work, without waiting for it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from launcher.tracking.wandb_mode import Mode
 
 INIT_TIMEOUT_S = 30.0
-"""How long ``wandb.init`` may wait for its server."""
+"""Seconds that ``wandb.init`` may wait for its server."""
 KILL_TIMEOUT_S = 2.0
 
 
@@ -50,7 +50,7 @@ def settings(mode: Mode, warn: Callable[[str], None]) -> wandb.Settings:
 
 
 def start(options: wandb.Settings) -> None:
-    """Start the service by itself: it comes with an exit hook, and ``wandb.init`` may hang.
+    """Start the service without its exit hook, before ``wandb.init``, which may hang.
 
     The hook would wait until all is sent, however long that takes. wandb has no public way to leave it out.
     """
@@ -62,8 +62,8 @@ def start(options: wandb.Settings) -> None:
 
 
 def end() -> None:
-    """Kill the service, and have wandb forget it: it still has threads, and knows of a service that is gone."""
-    logging.getLogger("wandb").handlers = [logging.NullHandler()]  # what it says of its end may find a full disk
+    """Kill the service and have wandb forget it: wandb still has threads for it."""
+    logging.getLogger("wandb").handlers = [logging.NullHandler()]  # its last log lines may meet a full disk
     kill()
     with contextlib.suppress(BaseException):
         sys.modules["wandb"].teardown()

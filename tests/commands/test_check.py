@@ -116,4 +116,4 @@ def test_names_that_are_no_text_can_be_printed(launch, folder):
     (folder / "train/cat/0.png").rename(folder / "train/cat/a\udcff.png")
     done = launch("check", str(folder), env={"LC_ALL": "C.UTF-8"})
     assert done.returncode == 3, done.stderr
-    assert "train/cat/a\\udcff.png: unreadable: its name is not UTF-8; mend its permissions, its name" in done.stdout
+    assert "train/cat/a\\udcff.png: unreadable: its name is not UTF-8; correct its permissions, its name" in done.stdout

@@ -516,7 +516,7 @@ def test_cores_that_the_cgroup_does_not_grant_are_pointed_out(usable, total, quo
         ("4", "ok", "4;"),
         ("4,2", "ok", "4;"),
         ("5", "warning", "5 threads for 4 cores"),
-        ("0", "warning", "no positive whole number"),
+        ("0", "warning", "not a positive whole number"),
         ("-1", "warning", "unset OMP_NUM_THREADS"),
         ("auto", "warning", "'auto'"),
         ("", "warning", "''"),

@@ -216,7 +216,7 @@ def test_two_nodes_started_by_hand_make_one_run(start, tmp_path):
     assert {e["node"] for e in events(run, "attempt_started")} == {0, 1}
 
 
-def test_a_sweep_without_slurm_runs_one_after_the_other_and_one_that_fails_stops_no_other(start, tmp_path, photos):
+def test_a_local_sweep_runs_in_turn_and_a_failed_run_stops_no_other(start, tmp_path, photos):
     broken = photos
     image_scan.scan(broken)
     for file in (broken / "train").rglob("*.png"):

@@ -29,12 +29,12 @@ def launched(tmp_path, monkeypatch, images):
 
     def launch(*arguments):
         made = []
-        plan_run = start.plan_run
-        monkeypatch.setattr(start, "plan_run", lambda *a, **k: made.append((plan_run(*a, **k), a[0])) or made[-1][0])
+        plan = start.plan
+        monkeypatch.setattr(start, "plan", lambda reading: made.append(plan(reading)) or made[-1])
         run_dir = str(tmp_path / "run")
         assert cli.main([*arguments, "--run-dir", run_dir, "--dry-run"]) == 0
-        start.write_run(*made[0])
-        monkeypatch.setattr(start, "plan_run", plan_run)
+        start.write_run(made[0].plan, made[0].recipe)
+        monkeypatch.setattr(start, "plan", plan)
         monkeypatch.chdir(tmp_path / "elsewhere")
         return run_dir
 
@@ -59,7 +59,7 @@ def test_a_profile_as_it_was_changed_on_the_command_line_is_that_of_a_resume(lau
     assert "exclude=n1" not in script
 
 
-def test_a_run_is_resumed_from_another_directory_with_the_files_that_it_was_launched_with(launched, tmp_path, capsys):
+def test_a_resume_from_another_directory_reads_the_same_files(launched, tmp_path, capsys):
     profiles = ("--profile", "cluster.yaml", "post.profile=./cluster.yaml")
     run = launched("resnet50_ft", "data.path=photos", "--nodes", "2", "--gpus", "8", *profiles)
     assert cli.main(["resume", run, "--dry-run"]) == 0

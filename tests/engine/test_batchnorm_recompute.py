@@ -59,9 +59,7 @@ def test_they_are_the_means_over_training_batches_of_the_weights_that_are_valida
     assert (event["epoch"], event["batches"], event["batch_size"]) == (0, 6, 6)
 
 
-def test_of_a_number_of_steps_in_which_the_average_forgets_what_it_began_with_they_are_left_alone(
-    make_run, engine, one_rank
-):
+def test_statistics_are_left_alone_after_steps_enough_to_forget_their_start(make_run, engine, one_rank):
     def quick(parts):  # 7 steps an epoch: 20 are enough in the third
         for layer in batch_norms(parts.model.module):
             layer.momentum = 0.5

@@ -255,7 +255,7 @@ def test_two_samples_of_the_same_file_are_transformed_in_two_ways(photos):
     assert not torch.equal(dataset[0, 0][0], dataset[0, 1][0])
 
 
-def test_without_augmentation_an_image_is_the_same_in_every_epoch_and_whole_in_the_middle(photos):
+def test_without_augmentation_an_image_is_the_same_centre_in_every_epoch(photos):
     dataset = dataset_of(photos, "none")
     first, label = dataset[0, 3]
     path, expected_label = dataset.samples[3]

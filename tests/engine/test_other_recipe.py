@@ -50,7 +50,7 @@ def stopped(make_run, engine, one_rank):
     return make
 
 
-def test_rates_and_settings_are_those_of_this_call_and_the_momentum_is_the_checkpoints(stopped, engine):
+def test_rates_and_settings_are_this_calls_and_momentum_is_the_checkpoints(stopped, engine):
     run = stopped()
     change(run, optim={"lr": 0.001, "momentum": 0.5, "weight_decay": 0.5})
     parts, saved = restored(run, engine.cpu)

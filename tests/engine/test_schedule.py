@@ -63,7 +63,7 @@ def test_an_epoch_visits_every_index_exactly_once(plan, epochs):
 
 
 @given(data=st.data(), plan=schedules())
-def test_also_when_it_is_resumed_twice_with_other_ranks_another_global_batch_and_more_left_out(data, plan):
+def test_also_after_two_resumes_with_other_ranks_batches_and_images_left_out(data, plan):
     epochs, epoch, offset, seen = 2, 0, 0, []
     for last in (False, False, True):
         steps = steps_of_ranks(plan, epoch=epoch, offset=offset, end_epoch=epochs)
@@ -191,7 +191,7 @@ def in_pairs(num, dealt):
 
 
 @given(plan=schedules())
-def test_a_rank_takes_its_share_in_batches_no_bigger_than_its_size_and_rank_0_is_never_without(plan):
+def test_a_rank_takes_its_share_in_batches_of_at_most_its_size_rank_0_always(plan):
     dealt = plan.batching
     for ranks in steps_of_ranks(plan):
         assert ranks[0].micro_batches[0]
@@ -233,7 +233,7 @@ def test_seeds_are_the_same_for_ever():
 
 
 @given(seed=SEEDS, epoch=st.integers(0, 1000), num=st.integers(30, 200))
-def test_the_order_is_a_permutation_that_follows_from_its_arguments_and_differs_with_seed_and_epoch(seed, epoch, num):
+def test_the_order_is_a_permutation_that_depends_on_seed_and_epoch_alone(seed, epoch, num):
     order = epoch_order(seed, epoch, num).tolist()
     np.random.seed(epoch)  # noqa: NPY002  the order must not heed it
     assert epoch_order(seed, epoch, num).tolist() == order

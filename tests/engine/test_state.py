@@ -115,7 +115,7 @@ def is_saved(path):
 
 
 @pytest.mark.slow
-def test_all_that_changes_in_training_is_in_a_checkpoint_or_follows_from_the_position(make_run, engine, one_rank):
+def test_a_checkpoint_and_the_position_hold_all_that_training_changes(make_run, engine, one_rank):
     run = make_run(**EVERYTHING, batch={"size": 4, "accumulate": 2})
     seen = []
 
@@ -266,7 +266,7 @@ def test_images_left_out_from_now_on_change_no_other_sample_place(make_run, engi
     assert [event["offset"] for event in read_jsonl(run.events) if event["kind"] == "resumed"] == [18]
 
 
-def test_an_epoch_of_which_all_that_was_left_is_left_out_now_ends_with_its_validation(make_run, engine, one_rank):
+def test_an_epoch_whose_last_images_are_left_out_ends_with_its_validation(make_run, engine, one_rank):
     run = make_run(batch={"size": 6}, train={"epochs": 2})
     engine.train(run, stop=engine.at_poll(6))
     assert checkpoints.read_state(run.last_checkpoint)["offset"] == 34

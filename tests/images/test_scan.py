@@ -127,7 +127,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("kind", "name", "write"), BAD)
-def test_what_cannot_be_trained_on_has_a_kind_and_words_and_the_engine_refuses_it_too(kind, name, write, tmp_path):
+def test_a_bad_file_has_a_kind_and_words_and_the_engine_refuses_it_too(kind, name, write, tmp_path):
     path = tmp_path / name
     write(path)
     _, found, message, notes, _ = probe(str(path))
@@ -330,7 +330,7 @@ def test_many_processes_find_what_one_finds(folder):
     assert one.images == three.images
 
 
-def test_the_same_bytes_in_both_splits_or_in_two_classes_are_found_but_not_of_bad_files(folder):
+def test_good_files_with_the_same_bytes_in_two_splits_or_classes_are_found(folder):
     (folder / "val/cat/9.jpg").write_bytes((folder / "train/dog/1.jpg").read_bytes())
     (folder / "train/cat/9.jpg").write_bytes((folder / "train/dog/0.jpg").read_bytes())
     (folder / "train/cat/8.jpg").write_bytes((folder / "train/cat/1.jpg").read_bytes())  # the same class: no harm

@@ -130,7 +130,7 @@ STEPS = f"/w/launcher/engine/train_step.py, {TRAINS}"
         (f"/w/launcher/engine/train_step.py, /v/torch/autograd/graph.py, {TRAINS}", False),
     ],
 )
-def test_a_worker_waits_for_the_others_where_its_innermost_call_is_in_a_collective_or_waits_for_the_gpu(
+def test_a_worker_waits_for_others_if_its_innermost_call_is_a_collective_or_the_gpu(
     run, worker, monkeypatch, stack, waits
 ):
     monkeypatch.setattr(watchdog, "DUMP_S", 0.0)

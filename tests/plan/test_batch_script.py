@@ -225,7 +225,7 @@ def test_where_no_other_nodes_fit_a_lost_one_is_used_again(job):
     assert job.end(137, log, fits='[ "$2" != --exclude=n9,n2 ]') == (137, REQUEUED)
 
 
-def test_a_node_that_fails_its_check_is_left_out_and_not_the_one_that_srun_kills_then(job):
+def test_the_node_that_fails_its_check_is_left_out_not_the_one_that_srun_kills(job):
     job.says(bad="n2")
     assert job.end(137, LEFT(3), begins=False) == (3, ["requeue 7", "update JobId=7 ExcNodeList=n9,n2"])
     assert job.events("supervisor_lost") == []

@@ -49,7 +49,7 @@ def test_a_plan_is_read_as_it_was_written(run):
     assert run.read_plan().world_size == json.loads(run.plan.read_text())["world_size"] == 16
 
 
-def test_what_an_older_launcher_has_not_written_has_its_default_and_what_a_newer_one_adds_is_left(run):
+def test_fields_that_a_plan_lacks_have_defaults_and_unknown_ones_are_ignored(run):
     run.plan.write_text(json.dumps({"run_id": "a-1", "later": 1, "profile": {"lead_s": 9, "later": 1}}))
     assert run.read_plan() == LaunchPlan(run_id="a-1", profile=Profile(lead_s=9))
     assert run.read_launched() == Launched()

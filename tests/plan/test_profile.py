@@ -94,7 +94,7 @@ def test_what_does_not_fit_on_the_command_line_is_said_as_it_was_typed(mine):
         profile.load("mine", ["profile.partion=low", "profile.lead_s"])
     head, *problems = str(caught.value).splitlines()
     assert head == "2 problems in the profile mine; nothing was started"
-    assert "'profile.lead_s' is no override" in problems[0]
+    assert "'profile.lead_s' is not an override" in problems[0]
     assert "command line (profile.partion=low): partion: unknown key; did you mean 'partition'" in problems[1]
 
 

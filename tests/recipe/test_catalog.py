@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from torchvision import models
 
 from launcher.errors import LaunchError, UsageError
@@ -79,7 +78,7 @@ def test_the_catalog_and_the_plain_table_import_no_torch():
         "import sys\n"
         "from launcher.recipe import catalog\n"
         "catalog.image_size('resnet50', None)\n"
-        "catalog.cached_weights_path(catalog.find_model('resnet50').find_weights('DEFAULT'))\n"
+        "catalog.find_model('resnet50').find_weights('DEFAULT')\n"
         "from launcher.commands import models\n"
         "models.run('resnet50', None)\n"
         "heavy = {name.partition('.')[0] for name in sys.modules} & {'torch', 'torchvision', 'numpy', 'omegaconf'}\n"
@@ -130,20 +129,6 @@ def test_models_for_other_tasks_are_not_in_the_catalog(arch):
 
 
 @pytest.mark.parametrize(
-    "environment",
-    [{"TORCH_HOME": "/t/home"}, {"XDG_CACHE_HOME": "/x/cache"}, {}, {"TORCH_HOME": "~/own"}, {"XDG_CACHE_HOME": "~/c"}],
-)
-def test_weights_are_looked_for_where_torch_hub_keeps_them(environment, monkeypatch):
-    for name in ("TORCH_HOME", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", "/h/me")
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    weights = known("resnet18").find_weights("DEFAULT")
-    assert catalog.cached_weights_path(weights) == Path(torch.hub.get_dir()) / "checkpoints" / "resnet18-f37072fd.pth"
-
-
-@pytest.mark.parametrize(
     ("arch", "weights", "size"),
     [
         ("vit_b_16", "IMAGENET1K_SWAG_E2E_V1", 384),
@@ -180,7 +165,7 @@ def installed(tmp_path, monkeypatch):
     catalog.classification_models.cache_clear()
 
 
-def test_a_registered_name_wins_over_the_functions_and_any_form_of_annotation_will_do(installed):
+def test_a_registered_name_wins_and_any_form_of_annotation_is_read(installed):
     installed(WEIGHTS_FILE.replace("CROP", "32").replace("ANNOTATION", "Tiny_Weights | None"))
     assert list(catalog.classification_models()) == ["bare", "tiny"]
     weights = catalog.find_model("bare").find_weights("DEFAULT")

@@ -183,7 +183,7 @@ def test_an_override_is_read_as_yaml(override, values, read):
 
 @pytest.mark.parametrize("item", ["foo", "optim.lr", "=3", ""])
 def test_what_is_no_override_is_said(item, problems):
-    assert problems(DIGITS, item) == [f"command line: {item!r} is no override; write key=value"]
+    assert problems(DIGITS, item) == [f"command line: {item!r} is not an override; write key=value"]
 
 
 @pytest.mark.parametrize("item", ["optim.groups={head: 1", "optim.lr=[1", "optim.lr={", "name='a", "seed=*a"])

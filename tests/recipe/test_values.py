@@ -86,7 +86,7 @@ def test_a_layer_with_a_dot_in_its_name_goes_into_brackets(load):
         load(text, "optim.groups.layer4.0=0.5")
     (problem,) = caught.value.problems
     assert problem.where == "command line (optim.groups.layer4.0=0.5)"
-    assert problem.message == "a name with dots in it goes into brackets: 'optim.groups[layer4.0]=0.5'"
+    assert problem.message == "put a name with dots into brackets: 'optim.groups[layer4.0]=0.5'"
     assert load(text, "optim.groups[layer4.0]=0.5").optim.groups == {"head": 0.1, "layer4.0": 0.5}
     with pytest.raises(RecipeError, match=r"command line \(optim.groups\[layer4.0\]=fast\): .* found 'fast'; valid"):
         load(text, "optim.groups[layer4.0]=fast")

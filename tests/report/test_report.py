@@ -827,7 +827,7 @@ def test_of_very_many_bad_images_the_page_shows_some(write_run):
     assert "500 of 1,000 images cannot be decoded and have no part in this; the others are in bad_images.json" in page
 
 
-def test_validation_images_that_are_training_images_are_said_in_the_page_and_the_card(write_run):
+def test_validation_images_in_training_are_told_in_the_page_and_the_card(write_run):
     run = write_run()
     run.bad_images.write_text(json.dumps(bad_images(0, leaked=7)))
     _, page = written(run)

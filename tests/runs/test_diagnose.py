@@ -105,7 +105,7 @@ def test_why_names_rank_host_message_traceback_log_and_cure_of_the_last_attempt(
     ("kind", "cure"),
     [
         ("bug", "--debug"),
-        ("usage", "correct what the message names"),
+        ("usage", "fix the error that the message names"),
         ("out_of_memory", "lower batch.size"),
         ("peer_lost", "launch resume RUN"),
     ],

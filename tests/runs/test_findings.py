@@ -59,7 +59,7 @@ def diagonal(per_class, right):
     return found
 
 
-def test_one_class_for_all_while_training_does_well_is_blamed_on_what_differs_in_validation():
+def test_one_class_for_all_after_good_training_is_blamed_on_validation():
     ((kind, message, cause),) = found_in(one_column([10] * 10, 3), train=0.975)
     assert kind == "one_class"
     assert message == (

@@ -98,7 +98,7 @@ def test_validation_images_that_are_training_images_are_one_line(make, folder, c
 # What the run directory says
 
 
-def test_the_file_is_there_even_where_nothing_is_bad_and_for_the_digits_without_a_look(make, monkeypatch, folder):
+def test_the_file_is_written_without_bad_images_and_for_the_digits_unscanned(make, monkeypatch, folder):
     monkeypatch.setenv("FINETUNE_LAUNCHER_CACHE", str(folder.parent))
     folder.rename(folder.parent / "digits")
     _, run = make("error", name="digits", path=None)
@@ -118,7 +118,7 @@ def test_a_run_of_an_earlier_version_leaves_nothing_out(make):
     assert image_folder.read_quarantine(run.bad_images) == frozenset()
 
 
-def test_quarantine_lists_what_is_left_out_says_so_and_does_not_look_twice_for_an_attempt(make, folder, capsys):
+def test_quarantine_lists_and_tells_what_is_left_out_and_scans_once_an_attempt(make, folder, capsys):
     spoil(folder, "train/cat/0.png", "val/dog/0.png")
     _, run = make("quarantine")
     prepare(run, 1)
@@ -146,7 +146,7 @@ def test_a_later_attempt_adds_what_is_newly_bad_and_keeps_what_was_mended(make, 
     ]
 
 
-def test_under_error_the_attempt_is_over_before_it_began_and_history_knows_and_mending_is_enough(make, folder):
+def test_under_error_the_attempt_ends_before_it_begins_and_a_repair_is_enough(make, folder):
     spoil(folder, "train/cat/0.png")
     _, run = make("error")
     with pytest.raises(TrainingError, match=r"1 image cannot be decoded(.|\n)*train/cat/0.png: empty(.|\n)*launch why"):
@@ -236,9 +236,7 @@ def test_the_engine_leaves_out_what_is_listed_and_finds_the_others_where_they_we
 # Classes that validation lacks
 
 
-def test_with_missing_val_classes_allowed_a_class_may_lose_its_last_validation_image_but_validation_not_all(
-    make, folder, capsys
-):
+def test_with_missing_val_classes_allowed_one_class_may_be_without_validation_images(make, folder, capsys):
     spoil(folder, "val/dog/0.png", "val/dog/1.png")
     with pytest.raises(RecipeError, match="no image that can be decoded is left in val/dog"):
         quarantine.check(make("quarantine")[0], where)

@@ -2,7 +2,7 @@ from launcher.system import log_cap
 from launcher.system.log_cap import HEAD_BYTES, MAX_BYTES, TAIL_BYTES, LogCap, cut
 
 
-def test_the_beginning_and_the_end_of_a_long_log_are_kept_and_the_rank_goes_on_after_them(tmp_path):
+def test_a_long_log_keeps_its_beginning_and_end_and_the_rank_goes_on_after_them(tmp_path):
     log = tmp_path / "rank-0.log"
     with log.open("ab", buffering=0) as rank:
         rank.write(b"the first failure\n" + b"again and again\n" * (MAX_BYTES // 16) + b"the last words\n")

@@ -154,7 +154,7 @@ print(*processes.kill_descendants())
     assert sorted(descendants[1:]) == sorted(grandchildren)
 
 
-def test_a_program_name_with_spaces_and_brackets_does_not_confuse_the_list_of_children(tmp_path):
+def test_a_program_name_with_spaces_and_brackets_is_no_problem_for_children(tmp_path):
     (script := tmp_path / ") S 1 (").write_text("#!/bin/sh\nsleep 100 &\nwait\n")
     script.chmod(0o755)
     child, children, _ = in_a_process(f"""

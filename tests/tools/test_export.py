@@ -197,7 +197,7 @@ def test_all_that_is_wrong_with_an_export_is_said():
     assert "50 of 100 answers changed" in reason
 
 
-def test_a_float_export_that_sees_other_things_is_not_accepted_whatever_the_recipe_allows():
+def test_a_float_export_that_sees_other_things_is_never_accepted():
     row = {"format": "onnx", "quantization": None, "top1_drop": 0.0, "agreement": 0.98, "num_changed": 2}
     reason = export._rejection(row, PostConfig(min_agreement=0.5), num_images=100)
     assert "agrees with the checkpoint on 98.00%" in reason

@@ -136,7 +136,7 @@ def run_card(run, photo):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_the_cards_code_sees_what_validation_sees_and_answers_what_the_checkpoint_does(name, run):
+def test_the_cards_code_sees_and_answers_as_validation_does(name, run):
     best = evaluate.load_best(run)
     dataset = best.dataset("val")
     (index,) = [i for i, (path, _) in enumerate(dataset.samples) if path.endswith(f"/{name}")]

@@ -10,7 +10,7 @@ import time
 from typing import IO, TYPE_CHECKING, Any
 
 from launcher.recipe import metrics as recipe_metrics
-from launcher.runs import findings
+from launcher.runs import findings, states
 from launcher.tracking.wandb import Tracker
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Recorder:
         self._hidden: set[str] = set()
         """Metrics that say nothing with so few classes."""
         self._writing = threading.Lock()
-        self._unwritten: list[Callable[[], None]] = []
+        self._unwritten: list[Callable[[], object]] = []
         self._tracker = Tracker(run, recipe, run.read_plan(), self.say) if tracked else None
         if console.isatty():
             self._start_progress()
@@ -86,7 +86,7 @@ class Recorder:
 
     def status(self, state: State = "running", **fields: Any) -> None:
         """Write status.json."""
-        self._write(lambda: self._run.update_status(state=state, attempt=self._attempt, **fields))
+        self._write(lambda: states.move(self._run, state, attempt=self._attempt, **fields))
 
     def progress(self, step: int) -> None:
         """An optimizer step was taken; costs nothing off a terminal."""
@@ -141,7 +141,7 @@ class Recorder:
         if self._tracker is not None:
             self._tracker.log(record | dict.fromkeys(self._hidden))
 
-    def _write(self, write: Callable[[], None]) -> None:
+    def _write(self, write: Callable[[], object]) -> None:
         """Write to the run directory; what a full disk does not take now is kept, in its order, for the next time."""
         with self._writing:  # the checkpoint's thread has events to tell
             self._unwritten.append(write)

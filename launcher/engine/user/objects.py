@@ -25,7 +25,7 @@ def build(reference: str, args: Mapping[str, Any], *, num_classes: int, takes: i
     Args:
         reference: as the run's recipe has it.
         args: of the recipe.
-        num_classes: outputs of the model; passed where ``num_classes`` is "auto", or is needed and not given.
+        num_classes: outputs of the model; passed where ``num_classes`` is "auto", or has no value of its own.
         takes: how many arguments by position a function that is meant itself is called with; 0: it is a factory.
 
     Raises:
@@ -36,7 +36,7 @@ def build(reference: str, args: Mapping[str, Any], *, num_classes: int, takes: i
         return found
     parameters = parameters_of(found) or {}
     given = {name: num_classes if (name, value) == ("num_classes", "auto") else value for name, value in args.items()}
-    if _is_needed(parameters.get("num_classes")):
+    if "num_classes" in parameters and parameters["num_classes"].default in (inspect.Parameter.empty, None):
         given.setdefault("num_classes", num_classes)
     if "reduction" in parameters:  # torch's losses: sums over samples need each
         given.setdefault("reduction", "none")

@@ -391,9 +391,7 @@ def test_each_is_told_of_when_it_is_on_the_disk(run):
     assert told == [(1, True), (2, False)]
 
 
-def test_training_does_not_wait_for_the_disk_and_what_is_waiting_gives_way_to_the_newest_but_not_the_best(
-    run, monkeypatch
-):
+def test_training_does_not_wait_for_the_disk_and_the_newest_and_the_best_are_written(run, monkeypatch):
     real, reading, begun = checkpoints.write, os.pipe(), threading.Event()
     order = []
 

@@ -62,7 +62,7 @@ def test_a_stop_is_heeded_while_a_batch_is_waited_for(stop):
     end_loaders()
 
 
-def test_also_where_a_batch_is_taken_out_of_the_hands_of_a_process_that_does_not_answer(stop):
+def test_also_where_a_batch_is_taken_from_a_process_that_does_not_answer(stop):
     """It was sent, but the shared memory that it is in has to be asked for."""
 
     class Tensors(Odd):

@@ -266,7 +266,7 @@ def group(request):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("group", [int(1.0 * GB)], indirect=True)
-def test_a_worker_that_the_kernel_kills_is_started_again_with_batches_of_half_the_size(recipe, tmp_path, group):
+def test_a_worker_that_the_kernel_kills_starts_again_with_half_the_batch(recipe, tmp_path, group):
     path = tmp_path / "run"
     large = (
         "data.image_size=160",

@@ -261,14 +261,14 @@ def test_where_only_3_fit_it_is_3(objective):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("max_size", [*range(1, 10), 12, 31, 32, 33, 100])
-def test_nothing_larger_than_makes_sense_is_tried_and_all_of_it_is_taken_where_that_serves(objective, max_size):
+def test_the_largest_sensible_size_is_the_limit_and_is_taken_where_it_is_best(objective, max_size):
     model = Model(memory=linear(), speed=lambda size: 10.0 * size, budget=76, max_size=max_size)
     device = FakeDevice(model)
     assert search(model, objective=objective, device=device).chosen.batch_size == max_size
     assert max(device.tried) == max_size
 
 
-def test_where_one_image_runs_but_takes_more_than_there_is_the_error_has_both_numbers():
+def test_where_one_image_needs_more_than_the_budget_the_error_has_both_numbers():
     model = Model(memory=linear(9, 0.25), speed=saturating(), budget=9)  # 9.25 GB of 9.47 that are there
     with pytest.raises(NothingFitsError) as error:
         search(model)
@@ -370,7 +370,7 @@ def test_noise_costs_little_speed_and_a_machine_that_becomes_slower_none(name, n
     assert sorted(ratios)[len(ratios) // 20] >= mostly
 
 
-def test_the_noisier_the_comparison_the_less_of_the_peak_is_given_up_for_a_smaller_batch():
+def test_the_noisier_the_times_the_less_speed_is_given_up_for_a_smaller_batch():
     best = max(map(STILL_RISING.speed, STILL_RISING.sweep()))
     ratios = sorted(
         STILL_RISING.speed(
@@ -473,9 +473,7 @@ def models(draw, *, jumps=False):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 @given(data=st.data(), seed=st.integers(0, 1000))
-def test_whatever_the_device_only_what_fits_is_chosen_and_nothing_only_where_one_image_does_not_fit(
-    objective, noise, data, seed
-):
+def test_on_any_device_a_size_that_fits_is_chosen_if_one_image_fits(objective, noise, data, seed):
     model = data.draw(models(jumps=True))
     device = FakeDevice(model, noise=noise, seed=seed)
     if not model.fits(1):
@@ -491,7 +489,7 @@ def test_whatever_the_device_only_what_fits_is_chosen_and_nothing_only_where_one
 
 
 @given(model=models().filter(Model.sweep))
-def test_whatever_the_line_and_the_plateau_it_is_nearly_as_good_as_an_exhaustive_sweep(model):
+def test_on_any_line_and_plateau_it_is_nearly_as_good_as_a_full_sweep(model):
     sizes = model.sweep()
     assert model.speed(search(model).chosen.batch_size) >= 0.97 * model.speed(sizes[-1])
     assert search(model, objective="memory").chosen.batch_size >= 0.9 * sizes[-1]

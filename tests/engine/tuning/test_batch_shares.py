@@ -85,9 +85,7 @@ def test_without_a_global_size_it_is_the_sum_as_often_as_it_is_accumulated(accum
 
 
 @given(found=RANKS, global_size=st.integers(1, 5000), accumulate=st.integers(1, 4))
-def test_a_global_size_is_kept_exactly_and_each_rank_has_the_batches_that_are_best_for_it(
-    found, global_size, accumulate
-):
+def test_a_global_size_is_kept_and_each_rank_has_the_batches_best_for_it(found, global_size, accumulate):
     dealt = deal(found, global_size=global_size, accumulate=accumulate)
     assert dealt.global_batch_size == global_size
     assert dealt.batch_sizes == tuple(one.batch_size for one in found)
