@@ -1,4 +1,4 @@
-"""Why a SLURM job ended, or does not begin, where no worker of it left a word: from SLURM, and from the logs around."""
+"""Explains why a SLURM job ended, or does not begin, if no worker recorded it: from SLURM and the logs around."""
 
 from __future__ import annotations
 
