@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from launcher.errors import exit_code_of
+from launcher.errors import explained
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,11 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = COMMANDS.get(arguments[0]) if arguments else None
-    if command:
-        return exit_code_of(lambda: command.load().main(arguments[1:]))
-    from launcher.commands import launch
+    with explained() as ended:
+        if command:
+            ended.code = command.load().main(arguments[1:])
+        else:
+            from launcher.commands import launch
 
-    return exit_code_of(lambda: launch.main(arguments, epilog=epilog()))
+            ended.code = launch.main(arguments, epilog=epilog())
+    return ended.code
 
 
 def epilog() -> str:

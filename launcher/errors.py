@@ -15,7 +15,7 @@ from launcher.system import console
 from launcher.system.redact import redact
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -88,37 +88,52 @@ def did_you_mean(found: str, valid: Iterable[str], *, num: int = 3) -> str:
 
 
 def exit_code_of(main: Callable[[], int]) -> int:
-    """Run a command line's ``main``; print what a LaunchError says instead of its traceback, and return its code.
+    """Run a command line's ``main`` and return its exit code, as :func:`explained` has it."""
+    with explained() as ended:
+        ended.code = main()
+    return ended.code
+
+
+@dataclass
+class Ended:
+    """How a command line has ended."""
+
+    code: int = EXIT_OK
+    """Its exit code."""
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[Ended]:
+    """Print what a LaunchError says instead of its traceback, and take its exit code.
 
     Files and folders made from here on are not writable by everybody, whatever the shell's umask is.
     """
     os.umask(os.umask(0o077) | stat.S_IWOTH)
     console.open_missing()
-    refused = None
+    ended, refused = Ended(), None
     try:
-        code = main()
+        yield ended
     except LaunchError as error:
-        code = error.exit_code
+        ended.code = error.exit_code
         _say(f"error: {redact(str(error))}")
     except KeyboardInterrupt:
-        code = 128 + signal.SIGINT
+        ended.code = 128 + signal.SIGINT
         _say("interrupted")
     except SystemExit as error:  # rich raises it when the reader has closed the pipe
         if not isinstance(error.__context__, BrokenPipeError):
             raise
-        code = EXIT_OK
+        ended.code = EXIT_OK
     except OSError as error:
         if console.is_protected() or not console.is_refused(error):
             raise
-        code = EXIT_OK
+        ended.code = EXIT_OK
         refused = error
     finally:
         console.release()
     problem = console.flush_or_drop() or refused
     if problem and not isinstance(problem, BrokenPipeError):  # `launch models | head`: the reader has seen enough
         _say(f"error: standard output: {problem.strerror}")
-        code = code or EXIT_FAILED
-    return code
+        ended.code = ended.code or EXIT_FAILED
 
 
 def _say(text: str) -> None:

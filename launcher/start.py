@@ -5,22 +5,24 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from launcher.errors import EXIT_OK, UsageError
-from launcher.runs import history
-from launcher.runs.run_dir import RunDir
+from launcher.errors import EXIT_OK, RecipeError, UsageError
+from launcher.runs import history, states
+from launcher.runs.run_dir import RunDir, new_run_id
 from launcher.system import network, processes
 from launcher.system.redact import redact
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Sequence
 
+    from launcher.images.scan import Scan
     from launcher.plan.launch_plan import LaunchPlan
     from launcher.plan.profile import Profile
-    from launcher.recipe.schema import Recipe
+    from launcher.plan.request import Request
+    from launcher.recipe.schema import DataConfig, Recipe
     from launcher.recipe.source import Source
     from launcher.runs.recipe_changes import Change
 
@@ -28,72 +30,144 @@ RECIPES = Path(__file__).parent / "recipes"
 """Folder of the recipes that come with this package."""
 
 
-def split_overrides(args: argparse.Namespace) -> None:
-    """``profile.key=value`` changes the profile, all else the recipe."""
-    args.profile_overrides = [item for item in args.overrides if item.startswith("profile.")]
-    args.overrides = [item for item in args.overrides if not item.startswith("profile.")]
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What is asked for, and the recipe that it names."""
+
+    request: Request
+    recipe: Recipe
+    source: Source
 
 
-def plan_run(recipe: Recipe, args: argparse.Namespace, *, run_id: str, run_dir: str | None) -> LaunchPlan:
-    """The plan of a recipe for this machine and this command line."""
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A run that is planned, of which nothing is written yet."""
+
+    plan: LaunchPlan
+    recipe: Recipe
+    source: Source
+    changes: Sequence[Change]
+    """With what other recipe it goes on, where it does."""
+
+    @property
+    def run(self) -> RunDir:
+        """Its run directory, which need not be there."""
+        return RunDir(self.plan.run_dir)
+
+
+def carry_out(reading: Reading) -> int:
+    """Carry out a recipe that was read: plan it, and print the plan, or admit, record and submit it."""
+    from launcher import backends
+
+    draft = plan(reading)
+    run, made = draft.run, draft.plan
+    if reading.request.dry_run:
+        print(made)
+        return EXIT_OK
+    if run.exists and has_nothing_left(run, draft.recipe):
+        return EXIT_OK
+    (found,) = admit([draft], [made.script, made.post_script])
+    if made.node_rank == 0:
+        record(draft, found)
+        print(f"run {made.run_id}: {made.world_size} workers on {made.device}, in {made.run_dir}", flush=True)
+    else:
+        print(f"node {made.node_rank} of {made.nodes}: joining the run in {made.run_dir}", flush=True)
+    return backends.load(made)(made)
+
+
+def read(*requests: Request) -> list[Reading]:
+    """Read the recipes that are asked for.
+
+    Raises:
+        RecipeError: names everything that is wrong with any of them.
+    """
+    with processes.importing():
+        from launcher.recipe import load as recipes
+
+    found, problems = [], {}
+    for request in requests:
+        try:
+            recipe, source = recipes.load(find_recipe(request.recipe), request.overrides, request.flags())
+            found.append(Reading(request=request, recipe=recipe, source=source))
+        except RecipeError as error:
+            problems.update({str(problem): problem for problem in error.problems})
+    if problems:
+        raise RecipeError(list(problems.values()))
+    return found
+
+
+def plan(reading: Reading) -> Draft:
+    """Plan a recipe for this machine and this command line; nothing is written."""
     from launcher.plan import topology
     from launcher.plan.plan import make_plan
-    from launcher.plan.request import Request
+    from launcher.runs import recipe_changes
 
-    request = Request(
-        run_id=run_id,
-        run_dir=run_dir,
-        node_rank=args.node_rank,
-        rdzv_endpoint=args.rdzv_endpoint,
-        debug=args.debug,
-        tune=args.tune,
-        detach=args.detach,
-    )
-    return make_plan(recipe, topology.detect(), request, *_profiles(recipe, args))
+    recipe, request = reading.recipe, reading.request
+    if not request.run_id:
+        request = replace(request, run_id=new_run_id(recipe.name))
+    made = make_plan(recipe, topology.detect(), request, *_profiles(recipe, request))
+    changes = recipe_changes.find(RunDir(made.run_dir), recipe, reading.source.where)
+    return Draft(plan=made, recipe=recipe, source=reading.source, changes=changes)
 
 
-def carry_out(recipe: Recipe, source: Source, args: argparse.Namespace, *, run_id: str) -> int:
-    """Plan, and print the plan or run it: one road for every backend."""
-    from launcher import backends
+def admit(drafts: Sequence[Draft], scripts: Sequence[str]) -> list[Scan | None]:
+    """Check everything that can be checked before the first of some runs is written or started.
+
+    Args:
+        drafts: the runs, all for the same backend.
+        scripts: what SLURM will be given for all of them.
+
+    Returns:
+        For each run what was found among its images; None where its first node looks through them.
+
+    Raises:
+        LaunchError: one of the runs cannot be carried out.
+    """
     from launcher.backends import living
     from launcher.backends.slurm import admission
     from launcher.node import meeting
-    from launcher.runs import quarantine, recipe_changes
 
-    plan = plan_run(recipe, args, run_id=run_id, run_dir=args.run_dir)
-    run = RunDir(plan.run_dir)
-    changes = recipe_changes.find(run, recipe, source.where)
-    if args.dry_run:
-        print(plan)
-        return EXIT_OK
-    if run.exists and has_nothing_left(run, recipe):
-        return EXIT_OK
-    if run.exists and plan.node_rank == 0:
-        living.refuse_second(run)
-    if plan.backend == "torchrun" and plan.nodes > 1:
-        meeting.check(plan.rdzv_endpoint, node_rank=plan.node_rank)
-    network.set_environment(plan.env)  # before torch is imported: it reads its thread count then
+    first = drafts[0].plan
+    for draft in drafts:
+        if draft.run.exists and draft.plan.node_rank == 0:
+            living.refuse_second(draft.run)
+    if first.backend == "torchrun" and first.nodes > 1:
+        meeting.check(first.rdzv_endpoint, node_rank=first.node_rank)
+    network.set_environment(first.env)  # before torch is imported: it reads its thread count then
     with processes.importing():
         from launcher.engine import recipe_checks
-    recipe_checks.check(recipe, source.where, is_new=run.newest_state() is None)
-    recipe_checks.check_train_set(run, recipe, source.where)
-    found = None
-    if plan.script:
-        admission.check(plan, run, plan.script, plan.post_script)
-    else:
-        if plan.backend == "slurm":
-            admission.check_step(plan)
-        if plan.node_rank == 0:
-            found = quarantine.check(recipe, source.where)
-    if plan.node_rank == 0:
-        write_run(plan, recipe)
-        record_changes(run, changes)
-        if found:
-            quarantine.record(run, recipe, found, attempt=history.next_attempt(run))
-        print(f"run {plan.run_id}: {plan.world_size} workers on {plan.device}, in {plan.run_dir}", flush=True)
-    else:
-        print(f"node {plan.node_rank} of {plan.nodes}: joining the run in {plan.run_dir}", flush=True)
-    return backends.load(plan)(plan)
+    for draft in drafts:
+        recipe_checks.check(draft.recipe, draft.source.where, is_new=draft.run.newest_state() is None)
+        recipe_checks.check_train_set(draft.run, draft.recipe, draft.source.where)
+    if first.script:
+        admission.check(first, drafts[0].run, *scripts)
+        return [None for _ in drafts]
+    if first.backend == "slurm":
+        for draft in drafts:
+            admission.check_step(draft.plan)
+    return [None for _ in drafts] if first.node_rank else _look_through_images(drafts)
+
+
+def _look_through_images(drafts: Sequence[Draft]) -> list[Scan | None]:
+    """What is found among each run's images; those that several runs have in common are looked through once."""
+    from launcher.runs import quarantine
+
+    found: dict[DataConfig, Scan] = {}
+    for draft in drafts:
+        if draft.recipe.data not in found:
+            found[draft.recipe.data] = quarantine.check(draft.recipe, draft.source.where)
+    return [found[draft.recipe.data] for draft in drafts]
+
+
+def record(draft: Draft, found: Scan | None) -> None:
+    """Write the run directory, with what was found among the images."""
+    from launcher.runs import quarantine
+
+    run = draft.run
+    write_run(draft.plan, draft.recipe)
+    record_changes(run, draft.changes)
+    if found:
+        quarantine.record(run, draft.recipe, found, attempt=history.next_attempt(run))
 
 
 def has_nothing_left(run: RunDir, recipe: Recipe) -> bool:
@@ -129,12 +203,12 @@ def record_changes(run: RunDir, changes: Sequence[Change]) -> None:
         run.tuning.unlink(missing_ok=True)
 
 
-def _profiles(recipe: Recipe, args: argparse.Namespace) -> tuple[Profile | None, Profile | None]:
+def _profiles(recipe: Recipe, request: Request) -> tuple[Profile | None, Profile | None]:
     """The profiles of the training and of the exports; the command line's ``profile.key=value`` changes the first."""
     from launcher.plan import profile
 
-    name, post, overrides = recipe.launch.profile, recipe.post.profile, args.profile_overrides
-    kept = args.kept_profile if args.profile is None else None
+    name, post, overrides = recipe.launch.profile, recipe.post.profile, request.profile_overrides
+    kept = request.kept_profile if request.profile is None else None
     if name is None and kept is None and overrides:
         raise UsageError(f"{overrides[0]}: there is no profile to change; add --profile NAME")
     found = profile.change(kept, overrides) if kept else profile.load(name, overrides) if name else None
@@ -171,25 +245,14 @@ def write_run(plan: LaunchPlan, recipe: Recipe) -> None:
     )
     try:
         run.write_plan(plan, launched)
-        before = run.read_status() if run.status.exists() else {"attempt": 0, "epoch": 0, "step": 0, "best": None}
-        run.update_status(**before | {"state": "pending"})
+        new = {} if run.status.exists() else {"epoch": 0, "step": 0, "best": None}
+        # The last attempt that the history knows of, by which a late word of an earlier one is told.
+        run.update_status(attempt=history.next_attempt(run) - 1, **new)
+        states.move(run, "pending")
         write_text_atomic(run.recipe, recipes.to_yaml(recipe_paths.absolute(recipe)), durable=True)
         run.append_event("launched", backend=plan.backend)
     except OSError as error:
         raise UsageError(f"--run-dir {run}: cannot be written to: {error.strerror}; nothing was started") from None
-
-
-def flags(args: argparse.Namespace) -> dict[str, tuple[str, Any]]:
-    """The flags as overrides of the recipe, each with its name for errors; ``--debug`` is a set of them."""
-    names = ("nodes", "gpus", "procs", "backend", "profile")
-    values = {name: getattr(args, name) for name in names}
-    flags: dict[str, tuple[str, Any]] = {
-        f"launch.{name}": (f"--{name}", value) for name, value in values.items() if value is not None
-    }
-    if args.debug:
-        one = {"nodes": 1, "gpus": "auto", "procs": 1, "backend": "local", "profile": None}
-        flags |= {f"launch.{name}": ("--debug", value) for name, value in one.items()}
-    return flags
 
 
 def find_recipe(name: str) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -25,10 +27,12 @@ def detach(plan: LaunchPlan) -> int:
     run = RunDir(plan.run_dir)
     log = run.launch_log(plan.node_rank)
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output:
+    with log.open("ab") as output, tempfile.TemporaryFile("w+") as recipe:
+        json.dump(plan.recipe, recipe)
+        recipe.seek(0)
         started = subprocess.Popen(
-            [sys.executable, *plan.command[1:]],
-            stdin=subprocess.DEVNULL,
+            [sys.executable, *plan.command[1:], "--recipe-from-stdin"],
+            stdin=recipe,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,

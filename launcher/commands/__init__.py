@@ -1,8 +1,26 @@
 """The subcommands of ``launch``, one module each, imported at first use."""
 
+from __future__ import annotations
+
 import argparse
+from dataclasses import fields
+from typing import Any
+
+from launcher.plan.request import Request
 
 
 def parser_of(verb: str, description: str) -> argparse.ArgumentParser:
     """A parser for the arguments of ``launch VERB``."""
     return argparse.ArgumentParser(prog=f"launch {verb}", description=description, allow_abbrev=False)
+
+
+def request_of(args: argparse.Namespace, **more: Any) -> Request:
+    """What the arguments of a command ask for; ``profile.key=value`` changes the profile, all else the recipe."""
+    known = {field.name for field in fields(Request)}
+    values = {name: value for name, value in vars(args).items() if name in known} | more
+    given = values.pop("overrides")
+    return Request(
+        overrides=tuple(item for item in given if not item.startswith("profile.")),
+        profile_overrides=tuple(item for item in given if item.startswith("profile.")),
+        **values,
+    )

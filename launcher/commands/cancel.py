@@ -11,7 +11,7 @@ from launcher.backends.slurm import client as slurm_client
 from launcher.commands import parser_of
 from launcher.errors import EXIT_OK, TrainingError, UsageError
 from launcher.plan import batch_script
-from launcher.runs import whereabouts
+from launcher.runs import states, whereabouts
 from launcher.runs.run_dir import RunDir
 from launcher.system import processes
 from launcher.system.waiting import wait_until
@@ -105,7 +105,7 @@ def _note(run: RunDir, job_ids: Sequence[str], *, is_trained: bool) -> None:
     if is_trained:
         print(f"{run}: job {job_ids[0]} is cancelled, which was to make the exports; make them by: launch export {run}")
         return
-    run.update_status(state="cancelled")
+    states.move(run, "cancelled")
     print(f"cancelled; go on with: launch resume {run}")
 
 

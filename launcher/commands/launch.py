@@ -6,9 +6,10 @@ import argparse
 from typing import TYPE_CHECKING
 
 from launcher import __version__, start
+from launcher.commands import request_of
 from launcher.errors import UsageError
-from launcher.runs.run_dir import RunDir, new_run_id
-from launcher.system import console, processes
+from launcher.runs.run_dir import RunDir
+from launcher.system import console
 from launcher.system.redact import find_secret
 
 if TYPE_CHECKING:
@@ -46,21 +47,25 @@ def main(argv: Sequence[str], *, epilog: str) -> int:
     args = parser.parse_intermixed_args(argv)
     if not args.dry_run and not args.debug:  # which answers a question, and which may ask some (breakpoints)
         console.protect()
-    start.split_overrides(args)
-    args.kept_profile, args.tune = None, False
+    if secret := find_secret(args.run_dir or ""):
+        raise UsageError(f"--run-dir: {secret}, it seems, which would be written into files; name another folder")
     if args.sweep:
         from launcher.commands import sweep
 
-        return sweep.run(args)
-    with processes.importing():
-        from launcher.recipe import load as recipes
+        return sweep.run(request_of(args), parallel=args.parallel)
+    (reading,) = start.read(request_of(args, run_id=_run_id_of(args)))
+    return start.carry_out(reading)
 
-    recipe, source = recipes.load(start.find_recipe(args.recipe), args.overrides, start.flags(args))
-    if secret := find_secret(args.run_dir or ""):
-        raise UsageError(f"--run-dir: {secret}, it seems, which would be written into files; name another folder")
+
+def _run_id_of(args: argparse.Namespace) -> str:
+    """The id of the run to go on with; empty: there is none yet.
+
+    Raises:
+        UsageError: the run directory cannot be that of this run.
+    """
     existing = RunDir(args.run_dir) if args.run_dir else None
-    if existing and existing.exists and not args.node_rank:
-        if not args.resume:
-            raise UsageError(f"{existing}: holds a run already; go on with it by: launch resume {existing}")
-        return start.carry_out(recipe, source, args, run_id=existing.run_id)
-    return start.carry_out(recipe, source, args, run_id=new_run_id(recipe.name))
+    if existing is None or not existing.exists or args.node_rank:
+        return ""
+    if not args.resume:
+        raise UsageError(f"{existing}: holds a run already; go on with it by: launch resume {existing}")
+    return existing.run_id

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from launcher import start
-from launcher.commands import parser_of
+from launcher.commands import parser_of, request_of
 from launcher.errors import RecipeError
 from launcher.runs.run_dir import RunDir
 from launcher.system import console
@@ -33,17 +33,14 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_intermixed_args(argv)
     if not args.dry_run:
         console.protect()
-    args.debug = args.tune = False
-    start.split_overrides(args)
     run = RunDir.existing(args.run_dir)
-    args.kept_profile = run.read_plan().profile
-    from launcher.recipe import load as recipes
-
+    plan = run.read_plan()
+    request = request_of(args, recipe=str(run.recipe), run_id=plan.run_id, kept_profile=plan.profile)
     try:
-        recipe, source = recipes.load(str(run.recipe), args.overrides, start.flags(args))
+        (reading,) = start.read(request)
     except RecipeError as error:
         raise RecipeError([_if_moved(problem, run) for problem in error.problems]) from None
-    return start.carry_out(recipe, source, args, run_id=run.run_id)
+    return start.carry_out(reading)
 
 
 def _if_moved(problem: Problem, run: RunDir) -> Problem:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,55 +15,55 @@ from launcher.errors import (
     EXIT_RESUMABLE,
     InterruptedRunError,
     LaunchError,
-    RecipeError,
     UsageError,
 )
 from launcher.plan import batch_script, sweep
 from launcher.runs import history
 from launcher.runs.run_dir import RunDir, new_run_id
-from launcher.system import network, processes
 from launcher.system.files import write_text_atomic
 
 if TYPE_CHECKING:
-    import argparse
-
     from launcher.plan.launch_plan import LaunchPlan
-    from launcher.recipe.schema import Recipe
-    from launcher.recipe.source import Source
+    from launcher.plan.request import Request
+    from launcher.start import Reading
 
 
-def run(args: argparse.Namespace) -> int:
+def run(request: Request, *, parallel: int | None) -> int:
     """Carry a sweep out, and compare its runs; exit code 0 where all of them ended well.
+
+    Args:
+        request: its overrides may name several values for a key.
+        parallel: how many runs of a job array may run at the same time; None: all.
 
     Raises:
         RecipeError: names everything that is wrong with any of the runs.
         UsageError: the combinations, or where they would go, are wrong.
     """
-    combinations = sweep.expand(args.overrides)
-    loaded = _load_all(args, combinations)
-    base = Path(args.run_dir or Path("runs") / new_run_id(f"{loaded[0][0].name}-sweep"))
+    combinations = sweep.expand(request.overrides)
+    readings = start.read(*(replace(request, overrides=combination) for combination in combinations))
+    base = Path(request.run_dir or Path("runs") / new_run_id(f"{readings[0].recipe.name}-sweep"))
     if base.exists():
         raise UsageError(f"--run-dir {base}: is there already; a sweep makes a folder of its own")
-    plans = [
-        start.plan_run(recipe, args, run_id=f"{base.name}-{label}", run_dir=str(base / label))
-        for (recipe, _), label in zip(loaded, sweep.labels(combinations), strict=True)
+    drafts = [
+        start.plan(_placed(reading, base, label))
+        for reading, label in zip(readings, sweep.labels(combinations), strict=True)
     ]
-    arrays = _arrays(plans, base, args.parallel or len(plans)) if plans[0].script else []
-    if args.dry_run:
-        _print_plans(plans, combinations, [script for script, _ in arrays])
+    plans, runs = [draft.plan for draft in drafts], [draft.run for draft in drafts]
+    arrays = _arrays(plans, base, parallel or len(plans)) if plans[0].script else []
+    scripts = [script for script, _ in arrays]
+    if request.dry_run:
+        _print_plans(plans, combinations, scripts)
         return EXIT_OK
-    if args.detach and not arrays:
+    if request.detach and not arrays:
         raise UsageError("--detach: without SLURM a sweep's runs are started here one after the other; leave it out")
-    _check_all(plans, loaded, [script for script, _ in arrays])
-    for plan, (recipe, _) in zip(plans, loaded, strict=True):
-        start.write_run(plan, recipe)
-    runs = [RunDir(plan.run_dir) for plan in plans]
+    for draft, found in zip(drafts, start.admit(drafts, [*scripts, plans[0].post_script]), strict=True):
+        start.record(draft, found)
     write_text_atomic(base / batch_script.RUNS, "".join(f"{found.path}\n" for found in runs))
     if arrays:
         from launcher.backends.slurm import submit
 
         posts = [plan.post_script for plan in plans]
-        if not submit.submit_arrays(base, arrays, posts, detach=args.detach, in_turn=bool(args.parallel)):
+        if not submit.submit_arrays(base, arrays, posts, detach=request.detach, in_turn=bool(parallel)):
             return EXIT_OK
     else:
         _run_one_after_the_other(plans)
@@ -70,6 +71,12 @@ def run(args: argparse.Namespace) -> int:
 
     compare.run([str(base)], metric=None, as_json=False)
     return _exit_code(runs)
+
+
+def _placed(reading: Reading, base: Path, label: str) -> Reading:
+    """One of the sweep's runs in a folder of its own."""
+    place = replace(reading.request, run_id=f"{base.name}-{label}", run_dir=str(base / label))
+    return replace(reading, request=place)
 
 
 def _print_plans(plans: list[LaunchPlan], combinations: list[tuple[str, ...]], scripts: list[str]) -> None:
@@ -82,21 +89,6 @@ def _print_plans(plans: list[LaunchPlan], combinations: list[tuple[str, ...]], s
         print(f"\nscript\n{script}", end="")
     if not scripts:
         print(f"\nthe first of {len(plans)}, one after the other\n{plans[0]}")
-
-
-def _load_all(args: argparse.Namespace, combinations: list[tuple[str, ...]]) -> list[tuple[Recipe, Source]]:
-    with processes.importing():
-        from launcher.recipe import load as recipes
-
-    loaded, problems = [], {}
-    for combination in combinations:
-        try:
-            loaded.append(recipes.load(start.find_recipe(args.recipe), combination, start.flags(args)))
-        except RecipeError as error:
-            problems.update({str(problem): problem for problem in error.problems})
-    if problems:
-        raise RecipeError(list(problems.values()))
-    return loaded
 
 
 def _arrays(plans: list[LaunchPlan], base: Path, parallel: int) -> list[tuple[str, list[RunDir]]]:
@@ -127,24 +119,6 @@ def _arrays(plans: list[LaunchPlan], base: Path, parallel: int) -> list[tuple[st
         )
         for first, part in parts.items()
     ]
-
-
-def _check_all(plans: list[LaunchPlan], loaded: list[tuple[Recipe, Source]], scripts: list[str]) -> None:
-    from launcher.backends.slurm import admission
-    from launcher.runs import quarantine
-
-    network.set_environment(plans[0].env)
-    with processes.importing():
-        from launcher.engine import recipe_checks
-    for recipe, source in loaded:
-        recipe_checks.check(recipe, source.where)
-    if scripts:
-        admission.check(plans[0], RunDir(plans[0].run_dir), *scripts, plans[0].post_script)
-        return
-    if plans[0].backend == "slurm":
-        admission.check_step(plans[0])
-    for recipe, source in {recipe.data: (recipe, source) for recipe, source in loaded}.values():
-        quarantine.check(recipe, source.where)
 
 
 def _run_one_after_the_other(plans: list[LaunchPlan]) -> None:

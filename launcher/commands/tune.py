@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -13,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 from launcher import start
 from launcher.commands import parser_of
 from launcher.errors import EXIT_OK
-from launcher.runs.run_dir import RunDir, new_run_id
-from launcher.system import console, processes
+from launcher.plan.request import Request
+from launcher.runs.run_dir import RunDir
+from launcher.system import console
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Iterator, Sequence
 
 
@@ -35,27 +36,22 @@ def main(argv: Sequence[str]) -> int:
 def run(args: argparse.Namespace) -> int:
     """Measure in a run directory that is thrown away, and print a table for each rank."""
     console.protect()
-    with processes.importing():
-        from launcher.recipe import load as recipes
     with tempfile.TemporaryDirectory(prefix="launch-tune-") as folder:
-        options = argparse.Namespace(
+        request = Request(
+            recipe=args.recipe,
+            overrides=(*args.overrides, "batch.size=auto"),
             gpus=args.gpus,
             procs=args.procs,
-            run_dir=str(Path(folder) / "run"),
             backend="torchrun",
-            **dict.fromkeys(("nodes", "profile", "kept_profile", "rdzv_endpoint")),
-            **dict.fromkeys(("detach", "debug", "dry_run"), False),
-            node_rank=0,
-            profile_overrides=[],
+            run_dir=str(Path(folder) / "run"),
             tune=True,
         )
-        overrides = [*args.overrides, "batch.size=auto"]
-        recipe, source = recipes.load(start.find_recipe(args.recipe), overrides, start.flags(options))
+        (reading,) = start.read(request)
         with _output_to_stderr() if args.as_json else contextlib.nullcontext():
-            code = start.carry_out(recipe, source, options, run_id=new_run_id(recipe.name))
+            code = start.carry_out(reading)
         console.release()
         if code == EXIT_OK:
-            found = json.loads(RunDir(options.run_dir).tuning.read_text(encoding="utf-8"))
+            found = json.loads(RunDir(Path(folder) / "run").tuning.read_text(encoding="utf-8"))
             print(json.dumps(found, indent=2)) if args.as_json else _show(found)
     return code
 

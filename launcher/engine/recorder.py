@@ -9,7 +9,7 @@ import time
 from typing import IO, TYPE_CHECKING, Any
 
 from launcher.recipe.schema import TOP_K
-from launcher.runs import findings
+from launcher.runs import findings, states
 from launcher.tracking.wandb import Tracker
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Recorder:
         self._epochs = recipe.train.epochs
         self._shows_top5 = True
         self._writing = threading.Lock()
-        self._unwritten: list[Callable[[], None]] = []
+        self._unwritten: list[Callable[[], object]] = []
         self._tracker = Tracker(run, recipe, run.read_plan(), self.say) if tracked else None
         if console.isatty():
             self._start_progress()
@@ -84,7 +84,7 @@ class Recorder:
 
     def status(self, state: State = "running", **fields: Any) -> None:
         """Write status.json."""
-        self._write(lambda: self._run.update_status(state=state, attempt=self._attempt, **fields))
+        self._write(lambda: states.move(self._run, state, attempt=self._attempt, **fields))
 
     def step(self, step: int) -> None:
         """An optimizer step was taken; costs nothing off a terminal."""
@@ -133,7 +133,7 @@ class Recorder:
         if self._tracker is not None:
             self._tracker.log(record if self._shows_top5 else record | {"top5": None})
 
-    def _write(self, write: Callable[[], None]) -> None:
+    def _write(self, write: Callable[[], object]) -> None:
         """Write to the run directory; what a full disk does not take now is kept, in its order, for the next time."""
         with self._writing:  # the checkpoint's thread has events to tell
             self._unwritten.append(write)

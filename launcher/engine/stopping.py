@@ -1,4 +1,4 @@
-"""How a worker takes a stop signal: the training loop looks at a flag between steps."""
+"""How the training loop is left: by a stop signal, for which it looks at a flag between steps, or by an exception."""
 
 from __future__ import annotations
 
@@ -67,3 +67,19 @@ class StopFlag:
                 os._exit(EXIT_RESUMABLE)
             time.sleep(POLL_S)
         os._exit(EXIT_FAILED)
+
+
+class StopTraining(Exception):  # noqa: N818  a signal to leave the loops, no error
+    """All ranks agreed to stop here."""
+
+
+class RollBack(Exception):  # noqa: N818  a signal to leave the loops, no error
+    """All ranks go back to the last checkpoint, and do without ``step`` from then on."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(step)
+        self.step = step
+
+
+class Redeal(Exception):  # noqa: N818  a signal to leave the loops, no error
+    """Memory ran out on some rank: from here on it takes smaller batches, and all have to know."""

@@ -15,12 +15,14 @@ from launcher.engine.checkpoints.saving import Saving
 from launcher.engine.loading.handover import Feed, end_loaders
 from launcher.engine.metrics import ValidationTotals, means
 from launcher.engine.state import TrainingState
+from launcher.engine.stopping import Redeal, RollBack, StopTraining
 from launcher.engine.train_step import TrainStep
 from launcher.errors import TrainingError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
+    from launcher.engine.loading.handover import Batch
     from launcher.engine.non_finite import NonFiniteStep
     from launcher.engine.recorder import Recorder
     from launcher.engine.schedule import Step
@@ -30,22 +32,6 @@ if TYPE_CHECKING:
 CURE = "lower optim.lr or its groups, or lengthen optim.warmup_epochs, and start again"
 MAX_ROLLBACKS = 3
 MAX_NON_FINITE_IN_A_ROW = 10
-
-
-class StopTraining(Exception):  # noqa: N818  a signal to leave the loops, no error
-    """All ranks agreed to stop here."""
-
-
-class RollBack(Exception):  # noqa: N818  a signal to leave the loops, no error
-    """All ranks go back to the last checkpoint, and do without ``step`` from then on."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__(step)
-        self.step = step
-
-
-class Redeal(Exception):  # noqa: N818  a signal to leave the loops, no error
-    """Memory ran out on some rank: from here on it takes smaller batches, and all have to know."""
 
 
 class Trainer:
@@ -82,6 +68,9 @@ class Trainer:
         self._wrapped = False
         self._step = TrainStep(parts, self.state)
         self._batchnorm = BatchNormRecompute(parts, recorder)
+        self._feed: Feed | None = None
+        self.outcome: Outcome = "preempted"
+        """How the training has ended; until then as if it were stopped now."""
 
     @property
     def best(self) -> dict[str, Any] | None:
@@ -100,61 +89,71 @@ class Trainer:
         self._prepare_epoch()
         if not resumed and self.recipe.train.on_nan == "rollback":
             self._save(best=False)
-        while True:
+        while True:  # once, and again after going back to a checkpoint or to smaller batches
             try:
-                outcome = self._go_on()
+                with self._stoppable():
+                    self._begin_feed()
+                    while self._take_next():
+                        pass
+                    self.outcome = self._end()
                 break
             except RollBack as bad:
                 self._roll_back(bad.step)
             except Redeal:
                 self._limit_batches(self._fitting_size)
         self._agreement.collect()
-        self._saving.finish(again=outcome == "preempted")
-        return outcome
+        self._saving.finish(again=self.outcome == "preempted")
+        return self.outcome
 
-    def _go_on(self) -> Outcome:
+    @contextlib.contextmanager
+    def _stoppable(self) -> Iterator[None]:
+        """Save where all ranks agree to stop."""
         try:
-            state = self.state
-            if not self._finished() and self.parts.schedule.is_over(state.epoch, state.offset):
-                self._end_epoch()  # stopped before its validation, or what was left of it is left out now
-            return self._train()
+            yield
         except StopTraining:
             end_loaders()
             self._save(best=False)
-            return "preempted"
+        finally:
+            self._feed = None  # before another one begins: it holds images and loader processes
 
-    def _train(self) -> Outcome:
+    def _begin_feed(self) -> None:
+        """Begin to load the steps that are left of the training, if there are any."""
         parts, state, epochs = self.parts, self.state, self.recipe.train.epochs
+        if not self._finished() and parts.schedule.is_over(state.epoch, state.offset):
+            self._end_epoch()  # stopped before its validation, or what was left of it is left out now
         if self._finished():
-            return self._outcome()
+            return
         steps = parts.schedule.steps(parts.ranks.rank, epoch=state.epoch, offset=state.offset, end_epoch=epochs)
         batches = iter(parts.train_loader(state.epoch, state.offset))
-        feed = Feed(steps, batches, self._stop_requested, ahead=parts.loading.workers > 0)
-        self._poll(feed, asked=False)  # the first step, too, is taken when all hold its batches
-        while True:
-            self._poll(feed)
-            taken = feed.take()
-            if taken is None:
-                break
-            step, of_step = taken
-            lr = optim.set_lr(
-                parts.optimizer, self.recipe, self._progress(step), parts.schedule.batching.global_batch_size
-            )
-            self._step.run(step, of_step)
-            state.step += 1
-            state.offset = step.end
-            self._timed_samples += step.num_samples
-            if self._recorder:
-                self._recorder.step(state.step)
-                if state.step == 1:
-                    self._recorder.event("first_step")
-            if state.step % self.recipe.tracking.log_every == 0:
-                self._log_window(lr)
-            if state.offset >= parts.schedule.num_samples or self._finished():
-                self._end_epoch()
-                if self._finished():
-                    break
-        return self._outcome()
+        self._feed = Feed(steps, batches, self._stop_requested, ahead=parts.loading.workers > 0)
+        self._poll(self._feed, asked=False)  # the first step, too, is taken when all hold its batches
+
+    def _take_next(self) -> bool:
+        """Take the next optimizer step; False after the last."""
+        if self._feed is None or self._finished():
+            return False
+        self._poll(self._feed)
+        taken = self._feed.take()
+        if taken:
+            self._take(*taken)
+        return taken is not None
+
+    def _take(self, step: Step, of_step: Iterator[Batch]) -> None:
+        """Take an optimizer step, and end the epoch after its last one."""
+        parts, state = self.parts, self.state
+        lr = optim.set_lr(parts.optimizer, self.recipe, self._progress(step), parts.schedule.batching.global_batch_size)
+        self._step.run(step, of_step)
+        state.step += 1
+        state.offset = step.end
+        self._timed_samples += step.num_samples
+        if self._recorder:
+            self._recorder.step(state.step)
+            if state.step == 1:
+                self._recorder.event("first_step")
+        if state.step % self.recipe.tracking.log_every == 0:
+            self._log_window(lr)
+        if state.offset >= parts.schedule.num_samples or self._finished():
+            self._end_epoch()
 
     def _progress(self, step: Step) -> float:
         """Epochs done at the middle of ``step``."""
@@ -168,7 +167,8 @@ class Trainer:
             or (limit is not None and state.step >= limit)
         )
 
-    def _outcome(self) -> Outcome:
+    def _end(self) -> Outcome:
+        """How the training has ended, all steps done."""
         state = self.state
         return "early_stopped" if state.best.exhausted and state.epoch < self.recipe.train.epochs else "completed"
 

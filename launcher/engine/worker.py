@@ -11,6 +11,7 @@ import re
 import sys
 import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -37,10 +38,12 @@ from launcher.system.processes import die_with_parent, offer_to_kernel, telling_
 from launcher.system.redact import redact
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
+    from launcher.engine.schedule import Batching
     from launcher.engine.setup import Parts
     from launcher.engine.state import Outcome
+    from launcher.recipe.schema import Recipe
     from launcher.runs.heartbeats import Heartbeats
 
 SHORTAGES = (
@@ -81,17 +84,31 @@ def worker_main(run_path: str, beats: Heartbeats) -> Outcome:
         stop.trains = True
         beats.beat(ranks.local_rank, ranks.rank)
 
-    try:
-        outcome = train(
-            spec,
-            ranks,
-            stop,
-            terminal,
-            begin=lambda: beats.begin(host_memory.num_kills()),
-            alive=alive,
-        )
+    begin = functools.partial(_begin, beats)
+    with _telling(run, spec, ranks, stop, beats):
+        with training(spec, ranks, stop, terminal, begin=begin, alive=alive) as trainer:
+            outcome = trainer.run()
         beats.rest(ranks.local_rank)
-    except BaseException as error:  # whatever it was, the error file is how the supervisor and `launch why` learn of it
+    console.drain()
+    # From here on the agent's acknowledgement is awaited. Without an agent it would never come, and one that has lost
+    # the other nodes waits for this worker instead.
+    beats.leave(ranks.local_rank)
+    die_with_parent()
+    if os.getppid() != supervisor:
+        os._exit(EXIT_RESUMABLE)
+    return outcome
+
+
+def _begin(beats: Heartbeats) -> None:
+    beats.begin(host_memory.num_kills())
+
+
+@contextlib.contextmanager
+def _telling(run: RunDir, spec: WorkerSpec, ranks: Ranks, stop: StopFlag, beats: Heartbeats) -> Iterator[None]:
+    """Leave what ends this worker in its error file: by it the supervisor and `launch why` learn of it."""
+    try:
+        yield
+    except BaseException as error:  # whatever it is
         if stop() and not stop.trains and error_kind(error) == "peer_lost":  # told to stop as this one was
             os._exit(EXIT_RESUMABLE)
         with contextlib.suppress(OSError):  # a full disk; the supervisor looks whether it is
@@ -99,22 +116,28 @@ def worker_main(run_path: str, beats: Heartbeats) -> Outcome:
         beats.fail(ranks.local_rank)
         console.drain()
         os._exit(EXIT_FAILED)  # the agent would print the same traceback once more
-    console.drain()
-    # From here on the agent's acknowledgement is awaited; without an agent it would never come.
-    die_with_parent()
-    if os.getppid() != supervisor:
-        os._exit(EXIT_RESUMABLE)
-    return outcome
 
 
 def train_here(spec: WorkerSpec) -> Outcome:
     """Train as the only worker, in this process and on this terminal."""
     stop = StopFlag()
     stop.install()
-    return train(spec, Ranks(), stop, sys.stdout)
+    with training(spec, Ranks(), stop, sys.stdout) as trainer:
+        return trainer.run()
 
 
-def train(
+@dataclass(frozen=True)
+class _Nothing:
+    """Stands for a trainer where there is nothing to train."""
+
+    outcome: Outcome
+
+    def run(self) -> Outcome:
+        return self.outcome
+
+
+@contextlib.contextmanager
+def training(
     spec: WorkerSpec,
     ranks: Ranks,
     stop: Callable[[], bool],
@@ -122,8 +145,8 @@ def train(
     *,
     begin: Callable[[], None] = lambda: None,
     alive: Callable[[], None] = lambda: None,
-) -> Outcome:
-    """Train on this rank until the end or an agreed stop.
+) -> Iterator[Trainer | _Nothing]:
+    """Build all that trains on this rank, and close it when that has come to its end or an agreed stop.
 
     Args:
         spec: what to train.
@@ -142,13 +165,14 @@ def train(
     if recipe.batch.size == "auto" and not spec.debug:  # in children, before this process touches its device
         own = autotune.tune_rank(run, recipe, ranks, device, data_sets, fresh=plan.tune, stop=stop, say=say)
     _join_group(run, spec, device, ranks)
-    recorder = None
-    outcome: Outcome = "preempted"
+    batching, nothing = _agree(run, recipe, ranks, own, say)
+    if nothing or plan.tune:
+        yield nothing or _Nothing("completed")
+        _leave_process_group()
+        return
+    recorder: Recorder | None = None
+    trainer: Trainer | None = None
     try:
-        batching = autotune.agree(run, recipe, ranks, own, say) if own else None
-        if plan.tune:
-            _leave_process_group()
-            return "completed"
         begin()
         if own:
             torch.set_num_threads(own["threads"])
@@ -164,16 +188,23 @@ def train(
         heed_stop_signal()
         memory_kills = int(os.environ.get(MEMORY_KILLS_VARIABLE, "0"))
         trainer = Trainer(parts, recorder=recorder, stop_requested=stop, alive=alive, memory_kills=memory_kills)
-        outcome = trainer.run()
+        yield trainer
         if recorder:
-            recorder.end(outcome, trainer.best, run.best_checkpoint)
-    except autotune.StoppedError:  # before it had begun to train
-        pass
+            recorder.end(trainer.outcome, trainer.best, run.best_checkpoint)
     finally:
         if recorder:
-            recorder.close(finished=outcome != "preempted", stop=stop)
+            recorder.close(finished=trainer is not None and trainer.outcome != "preempted", stop=stop)
     _leave_process_group()
-    return outcome
+
+
+def _agree(
+    run: RunDir, recipe: Recipe, ranks: Ranks, own: dict[str, Any], say: Callable[[str], None]
+) -> tuple[Batching | None, _Nothing | None]:
+    """The batch sizes that all ranks agree on, where they measured; nothing is trained where one was told to stop."""
+    try:
+        return (autotune.agree(run, recipe, ranks, own, say) if own else None), None
+    except autotune.StoppedError:
+        return None, _Nothing("preempted")
 
 
 def _join_group(run: RunDir, spec: WorkerSpec, device: Device, ranks: Ranks) -> None:

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.errors import UsageError
 from launcher.node import signals
+from launcher.runs import states
 from launcher.runs.run_dir import RunDir
-from launcher.system import network, waiting
+from launcher.system import network
 from launcher.system.files import write_json_atomic
-from launcher.system.waiting import wait_until
+from launcher.system.waiting import is_listed, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,8 @@ WAIT_S = 900
 WAIT_FOR_RUN_DIR_S = 600
 SAME = {"nodes": "--nodes", "procs_per_node": "--procs (or --gpus)"}
 """What every node must be given alike, with its flag."""
+OF_A_NODE = ("launch.nodes", "launch.gpus", "launch.procs", "launch.backend", "launch.profile")
+"""Keys of the recipe by which nodes may differ, or which ``SAME`` is about."""
 LOOPBACK_NAMES = ("localhost", "localhost4", "localhost6", "ip6-localhost", "ip6-loopback")
 """Names that every machine has for itself; its host name may stand for a loopback address too (Debian: 127.0.1.1)."""
 
@@ -91,7 +94,11 @@ def wait_for_run(path: str) -> RunDir:
     signals.hold()
     what = f"node 0 to make {path}"
     heed = functools.partial(signals.heed, f"waiting for {what}")
-    if not waiting.wait_until(lambda: run.exists, timeout_s=WAIT_FOR_RUN_DIR_S, heed=heed, what=what):
+
+    def is_made() -> bool:
+        return is_listed(run.plan) and is_listed(run.recipe)
+
+    if not wait_until(is_made, timeout_s=WAIT_FOR_RUN_DIR_S, heed=heed, what=what):
         raise UsageError(
             f"{path}: not there after {WAIT_FOR_RUN_DIR_S} s; node 0 makes it: is it started, and is the folder "
             "on a file system that all nodes share?"
@@ -153,8 +160,21 @@ def _describe(plan: LaunchPlan) -> dict[str, Any]:
         "port": port,
         "names_itself": names_itself,
         "address": there if is_own else network.local_address(host, port),
+        "recipe": _given_recipe(plan),
         **{key: getattr(plan, key) for key in SAME},
     }
+
+
+def _given_recipe(plan: LaunchPlan) -> dict[str, str] | None:
+    """The recipe that this node was given, each value as YAML; None: it was given none, and reads the run's."""
+    from launcher.recipe import load as recipes
+    from launcher.recipe import paths
+    from launcher.recipe.keys import flat, show
+
+    if not plan.recipe:
+        return None
+    recipe = paths.absolute(recipes.from_dict(plan.recipe))
+    return {key: show(value) for key, value in flat(recipe) if key not in OF_A_NODE}
 
 
 def _names_loopback(host: str, address: str) -> bool:
@@ -191,7 +211,21 @@ def find_problems(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
                     f"{flag} is {node[key]} on node {node['rank']} ({node['host']}) and {first[key]} on node 0 "
                     f"({first['host']}): give all nodes the same"
                 )
+        problems += _other_recipe(first, node)
     return problems
+
+
+def _other_recipe(first: Mapping[str, Any], node: Mapping[str, Any]) -> list[str]:
+    """By what a node's recipe differs from that of node 0, which is the run's: it would be ignored."""
+    run, given = first.get("recipe"), node.get("recipe")
+    if not run or not given:
+        return []
+    return [
+        f"{key} is {given.get(key)} on node {node['rank']} ({node['host']}) and {value} on node 0 ({first['host']}): "
+        "give all nodes the same recipe and overrides"
+        for key, value in run.items()
+        if given.get(key) != value
+    ]
 
 
 def _lead(run: RunDir, plan: LaunchPlan, mine: dict[str, Any], heed_stop: Callable[[], None]) -> dict[str, Any]:
@@ -203,9 +237,8 @@ def _lead(run: RunDir, plan: LaunchPlan, mine: dict[str, Any], heed_stop: Callab
         return ", ".join(str(rank) for rank in range(1, plan.nodes) if rank not in found)
 
     def all_are_there() -> bool:
-        listed = set(run.meetings.iterdir())  # a listing is fresh where NFS still remembers that there was none
         for rank in range(1, plan.nodes):
-            if rank not in found and run.node_by_hand(rank) in listed:
+            if rank not in found and is_listed(run.node_by_hand(rank)):
                 node = json.loads(run.node_by_hand(rank).read_text(encoding="utf-8"))
                 if node["created"] == created:
                     found[rank] = node
@@ -231,7 +264,7 @@ def _lead(run: RunDir, plan: LaunchPlan, mine: dict[str, Any], heed_stop: Callab
     verdict = {"created": created, "starts": starts, "problems": problems, "address": address}
     if problems:
         run.append_event("refused", message="; ".join(problems))
-        run.update_status(state="failed")
+        states.move(run, "failed")
     write_json_atomic(run.meeting_by_hand, verdict)
     return verdict
 
@@ -257,7 +290,7 @@ def _join(run: RunDir, mine: dict[str, Any], node_rank: int, heed_stop: Callable
         if created != told:
             write_json_atomic(run.node_by_hand(node_rank), mine | {"created": created})
             told = created
-        if run.meeting_by_hand in set(run.meetings.iterdir()):
+        if is_listed(run.meeting_by_hand):
             verdict = json.loads(run.meeting_by_hand.read_text(encoding="utf-8"))
         # A refusal may be of an earlier start; what was agreed holds for a node that is started again, too.
         meant = verdict and (not verdict["problems"] or mine["start"] in verdict["starts"])

@@ -19,7 +19,7 @@ from launcher.errors import PreflightError
 from launcher.runs.run_dir import node_name
 from launcher.system import network, processes
 from launcher.system.files import write_json_atomic
-from launcher.system.waiting import wait_until
+from launcher.system.waiting import is_listed, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -265,8 +265,7 @@ def _wait(files: Sequence[Path], timeout_s: float, heed: Callable[[], None], wha
     """Wait until all files are there; return those that are not in time."""
 
     def missing() -> list[Path]:
-        there = set(files[0].parent.iterdir())  # fresh where NFS still remembers that there was none
-        return [file for file in files if file not in there]
+        return [file for file in files if not is_listed(file)]
 
     wait_until(lambda: not missing(), timeout_s=timeout_s, heed=heed, what=what)
     return missing()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import json
 import os
 import sys
 from dataclasses import replace
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 from launcher.errors import EXIT_FAILED, EXIT_OK, InterruptedRunError, TrainingError
 from launcher.node import agent, agent_thread, meeting
 from launcher.node.signals import StopSignals
-from launcher.runs import diagnose, findings, history, quarantine, whereabouts
+from launcher.runs import diagnose, findings, history, quarantine, states, whereabouts
 from launcher.runs.run_dir import RunDir
 from launcher.system import console, loader_room, network, processes
 from launcher.system import cpu as host_cpu
@@ -41,10 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--nodes", type=int, help="how many there are (default: as planned)")
     parser.add_argument("--procs", type=int, dest="procs_per_node", help="workers on each (default: as planned)")
     parser.add_argument("--rdzv-endpoint", help="how this node reaches node 0 (default: as planned)")
+    parser.add_argument("--recipe-from-stdin", action="store_true", help="what this node was given, to be compared")
     args = parser.parse_args(argv)
     run = meeting.wait_for_run(args.run_dir) if args.node_rank else RunDir.existing(args.run_dir)
     given = {name: value for name, value in vars(args).items() if value is not None}
-    return supervise(replace(run.read_plan(), **given))
+    recipe = json.load(sys.stdin) if given.pop("recipe_from_stdin") else {}
+    return supervise(replace(run.read_plan(), recipe=recipe, **given))
 
 
 def supervise(plan: LaunchPlan, *, first_attempt: int | None = None) -> int:
@@ -120,7 +123,7 @@ def _explained(run: RunDir, plan: LaunchPlan, stop: StopSignals, attempt: int) -
         cause, message = diagnose.cause_of_end(run, error.attempt)
         with _even_if_full(run):
             if plan.node_rank == 0:
-                run.update_status(state="failed", attempt=error.attempt)
+                states.move(run, "failed", attempt=error.attempt)
             run.append_event("attempt_ended", attempt=error.attempt, node=plan.node_rank, cause=cause, message=message)
         why = f"{message}\nwhat to do: {diagnose.CURES[cause]}" if cause == "full_disk" else diagnose.explain(run)
         raise TrainingError(f"training failed\n{why}\nmore: launch why {run}") from None
@@ -217,8 +220,6 @@ def _post_step(run: RunDir) -> None:
 
 def summary(run: RunDir) -> str:
     """The last lines of a run: what came out, where it is, what to do next."""
-    import json
-
     best = run.read_status().get("best")
     lines = []
     if best:

@@ -1,16 +1,38 @@
-"""What the command line asks for beyond the recipe."""
+"""What somebody asks for on the command line: it crosses the road from there to the plan, and nothing changes it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from launcher.plan.profile import Profile
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the command line says beyond the recipe."""
+    """What the command line asks for."""
 
-    run_id: str
-    """The run's id, new or that of the run to go on with."""
+    recipe: str = ""
+    """Path of the recipe, or the bare name of one that comes with the package."""
+    overrides: tuple[str, ...] = ()
+    """``key=value`` for the recipe."""
+    profile_overrides: tuple[str, ...] = ()
+    """``profile.key=value`` for the cluster's profile."""
+    nodes: int | None = None
+    """``--nodes``; here and below None says that the recipe decides."""
+    gpus: int | None = None
+    """``--gpus``."""
+    procs: int | None = None
+    """``--procs``."""
+    backend: str | None = None
+    """``--backend``."""
+    profile: str | None = None
+    """``--profile``."""
+    kept_profile: Profile | None = None
+    """That of the run to go on with; ``--profile`` wins over it."""
+    run_id: str = ""
+    """Of the run to go on with; empty: a new one."""
     run_dir: str | None = None
     """Where the run's files go; None: runs/RUN_ID."""
     node_rank: int = 0
@@ -23,3 +45,16 @@ class Request:
     """Only measure batch sizes."""
     detach: bool = False
     """Return when the job is submitted."""
+    dry_run: bool = False
+    """Print the plan; write and start nothing."""
+
+    def flags(self) -> dict[str, tuple[str, Any]]:
+        """The flags as overrides of the recipe, each with its name for errors; ``--debug`` is a set of them."""
+        values = {name: getattr(self, name) for name in ("nodes", "gpus", "procs", "backend", "profile")}
+        flags: dict[str, tuple[str, Any]] = {
+            f"launch.{name}": (f"--{name}", value) for name, value in values.items() if value is not None
+        }
+        if self.debug:
+            one = {"nodes": 1, "gpus": "auto", "procs": 1, "backend": "local", "profile": None}
+            flags |= {f"launch.{name}": ("--debug", value) for name, value in one.items()}
+        return flags

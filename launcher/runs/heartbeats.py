@@ -44,6 +44,10 @@ class Heartbeats:
         """A worker has started."""
         _PID.pack_into(self._memory, self._pids_at + local_rank * _PID.size, os.getpid())
 
+    def leave(self, local_rank: int) -> None:
+        """A worker has ended, but for the acknowledgement of torch's agent."""
+        _PID.pack_into(self._memory, self._pids_at + local_rank * _PID.size, 0)
+
     def living(self) -> list[int]:
         """Process ids of the workers that have started and have not ended."""
         pids = [_PID.unpack_from(self._memory, self._pids_at + index * _PID.size)[0] for index in range(self._num)]

@@ -6,7 +6,6 @@ ranks leave out the images that it lists.
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from typing import TYPE_CHECKING
@@ -15,8 +14,9 @@ from launcher.errors import Problem, RecipeError, TrainingError
 from launcher.images import folder as image_folder
 from launcher.images import scan as image_scan
 from launcher.images.folder import printable
+from launcher.runs import states
 from launcher.system.files import write_json_atomic
-from launcher.system.waiting import wait_until
+from launcher.system.waiting import is_listed, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -103,7 +103,7 @@ def prepare(run: RunDir, *, attempt: int, node_rank: int, progress: Callable[[],
     if problem:
         run.append_event("attempt_started", attempt=attempt, node=0, workers=0)
         run.append_event("attempt_ended", attempt=attempt, node=0, cause="usage", message=problem)
-        run.update_status(state="failed", attempt=attempt)
+        states.move(run, "failed", attempt=attempt)
         raise TrainingError(f"{problem}\nmore: launch why {run}")
 
 
@@ -147,8 +147,7 @@ def _wait(run: RunDir, attempt: int, progress: Callable[[], None]) -> None:
     """Wait until node 0 has scanned the images for this attempt."""
 
     def is_written() -> bool:
-        os.listdir(run.path)  # noqa: PTH208  a listing is fresh where NFS still remembers an older file
-        return _attempt(run) >= attempt
+        return is_listed(run.bad_images) and _attempt(run) >= attempt
 
     if not wait_until(is_written, timeout_s=WAIT_S, heed=progress, what="node 0 to look through the images"):
         raise TrainingError(

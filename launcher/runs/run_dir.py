@@ -332,7 +332,10 @@ class RunDir:
         return status
 
     def update_status(self, **changes: Any) -> None:
-        """Change some fields of ``status.json``. One process at a time writes it: rank 0, or the supervisor."""
+        """Change some fields of ``status.json``. One process at a time writes it: rank 0, or the supervisor.
+
+        The state goes by way of :func:`launcher.runs.states.move`.
+        """
         write_json_atomic(self.status, {**self.read_status(), **changes, "updated": time.time()})
 
     def append_event(self, kind: str, **fields: Any) -> None:

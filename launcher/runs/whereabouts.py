@@ -6,11 +6,11 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from launcher.runs import history
+from launcher.runs import history, states
 from launcher.system import processes
 
 if TYPE_CHECKING:
-    from launcher.runs.run_dir import RunDir
+    from launcher.runs.run_dir import RunDir, State
 
 OVER = ("completed", "early_stopped", "failed", "cancelled")
 """States of a run that is over."""
@@ -61,7 +61,7 @@ def _last_id(run: RunDir, kind: str) -> str | None:
     return str(found[-1]["job_id"]) if found else None
 
 
-def settled(state: str, job: JobState | None) -> str:
+def settled(state: State, job: JobState | None) -> State:
     """The state of a run, corrected if its job has ended and nobody has recorded it."""
     if job is None or not job.over or job.state == "UNKNOWN":
         return state
@@ -72,19 +72,19 @@ def settled(state: str, job: JobState | None) -> str:
     return "failed" if state in UNSETTLED else state
 
 
-def settle(run: RunDir, job: JobState) -> str:
+def settle(run: RunDir, job: JobState) -> State:
     """Record the state of a run whose job is over; return it."""
-    before = run.read_status()["state"]
+    before: State = run.read_status()["state"]
     state = settled(before, job)
     if state != before:
-        run.update_status(state=state)
+        states.move(run, state)
     return state
 
 
 def note_preempted(run: RunDir) -> None:
-    """Record that a run was stopped and can be resumed; a cancelled one stays cancelled."""
-    if run.read_status()["state"] != "cancelled":
-        run.update_status(state="preempted")
+    """Record that a run was stopped and can be resumed; one that is over stays over."""
+    if run.read_status()["state"] not in OVER:
+        states.move(run, "preempted")
 
 
 def resume_command(run: RunDir) -> str:

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launcher.system import control_groups
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -30,21 +32,10 @@ def quota(root: Path = Path("/")) -> float | None:
 
 def _quotas(root: Path) -> Iterator[float]:
     """The quotas of this process's groups and of all groups above them."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            mount, read = root / "sys/fs/cgroup", _read_v2
-        elif "cpu" in controllers.split(","):
-            mount, read = root / "sys/fs/cgroup/cpu", _read_v1
-        else:
-            continue
-        own = mount / path.lstrip("/")
-        for group in (own, *own.parents) if own.is_dir() else (mount,):  # in a container only the root may be visible
-            if group.is_relative_to(mount) and (found := read(group)) is not None:
+    for groups in control_groups.own("cpu", root):
+        for group in groups:
+            found = (_read_v2 if group.version == 2 else _read_v1)(group.path)  # noqa: PLR2004
+            if found is not None:
                 yield found
 
 

@@ -8,13 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launcher.system import control_groups
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+    from launcher.system.control_groups import ControlGroup
 
 FREE_VARIABLE = "LAUNCH_FREE_MEMORY"
 """Environment variable of a worker, ``BYTES LIMIT``: the node's free memory before its workers began, and its limit."""
 UNLIMITED = 1 << 60
 """Bytes. Control groups of version 1 show a limit above this where there is none."""
+FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    2: ("memory.max", "memory.current", ""),
+}
+"""Of each version of control groups: the files of a limit and of what is used, and how names in memory.stat begin."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +58,8 @@ def free(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) ->
 
 def num_kills(root: Path = Path("/")) -> int:
     """How many processes the kernel has killed for lack of memory, in our control group or on this machine."""
-    for mount, path, version in _own_groups(root):
-        group = mount / path if (mount / path).is_dir() else mount  # as in _limits
-        counts = _counts(group / ("memory.events.local" if version == 2 else "memory.oom_control"))  # noqa: PLR2004
+    for group, *_ in control_groups.own("memory", root):
+        counts = _counts(group.path / ("memory.events.local" if group.version == 2 else "memory.oom_control"))  # noqa: PLR2004
         if "oom_kill" in counts:
             return counts["oom_kill"]
     return _counts(root / "proc/vmstat").get("oom_kill", 0)
@@ -93,27 +101,12 @@ def _job(environment: Mapping[str, str]) -> Iterator[FreeMemory]:
 
 
 def _control_groups(root: Path) -> Iterator[FreeMemory]:
-    """Every control group above this process that has a limit, of version 1 or 2."""
-    names = {
-        1: {"limit": "memory.limit_in_bytes", "usage": "memory.usage_in_bytes", "prefix": "total_"},
-        2: {"limit": "memory.max", "usage": "memory.current", "prefix": ""},
-    }
-    for mount, path, version in _own_groups(root):
-        yield from _limits(mount, path, **names[version])
-
-
-def _own_groups(root: Path) -> Iterator[tuple[Path, str, int]]:
-    """The control groups of this process that are about memory: mount point, path below it, version."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            yield root / "sys/fs/cgroup", path.lstrip("/"), 2
-        elif "memory" in controllers.split(","):
-            yield root / "sys/fs/cgroup/memory", path.lstrip("/"), 1
+    """Every control group above this process that has a limit."""
+    for groups in control_groups.own("memory", root):
+        for group in groups:
+            found = _limit_of(group)
+            if found is not None:
+                yield found
 
 
 def _counts(file: Path) -> dict[str, int]:
@@ -125,20 +118,17 @@ def _counts(file: Path) -> dict[str, int]:
     return {name: int(number) for name, _, number in (line.partition(" ") for line in lines)}
 
 
-def _limits(mount: Path, path: str, *, limit: str, usage: str, prefix: str) -> Iterator[FreeMemory]:
-    folder = mount / path
-    # Within a container the path may be that of the host, and the mount point itself is ours.
-    folders = [folder, *folder.parents] if folder.is_dir() else [mount]
-    for group in folders:
-        if not group.is_relative_to(mount):
-            return
-        try:
-            most = int((group / limit).read_text(encoding="utf-8"))  # "max" raises ValueError
-            used = int((group / usage).read_text(encoding="utf-8"))
-            stat = (group / "memory.stat").read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError):
-            continue
-        if most < UNLIMITED:
-            values = dict(line.split() for line in stat)
-            cache = sum(int(values.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
-            yield FreeMemory(num_bytes=max(0, most - (used - cache)), limit=f"the control group {group}")
+def _limit_of(group: ControlGroup) -> FreeMemory | None:
+    """What is left of a control group's limit; None: it has none."""
+    limit, usage, prefix = FILES[group.version]
+    try:
+        most = int((group.path / limit).read_text(encoding="utf-8"))  # "max" raises ValueError
+        used = int((group.path / usage).read_text(encoding="utf-8"))
+        stat = (group.path / "memory.stat").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return None
+    if most >= UNLIMITED:
+        return None
+    values = dict(line.split() for line in stat)
+    cache = sum(int(values.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+    return FreeMemory(num_bytes=max(0, most - (used - cache)), limit=f"the control group {group.path}")

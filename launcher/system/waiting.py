@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 POLL_S = 0.2
 FIRST_S, EVERY_S = 5.0, 30.0
@@ -21,15 +23,17 @@ def wait_until(
     heed: Callable[[], object],
     what: str | Callable[[], str] = "",
     cure: str = "",
+    every_s: float = POLL_S,
 ) -> bool:
     """Wait until ``is_there`` says so.
 
     Args:
-        is_there: asked a few times a second.
+        is_there: asked again and again.
         timeout_s: give up then; None: never.
         heed: called each time; what it raises ends the wait.
         what: is awaited, for a line now and then; empty: nothing is said. A function where it changes.
         cure: what a user can do to end the wait; ends that line.
+        every_s: how often ``is_there`` is asked.
 
     Returns:
         False where it was given up.
@@ -40,8 +44,19 @@ def wait_until(
         if timeout_s is not None and time.monotonic() - start > timeout_s:
             return False
         notice.say(what() if callable(what) else what, cure)
-        time.sleep(POLL_S)
+        time.sleep(every_s)
     return True
+
+
+def is_listed(path: Path) -> bool:
+    """Whether a file or folder is there, by a new listing of its folder.
+
+    A shared file system may say for a minute that it is not (NFS keeps what it has found absent).
+    """
+    try:
+        return path.name in os.listdir(path.parent)  # noqa: PTH208
+    except FileNotFoundError:
+        return path.parent != path and is_listed(path.parent) and path.exists()
 
 
 class Notice:

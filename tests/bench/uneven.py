@@ -46,9 +46,9 @@ def launch_unevenly(arguments: list[str]) -> None:
     from launcher.engine.model import FineTunedModel
     from launcher.system.memory import status_bytes
 
-    original, train_mode = worker.train, FineTunedModel.train
+    original, train_mode = worker.training, FineTunedModel.train
 
-    def train(spec, ranks, *others, **options):
+    def training(spec, ranks, *others, **options):
         os.sched_setaffinity(0, {ranks.local_rank})
         if ranks.rank == 1:
             limit = status_bytes("VmData") + LIMIT_BYTES
@@ -61,7 +61,7 @@ def launch_unevenly(arguments: list[str]) -> None:
             if type(module).__name__ == "Dropout":
                 module.p = 0.0
 
-    worker.train, FineTunedModel.train = train, without_dropout
+    worker.training, FineTunedModel.train = training, without_dropout
     sys.exit(cli.main(arguments))
 
 

@@ -29,12 +29,12 @@ def launched(tmp_path, monkeypatch, images):
 
     def launch(*arguments):
         made = []
-        plan_run = start.plan_run
-        monkeypatch.setattr(start, "plan_run", lambda *a, **k: made.append((plan_run(*a, **k), a[0])) or made[-1][0])
+        plan = start.plan
+        monkeypatch.setattr(start, "plan", lambda reading: made.append(plan(reading)) or made[-1])
         run_dir = str(tmp_path / "run")
         assert cli.main([*arguments, "--run-dir", run_dir, "--dry-run"]) == 0
-        start.write_run(*made[0])
-        monkeypatch.setattr(start, "plan_run", plan_run)
+        start.write_run(made[0].plan, made[0].recipe)
+        monkeypatch.setattr(start, "plan", plan)
         monkeypatch.chdir(tmp_path / "elsewhere")
         return run_dir
 

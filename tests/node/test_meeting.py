@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -216,6 +217,8 @@ NODE1 = NODE0 | {"rank": 1, "host": "b", "machine": "B"}
             ["node 1 (b) was given --rdzv-endpoint 127.0.0.1:1"],
         ),
         ({}, {"port": 2}, ["the port of --rdzv-endpoint is 2 on node 1 (b) and 1 on node 0 (a)"]),
+        ({"recipe": None}, {"recipe": {"optim.lr": "0.1"}}, []),  # node 0 was started by its command, with no recipe
+        ({"recipe": {"seed": "0"}}, {"recipe": {"seed": "1"}}, ["seed is 1 on node 1 (b) and 0 on node 0 (a)"]),
         ({}, {"nodes": 3, "procs_per_node": 8}, ["--nodes is 3 on node 1", "--procs (or --gpus) is 8 on node 1"]),
     ],
 )
@@ -232,3 +235,38 @@ def test_everything_that_keeps_nodes_apart_is_said_at_once(first, second, said):
 def test_its_own_name_is_no_loopback_of_node_0_whatever_it_stands_for(endpoint, is_so):
     plan = LaunchPlan(run_id="a", nodes=2, rdzv_endpoint=endpoint)
     assert meeting._describe(plan)["names_itself"] == is_so
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("detach", [(), ("--detach",)])
+def test_what_node_1_was_given_otherwise_is_said_with_both_values_and_trains_nothing(detach, tmp_path):
+    """Its overrides would be ignored: the run's recipe is node 0's."""
+    endpoint = f"127.0.0.1:{network.free_port(os.getpid() + len(detach))}"
+    common = [sys.executable, "-m", "launcher", RECIPE, "--run-dir", "run", "--rdzv-endpoint", endpoint]
+    common += ["--nodes", "2", "--procs", "1", "--backend", "torchrun", "post.enabled=false"]
+    own = (("--node-rank", "0"), ("--node-rank", "1", "optim.lr=0.5", "train.epochs=7", *detach))
+    nodes = [
+        subprocess.Popen(
+            [*common, *more],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for more in own
+    ]
+    said = [node.communicate(timeout=DEADLINE_S)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [2, 0 if detach else 2], said
+    if detach:
+        log = tmp_path / "run/logs/launch-1.log"
+        deadline = time.monotonic() + DEADLINE_S
+        while "train.epochs" not in log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        said[1] = log.read_text()
+    for text in said:
+        assert re.search(
+            r"optim\.lr is 0\.5 on node 1 .* and [0-9.e-]+ on node 0 .*: give all nodes the same recipe", text
+        )
+        assert "train.epochs is 7 on node 1" in text
+        assert "launch.nodes" not in text
+    assert events(RunDir(tmp_path / "run"), "attempt_started") == []

@@ -13,8 +13,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from launcher import cli
-from launcher.commands import launch as launch_command
+from launcher import cli, start
 from launcher.errors import UsageError
 from launcher.plan import plan as plans
 from launcher.plan import topology
@@ -46,7 +45,7 @@ def dry_run(monkeypatch, capsys, tmp_path, images):
     """Run `launch … --dry-run` here as if on another machine; return the plan it made and what it printed."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").symlink_to(images)
-    monkeypatch.setattr(launch_command, "new_run_id", lambda name: f"{name}-20260102-030405-abcd")
+    monkeypatch.setattr(start, "new_run_id", lambda name: f"{name}-20260102-030405-abcd")
 
     def run(*arguments, machine):
         made = []

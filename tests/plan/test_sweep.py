@@ -94,7 +94,10 @@ def test_ctrl_c_ends_the_following_of_a_sweep_and_not_the_sweep(make_run, monkey
     monkeypatch.setattr(slurm_client, "run", lambda *_: "7\n")
     monkeypatch.setattr(slurm_follow, "follow_all", interrupted)
     assert not slurm.submit_arrays(base, [("script", runs)], ["", ""], detach=False, in_turn=False)
-    assert f"the jobs go on. Stop them by: launch cancel {base}" in capsys.readouterr().out
+    assert (
+        f"the jobs go on. Look at them by: launch ps {base}; stop them by: launch cancel {base}"
+        in capsys.readouterr().out
+    )
 
 
 def test_each_run_of_a_sweep_has_its_exports_made_by_a_job_that_waits_for_it(make_run, monkeypatch, capsys):

@@ -18,6 +18,7 @@ from launcher.errors import (
     TrainingError,
 )
 from launcher.runs import diagnose, job_logs, whereabouts
+from launcher.system.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -36,7 +37,9 @@ def follow(job_id: str, log: Path) -> None:
     """Show a job's log, and what becomes of the job, until it is over."""
     shown: JobState | None = None
     position, has_run = 0, False
-    while True:
+
+    def is_over() -> bool:
+        nonlocal shown, position, has_run
         state = _states([job_id])[job_id]
         position = _print_from(log, position)
         if state != shown and state.state in ("PENDING", "RUNNING"):
@@ -47,10 +50,10 @@ def follow(job_id: str, log: Path) -> None:
                 _start_early(job_id)
         has_run |= state.state == "RUNNING"
         shown = state
-        if state.over:
-            _print_from(log, position)
-            return
-        time.sleep(POLL_S)
+        return state.over
+
+    wait_until(is_over, timeout_s=None, heed=lambda: None, every_s=POLL_S)  # a signal ends it by an exception
+    _print_from(log, position)
 
 
 def _start_early(job_id: str) -> None:
@@ -73,14 +76,15 @@ def follow_all(runs: Mapping[str, RunDir], posts: Mapping[str, RunDir]) -> None:
     names = {job_id: f"{run.path.name}: job {job_id}" for job_id, run in runs.items()}
     names |= {job_id: f"{run.path.name}: exports: job {job_id}" for job_id, run in posts.items()}
     states: dict[str, JobState] = {}
-    while True:
+
+    def are_over() -> bool:
         for job_id, state in _states([name for name in names if name not in states or not states[name].over]).items():
             if job_id not in states or states[job_id].state != state.state:
                 print(f"{names[job_id]} {state.state.lower()}", flush=True)
             states[job_id] = state
-        if all(state.over for state in states.values()):
-            break
-        time.sleep(POLL_S)
+        return all(state.over for state in states.values())
+
+    wait_until(are_over, timeout_s=None, heed=lambda: None, every_s=POLL_S)
     for job_id, run in runs.items():
         whereabouts.settle(run, states[job_id])
 

@@ -14,7 +14,7 @@ from launcher.backends.slurm import follow as slurm_follow
 from launcher.backends.slurm import submission, task
 from launcher.errors import EXIT_OK, EXIT_RESUMABLE, InterruptedRunError, PreflightError, TrainingError
 from launcher.plan import batch_script
-from launcher.runs import diagnose, history, whereabouts
+from launcher.runs import diagnose, history, states, whereabouts
 from launcher.runs.run_dir import RunDir
 from launcher.system import processes
 from launcher.system.files import write_text_atomic
@@ -46,12 +46,19 @@ def submit(plan: LaunchPlan) -> int:
     run = RunDir(plan.run_dir)
     if plan.command:
         return _run_step(run, plan)
-    job_id = _sbatch(run, plan)
-    print(f"job {job_id} submitted", flush=True)
-    post_id = _sbatch_post(run, plan.post_script, after=job_id) if plan.post_script else None
-    if plan.detach:
-        print(f"run:  {run}\nnext: launch logs {run} -f, launch ps, launch cancel {run}")
-        return EXIT_OK
+    with _interruptible():
+        job_id = _sbatch(run, plan)
+        print(f"job {job_id} submitted", flush=True)
+        post_id = _sbatch_post(run, plan.post_script, after=job_id) if plan.post_script else None
+        if plan.detach:
+            print(f"run:  {run}\nnext: launch logs {run} -f, launch ps, launch cancel {run}")
+        else:
+            _follow(run, plan, job_id, post_id)
+    return EXIT_OK
+
+
+def _follow(run: RunDir, plan: LaunchPlan, job_id: str, post_id: str | None) -> None:
+    """Follow a run's job, and that of its exports, to the end, or until somebody does not want to any more."""
     try:
         slurm_follow.follow(job_id, run.supervisor_log(job_id, 0))
         slurm_follow.conclude(run, job_id)
@@ -61,10 +68,24 @@ def submit(plan: LaunchPlan) -> int:
         elif plan.post_script:
             raise TrainingError(f"training is complete, its exports are not; make them by: launch export {run}")
     except KeyboardInterrupt:
-        print(f"\nno longer following; job {job_id} goes on. Stop it by: launch cancel {run}")
-    return EXIT_OK
+        print(
+            f"\nno longer following; job {job_id} goes on. Follow it by: launch logs {run} -f; "
+            f"stop it by: launch cancel {run}"
+        )
 
 
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Take every stop signal for a Ctrl-C: it ends this process and no job that was submitted whole."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in processes.heeded()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@_interruptible()
 def submit_arrays(
     base: Path,
     arrays: Sequence[tuple[str, Sequence[RunDir]]],
@@ -115,7 +136,10 @@ def submit_arrays(
     try:
         slurm_follow.follow_all(jobs, posts)
     except KeyboardInterrupt:
-        print(f"\nno longer following; the jobs go on. Stop them by: launch cancel {base}")
+        print(
+            f"\nno longer following; the jobs go on. Look at them by: launch ps {base}; "
+            f"stop them by: launch cancel {base}"
+        )
         return False
     return True
 
@@ -130,7 +154,7 @@ def _whole(runs: Sequence[RunDir]) -> Iterator[list[str]]:
         submission.take_back(submitted)
         with contextlib.suppress(OSError):  # a full disk may be what went wrong
             for run in runs:
-                run.update_status(state="failed")
+                states.move(run, "failed")
         if isinstance(error, slurm_client.SlurmError):
             raise PreflightError(f"the job was refused: {error}") from None
         raise
@@ -174,7 +198,7 @@ def _run_step(run: RunDir, plan: LaunchPlan) -> int:
             signal.signal(number, handler)
     is_unsettled = run.read_status()["state"] in whereabouts.UNSETTLED
     if code and is_unsettled:
-        run.update_status(state="preempted" if told or code == EXIT_RESUMABLE else "failed")
+        states.move(run, "preempted" if told or code == EXIT_RESUMABLE else "failed")
     if code == EXIT_RESUMABLE or (code and told and is_unsettled):
         raise InterruptedRunError(f"interrupted; go on with: launch resume {run}")
     failed = diagnose.failed_checks(run)

@@ -26,11 +26,11 @@ from launcher.errors import (
 )
 from launcher.node import preflight, signals, supervisor
 from launcher.plan import variables
-from launcher.runs import history, whereabouts
+from launcher.runs import history, states, whereabouts
 from launcher.runs.run_dir import BATCH_LOG_VARIABLE, RunDir, code_digest, node_name
 from launcher.system import network
 from launcher.system.files import write_json_atomic, write_text_atomic
-from launcher.system.waiting import wait_until
+from launcher.system.waiting import is_listed, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, MutableMapping
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 LOOPBACK = "127.0.0.1"
 MEET_TIMEOUT_S = 600
-LEAVE_TIMEOUT_S = 120
 PREFLIGHT_PORT = 5000
 """How far its port is from that of the rendezvous."""
 STEP_PORTS = 101
@@ -51,9 +50,11 @@ STALE_BEGINNINGS = ("TORCHELASTIC_", "PET_", "ROLE_", "GROUP_")
 def main(run_path: str) -> None:
     """Run this node's part of the job; leaves by SystemExit with the design's exit code where that is not 0.
 
-    Node 0 speaks for the run. The others stay until it is done, exports and all, and leave with 0: srun ends the whole
-    step when a task leaves with anything else, and some time after the first has left. That is meant where a node's
-    own check has failed: the others could wait for it long.
+    Node 0 speaks for the run. The others leave with 0: srun ends the whole step when a task leaves with anything else,
+    and five minutes after the first has left (``--wait``). So they stay until an orderly end, exports and all, is done.
+    They leave at once where they were stopped: a node that is still there ten seconds after a SIGTERM is sent it again
+    a minute later by slurmctld, and by then the step of that number is the requeued job's (SLURM 22.05). Where a node's
+    own check has failed the step is meant to end: the others could wait for it long.
     """
     signals.hold()
     run = RunDir(run_path)
@@ -63,8 +64,9 @@ def main(run_path: str) -> None:
         done.parent.mkdir(exist_ok=True)
         write_text_atomic(done, f"{code}\n")  # for the batch script too: srun's own code may be that of a task it ended
     elif code != EXIT_PREFLIGHT:
-        with contextlib.suppress(InterruptedRunError):  # node 0 is told the same, and speaks for the run
-            _wait_for(done, None if code == EXIT_OK else LEAVE_TIMEOUT_S, "node 0 to finish the run")
+        if code == EXIT_OK:
+            with contextlib.suppress(InterruptedRunError):  # node 0 is told the same, and speaks for the run
+                _wait_for(done, None, "node 0 to finish the run")
         code = EXIT_OK
     sys.stdout.flush()
     if code:
@@ -90,7 +92,7 @@ def _wait_for(file: Path, timeout_s: float | None, what: str) -> bool:
         InterruptedRunError: a stop signal came.
     """
     return wait_until(
-        lambda: file in list(file.parent.iterdir()),  # fresh where NFS still remembers that there was none
+        lambda: is_listed(file),
         timeout_s=timeout_s,
         heed=lambda: signals.heed(f"waiting for {what}"),
         what=what,
@@ -117,11 +119,13 @@ def _supervise(run: RunDir) -> int:
             run.append_event("code_changed", planned=planned, found=code_digest())
             print("warning: the code of finetune-launcher has changed since this run was launched", file=sys.stderr)
         _tell_lost_variables(run)
+        if run.read_status()["state"] in whereabouts.OVER:  # somebody has queued its job again (scontrol requeue)
+            states.move(run, "pending")
         history.close_attempt(run, lost_nodes=_lost_nodes())
         stopped = history.refusal(run)
         if stopped:
             run.append_event("refused", message=stopped)
-            run.update_status(state="failed")
+            states.move(run, "failed")
             raise TrainingError(f"{stopped}\nmore: launch why {run}")
     if plan.nodes > 1:
         hosts = SlurmJobEnvironment().hostnames
@@ -159,7 +163,7 @@ def _preemption_told_from_bad_nodes(run: RunDir, node_rank: int) -> Iterator[Non
         bad = [file.read_text(encoding="utf-8").strip() for file in run.all_bad_nodes(_start())]
         if node_rank or not bad:
             raise
-        run.update_status(state="pending")
+        states.move(run, "pending")
         raise PreflightError(f"stopped because {', '.join(bad)} failed the check of its own network") from None
 
 

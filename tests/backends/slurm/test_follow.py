@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
 
 from launcher.backends.slurm import client as slurm_client
@@ -79,3 +85,55 @@ def test_only_a_job_that_has_run_before_is_started_early(make_run, monkeypatch, 
     monkeypatch.setattr(slurm_follow.time, "sleep", lambda _: None)
     slurm_follow.follow("7", tmp_path / "log")
     assert calls == [(("scontrol", "update", "JobId=7", "StartTime=now+5"), 3)]
+
+
+SUBMIT = """
+import sys
+from launcher.backends.slurm import submit
+from launcher.errors import exit_code_of
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.system import console
+
+console.protect()
+plan = LaunchPlan(run_id="a", name="a", run_dir=sys.argv[1], backend="slurm", script="#!/bin/sh\\n")
+sys.exit(exit_code_of(lambda: submit.submit(plan)))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("slow", ["squeue", "sbatch"])
+def test_a_stop_signal_ends_the_following_and_not_the_job(number, slow, make_run, tmp_path):
+    """Commands that answer as SLURM's do; tests/slurm has the cluster."""
+    commands = {
+        "sbatch": "echo 7",
+        "squeue": "echo '7|RUNNING|None|n1'",
+        "scancel": f'echo "$@" > {tmp_path}/cancelled',
+    }
+    if slow == "sbatch":
+        commands["sbatch"] = "sleep 3; echo 7"
+        commands["squeue"] = f"printf '%-20s%-300s%-4096s\\n' 7 a {tmp_path}/runs/a/logs/slurm-7.log"
+    for name, does in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\ntouch {tmp_path}/asked-{name}\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    run = make_run("a", state="pending")
+    process = subprocess.Popen(
+        [sys.executable, "-c", SUBMIT, str(run.path)],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not (tmp_path / f"asked-{slow}").exists():
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(number)
+    said, errors = process.communicate(timeout=60)
+    if slow == "squeue":
+        assert process.returncode == 0, errors
+        assert f"job 7 goes on. Follow it by: launch logs {run} -f; stop it by: launch cancel {run}" in said
+        assert not (tmp_path / "cancelled").exists()
+    else:  # nobody would know of a job whose number has not come yet
+        assert (process.returncode, errors.strip()) == (130, "interrupted")
+        assert (tmp_path / "cancelled").read_text() == "7\n"
+        assert run.read_status()["state"] == "failed"
