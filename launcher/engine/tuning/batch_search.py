@@ -38,8 +38,8 @@ FEW = 3
 """With at most this many attempts, a jump between the two largest may spoil the prediction from them."""
 MAX_PROBES, MAX_PROBES_BISECTING = 6, 10
 CONTENDER, MAX_CONTENDERS, MAX_COMPARED = 0.85, 3, 5
-"""Compare in turn at most 3 sizes with at least 0.85 of the peak's speed; with new ones between them and the next fastest,
-5. Speeds of separate probes vary on a shared machine."""
+"""Compare in turn at most 3 sizes with at least 0.85 of the peak's speed, or 5 with new ones between them and the next
+fastest. Speeds of separate probes vary on a shared machine."""
 
 
 class NothingFitsError(UsageError):
