@@ -54,9 +54,9 @@ def non_finite_names(state: Mapping[str, torch.Tensor]) -> list[str]:
 class NonFiniteMonitor:
     """Keeps the flags of the last steps until they are read.
 
-    Gradients are the same on every rank once DDP has averaged them, and a loss that is NaN or infinite makes all of them
-    so; each rank therefore finds the same flag by itself. Only under loss scaling, where a gradient may overflow now and
-    then, do the ranks exchange whether it was the loss; gradients that overflow again and again count as well.
+    Gradients are the same on every rank once DDP has averaged them, and a loss that is NaN or infinite makes all of
+    them so; each rank therefore finds the same flag by itself. Only under loss scaling, where a gradient may overflow
+    now and then, do the ranks exchange whether it was the loss; gradients that overflow again and again count as well.
 
     Args:
         device: where the flags are computed.
