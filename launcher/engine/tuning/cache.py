@@ -28,7 +28,7 @@ SAME_BUDGET = 0.05
 
 
 def key(recipe: Recipe, facts: DeviceFacts, data_sets: DataSets, ranks: Ranks, max_size: int) -> str:
-    """Digest of everything that speed, memory and the search depend on."""
+    """Of all that speed and memory depend on, and the search."""
     model = asdict(recipe.model)
     del model["weights"]
     values = {
