@@ -103,14 +103,14 @@ def plan(reading: Reading) -> Draft:
     """Plan a recipe for this machine and this command line; nothing is written."""
     from launcher.plan import topology
     from launcher.plan.plan import make_plan
-    from launcher.runs import recipe_changes, user_code
+    from launcher.runs import recipe_changes, user_copies
 
     recipe, request = reading.recipe, reading.request
     if not request.run_id:
         request = replace(request, run_id=new_run_id(recipe.name))
     made = make_plan(recipe, topology.detect(), request, *_profiles(recipe, request))
     run = RunDir(made.run_dir)
-    recipe, code = user_code.gather(recipe, reading.source, run, renew=request.new_code)
+    recipe, code = user_copies.gather(recipe, reading.source, run, renew=request.new_code)
     changes = recipe_changes.find(run, recipe, reading.source.where)
     return Draft(plan=made, recipe=recipe, source=reading.source, changes=changes, code=code)
 
@@ -184,7 +184,7 @@ def record(draft: Draft, found: Scan | None) -> None:
 
     run = draft.run
     write_run(draft.plan, draft.recipe, draft.code)
-    user_code.tell_of_changes(run, draft.code)
+    user_code.tell_of_changes(run, draft.code.changed, is_new=draft.code.is_new)
     record_changes(run, draft.changes)
     if found:
         quarantine.record(run, draft.recipe, found, attempt=history.next_attempt(run))

@@ -6,7 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from launcher.errors import EXIT_OK, InterruptedRunError
-from launcher.runs import diagnose, history, quarantine
+from launcher.runs import diagnose, history, quarantine, states
 from launcher.runs.run_dir import RunDir, WorkerSpec
 
 if TYPE_CHECKING:
@@ -39,5 +39,5 @@ def _record_failure(run: RunDir, attempt: int) -> None:
     """Leave for `launch why` and `launch ps` that the run failed."""
     with contextlib.suppress(OSError):  # a full disk
         cause, message = diagnose.cause_of_end(run, attempt)
-        run.update_status(state="failed", attempt=attempt)
+        states.move(run, "failed", attempt=attempt)
         run.append_event("attempt_ended", attempt=attempt, node=0, cause=cause, message=message)

@@ -49,7 +49,7 @@ OPEN = {
     "data.path": SAME_IMAGES,
     "data.dataset": SAME_IMAGES,
     "data.dataset_args": SAME_IMAGES,
-    "data.transform": "",
+    "data.transform": "the best checkpoint is chosen anew from the next validation on",
     "data.transform_args": "",
     "data.augment": "",
     "data.workers": "",
@@ -109,7 +109,7 @@ OPEN = {
 """Keys that may change, each with a note for the user."""
 TUNED = (
     *("model.", "batch.", "precision", "train.loss", "train.channels_last", "train.clip_grad_norm", "optim.momentum"),
-    *("data.workers", "data.augment", "launch.threads"),
+    *("data.workers", "data.augment", "data.dataset", "data.transform", "launch.threads"),
 )
 """Beginnings of keys that measured batch sizes and shares of cores depend on: a change has them measured again."""
 

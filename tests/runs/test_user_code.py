@@ -10,7 +10,7 @@ import pytest
 
 from launcher.errors import RecipeError
 from launcher.recipe import load as recipes
-from launcher.runs import user_code
+from launcher.runs import user_code, user_copies
 from launcher.runs.run_dir import RunDir
 
 NET = """
@@ -53,7 +53,7 @@ def project(tmp_path, monkeypatch):
 
 def gathered(path, run, *overrides, renew=False):
     recipe, source = recipes.load(str(path), overrides)
-    return user_code.gather(recipe, source, run, renew=renew)
+    return user_copies.gather(recipe, source, run, renew=renew)
 
 
 def written(path, run, *overrides, renew=False):
@@ -114,7 +114,7 @@ def test_a_resume_goes_on_with_the_copy_and_tells_what_has_changed(project, run,
         recipe, code = gathered(path, run)
         assert recipe.model.factory == "code/net.py:build"
         assert code.files["helper.py"] == b"VALUE = 1\n"
-        user_code.tell_of_changes(run, code)
+        user_code.tell_of_changes(run, code.changed)
         told = capsys.readouterr().out
         assert f"{project / 'helper.py'} has changed since the run was launched" in told
         assert "--new-code" in told

@@ -26,7 +26,7 @@ from launcher.errors import (
 )
 from launcher.node import preflight, signals, supervisor
 from launcher.plan import variables
-from launcher.runs import history, states, whereabouts
+from launcher.runs import history, states, user_code, whereabouts
 from launcher.runs.run_dir import BATCH_LOG_VARIABLE, RunDir, code_digest, node_name
 from launcher.system import network
 from launcher.system.files import write_json_atomic, write_text_atomic
@@ -99,6 +99,16 @@ def _wait_for(file: Path, timeout_s: float | None, what: str) -> bool:
     )
 
 
+def _tell_of_other_code(run: RunDir) -> None:
+    """Say and write down that the launcher's code, or the originals of the user's own, are others by now."""
+    planned = run.read_launched().code
+    if code_digest() != planned:
+        run.append_event("code_changed", planned=planned, found=code_digest())
+        print("warning: the code of finetune-launcher has changed since this run was launched", file=sys.stderr)
+    if manifest := user_code.read_manifest(run.code):
+        user_code.tell_of_changes(run, user_code.find_changed(manifest))
+
+
 def _supervise(run: RunDir) -> int:
     from submitit.slurm.slurm import SlurmJobEnvironment
 
@@ -114,10 +124,7 @@ def _supervise(run: RunDir) -> int:
     attempt = None
     if node_rank == 0:
         living.refuse_second_job(run, str(SlurmJobEnvironment().job_id))
-        planned = run.read_launched().code
-        if code_digest() != planned:
-            run.append_event("code_changed", planned=planned, found=code_digest())
-            print("warning: the code of finetune-launcher has changed since this run was launched", file=sys.stderr)
+        _tell_of_other_code(run)
         _tell_lost_variables(run)
         if run.read_status()["state"] in whereabouts.OVER:  # somebody has queued its job again (scontrol requeue)
             states.move(run, "pending")

@@ -65,6 +65,8 @@ class UserDataset(Samples):
         self._made = user_code.call("data.dataset", function, config.dataset_args, split=split, path=config.path)
         self._check_parts()
         self.classes = [str(name) for name in self._made.classes]
+        if len(set(self.classes)) < max(2, len(self.classes)):
+            raise UsageError(f"{self._name}: its classes are {self.classes[:5]}; they must be two or more, and differ")
         known = classes or self.classes
         if self.classes != known[: len(self.classes)]:
             raise UsageError(f"{self._name}: its classes are {self.classes[:5]}, and those of training {known[:5]}")
@@ -138,8 +140,6 @@ class UserDataset(Samples):
     def _check_samples(self, listed: list[tuple[str, int]]) -> None:
         if not listed:
             raise UsageError(f"{self._name} has no samples: its __len__ is 0")
-        if len(set(self.classes)) < max(2, len(self.classes)):
-            raise UsageError(f"{self._name}: its classes are {self.classes[:5]}; they must be two or more, and differ")
         seen: dict[str, int] = {}
         for index, (key, _) in enumerate(listed):
             if seen.setdefault(key, index) != index:
