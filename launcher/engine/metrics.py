@@ -87,6 +87,8 @@ class ValidationTotals:
         self._classes = list(classes)
         self._of_run = loss
         self._own = own
+        if own:
+            own.reset()  # a validation that was broken off left something
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
         self._top_k = torch.zeros((), dtype=torch.int64, device=device)
         self._pairs = [torch.empty(0, dtype=torch.int64, device=device)]

@@ -91,13 +91,7 @@ def build_report(run: RunDir) -> Json:
             "images_per_s": _median(line.get("images_per_s") for line in train),
             "attempts": attempts,
             "best": best,
-            "metrics": {name: _shown_as(metric) for name, metric in table.items()},
-            "best_val": _take(best_val, (*POSITION, *table)),
-            "final_val": _take(val[-1], (*POSITION, *table)) if val else None,
-            "curves": {
-                "train": [_take(line, (*POSITION, *table, *SPEED)) for line in train],
-                "val": [_take(line, (*POSITION, *table)) for line in val],
-            },
+            **_measured(table, best_val, train, val),
             "classes": list(best_val.get("per_class") or manifest.get("classes", [])),
             "per_class": best_val.get("per_class"),
             "confusion": best_val.get("confusion"),
@@ -237,9 +231,24 @@ def _rare_classes(events: list[Json]) -> Json | None:
     return _take(found[-1], ("num_classes", "classes")) if found else None
 
 
+def _measured(table: dict[str, Metric], best_val: Json, train: list[Json], val: list[Json]) -> Json:
+    """What each metric is, and its values."""
+    fields = (*POSITION, *table)
+    return {
+        "metrics": {name: _shown_as(metric) for name, metric in table.items()},
+        "best_val": _take(best_val, fields),
+        "final_val": _take(val[-1], fields) if val else None,
+        "curves": {
+            "train": [_take(line, (*fields, *SPEED)) for line in train],
+            "val": [_take(line, fields) for line in val],
+        },
+    }
+
+
 def _shown_as(metric: Metric) -> Json:
     """What a reader of a metric's values has to know."""
-    return {key: getattr(metric, key) for key in ("title", "mode", "fraction", "charted")}
+    values = {key: getattr(metric, key) for key in ("title", "mode", "fraction", "charted")}
+    return {**values, "own": metric.value is None}
 
 
 def _without_trivial(metrics: list[Json]) -> list[Json]:

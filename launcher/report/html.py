@@ -42,10 +42,8 @@ def _charts(report: Json) -> list[Chart]:
     charts = []
     for key, metric in metrics.items():
         if metric["charted"]:
-            title, show = (
-                metric["title"][:1].upper() + metric["title"][1:],
-                "{:.2%}" if metric["fraction"] else "{:.4g}",
-            )
+            title = metric["title"] if metric["own"] else metric["title"][:1].upper() + metric["title"][1:]
+            show = "{:.2%}" if metric["fraction"] else "{:.4g}"
             curves = {"train": _points(train, key, show), "val": _points(val, key, show)}
             charts.append(line_chart(title, curves, show, best_x=best_step))
     charts.append(line_chart("Learning rate", {"train": _points(train, "lr", "{:.3g}")}, "{:.3g}", floor=0.0))

@@ -104,20 +104,15 @@ def find_problems(listener: Any) -> Iterator[str]:
     """What keeps a class or an object from being a listener; words that follow its name."""
     methods = {event: getattr(listener, event) for event in EVENTS if callable(getattr(listener, event, None))}
     if not methods:
-        near = [name for name in dir(listener) if not name.startswith("__")]
-        hints = filter(None, (did_you_mean(event, near, num=1) for event in EVENTS))
-        found = f"; it has {', '.join(near[:8])}" if any(hints) or near else ""
-        yield f"has no method that is called; valid: any of {', '.join(EVENTS)}{found}"
+        found = ", ".join([name for name in dir(listener) if not name.startswith("_")][:8]) or "none"
+        yield f"has no method that is called; valid: any of {', '.join(EVENTS)}; it has {found}"
     for event in methods:
         static = inspect.getattr_static(listener, event)
         is_unbound = isinstance(listener, type) and not isinstance(static, staticmethod | classmethod)
         for name in user_objects.needed(methods[event])[int(is_unbound) :]:
             if name not in EVENTS[event]:
-                hint = did_you_mean(name, EVENTS[event])
-                valid = f"valid, by name: {', '.join(EVENTS[event])}"
-                yield " ".join(
-                    filter(None, [f"has a method {event}() that needs {name!r}, which nobody passes;", hint, valid])
-                )
+                found, hint = f"has a method {event}() that needs {name!r};", did_you_mean(name, EVENTS[event])
+                yield " ".join(filter(None, [found, hint, f"valid, by name: {', '.join(EVENTS[event])}"]))
 
 
 def start_values(parts: Parts, *, epoch: int, step: int) -> dict[str, Any]:

@@ -77,6 +77,11 @@ class UserMetrics:
         for metric in self._metrics.values():
             _value_of_whole(metric, num_classes, device)  # an error in it comes now, not after an epoch
 
+    def reset(self) -> None:
+        """Start again from nothing."""
+        for metric in self._metrics.values():
+            metric.reset()
+
     def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Count a batch: logits (N x C) and labels (int64 N)."""
         probabilities = logits.float().softmax(dim=1)
@@ -95,7 +100,7 @@ class UserMetrics:
             dist.all_gather_object(gathered, states_of(metric))
             put_together(metric, [states for states in gathered if states])
             found[name] = number(name, metric.compute())
-            metric.reset()
+        self.reset()
         return found
 
 

@@ -75,9 +75,6 @@ def is_factory(function: Callable[..., Any], given: Mapping[str, Any]) -> bool:
 
 def needed(function: Callable[..., Any]) -> list[str]:
     """Arguments without which a function cannot be called."""
-    return [name for name, one in (parameters_of(function) or {}).items() if _is_needed(one)]
-
-
-def _is_needed(parameter: inspect.Parameter | None) -> bool:
     various = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return parameter is not None and parameter.default is parameter.empty and parameter.kind not in various
+    parameters = (parameters_of(function) or {}).items()
+    return [name for name, one in parameters if one.default is one.empty and one.kind not in various]

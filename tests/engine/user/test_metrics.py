@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from torch.nn import functional
 from torchmetrics import Metric
 
+from launcher.engine.losses import Loss, cross_entropy
+from launcher.engine.metrics import ValidationTotals
 from launcher.engine.user import metrics as user_metrics
 from launcher.errors import TrainingError, UsageError
 from launcher.recipe import load as recipes
@@ -224,6 +226,17 @@ def test_a_value_that_becomes_several_later_ends_training_by_its_name(one_rank):
     own.add(*answers())
     with pytest.raises(TrainingError, match=r"metrics: spread gives a tensor of shape \(7,\)"):
         own.compute()
+
+
+def test_a_validation_that_was_broken_off_leaves_nothing_behind(one_rank):
+    logits, labels = answers()
+    loss = Loss("cross_entropy", cross_entropy, {})
+    own = build([f"{HERE}:spread", *ROWS[:1]])
+    expected = computed(own, logits[:9], labels[:9], [])
+    ValidationTotals([*"abcdefg"], CPU, loss, own).add(logits, labels)  # and then memory ran out, or all ranks stopped
+    totals = ValidationTotals([*"abcdefg"], CPU, loss, own)
+    totals.add(logits[:9], labels[:9])
+    assert expected.items() <= totals.compute().items()
 
 
 def test_an_error_comes_with_the_metric_and_not_after_an_epoch(monkeypatch):

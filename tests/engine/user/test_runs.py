@@ -156,7 +156,7 @@ def test_they_train_measure_and_hear_and_are_shown_wherever_top_1_is(start, laun
     report = json.loads(run.report_json.read_text())
     assert report["best_val"]["ece"] == best["value"]
     page, card = run.report_html.read_text(), run.model_card.read_text()
-    assert "Ece over" in page
+    assert "ece over" in page
     assert "MulticlassAUROC" in page
     assert f"| ece | {best['value']:.4f} |" in card
     (record,) = run.wandb.rglob("run-*.wandb")
