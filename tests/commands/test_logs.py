@@ -59,6 +59,10 @@ run.update_status(state="completed")
 """
 
 
+def plan_of(run, num_ranks):
+    write_json_atomic(run.plan, {"run_id": "a", "name": "a", "procs_per_node": num_ranks})
+
+
 def show(run, **options):
     """`launch logs` in this process."""
     logs.run(run, **{"follow": False, "rank": None, "attempt": None, "pattern": None, **options})
@@ -200,7 +204,7 @@ def test_a_rank_that_is_not_there_is_refused_with_those_that_are(run):
 
 
 def test_a_rank_that_the_plan_lacks_is_not_waited_for(run):
-    write_json_atomic(run.plan, {"world_size": 4})
+    plan_of(run, 4)
     with pytest.raises(UsageError, match="--rank 4: the run has no such rank; it has 0-3"):
         show(run, rank=4, follow=True)
 
@@ -510,7 +514,7 @@ def test_of_many_ranks_all_are_followed_and_new_ones_too(run, follow):
 
 
 def test_one_rank_is_followed_alone(run, follow):
-    write_json_atomic(run.plan, {"world_size": 2})
+    plan_of(run, 2)
     write(run, 1, 0, "zero\n")
     following = follow(rank=1)  # which is in the plan, and has not begun
     time.sleep(1)
@@ -520,7 +524,7 @@ def test_one_rank_is_followed_alone(run, follow):
 
 
 def test_the_prefix_has_room_for_the_plan_s_ranks_from_the_start(ended, capsys):
-    write_json_atomic(ended.plan, {"world_size": 1024})
+    plan_of(ended, 1024)
     write(ended, 1, 0, "x\n")
     show(ended, follow=True)
     assert capsys.readouterr().out == "[   0] x\n"
