@@ -1,4 +1,4 @@
-"""Whether something carries a run out now: SLURM is asked about its job, the system about its process."""
+"""Finds out whether a run is being carried out now: asks SLURM for its job, the system for its process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def job_state(run: RunDir) -> JobState | None:
-    """What SLURM says of the run's job; None where it has none, or SLURM does not answer."""
+    """The state of the run's job; None if it has no job or SLURM does not answer."""
     job_id = whereabouts.job_of(run)
     try:
         return slurm_client.job_states([job_id])[job_id] if job_id else None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from launcher.plan.request import Request
+if TYPE_CHECKING:
+    from launcher.plan.request import Request
 
 
 def parser_of(verb: str, description: str) -> argparse.ArgumentParser:
@@ -16,6 +17,8 @@ def parser_of(verb: str, description: str) -> argparse.ArgumentParser:
 
 def request_of(args: argparse.Namespace, **more: Any) -> Request:
     """What the arguments of a command ask for; ``profile.key=value`` changes the profile, all else the recipe."""
+    from launcher.plan.request import Request
+
     known = {field.name for field in fields(Request)}
     values = {name: value for name, value in vars(args).items() if name in known} | more
     given = values.pop("overrides")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from launcher import __version__, start
+from launcher import __version__
 from launcher.commands import request_of
 from launcher.errors import UsageError
-from launcher.runs.run_dir import RunDir
 from launcher.system import console
 from launcher.system.redact import find_secret
 
@@ -53,6 +52,8 @@ def main(argv: Sequence[str], *, epilog: str) -> int:
         from launcher.commands import sweep
 
         return sweep.run(request_of(args), parallel=args.parallel)
+    from launcher import start
+
     (reading,) = start.read(request_of(args, run_id=_run_id_of(args)))
     return start.carry_out(reading)
 
@@ -63,6 +64,8 @@ def _run_id_of(args: argparse.Namespace) -> str:
     Raises:
         UsageError: the run directory cannot be that of this run.
     """
+    from launcher.runs.run_dir import RunDir
+
     existing = RunDir(args.run_dir) if args.run_dir else None
     if existing is None or not existing.exists or args.node_rank:
         return ""

@@ -1,6 +1,6 @@
 """Finds NaN and infinite values: in weights, and in the loss or gradient of a step.
 
-The latter the same on every rank, and no step waits for the device.
+Every rank finds the same steps, and no step waits for the device.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LAG = 2
 than another."""
 MAX_OVERFLOWS = 25
 """Steps in a row that loss scaling may leave out: each halves the scale, which comes from 2**16 to below 1 by then.
-What is still no number is so by itself."""
+A value that is still NaN or infinite is so without scaling."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +34,15 @@ class NonFiniteStep:
     step: int
     """Optimizer steps before it."""
     samples: tuple[int, ...]
-    """Indices of this rank's samples that it may be about: of its batches with such a loss; all, where no rank has one
-    and only the gradient is no number."""
+    """Indices of this rank's samples that may be the cause: those of its batches with such a loss; all, if only the
+    gradient is NaN or infinite."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Watched:
     step: int
     values: Callable[[], torch.Tensor]
-    """The flag, whether the gradient is no number, then the sum of losses of each of this rank's batches."""
+    """The flag, whether the gradient is NaN or infinite, then the sum of losses of each of this rank's batches."""
     micro_batches: Sequence[Sequence[int]]
 
 
@@ -54,10 +54,9 @@ def non_finite_names(state: Mapping[str, torch.Tensor]) -> list[str]:
 class NonFiniteMonitor:
     """Keeps the flags of the last steps until they are read.
 
-    Gradients are the same on every rank once DDP has averaged them, and a loss that is no number leaves none of them a
-    number; so each rank comes to the same flag by itself. Only under loss scaling, where a gradient overflows now and
-    then and all is well, the ranks have to exchange whether it was the loss; gradients that overflow without end count
-    as well.
+    Gradients are the same on every rank once DDP has averaged them, and a loss that is NaN or infinite makes all of
+    them so; each rank therefore finds the same flag by itself. Only under loss scaling, where a gradient may overflow
+    now and then, do the ranks exchange whether it was the loss; gradients that overflow again and again count as well.
 
     Args:
         device: where the flags are computed.
@@ -71,7 +70,7 @@ class NonFiniteMonitor:
         self.num_in_a_row = 0
         """Steps left out since the last one that was not."""
         self._num_overflows = 0
-        """Steps in a row whose gradient, not the loss, was no number; where losses are scaled."""
+        """Steps in a row whose gradient, not the loss, was NaN or infinite; only with loss scaling."""
 
     def flag(self, gradient_norm: torch.Tensor, losses: Sequence[torch.Tensor]) -> torch.Tensor:
         """Float32, 1 where the step has to be left out, else 0; on the device, as fused optimizers take it.

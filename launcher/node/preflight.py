@@ -1,4 +1,4 @@
-"""Before a job trains: has each node what it needs, do all of them reach each other, and if not, which one does not?
+"""Checks a job before training: each node has what it needs, and all reach each other; else, which node does not.
 
 The nodes speak through small files in the run directory, which shows by itself that they share it. Node 0 decides.
 """
@@ -31,9 +31,9 @@ Groups = list[list[int]]
 """Node ranks, in groups that try an all-reduce at the same time."""
 
 REDUCE_S = 60.0
-"""How long a group gets for its all-reduce."""
+"""Seconds that a group gets for its all-reduce."""
 WAIT_S = 300.0
-"""How long one waits for the files of the other nodes: they may start at different times."""
+"""Seconds to wait for the files of the other nodes, which may start at different times."""
 MIN_FREE_GB = 2.0
 SAME = ("torch", "launcher", "cuda", "nccl")
 """Versions that must be the same on all nodes."""
@@ -42,7 +42,7 @@ DISK = "/tmp"  # noqa: S108  the node's own disk is meant
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What a node says of itself."""
+    """The facts that a node writes about itself."""
 
     host: str
     """Its name."""
@@ -61,9 +61,9 @@ class Facts:
     driver: str | None
     """NVIDIA's, or None."""
     num_gpus: int
-    """That torch sees."""
+    """GPUs that torch sees."""
     free_gb: float
-    """On the node's own disk."""
+    """Free space on the node's own disk."""
 
 
 def gather(plan: LaunchPlan, *, seed: int) -> Facts:
@@ -96,7 +96,7 @@ def _driver() -> str | None:
 
 
 def find_problems(facts: Sequence[Facts], plan: LaunchPlan) -> dict[int, str]:
-    """What is wrong with single nodes, by node rank; of versions that differ the less frequent one is the wrong one."""
+    """Problems of single nodes, by node rank; if versions differ, the less frequent one is wrong."""
     problems = {}
     for rank, node in enumerate(facts):
         for name in SAME:
@@ -155,7 +155,7 @@ def find_bad(num: int, attempt: Callable[[Groups], list[bool]]) -> list[int] | N
 
 
 def run(folder: Path, plan: LaunchPlan, *, seed: int, heed: Callable[[], None]) -> dict[str, str]:
-    """Check all nodes of a job; every node calls it. Returns what is wrong, by host; nothing where all is well.
+    """Check all nodes of a job; every node calls this. Returns the problems, by host.
 
     Args:
         folder: of this start of the job, in the run directory.
@@ -180,7 +180,7 @@ def run(folder: Path, plan: LaunchPlan, *, seed: int, heed: Callable[[], None]) 
 
 
 def read_facts(folder: Path) -> list[dict[str, Any]]:
-    """What the nodes have said of themselves, in the order of their ranks."""
+    """The facts of all nodes, in the order of their ranks."""
     files = sorted(folder.glob("node-*.json"), key=lambda file: int(file.stem.removeprefix("node-")))
     return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 

@@ -104,7 +104,7 @@ def _heed_stop(run: RunDir, node_rank: int, stop: StopSignals, awaited: str) -> 
 
 
 def _check_images(run: RunDir, node_rank: int, stop: StopSignals, attempt: int) -> None:
-    """Have it settled which images are left out before any worker deals them out."""
+    """Decide which images are left out, before any worker deals out the samples."""
     awaited = " while waiting for node 0 to look through the images" if node_rank else ""
     heed_stop = functools.partial(_heed_stop, run, node_rank, stop, awaited)
     heed_stop()
@@ -119,7 +119,7 @@ def _scan_own(run: RunDir, heed_stop: Callable[[], None]) -> Scan:
 
 @contextlib.contextmanager
 def _explained(run: RunDir, plan: LaunchPlan, stop: StopSignals, attempt: int) -> Iterator[None]:
-    """Turn what ended the workers into what is told, and write it down."""
+    """Record what ended the workers and raise it as an error with a message."""
     try:
         yield
     except agent_thread.LeftError:
@@ -138,7 +138,7 @@ def _explained(run: RunDir, plan: LaunchPlan, stop: StopSignals, attempt: int) -
 
 @contextlib.contextmanager
 def _even_if_full(run: RunDir) -> Iterator[None]:
-    """Go on also where the run directory takes nothing more."""
+    """Go on even if the run directory cannot be written."""
     try:
         yield
     except OSError as error:
@@ -146,7 +146,7 @@ def _even_if_full(run: RunDir) -> Iterator[None]:
 
 
 def _interrupted(run: RunDir, plan: LaunchPlan, stop: StopSignals, first_attempt: int) -> InterruptedRunError:
-    """What to tell after a stop; the run's state and history say so too."""
+    """The error to raise after a stop, which is recorded in the run's state and history."""
     node_rank, lost = plan.node_rank, stop.cause == "lost_node"
     reason = stop.reason or "stopped by the signal of another node"  # of which only a worker here has heard
     # Of a job only the first node writes: another one that was cut off may come to it when the run goes on elsewhere.

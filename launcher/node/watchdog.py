@@ -1,4 +1,4 @@
-"""Finds workers that hang: each says after every step that it lives, in memory that its node's supervisor reads."""
+"""Finds workers that hang, by the heartbeats that they write after every step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 POLL_S = 1.0
 DUMP_S = 3.0
-"""How long the workers get to write their stacks before they are killed."""
+"""Seconds that the workers get to write their stacks before they are killed."""
 WAITING = (
     "torch/autograd/",
     "torch/distributed/",
@@ -42,12 +42,12 @@ TAIL_BYTES = 64 * 1024
 
 
 class Watchdog:
-    """While entered, ends workers of which one has taken no step for too long, and leaves what each was doing.
+    """While entered, ends the workers if one of them takes no step for too long, and records what each was doing.
 
     Args:
         run: where the error files go.
         beats: of this node's workers.
-        timeout_s: how long is too long; None: there is no such time.
+        timeout_s: seconds without a step that count as a hang; None: never.
         node_rank: which node this is.
         attempt: the number of the present start of the workers.
     """

@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from launcher.plan.profile import Profile
 
 WAIT_FOR_TASKS_S = 300
-"""After the first node's supervisor has ended the others get this long, then srun ends them."""
+"""Seconds that the other nodes get after the first supervisor has ended; then srun ends them."""
 
 EXPORT = "--export=ALL"
-"""A job that is submitted by --export=NONE would hand its steps nothing of what its script sets, either."""
+"""Without this, the steps of a job submitted with --export=NONE lack the variables that its script sets."""
 
 CHECK_MIN = 15
-"""Minutes that a job gets that only checks its nodes."""
+"""Time limit of a job that only checks its nodes, in minutes."""
 
 TASK = "launcher.backends.slurm.task"
 """The module that each node of a job runs."""
@@ -25,10 +25,10 @@ RUNS = "runs.txt"
 """In the folder of a sweep: the absolute path of each run directory, a line each."""
 
 MAX_STARTS = 3
-"""So many starts of a job in a row may end before a worker begins; then it is not queued again."""
+"""Give up after this many starts in a row that reach no worker: do not queue the job again."""
 
 MAX_TRIES = 60
-"""So often, five seconds apart, the batch script asks a controller that does not answer; then it leaves."""
+"""The batch script asks a controller that does not answer this many times, five seconds apart, then leaves."""
 
 # What binds the shell that submits to its own cores would bind every worker to them; the commands below would take the
 # variables of squeue and sbatch for options.
@@ -207,7 +207,7 @@ def build_script(job: Job, profile: Profile, array: Array | None = None) -> str:
 
 
 def post_name(name: str) -> str:
-    """Of the job that makes the exports of a run."""
+    """Name of the job that makes the exports of a run."""
     return f"{name}-post"
 
 
@@ -230,7 +230,7 @@ def build_post_script(job: Job, profile: Profile) -> str:
 
 
 def _options(job: Job, profile: Profile, log: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What submitit has a name for, and what it has not."""
+    """The options that submitit has a name for, and the others."""
     options: dict[str, Any] = {
         "job_name": job.name,
         "nodes": job.nodes,

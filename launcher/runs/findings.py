@@ -27,8 +27,8 @@ MIN_OTHERS = 3
 NEARLY_ALL = 0.9
 """A class that takes at least this share of all answers takes "nearly all"."""
 MISSED = 0.8
-"""…if it also takes at least this share of the other classes' images: a class that is most of the validation images may
-rightly be most of the answers."""
+"""… if it also takes at least this share of the other classes' images: a class that is most of the validation images
+may rightly be most of the answers."""
 NEAR_CHANCE = 0.1
 """Share of the way from chance to no mistakes (Cohen's kappa) up to which a model counts as no better than chance …"""
 SIGMAS = 3.0

@@ -72,7 +72,7 @@ def test_the_error_names_ten_files_and_the_place_in_the_recipe_and_the_cures(mak
     assert "recipe.yaml:3 data.path: data.path: 12 images cannot be decoded" in text
     assert sum(f"{path}: empty" in text for path in paths) == 10
     assert "and 2 more" in text
-    for cure in ("mend or remove", "data.on_bad_image=quarantine", f"launch check {folder}"):
+    for cure in ("repair or remove", "data.on_bad_image=quarantine", f"launch check {folder}"):
         assert cure in text
 
 

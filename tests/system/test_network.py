@@ -8,6 +8,8 @@ import sys
 import pytest
 
 from launcher.backends.slurm import task
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.profile import Profile
 from launcher.system import network
 
 
@@ -26,9 +28,10 @@ def test_an_interface_that_the_user_names_stays_and_else_the_nodes_own_is_told(o
     monkeypatch.setattr(network, "local_address", lambda _: "10.0.0.1")
     monkeypatch.setattr(network, "interface_of", lambda _: "eth0")
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    plan = {"env": {"OMP_NUM_THREADS": "8"}, "profile": {"interface": None}}
-    assert task._own_address(plan, toward="n2") == "10.0.0.1"
-    network.set_environment(plan["env"])
+    plan = LaunchPlan(run_id="a", env={"OMP_NUM_THREADS": "8"}, profile=Profile(interface=None))
+    plan = task._with_address(plan, toward="n2")
+    assert plan.address == "10.0.0.1"
+    network.set_environment(plan.env)
     assert (expected | {"OMP_NUM_THREADS": "8"}).items() <= os.environ.items()
 
 

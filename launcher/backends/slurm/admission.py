@@ -1,4 +1,4 @@
-"""A SLURM job against the live cluster, before it is submitted: what would keep it from starting or going on."""
+"""Checks a SLURM job against the live cluster before it is submitted: could it start, and go on?"""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Node:
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """What the cluster says of itself."""
+    """Facts about the cluster."""
 
     partitions: Mapping[str, Mapping[str, str]]
     """``scontrol show partition``: name to fields."""
@@ -137,7 +137,7 @@ def _cpus_per_node(text: str) -> list[int]:
 
 
 def _refusals(scripts: Sequence[str]) -> Iterator[str]:
-    """What sbatch itself has against the very scripts."""
+    """What sbatch itself refuses about the scripts (--test-only)."""
     for script in filter(None, scripts):
         try:
             slurm_client.run("sbatch", "--test-only", stdin=script)

@@ -1,4 +1,4 @@
-"""What SLURM's own commands say of a job, with accounting or without."""
+"""Runs SLURM's own commands and reads what they say about jobs, with or without accounting."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _remembered(job_id: str) -> JobState:
 
 
 def exit_code(job_id: str) -> int | None:
-    """What the script of a job that is over has left with; None where SLURM has forgotten it."""
+    """The exit code of the script of a job that is over; None if SLURM has forgotten it."""
     for command in (
         ("scontrol", "show", "job", "--oneliner", job_id),
         ("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job_id}", "--format=ExitCode"),
@@ -128,7 +128,7 @@ class Maintenance:
     """A window in which the cluster, or a part of it, starts no jobs."""
 
     name: str
-    """Of the reservation."""
+    """Name of the reservation."""
     starts: str
     """When, as scontrol writes it."""
     minutes: int

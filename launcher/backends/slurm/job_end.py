@@ -1,4 +1,4 @@
-"""Why a SLURM job ended, or does not begin, where no worker of it left a word: from SLURM, and from the logs around."""
+"""Explains why a SLURM job ended, or does not begin, if no worker recorded it: from SLURM and the logs around."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def explain(run: RunDir, job: JobState) -> list[str]:
     text = "\n".join(words)
     cures = [cure for word, cure in REASONS.items() if word == job.reason]
     cures += [cure for word, cure in WORDS.items() if word in text]
-    cure = cures[0] if cures else "correct what stands above" if words else "see `setup` and `python` in the profile"
+    cure = cures[0] if cures else "fix the error shown above" if words else "see `setup` and `python` in the profile"
     again = AGAIN.replace("RUN", "RUN --profile NAME") if "profile" in cure else AGAIN  # which reads it anew
     folders = f"neither in {run.batch_log(job.job_id).parent} nor in {run.supervisor_log(job.job_id, 0).parent}"
     return [

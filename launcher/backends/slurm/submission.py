@@ -1,4 +1,4 @@
-"""Hand a script to sbatch, and learn the job's id whatever sbatch says, or does not say."""
+"""Submits a script with sbatch and finds the job's id, whatever sbatch prints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
 LOST = ("no answer", "timed out", "contact", "onnect", "Zero Bytes", "Unexpected message", "names no job")
-"""In the words of a failure after which the job may well be there, if perhaps a little later."""
+"""Parts of error messages after which the job may exist all the same, perhaps a little later."""
 ASKS, PAUSE_S = 6, 5.0
 """So often, and so far apart, the queue is asked for such a job."""
 _ID = re.compile(r"(?:Submitted batch job )?(\d+)(?:;\S*| on cluster \S+)?")
@@ -56,7 +56,7 @@ def submit(script: Path, *options: str, name: str, logs: Path, known: Collection
 
 
 def take_back(job_ids: Collection[str]) -> None:
-    """Cancel jobs that nobody would know of."""
+    """Cancel jobs that no run would know of."""
     if job_ids:
         try:
             slurm_client.run("scancel", *job_ids)

@@ -28,7 +28,7 @@ MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.pt", "state.
 FILES = (MODEL, OPTIMIZER, STATE)
 REPLACED = ".old"
 RETRY_S = 30.0
-"""After which a checkpoint that the disk did not take is tried again."""
+"""Seconds after which a checkpoint that could not be written is tried again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +44,11 @@ class Checkpoint:
     state: dict[str, Any]
     """The rest, as JSON: position, best value, sums of the epoch under way."""
     arrived: Callable[[], Any] = field(default=lambda: None, compare=False)
-    """Waits until the tensors' numbers are there; they may still be on their way."""
+    """Waits until the tensors are copied: their copy may still be under way."""
 
 
 class CheckpointError(TrainingError):
-    """A checkpoint is damaged or not there."""
+    """A checkpoint is damaged or missing."""
 
 
 class CheckpointWriter:
@@ -89,7 +89,7 @@ class CheckpointWriter:
         _clean_up(run)
 
     def save(self, checkpoint: Checkpoint, *, best: bool) -> None:
-        """Have it written soon."""
+        """Write a checkpoint soon, in the thread."""
         with self._changed:
             given_up = [self._waiting.pop(best, None), self._waiting.pop(False, None) if best else None]
             self._waiting[best] = checkpoint  # the best one is also the last
@@ -101,7 +101,7 @@ class CheckpointWriter:
             self._thread.start()
 
     def go_on(self, step: int, *, best: int | None) -> None:
-        """Have ``last`` and ``best`` lead to the checkpoints that training goes on from.
+        """Make ``last`` and ``best`` point to the checkpoints that training goes on from.
 
         An attempt that was killed may not have come to that, and another one may have damaged what they lead to.
 
@@ -114,7 +114,7 @@ class CheckpointWriter:
                 _point(link, self._run.checkpoint(target))
 
     def wait(self) -> None:
-        """Until all that was saved is on the disk.
+        """Wait until everything that was saved is on the disk.
 
         Raises:
             CheckpointError: the disk did not take it, also not when it was tried once more now.
@@ -161,7 +161,7 @@ class CheckpointWriter:
                 _point(self._run.best_checkpoint, folder)
             self._remove_old()
             size_mb = sum(f.stat().st_size for f in folder.iterdir()) / 1e6
-        except Exception as error:  # torch and safetensors report a full disk each by a type of its own
+        except Exception as error:  # torch and safetensors raise different types for a full disk
             failure = f"the checkpoint of step {checkpoint.step} could not be written: {_first_line(error)}"
             self._on_failed(checkpoint.step, failure)
             return failure
@@ -232,7 +232,7 @@ def load(folder: Path) -> Checkpoint:
         optimizer = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
         model = load_file(folder / MODEL)
         loaded = Checkpoint(step=state["step"], model=model, optimizer=optimizer, state=state)
-    except Exception as error:  # its hashes are right, so somebody made it so: whatever such bytes make readers raise
+    except Exception as error:  # the hashes are right, so the file was made like this; its bytes may raise anything
         raise CheckpointError(f"{folder}: is as its manifest says, but refused: {_first_line(error)}") from error
     names = non_finite_names(model)
     if names:
@@ -247,7 +247,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def load_newest(run: RunDir) -> Checkpoint | None:
-    """The newest checkpoint that is whole, or None; damaged ones are passed over, each with an event."""
+    """The newest whole checkpoint, or None; damaged ones are skipped, each with an event."""
     for folder in _newest_first(run):
         try:
             return load(folder)
@@ -257,7 +257,7 @@ def load_newest(run: RunDir) -> Checkpoint | None:
 
 
 def _clean_up(run: RunDir) -> None:
-    """Take away what an attempt that died in :func:`write` left beside, and put back what it had just set aside."""
+    """Remove the temporary files of an attempt that died in :func:`write`; restore the checkpoint it had set aside."""
     for left in run.checkpoints.glob(".step-*"):
         target = left.with_name(left.name.removeprefix(".").removesuffix(REPLACED))
         if left.suffix == REPLACED and not target.exists():

@@ -1,4 +1,4 @@
-"""Copies of tensors on the host, made while training goes on, into memory that is used again: new memory is slow."""
+"""Copies tensors to the host while training goes on, into memory that is used again: new memory is slow."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class HostCopies:
         self._free: dict[Any, list[torch.Tensor]] = defaultdict(list)
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="host-copies")
         self._under_way: list[Callable[[], Any]] = []
-        """What training has to wait for before it changes a tensor that is being copied."""
+        """Copies under way: training waits for them before it changes a tensor."""
 
     def copy(self, value: Any) -> Any:
         """``value`` with every tensor in nested dicts and lists copied; on a GPU once its stream has come to it."""
@@ -36,7 +36,7 @@ class HostCopies:
         return copied
 
     def copy_later(self, value: Any) -> tuple[Any, Callable[[], Any]]:
-        """As :meth:`copy`, but the numbers come later: when what is returned with the copy has been called.
+        """As :meth:`copy`, but the values arrive later: after a call of the function that is returned with the copy.
 
         No tensor of ``value`` may change before :meth:`finish`. What :meth:`copy` copied before is there by then too.
         """
@@ -55,12 +55,12 @@ class HostCopies:
         return copied, arrived.synchronize
 
     def finish(self) -> None:
-        """From here on the tensors that were to be copied may change."""
+        """Wait for the copies under way: after this the tensors may change."""
         while self._under_way:
             self._under_way.pop()()
 
     def give_back(self, value: Any) -> None:
-        """Let the memory of a copy, whose numbers have come, be used again."""
+        """Let the memory of a finished copy be used again."""
         if isinstance(value, torch.Tensor):
             with self._lock:
                 self._free[_shape(value)].append(value)

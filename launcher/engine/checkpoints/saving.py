@@ -1,4 +1,4 @@
-"""When checkpoints are made and gone back to, of which training state, and who hears of it."""
+"""Decides when checkpoints are saved and loaded, and tells the recorder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Saving:
-    """Every rank has one, and calls it at the same steps; rank 0's writes.
+    """Saves and loads checkpoints. Every rank has one and calls it at the same steps; rank 0's writes.
 
     Args:
         parts: what is trained.
@@ -51,12 +51,12 @@ class Saving:
 
     @property
     def wish(self) -> bool:
-        """Whether by this rank's clock it is time; ranks have to agree on that."""
+        """Whether a checkpoint is due by this rank's clock; the ranks have to agree on it."""
         minutes = self._config.every_minutes
         return minutes is not None and time.monotonic() - self._saved_at > minutes * 60
 
     def wait(self) -> None:
-        """Until all that was saved is on the disk.
+        """Wait until everything that was saved is on the disk.
 
         Raises:
             CheckpointError: the disk did not take it.
@@ -65,7 +65,7 @@ class Saving:
             self._writer.wait()
 
     def finish(self, *, again: bool) -> None:
-        """As :meth:`wait`; where the run goes on ``again`` later, what is not on the disk is but told."""
+        """As :meth:`wait`; if the run will resume (``again``), a failed write is logged instead of raised."""
         try:
             self.wait()
         except checkpoints.CheckpointError as error:
@@ -75,7 +75,7 @@ class Saving:
                 self._recorder.say(f"{error}; the run goes on from the one before it")
 
     def restore(self) -> bool:
-        """Go on from the newest checkpoint that is whole; rank 0 chooses, so that all take the same."""
+        """Go on from the newest whole checkpoint; rank 0 chooses it, so that all ranks load the same."""
         run, state = self._parts.run, self._state
         found = [checkpoints.load_newest(run) if self._recorder else None]
         chosen = [found[0].step if found[0] else None]

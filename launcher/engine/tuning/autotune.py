@@ -1,4 +1,4 @@
-"""``batch.size: auto``: each rank measures, before it touches its device, and then all agree on how samples are dealt.
+"""``batch.size: auto``: each rank measures before it touches its device, then all agree on their shares of the samples.
 
 What was found is kept in the run directory (``tuning.json``): a run that goes on keeps its batch sizes, unless its
 devices are others. It is also kept in a cache for other runs of the same kind on the same kind of device.
@@ -39,17 +39,17 @@ if TYPE_CHECKING:
     from launcher.system.memory import FreeMemory
 
 AGREE_TIMEOUT_S = 1800
-"""For how long ranks wait for the one whose probes take longest."""
+"""Ranks wait this long for the rank whose probes take longest."""
 MARGIN = 0.05
-"""Part of the memory that is left alone: in hours of training memory falls to pieces more than in a few steps."""
+"""Fraction of the memory that is left free: headroom for fragmentation, which grows over hours of training."""
 MIN_STEPS_PER_EPOCH = 10
-"""However fast a batch would be: of a few steps nothing is learned."""
+"""Steps of an epoch, at least, however fast larger batches are: a model learns nothing in a few steps."""
 LOADER_BYTES = 64 << 20
-"""What a loader process takes for itself, beside its batches."""
+"""Bytes of a loader process, without its batches."""
 NCCL_BYTES = 512 << 20
-"""What NCCL takes for its channels to other ranks, of which a probe has none."""
+"""Bytes of NCCL's channels to other ranks, which a probe does not have."""
 CHECKPOINT_COPIES = 4
-"""On the host: one is written, one waits, one is the best; and what the files are made of."""
+"""Copies of a checkpoint on the host: one being written, one waiting, the best, and the files' buffers."""
 CURE = "lower data.image_size, freeze layers (model.freeze), take a smaller model.arch, or give each worker more memory"
 
 
@@ -68,7 +68,7 @@ def tune_rank(
     stop: Callable[[], bool],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """What this rank has to say to the others: the batch size that is best for it, or why there is none.
+    """This rank's result for the others: the batch size that is best for it, or why there is none.
 
     Leaves this process as it was: all is tried in children.
 
@@ -152,7 +152,7 @@ def agree(run: RunDir, recipe: Recipe, ranks: Ranks, own: dict[str, Any], say: C
         TrainingError: some rank could not measure.
         StoppedError: some rank was asked to stop.
     """
-    # All may come late: nobody's collectives may run out of time for it.
+    # a long timeout, because any rank may come late
     group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=AGREE_TIMEOUT_S))
     found: list[Any] = [None] * ranks.world_size
     dist.all_gather_object(found, own, group=group)
@@ -191,12 +191,12 @@ def _brief(sizes: tuple[int, ...]) -> str:
 
 
 def budget_bytes(free: FreeMemory) -> int:
-    """How much of what is free training may take."""
+    """How much of the free memory training may use."""
     return int(free.num_bytes * (1 - MARGIN))
 
 
 def needed_bytes(measured: Probe, *, recipe: Recipe, ranks: Ranks, device: Device, data_sets: DataSets) -> int:
-    """What training takes on the device, of which ``measured`` is the part that a probe can see."""
+    """Memory that training needs on the device; ``measured`` is the part that a probe sees."""
     if device.is_cuda:
         return measured.memory_bytes + (NCCL_BYTES if ranks.world_size > 1 else 0)
     workers = data.num_loader_workers(recipe.data, ranks)

@@ -1,4 +1,4 @@
-"""Which batch size trains fastest within the memory: a search with few probes, all of whose answers were tried."""
+"""Finds the batch size that trains fastest within the memory, with few probes; every answer was really tried."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ if TYPE_CHECKING:
 Objective = Literal["throughput", "memory"]
 
 MULTIPLE = 8
-"""Of which batch sizes are, from there on: tensor cores and vector units come in eights."""
+"""From 8 up, batch sizes are multiples of 8: tensor cores and vector units come in eights."""
 GROWTH, FAST_GROWTH = 4, 16
 PROPORTIONAL = 0.8
-"""From which part of the batch's growth on speed is said to grow with it: far from the plateau."""
+"""The plateau is far if the speeds' ratio is more than this fraction of the batches' ratio."""
 CLOSE = 0.1
-"""Two sizes that differ by no more are not worth another probe between them."""
+"""Try no size between two that differ by at most this fraction, to find out which fits."""
 MIN_GAP = 0.25
-"""Nothing is tried between two sizes that differ by less, to see whether it is faster."""
+"""Try no size between two that differ by less than this fraction, to find out which is faster."""
 PROMISING = 0.96
-"""From which part of the peak on, between two sizes, all gaps promise as much."""
+"""Gaps whose expected speed is at least this fraction of the peak's are equally promising."""
 PER_DOUBLING = 0.05
-"""What a gap promises more for each doubling from its one end to the other."""
+"""A gap is this much more promising for each doubling between its ends."""
 NEAR_PEAK = 0.98
-"""The smallest batch with this part of the peak's images per second is taken."""
+"""Take the smallest batch with at least this fraction of the peak's images per second."""
 FEW = 3
-"""Probes of which two may lie on either side of a jump."""
+"""With at most this many attempts, a jump between the two largest may spoil the prediction from them."""
 MAX_PROBES, MAX_PROBES_BISECTING = 6, 10
 CONTENDER, MAX_CONTENDERS, MAX_COMPARED = 0.85, 3, 5
-"""Of the sizes with this part of the peak's speed so many are compared in turn, and with new ones between them, and the
-next fastest, so many: from probe to probe speeds vary on a machine that is shared."""
+"""Compare in turn at most 3 sizes with at least 0.85 of the peak's speed, or 5 with new ones between them and the next
+fastest. Speeds of separate probes vary on a shared machine."""
 
 
 class NothingFitsError(UsageError):
@@ -53,19 +53,19 @@ class Attempt:
     batch_size: int
     """Images at once."""
     needed_bytes: int | None
-    """What training with it takes; None: it was not to be learned."""
+    """Memory that training with it needs; None: unknown."""
     probe: Probe | None
     """What was measured; None where it did not run."""
     problem: str = ""
-    """Why it will not do; empty: it fits."""
+    """Why it cannot be used; empty: it fits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What a search came to."""
+    """The result of a search."""
 
     chosen: Attempt
-    """What serves the objective best."""
+    """The best size for the objective."""
     largest: Attempt
     """The largest that is known to fit."""
     attempts: tuple[Attempt, ...]
@@ -73,7 +73,7 @@ class Found:
     compared: tuple[int, ...]
     """Batch sizes whose speeds were measured in turn."""
     num_probes: int
-    """Processes that it took."""
+    """Processes that the search started."""
 
 
 class BatchSearch:
@@ -112,7 +112,7 @@ class BatchSearch:
         self._attempts: list[Attempt] = []
         self._num_probes = 0
         self._surprised = False
-        """Whether a size failed that was said to fit."""
+        """Whether a size failed that was predicted to fit."""
 
     def run(self) -> Found:
         """Search.
@@ -131,7 +131,7 @@ class BatchSearch:
         contenders = [one for one in self._fitting() if not compared or one.batch_size in compared]
         peak = max(map(_speed, contenders))
         noise = statistics.mean(one.probe.noise for one in contenders if one.probe)
-        near = min(1.0, NEAR_PEAK + noise)  # what noise can hide is no part of what is given away
+        near = min(1.0, NEAR_PEAK + noise)  # do not give up speed for a smaller batch on the strength of noise
         chosen = next(one for one in contenders if _speed(one) >= near * peak)
         return self._found(chosen, compared)
 
@@ -157,7 +157,7 @@ class BatchSearch:
         return size
 
     def _grow(self, size: int) -> None:
-        """Go up in big steps as long as it serves the objective and the memory is said to suffice."""
+        """Go up in big steps while it serves the objective and the memory is predicted to suffice."""
         while self._may_try():
             following = self._following(size)
             if following <= size:
@@ -243,7 +243,7 @@ class BatchSearch:
         return fits
 
     def _add(self, size: int, probe: Probe | None, problem: str = "") -> bool:
-        """Note what came of a size; return whether it fits."""
+        """Record the result of a size; return whether it fits."""
         needed = self._needed(probe) if probe else None
         if needed is not None and needed > self._budget:
             problem = "takes more than there is"

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 SAME_SPEED = 0.08
-"""Devices of one kind whose speeds differ by no more are taken for equally fast: so much a measurement is off."""
+"""Treat devices of one kind as equally fast if their speeds differ by at most this fraction: that is the noise."""
 IN_EIGHTS = 64
-"""From this size on, batches that follow from shares are multiples of 8."""
+"""From this size up, batches computed from shares are multiples of 8."""
 SHARES = 1000
 
 

@@ -1,4 +1,4 @@
-"""What was measured of batch sizes, kept for later runs of the same kind on the same kind of device."""
+"""Keeps measured batch sizes for later runs of the same kind on the same kind of device."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from launcher.recipe.schema import Recipe
 
 SAME_BUDGET = 0.05
-"""How much the memory may differ from that of then."""
+"""Use an entry if the memory differs from the measured one by at most this fraction."""
 
 
 def key(recipe: Recipe, facts: DeviceFacts, data_sets: DataSets, ranks: Ranks, max_size: int) -> str:
-    """Of all that speed and memory depend on, and the search."""
+    """Digest of everything that speed, memory and the search depend on."""
     code = digest_of(recipe)
     recipe = user_code.rewrite(recipe, lambda _, text: user_code.as_in_run(text))  # wherever the run is
     model = asdict(recipe.model)
@@ -61,7 +61,7 @@ def loading_key(recipe: Recipe, data_sets: DataSets) -> str:
 
 
 def read(found_key: str, budget_bytes: int) -> dict[str, Any] | None:
-    """What was found then, if there is as much memory as there was."""
+    """The stored result, if there is as much memory now as there was then."""
     try:
         found: dict[str, Any] = json.loads(_file(found_key).read_text(encoding="utf-8"))
         near = abs(budget_bytes / found["budget_bytes"] - 1) <= SAME_BUDGET
@@ -72,7 +72,7 @@ def read(found_key: str, budget_bytes: int) -> dict[str, Any] | None:
 
 
 def write(found_key: str, report: dict[str, Any]) -> None:
-    """Keep it; a cache that cannot be written is none."""
+    """Store a result; do nothing if the cache cannot be written."""
     with contextlib.suppress(OSError):
         _file(found_key).parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(_file(found_key), report)

@@ -1,4 +1,4 @@
-"""Calls a function in a forked process: whatever it takes, and however it ends, this process is as before."""
+"""Calls a function in a forked process, so that its memory and its end do not affect this process."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def call_in_child(function: Callable[[], Any], *, timeout_s: float, heed_stop: C
             if time.monotonic() > deadline:
                 raise TooSlowError(f"not done after {timeout_s:g} s")
         kind, value = receiver.recv()
-    except (EOFError, OSError):  # the latter where it was killed in the middle of a word
+    except (EOFError, OSError):  # OSError if it was killed in the middle of a message
         child.join()
         if child.exitcode == -signal.SIGKILL:
             raise OutOfMemoryError("killed, as the kernel does with a process when memory has run out") from None
@@ -86,7 +86,7 @@ def _main(sender: Connection, function: Callable[[], Any]) -> None:
     try:
         sender.send(("value", function()))
         code = EXIT_OK
-    except BaseException as error:  # whatever it is, the rank is to know
+    except BaseException as error:  # the rank must learn of any failure
         kind = "memory" if is_out_of_memory(error) else "usage" if isinstance(error, LaunchError) else "error"
         text = traceback.format_exc() if kind == "error" else str(error)
         del error

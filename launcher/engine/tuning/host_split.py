@@ -9,18 +9,18 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 IN_STEP = 0.9
-"""What of several loader processes' speed reaches training: they share memory and the file system."""
+"""Fraction of several loader processes' added speed that reaches training: they share memory and the file system."""
 SPARE = 1.25
-"""How much faster than a GPU its loaders are to be: images differ in size."""
+"""Loaders should be this many times faster than their GPU, because images differ in size."""
 WORTH_IT = 1.05
-"""How much faster a split with more processes has to be."""
+"""Take a split with more processes only if it is this many times faster."""
 
 
 class HostSplit(NamedTuple):
     """What a rank does with its cores."""
 
     threads: int
-    """Of its computations."""
+    """Threads of its computations."""
     workers: int
     """Loader processes; 0: it loads between the steps."""
 

@@ -1,4 +1,4 @@
-"""What a batch size costs: a few real training steps with it, in a process of their own."""
+"""Measures speed and memory of a batch size by a few real training steps in a process of their own."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
     from launcher.runs.run_dir import RunDir
 
 TURN_S = 0.4
-"""How long a turn is at least."""
+"""Seconds of a turn, at least."""
 TURNS, TURNS_COMPARED, MIN_TURNS = 4, 8, 2
-"""How often it is the turn of each thing that is timed: usually, where sizes are compared, and where it takes long."""
+"""Turns of each thing that is timed: usually, where sizes are compared, and at least."""
 MOST_S, MOST_COMPARED_S = 6.0, 30.0
-"""After which no further turns begin."""
+"""Seconds after which no more turns begin."""
 QUICK_PART = 1 / 3
-"""The quickest turns are what the speed is taken from: others on the machine only ever make steps slower."""
+"""Take the speed from this fraction of the turns, the quickest: other load on the machine only makes steps slower."""
 MAX_LOADED, LOADED_S = 256, 2.5
-"""How many images are loaded to see how fast that is, if there is time for as many."""
+"""Load this many images, if there is time, to measure the speed of loading."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +46,13 @@ class Probe:
     batch_size: int
     """Images that went through the model at once."""
     images_per_s: float
-    """In training, without the loading of images."""
+    """Speed in training, without the loading of images."""
     memory_bytes: int
     """The most that the process took for it: model, gradients and their buckets, optimizer, activations, libraries."""
     state_bytes: int
-    """Of the model and the optimizer: what a checkpoint holds."""
+    """Size of model and optimizer: what a checkpoint holds."""
     noise: float = 0.0
-    """By which part the speed may be off; 0: that is not known."""
+    """Relative error of the speed; 0: unknown."""
 
 
 def measure(run: RunDir, device: Device, data_sets: DataSets, batch_size: int, *, beside: Probe | None = None) -> Probe:
@@ -73,7 +73,7 @@ def measure(run: RunDir, device: Device, data_sets: DataSets, batch_size: int, *
     device.activate()
     peak = device.measure_memory()
     with _training(run, device, data_sets, batch_size) as training:
-        training.step(batch_size)  # slower: it makes the optimizer's state, and libraries choose their ways
+        training.step(batch_size)  # slower: it makes the optimizer's state, and libraries choose their algorithms
         steps = {batch_size: functools.partial(training.step, batch_size)}
         if beside:
             steps[beside.batch_size] = functools.partial(training.step, beside.batch_size)
@@ -169,7 +169,7 @@ class _Training:
 
     @property
     def state_bytes(self) -> int:
-        """Of the model and the optimizer."""
+        """Size of model and optimizer."""
         return _num_bytes([self._parts.model.module.state_dict(), self._parts.optimizer.state_dict()])
 
 

@@ -1,4 +1,4 @@
-"""What a rank has tried in child processes: its device, batch sizes, how its cores are best shared."""
+"""Runs a rank's probes in child processes: its device, batch sizes, and the best split of its cores."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ PROBE_TIMEOUT_S = 180
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceFacts:
-    """What there is to train on."""
+    """The device to train on."""
 
     name: str
     """Its kind."""
     total_bytes: int
     """Its memory."""
     free: FreeMemory
-    """What this rank may take."""
+    """Memory that this rank may use."""
     precision: Precision
     """What the recipe's comes to on it."""
 
@@ -74,7 +74,7 @@ class RankProbes:
         self._trained = run, device, data_sets
 
     def facts(self) -> DeviceFacts:
-        """Of a GPU a child asks: this process must not touch it before it forks others."""
+        """The device. A child asks a GPU, because this process must not touch it before it forks others."""
 
         def ask() -> DeviceFacts:
             self._device.activate()

@@ -1,4 +1,4 @@
-"""What a batch size's speed is, where noise hides it: a step's time grows in a line with the batch, mostly."""
+"""Reduces the noise in batch sizes' speeds: a step's time mostly grows linearly with the batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from launcher.engine.tuning.probe import Probe
 
 MIN_SIZES = 4
-"""Through fewer a line goes whatever they are."""
+"""Fit a line to at least this many sizes: fewer always lie on one."""
 SHRINKAGE = 2.0
 """How much larger, in squares, than the noise what is off the line has to be for any of it to be believed."""
 
@@ -34,7 +34,7 @@ def towards_the_line(probes: Sequence[Probe]) -> list[Probe]:
     # Seconds per image, over 1 / images: its slope is what an empty step would take.
     points = [(1 / probe.batch_size, 1 / probe.images_per_s) for probe in probes]
     slope, intercept = statistics.linear_regression(*zip(*points, strict=True))
-    if slope < 0 or intercept <= 0:  # neither an empty step nor an image takes less than no time: it is no line
+    if slope < 0 or intercept <= 0:  # an empty step or an image would take negative time: the sizes lie on no line
         return list(probes)
     line = [slope * x + intercept for x, _ in points]
     off = [math.log(y / fitted) for (_, y), fitted in zip(points, line, strict=True)]

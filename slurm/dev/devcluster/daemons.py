@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _DATABASE_PORT = 6819
 
 PRIVATE = ("--uts", "--mount", "--propagation", "slave")
-"""What `unshare` gives a host: a name, and mounts that do not reach the machine (the machine's later ones reach it)."""
+"""Options of `unshare` for a host: a name and mounts of its own. The machine's later mounts reach it."""
 
 # Not `ip netns exec`: it mounts /sys anew, and slurmd then finds no cgroup file system and ends.
 _ON_HOST = 'hostname "$0" && mount --bind "$1" /etc/hosts && shift && exec "$@"'
@@ -77,7 +77,7 @@ class Daemons:
         self._wait("slurmdbd", lambda: self._listens(_DATABASE_PORT))
 
     def _start(self, name: str, host: str, *command: str) -> None:
-        """Start a daemon in the foreground of its host, so that its messages go to its output as well as to its log."""
+        """Start a daemon in the foreground, so that its messages go to its output as well as to its log."""
         layout = self._layout
         namespace = ("nsenter", f"--net=/run/netns/{layout.namespace(host)}")
         with layout.output(name).open("ab") as log:
@@ -112,7 +112,7 @@ class Daemons:
 
 
 def node_states(layout: Layout) -> dict[str, str]:
-    """What the controller says of each node, as in ``idle`` or ``down*``; empty where it does not answer."""
+    """The state of each node (``idle``, ``down*``) by the controller; empty if it does not answer."""
     answer = ask(layout, "sinfo", "--noheader", "--Node", "--partition=low", "--format=%N %t")
     return dict(line.split() for line in (answer or "").splitlines())
 

@@ -1,4 +1,4 @@
-"""Where one cluster lies on the machine: its folder, names and addresses, all following from that folder."""
+"""A cluster's folder on the machine, and the names and addresses that follow from it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pathlib import Path
 DEFAULT_DIR = "/tmp/finetune-launcher-cluster"  # noqa: S108 - not /run: that is often noexec, and spool holds scripts
 MAX_NODES = 32
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-"""Where programs are looked for: the user's own PATH may lack the sbin folders, or have another SLURM in it."""
+"""PATH for programs: the user's own may lack the sbin folders, or have another SLURM in it."""
 
 _MAX_SOCKET_PATH = 107  # sun_path of unix(7), less its final NUL
 
 
 class ClusterError(Exception):
-    """The cluster, or what was asked of it, is wrong (exit 1)."""
+    """The cluster or the request is wrong (exit 1)."""
 
 
 class CannotError(ClusterError):
@@ -79,7 +79,7 @@ class Layout:
         return dataclasses.replace(self, **json.loads(self.saved.read_text())) if self.saved.exists() else self
 
     def save(self) -> None:
-        """Mark the folder as a cluster's, and write down what the folder alone does not say."""
+        """Mark the folder as a cluster's, and store what does not follow from the folder."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "root"}
         beside = self.saved.with_name(f"{self.saved.name}.part")
         beside.write_text(json.dumps(fields))
@@ -87,17 +87,17 @@ class Layout:
 
     @property
     def tag(self) -> str:
-        """What tells this cluster's names from those of a cluster in another folder."""
+        """A part of names that differs from that of a cluster in another folder."""
         return hashlib.sha256(str(self.root).encode()).hexdigest()[:6]
 
     @property
     def saved(self) -> Path:
-        """The file by which a folder is known to be a cluster's."""
+        """The file that marks a folder as a cluster's."""
         return self.root / "cluster.json"
 
     @property
     def slurm_conf(self) -> Path:
-        """What SLURM_CONF is to say."""
+        """The value of SLURM_CONF."""
         return self.root / "slurm.conf"
 
     @property
@@ -146,5 +146,5 @@ class Layout:
         return f"ftl-{self.tag}-{host}"
 
     def output(self, daemon: str) -> Path:
-        """What a daemon prints, as in ``slurmd-n1``; the log beside it says the same with times."""
+        """Output of a daemon, as in ``slurmd-n1``; the log beside it has the same lines with times."""
         return self.root / "log" / f"{daemon}.out"

@@ -1,4 +1,4 @@
-"""Only one at a time: a lock that the kernel frees however its holder ends."""
+"""A lock that the kernel frees when its holder ends, for any reason."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ EXIT_OK, EXIT_FAILED, EXIT_CANNOT = 0, 1, 3
 _LOCK_PATIENCE_S = 120
 
 _TRIAL = "ip link add br0 type bridge; ip link add one type veth peer name two; mount --bind /etc/hosts /etc/hosts"
-"""All that a cluster asks of the kernel, tried in namespaces that end with the trial."""
+"""Commands that try everything that a cluster needs of the kernel, in namespaces that end with the trial."""
 
 
 def main() -> int:
@@ -115,13 +115,13 @@ def _take_down(layout: Layout) -> None:
     network.remove(layout)
     if layout.root.exists():
         for path in layout.root.iterdir():
-            if path != layout.saved:  # the mark goes last: without it the rest would be taken for somebody else's
+            if path != layout.saved:  # the mark goes last: without it the folder would not count as a cluster's
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         shutil.rmtree(layout.root)
 
 
 def _report(layout: Layout, node: str) -> None:
-    """Have a node report to the controller, which asks a node that is down only about once a minute."""
+    """Make a node report to the controller, which asks a node that is down only about once a minute."""
     for pid, found in network.processes(layout).items():
         if found == (node, "slurmd"):
             os.kill(pid, signal.SIGHUP)

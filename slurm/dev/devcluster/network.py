@@ -26,7 +26,7 @@ DAEMON_MARK = "FTL_CLUSTER_DAEMON"
 """Environment variable of every daemon, with the cluster's folder: finds one whose namespace was taken away."""
 
 NAMESPACES = Path("/run/netns")
-"""Where `ip netns` keeps the names; it makes this folder and a mount on it at its first use."""
+"""The folder of names of `ip netns`, which makes it, and a mount on it, at its first use."""
 
 # RFC 2544 sets these aside for the testing of network devices: no cluster and no home network has them.
 _ADDRESSES = ipaddress.IPv4Network("198.18.0.0/16")
@@ -110,7 +110,7 @@ def processes(layout: Layout) -> dict[int, tuple[str, str]]:
 
 
 def kill_processes(layout: Layout, *, timeout_s: float = 20) -> None:
-    """Kill all that :func:`processes` finds until it finds nothing.
+    """Kill the processes that :func:`processes` finds, until there are none.
 
     Raises:
         ClusterError: Something did not die.
