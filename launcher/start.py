@@ -161,6 +161,8 @@ def _check_with_torch(draft: Draft) -> None:
         is_new = run.newest_state() is None
         recipe_checks.check(draft.recipe, where, is_new=is_new, code=draft.code, place=run.path)
     except trial.UserCodeError as error:
+        if draft.plan.node_rank:  # node 0 leaves it in the run directory
+            raise
         if not draft.plan.debug:  # with which it comes again, in this process
             write_run(draft.plan, draft.recipe, draft.code)
             raise record_failure(run, error.record) from None

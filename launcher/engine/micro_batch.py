@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from launcher.engine.device import is_out_of_memory
+from launcher.engine.loading.samples import seed_generators
 from launcher.engine.model import split_outputs
 from launcher.engine.schedule import derive_seed
 
@@ -179,7 +180,9 @@ class MicroBatch:
         """
         parts = self._parts
         # After the batch: without loader processes its transforms use this same generator.
-        torch.manual_seed(derive_seed(parts.recipe.seed, self._state.step, parts.ranks.rank, *number))
+        seed = derive_seed(parts.recipe.seed, self._state.step, parts.ranks.rank, *number)
+        torch.manual_seed(seed)
+        seed_generators(seed)  # Python's and numpy's too, which a model of the user's own may use
         images, labels = parts.to_device(batch)
         num = len(labels)
         if not num:  # a rank with no sample left still takes part in DDP; the output is not used

@@ -54,6 +54,8 @@ def key_of(make_run, engine):
         {"optim": {"momentum": 0.0}},
         {"train": {"channels_last": True}},
         {"train": {"clip_grad_norm": 1.0}},
+        {"train": {"loss": "binary_cross_entropy"}},
+        {"train": {"loss": "torch.nn:CrossEntropyLoss", "loss_args": {"label_smoothing": 0.1}}},
         {"batch": {"objective": "memory"}},
         {"device": ("A100", 80 * GB)},
         {"device": ("H100", 40 * GB)},
