@@ -33,6 +33,10 @@ class Call:
         return f"({', '.join(told)}){where_named}"
 
 
+_OBJECT_INIT = next(ast.walk(ast.parse("def __init__(self): ..."))).body[0]  # type: ignore[attr-defined]
+"""What a class has that writes no constructor and has no base."""
+
+
 def names(tree: ast.Module) -> list[str]:
     """Names that a module defines or imports, in their order."""
     return list(dict.fromkeys(name for name, _ in _definitions(tree.body)))
@@ -91,11 +95,13 @@ def find_problems(node: Definition, call: Call, args: dict[str, Any], *, is_meth
 
 
 def _constructor(node: ast.ClassDef) -> ast.FunctionDef | None:
-    """``__init__`` of a class, where it has one of its own that nothing replaces."""
+    """``__init__`` of a class, where the text shows it."""
     if node.decorator_list or node.keywords:  # a dataclass, a metaclass
         return None
     methods = {member.name: member for member in node.body if isinstance(member, ast.FunctionDef)}
-    return None if "__new__" in methods else methods.get("__init__")
+    if "__new__" in methods:
+        return None
+    return methods.get("__init__") or (None if node.bases else _OBJECT_INIT)
 
 
 def _decorators(node: ast.FunctionDef) -> set[str]:
