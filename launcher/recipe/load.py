@@ -10,12 +10,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from launcher.errors import RecipeError
 from launcher.recipe import user_code
 from launcher.recipe.schema import Recipe
-from launcher.recipe.types import validate
+from launcher.recipe.types import adapter, validate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -89,6 +89,6 @@ def to_yaml(recipe: Recipe) -> str:
 
 def json_schema() -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of a recipe file, for editors."""
-    schema = TypeAdapter(Recipe).json_schema()
+    schema = adapter(Recipe).json_schema()
     draft = "https://json-schema.org/draft/2020-12/schema"
     return {"$schema": draft, **schema, "title": "finetune-launcher recipe"}

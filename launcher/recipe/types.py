@@ -21,6 +21,9 @@ Argument = bool | int | float | str | list[bool | int | float | str] | None
 """What a recipe can pass to the user's own code."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
+_ADAPTERS: dict[type, TypeAdapter[Any]] = {}
+"""To make one takes a tenth of a second, most of it to read the docstrings."""
+
 
 def validate(schema: type[Schema], values: dict[str, Any]) -> Schema:
     """Make a ``schema`` of nested plain values.
@@ -29,4 +32,11 @@ def validate(schema: type[Schema], values: dict[str, Any]) -> Schema:
         pydantic.ValidationError: lists all values that do not fit.
     """
     # Through JSON, because pydantic's strict mode accepts a mapping for a dataclass only from JSON.
-    return TypeAdapter(schema).validate_json(json.dumps(values, default=str))
+    return adapter(schema).validate_json(json.dumps(values, default=str))
+
+
+def adapter(schema: type[Schema]) -> TypeAdapter[Schema]:
+    """What validates a schema and writes its JSON Schema."""
+    if schema not in _ADAPTERS:
+        _ADAPTERS[schema] = TypeAdapter(schema)
+    return _ADAPTERS[schema]

@@ -3,7 +3,6 @@ from __future__ import annotations
 import ast
 import copy
 import dataclasses
-import functools
 import inspect
 import itertools
 import json
@@ -142,14 +141,6 @@ def consistent(recipe):
 
 
 RECIPES = values_of(SCHEMA, "", OWN).map(recipes.from_dict).map(consistent)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_adapter():
-    """pydantic takes 70 ms to read the dataclasses, each time; here thousands of recipes are made."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipes, "TypeAdapter", functools.cache(recipes.TypeAdapter))
-        yield
 
 
 @pytest.fixture(scope="module")

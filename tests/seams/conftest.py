@@ -87,12 +87,21 @@ def make(train, image_size, mean, std):
 def noise(image):
     return image + 0.1 * random.random() * torch.randn(image.shape) + 0.01 * float(np.random.rand())
 """,
+    "losses.py": """
+from torch.nn import functional
+
+
+def soft(logits, targets, power=1.0):
+    right = functional.softmax(logits, dim=1).gather(1, targets[:, None])[:, 0]
+    return functional.cross_entropy(logits, targets, reduction="none") * (1 - right) ** power
+""",
     "recipe.yaml": """
 model: {factory: "net.py:Net"}
 data: {dataset: "shapes.py:Shapes", transform: "augment.py:make", image_size: 32, workers: 2}
 batch: {size: 4}
 optim: {lr: 0.05, groups: {head: 0.1, "*": 0.02}}
-train: {epochs: 2, checkpoint: {every_steps: 2}}
+train: {epochs: 2, loss: "losses.py:soft", loss_args: {power: 0.5}, checkpoint: {every_steps: 2}}
+metrics: ["torchmetrics.classification:MulticlassAUROC"]
 tracking: {log_every: 1, wandb: {mode: disabled}}
 launch: {max_restarts: 2}
 """,
