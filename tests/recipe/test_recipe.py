@@ -99,7 +99,7 @@ OWN = {
     "model.arch": st.sampled_from(["resnet18", "vit_b_16", "mobilenet_v2"]),
     "model.weights": st.sampled_from(["DEFAULT", "IMAGENET1K_V1", None]),
     "model.unfreeze": st.dictionaries(st.integers(0, 10**6), TEXT | st.lists(TEXT, max_size=2), max_size=2),
-    "model.factory": st.sampled_from([None, "torchvision.models:resnet18"]),
+    "model.factory": st.none(),
     "model.factory_args": st.just({}),
     "model.head": st.just("auto"),
     "data.dataset": st.none(),
@@ -108,6 +108,7 @@ OWN = {
     "data.transform_args": st.just({}),
     "data.path": st.just("/photos"),
     "data.name": st.just("digits"),
+    "data.grey_range": st.sampled_from(["auto", [0.0, 1.0], [-5, 300]]),
     "metrics": st.lists(
         st.fixed_dictionaries(
             {"metric": st.just("torchmetrics.classification:MulticlassAUROC")},
@@ -115,6 +116,11 @@ OWN = {
         )
         | st.just("torchmetrics.classification:MulticlassAUROC"),
         max_size=1,
+    ),
+    "train.loss": st.sampled_from(["cross_entropy", "binary_cross_entropy"]),
+    "train.loss_args": st.just({}),
+    "train.listeners": st.lists(
+        st.just("logging:Handler") | st.fixed_dictionaries({"listener": st.just("logging:Handler")}), max_size=2
     ),
     "train.early_stopping.metric": st.sampled_from(list(WATCHABLE)),
 }
