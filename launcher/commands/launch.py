@@ -47,7 +47,7 @@ def main(argv: Sequence[str], *, epilog: str) -> int:
     if not args.dry_run and not args.debug:  # which answers a question, and which may ask some (breakpoints)
         console.protect()
     if secret := find_secret(args.run_dir or ""):
-        raise UsageError(f"--run-dir: {secret}, it seems, which would be written into files; name another folder")
+        raise UsageError(f"--run-dir: {secret}, which would be written into files; name another folder")
     if args.sweep:
         from launcher.commands import sweep
 

@@ -34,7 +34,7 @@ class TrainTotals:
     def add(self, loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Count a batch: the sum of its losses (scalar), its logits (N x C) and labels (int64 N).
 
-        A batch whose loss is no number is not counted; its step is left out (:mod:`launcher.engine.non_finite`).
+        A batch whose loss is NaN or infinite is not counted; its step is left out (:mod:`launcher.engine.non_finite`).
         """
         if not len(labels):
             return

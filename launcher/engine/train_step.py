@@ -57,7 +57,7 @@ class TrainStep:
             self._statistics.put_back(statistics, where=self._update(step, losses))
 
     def _update(self, step: Step, losses: list[torch.Tensor]) -> torch.Tensor:
-        """Move the weights, unless loss or gradient is no number: which the device decides, nobody waits for it.
+        """Move the weights, unless loss or gradient is NaN or infinite: the device decides, and nobody waits for it.
 
         Returns:
             On the device, 1 where the step was left out, else 0.

@@ -84,8 +84,8 @@ class Trainer:
         """Train from where the last checkpoint stands to the end, or until all ranks agree to stop.
 
         Raises:
-            TrainingError: the loss or the gradient is no number and ``train.on_nan`` says to stop; or the disk does not
-                take the last checkpoint.
+            TrainingError: the loss or the gradient is NaN or infinite and ``train.on_nan`` says to stop; or the disk does
+                not take the last checkpoint.
         """
         resumed = self._saving.restore()
         self._limit_batches(max(1, self._batch_size >> self._memory_kills))
@@ -280,13 +280,15 @@ class Trainer:
         paths = [self.parts.train_set.samples[index][0] for index in found.samples]
         if paths:
             with contextlib.suppress(OSError):  # a full disk
-                print("\n  ".join([f"step {number}: loss or gradient is no number; images of this rank:", *paths]))
+                print(
+                    "\n  ".join([f"step {number}: loss or gradient is NaN or infinite; images of this rank:", *paths])
+                )
         if self._recorder:
             self._recorder.event("non_finite", step=number, policy=policy)
-            self._recorder.say(f"step {number}: the loss or its gradient is no number; train.on_nan={policy}")
+            self._recorder.say(f"step {number}: the loss or its gradient is NaN or infinite; train.on_nan={policy}")
         if policy == "stop":
             raise TrainingError(
-                f"the loss or its gradient is no number (NaN or infinite) in step {number}, which did not reach the "
+                f"the loss or its gradient is NaN or infinite in step {number}, which did not reach the "
                 f"weights; each rank's log names its images; {CURE}; or train.on_nan=skip leaves such steps out"
             )
         if self.state.numbers.num_in_a_row >= MAX_NON_FINITE_IN_A_ROW:
@@ -298,7 +300,9 @@ class Trainer:
         """Go back to the last checkpoint, to do without the step that came after ``bad`` others."""
         skipped = sorted({*self.state.skipped, bad})
         if len(skipped) > MAX_ROLLBACKS:
-            raise TrainingError(f"went back {MAX_ROLLBACKS} times already, and now step {bad + 1} is no number; {CURE}")
+            raise TrainingError(
+                f"went back {MAX_ROLLBACKS} times already, and now step {bad + 1} is NaN or infinite; {CURE}"
+            )
         self._saving.wait()
         self.state.numbers.forget()
         self._saving.restore()

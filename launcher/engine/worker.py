@@ -287,7 +287,7 @@ def _message(error: BaseException) -> str:
 def error_kind(error: BaseException) -> str:
     """What kind of failure an error is.
 
-    ``usage`` (the user's to mend), ``peer_lost`` (another rank died first), ``lost_worker`` (a loader process was
+    ``usage`` (the user can repair it), ``peer_lost`` (another rank died first), ``lost_worker`` (a loader process was
     killed from outside), ``out_of_memory``, ``full_disk``, ``environment`` (the machine's, the shell's, a file
     system's) or ``bug``.
     """

@@ -186,7 +186,7 @@ def _finish(run: RunDir, plan: LaunchPlan, stop: StopSignals) -> None:
         ) from None
     print(summary(run), flush=True)
     if problem:
-        raise TrainingError(f"training is complete, but {problem}\nafter mending it: launch export {run}")
+        raise TrainingError(f"training is complete, but {problem}\nafter repairing it: launch export {run}")
 
 
 def run_post_step(run: RunDir) -> str | None:

@@ -95,8 +95,8 @@ class TrainConfig:
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     """What the best checkpoint is, and when to stop."""
     on_nan: Literal["stop", "skip", "rollback"] = "stop"
-    """When a step's loss or gradient is no number, which never reaches the weights: stop training; skip the step; or
-    roll back to the last checkpoint and do without the step, three times at most."""
+    """If a step's loss or gradient is NaN or infinite (it never reaches the weights): stop training; skip the step; or
+    roll back to the last checkpoint and leave that step out, three times at most."""
     listeners: list[str | ListenerConfig] = field(default_factory=list)
     """Objects of your own that are told of training on rank 0 (docs/extending.md): references to classes, or mappings
     with listener and args."""

@@ -192,7 +192,7 @@ def test_an_image_that_breaks_later_ends_the_run_once_and_why_names_it(start, tm
     explained, _ = why.communicate(timeout=DEADLINE_S)
     assert why.returncode == 0
     assert str(broken) in explained
-    assert "mend or remove the file" in explained
+    assert "repair or remove the file" in explained
     assert session_of(process) == []
 
 

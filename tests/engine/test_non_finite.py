@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is no number: found on every rank at the same step, and never let into the weights."""
+"""Steps whose loss or gradient is NaN or infinite: found on all ranks at the same step, never let into the weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def events(run, kind):
 
 
 def spoiling(steps, rank=0, how="loss"):
-    """Make what a rank computes in some steps no number: its outputs, its inputs, or one gradient."""
+    """Make what a rank computes in some steps NaN or infinite: its outputs, its inputs, or one gradient."""
 
     def prepare(parts):
         module, calls = parts.model.module, iter(range(10**6))
@@ -54,13 +54,13 @@ def test_stop_ends_all_ranks_with_the_step_and_its_images(make_run, engine, in_r
             return str(error)
 
     for message in in_ranks(world_size, work):
-        assert "no number (NaN or infinite) in step 3" in message
+        assert "NaN or infinite in step 3" in message
         assert "train.on_nan=skip" in message
     (event,) = events(run, "non_finite")
     assert (event["step"], event["policy"]) == (3, "stop")
     printed = capfd.readouterr().out
-    assert printed.count("step 3: loss or gradient is no number") == (world_size if how == "gradient" else 1)
-    # A loss that is no number tells whose images they are; a gradient does not, after the ranks have averaged it.
+    assert printed.count("step 3: loss or gradient is NaN or infinite") == (world_size if how == "gradient" else 1)
+    # A loss that is not finite tells whose images they are; a gradient does not, after the ranks have averaged it.
     assert printed.count(".png") == (6 if how == "gradient" else 6 // world_size)
 
 
@@ -149,7 +149,7 @@ def test_an_overflow_under_loss_scaling_is_no_event_but_a_loss_that_is_no_number
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "message"),
-    [("stop", "no number .* in step 5"), ("skip", "10 steps in a row up to 14"), ("rollback", "went back 3 times")],
+    [("stop", "NaN or infinite in step 5"), ("skip", "10 steps in a row up to 14"), ("rollback", "went back 3 times")],
 )
 def test_gradients_that_overflow_without_end_are_no_matter_of_the_scale(
     make_run, engine, one_rank, monkeypatch, policy, message
@@ -167,5 +167,5 @@ def test_overflows_in_a_row_are_counted_over_a_resume(make_run, engine, one_rank
     run = make_run(precision="fp16", batch={"size": 2})
     spoilt = spoiling(range(100), how="gradient")
     assert engine.train(run, prepare=spoilt, stop=engine.at_poll(3)).outcome == "preempted"
-    with pytest.raises(TrainingError, match=r"no number .* in step 5"):
+    with pytest.raises(TrainingError, match=r"NaN or infinite in step 5"):
         engine.train(run, prepare=spoilt)

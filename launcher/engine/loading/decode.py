@@ -44,7 +44,7 @@ def read_image(
             return decode_image(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
         return _decode_with_pillow(encoded, background, grey_range)
     except Exception as error:  # whatever a foreign file's bytes make the decoders raise
-        raise TrainingError(f"{path}: cannot be decoded as an image: {error}; mend or remove the file") from error
+        raise TrainingError(f"{path}: cannot be decoded as an image: {error}; repair or remove the file") from error
 
 
 def _decode_with_pillow(
