@@ -84,8 +84,8 @@ class Trainer:
         """Train from where the last checkpoint stands to the end, or until all ranks agree to stop.
 
         Raises:
-            TrainingError: the loss or the gradient is NaN or infinite and ``train.on_nan`` says to stop; or the disk does
-                not take the last checkpoint.
+            TrainingError: the loss or the gradient is NaN or infinite and ``train.on_nan`` says to stop; or the disk
+                does not take the last checkpoint.
         """
         resumed = self._saving.restore()
         self._limit_batches(max(1, self._batch_size >> self._memory_kills))
