@@ -61,7 +61,8 @@ DERIVED = {
     "_saving": "files, where the last checkpoint is, and the clock",
     "_recorder": "files",
     "_listeners": "what is not told yet",
-    "random.torch": "seeded by position before it is used",
+    "_feed": "images of the steps to come, which follow from the position",
+    "random.": "seeded by position before it is used",
 }
 
 
