@@ -65,13 +65,18 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a ``.jsonl`` file; a last line cut off by a crash, or a missing file, yields nothing."""
+    """Yield the records of a ``.jsonl`` file; lines cut by a crash or a loss of power yield none.
+
+    What is left of a line may be JSON by itself, such as a number or a text.
+    """
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return
     for line in lines:
         try:
-            yield json.loads(line)
+            record = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(record, dict):
+            yield record

@@ -130,14 +130,17 @@ def test_waiting_for_the_first_node_to_make_the_run(number, node):
 def test_waiting_for_the_first_node_to_look_through_the_images(number, node, make_run, tmp_path):
     run = make_run("run", recipe=(ROOT / "recipes/debug.yaml").read_text())
     run.path.rename(tmp_path / "run")
-    plan = {"env": {}, "nodes": 2, "backend": "slurm", "rdzv_endpoint": "n1:29500", "run_id": "run"}  # no meeting
-    (tmp_path / "run/plan.json").write_text(json.dumps(plan))
+    run = RunDir(tmp_path / "run")
+    plan = {"run_id": "run", "nodes": 2, "backend": "torchrun", "rdzv_endpoint": "n1:29500", "created": 1.0}
+    run.plan.write_text(json.dumps(plan))
+    run.meetings.mkdir()  # they have met
+    run.meeting_by_hand.write_text(json.dumps({"created": 1.0, "starts": [], "problems": [], "address": "127.0.0.1"}))
     second = node(1)
     second.until(lambda: "waiting for node 0 to look through the images since" in second.output, "the wait")
     second.process.send_signal(number)
     output = second.ends(75, within_s=HEED_S)
     assert "while waiting for node 0 to look through the images" in output
-    assert "go on with: launch resume run" in output
+    assert "launch resume run --node-rank 1" in output
 
 
 @pytest.mark.slow

@@ -127,3 +127,10 @@ def test_what_is_appended_after_a_line_was_cut_off_is_read(tmp_path):
 
 def test_a_missing_jsonl_file_is_empty(tmp_path):
     assert list(read_jsonl(tmp_path / "none.jsonl")) == []
+
+
+@pytest.mark.parametrize("left", ['"kind"', "17", "1.5e3", "null", "[1]", "true", '{"a": 1'])
+def test_what_is_left_of_a_line_is_no_record(tmp_path, left):
+    file = tmp_path / "events.jsonl"
+    file.write_text(f'{{"step": 1}}\n{left}\n{{"step": 2}}\n')
+    assert list(read_jsonl(file)) == [{"step": 1}, {"step": 2}]
