@@ -127,7 +127,7 @@ def test_three_errors_at_once_each_with_its_key_and_line(refused):
         (f"{GOOD}model: {{weights: /nowhere/w.pth}}\n", "bad.yaml:2: model.weights: /nowhere/w.pth: no such file"),
         (
             f"{GOOD}train: {{early_stopping: {{metric: val/acc}}}}\n",
-            "train.early_stopping.metric: found 'val/acc'; no such metric; did you mean 'val/f1'? valid: train/loss, val/",
+            "train.early_stopping.metric: found 'val/acc'; no such metric; did you mean 'val/f1'? valid: train/loss",
         ),
         (
             f"{GOOD}train: {{early_stopping: {{metric: val/top1}}}}\n",
