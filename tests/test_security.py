@@ -218,7 +218,7 @@ def test_a_run_writes_no_secret_around_it_and_lets_nobody_else_write(launch, sma
 def test_a_secret_in_the_name_of_the_run_directory_is_refused_and_not_shown(launch):
     done = launch(str(ROOT / "recipes/debug.yaml"), "--run-dir", f"runs-{TOKEN}", "--dry-run")
     assert done.returncode == 2, done.stdout
-    assert "--run-dir: a Hugging Face token, it seems" in done.stderr
+    assert "--run-dir: a Hugging Face token, which" in done.stderr
     assert TOKEN not in done.stdout + done.stderr
 
 

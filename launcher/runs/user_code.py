@@ -94,7 +94,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """What a run has copied; None: nothing."""
     try:
         found: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return found
 

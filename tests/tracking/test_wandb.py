@@ -47,7 +47,7 @@ def make_run(path: Path, mode: str) -> RunDir:
     run = RunDir(path / RUN_ID)
     run.create()
     run.recipe.write_text(recipes.to_yaml(recipe))
-    write_json_atomic(run.plan, {"run_id": RUN_ID, "world_size": 2, "created": 1.0})
+    write_json_atomic(run.plan, {"run_id": RUN_ID, "procs_per_node": 2, "created": 1.0})
     return run
 
 
