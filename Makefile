@@ -19,7 +19,7 @@ demo: $(VENV)/installed
 	$(BIN)/launch recipes/quickstart.yaml --run-dir $(RUN)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

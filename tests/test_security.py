@@ -196,7 +196,7 @@ def test_a_run_writes_no_secret_around_it_and_lets_nobody_else_write(launch, sma
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=240,
         umask=0,
     )
     assert done.returncode == 0, done.stderr

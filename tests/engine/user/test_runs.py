@@ -161,8 +161,9 @@ def test_they_train_measure_and_hear_and_are_shown_wherever_top_1_is(start, laun
     assert f"| ece | {best['value']:.4f} |" in card
     (record,) = run.wandb.rglob("run-*.wandb")
     assert b"val/ece" in record.read_bytes()
-    table = launch("compare", str(run), "--metric", "val/ece").stdout
-    assert f"{best['value']:.4f}" in table
+    compared = launch("compare", str(run), "--metric", "val/ece")
+    assert compared.returncode == 0, compared.stderr
+    assert f"{best['value']:.4f}" in compared.stdout
     told = list(read_jsonl(run.path / "told.jsonl"))
     assert len({line["pid"] for line in told}) == 1  # rank 0's alone
     assert [line["event"] for line in told if line["event"] != "step"] == [
