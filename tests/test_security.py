@@ -196,7 +196,7 @@ def test_a_run_writes_no_secret_around_it_and_lets_nobody_else_write(launch, sma
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
+        timeout=120,
         umask=0,
     )
     assert done.returncode == 0, done.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.metadata
 import inspect
 import json
 import shutil
@@ -19,7 +18,7 @@ from launcher.recipe.user_modules import MANIFEST
 from launcher.system.files import fsync, write_json_atomic
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from types import ModuleType
 
     from launcher.recipe.schema import Recipe
@@ -207,6 +206,14 @@ def _import(folder: Path, module: str) -> ModuleType:
         sys.dont_write_bytecode = before
 
 
+def parameters_of(found: Callable[..., Any]) -> dict[str, inspect.Parameter] | None:
+    """By name; None where they are not known, as of what is written in C."""
+    try:
+        return dict(inspect.signature(found).parameters)
+    except (TypeError, ValueError):
+        return None
+
+
 def call(key: str, found: Any, args: Mapping[str, Any], **values: Any) -> Any:
     """Call what :func:`load` gave as the seam at ``key`` says.
 
@@ -217,10 +224,7 @@ def call(key: str, found: Any, args: Mapping[str, Any], **values: Any) -> Any:
         values: the seam's arguments; those that are only offered are passed where the signature names them.
     """
     how: Call = user_code.seam(key).call
-    try:
-        named = set(inspect.signature(found).parameters)
-    except (TypeError, ValueError):  # written in C, without a signature
-        named = set()
+    named = parameters_of(found) or {}
     given = {name: values[name] for name in how.keywords}
     given |= {name: values[name] for name in how.offered if name in named}
     return found(*(values[name] for name in how.positional), **given | dict(args))

@@ -36,7 +36,7 @@ SMALL = (
 )
 OFTEN = "train.checkpoint.every_steps=5"
 ALLOCATION = ("salloc", "--quiet", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2")
-DEADLINE_S = 240
+DEADLINE_S = 180
 
 
 class Launched:

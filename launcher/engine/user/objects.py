@@ -34,7 +34,7 @@ def build(reference: str, args: Mapping[str, Any], *, num_classes: int, takes: i
     found = user_code.load(reference)
     if not (isinstance(found, type) or inspect.isroutine(found)):
         return found
-    parameters = parameters_of(found) or {}
+    parameters = user_code.parameters_of(found) or {}
     given = {name: num_classes if (name, value) == ("num_classes", "auto") else value for name, value in args.items()}
     if "num_classes" in parameters and parameters["num_classes"].default in (inspect.Parameter.empty, None):
         given.setdefault("num_classes", num_classes)
@@ -50,24 +50,16 @@ def build(reference: str, args: Mapping[str, Any], *, num_classes: int, takes: i
         raise UsageError(f"{shown(reference)} with {dict(args)}: {type(error).__name__}: {error}") from error
 
 
-def parameters_of(found: Callable[..., Any]) -> dict[str, inspect.Parameter] | None:
-    """By name; None where they are not known, as of what is written in C."""
-    try:
-        return dict(inspect.signature(found).parameters)
-    except (TypeError, ValueError):
-        return None
-
-
 def takes(function: Callable[..., Any], name: str) -> bool:
     """Whether a function, or an object that is called, takes an argument of that name."""
     called = function.forward if isinstance(function, nn.Module) else function
-    parameters = parameters_of(called) or {}
+    parameters = user_code.parameters_of(called) or {}
     return name in parameters or any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
 
 
 def is_factory(function: Callable[..., Any], given: Mapping[str, Any]) -> bool:
     """Whether a function needs no more than what is ``given``."""
-    parameters = parameters_of(function)
+    parameters = user_code.parameters_of(function)
     if parameters is None or any(one.kind is inspect.Parameter.VAR_POSITIONAL for one in parameters.values()):
         return False
     return not set(needed(function)) - set(given)
@@ -76,5 +68,5 @@ def is_factory(function: Callable[..., Any], given: Mapping[str, Any]) -> bool:
 def needed(function: Callable[..., Any]) -> list[str]:
     """Arguments without which a function cannot be called."""
     various = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    parameters = (parameters_of(function) or {}).items()
+    parameters = (user_code.parameters_of(function) or {}).items()
     return [name for name, one in parameters if one.default is one.empty and one.kind not in various]
