@@ -161,7 +161,7 @@ def test_they_train_measure_and_hear_and_are_shown_wherever_top_1_is(start, laun
     assert f"| ece | {best['value']:.4f} |" in card
     (record,) = run.wandb.rglob("run-*.wandb")
     assert b"val/ece" in record.read_bytes()
-    compared = launch("compare", str(run), "--metric", "val/ece")
+    compared = launch("compare", str(run.path), "--metric", "val/ece")
     assert compared.returncode == 0, compared.stderr
     assert f"{best['value']:.4f}" in compared.stdout
     told = list(read_jsonl(run.path / "told.jsonl"))
