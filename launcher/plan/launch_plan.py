@@ -31,6 +31,10 @@ class LaunchPlan:
     """cuda or cpu."""
     nodes: int = 1
     """Machines."""
+    min_nodes: int = 0
+    """With at least so many of them the run goes on where others are lost; 0: only with all."""
+    spares: int = 0
+    """Machines beyond them that wait to take the place of one that is lost."""
     procs_per_node: int = 1
     """Workers on each."""
     threads_per_proc: int = 1
@@ -80,6 +84,16 @@ class LaunchPlan:
 
             known["profile"] = Profile(**_known(Profile, known["profile"]))
         return cls(**known)
+
+    @property
+    def fewest_nodes(self) -> int:
+        """With how many nodes, at least, the run trains."""
+        return self.min_nodes or self.nodes
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the run goes on without a node that is lost, and takes in nodes that come."""
+        return self.fewest_nodes < self.nodes or self.spares > 0
 
     @property
     def world_size(self) -> int:
