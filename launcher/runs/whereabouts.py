@@ -92,7 +92,7 @@ def resume_command(run: RunDir) -> str:
     plan, command = run.read_plan(), f"launch resume {run}"
     if plan.backend != "torchrun" or plan.nodes == 1:
         return command
-    nodes = [f"{command} --node-rank {node} --rdzv-endpoint {plan.rdzv_endpoint}" for node in range(plan.nodes)]
+    nodes = [f"{command} --node-rank {node} --rdzv-endpoint {plan.rdzv_endpoint}" for node in range(plan.machines)]
     shown = nodes if len(nodes) <= NUM_SHOWN else [*nodes[:2], f"… up to --node-rank {len(nodes) - 1}"]
     return "".join(f"\n  {line}" for line in shown)
 
