@@ -63,7 +63,7 @@ while [ -n "$(jobs -rp)" ]; do
   sleep 1
   is_over || continue
   since=${since:-$SECONDS}
-  [ $((SECONDS - since)) -lt @LINGER_S@ ] || kill $(jobs -rp)
+  [ $((SECONDS - since)) -lt @LINGER_S@ ] || kill $(jobs -rp) 2> /dev/null
 done
 for each in "${attending[@]}"; do wait "$each" || code=$?; done
 (exit $code)"""
