@@ -69,7 +69,7 @@ def main() -> int:
     parser.add_argument("--chances", type=int, default=10, help="disks that are tried at each point of a power loss")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--only", metavar="TEXT", default="", help="faults with this in their name; the document's others stay"
+        "--only", metavar="TEXT", default="", help="faults with this in their name; other rows stay"
     )
     args = parser.parse_args()
     signals.heed()

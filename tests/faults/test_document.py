@@ -10,9 +10,8 @@ HEAD = "# Title\n\nnew words\n\n| fault | promised | what happened | steps lost 
 
 
 def test_rows_that_were_not_measured_again_stay():
-    before = (
-        HEAD.replace("new", "old") + f"| {FIRST} | p | one | 1 |\n| {SECOND} | p | two | 2 |\n| gone | p | x | - |\n"
-    )
+    rows = f"| {FIRST} | p | one | 1 |\n| {SECOND} | p | two | 2 |\n| gone | p | x | - |\n"
+    before = HEAD.replace("new", "old") + rows
     found = faults.document(before, HEAD, {SECOND: f"| {SECOND} | p | again | 0 |\n"})
     assert found == HEAD.replace("new", "old") + f"| {FIRST} | p | one | 1 |\n| {SECOND} | p | again | 0 |\n"
 
