@@ -68,9 +68,7 @@ def main() -> int:
     parser.add_argument("--places", type=int, default=100, help="of a checkpoint that are damaged in each way")
     parser.add_argument("--chances", type=int, default=10, help="disks that are tried at each point of a power loss")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--only", metavar="TEXT", default="", help="faults with this in their name; other rows stay"
-    )
+    parser.add_argument("--only", metavar="TEXT", default="", help="faults with this in their name; other rows stay")
     args = parser.parse_args()
     signals.heed()
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
