@@ -33,15 +33,19 @@ SAFE_S = 5
 """How far the clocks of the controller and a node may be apart for a requeued job to start again early."""
 
 
-def follow(job_id: str, log: Path) -> None:
-    """Show a job's log, and what becomes of the job, until it is over."""
+def follow(job_id: str, *logs: Path) -> None:
+    """Show a job's logs, and what becomes of the job, until it is over."""
     shown: JobState | None = None
-    position, has_run = 0, False
+    positions, has_run = dict.fromkeys(logs, 0), False
+
+    def show_new() -> None:
+        for log in logs:
+            positions[log] = _print_from(log, positions[log])
 
     def is_over() -> bool:
-        nonlocal shown, position, has_run
+        nonlocal shown, has_run
         state = _states([job_id])[job_id]
-        position = _print_from(log, position)
+        show_new()
         if state != shown and state.state in ("PENDING", "RUNNING"):
             reason = f" ({state.reason})" if state.reason not in ("", "None") else ""
             where = f" on {state.nodes}" if state.nodes else reason
@@ -53,7 +57,7 @@ def follow(job_id: str, log: Path) -> None:
         return state.over
 
     wait_until(is_over, timeout_s=None, heed=lambda: None, every_s=POLL_S)  # a signal ends it by an exception
-    _print_from(log, position)
+    show_new()
 
 
 def _start_early(job_id: str) -> None:
