@@ -62,6 +62,7 @@ code=0 since=
 while [ -n "$(jobs -rp)" ]; do
   sleep 1
   is_over || continue
+  : > "$run/slurm/left-$start-script"
   since=${since:-$SECONDS}
   [ $((SECONDS - since)) -lt @LINGER_S@ ] || kill $(jobs -rp) 2> /dev/null
 done

@@ -279,8 +279,8 @@ class RunDir:
         """Comma-separated names of nodes that one start of a SLURM job should leave out, as one node (``*``) found."""
         return self.slurm / f"bad-{start}-{node_rank}"
 
-    def node_left(self, start: str, node: int) -> Path:
-        """A node's exit code; made where it ended by itself, in a job that else starts its supervisor again."""
+    def node_left(self, start: str, node: int | str) -> Path:
+        """A node's exit code, made where it ended by itself, or else is started again; ``script``: it heard the end."""
         return self.slurm / f"left-{start}-{node}"
 
     def job_done(self, start: str) -> Path:

@@ -126,7 +126,7 @@ def conclude(run: RunDir, job_id: str) -> None:
     job = _states([job_id])[job_id]
     state = whereabouts.settle(run, job)
     is_trained = state in whereabouts.TRAINED
-    if is_trained and job.state in ("COMPLETED", "UNKNOWN"):
+    if is_trained and (job.state in ("COMPLETED", "UNKNOWN") or _ended_by_a_node(run)):
         return
     if is_trained and job.state == "CANCELLED":
         raise InterruptedRunError(f"job {job_id} was cancelled after training; its exports: launch export {run}")
@@ -137,6 +137,12 @@ def conclude(run: RunDir, job_id: str) -> None:
     raise _error(job_id)(
         f"job {job_id} ended as {job.state}\n{diagnose.explain(run, job, job_end.explain)}\nmore: launch why {run}"
     )
+
+
+def _ended_by_a_node(run: RunDir) -> bool:
+    """Whether a node has ended the job, all done, since its batch script was lost: SLURM calls that cancelled."""
+    said = max(run.slurm.glob("done-*"), key=lambda file: file.stat().st_mtime, default=None)
+    return run.read_plan().is_elastic and said is not None and said.read_text(encoding="utf-8").strip() == "0"
 
 
 def _error(job_id: str) -> type[LaunchError]:
