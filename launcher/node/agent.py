@@ -14,12 +14,9 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from launcher.node import lazy_dynamo
 from launcher.node.agent_thread import AgentThread, LeftError, ask_for_lost, blame_lost
 from launcher.node.peers import Peers
 from launcher.node.watchdog import Watchdog
-from launcher.recipe import load as recipes
-from launcher.recipe import user_code
 from launcher.runs import diagnose, history
 from launcher.runs.heartbeats import Heartbeats
 from launcher.runs.run_dir import ATTEMPT_VARIABLE, MEMORY_KILLS_VARIABLE
@@ -68,8 +65,6 @@ def run_workers(run: RunDir, plan: LaunchPlan, *, first_attempt: int, stop: Stop
         LeftError: this node left a wait for others, as ``stop`` says.
     """
     # The only import of torch on this node; torchvision brings the rest of what a worker needs.
-    if not any(user_code.references(recipes.read_resolved(run.recipe))):  # what users bring may compile
-        lazy_dynamo.put_off()
     with processes.importing():
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.elastic.rendezvous.api import RendezvousError

@@ -9,7 +9,7 @@ import pytest
 
 TRAIN = """
 import sys
-from launcher.node import lazy_dynamo
+from launcher.system import lazy_dynamo
 lazy_dynamo.put_off()
 from launcher.engine import worker
 import torch, torchvision
@@ -58,5 +58,5 @@ def test_training_does_without_and_who_compiles_has_the_real_one(use):
 
 
 def test_where_it_is_imported_already_nothing_changes():
-    python("import torch._dynamo\nfrom launcher.node import lazy_dynamo\nlazy_dynamo.put_off()\n"
+    python("import torch._dynamo\nfrom launcher.system import lazy_dynamo\nlazy_dynamo.put_off()\n"
            "assert not lazy_dynamo.is_put_off()")  # fmt: skip
