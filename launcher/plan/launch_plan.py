@@ -53,6 +53,8 @@ class LaunchPlan:
     """Only measure batch sizes (`launch tune`)."""
     detach: bool = False
     """Return when the job is submitted, for slurm."""
+    keep_freed_memory: bool = False
+    """Have the workers' allocator keep what they free, on a CPU."""
     env: dict[str, str] = field(default_factory=dict)
     """Environment variables of the supervisor and its workers."""
     command: tuple[str, ...] = ()
