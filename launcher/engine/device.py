@@ -108,13 +108,7 @@ class Device:
         """
         if self.is_cuda:
             return FreeMemory(num_bytes=torch.cuda.mem_get_info(self.index)[0], limit=f"free on {self.torch_device}")
-        told = os.environ.get(host_memory.FREE_VARIABLE)
-        free = FreeMemory.parse(told) if told else host_memory.free()
-        limit = free.limit if local_world_size == 1 else f"{free.limit}, shared by {local_world_size} workers"
-        # A fork shares its parent's pages until it writes to them, as counting references does, little by little.
-        own = host_memory.status_bytes("RssAnon")
-        shared = FreeMemory(num_bytes=max(0, free.num_bytes // local_world_size - own), limit=limit)
-        return min(shared, host_memory.process_limit() or shared, key=lambda one: one.num_bytes)
+        return host_memory.share(local_world_size)
 
     def measure_memory(self) -> Callable[[], int]:
         """Begin to measure; calling what is returned gives the most bytes that were taken since."""

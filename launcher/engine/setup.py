@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from launcher.recipe.schema import BatchConfig, Recipe
     from launcher.runs.run_dir import RunDir
 
-BYTES_OF_LABEL, BYTES_OF_FLOAT = 8, 4
 DEBUG_STEPS, DEBUG_BATCH_SIZE = 5, 8
 """With ``--debug``: steps, and their batch size where the recipe leaves it to measurement, which takes a while."""
 
@@ -103,6 +102,12 @@ class Parts:
         """Of the forward pass."""
         return self.numerics.precision
 
+    def take(self, agreed: Numerics) -> None:
+        """Compute in what the run's ranks have agreed on; for a probe, which is alone. Before the first step."""
+        self.numerics = agreed
+        layout = torch.channels_last if agreed.channels_last else torch.contiguous_format
+        self.model.module.to(memory_format=layout)
+
     def wrap(self) -> None:
         """Have DDP average the gradients of what learns now. Every rank must, at the same point."""
         broadcast_buffers(self.model.module)  # DDP does so for parameters only, told as below
@@ -145,12 +150,11 @@ class Parts:
             Why there are fewer than the recipe asks for, and what to do; None: there are not.
         """
         wanted, ranks = self.loading, self.ranks
-        pixels = 3 * self.preprocessing.image_size**2 * (BYTES_OF_FLOAT if self.recipe.data.transform else 1)
         self.loading = loader_room.fit(
             wanted.workers,
             wanted.prefetch,
-            batch_bytes=self.schedule.batching.batch_sizes[ranks.rank] * (pixels + BYTES_OF_LABEL),
-            room=loader_room.prepare(ranks.local_world_size),
+            batch_bytes=self.schedule.batching.batch_sizes[ranks.rank] * self.preprocessing.bytes_of_sample,
+            room=loader_room.prepare(ranks.local_world_size, pinned=self.device.pin_memory),
         )
         if self.loading.why is None:
             return None
