@@ -269,8 +269,8 @@ class Recipe:
     optim: OptimConfig = field(default_factory=OptimConfig)
     """How the weights move."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the forward pass; weights stay fp32. auto: bf16 where the hardware has it, else fp16 on a GPU,
-    fp32 on a CPU."""
+    """Of the forward pass; weights stay fp32. auto: bf16 where the hardware of all ranks has it, else fp16 on GPUs,
+    fp32 on CPUs."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The training loop."""
     metrics: list[str | MetricConfig] = field(default_factory=list)
