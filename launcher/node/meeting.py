@@ -319,7 +319,8 @@ def _join(run: RunDir, mine: dict[str, Any], node_rank: int, heed_stop: Callable
             told = created
         if is_listed(run.meeting_by_hand):
             verdict = json.loads(run.meeting_by_hand.read_text(encoding="utf-8"))
-        if Generations.by_hand(run).end():
+        generations = Generations.by_hand(run)
+        if generations.end() or generations.stop():
             return False  # of a start that is over
         # A refusal may be of an earlier start; what was agreed holds for a node that is started again, too.
         meant = verdict and (not verdict["problems"] or mine["start"] in verdict["starts"])

@@ -100,7 +100,10 @@ def _train_while_enough_live(run: RunDir, plan: LaunchPlan, stop: StopSignals, s
                 attempt = course.next().attempt
                 outcomes = _train_in_generation(run, course, stop)
             except StoppedError:
-                raise _interrupted(run, course.plan, stop, course.generation.attempt) from None
+                if not course.is_member:  # it only waited, and says nothing for the run
+                    raise InterruptedRunError(f"{stop.reason} while it waited to be taken in") from None
+                plan = replace(course.plan, node_rank=0)  # whoever leads may be lost
+                raise _interrupted(run, plan, stop, course.generation.attempt) from None
             except EndedError as ended:
                 return _ended_without(run, ended)
             if outcomes is None or ("preempted" in outcomes.values() and course.goes_on()):
