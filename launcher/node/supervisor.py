@@ -148,9 +148,10 @@ def _ended_without(run: RunDir, ended: EndedError) -> dict[int, str]:
     if ended.state in whereabouts.TRAINED:
         print(f"the run is {ended.state}, without this node; it is in {run}", flush=True)
         return {}
+    why = f"the run has ended without this node: {str(ended) or ended.state}"
     if ended.state in ("preempted", "cancelled"):
-        raise InterruptedRunError(f"the run has ended without this node: {ended or ended.state}")
-    raise TrainingError(f"the run has ended without this node: {ended or ended.state}\nmore: launch why {run}")
+        raise InterruptedRunError(why)
+    raise TrainingError(f"{why}\nmore: launch why {run}")
 
 
 @contextlib.contextmanager
