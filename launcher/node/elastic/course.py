@@ -301,13 +301,11 @@ class Course:
         return f"node {lacking}" if lacking else ""
 
     def _endpoint(self, number: int) -> str:
-        """Where the agents of a generation meet: at this node, by the port that somebody named for it if it is free."""
+        """Where the agents of a generation meet: at this node; the first one by the port that somebody named."""
         _, port = network.split(self._plan.rdzv_endpoint)
-        try:
-            network.try_port(port)
-        except OSError:
-            port = 0
-        return network.join(self._plan.address, port or network.free_port(os.getpid() + number))
+        if number > 1 or not port:
+            port = network.free_port(os.getpid() + number)
+        return network.join(self._plan.address, port)
 
 
 class _Since:

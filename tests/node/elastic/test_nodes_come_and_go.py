@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import subprocess
 import time
 
 import pytest
@@ -16,7 +14,7 @@ from launcher.runs.run_dir import RunDir
 from launcher.system import network
 from launcher.system.files import read_jsonl
 from tests.faults import records
-from tests.faults.bench import NUM_TRAIN, Bench, state_of, step, written
+from tests.faults.bench import NUM_TRAIN, Bench, step, written
 
 BATCH, NODES = 2, 3
 SLOW = """
@@ -71,13 +69,12 @@ class Nodes:
         return min(line["time"] for line in self.lines() if line["attempt"] >= attempt)
 
 
-def samples(run, *, size, epochs):
+def samples(*, size, epochs):
     """Step, epoch and end of each step's samples in the epoch's order, as it is where nothing happens."""
     batching = Batching.even(BATCH, world_size=size, global_size=None, accumulate=1)
-    schedule, number = Schedule(seed=0, num_samples=NUM_TRAIN, batching=batching), 0
-    for one in schedule.steps(0, epoch=0, offset=0, end_epoch=epochs):
-        number += 1
-        yield number, one.epoch, one.end, one.num_samples
+    schedule = Schedule(seed=0, num_samples=NUM_TRAIN, batching=batching)
+    steps = schedule.steps(0, epoch=0, offset=0, end_epoch=epochs)
+    return [(number, one.epoch, one.end, one.num_samples) for number, one in enumerate(steps, 1)]
 
 
 @pytest.mark.slow
@@ -111,7 +108,7 @@ def test_nodes_are_killed_and_stand_still_and_every_step_has_the_samples_of_an_u
     record = records.every_sample_once(run, epochs=epochs)
     records.nothing_written_is_lost(run)
     found = [(line["step"], line["epoch"], line["offset"], line["samples"]) for line in record.train]
-    assert found == list(samples(run, size=NODES, epochs=epochs))
+    assert found == samples(size=NODES, epochs=epochs)
     lost = [(event["node"], event["generation"]) for event in events(run, "node_lost")]
     assert lost == [(0, 1), (1, 3)]
     assert [event["node"] for event in events(run, "node_joined")] == [0, 1]
