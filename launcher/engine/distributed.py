@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from launcher.runs.generations import NODE_VARIABLE
 from launcher.runs.run_dir import ATTEMPT_VARIABLE
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Ranks:
             "local_rank": "LOCAL_RANK",
             "local_world_size": "LOCAL_WORLD_SIZE",
             "world_size": "WORLD_SIZE",
-            "node_rank": "GROUP_RANK",
+            "node_rank": NODE_VARIABLE if NODE_VARIABLE in os.environ else "GROUP_RANK",
         }
         return cls(**{field: int(os.environ[name]) for field, name in names.items() if name in os.environ})
 
