@@ -48,7 +48,7 @@ class LaunchPlan:
     hang_timeout_s: float | None = None
     """Seconds without a step after which the workers are taken for hung."""
     node_rank: int = 0
-    """Which node this one is."""
+    """Which node this one is; of those that train together, where these are not all (``members``)."""
     rdzv_endpoint: str = ""
     """Where torch's elastic agents meet; port 0 is any free one; empty: the job's first node decides."""
     debug: bool = False
@@ -57,6 +57,8 @@ class LaunchPlan:
     """Only measure batch sizes (`launch tune`)."""
     detach: bool = False
     """Return when the job is submitted, for slurm."""
+    keep_freed_memory: bool = False
+    """Have the workers' allocator keep what they free, on a CPU."""
     env: dict[str, str] = field(default_factory=dict)
     """Environment variables of the supervisor and its workers."""
     command: tuple[str, ...] = ()
@@ -73,6 +75,8 @@ class LaunchPlan:
     """The resolved recipe. Not in plan.json: recipe.yaml lies beside it."""
     address: str = ""
     """Where the other nodes reach this one, once they have met. Not in plan.json."""
+    members: tuple[int, ...] = ()
+    """Which of the run's nodes train together now, in their order; empty: all. Not in plan.json."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -84,6 +88,11 @@ class LaunchPlan:
 
             known["profile"] = Profile(**_known(Profile, known["profile"]))
         return cls(**known)
+
+    @property
+    def node(self) -> int:
+        """Which of the run's nodes this one is, whichever of them train together now."""
+        return self.members[self.node_rank] if self.members else self.node_rank
 
     @property
     def fewest_nodes(self) -> int:
@@ -108,7 +117,7 @@ class LaunchPlan:
     def to_dict(self) -> dict[str, Any]:
         """For ``plan.json``; the recipe lies beside it."""
         values = asdict(self) | {"world_size": self.world_size, "command": list(self.command)}
-        for name in ("recipe", "script", "post_script", "address"):
+        for name in ("recipe", "script", "post_script", "address", "members"):
             del values[name]
         return values
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from launcher.node import agent
+from launcher.node.part import Part
 from launcher.runs import history
 from launcher.runs.heartbeats import Heartbeats
 from launcher.runs.run_dir import RunDir
@@ -33,7 +34,7 @@ def started(tmp_path):
     run = RunDir(tmp_path / "run")
     run.create()
     beats, stop = Heartbeats(2), SimpleNamespace(requested=False)
-    logs = agent._attempt_logs(run, node_rank=0, first_attempt=1, stop=stop, beats=beats)
+    logs = agent._attempt_logs(run, Part(), node_rank=0, first_attempt=1, stop=stop, beats=beats)
     logs.reify(environments())
     return run, logs, beats, stop
 
