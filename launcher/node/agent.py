@@ -22,8 +22,8 @@ from launcher.runs import diagnose, history
 from launcher.runs.generations import NODE_VARIABLE
 from launcher.runs.heartbeats import Heartbeats
 from launcher.runs.run_dir import ATTEMPT_VARIABLE, MEMORY_KILLS_VARIABLE
-from launcher.system import memory as host_memory
 from launcher.system import lazy_dynamo, network, processes
+from launcher.system import memory as host_memory
 from launcher.system.log_cap import LogCap
 
 if TYPE_CHECKING:
