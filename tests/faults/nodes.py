@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
-from devcluster import network
-from devcluster.layout import Layout
 
 from launcher.runs.history import events
 from launcher.runs.run_dir import RunDir
@@ -66,12 +65,13 @@ class Job:
 
     def _processes(self, host: str) -> list[psutil.Process]:
         """Supervisor and workers of a node."""
-        layout = Layout(root=self.cluster.folder).as_saved()
         found = []
-        for pid, (where, program) in network.processes(layout).items():
+        for program, pid in re.findall(
+            rf"^  {host} +(\S+) \((\d+)\)$", self.cluster.run("status").stdout, re.MULTILINE
+        ):
             with contextlib.suppress(psutil.Error):
-                process = psutil.Process(pid)
-                if where == host and program != "srun" and "launcher.backends.slurm" in " ".join(process.cmdline()):
+                process = psutil.Process(int(pid))
+                if program != "srun" and "launcher.backends.slurm" in " ".join(process.cmdline()):
                     found.append(process)
         return found
 
@@ -163,7 +163,7 @@ def supervisor(bench: Bench) -> Outcome:
 
 
 def cut(bench: Bench) -> Outcome:
-    epochs = 20
+    epochs = 14
     with _job(bench, "elastic-cut", f"train.epochs={epochs}") as job:
         _wait_long_for_nodes(job.cluster)
         *_, host = job.names()
@@ -192,7 +192,7 @@ def _wait_long_for_nodes(cluster: ClusterCommand) -> None:
 
 def first(bench: Bench) -> Outcome:
     """The node of the batch script, for good: SLURM takes it out of the job, which has no script then."""
-    epochs = 20
+    epochs = 8
     nodes = ("--nodes", "2:3", "--spares", "1", *NODES[2:])
     with _job(bench, "elastic-first", f"train.epochs={epochs}", nodes=nodes) as job:
         host = job.names()[0]
