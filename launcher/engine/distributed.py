@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from launcher.runs.generations import NODE_VARIABLE
+from launcher.runs.run_dir import ATTEMPT_VARIABLE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -73,6 +75,23 @@ def init_process_group(device: Device, ranks: Ranks) -> None:
     if "MASTER_ADDR" not in os.environ:
         options |= {"store": dist.HashStore(), "rank": ranks.rank, "world_size": 1}
     dist.init_process_group(device.process_group_backend, **options)
+
+
+def agents_store() -> dist.Store | None:
+    """The store of torch's agent, where ranks can meet before they join the process group; None: there is no agent.
+
+    The agent may keep it when it starts the workers again: what they left there is nothing to the next attempt.
+    """
+    if "MASTER_ADDR" not in os.environ:
+        return None
+    return dist.PrefixStore(f"attempt-{os.environ.get(ATTEMPT_VARIABLE)}", _open_store())
+
+
+@functools.cache
+def _open_store() -> dist.Store:
+    """Opened once: where the agent does not share its store, rank 0 serves it for as long as it keeps it."""
+    store: dist.Store = next(dist.rendezvous("env://"))[0]
+    return store
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:

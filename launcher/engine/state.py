@@ -82,6 +82,7 @@ class TrainingState:
             "batch_limits": self.batch_limits,
             "device_bytes": self._device_bytes,
             "world_size": parts.ranks.world_size,
+            **parts.numerics.saved(),
             "batching": asdict(parts.schedule.batching),
             "early_stopping": self.best.state(),
             "numbers": self.numbers.state(),
@@ -133,8 +134,9 @@ class TrainingState:
             check_train_set(parts.run, parts.train_set, state)
         load_state(parts.model.module, checkpoint.model)
         optim.restore(parts.optimizer, parts.model, checkpoint.optimizer["optimizer"])
-        if checkpoint.optimizer["scaler"]:  # empty where the precision of then needed none
-            self.scaler.load_state_dict(checkpoint.optimizer["scaler"])
+        self.scaler = parts.device.grad_scaler(parts.precision)
+        if checkpoint.optimizer["scaler"]:  # empty where the precision of then needed none: the scale begins anew
+            self.scaler.load_state_dict(checkpoint.optimizer["scaler"])  # left aside where that of now needs none
         if parts.recipe.batch.global_size is None:
             kept = state["batching"]["global_batch_size"]
             parts.schedule = replace(parts.schedule, batching=replace(parts.schedule.batching, global_batch_size=kept))

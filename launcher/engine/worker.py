@@ -22,6 +22,7 @@ from launcher.engine.device import Device, is_out_of_memory
 from launcher.engine.distributed import Ranks, init_process_group, record_collectives
 from launcher.engine.listeners.recorder import Recorder
 from launcher.engine.loading.handover import heed_stop_signal
+from launcher.engine.micro_batch import ExchangeMemoryError
 from launcher.engine.setup import build_parts, open_data_sets
 from launcher.engine.stopping import StopFlag
 from launcher.engine.trainer import Trainer
@@ -115,6 +116,8 @@ def _telling(run: RunDir, spec: WorkerSpec, ranks: Ranks, stop: StopFlag, beats:
             os._exit(EXIT_RESUMABLE)
         with contextlib.suppress(OSError):  # a full disk; the supervisor looks whether it is
             write_error(run, spec, ranks, error)
+            if error_kind(error) == "memory_kill":
+                run.append_event("memory_kill", attempt=spec.attempt, node=ranks.node_rank, rank=ranks.rank)
         beats.fail(ranks.local_rank)
         console.drain()
         os._exit(EXIT_FAILED)  # the agent would print the same traceback once more
@@ -231,6 +234,7 @@ def _begin_record(run: RunDir, parts: Parts, spec: WorkerSpec, terminal: IO[str]
         tracked=not spec.debug,
     )
     recorder.status(epoch=0, step=0)
+    recorder.numerics(parts.numerics)
     recorder.classes(len(parts.classes), findings.rare_classes(parts.images_per_class))
     return recorder
 
@@ -288,13 +292,14 @@ def error_kind(error: BaseException) -> str:
     """What kind of failure an error is.
 
     ``usage`` (the user can repair it), ``peer_lost`` (another rank died first), ``lost_worker`` (a loader process was
-    killed from outside), ``out_of_memory``, ``full_disk``, ``environment`` (the machine's, the shell's, a file
-    system's) or ``bug``.
+    killed from outside), ``out_of_memory``, ``memory_kill`` (the same in an exchange: only a new attempt can take
+    smaller batches), ``full_disk``, ``environment`` (the machine's, the shell's, a file system's) or ``bug``.
     """
     if isinstance(error, LaunchError):
         return "environment" if isinstance(error, MachineError) else "usage"
     if is_out_of_memory(error):
-        return "out_of_memory"
+        in_collective = isinstance(error, ExchangeMemoryError | dist.DistError)
+        return "memory_kill" if in_collective else "out_of_memory"
     if kind := _environment_kind(error):
         return kind
     text = str(error)

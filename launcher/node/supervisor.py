@@ -23,7 +23,7 @@ from launcher.node.signals import StopSignals
 from launcher.runs import diagnose, findings, history, quarantine, states, whereabouts
 from launcher.runs.generations import Generations
 from launcher.runs.run_dir import RunDir
-from launcher.system import console, loader_room, network, processes
+from launcher.system import allocator, console, loader_room, network, processes
 from launcher.system import cpu as host_cpu
 from launcher.system.redact import redact
 
@@ -68,6 +68,8 @@ def supervise(plan: LaunchPlan, *, first_attempt: int | None = None, start: str 
     console.protect()
     run = meeting.wait_for_run(plan.run_dir) if plan.node_rank else RunDir(plan.run_dir)
     network.set_environment(plan.env)
+    if plan.keep_freed_memory:
+        allocator.keep_freed()
     loader_room.make()
     processes.adopt_orphans()
     elastic = plan.is_elastic

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from rich.progress import Progress, TaskID
 
+    from launcher.engine.numerics import Numerics
     from launcher.engine.state import Outcome
     from launcher.recipe.schema import Recipe
     from launcher.runs.run_dir import RunDir, State
@@ -83,6 +84,12 @@ class Recorder:
         if rare:
             self.event("rare_classes", num_classes=len(rare), classes=dict([*rare.items()][: findings.NUM_SHOWN]))
             self.say(f"warning: {findings.describe_rare(rare)}")
+
+    def numerics(self, agreed: Numerics) -> None:
+        """Tell what the steps are computed in where the ranks' devices differ in what they can."""
+        if agreed.why:
+            self.event("numerics_agreed", **agreed.saved(), why=agreed.why)
+            self.say(f"precision {agreed.precision} on all ranks: {agreed.why}")
 
     def status(self, state: State = "running", **fields: Any) -> None:
         """Write status.json."""
