@@ -66,7 +66,12 @@ def make_plan(
         tune=request.tune,
         detach=request.detach,
         keep_freed_memory=keep_freed,
-        env=environment(device=place.device, nodes=launch.max_nodes, threads=threads)
+        env=environment(
+            device=place.device,
+            nodes=launch.max_nodes,
+            threads=threads,
+            outlives_loss=bool(launch.min_nodes or launch.spares),
+        )
         | (allocator.HUGE_PAGES if keep_freed else {}),
         command=place.command if backend != "local" else (),
         profile=place.profile,
@@ -77,7 +82,7 @@ def make_plan(
     )
 
 
-def environment(*, device: str, nodes: int, threads: int) -> dict[str, str]:
+def environment(*, device: str, nodes: int, threads: int, outlives_loss: bool) -> dict[str, str]:
     """What the supervisor and its workers need in theirs."""
     # A store of their own for the workers of each attempt: in the agent's they find the addresses of the one before,
     # and a restart hangs (seen with torch 2.14).
@@ -88,4 +93,6 @@ def environment(*, device: str, nodes: int, threads: int) -> dict[str, str]:
         env["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # counting GPUs must not start CUDA in a process that forks
     if nodes == 1:
         env["GLOO_SOCKET_IFNAME"] = "lo"
+    if outlives_loss:
+        env["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # else a lost node fills the terminals of the others with C++ stacks
     return env

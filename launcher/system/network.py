@@ -17,11 +17,13 @@ EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 INTERFACES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 """Environment variables that name the interface between the nodes; where the user has set one, it stays."""
+KEPT = (*INTERFACES, "TORCH_CPP_LOG_LEVEL")
+"""All variables of a plan that stay as the user has set them."""
 
 
 def set_environment(variables: Mapping[str, str]) -> None:
     """Take over the environment variables of a plan."""
-    known = {name: os.environ[name] for name in INTERFACES if name in os.environ}
+    known = {name: os.environ[name] for name in KEPT if name in os.environ}
     os.environ.update({**variables, **known})
 
 
