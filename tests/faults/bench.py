@@ -182,9 +182,9 @@ class Bench:
         data = f"data.path={photos or self.photos}"
         return self._start(run, (str(RECIPE), data, *changes, "--run-dir", str(run)), env or {}, module, enter)
 
-    def resume(self, run: Path, *, env=None, module: str = "launcher") -> Launched:
+    def resume(self, run: Path, *arguments: str, env=None, module: str = "launcher") -> Launched:
         """Go on with it."""
-        return self._start(run, ("resume", str(run)), env or {}, module)
+        return self._start(run, ("resume", str(run), *arguments), env or {}, module)
 
     def ask(self, *arguments: str) -> str:
         """What another command of `launch` prints."""

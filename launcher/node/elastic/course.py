@@ -263,8 +263,9 @@ class Course:
         """Decide the next generation, unless another node has done so."""
         last, run = self._last, self._run
         starts = {word.start for word in found}
-        reason = self._reason or "a node was lost"
-        if last.number and any(member.start not in starts for member in last.members):
+        lost = [f"node {one.node} ({one.host})" for one in last.members if one.start not in starts]
+        reason = self._reason or f"{', '.join(lost)} left without a word"
+        if last.number and lost:
             refused = records.close_attempt(run, last, node=self._plan.node_rank, reason=reason)
             if refused:
                 self._generations.say_end(state="failed", message=refused)

@@ -44,7 +44,7 @@ class Nodes:
         self.run = RunDir(bench.place(name) / "run")
         self._bench, self._enter = bench, enter
         slow = f'train.listeners=[{{listener: "{bench.folder / "slow.py"}:Slow"}}]'
-        endpoint = endpoint or f"127.0.0.1:{network.free_port(os.getpid())}"
+        self.endpoint = endpoint = endpoint or f"127.0.0.1:{network.free_port(os.getpid())}"
         self._arguments = (f"batch.size={BATCH}", slow, *changes, "--nodes", nodes, "--procs", "1")
         self._arguments += ("--rdzv-endpoint", endpoint, "--backend", "torchrun")
         self.at = {}
@@ -53,6 +53,11 @@ class Nodes:
         for rank in ranks:
             arguments = (*self._arguments, "--node-rank", str(rank))
             self.at[rank] = self._bench.launch(self.run.path, *arguments, enter=self._enter(rank))
+
+    def resume(self, *ranks):
+        for rank in ranks:
+            arguments = ("--node-rank", str(rank), "--rdzv-endpoint", self.endpoint)
+            self.at[rank] = self._bench.resume(self.run.path, *arguments)
 
     def regrouped(self, *members, after=0.0):
         """Wait until just these nodes train, and have taken a step; the event."""
@@ -178,18 +183,42 @@ def test_a_network_that_falls_in_two_leaves_one_part_which_takes_the_other_in_wh
 
 
 @pytest.mark.slow
-def test_a_killed_launcher_costs_no_step_and_ctrl_c_ends_all_with_a_checkpoint(bench):
-    nodes = Nodes(bench, "launcher", "2:3", "train.epochs=30")
+def test_a_killed_launcher_costs_no_step_and_the_run_is_cancelled_and_resumed(bench):
+    epochs = 8
+    nodes = Nodes(bench, "launcher", "2:3", f"train.epochs={epochs}")
     run = nodes.run
     nodes.start(0, 1, 2)
     nodes.at[1].until(lambda: step(run) >= 20 and written(run), "step 20")
     killed = time.time()
-    nodes.at[1].process.kill()  # its worker lives, tells the others to stop, and saves with them
-    seen = nodes.regrouped(0, 2, after=killed)
+    nodes.at[0].process.kill()  # its worker lives, tells the others to stop, and saves with them
+    seen = nodes.regrouped(1, 2, after=killed)
     print(f"launcher killed: {nodes.first_step_of(seen['attempt']) - killed:.1f} s to the next step")
-    nodes.at[2].signal(signal.SIGINT)
-    outputs = [nodes.at[rank].ends(75) for rank in (0, 2)]
+    nodes.resume(0)
+    nodes.regrouped(1, 2, 0, after=killed)
+    assert "cancelled; go on with: launch resume" in bench.ask("cancel", str(run.path))
+    outputs = [nodes.at[rank].ends(75) for rank in (0, 1, 2)]
     assert all("launch resume" in output for output in outputs)
-    assert run.read_status()["state"] == "preempted"
+    assert run.read_status()["state"] == "cancelled"
     assert sum(records.read(run).lost) == 0
+    assert state_of(run)["step"] == max(line["step"] for line in nodes.lines())
+    nodes.resume(2, 1)  # before node 0: what lies there from the last time is not for them
+    time.sleep(3)
+    nodes.resume(0)
+    for node in nodes.at.values():
+        node.ends(0)
+    came_to_its_end(run, size=3, epochs=epochs)
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_one_node_ends_all_of_a_smaller_run_with_a_checkpoint(bench):
+    nodes = Nodes(bench, "ctrl-c", "1:3", "train.epochs=30")
+    run = nodes.run
+    nodes.start(0, 1)  # the third never comes
+    nodes.at[1].until(lambda: step(run) >= 5, "step 5")
+    assert run.read_status()["nodes"] == 2
+    nodes.at[1].signal(signal.SIGINT)
+    outputs = [nodes.at[rank].ends(75) for rank in (0, 1)]
+    assert all("stopped by SIGINT" in output for output in outputs)
+    assert run.read_status()["state"] == "preempted"
+    assert state_of(run)["batching"]["global_batch_size"] == BATCH * NODES
     assert state_of(run)["step"] == max(line["step"] for line in nodes.lines())
