@@ -60,7 +60,7 @@ def run(nodes: int, *, gpus: int | None, profile_name: str | None, as_json: bool
         device="cuda" if gpus else "cpu",
         nodes=nodes,
         procs_per_node=job.procs_per_node,
-        env=plans.environment(device=job.device, nodes=nodes, threads=profile.cpus_per_gpu),
+        env=plans.environment(device=job.device, nodes=nodes, threads=profile.cpus_per_gpu, outlives_loss=False),
         profile=profile,
     )
     folder.mkdir(parents=True)
