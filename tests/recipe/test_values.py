@@ -64,7 +64,8 @@ def test_a_range_of_nodes_is_no_number_to_the_base_of_sixty(load, recipe_file, t
 
 
 def test_a_number_is_a_number_and_an_interpolation_one(load):
-    recipe = load(DIGITS, "optim.lr=1e-3", "seed=7", "tracking.wandb.project=a/${seed}", "batch.size=auto", "post.enabled=no")
+    given = ("optim.lr=1e-3", "seed=7", "tracking.wandb.project=a/${seed}", "batch.size=auto", "post.enabled=no")
+    recipe = load(DIGITS, *given)
     assert (recipe.optim.lr, recipe.batch.size, recipe.post.enabled) == (0.001, "auto", False)
     assert recipe.tracking.wandb.project == "a/7"
 
