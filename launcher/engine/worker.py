@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import faulthandler
 import functools
 import os
-import re
 import sys
 import time
 import traceback
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from launcher.engine.device import Device, is_out_of_memory
+from launcher.engine.device import Device
 from launcher.engine.distributed import Ranks, init_process_group, record_collectives
+from launcher.engine.error_kinds import error_kind, error_record
 from launcher.engine.listeners.recorder import Recorder
 from launcher.engine.loading.handover import heed_stop_signal
 from launcher.engine.setup import build_parts, open_data_sets
 from launcher.engine.stopping import StopFlag
 from launcher.engine.trainer import Trainer
 from launcher.engine.tuning import autotune
-from launcher.errors import EXIT_FAILED, EXIT_RESUMABLE, LaunchError, MachineError
+from launcher.errors import EXIT_FAILED, EXIT_RESUMABLE
 from launcher.recipe import load as recipes
 from launcher.runs import findings
 from launcher.runs.heartbeats import DUMP_SIGNAL
@@ -45,21 +43,6 @@ if TYPE_CHECKING:
     from launcher.engine.state import Outcome
     from launcher.recipe.schema import Recipe
     from launcher.runs.heartbeats import Heartbeats
-
-SHORTAGES = (
-    "shared memory",  # torch: "unable to open", "unable to allocate", and its advice after a bus error
-    "Bus error",
-    "Too many open files",
-    "ancdata",  # Python: what came of a file that could not be opened any more
-    "can't start new thread",
-)
-"""How torch and Python say, in a RuntimeError, that the machine or the shell's limits lack something."""
-PACKAGE, PYTHON = Path(__file__).resolve().parents[1], Path(os.__file__).resolve().parent
-LOADER_TRACEBACK = "Original Traceback"
-"""How torch begins the traceback of a loader process."""
-LOADER_KILLED = ("by signal: Killed", "by signal: Terminated", "exited unexpectedly")
-"""How torch says that somebody else, such as the out-of-memory killer, ended a loader process. What ends one by its own
-fault (an exception, a segmentation fault) would come again."""
 
 
 def worker_main(run_path: str, beats: Heartbeats) -> Outcome:
@@ -111,7 +94,8 @@ def _telling(run: RunDir, spec: WorkerSpec, ranks: Ranks, stop: StopFlag, beats:
     try:
         yield
     except BaseException as error:  # whatever it is
-        if stop() and not stop.trains and error_kind(error) == "peer_lost":  # told to stop as this one was
+        lonely = error_kind(error) in ("peer_lost", "network")
+        if stop() and not stop.trains and lonely:  # its peers were told to stop as this one was
             os._exit(EXIT_RESUMABLE)
         with contextlib.suppress(OSError):  # a full disk; the supervisor looks whether it is
             write_error(run, spec, ranks, error)
@@ -257,78 +241,6 @@ def write_error_file(run: RunDir, spec: WorkerSpec, ranks: Ranks, error: BaseExc
     file.parent.mkdir(parents=True, exist_ok=True)
     who = {"attempt": spec.attempt, "rank": ranks.rank, "node": ranks.node_rank, "host": node_name()}
     write_json_atomic(file, {"time": time.time(), **who, **error_record(error)})
-
-
-def error_record(error: BaseException) -> dict[str, Any]:
-    """What an error file says of an error: ``{kind, type, message, traceback, own_line}``."""
-    text = redact("".join(traceback.format_exception(error)))
-    return {
-        "kind": error_kind(error),
-        "type": type(error).__name__,
-        "message": redact(_message(error)),
-        "traceback": text,
-        "own_line": last_own_line(text),
-    }
-
-
-def _message(error: BaseException) -> str:
-    """What an error says; of one from a loader process, whose text holds its whole traceback, what that one says."""
-    text = str(error)
-    if not text.startswith("Caught ") or LOADER_TRACEBACK not in text:
-        return text
-    said: list[str] = []
-    for line in reversed(text.rstrip().splitlines()):
-        if line.startswith((" ", LOADER_TRACEBACK)):
-            break
-        said.insert(0, line)
-    return " ".join(said).removeprefix(f"{type(error).__name__}: ")
-
-
-def error_kind(error: BaseException) -> str:
-    """What kind of failure an error is.
-
-    ``usage`` (the user can repair it), ``peer_lost`` (another rank died first), ``lost_worker`` (a loader process was
-    killed from outside), ``out_of_memory``, ``full_disk``, ``environment`` (the machine's, the shell's, a file
-    system's) or ``bug``.
-    """
-    if isinstance(error, LaunchError):
-        return "environment" if isinstance(error, MachineError) else "usage"
-    if is_out_of_memory(error):
-        return "out_of_memory"
-    if kind := _environment_kind(error):
-        return kind
-    text = str(error)
-    if text.startswith("DataLoader worker") and any(sign in text for sign in LOADER_KILLED):
-        return "lost_worker"
-    # gloo reports a peer that went away as a plain RuntimeError from its transport.
-    lost = "gloo" in text and any(
-        sign in text for sign in ("Connection closed by peer", "Connection reset", "Broken pipe")
-    )
-    lost = lost or isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError)
-    return "peer_lost" if lost else "bug"
-
-
-def _environment_kind(error: BaseException) -> str | None:
-    """``environment`` or ``full_disk`` where an error is the machine's, the shell's or a file system's."""
-    if isinstance(error, OSError) and not isinstance(error, ConnectionError) and error.errno is not None:
-        return "full_disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "environment"
-    short = isinstance(error, RuntimeError) and any(sign in str(error) for sign in SHORTAGES)
-    return "environment" if short else None
-
-
-def last_own_line(text: str) -> str | None:
-    """``FILE:LINE`` of the last line of the user's own code in a traceback, a loader process's within it too.
-
-    Theirs is what belongs neither to this package nor to Python, and is not installed.
-    """
-    found = [f"{file}:{line}" for file, line in re.findall(r'^ *File "([^"]+)", line (\d+)', text, re.MULTILINE)]
-    return next((place for place in reversed(found) if _is_users(place.rpartition(":")[0])), None)
-
-
-def _is_users(file: str) -> bool:
-    path = Path(file).resolve()
-    ours = any(path.is_relative_to(folder) for folder in (PACKAGE, PACKAGE.parent / "tools", PYTHON))
-    return not (ours or file.startswith("<") or {"site-packages", "dist-packages"} & set(path.parts))
 
 
 def _redirect_output(run: RunDir, spec: WorkerSpec, ranks: Ranks) -> IO[str]:

@@ -89,7 +89,7 @@ def run_workers(run: RunDir, plan: LaunchPlan, *, first_attempt: int, stop: Stop
             try:
                 outcomes = agent.attend(run, stop, peers, beats)
             except (ChildFailedError, _NoRestartError):
-                if plan.nodes > 1 and diagnose.cause_of_end(run, logs.attempt)[0] == "lost_worker":
+                if plan.nodes > 1 and diagnose.cause_of_end(run, logs.attempt)[0] in ("lost_worker", "network"):
                     ask_for_lost(stop, peers)
                 blame_lost(stop, peers)
                 raise

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launcher.engine import worker
+from launcher.engine import error_kinds, worker
 from launcher.engine.schedule import Batching
 from launcher.errors import EXIT_FAILED, MachineError
 from launcher.runs import diagnose
@@ -105,7 +105,7 @@ ValueError: x
     ],
 )
 def test_the_users_own_line_is_the_last_that_is_nobody_elses(text, place):
-    assert worker.last_own_line(text) == place
+    assert error_kinds.last_own_line(text) == place
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_the_users_own_line_is_the_last_that_is_nobody_elses(text, place):
     ],
 )
 def test_what_the_environment_lacks_is_no_bug_and_has_a_cure_of_its_own(error, kind, cure):
-    assert worker.error_kind(error) == kind
+    assert error_kinds.error_kind(error) == kind
     told = diagnose.cure({"kind": kind, "message": str(error), "own_line": None})
     assert cure in told
     assert "your own code" not in told
