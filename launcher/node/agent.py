@@ -108,6 +108,7 @@ def run_workers(run: RunDir, plan: LaunchPlan, *, first_attempt: int, stop: Stop
 def _config(plan: LaunchPlan, logs: Any) -> LaunchConfig:
     """What torch's agent is told."""
     from torch.distributed.launcher.api import LaunchConfig
+    from torch.numa.binding import AffinityMode, NumaOptions
 
     options: dict[str, Any] = {
         "min_nodes": plan.nodes,
@@ -127,9 +128,14 @@ def _config(plan: LaunchPlan, logs: Any) -> LaunchConfig:
         "start_method": "fork",
         "local_addr": plan.address or network.local_address(*network.split(plan.rdzv_endpoint)),
         "shutdown_timeout": SHUTDOWN_S,
+        # Any, or torch counts GPUs to choose one: by CUDA, which then works in no worker that this process forks, where
+        # there is no NVML or a MIG slice is named.
+        "numa_options": NumaOptions(affinity_mode=AffinityMode.NODE),
     }
     known = {field.name for field in dataclasses.fields(LaunchConfig)}  # torch 2.9 has fewer
-    return LaunchConfig(**{name: value for name, value in options.items() if name in known})
+    config = LaunchConfig(**{name: value for name, value in options.items() if name in known})
+    config.numa_options = None  # workers bind themselves: torch would ask CUDA for the places of GPUs
+    return config
 
 
 def _attempt_logs(run: RunDir, *, node_rank: int, first_attempt: int, stop: StopSignals, beats: Heartbeats) -> Any:

@@ -71,7 +71,8 @@ def gather(plan: LaunchPlan, *, seed: int) -> Facts:
     with processes.importing():
         torch = importlib.import_module("torch")
     cuda = plan.device == "cuda"
-    nccl = torch.cuda.nccl.version() if cuda and torch.cuda.is_available() else None
+    num_gpus = _num_gpus() if cuda else 0
+    nccl = torch.cuda.nccl.version() if num_gpus else None
     return Facts(
         host=node_name(),
         address=plan.address,
@@ -81,9 +82,21 @@ def gather(plan: LaunchPlan, *, seed: int) -> Facts:
         cuda=torch.version.cuda,
         nccl=".".join(map(str, nccl)) if nccl else None,
         driver=_driver() if cuda else None,
-        num_gpus=torch.cuda.device_count() if cuda else 0,
+        num_gpus=num_gpus,
         free_gb=shutil.disk_usage(DISK).free / 1e9,
     )
+
+
+def _num_gpus() -> int:
+    """GPUs that torch sees. A child asks: CUDA works in no process that was forked from one that has touched it."""
+    import torch
+
+    from launcher.engine.tuning.child import TooSlowError, call_in_child
+
+    try:
+        return int(call_in_child(torch.cuda.device_count, timeout_s=REDUCE_S, heed_stop=lambda: None))
+    except TooSlowError:  # a driver that hangs
+        return 0
 
 
 def _driver() -> str | None:
