@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 from launcher.runs.run_dir import RunDir
 from launcher.system.files import write_json_atomic
+from tests import signals
 
 ROOT = Path(__file__).parents[1]
 CLASSES = ("cat", "dog", "fox")
@@ -24,10 +24,8 @@ hypothesis.settings.load_profile("launcher")
 
 
 def pytest_configure():
-    """Heed what a shell or nohup may have had this process ignore: runs keep ignoring it, and tests send it."""
-    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Runs that tests start take the stop signals that tests send."""
+    signals.heed()
 
 
 def pytest_collection_modifyitems(items):

@@ -13,6 +13,7 @@ import traceback
 from pathlib import Path
 
 from launcher import __version__
+from tests import signals
 from tests.faults.bench import EPOCHS, ROOT, STEPS_PER_EPOCH, Bench, NotHereError
 from tests.faults.matrix import FAULTS, Fault
 
@@ -51,6 +52,15 @@ def row(bench: Bench, fault: Fault) -> tuple[str, bool]:
     return f"| {fault.name} | {fault.promise} | {happened} | {'-' if lost is None else lost} |\n", held
 
 
+def document(before: str, head: str, measured: dict[str, str]) -> str:
+    """The whole document: rows that were measured now, in the table's order; those of ``before`` stay, and its head."""
+    kept = {line.split(" | ")[0].removeprefix("| "): line + "\n" for line in before.splitlines()}
+    known = kept | measured
+    start = before.find("| fault |")
+    top = head if start < 0 else before[:start] + head[head.index("| fault |") :]
+    return top + "".join(known[fault.name] for fault in FAULTS if fault.name in known)
+
+
 def main() -> int:
     """Go through the table."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
@@ -58,14 +68,15 @@ def main() -> int:
     parser.add_argument("--places", type=int, default=100, help="of a checkpoint that are damaged in each way")
     parser.add_argument("--chances", type=int, default=10, help="disks that are tried at each point of a power loss")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", metavar="TEXT", default="", help="faults with this in their name; writes no document")
+    parser.add_argument("--only", metavar="TEXT", default="", help="faults with this in their name; other rows stay")
     args = parser.parse_args()
+    signals.heed()
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     os.environ["FINETUNE_LAUNCHER_CACHE"] = str(folder / "cache")
     bench = Bench(folder=folder, kills=args.kills, places=args.places, chances=args.chances, seed=args.seed)
     print(f"seed {args.seed}, in {folder}", flush=True)
     start = time.monotonic()
-    rows = [row(bench, fault) for fault in FAULTS if args.only in fault.name]
+    rows = {fault.name: row(bench, fault) for fault in FAULTS if args.only in fault.name}
     head = HEAD.format(
         num=EPOCHS * STEPS_PER_EPOCH,
         version=__version__,
@@ -74,12 +85,11 @@ def main() -> int:
         seed=args.seed,
         minutes=(time.monotonic() - start) / 60,
     )
-    table = head + "".join(text for text, _ in rows)
-    print(f"\n{table}", flush=True)
-    held = all(held for _, held in rows)
-    if not args.only:
-        DOCUMENT.parent.mkdir(exist_ok=True)
-        DOCUMENT.write_text(table)
+    measured = {name: text for name, (text, _) in rows.items()}
+    print("\n" + "".join(measured.values()), flush=True)
+    before = DOCUMENT.read_text() if args.only else ""
+    DOCUMENT.write_text(document(before, head, measured))
+    held = all(held for _, held in rows.values())
     if held:
         shutil.rmtree(folder)
     return 0 if held else 1

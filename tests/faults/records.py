@@ -47,8 +47,10 @@ def read(run: RunDir) -> Record:
             late = entry["attempt"] < attempt and not fresh
             assert not late, f"attempt {entry['attempt']} still trained while {attempt} did: {entry}"
             kept.append(entry)
-    by_split = {split: [line for line in kept if line["split"] == split] for split in ("train", "val")}
-    return Record(**by_split, lost=lost)
+    train = [line for line in kept if line["split"] == "train"]
+    # The checkpoint may be of the epoch's last step, before its validation, which then is done again.
+    val = {line["step"]: line for line in kept if line["split"] == "val"}
+    return Record(train=train, val=list(val.values()), lost=lost)
 
 
 def every_sample_once(run: RunDir, *, epochs: int, left_out: int = 0) -> Record:
