@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
+from launcher.runs.heartbeats import JOINING, MEETING, group_timeout_s
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from launcher.engine.device import Device
 
+HERE, ALL_HERE = "launcher/here", "launcher/all-here"
+"""Keys of the store: how many ranks have come, and that all have."""
+MEET_FIRST_S, MEET_MOST_S = 0.01, 0.5
+"""Between two looks: most ranks come together, and a thousand that wait for one must not crowd the store."""
 NUM_RECORDED = 2000
 """Collectives that NCCL's flight recorder keeps; torch's own documentation takes as many."""
 
@@ -65,12 +74,48 @@ def record_collectives(dump: Path, pipe: Path) -> None:
         os.environ.setdefault(name, str(value))
 
 
-def init_process_group(device: Device, ranks: Ranks) -> None:
-    """Join the run's process group; a single worker without an agent gets one of its own, so there is one road."""
+def init_process_group(
+    device: Device,
+    ranks: Ranks,
+    *,
+    hang_timeout_s: float | None = None,
+    at: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Join the run's process group; a single worker without an agent gets one of its own, so there is one road.
+
+    Args:
+        device: where this rank computes.
+        ranks: who it is.
+        hang_timeout_s: of the recipe; the watchdog, which knows what each worker was doing, is to go before torch.
+        at: told what this rank is about to do, and again each second where it waits for a rank that comes late.
+    """
+    timeout = timedelta(seconds=group_timeout_s(hang_timeout_s))
     options: dict[str, Any] = {"device_id": device.torch_device} if device.is_cuda else {}
-    if "MASTER_ADDR" not in os.environ:
-        options |= {"store": dist.HashStore(), "rank": ranks.rank, "world_size": 1}
-    dist.init_process_group(device.process_group_backend, **options)
+    at(MEETING)
+    store = _meet(ranks, timeout, at) if "MASTER_ADDR" in os.environ else dist.HashStore()
+    at(JOINING)
+    options |= {"rank": ranks.rank, "world_size": ranks.world_size}
+    dist.init_process_group(device.process_group_backend, store=store, timeout=timeout, **options)
+
+
+def _meet(ranks: Ranks, timeout: timedelta, at: Callable[[str], None]) -> dist.Store:
+    """Wait until all ranks are here; return the store by which they form their process group.
+
+    One that comes late may be measuring its batch size, and one that hangs is found by the watchdog of its own node: so
+    nobody gives up here.
+    """
+    from torch.distributed.rendezvous import rendezvous
+
+    store, *_ = next(rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    if store.add(HERE, 1) == ranks.world_size:
+        store.set(ALL_HERE, "")
+    pause_s = MEET_FIRST_S
+    while not store.check([ALL_HERE]):  # its own wait() warns each time that it was in vain
+        at(MEETING)
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, MEET_MOST_S)
+    return dist.PrefixStore("default_pg", store)
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
@@ -100,10 +145,12 @@ class Agreement:
 
     Args:
         num_wishes: how many kinds of wishes there are.
+        hang_timeout_s: of the recipe.
     """
 
-    def __init__(self, num_wishes: int) -> None:
-        self._group: Any = dist.new_group(backend="gloo")
+    def __init__(self, num_wishes: int, hang_timeout_s: float | None = None) -> None:
+        timeout = timedelta(seconds=group_timeout_s(hang_timeout_s))
+        self._group: Any = dist.new_group(backend="gloo", timeout=timeout)
         self._num_wishes = num_wishes
         self._pending: tuple[torch.Tensor, Any] | None = None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import functools
+import itertools
 import os
 import sys
 import time
@@ -27,7 +28,7 @@ from launcher.engine.tuning import autotune
 from launcher.errors import EXIT_FAILED, EXIT_RESUMABLE
 from launcher.recipe import load as recipes
 from launcher.runs import findings
-from launcher.runs.heartbeats import DUMP_SIGNAL
+from launcher.runs.heartbeats import BUILDING, DUMP_SIGNAL, FIRST, MEASURING, STARTING, TRAINING
 from launcher.runs.run_dir import ATTEMPT_VARIABLE, MEMORY_KILLS_VARIABLE, RunDir, WorkerSpec, node_name
 from launcher.system import console
 from launcher.system import memory as host_memory
@@ -45,12 +46,16 @@ if TYPE_CHECKING:
     from launcher.runs.heartbeats import Heartbeats
 
 
+CALLS_BEFORE_STEP = 2
+"""How often the training loop says that it lives before it has taken a step."""
+
+
 def worker_main(run_path: str, beats: Heartbeats) -> Outcome:
     """Entry point of a forked worker; torch's agent has set torchrun's environment variables.
 
     Args:
         run_path: the run directory.
-        beats: where this worker says after each step that it lives.
+        beats: where this worker says that it lives, and what it is doing before its first step.
     """
     spec = WorkerSpec(run_dir=run_path, attempt=int(os.environ[ATTEMPT_VARIABLE]))
     ranks = Ranks.from_environment()
@@ -59,19 +64,23 @@ def worker_main(run_path: str, beats: Heartbeats) -> Outcome:
     stop = StopFlag(peer_failed=lambda: beats.any_failed or any(file != own for file in folder.glob("rank-*.json")))
     stop.install()
     beats.enter(ranks.local_rank)
+    at = functools.partial(beats.beat, ranks.local_rank, ranks.rank)
+    at(STARTING)
     # torch's own SIGINT may be ignored here. Where the supervisor dies, the workers save and leave.
     die_with_parent(telling_signal())
     offer_to_kernel(500)  # rather than the supervisor, which starts workers again
     supervisor = os.getppid()
     terminal = _redirect_output(run, spec, ranks)
 
+    calls = itertools.count()
+
     def alive() -> None:
         stop.trains = True
-        beats.beat(ranks.local_rank, ranks.rank)
+        at(FIRST if next(calls) < CALLS_BEFORE_STEP else TRAINING)
 
     begin = functools.partial(_begin, beats)
     with _telling(run, spec, ranks, stop, beats):
-        with training(spec, ranks, stop, terminal, begin=begin, alive=alive) as trainer:
+        with training(spec, ranks, stop, terminal, at=at, begin=begin, alive=alive) as trainer:
             outcome = trainer.run()
         beats.rest(ranks.local_rank)
     console.drain()
@@ -134,6 +143,7 @@ def training(
     stop: Callable[[], bool],
     terminal: IO[str],
     *,
+    at: Callable[[str], None] = lambda _: None,
     begin: Callable[[], None] = lambda: None,
     alive: Callable[[], None] = lambda: None,
 ) -> Iterator[Trainer | _Nothing]:
@@ -144,6 +154,7 @@ def training(
         ranks: who this is.
         stop: whether this rank was asked to stop.
         terminal: what rank 0 talks to the user by.
+        at: told what this rank is about to do before it trains, and again while it gets on with it.
         begin: called when all ranks have tried what they try.
         alive: called at every step and validation batch.
     """
@@ -154,15 +165,17 @@ def training(
     own: dict[str, Any] = {}
     say = functools.partial(print, file=terminal if ranks.rank == 0 else sys.stdout, flush=True)
     if recipe.batch.size == "auto" and not spec.debug:  # in children, before this process touches its device
-        own = autotune.tune_rank(run, recipe, ranks, device, data_sets, fresh=plan.tune, stop=stop, say=say)
-    _join_group(run, spec, device, ranks)
+        heed = functools.partial(_heed_in_probe, stop, at)
+        own = autotune.tune_rank(run, recipe, ranks, device, data_sets, fresh=plan.tune, stop=heed, say=say)
+    at(STARTING)
+    _join_group(run, spec, device, ranks, recipe.train.hang_timeout_s, at)
+    at(BUILDING)
     batching, nothing = _agree(run, recipe, ranks, own, say)
     if nothing or plan.tune:
         yield nothing or _Nothing("completed")
         _leave_process_group()
         return
-    recorder: Recorder | None = None
-    trainer: Trainer | None = None
+    recorder, trainer = None, None
     try:
         begin()
         if own:
@@ -186,6 +199,12 @@ def training(
     _leave_process_group()
 
 
+def _heed_in_probe(stop: Callable[[], bool], at: Callable[[str], None]) -> bool:
+    """Whether to stop; asked again and again while a probe runs, which has a time limit of its own."""
+    at(MEASURING)
+    return stop()
+
+
 def _agree(
     run: RunDir, recipe: Recipe, ranks: Ranks, own: dict[str, Any], say: Callable[[str], None]
 ) -> tuple[Batching | None, _Nothing | None]:
@@ -196,12 +215,19 @@ def _agree(
         return None, _Nothing("preempted")
 
 
-def _join_group(run: RunDir, spec: WorkerSpec, device: Device, ranks: Ranks) -> None:
+def _join_group(
+    run: RunDir,
+    spec: WorkerSpec,
+    device: Device,
+    ranks: Ranks,
+    hang_timeout_s: float | None,
+    at: Callable[[str], None],
+) -> None:
     """Start the device, and the process group over it."""
     device.activate()
     if device.is_cuda:
         record_collectives(run.nccl_dump(spec.attempt), run.nccl_pipe(spec.attempt))
-    init_process_group(device, ranks)
+    init_process_group(device, ranks, hang_timeout_s=hang_timeout_s, at=at)
 
 
 def _begin_record(run: RunDir, parts: Parts, spec: WorkerSpec, terminal: IO[str]) -> Recorder:

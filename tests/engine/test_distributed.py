@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from launcher.engine import distributed
 from launcher.engine.distributed import Agreement, Ranks
+from launcher.runs.heartbeats import JOINING, MEETING
 from launcher.system.processes import die_with_parent
 
 VARIABLES = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -63,6 +64,45 @@ def test_ranks_join_the_group_that_the_agents_environment_names(engine):
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0]
     assert sorted(queue.get() for _ in processes) == [(0, 21), (1, 21)]
+
+
+def test_ranks_wait_for_one_that_comes_late_and_say_all_the_while_that_they_live(engine, monkeypatch):
+    """It may be measuring its batch size; were it hung, the watchdog of its own node would find it."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    fork = multiprocessing.get_context("fork")
+    late, told = fork.Event(), fork.SimpleQueue()
+
+    def join(rank):
+        die_with_parent()
+        os.environ.update({"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+        if rank == 1:
+            late.wait(60)
+        phases = []
+
+        def at(phase):
+            phases.append(phase)
+            if len(phases) == 5:  # it has waited for a while
+                late.set()
+
+        distributed.init_process_group(engine.cpu, Ranks(rank=rank, world_size=2), hang_timeout_s=0.1, at=at)
+        told.put((rank, phases, distributed.sum_over_ranks(torch.tensor(1)).item()))
+        dist.destroy_process_group()
+
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")  # as under torch's agent: it holds the store
+    store = dist.TCPStore("127.0.0.1", int(port), is_master=True, wait_for_workers=False)
+    ranks = [fork.Process(target=join, args=(rank,)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    found = {rank: (phases, total) for rank, phases, total in (told.get() for _ in ranks)}
+    del store
+    assert [process.exitcode for process in ranks] == [0, 0]
+    assert {total for _, total in found.values()} == {2}
+    assert found[0][0][:5] == [MEETING] * 5
+    assert found[0][0][-1] == JOINING
+    assert found[1][0][0] == MEETING
 
 
 def test_sums_are_over_all_ranks_and_in_place(in_ranks):
