@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +25,10 @@ HERE, ALL_HERE = "launcher/here", "launcher/all-here"
 """Keys of the store: how many ranks have come, and that all have."""
 MEET_FIRST_S, MEET_MOST_S = 0.01, 0.5
 """Between two looks: most ranks come together, and a thousand that wait for one must not crowd the store."""
+LATE_S = 1800.0
+"""How much later than another a rank may come; measuring batch sizes takes minutes."""
+ANSWER_S = 5.0
+"""How long a machine gets to answer."""
 NUM_RECORDED = 2000
 """Collectives that NCCL's flight recorder keeps; torch's own documentation takes as many."""
 
@@ -101,21 +107,46 @@ def init_process_group(
 def _meet(ranks: Ranks, timeout: timedelta, at: Callable[[str], None]) -> dist.Store:
     """Wait until all ranks are here; return the store by which they form their process group.
 
-    One that comes late may be measuring its batch size, and one that hangs is found by the watchdog of its own node: so
-    nobody gives up here.
+    torch would wait for them in C code, where this rank could not say that it lives.
     """
-    from torch.distributed.rendezvous import rendezvous
-
-    store, *_ = next(rendezvous("env://", timeout=timeout))
-    store.set_timeout(timeout)
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serves = ranks.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if not serves:
+        _wait(lambda: _listens(host, port), timeout, at)
+    store = dist.TCPStore(host, port, is_master=serves, wait_for_workers=False, timeout=timeout)
     if store.add(HERE, 1) == ranks.world_size:
         store.set(ALL_HERE, "")
-    pause_s = MEET_FIRST_S
-    while not store.check([ALL_HERE]):  # its own wait() warns each time that it was in vain
-        at(MEETING)
+    _wait(lambda: store.check([ALL_HERE]), timeout, at)
+    return dist.PrefixStore("default_pg", store)
+
+
+def _wait(is_ready: Callable[[], bool], timeout: timedelta, at: Callable[[str], None]) -> None:
+    """Wait for ranks that come late.
+
+    One may be measuring its batch size; if it hangs, the watchdog of its own node finds it. So this one says that it
+    lives; but not where a machine does not answer, nor for ever.
+    """
+    start, pause_s = time.monotonic(), MEET_FIRST_S
+    while True:
+        waited = time.monotonic() - start
+        with contextlib.suppress(OSError):
+            if is_ready():
+                return
+            if waited < LATE_S:
+                at(MEETING)
+        if waited > timeout.total_seconds():
+            raise dist.DistStoreError(f"after {waited:.0f} s not all workers have come together")
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, MEET_MOST_S)
-    return dist.PrefixStore("default_pg", store)
+
+
+def _listens(host: str, port: int) -> bool:
+    """Whether somebody listens there. Raises OSError where the machine does not answer."""
+    try:
+        socket.create_connection((host, port), timeout=ANSWER_S).close()
+    except ConnectionRefusedError:
+        return False
+    return True
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:

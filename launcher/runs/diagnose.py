@@ -69,8 +69,8 @@ ENVIRONMENT = {
 NETWORK = {
     r"[Aa]ddress already in use|EADDRINUSE": "another process listens there (`ss -ltnp` names it); another start takes "
     "another port",
-    r"timeout after \d+ms|Socket Timeout|clients joined|workers joined": "a worker that the others waited for did not "
-    "come: its log, or its node's, says where it is; if it was on its way, it is the network: " + NETWORK_CURE,
+    r"timeout after \d+ms|Socket Timeout|clients joined|not all workers have come": "a worker that the others waited "
+    "for did not come: its log, or its node's, says where it is; else it is the network: " + NETWORK_CURE,
     r"ncclUnhandledCudaError|Cuda failure": "look for errors of the GPU (`dmesg | grep -i xid`, `nvidia-smi -q`); "
     "NCCL_DEBUG=INFO has NCCL say which call it was",
 }

@@ -3,6 +3,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+from datetime import timedelta
 
 import pytest
 import torch
@@ -66,43 +67,67 @@ def test_ranks_join_the_group_that_the_agents_environment_names(engine):
     assert sorted(queue.get() for _ in processes) == [(0, 21), (1, 21)]
 
 
-def test_ranks_wait_for_one_that_comes_late_and_say_all_the_while_that_they_live(engine, monkeypatch):
+@pytest.mark.parametrize("late_rank", [0, 1])
+def test_ranks_wait_for_one_that_comes_late_and_say_all_the_while_that_they_live(engine, late_rank):
     """It may be measuring its batch size; were it hung, the watchdog of its own node would find it."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     fork = multiprocessing.get_context("fork")
-    late, told = fork.Event(), fork.SimpleQueue()
+    waits, told = fork.Event(), fork.SimpleQueue()
 
     def join(rank):
         die_with_parent()
         os.environ.update({"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
-        if rank == 1:
-            late.wait(60)
+        if rank == late_rank:
+            waits.wait(60)
         phases = []
 
         def at(phase):
             phases.append(phase)
             if len(phases) == 5:  # it has waited for a while
-                late.set()
+                waits.set()
 
         distributed.init_process_group(engine.cpu, Ranks(rank=rank, world_size=2), hang_timeout_s=0.1, at=at)
         told.put((rank, phases, distributed.sum_over_ranks(torch.tensor(1)).item()))
         dist.destroy_process_group()
 
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")  # as under torch's agent: it holds the store
-    store = dist.TCPStore("127.0.0.1", int(port), is_master=True, wait_for_workers=False)
     ranks = [fork.Process(target=join, args=(rank,)) for rank in (0, 1)]
     for process in ranks:
         process.start()
     for process in ranks:
         process.join(60)
-    found = {rank: (phases, total) for rank, phases, total in (told.get() for _ in ranks)}
-    del store
     assert [process.exitcode for process in ranks] == [0, 0]
+    found = {rank: (phases, total) for rank, phases, total in (told.get() for _ in ranks)}
     assert {total for _, total in found.values()} == {2}
-    assert found[0][0][:5] == [MEETING] * 5
-    assert found[0][0][-1] == JOINING
-    assert found[1][0][0] == MEETING
+    assert found[1 - late_rank][0][:5] == [MEETING] * 5
+    assert found[1 - late_rank][0][-1] == JOINING
+    assert found[late_rank][0][0] == MEETING
+
+
+def test_ranks_that_never_come_together_end_with_an_error(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", port)
+    monkeypatch.setattr(distributed, "LATE_S", 0.2)
+    for rank in (0, 1):  # with nobody there, and with nobody who listens
+        told = []
+        with pytest.raises(dist.DistStoreError, match="not all workers have come together"):
+            distributed._meet(Ranks(rank=rank, world_size=2), timedelta(seconds=1), told.append)
+        assert 2 < len(told) < 10  # it says that it lives for a while, not for ever
+
+
+def test_a_machine_that_does_not_answer_is_no_rank_that_comes_late(monkeypatch):
+    def no_answer(*_, **__):
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(socket, "create_connection", no_answer)
+    monkeypatch.setenv("MASTER_ADDR", "192.0.2.1")
+    monkeypatch.setenv("MASTER_PORT", "29400")
+    told = []
+    with pytest.raises(dist.DistStoreError):
+        distributed._meet(Ranks(rank=1, world_size=2), timedelta(seconds=0.3), told.append)
+    assert told == []
 
 
 def test_sums_are_over_all_ranks_and_in_place(in_ranks):

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from launcher.engine import error_kinds, worker
 from launcher.engine.schedule import Batching
@@ -112,15 +111,12 @@ def test_a_rank_that_hangs_before_its_first_step_is_found_and_the_one_that_waits
         os.environ.update({**own, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
         worker.worker_main(str(run.path), beats)
 
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    store = dist.TCPStore("127.0.0.1", int(port), is_master=True, wait_for_workers=False)
     ranks = [fork.Process(target=as_rank, args=(rank,)) for rank in (0, 1)]
     with watchdog.Watchdog(run, beats, timeout_s=0.5, node_rank=0, attempt=lambda: 1):
         for process in ranks:
             process.start()
         for process in ranks:
             process.join(END_S)
-    del store
     assert [process.exitcode for process in ranks] == [-signal.SIGKILL] * 2
     failure = diagnose.first_failure(run, 1)
     assert (failure["kind"], failure["rank"]) == ("hang", 1)
