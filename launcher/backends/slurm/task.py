@@ -144,7 +144,7 @@ def _supervise(run: RunDir) -> int:
             _leave_out(run, {host: str(error).removeprefix(f"{host}: ")}, node_rank=node_rank)
             raise
         met = _meet(run, node_rank, plan.address, first_host=hosts[0])
-        plan, attempt = replace(plan, rdzv_endpoint=f"{met['host']}:{met['port']}"), met["attempt"]
+        plan, attempt = replace(plan, rdzv_endpoint=network.join(met["host"], met["port"])), met["attempt"]
     network.set_environment(plan.env)
     if plan.preflight:
         problems = _check_nodes(run, plan)
@@ -281,7 +281,7 @@ def _with_address(plan: LaunchPlan, *, toward: str) -> LaunchPlan:
             + "; name the network in the profile: interface: ib0"
         )
     interface = wanted or network.interface_of(address)
-    env = network.interface_environment(interface) if interface else {}
+    env = network.interface_environment(interface, address) if interface else {}
     return replace(plan, address=address, env=plan.env | env)
 
 
