@@ -33,6 +33,7 @@ from launcher.runs.run_dir import ATTEMPT_VARIABLE, MEMORY_KILLS_VARIABLE, RunDi
 from launcher.system import console
 from launcher.system import memory as host_memory
 from launcher.system.files import write_json_atomic
+from launcher.system.numa import Place, show_cores
 from launcher.system.processes import die_with_parent, offer_to_kernel, telling_signal
 from launcher.system.redact import redact
 
@@ -57,8 +58,10 @@ def worker_main(run_path: str, beats: Heartbeats) -> Outcome:
         run_path: the run directory.
         beats: where this worker says that it lives, and what it is doing before its first step.
     """
-    spec = WorkerSpec(run_dir=run_path, attempt=int(os.environ[ATTEMPT_VARIABLE]))
     ranks = Ranks.from_environment()
+    if place := Place.told(ranks.local_rank):
+        place.take()  # before anything is counted, and any thread started
+    spec = WorkerSpec(run_dir=run_path, attempt=int(os.environ[ATTEMPT_VARIABLE]))
     run = RunDir(run_path)
     own, folder = run.rank_error(spec.attempt, ranks.rank), run.attempt_errors(spec.attempt)
     stop = StopFlag(peer_failed=lambda: beats.any_failed or any(file != own for file in folder.glob("rank-*.json")))
@@ -71,6 +74,9 @@ def worker_main(run_path: str, beats: Heartbeats) -> Outcome:
     offer_to_kernel(500)  # rather than the supervisor, which starts workers again
     supervisor = os.getppid()
     terminal = _redirect_output(run, spec, ranks)
+    if place:
+        near = "" if place.node is None else f", near to NUMA node {place.node}"
+        print(f"on cores {show_cores(place.cores)}{near}; its share is {place.num_cores} of them", flush=True)
 
     calls = itertools.count()
 

@@ -14,6 +14,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from launcher.node import placement
 from launcher.node.agent_thread import AgentThread, LeftError, ask_for_lost, blame_lost
 from launcher.node.peers import Peers
 from launcher.node.watchdog import Watchdog
@@ -76,6 +77,7 @@ def run_workers(run: RunDir, plan: LaunchPlan, *, first_attempt: int, stop: Stop
     _log_to_file(run, node_rank)
     if plan.nodes == 1:
         _meet_at_once()
+    os.environ |= placement.environment(plan)
     beats = Heartbeats(plan.procs_per_node)
     logs = _attempt_logs(run, node_rank=node_rank, first_attempt=first_attempt, stop=stop, beats=beats)
     hang_timeout_s = plan.hang_timeout_s

@@ -68,7 +68,7 @@ def _num_gpus() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and not _names(visible):  # as where workers are on the CPU: nothing need be asked
         return 0
-    gpus, slices = _listed()
+    gpus, slices = listed_gpus()
     return num_visible(",".join(map(str, range(len(gpus)))) if visible is None else visible, gpus, slices)
 
 
@@ -109,7 +109,7 @@ def _names(visible: str) -> list[str]:
     return list(itertools.takewhile(lambda name: re.match(r"\+?\d|GPU-|MIG-", name), names))
 
 
-def _listed() -> tuple[list[str], list[tuple[int, str]]]:
+def listed_gpus() -> tuple[list[str], list[tuple[int, str]]]:
     """UUIDs of the machine's GPUs, empty ones where nobody tells them; of their MIG slices, with the GPU's number."""
     if shutil.which("nvidia-smi"):
         with contextlib.suppress(subprocess.TimeoutExpired):  # a driver that hangs: `launch doctor` says so

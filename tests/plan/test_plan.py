@@ -477,13 +477,13 @@ def test_gpus_are_those_that_cuda_sees(visible, num, monkeypatch, tmp_path):
 def test_where_nobody_tells_their_names_those_of_the_list_are_believed(visible, monkeypatch):
     """Without nvidia-smi, as in many containers."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    monkeypatch.setattr(topology, "_listed", lambda: (["", ""], []))
+    monkeypatch.setattr(topology, "listed_gpus", lambda: (["", ""], []))
     assert topology.detect().num_gpus == 1
 
 
 def test_a_list_of_gpus_makes_none_on_a_machine_without(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    monkeypatch.setattr(topology, "_listed", lambda: ([], []))
+    monkeypatch.setattr(topology, "listed_gpus", lambda: ([], []))
     assert topology.detect().num_gpus == 0
 
 
