@@ -61,6 +61,7 @@ class Draft:
 def carry_out(reading: Reading) -> int:
     """Carry out a recipe that was read: plan it, and print the plan, or admit, record and submit it."""
     from launcher import backends
+    from launcher.node import meeting
 
     draft = plan(reading)
     run, made = draft.run, draft.plan
@@ -70,7 +71,7 @@ def carry_out(reading: Reading) -> int:
     if run.exists and has_nothing_left(run, draft.recipe):
         return EXIT_OK
     (found,) = admit([draft], [made.script, made.post_script])
-    if made.node_rank == 0:
+    if made.node_rank == 0 and not meeting.goes_on_elsewhere(run, made):
         record(draft, found)
         print(f"run {made.run_id}: {made.world_size} workers on {made.device}, in {made.run_dir}", flush=True)
     else:

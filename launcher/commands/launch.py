@@ -64,11 +64,12 @@ def _run_id_of(args: argparse.Namespace) -> str:
     Raises:
         UsageError: the run directory cannot be that of this run.
     """
+    from launcher.node import meeting
     from launcher.runs.run_dir import RunDir
 
     existing = RunDir(args.run_dir) if args.run_dir else None
     if existing is None or not existing.exists or args.node_rank:
         return ""
-    if not args.resume:
+    if not args.resume and not meeting.goes_on_elsewhere(existing, existing.read_plan()):
         raise UsageError(f"{existing}: holds a run already; go on with it by: launch resume {existing}")
     return existing.run_id

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 MAX_LOADER_WORKERS = 8
 PREFETCH = 4
 """Batches that each loader process makes ahead."""
+BYTES_OF_LABEL, BYTES_OF_FLOAT = 8, 4
 CROP_SCALES = {"light": (0.64, 1.0), "standard": (0.25, 1.0)}
 
 
@@ -57,6 +58,12 @@ class Preprocessing:
     """What is black and white in grey of more than 8 bits; None: as the kind of number says."""
     own_transform: str | None = None
     """The user's own transform, which does all of it instead."""
+
+    @property
+    def bytes_of_sample(self) -> int:
+        """What an image and its label take in a batch that loaders hand over."""
+        of_pixel = BYTES_OF_FLOAT if self.own_transform else 1
+        return 3 * self.image_size**2 * of_pixel + BYTES_OF_LABEL
 
     def read(self, path: str) -> torch.Tensor:
         """Decode a file to uint8 RGB, 3 x H x W.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -20,13 +21,29 @@ if TYPE_CHECKING:
 
 Precision = Literal["fp32", "bf16", "fp16"]
 OUT_OF_MEMORY = (
-    "DefaultCPUAllocator: can't allocate memory",
-    "CUDA error: out of memory",
-    "Cuda failure 2 'out of memory'",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
+    # torch: its allocators, and what it makes of an error code of CUDA's
+    r"CUDA out of memory",
+    r"CUDA (driver )?error: (out of memory|CUDA_ERROR_OUT_OF_MEMORY)",
+    r"cudaErrorMemoryAllocation",
+    r"CUDA ran out of memory",
+    r"DefaultCPUAllocator: (can't allocate|not enough) memory",
+    r"std::bad_alloc",
+    # cuDNN, cuBLAS and the like: also where they cannot make a handle, or no algorithm gets its workspace
+    r"CUDNN_STATUS_(ALLOC_FAILED|NOT_INITIALIZED|INTERNAL_ERROR_(DEVICE|HOST)_ALLOCATION_FAILED)",
+    r"CU(BLAS|SOLVER)_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)",
+    r"CUFFT_ALLOC_FAILED",
+    r"[Uu]nable to find an engine to execute this computation",
+    # NCCL
+    r"Cuda failure (\d+ )?'out of memory'",
+    r"Failed to CUDA (calloc|malloc|host alloc)",
+    r"Failed to alloc(ate)? (gpu|GPU|CPU) memory",
+    # Triton, as torch.compile calls it
+    r"Triton Error \[CUDA\]: out of memory",
+    # oneDNN, on the CPU
+    r"could not (create|execute) a (primitive|memory object)",
 )
-"""What torch's CPU allocator, CUDA, NCCL, cuBLAS and cuDNN say, each in an error of another kind."""
+"""Regular expressions: what libraries say where memory has run out, each in an error of another kind. Some say it of
+other faults too: smaller batches are tried then, and where a single image meets the fault it is raised as it is."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -91,13 +108,7 @@ class Device:
         """
         if self.is_cuda:
             return FreeMemory(num_bytes=torch.cuda.mem_get_info(self.index)[0], limit=f"free on {self.torch_device}")
-        told = os.environ.get(host_memory.FREE_VARIABLE)
-        free = FreeMemory.parse(told) if told else host_memory.free()
-        limit = free.limit if local_world_size == 1 else f"{free.limit}, shared by {local_world_size} workers"
-        # A fork shares its parent's pages until it writes to them, as counting references does, little by little.
-        own = host_memory.status_bytes("RssAnon")
-        shared = FreeMemory(num_bytes=max(0, free.num_bytes // local_world_size - own), limit=limit)
-        return min(shared, host_memory.process_limit() or shared, key=lambda one: one.num_bytes)
+        return host_memory.share(local_world_size)
 
     def measure_memory(self) -> Callable[[], int]:
         """Begin to measure; calling what is returned gives the most bytes that were taken since."""
@@ -172,7 +183,9 @@ def cpu_has_bf16_units(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether this error says that memory ran out."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        re.search(text, str(error)) for text in OUT_OF_MEMORY
+    )
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

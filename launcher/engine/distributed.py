@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import socket
 import time
@@ -13,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from launcher.runs.generations import NODE_VARIABLE
 from launcher.runs.heartbeats import JOINING, MEETING, group_timeout_s
+from launcher.runs.run_dir import ATTEMPT_VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,7 +59,7 @@ class Ranks:
             "local_rank": "LOCAL_RANK",
             "local_world_size": "LOCAL_WORLD_SIZE",
             "world_size": "WORLD_SIZE",
-            "node_rank": "GROUP_RANK",
+            "node_rank": NODE_VARIABLE if NODE_VARIABLE in os.environ else "GROUP_RANK",
         }
         return cls(**{field: int(os.environ[name]) for field, name in names.items() if name in os.environ})
 
@@ -98,29 +101,55 @@ def init_process_group(
     timeout = timedelta(seconds=group_timeout_s(hang_timeout_s))
     options: dict[str, Any] = {"device_id": device.torch_device} if device.is_cuda else {}
     at(MEETING)
-    store = _meet(ranks, timeout, at) if "MASTER_ADDR" in os.environ else dist.HashStore()
+    store = _meet(ranks, timeout, at)
     at(JOINING)
     options |= {"rank": ranks.rank, "world_size": ranks.world_size}
     dist.init_process_group(device.process_group_backend, store=store, timeout=timeout, **options)
 
 
 def _meet(ranks: Ranks, timeout: timedelta, at: Callable[[str], None]) -> dist.Store:
-    """Wait until all ranks are here; return the store by which they form their process group.
-
-    torch would wait for them in C code, where this rank could not say that it lives.
-    """
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    serves = ranks.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    if not serves:
-        _wait(lambda: _listens(host, port), timeout, at)
-    store = dist.TCPStore(host, port, is_master=serves, wait_for_workers=False, timeout=timeout)
+    """Wait until all ranks are here; return the store by which they form their process group."""
+    alive = functools.partial(at, MEETING)
+    store = agents_store(ranks, alive, timeout)
+    if store is None:
+        return dist.HashStore()
     if store.add(HERE, 1) == ranks.world_size:
         store.set(ALL_HERE, "")
-    _wait(lambda: store.check([ALL_HERE]), timeout, at)
+    _wait(lambda: store.check([ALL_HERE]), timeout, alive)
     return dist.PrefixStore("default_pg", store)
 
 
-def _wait(is_ready: Callable[[], bool], timeout: timedelta, at: Callable[[str], None]) -> None:
+def agents_store(
+    ranks: Ranks, alive: Callable[[], object], timeout: timedelta = timedelta(seconds=LATE_S)
+) -> dist.Store | None:
+    """The store of this attempt, where ranks can meet before they join the process group; None: there is no agent.
+
+    torch would wait in C code for all ranks to open it, where this one could neither heed a stop nor say that it lives.
+    The agent may keep the store when it starts the workers again: what they left there is nothing to the next attempt.
+
+    Args:
+        ranks: who this is.
+        alive: called again and again while nobody serves it yet; may raise.
+        timeout: for that, and for answers.
+    """
+    if "MASTER_ADDR" not in os.environ:
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serves = ranks.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if not serves:
+        _wait(lambda: _listens(host, port), timeout, alive)
+    store = _open_store(host, port, serves=serves)
+    store.set_timeout(timeout)
+    return dist.PrefixStore(f"attempt-{os.environ.get(ATTEMPT_VARIABLE)}", store)
+
+
+@functools.cache
+def _open_store(host: str, port: int, *, serves: bool) -> dist.TCPStore:
+    """Opened once: where the agent does not share its store, rank 0 serves it for as long as it keeps it."""
+    return dist.TCPStore(host, port, is_master=serves, wait_for_workers=False)
+
+
+def _wait(is_ready: Callable[[], bool], timeout: timedelta, alive: Callable[[], object]) -> None:
     """Wait for ranks that come late.
 
     One may be measuring its batch size; if it hangs, the watchdog of its own node finds it. So this one says that it
@@ -133,7 +162,7 @@ def _wait(is_ready: Callable[[], bool], timeout: timedelta, at: Callable[[str], 
             if is_ready():
                 return
             if waited < LATE_S:
-                at(MEETING)
+                alive()
         if waited > timeout.total_seconds():
             raise dist.DistStoreError(f"after {waited:.0f} s not all workers have come together")
         time.sleep(pause_s)

@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from launcher.engine.device import is_out_of_memory
+from launcher.engine.micro_batch import ExchangeMemoryError
 from launcher.errors import LaunchError, MachineError
 from launcher.system.redact import redact
 
@@ -101,12 +102,14 @@ def error_kind(error: BaseException) -> str:
 
     ``usage`` (the user can repair it), ``peer_lost`` (another rank died first), ``network`` (what the ranks speak by:
     NCCL, gloo, torch's store), ``lost_worker`` (a loader process was killed from outside), ``out_of_memory``,
-    ``full_disk``, ``environment`` (the machine's, the shell's, a file system's) or ``bug``.
+    ``memory_kill`` (the same in an exchange: only a new attempt can take smaller batches), ``full_disk``,
+    ``environment`` (the machine's, the shell's, a file system's) or ``bug``.
     """
     if isinstance(error, LaunchError):
         return "environment" if isinstance(error, MachineError) else "usage"
     if is_out_of_memory(error):
-        return "out_of_memory"
+        in_collective = isinstance(error, ExchangeMemoryError | dist.DistError)
+        return "memory_kill" if in_collective else "out_of_memory"
     if kind := _environment_kind(error):
         return kind
     text = str(error)

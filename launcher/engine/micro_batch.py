@@ -1,17 +1,21 @@
 """A micro-batch's share of a step's gradient: forward, backward, the weighting of losses (invariant 3).
 
 Where memory runs out, in the forward or the backward pass, on one rank or on all, the micro-batch is done again in
-smaller pieces. The other ranks notice nothing but the time: they wait in DDP's exchange of gradients, as ever.
+smaller pieces. The other ranks notice nothing but the time: they wait in DDP's exchange of gradients, as ever. Only
+where it runs out within DDP itself nothing can be done again: its reducer is left in the middle of a change, and with
+NCCL a collective may have begun. That ends the attempt.
 """
 
 from __future__ import annotations
 
 import contextlib
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 
 from launcher.engine.device import is_out_of_memory
 from launcher.engine.loading.samples import seed_generators
@@ -19,13 +23,20 @@ from launcher.engine.model import split_outputs
 from launcher.engine.schedule import derive_seed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
+
+    from torch.nn.parallel import DistributedDataParallel
+    from torch.utils.hooks import RemovableHandle
 
     from launcher.engine.loading.handover import Batch
     from launcher.engine.running_statistics import RunningStatistics
     from launcher.engine.setup import Parts
     from launcher.engine.state import TrainingState
+
+
+class ExchangeMemoryError(torch.OutOfMemoryError):
+    """Memory ran out within DDP; the run goes on from its last checkpoint, with smaller batches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +49,78 @@ class _Forward:
     """Sum over the images."""
     logits: torch.Tensor
     labels: torch.Tensor
+
+
+class _Pass:
+    """How far the forward and backward pass under way has come, and whether the model or DDP is at work.
+
+    Args:
+        module: the model.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._parameters = list(module.parameters())
+        self.accumulated: set[nn.Parameter] = set()
+        """Those whose gradients the backward pass has come to: they hold its share."""
+        self._taken: set[nn.Parameter] = set()
+        """Those of them whose gradients DDP has dealt with."""
+        self.awaited = False
+        """Whether DDP awaits the backward pass of the forward pass: each gradient goes to the other ranks."""
+        self._within_ddp = False
+        """Whether the forward pass is in DDP's own code, before or after the model's."""
+        self._watched: weakref.ref[DistributedDataParallel] | None = None
+        self._hooks: list[RemovableHandle] = []
+        for parameter in self._parameters:
+            learns = parameter.requires_grad
+            parameter.requires_grad_(True)  # torch takes hooks of no others; which learn may change
+            parameter.register_post_accumulate_grad_hook(self.accumulated.add)  # type: ignore[no-untyped-call]
+            parameter.requires_grad_(learns)
+
+    def begin(self, ddp: DistributedDataParallel) -> None:
+        """Before a forward and backward pass through ``ddp``, which is made anew when other layers learn."""
+        self.accumulated.clear()
+        self._taken.clear()
+        self.awaited = self._within_ddp = False
+        if self._watched is None or self._watched() is not ddp:
+            self._watched = weakref.ref(ddp)
+            self._watch()
+
+    @contextlib.contextmanager
+    def forward_of(self, ddp: DistributedDataParallel) -> Iterator[None]:
+        """Follow a forward pass through ``ddp``, to the model's output."""
+        self._within_ddp = True
+        enter = ddp.module.register_forward_pre_hook(lambda *_: self._set_within_ddp(False))
+        leave = ddp.module.register_forward_hook(lambda *_: self._set_within_ddp(True))
+        with enter, leave:
+            yield
+        self._within_ddp = False
+        self.awaited = ddp.require_backward_grad_sync
+
+    def missing(self) -> list[nn.Parameter]:
+        """Those that learn and whose gradients the backward pass has not come to."""
+        return [p for p in self._parameters if p.requires_grad and p not in self.accumulated]
+
+    @property
+    def broke_in_ddp(self) -> bool:
+        """Whether it was DDP that raised: around the model's forward pass, in a hook, or after the last gradient."""
+        finishing = self.awaited and not self.missing()
+        return self._within_ddp or finishing or self.accumulated != self._taken
+
+    def _set_within_ddp(self, within: bool) -> None:  # noqa: FBT001  a hook can set no attribute
+        self._within_ddp = within
+
+    def _watch(self) -> None:
+        """Have each gradient noted behind DDP's hook, which is not called through where that raises.
+
+        Hooks of a gradient's place in the graph are called in their order, after those of the parameter itself.
+        """
+        for hook in self._hooks:
+            hook.remove()
+        learning = [p for p in self._parameters if p.requires_grad]
+        self._hooks = [get_gradient_edge(p).node.register_hook(self._note(p)) for p in learning]
+
+    def _note(self, parameter: nn.Parameter) -> Callable[..., None]:
+        return lambda *_: self._taken.add(parameter)
 
 
 class MicroBatch:
@@ -53,18 +136,9 @@ class MicroBatch:
         self._parts = parts
         self._state = state
         self._statistics = statistics
-        self._parameters = list(parts.model.module.parameters())
-        self._accumulated: set[nn.Parameter] = set()
-        """Those whose gradients the backward pass under way has come to: they hold its share, and DDP knows of it."""
-        self._expected = False
-        """Whether DDP awaits the backward pass of the forward pass under way: each gradient goes to the other ranks."""
+        self._pass = _Pass(parts.model.module)
         self.largest_that_fits: int | None = None
         """The largest batch that could be done since memory ran out for a larger one; None: it never has."""
-        for parameter in self._parameters:
-            learns = parameter.requires_grad
-            parameter.requires_grad_(True)  # torch takes hooks of no others; which learn may change
-            parameter.register_post_accumulate_grad_hook(self._accumulated.add)  # type: ignore[no-untyped-call]
-            parameter.requires_grad_(learns)
 
     def run(
         self,
@@ -85,13 +159,14 @@ class MicroBatch:
             before: a copy of the running statistics as they are now, where there is one.
 
         Raises:
+            ExchangeMemoryError: memory ran out within DDP.
             torch.OutOfMemoryError: there is not enough memory for a single image.
         """
         statistics = self._statistics.copy() if before is None else before
         done = self._try(batch, number, num_samples, sync=sync)
         if done is not None:
             return done
-        if self._accumulated or self._expected:
+        if self._pass.accumulated or self._pass.awaited:
             return self._complete(batch, number, num_samples, statistics, sync=sync)
 
         def again(half: Batch, name: tuple[int, ...]) -> torch.Tensor:
@@ -121,13 +196,14 @@ class MicroBatch:
 
     def _try(self, batch: Batch, number: tuple[int, ...], num_samples: int, *, sync: bool) -> torch.Tensor | None:
         """The usual way; None where memory ran out."""
-        self._accumulated.clear()
-        self._expected = False
+        self._pass.begin(self._parts.ddp)
         try:
             with self._exchange(sync=sync):
                 found = self._forward(self._parts.ddp, batch, number, num_samples)
                 found.weighted.backward()  # type: ignore[no-untyped-call]
         except Exception as error:
+            if is_out_of_memory(error) and self._pass.broke_in_ddp:
+                raise _in_exchange(error) from error
             if not _can_be_smaller(error, batch):
                 raise
             return None
@@ -148,7 +224,7 @@ class MicroBatch:
         so every exchange with the other ranks that was not begun yet begins, with the right values. (BatchNorm depends
         on what else is in a batch: with it those that the pass had come to are of the whole batch, in this one step.)
         """
-        missing = [p for p in self._parameters if p.requires_grad and p not in self._accumulated]
+        missing = self._pass.missing()
         sums = [torch.zeros_like(p) for p in missing]
 
         def add(piece: Batch, name: tuple[int, ...]) -> torch.Tensor:
@@ -168,8 +244,13 @@ class MicroBatch:
             return self._count(found)
 
         loss = self._in_halves(batch, number, statistics, add)
-        with self._exchange(sync=sync):
-            torch.autograd.backward(missing, sums)
+        try:
+            with self._exchange(sync=sync):
+                torch.autograd.backward(missing, sums)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise _in_exchange(error) from error
+            raise
         return loss
 
     def _forward(self, module: nn.Module, batch: Batch, number: tuple[int, ...], num_samples: int) -> _Forward:
@@ -188,9 +269,10 @@ class MicroBatch:
         if not num:  # a rank with no sample left still takes part in DDP; the output is not used
             images = images.new_zeros(1, *images.shape[1:])
         fixed = parts.model.fixed_statistics() if len(images) == 1 else contextlib.nullcontext()
+        through = self._pass.forward_of(parts.ddp) if module is parts.ddp else contextlib.nullcontext()
         with fixed, parts.autocast():
-            outputs = module(images)
-            self._expected = module is parts.ddp and parts.ddp.require_backward_grad_sync
+            with through:
+                outputs = module(images)
             logits, auxiliary = split_outputs(parts.recipe.model.arch, outputs)
         logits = logits[:num]
         loss = parts.loss.sum(logits, labels, training=True)
@@ -212,6 +294,11 @@ def _halves(num: int) -> list[int]:
     """Sizes of the pieces of a batch: of an even one both are even, so that none of theirs need be a lone image."""
     half = num // 2 + num // 2 % 2 if num % 2 == 0 and num > 2 else (num + 1) // 2  # noqa: PLR2004  two can be but 1 + 1
     return [half, num - half]
+
+
+def _in_exchange(error: Exception) -> ExchangeMemoryError:
+    said = " ".join(str(error).split())
+    return ExchangeMemoryError(f"memory ran out while DDP exchanged gradients, which cannot be done again: {said}")
 
 
 def _can_be_smaller(error: Exception, batch: Batch) -> bool:

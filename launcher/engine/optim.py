@@ -101,6 +101,19 @@ def restore(optimizer: torch.optim.Optimizer, model: FineTunedModel, saved: dict
             if name in states and group.get("momentum") != 0:
                 own["state"][place] = states[name]
     optimizer.load_state_dict(own)
+    _follow_layout(optimizer)
+
+
+def _follow_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Give momentum and moments the memory layout of their weights: fused kernels take both as they lie in memory.
+
+    A checkpoint of a run with ``channels_last`` has another one than a run without.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            is_alike = isinstance(value, torch.Tensor) and value.shape == parameter.shape
+            if is_alike and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _saved_names(model: FineTunedModel, groups: list[dict[str, Any]]) -> list[list[str]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from launcher.engine import data, optim
+from launcher.engine import data, numerics, optim
 from launcher.engine.distributed import broadcast_buffers
 from launcher.engine.losses import Loss, build_loss
 from launcher.engine.model import FineTunedModel, build_model, build_preprocessing
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from launcher.engine.distributed import Ranks
     from launcher.engine.loading.handover import Batch, Loader
     from launcher.engine.loading.samples import Samples
+    from launcher.engine.numerics import Numerics
     from launcher.recipe.schema import BatchConfig, Recipe
     from launcher.runs.run_dir import RunDir
 
-BYTES_OF_LABEL, BYTES_OF_FLOAT = 8, 4
 DEBUG_STEPS, DEBUG_BATCH_SIZE = 5, 8
 """With ``--debug``: steps, and their batch size where the recipe leaves it to measurement, which takes a while."""
 
@@ -50,8 +50,8 @@ class Parts:
     """Who this process is."""
     device: Device
     """Where it computes."""
-    precision: Precision
-    """Of the forward pass."""
+    numerics: Numerics
+    """What a step is computed in."""
     model: FineTunedModel
     """The network, on the device."""
     loss: Loss
@@ -66,8 +66,6 @@ class Parts:
     """Validation images."""
     preprocessing: Preprocessing
     """What is done to an image."""
-    channels_last: bool
-    """Memory layout of the images."""
     loading: Loading
     """How many processes load images, and how far ahead."""
     max_steps: int | None
@@ -99,6 +97,17 @@ class Parts:
         """The run's id."""
         return self.run.run_id
 
+    @property
+    def precision(self) -> Precision:
+        """Of the forward pass."""
+        return self.numerics.precision
+
+    def take(self, agreed: Numerics) -> None:
+        """Compute in what the run's ranks have agreed on; for a probe, which is alone. Before the first step."""
+        self.numerics = agreed
+        layout = torch.channels_last if agreed.channels_last else torch.contiguous_format
+        self.model.module.to(memory_format=layout)
+
     def wrap(self) -> None:
         """Have DDP average the gradients of what learns now. Every rank must, at the same point."""
         broadcast_buffers(self.model.module)  # DDP does so for parameters only, told as below
@@ -126,7 +135,7 @@ class Parts:
             images = images.new_zeros(0, 3, size, size)
         images = images.to(self.device.torch_device, non_blocking=True)
         images = self.preprocessing.normalize(images)
-        if self.channels_last:
+        if self.numerics.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return images, labels.to(self.device.torch_device, non_blocking=True)
 
@@ -141,12 +150,11 @@ class Parts:
             Why there are fewer than the recipe asks for, and what to do; None: there are not.
         """
         wanted, ranks = self.loading, self.ranks
-        pixels = 3 * self.preprocessing.image_size**2 * (BYTES_OF_FLOAT if self.recipe.data.transform else 1)
         self.loading = loader_room.fit(
             wanted.workers,
             wanted.prefetch,
-            batch_bytes=self.schedule.batching.batch_sizes[ranks.rank] * (pixels + BYTES_OF_LABEL),
-            room=loader_room.prepare(ranks.local_world_size),
+            batch_bytes=self.schedule.batching.batch_sizes[ranks.rank] * self.preprocessing.bytes_of_sample,
+            room=loader_room.prepare(ranks.local_world_size, pinned=self.device.pin_memory),
         )
         if self.loading.why is None:
             return None
@@ -214,12 +222,28 @@ def num_classes(recipe: Recipe, classes: list[str]) -> int:
     return len(classes) if recipe.model.num_classes == "auto" else recipe.model.num_classes
 
 
-def fixed_batching(config: BatchConfig, ranks: Ranks, *, debug: bool) -> Batching:
-    """That of a recipe which names the batch size, or is debugged."""
+def full_world_size(run: RunDir) -> int:
+    """Ranks that the samples of a step are for in a run that shrinks and grows; 0: those that there are."""
+    plan = run.read_plan()
+    return plan.world_size if plan.is_elastic else 0
+
+
+def fixed_batching(config: BatchConfig, ranks: Ranks, *, full_size: int = 0, debug: bool) -> Batching:
+    """That of a recipe which names the batch size, or is debugged.
+
+    Args:
+        config: of the recipe.
+        ranks: who this process is.
+        full_size: of :func:`full_world_size`.
+        debug: a handful of steps.
+    """
     assert config.size != "auto" or debug, "the ranks have to agree on it first"  # noqa: S101
     size = DEBUG_BATCH_SIZE if config.size == "auto" else config.size
     return Batching.even(
-        size, world_size=ranks.world_size, global_size=config.global_size, accumulate=config.accumulate
+        size,
+        world_size=ranks.world_size,
+        global_size=config.global_size or size * config.accumulate * (full_size or ranks.world_size),
+        accumulate=config.accumulate,
     )
 
 
@@ -234,7 +258,7 @@ def build_parts(
     with_weights: bool | None = None,
     debug: bool = False,
 ) -> Parts:
-    """Build everything a rank needs. Only :meth:`Parts.wrap` uses the process group.
+    """Build everything a rank needs. Every rank must, at the same point: they agree on what they compute in.
 
     Args:
         run: its recipe says what.
@@ -247,8 +271,8 @@ def build_parts(
         debug: a handful of steps.
     """
     recipe = recipes.read_resolved(run.recipe)
+    agreed = numerics.agree(device, recipe, ranks)
     images = data_sets or open_data_sets(run)
-    channels_last = device.channels_last if recipe.train.channels_last == "auto" else recipe.train.channels_last
     classes = num_classes(recipe, images.train.classes)
     model = build_model(
         recipe,
@@ -257,7 +281,7 @@ def build_parts(
         with_weights=ranks.rank == 0 if with_weights is None else with_weights,
     )
     model.module.to(device.torch_device)
-    if channels_last:
+    if agreed.channels_last:
         model.module.to(memory_format=torch.channels_last)
     workers = data.num_loader_workers(recipe.data, ranks) if loader_workers is None else loader_workers
     return Parts(
@@ -265,20 +289,19 @@ def build_parts(
         run=run,
         ranks=ranks,
         device=device,
-        precision=device.precision(recipe.precision),
+        numerics=agreed,
         model=model,
         loss=build_loss(recipe.train, num_classes=classes, device=device.torch_device),
         optimizer=optim.build_optimizer(model, recipe.optim),
         schedule=Schedule(
             seed=recipe.seed,
             num_samples=len(images.train),
-            batching=batching or fixed_batching(recipe.batch, ranks, debug=debug),
+            batching=batching or fixed_batching(recipe.batch, ranks, full_size=full_world_size(run), debug=debug),
             excluded=images.train.find(images.left_out),
         ),
         train_set=images.train,
         val_set=images.val,
         preprocessing=images.preprocessing,
-        channels_last=channels_last,
         # Breakpoints work in this process only.
         loading=Loading(workers=0 if debug else workers, prefetch=data.PREFETCH),
         max_steps=DEBUG_STEPS if debug else None,

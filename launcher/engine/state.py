@@ -82,6 +82,7 @@ class TrainingState:
             "batch_limits": self.batch_limits,
             "device_bytes": self._device_bytes,
             "world_size": parts.ranks.world_size,
+            **parts.numerics.saved(),
             "batching": asdict(parts.schedule.batching),
             "early_stopping": self.best.state(),
             "numbers": self.numbers.state(),
@@ -133,8 +134,9 @@ class TrainingState:
             check_train_set(parts.run, parts.train_set, state)
         load_state(parts.model.module, checkpoint.model)
         optim.restore(parts.optimizer, parts.model, checkpoint.optimizer["optimizer"])
-        if checkpoint.optimizer["scaler"]:  # empty where the precision of then needed none
-            self.scaler.load_state_dict(checkpoint.optimizer["scaler"])
+        self.scaler = parts.device.grad_scaler(parts.precision)
+        if checkpoint.optimizer["scaler"]:  # empty where the precision of then needed none: the scale begins anew
+            self.scaler.load_state_dict(checkpoint.optimizer["scaler"])  # left aside where that of now needs none
         if parts.recipe.batch.global_size is None:
             kept = state["batching"]["global_batch_size"]
             parts.schedule = replace(parts.schedule, batching=replace(parts.schedule.batching, global_batch_size=kept))
@@ -142,13 +144,30 @@ class TrainingState:
         self.numbers.restore(state["numbers"])
         self.step, self.epoch, self.offset = state["step"], state["epoch"], state["offset"]
         self.skipped = list(state["skipped"])
-        limits = state["batch_limits"]
-        if limits and state["device_bytes"] == self._device_bytes:
+        limits = limits_here(state["batch_limits"], state["device_bytes"], self._device_bytes)
+        if limits:
             self.limit_batches(limits)
         for totals, sums in ((self.epoch_totals, "epoch_sums"), (self.window_totals, "window_sums")):
             totals.reset()
             if parts.ranks.rank == 0:
                 totals.restore(state[sums])
+
+
+def limits_here(limits: list[int] | None, then: Sequence[int], now: Sequence[int]) -> list[int] | None:
+    """What each rank can take at once, by what those of an attempt before could on devices with as much memory.
+
+    Args:
+        limits: of the ranks then; None: there were none.
+        then: memory of each one's device.
+        now: that of the ranks that there are now.
+
+    Returns:
+        None where any of them has a device that none had then.
+    """
+    if limits is None or list(then) == list(now):
+        return limits
+    least = {size: min(limit for limit, of in zip(limits, then, strict=True) if of == size) for size in then}
+    return [least[size] for size in now] if least.keys() >= set(now) else None
 
 
 def check_train_set(run: RunDir, train_set: Samples, state: dict[str, Any]) -> None:

@@ -114,6 +114,8 @@ def _telling(run: RunDir, spec: WorkerSpec, ranks: Ranks, stop: StopFlag, beats:
             os._exit(EXIT_RESUMABLE)
         with contextlib.suppress(OSError):  # a full disk; the supervisor looks whether it is
             write_error(run, spec, ranks, error)
+            if error_kind(error) == "memory_kill":
+                run.append_event("memory_kill", attempt=spec.attempt, node=ranks.node_rank, rank=ranks.rank)
         beats.fail(ranks.local_rank)
         console.drain()
         os._exit(EXIT_FAILED)  # the agent would print the same traceback once more
@@ -247,6 +249,7 @@ def _begin_record(run: RunDir, parts: Parts, spec: WorkerSpec, terminal: IO[str]
         tracked=not spec.debug,
     )
     recorder.status(epoch=0, step=0)
+    recorder.numerics(parts.numerics)
     recorder.classes(len(parts.classes), findings.rare_classes(parts.images_per_class))
     return recorder
 

@@ -8,6 +8,7 @@ from launcher.plan import place as places
 from launcher.plan import profile as profiles
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.recipe import load as recipes
+from launcher.system import allocator
 
 if TYPE_CHECKING:
     from launcher.plan.profile import Profile
@@ -43,6 +44,7 @@ def make_plan(
         place = places.here(recipe, topology, request)
     said = place.said_threads if launch.threads == "auto" else launch.threads
     threads = place.threads if launch.threads == "auto" else launch.threads
+    keep_freed = launch.keep_freed_memory and place.device == "cpu" and backend != "local"
     return LaunchPlan(
         run_id=request.run_id,
         name=recipe.name,
@@ -61,7 +63,9 @@ def make_plan(
         debug=request.debug,
         tune=request.tune,
         detach=request.detach,
-        env=environment(device=place.device, nodes=launch.nodes, threads=threads),
+        keep_freed_memory=keep_freed,
+        env=environment(device=place.device, nodes=launch.nodes, threads=threads)
+        | (allocator.HUGE_PAGES if keep_freed else {}),
         command=place.command if backend != "local" else (),
         profile=place.profile,
         post_job=bool(place.post_script),

@@ -234,6 +234,9 @@ class LaunchConfig:
     threads: Count | Auto = "auto"
     """CPU threads of each worker's computations, and of the exports'; auto: OMP_NUM_THREADS, or the node's cores shared
     out (the exports have them all); measured on a CPU with batch.size: auto."""
+    keep_freed_memory: bool = True
+    """On a CPU: processes of the run keep the memory that they free for the next step, and ask for huge pages. Half as
+    long a step was measured; it costs at most what a step needs at its peak."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: cuda where a GPU is, else cpu."""
     backend: Literal["auto", "local", "torchrun", "slurm"] = "auto"
@@ -266,8 +269,8 @@ class Recipe:
     optim: OptimConfig = field(default_factory=OptimConfig)
     """How the weights move."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the forward pass; weights stay fp32. auto: bf16 where the hardware has it, else fp16 on a GPU,
-    fp32 on a CPU."""
+    """Of the forward pass; weights stay fp32. auto: bf16 where the hardware of all ranks has it, else fp16 on GPUs,
+    fp32 on CPUs."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The training loop."""
     metrics: list[str | MetricConfig] = field(default_factory=list)

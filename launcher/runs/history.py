@@ -50,9 +50,9 @@ def since_launched(run: RunDir, kind: str) -> list[dict[str, Any]]:
 
 
 def num_memory_kills(run: RunDir, node_rank: int) -> int:
-    """How often the kernel killed a worker of a node because memory ran out, since the last checkpoint was written."""
+    """How many attempts a node's workers have lost because memory ran out, since the last checkpoint was written."""
     saved = max((event["time"] for event in events(run, "checkpoint")), default=0.0)
-    return sum(e["node"] == node_rank and e["time"] > saved for e in events(run, "memory_kill"))
+    return len({e["attempt"] for e in events(run, "memory_kill") if e["node"] == node_rank and e["time"] > saved})
 
 
 def cause_of_signal(name: str) -> str:

@@ -1,6 +1,6 @@
-"""What loader processes need to hand batches over (sockets, shared memory, open files), and how many there is room for.
+"""What loader processes need (memory, and to hand batches over sockets, shared memory, open files), and how many fit.
 
-If one of these runs out during training, a batch is lost and its rank waits for it for ever.
+If one of these runs out during training, a batch is lost and its rank waits for it for ever, or the kernel kills it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from launcher.system import memory
+from launcher.system.memory import FreeMemory
 
 SHM = Path("/dev/shm")  # noqa: S108  its size is looked at, nothing is written
 SHM_PART = 0.75
@@ -32,6 +35,10 @@ NUM_LOADERS = 2
 """Training and validation, each with processes of its own."""
 BATCHES_IN_USE = 4
 """Batches in memory beside those in the queues: the current step's, the next steps', the one being made."""
+MEMORY_PART = 0.5
+"""Use this fraction of a rank's part of the machine's memory; the rest is for the rank itself and its checkpoints."""
+PROCESS_BYTES = 64 << 20
+"""Bytes of a loader process, without its batches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +51,10 @@ class Room:
     """Files that a process can open, beyond those that it has open."""
     has_sockets: bool = True
     """Whether there is a folder for sockets."""
+    memory: FreeMemory | None = None
+    """The machine's memory for loading; None: not limited."""
+    pinned: bool = False
+    """Whether batches are copied to page-locked memory, from where a GPU takes them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,17 +75,33 @@ def make() -> None:
     _make_folder()
 
 
-def prepare(num_ranks: int) -> Room:
+def prepare(num_ranks: int, *, pinned: bool = False) -> Room:
     """Make room and measure it; call this before loader processes are forked.
 
     Args:
         num_ranks: workers on this node, which share it.
+        pinned: whether batches are copied to page-locked memory.
     """
     return Room(
         shm_bytes=int(free_shm() * SHM_PART / num_ranks),
         num_files=raise_open_files() - len(os.listdir("/proc/self/fd")),  # noqa: PTH208  only how many
         has_sockets=_make_folder(),
+        memory=for_loading(num_ranks),
+        pinned=pinned,
     )
+
+
+def for_loading(num_ranks: int) -> FreeMemory:
+    """The machine's memory that one of ``num_ranks`` workers may use to load batches."""
+    free = memory.share(num_ranks)
+    return FreeMemory(num_bytes=int(free.num_bytes * MEMORY_PART), limit=free.limit)
+
+
+def most_samples(sample_bytes: int, room: FreeMemory) -> int:
+    """The largest batch for a GPU that one loader process could load, one ahead; at least one."""
+    for_batches = room.num_bytes - _memory_bytes(1, 1, 0, pinned=True)
+    copies = NUM_LOADERS + BATCHES_IN_USE + 2 * BATCHES_IN_USE  # page-locked memory may be twice as much
+    return max(1, for_batches // (copies * sample_bytes))
 
 
 def fit(workers: int, prefetch: int, *, batch_bytes: int, room: Room) -> Loading:
@@ -144,6 +171,15 @@ def _shm_bytes(workers: int, prefetch: int, batch_bytes: int) -> int:
     return (NUM_LOADERS * workers * prefetch + BATCHES_IN_USE) * batch_bytes
 
 
+def _memory_bytes(workers: int, prefetch: int, batch_bytes: int, *, pinned: bool) -> int:
+    """Of the machine's memory: what is in /dev/shm, the processes, and the page-locked copies.
+
+    torch takes page-locked memory in powers of two.
+    """
+    locked = BATCHES_IN_USE * (1 << (batch_bytes - 1).bit_length()) if pinned and batch_bytes else 0
+    return _shm_bytes(workers, prefetch, batch_bytes) + NUM_LOADERS * workers * PROCESS_BYTES + locked
+
+
 def _lacking(workers: int, prefetch: int, batch_bytes: int, room: Room) -> list[str]:
     """What there is too little of, each with what to do."""
     found = []
@@ -151,6 +187,12 @@ def _lacking(workers: int, prefetch: int, batch_bytes: int, room: Room) -> list[
         found.append("no folder for sockets can be written to; set TMPDIR to one with a short path")
     if (needed := _num_files(workers, prefetch)) > room.num_files:
         found.append(f"{room.num_files} files can be opened, {needed} are needed; raise the hard limit (ulimit -n)")
+    needed = _memory_bytes(workers, prefetch, batch_bytes, pinned=room.pinned)
+    if room.memory and needed > room.memory.num_bytes:
+        found.append(
+            f"{room.memory.num_bytes / 1e6:.0f} MB of memory are there to load with ({room.memory.limit}), "
+            f"{needed / 1e6:.0f} MB are needed; ask for more memory, or lower batch.size"
+        )
     if (needed := _shm_bytes(workers, prefetch, batch_bytes)) > room.shm_bytes:
         found.append(
             f"{room.shm_bytes / 1e6:.0f} MB of {SHM} are there for a rank, {needed / 1e6:.0f} MB are needed; start the "

@@ -56,6 +56,22 @@ def free(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) ->
     return min(found, key=lambda one: one.num_bytes)
 
 
+def share(num_workers: int, environment: Mapping[str, str] = os.environ) -> FreeMemory:
+    """What this worker may still take: its part of what the machine, the job and its limits allow.
+
+    Args:
+        num_workers: of this node, which share it.
+        environment: variables of this process; the supervisor has told what was free before its workers began.
+    """
+    told = environment.get(FREE_VARIABLE)
+    found = FreeMemory.parse(told) if told else free()
+    limit = found.limit if num_workers == 1 else f"{found.limit}, shared by {num_workers} workers"
+    # A fork shares its parent's pages until it writes to them, as counting references does, little by little.
+    own = status_bytes("RssAnon")
+    shared = FreeMemory(num_bytes=max(0, found.num_bytes // num_workers - own), limit=limit)
+    return min(shared, process_limit() or shared, key=lambda one: one.num_bytes)
+
+
 def num_kills(root: Path = Path("/")) -> int:
     """How many processes the kernel has killed for lack of memory, in our control group or on this machine."""
     for group, *_ in control_groups.own("memory", root):

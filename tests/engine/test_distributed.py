@@ -110,7 +110,7 @@ def test_ranks_that_never_come_together_end_with_an_error(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", port)
     monkeypatch.setattr(distributed, "LATE_S", 0.2)
-    for rank in (0, 1):  # with nobody there, and with nobody who listens
+    for rank in (1, 0):  # nobody listens, and nobody comes
         told = []
         with pytest.raises(dist.DistStoreError, match="not all workers have come together"):
             distributed._meet(Ranks(rank=rank, world_size=2), timedelta(seconds=1), told.append)

@@ -8,9 +8,15 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from launcher.engine.checkpoints.checkpoint import read_state
 from launcher.engine.device import Device
+from launcher.engine.micro_batch import ExchangeMemoryError
+from launcher.engine.worker import error_kind
+from launcher.runs.diagnose import NOT_RETRYABLE
+from launcher.runs.run_dir import RunDir
 
 
 class _FailsInBackward(torch.autograd.Function):
@@ -189,3 +195,106 @@ def test_batchnorm_statistics_are_those_of_the_batches_that_went_through(make_ru
     found = engine.train(run, prepare=prepare)
     expected = engine.train(halves, prepare=small)
     assert engine.largest_difference(strip(found.state), expected.state) < 1e-5
+
+
+# Within DDP
+
+
+def exchange_fails(parts, *, rank, which):
+    """Have DDP's own work on a bucket of gradients end for want of memory, as NCCL's may."""
+    wrap, asked = parts.wrap, iter(range(1000))
+
+    def fail(state, bucket):
+        if parts.ranks.rank == rank and next(asked) == which:
+            raise torch.distributed.DistBackendError("Last error:\nCuda failure 2 'out of memory'")
+        return allreduce_hook(state, bucket)
+
+    def wrap_small():
+        wrap()
+        parts.ddp = DistributedDataParallel(parts.model.module, bucket_cap_mb=1, gradient_as_bucket_view=True)
+        parts.ddp.register_comm_hook(None, fail)
+
+    parts.wrap = wrap_small
+
+
+# A step of squeezenet has three buckets of a megabyte; the second step begins with the fourth.
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("which", [0, 1, 2, 4])
+def test_memory_that_runs_out_within_ddp_ends_the_attempt(make_run, engine, one_rank, which, accumulate):
+    run = make_run(batch={"size": 4, "accumulate": accumulate})
+    with pytest.raises(ExchangeMemoryError, match="again: Last error: Cuda failure 2 'out of") as found:
+        engine.train(run, prepare=lambda parts: exchange_fails(parts, rank=0, which=which))
+    assert error_kind(found.value) == "memory_kill"
+    assert not list(run.checkpoints.glob("step-*"))
+
+
+@pytest.mark.parametrize("where", ["_pre_forward", "_post_forward"])
+def test_also_before_and_after_the_models_own_forward_pass(make_run, engine, one_rank, monkeypatch, where):
+    """DDP lays its buckets out anew there, once."""
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory (a test)")
+
+    monkeypatch.setattr(DistributedDataParallel, where, fail)
+    with pytest.raises(ExchangeMemoryError):
+        engine.train(make_run())
+
+
+def test_an_error_of_nccls_that_says_that_memory_ran_out_is_met_with_smaller_batches():
+    ran_out = torch.distributed.DistBackendError("NCCL error …\nLast error:\nCuda failure 'out of memory'")
+    assert error_kind(ran_out) == "memory_kill"
+    assert error_kind(torch.OutOfMemoryError("CUDA out of memory")) == "out_of_memory"
+    assert "memory_kill" not in NOT_RETRYABLE
+
+
+MODEL = """
+import os
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+init = DistributedDataParallel.__init__
+
+
+def make(num_classes):
+    if os.environ.get("LAUNCH_ATTEMPT") == "1" and os.environ.get("RANK") == "1":
+
+        def fail(state, bucket):
+            raise torch.distributed.DistBackendError("Last error: Cuda failure 'out of memory'")
+
+        def with_hook(self, *arguments, **options):
+            init(self, *arguments, **options)
+            self.register_comm_hook(None, fail)
+
+        DistributedDataParallel.__init__ = with_hook
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_smaller_batches_after_memory_ran_out_within_ddp(launch, photos, tmp_path):
+    (tmp_path / "model.py").write_text(MODEL)
+    (tmp_path / "recipe.yaml").write_text(
+        f"""
+name: full
+model: {{factory: "{tmp_path}/model.py:make", weights: null, head: ["3"]}}
+data: {{path: {photos}, image_size: 32, augment: none, workers: 0}}
+batch: {{size: 8}}
+precision: fp32
+train: {{epochs: 1}}
+tracking: {{wandb: {{mode: disabled}}}}
+post: {{enabled: false}}
+launch: {{device: cpu, procs: 2, threads: 1, max_restarts: 1}}
+"""
+    )
+    run = RunDir(tmp_path / "run")
+    done = launch(str(tmp_path / "recipe.yaml"), "--run-dir", str(run))
+    assert done.returncode == 0, done.stderr
+    assert "attempt 1 ended: memory ran out while DDP exchanged gradients" in done.stderr
+    (event,) = events(run, "memory_kill")
+    assert (event["attempt"], event["node"], event["rank"]) == (1, 0, 1)
+    assert [event["cause"] for event in events(run, "attempt_ended")] == ["memory_kill"]
+    assert [event["batch_sizes"] for event in events(run, "out_of_memory")] == [{"0": [8, 4], "1": [8, 4]}]
+    assert read_state(run.last_checkpoint)["batching"]["global_batch_size"] == 16

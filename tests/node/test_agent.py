@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from launcher.node import agent, preflight
+from launcher.node.part import Part
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.runs import history
 from launcher.runs.heartbeats import Heartbeats
@@ -36,7 +37,7 @@ def started(tmp_path):
     run = RunDir(tmp_path / "run")
     run.create()
     beats, stop = Heartbeats(2), SimpleNamespace(requested=False)
-    logs = agent._attempt_logs(run, node_rank=0, first_attempt=1, stop=stop, beats=beats)
+    logs = agent._attempt_logs(run, Part(), node_rank=0, first_attempt=1, stop=stop, beats=beats)
     logs.reify(environments())
     return run, logs, beats, stop
 

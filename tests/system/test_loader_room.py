@@ -11,7 +11,8 @@ import tempfile
 import pytest
 
 from launcher.system import loader_room
-from launcher.system.loader_room import Room, fit
+from launcher.system.loader_room import Room, fit, most_samples
+from launcher.system.memory import FreeMemory
 
 PLENTY = {"shm_bytes": 1 << 40, "num_files": 1 << 20}
 MB = 1_000_000
@@ -28,12 +29,25 @@ MB = 1_000_000
         ({"num_files": 60}, (1, 2), "60 files can be opened"),
         ({"num_files": 80}, (4, 1), "raise the hard limit (ulimit -n)"),
         ({"has_sockets": False}, (0, 4), "set TMPDIR"),
+        # A process takes 67 MB; with page-locked copies of four batches of 2**20 bytes.
+        ({"memory": FreeMemory(num_bytes=573 * MB, limit="--mem")}, (4, 4), None),
+        ({"memory": FreeMemory(num_bytes=572 * MB, limit="--mem")}, (4, 3), "572 MB of memory are there to load with"),
+        ({"memory": FreeMemory(num_bytes=573 * MB, limit="--mem"), "pinned": True}, (4, 3), "(--mem), 577 MB are"),
+        ({"memory": FreeMemory(num_bytes=150 * MB, limit="--mem")}, (1, 4), "or lower batch.size"),
+        ({"memory": FreeMemory(num_bytes=0, limit="--mem")}, (0, 4), "0 MB of memory"),
     ],
 )
 def test_processes_look_less_far_ahead_before_they_become_fewer(room, expected, told):
     found = fit(4, 4, batch_bytes=MB, room=Room(**PLENTY | room))
     assert (found.workers, found.prefetch) == expected
     assert told in found.why if told else found.why is None
+
+
+def test_the_largest_batch_for_a_gpu_is_one_that_can_be_loaded():
+    room = FreeMemory(num_bytes=1000 * MB, limit="--mem")
+    most = most_samples(150_000, room)
+    assert fit(1, 1, batch_bytes=most * 150_000, room=Room(**PLENTY, memory=room, pinned=True)).workers == 1
+    assert most_samples(150_000, FreeMemory(num_bytes=0, limit="--mem")) == 1
 
 
 def test_where_the_rank_loads_by_itself_nothing_is_needed():

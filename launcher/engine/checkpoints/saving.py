@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
@@ -92,7 +92,16 @@ class Saving:
             self._recorder.resumed(
                 epoch=state.epoch, step=state.step, offset=state.offset, num_steps=self._parts.num_steps
             )
+            if found[0]:
+                self._tell_numerics(self._parts.numerics.changed_since(found[0].state))
         return True
+
+    def _tell_numerics(self, changed: dict[str, list[Any]]) -> None:
+        """Tell what the steps from here on are computed in, where that is another than before."""
+        if changed and self._recorder:
+            self._recorder.event("numerics_changed", step=self._state.step, **changed)
+            said = ", ".join(f"{name} is {now} now, was {then}" for name, (then, now) in changed.items())
+            self._recorder.say(f"from step {self._state.step} on: {said}")
 
     def _build_writer(self) -> checkpoints.CheckpointWriter:
         return checkpoints.CheckpointWriter(

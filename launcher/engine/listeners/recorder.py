@@ -10,7 +10,7 @@ import time
 from typing import IO, TYPE_CHECKING, Any
 
 from launcher.recipe import metrics as recipe_metrics
-from launcher.runs import findings, states
+from launcher.runs import findings, generations, states
 from launcher.tracking.wandb import Tracker
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from rich.progress import Progress, TaskID
 
+    from launcher.engine.numerics import Numerics
     from launcher.engine.state import Outcome
     from launcher.recipe.schema import Recipe
     from launcher.runs.run_dir import RunDir, State
@@ -84,6 +85,12 @@ class Recorder:
             self.event("rare_classes", num_classes=len(rare), classes=dict([*rare.items()][: findings.NUM_SHOWN]))
             self.say(f"warning: {findings.describe_rare(rare)}")
 
+    def numerics(self, agreed: Numerics) -> None:
+        """Tell what the steps are computed in where the ranks' devices differ in what they can."""
+        if agreed.why:
+            self.event("numerics_agreed", **agreed.saved(), why=agreed.why)
+            self.say(f"precision {agreed.precision} on all ranks: {agreed.why}")
+
     def status(self, state: State = "running", **fields: Any) -> None:
         """Write status.json."""
         self._write(lambda: states.move(self._run, state, attempt=self._attempt, **fields))
@@ -143,6 +150,7 @@ class Recorder:
 
     def _write(self, write: Callable[[], object]) -> None:
         """Write to the run directory; what a full disk does not take now is kept, in its order, for the next time."""
+        generations.leave_if_over()
         with self._writing:  # the checkpoint's thread has events to tell
             self._unwritten.append(write)
             try:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from launcher.engine.device import Device
+    from launcher.engine.numerics import Numerics
     from launcher.engine.setup import DataSets, Parts
     from launcher.runs.run_dir import RunDir
 
@@ -55,7 +56,15 @@ class Probe:
     """Relative error of the speed; 0: unknown."""
 
 
-def measure(run: RunDir, device: Device, data_sets: DataSets, batch_size: int, *, beside: Probe | None = None) -> Probe:
+def measure(
+    run: RunDir,
+    device: Device,
+    data_sets: DataSets,
+    batch_size: int,
+    *,
+    beside: Probe | None = None,
+    numerics: Numerics | None = None,
+) -> Probe:
     """Train a few steps with ``batch_size`` on random images; to be called in a child process.
 
     It is the very step of training (:class:`TrainStep`), under DDP in a process group of this process alone, so that
@@ -69,11 +78,11 @@ def measure(run: RunDir, device: Device, data_sets: DataSets, batch_size: int, *
         batch_size: images at once.
         beside: of a smaller size, which takes turns with this one: the speed that is returned is what it would have
             been when that one was measured. A shared machine is half as fast a minute later.
+        numerics: what the ranks have agreed to compute in; None: what the device prefers.
     """
     device.activate()
     peak = device.measure_memory()
-    with _training(run, device, data_sets, batch_size) as training:
-        training.step(batch_size)  # slower: it makes the optimizer's state, and libraries choose their algorithms
+    with _training(run, device, data_sets, batch_size, numerics) as training:
         steps = {batch_size: functools.partial(training.step, batch_size)}
         if beside:
             steps[beside.batch_size] = functools.partial(training.step, beside.batch_size)
@@ -87,15 +96,21 @@ def measure(run: RunDir, device: Device, data_sets: DataSets, batch_size: int, *
         )
 
 
-def compare(run: RunDir, device: Device, data_sets: DataSets, batch_sizes: Sequence[int]) -> list[Probe]:
+def compare(
+    run: RunDir,
+    device: Device,
+    data_sets: DataSets,
+    batch_sizes: Sequence[int],
+    *,
+    numerics: Numerics | None = None,
+) -> list[Probe]:
     """As :func:`measure`, but for several batch sizes in turn: what else happens on the machine slows them all alike.
 
     The memory that it gives for each is the most that the process took with any of them.
     """
     device.activate()
     peak = device.measure_memory()
-    with _training(run, device, data_sets, max(batch_sizes)) as training:
-        training.step(max(batch_sizes))
+    with _training(run, device, data_sets, max(batch_sizes), numerics) as training:
         steps = {size: functools.partial(training.step, size) for size in batch_sizes}
         seconds = _in_turn(steps, TURNS_COMPARED, MOST_COMPARED_S)
         taken, state = peak(), training.state_bytes
@@ -112,17 +127,22 @@ def compare(run: RunDir, device: Device, data_sets: DataSets, batch_sizes: Seque
 
 
 def compare_threads(
-    run: RunDir, device: Device, data_sets: DataSets, batch_size: int, counts: Sequence[int]
+    run: RunDir,
+    device: Device,
+    data_sets: DataSets,
+    batch_size: int,
+    counts: Sequence[int],
+    *,
+    numerics: Numerics | None = None,
 ) -> dict[int, float]:
     """Images per second in training with ``batch_size``, by the number of threads, which take turns."""
     device.activate()
-    with _training(run, device, data_sets, batch_size) as training:
+    with _training(run, device, data_sets, batch_size, numerics) as training:
 
         def step(threads: int) -> float:
             torch.set_num_threads(threads)
             return training.step(batch_size)
 
-        step(counts[0])
         seconds = _in_turn({count: functools.partial(step, count) for count in counts})
     return {count: batch_size / _quick(found) for count, found in seconds.items()}
 
@@ -174,12 +194,16 @@ class _Training:
 
 
 @contextlib.contextmanager
-def _training(run: RunDir, device: Device, data_sets: DataSets, batch_size: int) -> Iterator[_Training]:
+def _training(
+    run: RunDir, device: Device, data_sets: DataSets, batch_size: int, numerics: Numerics | None = None
+) -> Iterator[_Training]:
     """Training in a process group of this process alone."""
     init_process_group(device, Ranks())
     try:
         batching = Batching.even(batch_size, world_size=1, global_size=None, accumulate=1)
         parts = build_parts(run, Ranks(), device, data_sets=data_sets, batching=batching, with_weights=False)
+        if numerics:
+            parts.take(numerics)
         parts.model.freeze(parts.recipe.train.epochs - 1)
         parts.wrap()
         optim.prepare_momentum(parts.optimizer)
@@ -192,7 +216,13 @@ def _training(run: RunDir, device: Device, data_sets: DataSets, batch_size: int)
 def _in_turn(
     steps: Mapping[int, Callable[[], float]], turns: int = TURNS, most_s: float = MOST_S
 ) -> dict[int, list[float]]:
-    """Seconds of a step, as each step tells them, in each of its turns: the median of the turn."""
+    """Seconds of a step, as each step tells them, in each of its turns: the median of the turn.
+
+    Before that each is taken once: it may make the optimizer's state, and libraries choose their algorithms for a size
+    when they first meet it (cuDNN tries them all). The largest comes first, for allocators fit the others into it.
+    """
+    for name in sorted(steps, reverse=True):
+        steps[name]()
     seconds: dict[int, list[float]] = {name: [] for name in steps}
     began = time.monotonic()
     for turn in range(turns):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from launcher.engine import data
+from launcher.engine.numerics import Preference
 from launcher.engine.tuning import probe
 from launcher.engine.tuning.child import call_in_child
 from launcher.engine.tuning.host_split import gpu_workers, split_cpu
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from launcher.engine.device import Device, Precision
     from launcher.engine.distributed import Ranks
+    from launcher.engine.numerics import Numerics
     from launcher.engine.setup import DataSets
     from launcher.engine.tuning.probe import Probe
     from launcher.recipe.schema import Recipe
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from launcher.system.memory import FreeMemory
 
 PROBE_TIMEOUT_S = 180
+FIRST_TIMEOUT_S = 900
+"""The first probe loads CUDA's libraries, perhaps from a file system that is slow: that says nothing of its batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +43,8 @@ class DeviceFacts:
     """Memory that this rank may use."""
     precision: Precision
     """What the recipe's comes to on it."""
+    channels_last: bool = False
+    """Likewise the memory layout."""
 
 
 class RankProbes:
@@ -70,19 +76,24 @@ class RankProbes:
         self._device = device
         self._data_sets = data_sets
         self._say = say
-        self._call = functools.partial(call_in_child, timeout_s=PROBE_TIMEOUT_S, heed_stop=heed_stop)
+        self._heed_stop = heed_stop
         self._trained = run, device, data_sets
+        self._timeout_s: float = FIRST_TIMEOUT_S
+        self.numerics: Numerics | None = None
+        """What the ranks have agreed on; None: what this device prefers."""
 
     def facts(self) -> DeviceFacts:
         """The device. A child asks a GPU, because this process must not touch it before it forks others."""
 
         def ask() -> DeviceFacts:
             self._device.activate()
+            own = Preference.of(self._device, self._recipe, self._ranks)
             return DeviceFacts(
-                name=self._device.name,
+                name=own.device,
                 total_bytes=self._device.total_memory(),
                 free=self._device.free_memory(self._ranks.local_world_size),
-                precision=self._device.precision(self._recipe.precision),
+                precision=own.precision,
+                channels_last=own.channels_last,
             )
 
         found: DeviceFacts = self._call(ask) if self._device.is_cuda else ask()
@@ -90,13 +101,16 @@ class RankProbes:
 
     def measure(self, batch_size: int, beside: Probe | None) -> Probe:
         """See :func:`launcher.engine.tuning.probe.measure`."""
-        found: Probe = self._call(functools.partial(probe.measure, *self._trained, batch_size, beside=beside))
+        try:
+            found: Probe = self._call(probe.measure, *self._trained, batch_size, beside=beside, numerics=self.numerics)
+        finally:
+            self._timeout_s = PROBE_TIMEOUT_S
         self._say(f"batch {batch_size}: {found.images_per_s:.0f} images/s, {found.memory_bytes / 1e9:.2f} GB")
         return found
 
     def compare(self, batch_sizes: Sequence[int]) -> list[Probe]:
         """See :func:`launcher.engine.tuning.probe.compare`."""
-        found: list[Probe] = self._call(functools.partial(probe.compare, *self._trained, batch_sizes))
+        found: list[Probe] = self._call(probe.compare, *self._trained, batch_sizes, numerics=self.numerics)
         self._say(f"in turn: {', '.join(f'batch {one.batch_size}: {one.images_per_s:.0f} images/s' for one in found)}")
         return found
 
@@ -107,12 +121,16 @@ class RankProbes:
         fixed = recipe.launch.threads != "auto"
         if (workers is not None and (fixed or self._device.is_cuda)) or cores == 1:
             return {"workers": workers or 0, "threads": threads}
-        load = self._call(functools.partial(probe.loading_speed, self._data_sets))
+        load = self._call(probe.loading_speed, self._data_sets)
         if self._device.is_cuda:
             return {"workers": gpu_workers(train=images_per_s, load=load, cores=cores), "threads": threads}
         train = {threads: images_per_s}
         if threads > 1 and not fixed:
             counts = (threads, threads - 1)
-            train = self._call(functools.partial(probe.compare_threads, *self._trained, batch_size, counts))
+            train = self._call(probe.compare_threads, *self._trained, batch_size, counts, numerics=self.numerics)
             self._say(", ".join(f"{count} threads: {speed:.0f} images/s" for count, speed in train.items()))
         return split_cpu(train=train, load=load, cores=cores, workers=workers)._asdict()
+
+    def _call(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        call = functools.partial(function, *arguments, **options)
+        return call_in_child(call, timeout_s=self._timeout_s, heed_stop=self._heed_stop)
