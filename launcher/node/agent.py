@@ -23,8 +23,8 @@ from launcher.runs import diagnose, history
 from launcher.runs.generations import NODE_VARIABLE
 from launcher.runs.heartbeats import Heartbeats
 from launcher.runs.run_dir import ATTEMPT_VARIABLE, MEMORY_KILLS_VARIABLE
+from launcher.system import lazy_dynamo, network, processes
 from launcher.system import memory as host_memory
-from launcher.system import network, processes
 from launcher.system.log_cap import LogCap
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class _NoRestartError(Exception):
 
 def prepare() -> None:
     """Import what the workers need, once on this node; torchvision brings the rest of it."""
+    lazy_dynamo.put_off()
     with processes.importing():
         from launcher.engine import worker  # noqa: F401
 

@@ -105,6 +105,11 @@ class LaunchPlan:
         return self.fewest_nodes < self.nodes or self.spares > 0
 
     @property
+    def machines(self) -> int:
+        """How many are asked for: those that train, and the spare ones."""
+        return self.nodes + self.spares
+
+    @property
     def world_size(self) -> int:
         """Workers of the run."""
         return self.nodes * self.procs_per_node
@@ -124,6 +129,7 @@ class LaunchPlan:
             "run dir": self.run_dir,
             "backend": self.backend,
             "workers": workers,
+            **({"elastic": self._elastic_row()} if self.is_elastic else {}),
             "device": f"{self.device}, {self.threads_per_proc} CPU threads per worker",
             "restarts": f"at most {self.max_restarts}" if self.max_restarts else "none",
             "environment": " ".join(f"{k}={shlex.quote(v)}" for k, v in self.env.items()),
@@ -138,6 +144,16 @@ class LaunchPlan:
         for title, text in (("script of the exports", self.post_script), ("script", self.script)):
             lines += ["", title, text.rstrip("\n")] if text else []
         return "\n".join(lines)
+
+    def _elastic_row(self) -> str:
+        """What becomes of the run when a node is lost."""
+        batch = self.recipe["batch"]
+        size, per_rank = batch["global_size"], batch["size"]
+        if size is None and per_rank != "auto":
+            size = self.world_size * per_rank * batch["accumulate"]
+        images = f"{size} images" if size else "its size is measured"
+        spare = f", {self.spares} spare" if self.spares else ""
+        return f"goes on with {self.fewest_nodes} or more nodes{spare}; a step is always that of {self.nodes}: {images}"
 
 
 @dataclass(frozen=True, kw_only=True)

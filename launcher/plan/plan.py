@@ -51,7 +51,9 @@ def make_plan(
         run_dir=place.run_dir,
         backend=backend,
         device=place.device,
-        nodes=launch.nodes,
+        nodes=launch.max_nodes,
+        min_nodes=launch.min_nodes,
+        spares=launch.spares,
         procs_per_node=place.procs,
         threads_per_proc=threads,
         export_threads=said or None,
@@ -64,7 +66,7 @@ def make_plan(
         tune=request.tune,
         detach=request.detach,
         keep_freed_memory=keep_freed,
-        env=environment(device=place.device, nodes=launch.nodes, threads=threads)
+        env=environment(device=place.device, nodes=launch.max_nodes, threads=threads)
         | (allocator.HUGE_PAGES if keep_freed else {}),
         command=place.command if backend != "local" else (),
         profile=place.profile,

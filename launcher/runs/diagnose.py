@@ -141,10 +141,11 @@ def explain(
     """
     status = run.read_status()
     attempt, state = int(status.get("attempt", 1)), whereabouts.settled(status["state"], job)
-    head = f"{run}: {state}, attempt {attempt}, epoch {status.get('epoch', 0)}, step {status.get('step', 0)}"
+    left = f" on {found}" if (found := whereabouts.nodes_left(run)) and state == "running" else ""
+    head = f"{run}: {state}{left}, attempt {attempt}, epoch {status.get('epoch', 0)}, step {status.get('step', 0)}"
     if job and not history.since_launched(run, "attempt_started"):
         return "\n".join([head, *_before(run, attempt + 1), *explain_job(run, job), *_refused(run)])
-    lines = [head, *_before(run, attempt)]
+    lines = [head, *_before(run, attempt), *(_lost_nodes(run) if left else [])]
     if job and job.state == "PENDING":
         lines += explain_job(run, job)
     failure = first_failure(run, attempt) or _as_recorded(run, attempt)
@@ -218,6 +219,13 @@ def _lost_node(run: RunDir, attempt: int) -> dict[str, str] | None:
         if event["attempt"] == attempt and event["cause"] == "lost_node":
             return {"kind": "lost_node", "message": event["message"]}
     return None
+
+
+def _lost_nodes(run: RunDir) -> list[str]:
+    """Nodes that a run goes on without, each with the reason."""
+    found = history.since_launched(run, "node_lost") + history.since_launched(run, "node_joined")
+    last = {event["node"]: event for event in sorted(found, key=lambda event: float(event["time"]))}
+    return [f"without node {n} ({e['name']}): {e['message']}" for n, e in last.items() if e["kind"] == "node_lost"]
 
 
 def _as_recorded(run: RunDir, attempt: int) -> dict[str, Any] | None:

@@ -11,8 +11,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.system import lazy_dynamo
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -32,10 +30,8 @@ def importing() -> Iterator[None]:
 
     Python's cyclic garbage collector scans the growing heap again and again while modules are imported: that was 0.7 of
     3.9 s for torch and torchvision. What was imported is then frozen, as the gc module's own documentation
-    advises before a fork: no collection in a worker looks at it, or copies its pages, again. torch's compiler is not
-    among it, unless something compiles.
+    advises before a fork: no collection in a worker looks at it, or copies its pages, again.
     """
-    lazy_dynamo.put_off()
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -54,6 +54,15 @@ def test_null_is_nothing_where_nothing_can_be(load, item):
     assert load(DIGITS, item).model.weights is None
 
 
+@pytest.mark.parametrize("text", ["2:4", "1:59", "'2:4'"])
+def test_a_range_of_nodes_is_no_number_to_the_base_of_sixty(load, recipe_file, text):
+    expected = text.strip("'")
+    for recipe in (load(DIGITS, f"launch.nodes={text}"), load(f"{DIGITS}launch: {{nodes: {text}}}\n")):
+        assert recipe.launch.nodes == expected
+        again = recipe_file(recipes.to_yaml(recipe), "again.yaml")
+        assert recipes.read_resolved(again).launch.nodes == recipes.load(str(again))[0].launch.nodes == expected
+
+
 def test_a_number_is_a_number_and_an_interpolation_one(load):
     recipe = load(DIGITS, "optim.lr=1e-3", "seed=7", "data.path=/a/${seed}", "batch.size=auto", "post.enabled=no")
     assert (recipe.optim.lr, recipe.data.path, recipe.batch.size, recipe.post.enabled) == (0.001, "/a/7", "auto", False)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from launcher.backends.slurm import client as slurm_client
@@ -35,6 +37,18 @@ def fail(run, *, rank, time, kind="bug", attempt=1, **changes):
         "traceback": f"{TRACEBACK}ValueError: {rank}\n",
     }
     write_json_atomic(file, error | changes)
+
+
+def test_why_a_run_goes_on_with_fewer_nodes(make_run):
+    run = make_run("a", job_id="7", state="running", attempt=2, nodes=2)
+    run.write_plan(replace(run.read_plan(), nodes=3, min_nodes=2), run.read_launched())
+    for kind, node, message in (("lost", 0, "x"), ("lost", 1, "node 1 (n2) is gone"), ("joined", 0, None)):
+        run.append_event(f"node_{kind}", node=node, name=f"n{node + 1}", message=message)
+    head, second, *_ = diagnose.explain(run).splitlines()
+    assert ": running on 2 of 3 nodes, attempt 2, " in head
+    assert second == "without node 1 (n2): node 1 (n2) is gone"
+    run.update_status(nodes=3)
+    assert "nodes" not in diagnose.explain(run)
 
 
 def test_nothing_failed(run):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from launcher.backends.slurm import task
+from launcher.backends.slurm import node_start
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.profile import Profile
 from launcher.system import network
@@ -33,7 +33,7 @@ def test_an_interface_that_the_user_names_stays_and_else_the_nodes_own_is_told(o
     monkeypatch.setattr(network, "interface_of", lambda _: "eth0")
     monkeypatch.setattr(os, "environ", dict(os.environ))
     plan = LaunchPlan(run_id="a", env={"OMP_NUM_THREADS": "8"}, profile=Profile(interface=None))
-    plan = task._with_address(plan, toward="n2")
+    plan = node_start.with_address(plan, toward="n2")
     assert plan.address == "10.0.0.1"
     network.set_environment(plan.env)
     assert os.environ["OMP_NUM_THREADS"] == "8"
