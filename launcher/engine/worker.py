@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from launcher.recipe.schema import Recipe
     from launcher.runs.heartbeats import Heartbeats
 
-
 CALLS_BEFORE_STEP = 2
 """How often the training loop says that it lives before it has taken a step."""
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from launcher.runs.heartbeats import ALONE, DUMP_SIGNAL, TRAINING, patience_s
+from launcher.runs.heartbeats import DUMP_SIGNAL, TELLING, TRAINING, patience_s
 from launcher.runs.run_dir import node_name
 from launcher.system import processes
 from launcher.system.files import write_json_atomic
@@ -73,10 +73,13 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._done.wait(POLL_S):
             found = self._beats.read()
-            if late := [beat for beat in found if beat.age_s > patience_s(self._timeout_s or 0, beat.phase)]:
+            if late := [beat for beat in found if self._is_late(beat)]:
                 print(f"{_silence(late[0])}: the workers hang; their stacks go to their logs", flush=True)
                 self._end(found)
                 self._beats.clear()
+
+    def _is_late(self, beat: Beat) -> bool:
+        return beat.age_s > patience_s(self._timeout_s or 0, beat.phase)
 
     def _end(self, found: list[Beat]) -> None:
         attempt = self._attempt()
@@ -98,7 +101,7 @@ class Watchdog:
                 "node": self._node_rank,
                 "host": node_name(),
                 "kind": "hang",
-                "waiting": beat.phase not in ALONE and any(place in top for place in WAITING),
+                "waiting": not self._is_late(beat) if beat.phase in TELLING else any(place in top for place in WAITING),
                 "type": "hang",
                 "message": f"{_silence(beat)} (train.hang_timeout_s); it is in {top}",
                 "traceback": "\n".join(stack),

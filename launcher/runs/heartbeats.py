@@ -21,8 +21,8 @@ JOINING = "making the process group"
 BUILDING = "building what it trains"
 FIRST = "taking its first step"
 PHASES = (TRAINING, STARTING, MEASURING, MEETING, JOINING, BUILDING, FIRST)
-ALONE = (STARTING, MEASURING)
-"""Phases in which a worker waits for no other."""
+TELLING = (STARTING, MEASURING, MEETING)
+"""Phases in which a worker that waits for another one says all the while that it lives."""
 START_FACTOR, START_LEAST_S = 3, 30.0
 """Before its first step is taken a worker may be silent for three times as long as later, and for half a minute: it
 reads weights, lists images, compiles."""

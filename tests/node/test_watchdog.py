@@ -13,7 +13,17 @@ import pytest
 from launcher.node import watchdog
 from launcher.node.watchdog import Watchdog
 from launcher.runs import diagnose, heartbeats
-from launcher.runs.heartbeats import BUILDING, FIRST, JOINING, STARTING, TRAINING, Beat, Heartbeats
+from launcher.runs.heartbeats import (
+    BUILDING,
+    FIRST,
+    JOINING,
+    MEASURING,
+    MEETING,
+    STARTING,
+    TRAINING,
+    Beat,
+    Heartbeats,
+)
 from launcher.runs.run_dir import RunDir
 
 WORKER = """
@@ -140,6 +150,20 @@ def test_before_the_first_step_there_is_more_patience_and_torch_has_more_than_th
         longest = max(heartbeats.patience_s(hang_timeout_s, phase) for phase in heartbeats.PHASES)
         assert heartbeats.group_timeout_s(hang_timeout_s) > longest + watchdog.DUMP_S
     assert heartbeats.group_timeout_s(None) > 3600
+
+
+@pytest.mark.parametrize(
+    ("phase", "age_s", "waits"),
+    [(STARTING, 31.0, False), (MEETING, 0.5, True), (MEASURING, 0.1, True), (MEETING, 31.0, False)],
+)
+def test_before_there_is_a_group_a_worker_that_says_that_it_lives_is_not_the_one_that_hangs(
+    run, worker, monkeypatch, phase, age_s, waits
+):
+    monkeypatch.setattr(watchdog, "DUMP_S", 0.0)
+    Watchdog(run, Heartbeats(1), timeout_s=1.0, node_rank=0, attempt=lambda: 1)._end(
+        [Beat(age_s=age_s, pid=worker.pid, rank=5, phase=phase)]
+    )
+    assert json.loads(run.rank_error(1, 5).read_text())["waiting"] == waits
 
 
 TRAINS = "/w/launcher/engine/trainer.py, /w/launcher/engine/worker.py"
