@@ -64,12 +64,15 @@ class Ranks:
         return cls(**{field: int(os.environ[name]) for field, name in names.items() if name in os.environ})
 
 
-def record_collectives(dump: Path, pipe: Path) -> None:
+def record_collectives(dump: Path, pipe: Path, hang_timeout_s: float | None) -> None:
     """Have NCCL's flight recorder keep the last collectives, and write them down on a timeout or when it is asked to.
+
+    torch's own monitor of NCCL is to wait longer than the watchdog: it ends a worker that hangs in CUDA without a word.
 
     Args:
         dump: beginning of the names of its files.
         pipe: beginning of the names of the pipes through which it is asked.
+        hang_timeout_s: of the recipe.
     """
     values = {
         "TORCH_FR_BUFFER_SIZE": NUM_RECORDED,
@@ -78,6 +81,7 @@ def record_collectives(dump: Path, pipe: Path) -> None:
         "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": dump,
         "TORCH_NCCL_DEBUG_INFO_PIPE_FILE": pipe,
         "TORCH_NCCL_DUMP_ON_TIMEOUT": 1,
+        "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": int(group_timeout_s(hang_timeout_s)),
     }
     for name, value in values.items():
         os.environ.setdefault(name, str(value))

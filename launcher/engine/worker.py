@@ -233,7 +233,7 @@ def _join_group(
     """Start the device, and the process group over it."""
     device.activate()
     if device.is_cuda:
-        record_collectives(run.nccl_dump(spec.attempt), run.nccl_pipe(spec.attempt))
+        record_collectives(run.nccl_dump(spec.attempt), run.nccl_pipe(spec.attempt), hang_timeout_s)
     init_process_group(device, ranks, hang_timeout_s=hang_timeout_s, at=at)
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from launcher import __version__
-from launcher.errors import PreflightError
+from launcher.errors import PreflightError, TrainingError
 from launcher.node import all_reduce_round, speeds
 from launcher.node.all_reduce_round import Groups, answer_of, num_workers
 from launcher.node.speeds import Speeds
@@ -94,11 +94,11 @@ def _num_gpus() -> int:
     """GPUs that torch sees. A child asks: CUDA works in no process that was forked from one that has touched it."""
     import torch
 
-    from launcher.engine.tuning.child import TooSlowError, call_in_child
+    from launcher.engine.tuning.child import OutOfMemoryError, TooSlowError, call_in_child
 
     try:
         return int(call_in_child(torch.cuda.device_count, timeout_s=REDUCE_S, heed_stop=lambda: None))
-    except TooSlowError:  # a driver that hangs
+    except (TooSlowError, OutOfMemoryError, TrainingError):  # a driver that hangs, or ends whoever asks it
         return 0
 
 

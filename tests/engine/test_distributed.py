@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from launcher.engine import distributed
 from launcher.engine.distributed import Agreement, Ranks
-from launcher.runs.heartbeats import JOINING, MEETING
+from launcher.runs.heartbeats import JOINING, MEETING, PHASES, patience_s
 from launcher.system.processes import die_with_parent
 
 VARIABLES = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -128,6 +128,12 @@ def test_a_machine_that_does_not_answer_is_no_rank_that_comes_late(monkeypatch):
     with pytest.raises(dist.DistStoreError):
         distributed._meet(Ranks(rank=1, world_size=2), timedelta(seconds=0.3), told.append)
     assert told == []
+
+
+def test_torchs_monitor_of_nccl_waits_longer_than_the_watchdog(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "environ", {})
+    distributed.record_collectives(tmp_path / "dump", tmp_path / "pipe", 600.0)
+    assert int(os.environ["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"]) > max(patience_s(600.0, phase) for phase in PHASES)
 
 
 def test_sums_are_over_all_ranks_and_in_place(in_ranks):

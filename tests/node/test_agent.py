@@ -138,3 +138,9 @@ def test_a_check_of_nodes_counts_gpus_in_a_child(cuda_counts_by_itself, monkeypa
     monkeypatch.setattr(preflight, "_driver", lambda: "580")
     facts = preflight.gather(LaunchPlan(run_id="a", device="cuda", procs_per_node=2), seed=1)
     assert (facts.num_gpus, facts.nccl) == (2, "2.30.7")
+
+
+def test_a_driver_that_ends_whoever_asks_it_shows_no_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: os._exit(9))
+    monkeypatch.setattr(preflight, "_driver", lambda: "580")
+    assert preflight.gather(LaunchPlan(run_id="a", device="cuda", procs_per_node=2), seed=1).num_gpus == 0
