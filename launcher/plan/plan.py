@@ -8,13 +8,12 @@ from launcher.plan import place as places
 from launcher.plan import profile as profiles
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.recipe import load as recipes
-from launcher.system import allocator
 
 if TYPE_CHECKING:
     from launcher.plan.profile import Profile
     from launcher.plan.request import Request
     from launcher.plan.topology import Topology
-    from launcher.recipe.schema import Recipe
+    from launcher.recipe.schema import LaunchConfig, Recipe
 
 
 def make_plan(
@@ -66,13 +65,7 @@ def make_plan(
         tune=request.tune,
         detach=request.detach,
         keep_freed_memory=keep_freed,
-        env=environment(
-            device=place.device,
-            nodes=launch.max_nodes,
-            threads=threads,
-            outlives_loss=bool(launch.min_nodes or launch.spares),
-        )
-        | (allocator.HUGE_PAGES if keep_freed else {}),
+        env=environment(device=place.device, nodes=launch.max_nodes, threads=threads) | _quiet(launch),
         command=place.command if backend != "local" else (),
         profile=place.profile,
         post_job=bool(place.post_script),
@@ -82,7 +75,7 @@ def make_plan(
     )
 
 
-def environment(*, device: str, nodes: int, threads: int, outlives_loss: bool) -> dict[str, str]:
+def environment(*, device: str, nodes: int, threads: int) -> dict[str, str]:
     """What the supervisor and its workers need in theirs."""
     # A store of their own for the workers of each attempt: in the agent's they find the addresses of the one before,
     # and a restart hangs (seen with torch 2.14).
@@ -93,6 +86,9 @@ def environment(*, device: str, nodes: int, threads: int, outlives_loss: bool) -
         env["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # counting GPUs must not start CUDA in a process that forks
     if nodes == 1:
         env["GLOO_SOCKET_IFNAME"] = "lo"
-    if outlives_loss:
-        env["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # else a lost node fills the terminals of the others with C++ stacks
     return env
+
+
+def _quiet(launch: LaunchConfig) -> dict[str, str]:
+    """Where a run goes on without a lost node, this keeps torch's C++ stacks off the terminals of the others."""
+    return {"TORCH_CPP_LOG_LEVEL": "ERROR"} if launch.min_nodes or launch.spares else {}
