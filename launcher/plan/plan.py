@@ -8,6 +8,7 @@ from launcher.plan import place as places
 from launcher.plan import profile as profiles
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.recipe import load as recipes
+from launcher.system import allocator
 
 if TYPE_CHECKING:
     from launcher.plan.profile import Profile
@@ -65,7 +66,8 @@ def make_plan(
         tune=request.tune,
         detach=request.detach,
         keep_freed_memory=keep_freed,
-        env=environment(device=place.device, nodes=launch.max_nodes, threads=threads) | _quiet(launch),
+        env=environment(device=place.device, nodes=launch.max_nodes, threads=threads)
+        | _chosen_environment(launch, keep_freed=keep_freed),
         command=place.command if backend != "local" else (),
         profile=place.profile,
         post_job=bool(place.post_script),
@@ -89,6 +91,9 @@ def environment(*, device: str, nodes: int, threads: int) -> dict[str, str]:
     return env
 
 
-def _quiet(launch: LaunchConfig) -> dict[str, str]:
-    """Where a run goes on without a lost node, this keeps torch's C++ stacks off the terminals of the others."""
-    return {"TORCH_CPP_LOG_LEVEL": "ERROR"} if launch.min_nodes or launch.spares else {}
+def _chosen_environment(launch: LaunchConfig, *, keep_freed: bool) -> dict[str, str]:
+    """What goes with settings of the recipe."""
+    env = dict(allocator.HUGE_PAGES) if keep_freed else {}
+    if launch.min_nodes or launch.spares:
+        env["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # else a lost node fills the terminals of the others with C++ stacks
+    return env
