@@ -26,7 +26,7 @@ class Fault:
     needs_cluster: bool = False
     """Whether it happens on a SLURM cluster, which this machine pretends."""
     in_suite: bool = True
-    """Whether the suite provokes it too, and not only `make faults`: others on a cluster show the same, and take long."""
+    """Whether the suite provokes it too, and not only `make faults`: another one shows the same, and it takes long."""
 
 
 FAULTS = (
