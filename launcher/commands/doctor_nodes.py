@@ -7,6 +7,7 @@ import secrets
 import shutil
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,10 @@ def run(nodes: int, *, gpus: int | None, profile_name: str | None, as_json: bool
         device="cuda" if gpus else "cpu",
         nodes=nodes,
         procs_per_node=job.procs_per_node,
-        env=plans.environment(device=job.device, nodes=nodes, threads=profile.cpus_per_gpu),
+        threads_per_proc=profile.cpus_per_gpu,
         profile=profile,
     )
+    plan = replace(plan, env=plans.environment(plan))
     folder.mkdir(parents=True)
     try:
         RunDir(folder).write_plan(plan, Launched())

@@ -126,7 +126,9 @@ def meet(run: RunDir, plan: LaunchPlan, *, heed_stop: Callable[[], None]) -> Lau
     run.meetings.mkdir(exist_ok=True)
     verdict = _lead(run, plan, mine, heed_stop) if is_first else _join(run, mine, plan.node_rank, heed_stop)
     if mine["start"] not in verdict["starts"] and plan.is_elastic:
-        verdict = verdict | {"problems": find_problems([verdict["first"], mine])}
+        if mine["recipe"] == _given_recipe(replace(plan, recipe=_recipe_of(run))):
+            mine["recipe"] = None
+        verdict["problems"] = find_problems([verdict["first"], mine])
     if verdict["problems"]:
         raise UsageError("\n".join(["the nodes cannot work together; no worker was started", *verdict["problems"]]))
     address = verdict["address"] if is_first else mine["address"]
@@ -199,6 +201,14 @@ def _given_recipe(plan: LaunchPlan) -> dict[str, str] | None:
         return None
     recipe = paths.absolute(recipes.from_dict(plan.recipe))
     return {key: show(value) for key, value in flat(recipe) if key not in OF_A_NODE}
+
+
+def _recipe_of(run: RunDir) -> dict[str, Any]:
+    """The run's, as `launch resume` gives it to a node."""
+    import yaml
+
+    recipe: dict[str, Any] = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
+    return recipe
 
 
 def _names_loopback(host: str, address: str) -> bool:

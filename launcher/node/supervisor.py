@@ -104,8 +104,7 @@ def _train_while_enough_live(run: RunDir, plan: LaunchPlan, stop: StopSignals, s
             except StoppedError:
                 if not course.is_member:  # it only waited, and says nothing for the run
                     raise InterruptedRunError(f"{stop.reason} while it waited to be taken in") from None
-                plan = replace(course.plan, node_rank=0)  # whoever leads may be lost
-                raise _interrupted(run, plan, stop, course.generation.attempt) from None
+                raise _interrupted(run, course.plan, stop, course.generation.attempt, speaks=True) from None
             except EndedError as ended:
                 return _ended_without(run, ended)
             if outcomes is None or ("preempted" in outcomes.values() and course.goes_on()):
@@ -211,7 +210,7 @@ def _explained(run: RunDir, plan: LaunchPlan, stop: StopSignals, attempt: int) -
         with _even_if_full(run):
             if plan.node_rank == 0:
                 states.move(run, "failed", attempt=error.attempt)
-            run.append_event("attempt_ended", attempt=error.attempt, node=plan.node_rank, cause=cause, message=message)
+            run.append_event("attempt_ended", attempt=error.attempt, node=plan.node, cause=cause, message=message)
         why = f"{message}\nwhat to do: {diagnose.CURES[cause]}" if cause == "full_disk" else diagnose.explain(run)
         raise TrainingError(f"training failed\n{why}\nmore: launch why {run}") from None
 
@@ -225,17 +224,22 @@ def _even_if_full(run: RunDir) -> Iterator[None]:
         print(f"{run}: cannot be written to: {error.strerror}", file=sys.stderr, flush=True)
 
 
-def _interrupted(run: RunDir, plan: LaunchPlan, stop: StopSignals, first_attempt: int) -> InterruptedRunError:
-    """The error to raise after a stop, which is recorded in the run's state and history."""
+def _interrupted(
+    run: RunDir, plan: LaunchPlan, stop: StopSignals, first_attempt: int, *, speaks: bool = False
+) -> InterruptedRunError:
+    """The error to raise after a stop, which is recorded in the run's state and history.
+
+    With ``speaks`` by this node, whichever it is: the first one may be lost.
+    """
     node_rank, lost = plan.node_rank, stop.cause == "lost_node"
     reason = stop.reason or "stopped by the signal of another node"  # of which only a worker here has heard
     # Of a job only the first node writes: another one that was cut off may come to it when the run goes on elsewhere.
-    if node_rank == 0 or (lost and plan.backend != "slurm"):
+    if speaks or node_rank == 0 or (lost and plan.backend != "slurm"):
         attempt = history.next_attempt(run) - 1
         cause = stop.cause or history.cause_of_signal("")
         with _even_if_full(run):
             if attempt >= first_attempt:  # else the nodes were still waiting for each other
-                run.append_event("attempt_ended", attempt=attempt, node=node_rank, cause=cause, message=reason)
+                run.append_event("attempt_ended", attempt=attempt, node=plan.node, cause=cause, message=reason)
             whereabouts.note_preempted(run)
     last = run.last_checkpoint
     kept = f"the checkpoint {last.resolve().name} is saved" if last.exists() else "it had not begun to train"

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -117,7 +118,7 @@ class Generations:
     def make(self, generation: Generation) -> bool:
         """Decide a generation; False where another node has decided it before."""
         target = self.file(generation.number)
-        beside = target.with_name(f".{target.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+        beside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
         write_json_atomic(beside, asdict(generation), durable=True)
         try:
             os.link(beside, target)

@@ -18,11 +18,13 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 NCCL, GLOO, FAMILY = "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_FAMILY"
 INTERFACES = (NCCL, GLOO, FAMILY)
 """Environment variables that name the interface between the nodes; where the user has set one, it stays."""
+KEPT = (*INTERFACES, "TORCH_CPP_LOG_LEVEL")
+"""All variables of a plan that stay as the user has set them."""
 
 
 def set_environment(variables: Mapping[str, str]) -> None:
     """Take over the environment variables of a plan."""
-    known = {name: os.environ[name] for name in INTERFACES if name in os.environ}
+    known = {name: os.environ[name] for name in KEPT if name in os.environ}
     if NCCL in known:  # of which family are its addresses?
         variables = {name: value for name, value in variables.items() if name != FAMILY}
     os.environ.update({**variables, **known})

@@ -109,7 +109,7 @@ def tune_rank(
         report = None if fresh else _kept(run, who, ranks)
         if report is None and (other := measurer(everyone, ranks.rank)) != ranks.rank:
             report = peers.hear(other) | {"from": "peer"}
-        report = report or _find(probes, facts, recipe, ranks, device, data_sets, fresh=fresh)
+        report = report or _find(probes, facts, recipe, _all_of(run, ranks), device, data_sets, fresh=fresh)
     except StoppedError:
         report = {"stopped": True}
     except PeerEndedError as ended:
@@ -120,6 +120,11 @@ def tune_rank(
         report = {"error": str(error), "kind": "training"}
     peers.tell(report)
     return report | who
+
+
+def _all_of(run: RunDir, ranks: Ranks) -> Ranks:
+    """This rank among all that a run may have, which shrinks and grows: a step's samples are for them."""
+    return replace(ranks, world_size=max(ranks.world_size, full_world_size(run)))
 
 
 def _introduce(facts: DeviceFacts, ranks: Ranks, device: Device) -> Introduction:

@@ -190,11 +190,12 @@ class Course:
         """
         since, notice = _Since(), waiting.Notice()
         while True:
+            is_new = self._find_newer()
             self._heed_stop()
             if self._stop.requested:
                 raise StoppedError
             self._heed_end()
-            if self._find_newer():
+            if is_new:
                 if self._index is not None:
                     self._begin()
                     return self._last
@@ -221,7 +222,7 @@ class Course:
         newest, before = self._generations.newest(), self._last
         if newest is None or newest.number <= before.number:
             return False
-        was_in, self._last = self.is_member, newest
+        was_in, self._last = self._index is not None, newest
         if self._index is None and was_in:
             print(
                 f"the others went on without this node, as {records.names(newest)}; it waits to be taken in again",
@@ -262,8 +263,9 @@ class Course:
         """Decide the next generation, unless another node has done so."""
         last, run = self._last, self._run
         starts = {word.start for word in found}
-        reason = self._reason or "a node was lost"
-        if last.number and any(member.start not in starts for member in last.members):
+        lost = [f"node {one.node} ({one.host})" for one in last.members if one.start not in starts]
+        reason = self._reason or f"{', '.join(lost)} left without a word"
+        if last.number and lost:
             refused = records.close_attempt(run, last, node=self._plan.node_rank, reason=reason)
             if refused:
                 self._generations.say_end(state="failed", message=refused)

@@ -7,6 +7,7 @@ better decision come first.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
 START_S = 20.0
 """At the start, when enough nodes are there: how long they wait for the rest, from the last one that came."""
-SETTLE_S = 1.5
-"""When a node is lost: how long the others wait before they go on, so that all of them say whom they hear."""
+SETTLE_S = 2.0
+"""How long fewer than all nodes wait before they go on, so that all that are ready are seen and say whom they hear."""
 NOTICE_S = 15.0
 """How long they wait for one that lives and has not noticed yet, or cannot end its workers."""
 RIVAL_S = 10.0
@@ -27,7 +28,7 @@ RIVAL_S = 10.0
 ALONE_S = 30.0
 """How long nodes that only wait to be taken in do so when none of those that trained is left."""
 FLAPS, FLAP_S = 3, 600.0
-"""A node that was lost so often in as many seconds is not taken in."""
+"""A node that was lost so often in as many seconds, each time before another checkpoint, is not taken in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,25 +83,18 @@ def missing(view: View) -> tuple[int, ...]:
 def _patience(view: View, found: Sequence[Word]) -> float:
     """How long those that were found wait for others before they go on without them."""
     last = view.last
-    there = {word.node for word in found}
-    absent = [node for node in last.nodes if node not in there]
+    there = {word.node for word in found if _was_in(last, word)}
+    absent = set(last.nodes) - there
     if not absent:
-        return SETTLE_S if _others_come(view, found) else 0.0
+        return SETTLE_S if len(found) < view.most else 0.0
     if not last.number:  # nobody has trained yet: the others may still be on their way
         return view.waited_s - view.unchanged_s + START_S
-    rivals = [word for node in absent if (word := view.others.get(node)) and _was_in(last, word)]
+    rivals = [word for word in view.others.values() if word.node in absent and _was_in(last, word)]
+    if not there:  # they only waited, and must take nothing from those that train, out of their reach
+        return math.inf if rivals else ALONE_S
     if any(not word.ready for word in rivals):
         return NOTICE_S + (0.0 if _is_greater_part(last, there) else RIVAL_S)
-    if rivals and not _is_greater_part(last, there):
-        return SETTLE_S + RIVAL_S
-    return SETTLE_S if there & set(last.nodes) else ALONE_S
-
-
-def _others_come(view: View, found: Sequence[Word]) -> bool:
-    """Whether there is room for nodes that are ready and of which not all have said yet whom they hear."""
-    starts = {word.start for word in found}
-    waiting = (w for w in view.others.values() if w.ready and w.start not in starts and w.node not in view.left_out)
-    return len(found) < view.most and any(waiting)
+    return SETTLE_S + (RIVAL_S if rivals and not _is_greater_part(last, there) else 0.0)
 
 
 def _is_greater_part(last: Generation, there: Collection[int]) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self
 
 from launcher.node.elastic import deciding
 from launcher.node.elastic.presence import Others, Word, reached
-from launcher.runs import history
+from launcher.system.files import read_jsonl
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,13 +20,23 @@ LOOK_S = 2.0
 
 
 def left_out(run: RunDir) -> dict[int, str]:
-    """Nodes that were lost too often of late, each with why in words."""
-    since, counts = time.time() - deciding.FLAP_S, dict[int, int]()
-    for event in history.events(run, "node_lost"):
-        if event["time"] > since:
-            counts[event["node"]] = counts.get(event["node"], 0) + 1
+    """Nodes that were lost again and again as soon as they had come, each with why in words.
+
+    One that has helped the run on to another checkpoint in between may be lost as often as it likes.
+    """
+    since, saved = time.time() - deciding.FLAP_S, 0.0
+    came, counts = dict[int, float](), dict[int, int]()
+    for event in read_jsonl(run.events):
+        if event["kind"] == "checkpoint":
+            saved = event["time"]
+        elif event["kind"] == "node_joined":
+            came[event["node"]] = event["time"]
+        elif event["kind"] == "node_lost":
+            node, in_vain = event["node"], saved <= came.get(event["node"], 0.0)
+            counts[node] = counts.get(node, 0) + 1 if in_vain and event["time"] > since else 0
     return {
-        node: f"node {node} was lost {num} times in {deciding.FLAP_S / 60:.0f} minutes, and is not taken in for a while"
+        node: f"node {node} was lost {num} times in {deciding.FLAP_S / 60:.0f} minutes, each time before another "
+        "checkpoint was written, and is not taken in for a while"
         for node, num in counts.items()
         if num >= deciding.FLAPS
     }
