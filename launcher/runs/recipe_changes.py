@@ -101,6 +101,7 @@ OPEN = {
     "launch.gpus": "",
     "launch.procs": "",
     "launch.threads": "",
+    "launch.keep_freed_memory": "",
     "launch.device": "",
     "launch.backend": "",
     "launch.profile": "",
