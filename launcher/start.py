@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.errors import EXIT_OK, RecipeError, TrainingError, UsageError
 from launcher.runs import history, states
 from launcher.runs.run_dir import RunDir, new_run_id
-from launcher.system import network, processes
+from launcher.system import lazy_dynamo, network, processes
 from launcher.system.redact import redact
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class Draft:
 def carry_out(reading: Reading) -> int:
     """Carry out a recipe that was read: plan it, and print the plan, or admit, record and submit it."""
     from launcher import backends
+    from launcher.node import meeting
 
     draft = plan(reading)
     run, made = draft.run, draft.plan
@@ -70,7 +71,7 @@ def carry_out(reading: Reading) -> int:
     if run.exists and has_nothing_left(run, draft.recipe):
         return EXIT_OK
     (found,) = admit([draft], [made.script, made.post_script])
-    if made.node_rank == 0:
+    if made.node_rank == 0 and not meeting.goes_on_elsewhere(run, made):
         record(draft, found)
         print(f"run {made.run_id}: {made.world_size} workers on {made.device}, in {made.run_dir}", flush=True)
     else:
@@ -152,6 +153,7 @@ def admit(drafts: Sequence[Draft], scripts: Sequence[str]) -> list[Scan | None]:
 
 def _check_with_torch(draft: Draft) -> None:
     """Check what only torch and the user's own code can tell; what that code raises is left in the run directory."""
+    lazy_dynamo.put_off()
     with processes.importing():
         from launcher.engine import recipe_checks
         from launcher.engine.user import trial

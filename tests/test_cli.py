@@ -149,6 +149,9 @@ def test_what_is_wrong_in_the_file_is_said_with_its_line(text, words, refused):
         (["seed=${nothing.there}"], "command line (seed=${nothing.there}): seed: "),
         (["optim.groups={head: 1"], "command line"),
         (["--nodes", "0"], "command line (--nodes 0): launch.nodes: found 0; valid: a whole number >= 1"),
+        (["--nodes", "4:2"], "launch.nodes: found 4:2; valid: MIN:MAX where MIN is not more than MAX, as in 2:4"),
+        (["--spares", "1"], "launch.spares: a spare machine takes the place of one of several: give launch.nodes"),
+        (["--nodes", "2:4"], "4 nodes without SLURM: run the same command once on every node with --node-rank K"),
         (["--gpus", "8"], "8 GPUs per node asked for, but "),
         (["--gpus", "8"], " has none; use --procs N for N workers on the CPU; `launch doctor` says what torch sees"),
         (
@@ -174,7 +177,7 @@ def test_what_is_wrong_on_the_command_line_is_said(arguments, words, refused):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["--frob"], ["r.yaml", "--nodes", "two"], ["r.yaml", "--gpu", "8"], ["r.yaml", "--dry"], ["why"], ["resume"]],
+    [[], ["--frob"], ["r.yaml", "--nodes", "2:"], ["r.yaml", "--gpu", "8"], ["r.yaml", "--dry"], ["why"], ["resume"]],
     ids=" ".join,
 )
 def test_what_is_no_command_line_shows_the_usage(arguments, launch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,17 @@ if TYPE_CHECKING:
 def parser_of(verb: str, description: str) -> argparse.ArgumentParser:
     """A parser for the arguments of ``launch VERB``."""
     return argparse.ArgumentParser(prog=f"launch {verb}", description=description, allow_abbrev=False)
+
+
+def nodes(typed: str) -> int | str:
+    """The value of ``--nodes``; what numbers are allowed is for the recipe's schema to say.
+
+    Raises:
+        argparse.ArgumentTypeError: it is neither a number nor MIN:MAX.
+    """
+    if not re.fullmatch(r"-?[0-9]+(:[0-9]+)?", typed):
+        raise argparse.ArgumentTypeError(f"found {typed!r}; valid: a number, or MIN:MAX as in 2:4")
+    return typed if ":" in typed else int(typed)
 
 
 def request_of(args: argparse.Namespace, **more: Any) -> Request:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import Counter
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import TYPE_CHECKING
 from launcher.backends.slurm import client as slurm_client
 from launcher.commands import parser_of
 from launcher.errors import EXIT_OK, TrainingError, UsageError
+from launcher.node.elastic import presence
 from launcher.plan import batch_script
 from launcher.runs import states, whereabouts
+from launcher.runs.generations import Generations
 from launcher.runs.run_dir import RunDir
 from launcher.system import processes
 from launcher.system.waiting import wait_until
@@ -75,7 +78,9 @@ def cancel(runs: Sequence[RunDir]) -> None:
             _note(run, alive[run], is_trained=states[run] in whereabouts.TRAINED)
 
 
-def _end(here: Sequence[RunDir], job_ids: Sequence[str]) -> None:
+def _end(runs: Sequence[RunDir], job_ids: Sequence[str]) -> None:
+    elastic = {run: Generations.by_hand(run) for run in runs if run.read_plan().is_elastic}
+    here = [run for run in runs if run not in elastic]
     for run in here:
         host = run.read_launched().host
         if host != os.uname().nodename:
@@ -88,8 +93,16 @@ def _end(here: Sequence[RunDir], job_ids: Sequence[str]) -> None:
         os.kill(pid, _signal_for(pid))
     if pids:
         _wait(lambda: all(processes.start_time(pid) != started[pid] for pid in pids), f"process {min(pids)}")
+    for generations in elastic.values():  # whichever nodes carry it out now, wherever they are
+        generations.say_stop(reason="stopped by launch cancel", cause="preempted")
+    for generations in elastic.values():
+        _wait(functools.partial(_is_left, generations), f"a node of {generations.folder}")
     if job_ids:
         _wait(lambda: all(job.over for job in slurm_client.job_states(job_ids).values()), f"job {job_ids[0]}")
+
+
+def _is_left(generations: Generations) -> bool:
+    return not presence.living_nodes(generations)
 
 
 def _signal_for(pid: int) -> signal.Signals:

@@ -23,8 +23,8 @@ from launcher.commands import parser_of
 from launcher.errors import EXIT_OK, EXIT_PREFLIGHT, UsageError
 from launcher.images import walk as image_walk
 from launcher.plan import topology
+from launcher.system import allocator, loader_room
 from launcher.system import cores as host_cores
-from launcher.system import loader_room
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -112,6 +112,9 @@ def _all_checks() -> dict[str, Callable[[], Verdict]]:
         "CPU cores": lambda: checks.check_cores(usable, os.cpu_count() or usable, host_cores.quota()),
         "OMP_NUM_THREADS": lambda: checks.check_threads(os.environ.get("OMP_NUM_THREADS"), cores),
         "memory": _memory,
+        "freed memory": lambda: checks.check_freed_memory(
+            allocator.why_not(), allocator.time_reuse(keep=False), allocator.time_reuse(keep=True)
+        ),
         str(_SHM): lambda: checks.check_shm(shutil.disk_usage(_SHM).free / checks.GIB if _SHM.is_dir() else None),
         "temporary files": lambda: checks.check_temporary(os.environ.get("TMPDIR"), loader_room.short_folder()),
         "open files": lambda: checks.check_open_files(*resource.getrlimit(resource.RLIMIT_NOFILE)),

@@ -255,6 +255,16 @@ def check_memory(total_gib: float, available_gib: float, limit_gib: float | None
     return ok(found)
 
 
+def check_freed_memory(why_not: str, given_back_s: float, kept_s: float) -> Verdict:
+    """Whether workers on a CPU keep what they free, and how fast a block is taken and filled again with and without."""
+    if why_not:
+        return ok(f"is given back as the system does it: {why_not}")
+    ms = f"{1000 * kept_s:.0f} ms instead of {1000 * given_back_s:.0f} ms"
+    if kept_s > given_back_s:
+        return warning(f"is kept, which is slower here: {ms} for 128 MiB", "launch.keep_freed_memory=false")
+    return ok(f"is kept by workers on the CPU: 128 MiB are taken and filled again in {ms}")
+
+
 def check_shm(free_gib: float | None) -> Verdict:
     """Whether loader workers can hand over batches, which they do through /dev/shm (None: there is none)."""
     if free_gib is None:

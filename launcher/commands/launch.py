@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from launcher import __version__
-from launcher.commands import request_of
+from launcher.commands import nodes, request_of
 from launcher.errors import UsageError
 from launcher.system import console
 from launcher.system.redact import find_secret
@@ -26,7 +26,13 @@ def main(argv: Sequence[str], *, epilog: str) -> int:
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of one that `launch recipes` lists")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="change the recipe: optim.lr=0.1")
-    parser.add_argument("--nodes", type=int, metavar="N", help="machines")
+    parser.add_argument(
+        "--nodes",
+        type=nodes,
+        metavar="N|MIN:MAX",
+        help="machines; 2:4: go on while 2 of 4 are left, take in what returns",
+    )
+    parser.add_argument("--spares", type=int, metavar="N", help="machines more, which take the place of lost ones")
     parser.add_argument("--gpus", type=int, metavar="M", help="GPUs per node, one worker each")
     parser.add_argument("--procs", type=int, metavar="P", help="workers per node, on whatever device the recipe names")
     parser.add_argument("--backend", metavar="NAME", help="auto, local, torchrun or slurm")
@@ -64,11 +70,12 @@ def _run_id_of(args: argparse.Namespace) -> str:
     Raises:
         UsageError: the run directory cannot be that of this run.
     """
+    from launcher.node import meeting
     from launcher.runs.run_dir import RunDir
 
     existing = RunDir(args.run_dir) if args.run_dir else None
     if existing is None or not existing.exists or args.node_rank:
         return ""
-    if not args.resume:
+    if not args.resume and not meeting.goes_on_elsewhere(existing, existing.read_plan()):
         raise UsageError(f"{existing}: holds a run already; go on with it by: launch resume {existing}")
     return existing.run_id

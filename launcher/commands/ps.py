@@ -92,6 +92,8 @@ def _row(run: RunDir, status: dict[str, Any], asked: str | None, job: JobState |
         "job_state": job.state if job and (exports or not is_trained) else None,
         "job_makes": "exports" if exports else None,
         "state": whereabouts.settled(status["state"], None if is_trained else job),
+        "nodes": status.get("nodes"),
+        "nodes_left": whereabouts.nodes_left(run),
         **{key: status.get(key) for key in ("attempt", "epoch", "step", "best", "updated")},
     }
 
@@ -101,7 +103,8 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     job = " ".join(filter(None, [row["job_id"], row["job_state"], row["job_makes"]]))
     numbers = (str(row[key]) if row[key] is not None else "-" for key in ("attempt", "epoch", "step"))
     value = f"{best['metric']} {best['value']:.4f}" if best else "-"
-    return (row["run"], row["state"], job or "-", *numbers, value, _age(row["updated"]))
+    state = row["state"] + (f" on {row['nodes_left']}" if row["nodes_left"] else "")
+    return (row["run"], state, job or "-", *numbers, value, _age(row["updated"]))
 
 
 def _age(then: float | None) -> str:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from launcher import start
-from launcher.commands import parser_of, request_of
+from launcher.commands import nodes, parser_of, request_of
 from launcher.errors import RecipeError
 from launcher.runs.run_dir import RunDir
 from launcher.system import console
@@ -22,7 +22,8 @@ def main(argv: Sequence[str]) -> int:
     parser = parser_of("resume", "Go on from a run's last checkpoint, at the same world size or another.")
     parser.add_argument("run_dir", metavar="RUN")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="change what may change: optim.lr=0.001")
-    for flag, metavar in (("--nodes", "N"), ("--gpus", "M"), ("--procs", "P")):
+    parser.add_argument("--nodes", type=nodes, metavar="N|MIN:MAX")
+    for flag, metavar in (("--spares", "N"), ("--gpus", "M"), ("--procs", "P")):
         parser.add_argument(flag, type=int, metavar=metavar)
     parser.add_argument("--backend", metavar="NAME")
     parser.add_argument("--profile", metavar="NAME", help="read this one (default: as the run was last launched)")

@@ -101,14 +101,15 @@ def _arrays(plans: list[LaunchPlan], base: Path, parallel: int) -> list[tuple[st
     job = batch_script.Job(
         name=base.name,
         run_dir=str(base.absolute()),
-        nodes=first.nodes,
+        nodes=first.machines,
+        is_elastic=first.is_elastic,
         procs_per_node=first.procs_per_node,
         device=first.device,
         python=sys.executable,
     )
     if any(plan.profile != first.profile for plan in plans):
         raise UsageError("--sweep: the runs of a job array have one profile; launch.profile cannot be swept")
-    shapes = {(plan.nodes, plan.procs_per_node, plan.device) for plan in plans}
+    shapes = {(plan.nodes, plan.min_nodes, plan.spares, plan.procs_per_node, plan.device) for plan in plans}
     if len(shapes) > 1:
         raise UsageError("--sweep: the runs of a job array have one size; launch.nodes and the like cannot be swept")
     profile = first.profile or profiles.Profile()

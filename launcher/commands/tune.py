@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
         request = Request(
             recipe=args.recipe,
             overrides=(*args.overrides, "batch.size=auto"),
+            nodes=1,
+            spares=0,
             gpus=args.gpus,
             procs=args.procs,
             backend="torchrun",

@@ -56,6 +56,10 @@ class LayerRow:
     """Whether all of them belong to the head."""
 
 
+INITIALISERS = (torch.Tensor.normal_, torch.Tensor.uniform_)
+"""Nothing to do without values. torch's own for the meta device import its symbolic mathematics: a second."""
+
+
 class _EmptyOnMeta(TorchFunctionMode):
     """Makes uninitialised tensors, which are all big parameters, on the meta device.
 
@@ -72,6 +76,10 @@ class _EmptyOnMeta(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.empty and kwargs.get("device") is None:
             kwargs["device"] = "meta"
+        if func in INITIALISERS or getattr(func, "__module__", None) == nn.init.__name__:
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
         return func(*args, **kwargs)
 
 

@@ -222,12 +222,28 @@ def num_classes(recipe: Recipe, classes: list[str]) -> int:
     return len(classes) if recipe.model.num_classes == "auto" else recipe.model.num_classes
 
 
-def fixed_batching(config: BatchConfig, ranks: Ranks, *, debug: bool) -> Batching:
-    """That of a recipe which names the batch size, or is debugged."""
+def full_world_size(run: RunDir) -> int:
+    """Ranks that the samples of a step are for in a run that shrinks and grows; 0: those that there are."""
+    plan = run.read_plan()
+    return plan.world_size if plan.is_elastic else 0
+
+
+def fixed_batching(config: BatchConfig, ranks: Ranks, *, full_size: int = 0, debug: bool) -> Batching:
+    """That of a recipe which names the batch size, or is debugged.
+
+    Args:
+        config: of the recipe.
+        ranks: who this process is.
+        full_size: of :func:`full_world_size`.
+        debug: a handful of steps.
+    """
     assert config.size != "auto" or debug, "the ranks have to agree on it first"  # noqa: S101
     size = DEBUG_BATCH_SIZE if config.size == "auto" else config.size
     return Batching.even(
-        size, world_size=ranks.world_size, global_size=config.global_size, accumulate=config.accumulate
+        size,
+        world_size=ranks.world_size,
+        global_size=config.global_size or size * config.accumulate * (full_size or ranks.world_size),
+        accumulate=config.accumulate,
     )
 
 
@@ -280,7 +296,7 @@ def build_parts(
         schedule=Schedule(
             seed=recipe.seed,
             num_samples=len(images.train),
-            batching=batching or fixed_batching(recipe.batch, ranks, debug=debug),
+            batching=batching or fixed_batching(recipe.batch, ranks, full_size=full_world_size(run), debug=debug),
             excluded=images.train.find(images.left_out),
         ),
         train_set=images.train,

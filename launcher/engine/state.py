@@ -144,13 +144,30 @@ class TrainingState:
         self.numbers.restore(state["numbers"])
         self.step, self.epoch, self.offset = state["step"], state["epoch"], state["offset"]
         self.skipped = list(state["skipped"])
-        limits = state["batch_limits"]
-        if limits and state["device_bytes"] == self._device_bytes:
+        limits = limits_here(state["batch_limits"], state["device_bytes"], self._device_bytes)
+        if limits:
             self.limit_batches(limits)
         for totals, sums in ((self.epoch_totals, "epoch_sums"), (self.window_totals, "window_sums")):
             totals.reset()
             if parts.ranks.rank == 0:
                 totals.restore(state[sums])
+
+
+def limits_here(limits: list[int] | None, then: Sequence[int], now: Sequence[int]) -> list[int] | None:
+    """What each rank can take at once, by what those of an attempt before could on devices with as much memory.
+
+    Args:
+        limits: of the ranks then; None: there were none.
+        then: memory of each one's device.
+        now: that of the ranks that there are now.
+
+    Returns:
+        None where any of them has a device that none had then.
+    """
+    if limits is None or list(then) == list(now):
+        return limits
+    least = {size: min(limit for limit, of in zip(limits, then, strict=True) if of == size) for size in then}
+    return [least[size] for size in now] if least.keys() >= set(now) else None
 
 
 def check_train_set(run: RunDir, train_set: Samples, state: dict[str, Any]) -> None:

@@ -14,14 +14,17 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from launcher.node import placement
 from launcher.node.agent_thread import AgentThread, LeftError, ask_for_lost, blame_lost
+from launcher.node.part import Part
 from launcher.node.peers import Peers
 from launcher.node.watchdog import Watchdog
 from launcher.runs import diagnose, history
+from launcher.runs.generations import NODE_VARIABLE
 from launcher.runs.heartbeats import Heartbeats
 from launcher.runs.run_dir import ATTEMPT_VARIABLE, MEMORY_KILLS_VARIABLE
+from launcher.system import lazy_dynamo, network, processes
 from launcher.system import memory as host_memory
-from launcher.system import network, processes
 from launcher.system.log_cap import LogCap
 
 if TYPE_CHECKING:
@@ -48,7 +51,16 @@ class _NoRestartError(Exception):
     """Starting the workers again would not help."""
 
 
-def run_workers(run: RunDir, plan: LaunchPlan, *, first_attempt: int, stop: StopSignals) -> dict[int, str]:
+def prepare() -> None:
+    """Import what the workers need, once on this node; torchvision brings the rest of it."""
+    lazy_dynamo.put_off()
+    with processes.importing():
+        from launcher.engine import worker  # noqa: F401
+
+
+def run_workers(
+    run: RunDir, plan: LaunchPlan, *, first_attempt: int, stop: StopSignals, part: Part | None = None
+) -> dict[int, str]:
     """Start this node's workers and restart them when one dies, up to the plan's ``max_restarts``.
 
     Args:
@@ -56,6 +68,7 @@ def run_workers(run: RunDir, plan: LaunchPlan, *, first_attempt: int, stop: Stop
         plan: as this node carries it out.
         first_attempt: number of the first start.
         stop: whether a stop was asked for.
+        part: this node's, where the run goes on without nodes that are lost.
 
     Returns:
         Each local worker's outcome, by global rank.
@@ -72,24 +85,24 @@ def run_workers(run: RunDir, plan: LaunchPlan, *, first_attempt: int, stop: Stop
 
         from launcher.engine.worker import worker_main
 
-    node_rank = plan.node_rank
-    _log_to_file(run, node_rank)
+    node, part = plan.node, part or Part()
+    _log_to_file(run, node)
     if plan.nodes == 1:
         _meet_at_once()
+    os.environ |= placement.environment(plan)
     beats = Heartbeats(plan.procs_per_node)
-    logs = _attempt_logs(run, node_rank=node_rank, first_attempt=first_attempt, stop=stop, beats=beats)
-    hang_timeout_s = plan.hang_timeout_s
-    watchdog = Watchdog(run, beats, timeout_s=hang_timeout_s, node_rank=node_rank, attempt=lambda: int(logs.attempt))
+    logs = _attempt_logs(run, part, node_rank=node, first_attempt=first_attempt, stop=stop, beats=beats)
+    watchdog = Watchdog(run, beats, timeout_s=plan.hang_timeout_s, node_rank=node, attempt=lambda: int(logs.attempt))
     config = _config(plan, logs)
     agent = AgentThread(functools.partial(elastic_launch(config, worker_main), str(run.path), beats))
-    peers = Peers(plan)
+    peers = Peers(plan, part.hosts)
     capped = LogCap(lambda: [run.rank_log(logs.attempt, int(rank)) for rank in logs.ranks])
     try:
         with watchdog, peers, capped:
             try:
-                outcomes = agent.attend(run, stop, peers, beats)
+                outcomes = agent.attend(run, stop, peers, beats, part)
             except (ChildFailedError, _NoRestartError):
-                if plan.nodes > 1 and diagnose.cause_of_end(run, logs.attempt)[0] == "lost_worker":
+                if plan.nodes > 1 and diagnose.cause_of_end(run, logs.attempt)[0] in ("lost_worker", "network"):
                     ask_for_lost(stop, peers)
                 blame_lost(stop, peers)
                 raise
@@ -102,12 +115,15 @@ def run_workers(run: RunDir, plan: LaunchPlan, *, first_attempt: int, stop: Stop
         with contextlib.suppress(OSError):  # a full disk
             logs.note_kill()
         raise WorkersFailedError(logs.attempt, str(error).splitlines()[0]) from error
+    finally:
+        logs.is_left = True
     return outcomes
 
 
 def _config(plan: LaunchPlan, logs: Any) -> LaunchConfig:
     """What torch's agent is told."""
     from torch.distributed.launcher.api import LaunchConfig
+    from torch.numa.binding import AffinityMode, NumaOptions
 
     options: dict[str, Any] = {
         "min_nodes": plan.nodes,
@@ -127,12 +143,19 @@ def _config(plan: LaunchPlan, logs: Any) -> LaunchConfig:
         "start_method": "fork",
         "local_addr": plan.address or network.local_address(*network.split(plan.rdzv_endpoint)),
         "shutdown_timeout": SHUTDOWN_S,
+        # Any, or torch counts GPUs to choose one: by CUDA, which then works in no worker that this process forks, where
+        # there is no NVML or a MIG slice is named.
+        "numa_options": NumaOptions(affinity_mode=AffinityMode.NODE),
     }
     known = {field.name for field in dataclasses.fields(LaunchConfig)}  # torch 2.9 has fewer
-    return LaunchConfig(**{name: value for name, value in options.items() if name in known})
+    config = LaunchConfig(**{name: value for name, value in options.items() if name in known})
+    config.numa_options = None  # workers bind themselves: torch would ask CUDA for the places of GPUs
+    return config
 
 
-def _attempt_logs(run: RunDir, *, node_rank: int, first_attempt: int, stop: StopSignals, beats: Heartbeats) -> Any:
+def _attempt_logs(
+    run: RunDir, part: Part, *, node_rank: int, first_attempt: int, stop: StopSignals, beats: Heartbeats
+) -> Any:
     from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
 
     class AttemptLogs(LogsSpecs):
@@ -144,6 +167,8 @@ def _attempt_logs(run: RunDir, *, node_rank: int, first_attempt: int, stop: Stop
         attempt = first_attempt - 1
         ranks: tuple[str, ...] = ()
         """This node's in the present attempt."""
+        is_left = False
+        """Whether this node has turned to something else: an agent that still waits for others must start no worker."""
         noted = 0
         """The last attempt of which it is written down that the kernel killed a worker."""
 
@@ -152,18 +177,15 @@ def _attempt_logs(run: RunDir, *, node_rank: int, first_attempt: int, stop: Stop
             return str(run.logs)
 
         def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+            _refuse_if_over(part, is_left=self.is_left)
             if self.attempt >= first_attempt:
                 self._check_restart()
             self.attempt += 1
             self.ranks = tuple(map(operator.itemgetter("RANK"), envs.values()))
             beats.clear()
-            told = {
-                ATTEMPT_VARIABLE: str(self.attempt),
-                host_memory.FREE_VARIABLE: str(host_memory.free()),  # before any worker takes some
-                MEMORY_KILLS_VARIABLE: str(history.num_memory_kills(run, node_rank)),
-            }
+            part.began(self.ranks)
             for env in envs.values():
-                env.update(told)
+                env.update(_variables(run, part, attempt=self.attempt, node=node_rank))
             run.append_event("attempt_started", attempt=self.attempt, node=node_rank, workers=len(envs))
             nowhere = dict.fromkeys(envs, os.devnull)
             run.attempt_errors(self.attempt).mkdir(parents=True, exist_ok=True)
@@ -189,6 +211,22 @@ def _attempt_logs(run: RunDir, *, node_rank: int, first_attempt: int, stop: Stop
             print(f"attempt {self.attempt} ended: {message}; starting the workers again", file=sys.stderr, flush=True)
 
     return AttemptLogs()
+
+
+def _refuse_if_over(part: Part, *, is_left: bool) -> None:
+    if is_left or part.is_over:
+        raise _NoRestartError("the run has gone on without these workers")
+
+
+def _variables(run: RunDir, part: Part, *, attempt: int, node: int) -> dict[str, str]:
+    """What the workers of a node are told at their start."""
+    return {
+        ATTEMPT_VARIABLE: str(attempt),
+        host_memory.FREE_VARIABLE: str(host_memory.free()),  # before any worker takes some
+        MEMORY_KILLS_VARIABLE: str(history.num_memory_kills(run, node)),
+        NODE_VARIABLE: str(node),
+        **part.environment,
+    }
 
 
 def _meet_at_once() -> None:

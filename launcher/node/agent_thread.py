@@ -17,6 +17,7 @@ from launcher.system import waiting
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from launcher.node.part import Part
     from launcher.node.peers import Peers
     from launcher.node.signals import StopSignals
     from launcher.runs.heartbeats import Heartbeats
@@ -26,6 +27,9 @@ IDLE_S = 2.0
 """After a stop, torch's agent gets as long without a living worker to come to an end by itself."""
 SAVE_S = 60.0
 """How long the workers get to save and leave where another node is gone: some may wait for those of it for ever."""
+LEAVE_S = 5.0
+"""The same where this node then goes on without that one: so long without a step, and without a checkpoint being
+written."""
 ASK_S = LOST_IDLE_S + 2.0
 """How long a node is looked out for whose workers have vanished."""
 FAREWELL_S = SILENT_S + 2.0
@@ -63,8 +67,15 @@ class AgentThread:
         except BaseException as error:  # raised again by attend
             self._error = error
 
-    def attend(self, run: RunDir, stop: StopSignals, peers: Peers, beats: Heartbeats) -> dict[int, str]:
+    def attend(self, run: RunDir, stop: StopSignals, peers: Peers, beats: Heartbeats, part: Part) -> dict[int, str]:
         """Wait for the workers' outcomes; stop where another node is gone or was told to.
+
+        Args:
+            run: the run directory.
+            stop: whether to stop.
+            peers: the other nodes.
+            beats: of this node's workers.
+            part: this node's in the run.
 
         Raises:
             LeftError: this node left a wait for others, as ``stop`` says.
@@ -77,10 +88,11 @@ class AgentThread:
             if living:
                 busy = now
             idle = now - busy > IDLE_S
+            part.heed(living)
             if stop.requested:
-                peers.tell(stop.reason)
-                if stop.cause == "lost_node" and now - stopping_since > SAVE_S:
-                    _kill(living)
+                if not (part.outlives_loss and stop.cause == "lost_node"):
+                    peers.tell(stop.reason)
+                _end_hopeless(living, beats, stop, part, now - stopping_since)
                 if idle and self._thread.is_alive():
                     blame_lost(stop, peers)
                     return _outcomes_of_trained(run, peers)
@@ -91,13 +103,26 @@ class AgentThread:
             if lost and idle and run.read_status()["state"] in whereabouts.TRAINED:
                 return _outcomes_of_trained(run, peers)
             if lost:
-                print(f"{lost}; stopping", file=sys.stderr, flush=True)
+                print(f"{lost}; {part.when_lost}", file=sys.stderr, flush=True)
                 stop.request(reason=lost, cause="lost_node")
             elif peers.stopped:
                 stop.request(reason=peers.stopped, cause=history.cause_of_signal(""))
         if self._error:
             raise self._error
         return self._outcomes
+
+
+def _end_hopeless(living: list[int], beats: Heartbeats, stop: StopSignals, part: Part, seconds: float) -> None:
+    """Where a node is lost, kill workers that have had so long to save and leave and wait for those of it for ever."""
+    if stop.cause != "lost_node":
+        return
+    # Where only its launcher was lost they take steps still, and agree on one to stop at.
+    idle_s = min([seconds, *(beat.age_s for beat in beats.read())])
+    goes_on = part.outlives_loss and (part.is_over or (idle_s > LEAVE_S and not part.is_saving))
+    if goes_on or seconds > SAVE_S:
+        for pid in living:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def _outcomes_of_trained(run: RunDir, peers: Peers) -> dict[int, str]:
@@ -120,9 +145,3 @@ def blame_lost(stop: StopSignals, peers: Peers) -> None:
     if stop.cause == "preempted":
         waiting.wait_until(lambda: peers.silent() or not peers.heard(), timeout_s=FAREWELL_S, heed=lambda: None)
         stop.blame(peers.silent())
-
-
-def _kill(pids: list[int]) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)

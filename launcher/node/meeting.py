@@ -11,13 +11,17 @@ import functools
 import json
 import os
 import socket
+import time
 import uuid
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from launcher.errors import UsageError
 from launcher.node import signals
+from launcher.node.elastic import presence
+from launcher.node.elastic.deciding import START_S
 from launcher.runs import states
+from launcher.runs.generations import Generations
 from launcher.runs.run_dir import RunDir
 from launcher.system import network
 from launcher.system.files import write_json_atomic
@@ -31,7 +35,7 @@ if TYPE_CHECKING:
 WAIT_S = 900
 """How long node 0 waits for the others to be started."""
 WAIT_FOR_RUN_DIR_S = 600
-SAME = {"nodes": "--nodes", "procs_per_node": "--procs (or --gpus)"}
+SAME = {"nodes": "--nodes", "min_nodes": "the least of --nodes", "procs_per_node": "--procs (or --gpus)"}
 """What every node must be given alike, with its flag."""
 OF_A_NODE = ("launch.nodes", "launch.gpus", "launch.procs", "launch.backend", "launch.profile")
 """Keys of the recipe by which nodes may differ, or which ``SAME`` is about."""
@@ -117,16 +121,20 @@ def meet(run: RunDir, plan: LaunchPlan, *, heed_stop: Callable[[], None]) -> Lau
     Raises:
         UsageError: they do not agree, or a node has not come; the same on all of them.
     """
-    is_first = plan.node_rank == 0
+    is_first = plan.node_rank == 0 and not goes_on_elsewhere(run, plan)
     mine = _describe(plan)
     run.meetings.mkdir(exist_ok=True)
     verdict = _lead(run, plan, mine, heed_stop) if is_first else _join(run, mine, plan.node_rank, heed_stop)
+    if mine["start"] not in verdict["starts"] and plan.is_elastic:
+        if mine["recipe"] == _given_recipe(replace(plan, recipe=_recipe_of(run))):
+            mine["recipe"] = None
+        verdict["problems"] = find_problems([verdict["first"], mine])
     if verdict["problems"]:
         raise UsageError("\n".join(["the nodes cannot work together; no worker was started", *verdict["problems"]]))
     address = verdict["address"] if is_first else mine["address"]
     at = network.join(address, mine["port"]) if is_first else mine["rdzv_endpoint"]
     interface = network.interface_of(address)
-    env = network.interface_environment(interface) if interface else {}
+    env = network.interface_environment(interface, address) if interface else {}
     agreed = run.read_plan()  # node 0 may have written it anew since this node was started
     return replace(
         agreed,
@@ -135,7 +143,24 @@ def meet(run: RunDir, plan: LaunchPlan, *, heed_stop: Callable[[], None]) -> Lau
         rdzv_endpoint=at,
         address=address,
         env=agreed.env | env,
+        members=tuple(verdict["nodes"]),
     )
+
+
+def goes_on_elsewhere(run: RunDir, plan: LaunchPlan) -> bool:
+    """Whether other nodes carry a run out now that this one can join, as where it was lost.
+
+    Raises:
+        UsageError: this node does so already.
+    """
+    if not (plan.is_elastic and run.exists):
+        return False
+    living = presence.living_nodes(Generations.by_hand(run))
+    if plan.node_rank in living:
+        raise UsageError(
+            f"{run}: node {plan.node_rank} takes part in this run already; give another --node-rank, or end that one"
+        )
+    return bool(living)
 
 
 def leave(run: RunDir) -> None:
@@ -161,6 +186,7 @@ def _describe(plan: LaunchPlan) -> dict[str, Any]:
         "names_itself": names_itself,
         "address": there if is_own else network.local_address(host, port),
         "recipe": _given_recipe(plan),
+        "unknown": network.unknown_interfaces(os.environ),
         **{key: getattr(plan, key) for key in SAME},
     }
 
@@ -175,6 +201,14 @@ def _given_recipe(plan: LaunchPlan) -> dict[str, str] | None:
         return None
     recipe = paths.absolute(recipes.from_dict(plan.recipe))
     return {key: show(value) for key, value in flat(recipe) if key not in OF_A_NODE}
+
+
+def _recipe_of(run: RunDir) -> dict[str, Any]:
+    """The run's, as `launch resume` gives it to a node."""
+    import yaml
+
+    recipe: dict[str, Any] = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
+    return recipe
 
 
 def _names_loopback(host: str, address: str) -> bool:
@@ -204,9 +238,10 @@ def find_problems(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
         for node in elsewhere
         if node["names_itself"]
     ]
+    problems += [f"node {node['rank']} ({node['host']}): {text}" for node in nodes for text in node.get("unknown", [])]
     for node in others:
         for key, flag in (*SAME.items(), ("port", "the port of --rdzv-endpoint")):
-            if node[key] != first[key]:
+            if node.get(key) != first.get(key):
                 problems.append(
                     f"{flag} is {node[key]} on node {node['rank']} ({node['host']}) and {first[key]} on node 0 "
                     f"({first['host']}): give all nodes the same"
@@ -232,17 +267,20 @@ def _lead(run: RunDir, plan: LaunchPlan, mine: dict[str, Any], heed_stop: Callab
     """Wait for the other nodes, and write down for all of them what has come of it."""
     created = run.read_launched().created
     found: dict[int, dict[str, Any]] = {}
+    came = time.monotonic()
 
     def missing() -> str:
         return ", ".join(str(rank) for rank in range(1, plan.nodes) if rank not in found)
 
     def all_are_there() -> bool:
+        nonlocal came
         for rank in range(1, plan.nodes):
             if rank not in found and is_listed(run.node_by_hand(rank)):
                 node = json.loads(run.node_by_hand(rank).read_text(encoding="utf-8"))
                 if node["created"] == created:
-                    found[rank] = node
-        return not missing()
+                    found[rank], came = node, time.monotonic()
+        has_waited = plan.is_elastic and time.monotonic() - came > START_S
+        return not missing() or (has_waited and len(found) + 1 >= plan.fewest_nodes)
 
     is_whole = wait_until(
         all_are_there,
@@ -262,6 +300,7 @@ def _lead(run: RunDir, plan: LaunchPlan, mine: dict[str, Any], heed_stop: Callab
         problems.append(f"node 0 ({mine['host']}) has no way to the others: {error.strerror}")
     starts = [node["start"] for node in nodes]
     verdict = {"created": created, "starts": starts, "problems": problems, "address": address}
+    verdict |= {"nodes": [node["rank"] for node in nodes], "first": mine}
     if problems:
         run.append_event("refused", message="; ".join(problems))
         states.move(run, "failed")
@@ -292,6 +331,9 @@ def _join(run: RunDir, mine: dict[str, Any], node_rank: int, heed_stop: Callable
             told = created
         if is_listed(run.meeting_by_hand):
             verdict = json.loads(run.meeting_by_hand.read_text(encoding="utf-8"))
+        generations = Generations.by_hand(run)
+        if generations.end() or generations.stop():
+            return False  # of a start that is over
         # A refusal may be of an earlier start; what was agreed holds for a node that is started again, too.
         meant = verdict and (not verdict["problems"] or mine["start"] in verdict["starts"])
         return bool(meant) and verdict["created"] == created

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Self
 from launcher.runs.run_dir import node_name
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from launcher.plan.launch_plan import LaunchPlan
 
 BEAT_S = 1.0
@@ -37,15 +39,17 @@ class Peers:
 
     Args:
         plan: as this node carries it out.
+        hosts: names of the nodes' machines where all of them are known to live, so that one which never comes is lost.
     """
 
-    def __init__(self, plan: LaunchPlan) -> None:
+    def __init__(self, plan: LaunchPlan, hosts: Mapping[int, str] | None = None) -> None:
         self._endpoint = plan.rdzv_endpoint
         self._own = plan.node_rank
         self._others = [node for node in range(plan.nodes) if node != plan.node_rank]
         self._beats = dict.fromkeys(self._others, 0)
-        self._heard: dict[int, float] = {}
-        self._hosts: dict[int, str] = {}
+        self._numbers = plan.members or tuple(range(plan.nodes))
+        self._heard: dict[int, float] = dict.fromkeys(self._others, time.monotonic()) if hosts else {}
+        self._hosts: dict[int, str] = dict(hosts or {})
         self._left: dict[int, float] = {}
         self._answered = time.monotonic()
         self._done = threading.Event()
@@ -75,8 +79,8 @@ class Peers:
 
     def name(self, node: int) -> str:
         """A node as a person knows it: ``node 1 (gpu-7)``."""
-        host = node_name() if node == self._own else self._hosts.get(node)
-        return f"node {node} ({host})" if host else f"node {node}"
+        host, number = node_name() if node == self._own else self._hosts.get(node), self._numbers[node]
+        return f"node {number} ({host})" if host else f"node {number}"
 
     def awaited(self) -> str:
         """Those that have not come yet, in words; empty: all have."""

@@ -54,11 +54,14 @@ class StopSignals:
     Args:
         run: where the event goes.
         node_rank: which node this is.
+        outlives_loss: whether it goes on where another node was lost: then a signal that comes after that is the first.
     """
 
-    def __init__(self, run: RunDir, *, node_rank: int) -> None:
+    def __init__(self, run: RunDir, *, node_rank: int, outlives_loss: bool = False) -> None:
         self._run = run
         self._node_rank = node_rank
+        self._outlives_loss = outlives_loss
+        self._signal = ("", "")
         self._owner = os.getpid()
         self._stop = threading.Event()
         self._done = threading.Event()
@@ -77,6 +80,13 @@ class StopSignals:
         """Stop as if a signal had come; the first reason counts."""
         if not self.requested:
             self.reason, self.cause = reason, cause
+            self._stop.set()
+
+    def forget_loss(self) -> None:
+        """A node was lost and the others go on: only a signal that came meanwhile still counts."""
+        self._stop.clear()
+        self.reason, self.cause = self._signal
+        if self.cause:
             self._stop.set()
 
     def blame(self, lost: str) -> None:
@@ -101,22 +111,25 @@ class StopSignals:
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._owner:  # in a worker that has not taken over yet; it will be told again
             return
-        if self._stop.is_set():
+        is_first = self._outlives_loss and self.cause == "lost_node" and self._signal == ("", "")
+        if self._stop.is_set() and not is_first:
             if number == signal.SIGINT:
                 processes.kill_descendants()
                 os._exit(EXIT_RESUMABLE)
             return
         name = signal.Signals(number).name
-        self.request(reason=f"stopped by {name}", cause=history.cause_of_signal(name))
+        reason, cause = self._signal = (f"stopped by {name}", history.cause_of_signal(name))
+        if is_first:
+            self.reason, self.cause = reason, cause
+        self.request(reason=reason, cause=cause)
         # The supervisor's streams (console.protect) take this also where the signal interrupted a print.
         print(f"\n{name}: saving a checkpoint and stopping; Ctrl-C again ends at once", file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):
             self._run.append_event("signal", signal=name, node=self._node_rank)
 
     def _pass_on(self) -> None:
-        self._stop.wait()
         telling = processes.telling_signal()
-        while not self._done.is_set():
+        while self._stop.wait() and not self._done.is_set():
             for pid in processes.children(os.getpid()):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, telling)

@@ -17,10 +17,13 @@ from typing import TYPE_CHECKING
 
 from launcher.errors import EXIT_FAILED, EXIT_OK, InterruptedRunError, TrainingError
 from launcher.node import agent, agent_thread, meeting
+from launcher.node.elastic.course import Course, EndedError, LeaderLostError, StoppedError
+from launcher.node.elastic.part import ElasticPart
 from launcher.node.signals import StopSignals
 from launcher.runs import diagnose, findings, history, quarantine, states, whereabouts
+from launcher.runs.generations import Generations
 from launcher.runs.run_dir import RunDir
-from launcher.system import console, loader_room, network, processes
+from launcher.system import allocator, console, loader_room, network, processes
 from launcher.system import cpu as host_cpu
 from launcher.system.redact import redact
 
@@ -51,12 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return supervise(replace(run.read_plan(), recipe=recipe, **given))
 
 
-def supervise(plan: LaunchPlan, *, first_attempt: int | None = None) -> int:
+def supervise(plan: LaunchPlan, *, first_attempt: int | None = None, start: str = "") -> int:
     """Run one node's part of a run to its end; return the exit code.
 
     Args:
-        plan: as this node carries it out; a job has filled in where the nodes meet.
+        plan: as this node carries it out; a job has filled in where the nodes meet, and this node's address.
         first_attempt: number of the first start of the workers; None: the next.
+        start: of a job, where the run goes on without nodes that are lost: tells its starts from each other.
 
     Raises:
         LaunchError: training failed or was interrupted.
@@ -64,32 +68,101 @@ def supervise(plan: LaunchPlan, *, first_attempt: int | None = None) -> int:
     console.protect()
     run = meeting.wait_for_run(plan.run_dir) if plan.node_rank else RunDir(plan.run_dir)
     network.set_environment(plan.env)
+    if plan.keep_freed_memory:
+        allocator.keep_freed()
     loader_room.make()
     processes.adopt_orphans()
-    with _nothing_left(run, plan.node_rank), StopSignals(run, node_rank=plan.node_rank) as stop:
+    elastic = plan.is_elastic
+    with _nothing_left(run, plan), StopSignals(run, node_rank=plan.node_rank, outlives_loss=elastic) as stop:
         if plan.backend != "slurm" and plan.nodes > 1:
             heed_stop = functools.partial(_heed_stop, run, plan.node_rank, stop, " while the nodes meet")
             plan = meeting.meet(run, plan, heed_stop=heed_stop)
             network.set_environment(plan.env)
-        attempt = first_attempt or history.next_attempt(run)
-        _check_images(run, plan.node_rank, stop, attempt)
-        with _explained(run, plan, stop, attempt):
-            outcomes = agent.run_workers(run, plan, first_attempt=attempt, stop=stop)
-        if "preempted" in outcomes.values():
-            raise _interrupted(run, plan, stop, attempt)
+        if elastic:
+            outcomes = _train_while_enough_live(run, plan, stop, start)
+        else:
+            attempt = first_attempt or history.next_attempt(run)
+            _check_images(run, plan.node_rank, stop, attempt)
+            with _explained(run, plan, stop, attempt):
+                outcomes = agent.run_workers(run, plan, first_attempt=attempt, stop=stop)
+            if "preempted" in outcomes.values():
+                raise _interrupted(run, plan, stop, attempt)
         if 0 in outcomes and not plan.tune:  # the node that holds rank 0 finishes the run
             _finish(run, plan, stop)
     return EXIT_OK
 
 
+def _train_while_enough_live(run: RunDir, plan: LaunchPlan, stop: StopSignals, start: str) -> dict[int, str]:
+    """Train to the end with the nodes that are there, whichever are lost or come; return the last outcomes here."""
+    agent.prepare()  # first: a node that is taken in begins at once
+    generations = Generations(run, start) if start else Generations.by_hand(run)
+    with Course(run, plan, stop, generations, plan.members or range(plan.nodes)) as course, _end_told(run, course):
+        while True:
+            try:
+                attempt = course.next().attempt
+                outcomes = _train_in_generation(run, course, stop)
+            except StoppedError:
+                if not course.is_member:  # it only waited, and says nothing for the run
+                    raise InterruptedRunError(f"{stop.reason} while it waited to be taken in") from None
+                raise _interrupted(run, course.plan, stop, course.generation.attempt, speaks=True) from None
+            except EndedError as ended:
+                return _ended_without(run, ended)
+            if outcomes is None or ("preempted" in outcomes.values() and course.goes_on()):
+                continue
+            if "preempted" in outcomes.values():
+                raise _interrupted(run, course.plan, stop, attempt)
+            return outcomes
+
+
+def _train_in_generation(run: RunDir, course: Course, stop: StopSignals) -> dict[int, str] | None:
+    """Train until a node is lost, or another one comes: then None."""
+    plan, generation = course.plan, course.generation
+    with _explained(run, plan, stop, generation.attempt), ElasticPart(run, course) as part:
+        try:
+            _check_images(run, plan.node_rank, stop, generation.first_attempt, also_heed=course.heed_wait)
+            return agent.run_workers(run, plan, first_attempt=generation.attempt, stop=stop, part=part)
+        except LeaderLostError:
+            return None
+        except (agent_thread.LeftError, agent.WorkersFailedError):
+            if stop.cause != "lost_node" or not course.goes_on():
+                raise
+            return None
+
+
 @contextlib.contextmanager
-def _nothing_left(run: RunDir, node_rank: int) -> Iterator[None]:
+def _end_told(run: RunDir, course: Course) -> Iterator[None]:
+    """Tell the nodes that wait to be taken in how the run has ended."""
+    try:
+        yield
+    except InterruptedRunError as error:
+        course.end(state="preempted", message=str(error))
+        raise
+    except Exception as error:
+        course.end(state="failed", message=str(error))
+        raise
+    else:
+        course.end(state=run.read_status()["state"])
+
+
+def _ended_without(run: RunDir, ended: EndedError) -> dict[int, str]:
+    """What a node leaves with that waited to be taken in when the run ended."""
+    if ended.state in whereabouts.TRAINED:
+        print(f"the run is {ended.state}, without this node; it is in {run}", flush=True)
+        return {}
+    why = f"the run has ended without this node: {str(ended) or ended.state}"
+    if ended.state in ("preempted", "cancelled"):
+        raise InterruptedRunError(why)
+    raise TrainingError(f"{why}\nmore: launch why {run}")
+
+
+@contextlib.contextmanager
+def _nothing_left(run: RunDir, plan: LaunchPlan) -> Iterator[None]:
     """Leave no process of the run behind, and no meeting of its nodes, however it ends."""
     try:
         yield
     finally:
         processes.kill_descendants()
-        if node_rank == 0:
+        if plan.node_rank == 0 and not plan.is_elastic:
             meeting.leave(run)
 
 
@@ -103,12 +176,18 @@ def _heed_stop(run: RunDir, node_rank: int, stop: StopSignals, awaited: str) -> 
         )
 
 
-def _check_images(run: RunDir, node_rank: int, stop: StopSignals, attempt: int) -> None:
+def _check_images(
+    run: RunDir, node_rank: int, stop: StopSignals, attempt: int, also_heed: Callable[[], None] = lambda: None
+) -> None:
     """Decide which images are left out, before any worker deals out the samples."""
     awaited = " while waiting for node 0 to look through the images" if node_rank else ""
-    heed_stop = functools.partial(_heed_stop, run, node_rank, stop, awaited)
-    heed_stop()
-    quarantine.prepare(run, attempt=attempt, node_rank=node_rank, progress=heed_stop, scan_own=_scan_own)
+
+    def heed() -> None:
+        _heed_stop(run, node_rank, stop, awaited)
+        also_heed()
+
+    heed()
+    quarantine.prepare(run, attempt=attempt, node_rank=node_rank, progress=heed, scan_own=_scan_own)
 
 
 def _scan_own(run: RunDir, heed_stop: Callable[[], None]) -> Scan:
@@ -131,7 +210,7 @@ def _explained(run: RunDir, plan: LaunchPlan, stop: StopSignals, attempt: int) -
         with _even_if_full(run):
             if plan.node_rank == 0:
                 states.move(run, "failed", attempt=error.attempt)
-            run.append_event("attempt_ended", attempt=error.attempt, node=plan.node_rank, cause=cause, message=message)
+            run.append_event("attempt_ended", attempt=error.attempt, node=plan.node, cause=cause, message=message)
         why = f"{message}\nwhat to do: {diagnose.CURES[cause]}" if cause == "full_disk" else diagnose.explain(run)
         raise TrainingError(f"training failed\n{why}\nmore: launch why {run}") from None
 
@@ -145,17 +224,22 @@ def _even_if_full(run: RunDir) -> Iterator[None]:
         print(f"{run}: cannot be written to: {error.strerror}", file=sys.stderr, flush=True)
 
 
-def _interrupted(run: RunDir, plan: LaunchPlan, stop: StopSignals, first_attempt: int) -> InterruptedRunError:
-    """The error to raise after a stop, which is recorded in the run's state and history."""
+def _interrupted(
+    run: RunDir, plan: LaunchPlan, stop: StopSignals, first_attempt: int, *, speaks: bool = False
+) -> InterruptedRunError:
+    """The error to raise after a stop, which is recorded in the run's state and history.
+
+    With ``speaks`` by this node, whichever it is: the first one may be lost.
+    """
     node_rank, lost = plan.node_rank, stop.cause == "lost_node"
     reason = stop.reason or "stopped by the signal of another node"  # of which only a worker here has heard
     # Of a job only the first node writes: another one that was cut off may come to it when the run goes on elsewhere.
-    if node_rank == 0 or (lost and plan.backend != "slurm"):
+    if speaks or node_rank == 0 or (lost and plan.backend != "slurm"):
         attempt = history.next_attempt(run) - 1
         cause = stop.cause or history.cause_of_signal("")
         with _even_if_full(run):
             if attempt >= first_attempt:  # else the nodes were still waiting for each other
-                run.append_event("attempt_ended", attempt=attempt, node=node_rank, cause=cause, message=reason)
+                run.append_event("attempt_ended", attempt=attempt, node=plan.node, cause=cause, message=reason)
             whereabouts.note_preempted(run)
     last = run.last_checkpoint
     kept = f"the checkpoint {last.resolve().name} is saved" if last.exists() else "it had not begun to train"

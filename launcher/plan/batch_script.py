@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.plan import batch_shell, node_steps
+
 if TYPE_CHECKING:
     from launcher.plan.profile import Profile
 
@@ -21,75 +23,9 @@ CHECK_MIN = 15
 
 TASK = "launcher.backends.slurm.task"
 """The module that each node of a job runs."""
+_LOGS = (("--output", "out"), ("--error", "err"))
 RUNS = "runs.txt"
 """In the folder of a sweep: the absolute path of each run directory, a line each."""
-
-MAX_STARTS = 3
-"""Give up after this many starts in a row that reach no worker: do not queue the job again."""
-
-MAX_TRIES = 60
-"""The batch script asks a controller that does not answer this many times, five seconds apart, then leaves."""
-
-# What binds the shell that submits to its own cores would bind every worker to them; the commands below would take the
-# variables of squeue and sbatch for options.
-_SETUP = """\
-unset "${{!SLURM_CPU_BIND@}}" "${{!SLURM_MEM_BIND@}}" "${{!SQUEUE_@}}" "${{!SBATCH_@}}"
-run={run}
-export LAUNCH_BATCH_LOG={log}
-before=$(wc -l < "$LAUNCH_BATCH_LOG")
-begun=$(grep -cs '"kind": "attempt_started"' "$run/events.jsonl")"""
-_TEARDOWN = """\
-code=$?
-start=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
-# An element of an array by its own name: one of them has the id of the whole array as its job id.
-job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-job=${job:-$SLURM_JOB_ID}
-words=$(tail -n "+$((before + 1))" "$LAUNCH_BATCH_LOG")
-event() { printf '{"time": %s, "kind": "%s", %s}\\n' "$(date +%s.%N)" "$1" "$2" >> "$run/events.jsonl"; }
-# The first node speaks for the whole run; srun's own code may be that of a task it ended itself.
-for said in "$run/slurm/done-$start-"*; do
-  [ ! -s "$said" ] || code=$(cat "$said")
-done
-# A node that fails its check leaves with 3, and its name where it is to blame itself.
-[ "$code" = 0 ] || ! grep -q ': Exited with exit code 3$' <<< "$words" || code=3
-bad=$(cat "$run/slurm/bad-$start-"* 2> /dev/null | tr , '\\n' | sort -u)
-# 0 is done, 1 failed, 2 and 3 refused. Else, or without a few bad nodes, the run is queued again: 75 means saved and
-# wants to go on, the rest that a supervisor was lost. Not after scancel: then the job is no longer RUNNING.
-case $code in
-  0 | 1 | 2) exit $code ;;
-  3) # Where all of several nodes are bad at the same time it is not the nodes.
-    num=$(grep -c . <<< "$bad")
-    [ "$num" -gt 0 ] && { [ "$num" -lt "$SLURM_JOB_NUM_NODES" ] || [ "$num" = 1 ]; } || exit 3 ;;
-esac
-# The controller may be silent for a while, as when it is restarted.
-patient() { for _ in {1..@MAX_TRIES@}; do "$@" && return; sleep 5; done; return 1; }
-[ "$(patient squeue --noheader --jobs "$job" --format %T)" = RUNNING ] || exit $code
-if [ "$(grep -cs '"kind": "attempt_started"' "$run/events.jsonl")" = "$begun" ]; then
-  event start_failed "\\"job_id\\": \\"$job\\", \\"code\\": $code"
-  count='/"kind": "(launched|attempt_started)"/ {n = 0} /"kind": "start_failed"/ {n++} END {print n}'
-  failed=$(awk "$count" "$run/events.jsonl")
-  if [ "$failed" -ge @MAX_STARTS@ ]; then
-    event refused "\\"message\\": \\"$failed starts of the job in a row ended before training; not tried again\\""
-    [ $code = 3 ] && exit 3 || exit 1
-  fi
-fi
-# srun's words about a task that was killed from outside name its node; after another one has left it kills by itself.
-lost=$(sed -n '/: Exited with exit code/q; s/^srun: error: \\([^ :,[]*\\): task [0-9]*: Killed$/\\1/p' <<< "$words" |
-  head -n 1)
-own=$(scontrol show job --oneliner "$job" | sed -n 's/.* ExcNodeList=\\([^ (]*\\).*/\\1/p')
-exclude=$(printf '%s\\n' "$own" "$bad" "$lost" | sed '/^$/d' | paste -s -d ,)
-# Could the job start at all without them? Else it would wait for ever.
-if [ -n "$bad$lost" ] && ! sbatch --test-only --exclude="$exclude" "$0" > /dev/null 2>&1; then
-  [ $code != 3 ] || exit 3
-  exclude=$own
-fi
-trap '' TERM
-patient scontrol requeue "$job"
-[ -z "$lost" ] || event supervisor_lost "\\"host\\": \\"$lost\\""
-[ -z "$exclude" ] || scontrol update JobId="$job" ExcNodeList="$exclude"
-exit $code""".replace("@MAX_STARTS@", str(MAX_STARTS)).replace("@MAX_TRIES@", str(MAX_TRIES))
-
-_CHECK = """launch_check() { [ "$1" = 0 ] || { echo "the profile's setup failed (exit code $1): $2" >&2; exit 3; }; }"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +37,9 @@ class Job:
     run_dir: str
     """Absolute path of the run directory."""
     nodes: int
-    """Machines, each with one supervisor."""
+    """Machines, spare ones too, each with one supervisor."""
+    is_elastic: bool = False
+    """Whether the run goes on without a node that is lost: then each supervisor is a step of its own."""
     procs_per_node: int
     """Workers on each."""
     device: str
@@ -134,6 +72,16 @@ def step_command(job: Job, profile: Profile, *, overlap: bool = False) -> tuple[
     gpus = (f"{asked}{job.procs_per_node}",) if job.device == "cuda" else ()
     python = shlex.split(profile.python) if profile.python else [job.python]
     shared = ("--overlap",) if overlap else ()
+    if job.is_elastic:
+        srun = shlex.join(["srun", *shared, "--ntasks-per-node=1", *gpus, *_srun_args(job, profile)])
+        begin = batch_shell.joined(
+            f"run={shlex.quote(job.run_dir)}",
+            "start=$SLURM_JOB_ID-0-$EPOCHSECONDS",
+            "job=$SLURM_JOB_ID",
+            batch_shell.EVENT,
+            batch_shell.PATIENT,
+        )
+        return ("bash", "-c", f"{begin}\n{_node_steps(srun, shlex.join(python), job)}")
     size = (*shared, f"--nodes={job.nodes}", f"--ntasks={job.nodes}", "--ntasks-per-node=1", *gpus)
     return ("srun", *size, *_srun_args(job, profile), *python, "-u", "-m", TASK, job.run_dir)
 
@@ -157,10 +105,10 @@ def check_command(job: Job, profile: Profile) -> tuple[str, ...]:
 
 
 def _srun_args(job: Job, profile: Profile) -> list[str]:
+    together = [] if job.is_elastic else ["--kill-on-bad-exit=1", f"--wait={WAIT_FOR_TASKS_S}"]
     return [
         EXPORT,
-        "--kill-on-bad-exit=1",
-        f"--wait={WAIT_FOR_TASKS_S}",
+        *together,
         # Lost between sbatch and srun from SLURM 22.05 to 23.02.
         f"--cpus-per-task={profile.cpus_per_gpu * job.procs_per_node}",
         *profile.srun_args,
@@ -187,23 +135,39 @@ def build_script(job: Job, profile: Profile, array: Array | None = None) -> str:
     options, more = _options(job, profile, folder / "logs" / f"slurm-{pattern}.log")
     line = f"SLURM_ARRAY_TASK_ID + {1 + (array.first if array else 0)}"
     own = f'$(sed -n "$(({line}))p" {shlex.quote(str(folder / RUNS))})'
-    setup = _SETUP.format(
+    setup = batch_shell.SETUP.format(
         run=own if array else shlex.quote(str(folder)),
         log=f"{shlex.quote(str(folder / 'logs' / 'slurm-'))}{variables}.log",
     )
     python = profile.python or shlex.quote(job.python)
+    command = f"{python} -u -m submitit.core._submit {shlex.quote(str(folder / 'slurm'))}"
+    srun_args, teardown = _srun_args(job, profile), batch_shell.TEARDOWN
+    if job.is_elastic:
+        logs = [f'{flag}={shlex.quote(str(folder / "slurm" / pattern))}_"$node"_log.{end}' for flag, end in _LOGS]
+        srun = " ".join(["srun --unbuffered", *logs, shlex.join(srun_args)])
+        names = batch_shell.joined(batch_shell.START, batch_shell.JOB, batch_shell.EVENT, batch_shell.PATIENT)
+        command, teardown = f"{names}\n{_node_steps(srun, python, job)}", batch_shell.ELASTIC_TEARDOWN
+        more["no_kill"] = True
     text: str = _make_sbatch_string(
-        f"{python} -u -m submitit.core._submit {shlex.quote(str(folder / 'slurm'))}",
+        command,
         folder / "slurm",
         **options,
+        use_srun=not job.is_elastic,
         map_count=array.num if array else None,
         array_parallelism=array.parallel if array else 1,
         additional_parameters={"requeue": True, **more},
         setup=[*setup.splitlines(), *_prepare(profile)],
-        srun_args=_srun_args(job, profile),
-        teardown=_TEARDOWN.splitlines(),
+        srun_args=srun_args,
+        teardown=teardown.splitlines(),
     )
     return text + "\n"
+
+
+def _node_steps(srun: str, python: str, job: Job) -> str:
+    """Shell that starts each node's supervisor as a step of its own."""
+    size = '--nodelist="$host" --nodes=1 --ntasks=1'
+    member = f'{python} -u -m {node_steps.MEMBER} "$run" --start "$start" --node "$node"'
+    return node_steps.steps(f"{srun} {size} {member}", num=job.nodes)
 
 
 def post_name(name: str) -> str:
@@ -263,7 +227,7 @@ def _prepare(profile: Profile) -> list[str]:
     """
     lines = [f"export {key}={shlex.quote(value)}" for key, value in profile.env.items()]
     if profile.setup:
-        lines.append(_CHECK)
+        lines.append(batch_shell.CHECK)
     for line in profile.setup:
         lines += [line, f"launch_check $? {shlex.quote(line)}"]
     return lines

@@ -31,6 +31,10 @@ class LaunchPlan:
     """cuda or cpu."""
     nodes: int = 1
     """Machines."""
+    min_nodes: int = 0
+    """With at least so many of them the run goes on where others are lost; 0: only with all."""
+    spares: int = 0
+    """Machines beyond them that wait to take the place of one that is lost."""
     procs_per_node: int = 1
     """Workers on each."""
     threads_per_proc: int = 1
@@ -44,7 +48,7 @@ class LaunchPlan:
     hang_timeout_s: float | None = None
     """Seconds without a step after which the workers are taken for hung."""
     node_rank: int = 0
-    """Which node this one is."""
+    """Which node this one is; of those that train together, where these are not all (``members``)."""
     rdzv_endpoint: str = ""
     """Where torch's elastic agents meet; port 0 is any free one; empty: the job's first node decides."""
     debug: bool = False
@@ -53,6 +57,8 @@ class LaunchPlan:
     """Only measure batch sizes (`launch tune`)."""
     detach: bool = False
     """Return when the job is submitted, for slurm."""
+    keep_freed_memory: bool = False
+    """Have the workers' allocator keep what they free, on a CPU."""
     env: dict[str, str] = field(default_factory=dict)
     """Environment variables of the supervisor and its workers."""
     command: tuple[str, ...] = ()
@@ -69,6 +75,8 @@ class LaunchPlan:
     """The resolved recipe. Not in plan.json: recipe.yaml lies beside it."""
     address: str = ""
     """Where the other nodes reach this one, once they have met. Not in plan.json."""
+    members: tuple[int, ...] = ()
+    """Which of the run's nodes train together now, in their order; empty: all. Not in plan.json."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -82,6 +90,26 @@ class LaunchPlan:
         return cls(**known)
 
     @property
+    def node(self) -> int:
+        """Which of the run's nodes this one is, whichever of them train together now."""
+        return self.members[self.node_rank] if self.members else self.node_rank
+
+    @property
+    def fewest_nodes(self) -> int:
+        """With how many nodes, at least, the run trains."""
+        return self.min_nodes or self.nodes
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the run goes on without a node that is lost, and takes in nodes that come."""
+        return self.fewest_nodes < self.nodes or self.spares > 0
+
+    @property
+    def machines(self) -> int:
+        """How many are asked for: those that train, and the spare ones."""
+        return self.nodes + self.spares
+
+    @property
     def world_size(self) -> int:
         """Workers of the run."""
         return self.nodes * self.procs_per_node
@@ -89,7 +117,7 @@ class LaunchPlan:
     def to_dict(self) -> dict[str, Any]:
         """For ``plan.json``; the recipe lies beside it."""
         values = asdict(self) | {"world_size": self.world_size, "command": list(self.command)}
-        for name in ("recipe", "script", "post_script", "address"):
+        for name in ("recipe", "script", "post_script", "address", "members"):
             del values[name]
         return values
 
@@ -101,6 +129,7 @@ class LaunchPlan:
             "run dir": self.run_dir,
             "backend": self.backend,
             "workers": workers,
+            **({"elastic": self._elastic_row()} if self.is_elastic else {}),
             "device": f"{self.device}, {self.threads_per_proc} CPU threads per worker",
             "restarts": f"at most {self.max_restarts}" if self.max_restarts else "none",
             "environment": " ".join(f"{k}={shlex.quote(v)}" for k, v in self.env.items()),
@@ -115,6 +144,16 @@ class LaunchPlan:
         for title, text in (("script of the exports", self.post_script), ("script", self.script)):
             lines += ["", title, text.rstrip("\n")] if text else []
         return "\n".join(lines)
+
+    def _elastic_row(self) -> str:
+        """What becomes of the run when a node is lost."""
+        batch = self.recipe["batch"]
+        size, per_rank = batch["global_size"], batch["size"]
+        if size is None and per_rank != "auto":
+            size = self.world_size * per_rank * batch["accumulate"]
+        images = f"{size} images" if size else "its size is measured"
+        spare = f", {self.spares} spare" if self.spares else ""
+        return f"goes on with {self.fewest_nodes} or more nodes{spare}; a step is always that of {self.nodes}: {images}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from launcher.plan.profile import Profile
     from launcher.plan.request import Request
     from launcher.plan.topology import Topology
-    from launcher.recipe.schema import Recipe
+    from launcher.recipe.schema import LaunchConfig, Recipe
 
 MAX_PORT = 65_535
 _ENDPOINT = re.compile(r"(?:[^\s:/\[\]]+|\[[0-9A-Fa-f:.]+\]):0*[1-9][0-9]*")
@@ -56,7 +56,8 @@ def as_job(
     job = batch_script.Job(
         name=recipe.name,
         run_dir=run_dir,
-        nodes=recipe.launch.nodes,
+        nodes=recipe.launch.max_nodes + recipe.launch.spares,
+        is_elastic=bool(recipe.launch.min_nodes or recipe.launch.spares),
         procs_per_node=procs,
         device=device,
         python=topology.python,
@@ -87,8 +88,9 @@ def here(recipe: Recipe, topology: Topology, request: Request) -> Place:
     """This machine, or one of several that are started by hand."""
     device = _choose_device(recipe, topology)
     procs = _choose_procs(recipe, topology, device)
-    nodes, run_dir = recipe.launch.nodes, _run_dir(request)
-    endpoint, said = _choose_endpoint(nodes, request), topology.omp_num_threads or 0
+    launch, run_dir = recipe.launch, _run_dir(request)
+    nodes = launch.max_nodes
+    endpoint, said = _choose_endpoint(launch, request), topology.omp_num_threads or 0
     command: tuple[str, ...] = ("python", "-m", "launcher.node", run_dir, "--node-rank", str(request.node_rank))
     if nodes > 1:
         command += ("--nodes", str(nodes), "--procs", str(procs), "--rdzv-endpoint", endpoint)
@@ -123,8 +125,8 @@ def _backend_of(recipe: Recipe, topology: Topology, request: Request) -> str:
     launch = recipe.launch
     if launch.backend == "auto":
         by_hand = request.rdzv_endpoint is not None or request.node_rank != 0
-        more = launch.nodes > 1 or (launch.gpus != "auto" and launch.gpus > topology.num_gpus)
-        if by_hand or not (topology.has_slurm or launch.nodes > 1):
+        more = launch.max_nodes > 1 or (launch.gpus != "auto" and launch.gpus > topology.num_gpus)
+        if by_hand or not (topology.has_slurm or launch.max_nodes > 1):
             return "torchrun"
         # Several nodes with a profile are meant for its cluster also where a plan is only looked at, without SLURM.
         return "slurm" if launch.profile is not None or (topology.has_slurm and more) else "torchrun"
@@ -181,7 +183,8 @@ def _choose_procs(recipe: Recipe, topology: Topology, device: str) -> int:
     return gpus if launch.procs == "auto" else launch.procs
 
 
-def _choose_endpoint(nodes: int, request: Request) -> str:
+def _choose_endpoint(launch: LaunchConfig, request: Request) -> str:
+    nodes, started = launch.max_nodes, launch.max_nodes + launch.spares
     if nodes == 1:
         if request.node_rank or request.rdzv_endpoint:
             raise UsageError("--node-rank and --rdzv-endpoint are for more than one node; add --nodes N")
@@ -194,8 +197,8 @@ def _choose_endpoint(nodes: int, request: Request) -> str:
             "--rdzv-endpoint HOST:PORT (a name or address of node 0, an IPv6 address in brackets, and a free port "
             f"there, 1 to {MAX_PORT}), as in node0:29400 or [2001:db8::1]:29400"
         )
-    if not 0 <= request.node_rank < nodes:
-        raise UsageError(f"--node-rank {request.node_rank}: nodes are counted from 0, so at most {nodes - 1}")
+    if not 0 <= request.node_rank < started:
+        raise UsageError(f"--node-rank {request.node_rank}: nodes are counted from 0, so at most {started - 1}")
     if request.run_dir is None:
         raise UsageError(f"{nodes} nodes: give all of them the same --run-dir, on a file system they share")
     return endpoint

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from launcher.plan import place as places
 from launcher.plan import profile as profiles
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.recipe import load as recipes
+from launcher.system import allocator
 
 if TYPE_CHECKING:
     from launcher.plan.profile import Profile
@@ -43,13 +45,15 @@ def make_plan(
         place = places.here(recipe, topology, request)
     said = place.said_threads if launch.threads == "auto" else launch.threads
     threads = place.threads if launch.threads == "auto" else launch.threads
-    return LaunchPlan(
+    plan = LaunchPlan(
         run_id=request.run_id,
         name=recipe.name,
         run_dir=place.run_dir,
         backend=backend,
         device=place.device,
-        nodes=launch.nodes,
+        nodes=launch.max_nodes,
+        min_nodes=launch.min_nodes,
+        spares=launch.spares,
         procs_per_node=place.procs,
         threads_per_proc=threads,
         export_threads=said or None,
@@ -61,7 +65,7 @@ def make_plan(
         debug=request.debug,
         tune=request.tune,
         detach=request.detach,
-        env=environment(device=place.device, nodes=launch.nodes, threads=threads),
+        keep_freed_memory=launch.keep_freed_memory and place.device == "cpu" and backend != "local",
         command=place.command if backend != "local" else (),
         profile=place.profile,
         post_job=bool(place.post_script),
@@ -69,17 +73,20 @@ def make_plan(
         post_script=place.post_script,
         recipe=recipes.to_dict(recipe),
     )
+    return replace(plan, env=environment(plan))
 
 
-def environment(*, device: str, nodes: int, threads: int) -> dict[str, str]:
+def environment(plan: LaunchPlan) -> dict[str, str]:
     """What the supervisor and its workers need in theirs."""
     # A store of their own for the workers of each attempt: in the agent's they find the addresses of the one before,
     # and a restart hangs (seen with torch 2.14).
-    env = {"OMP_NUM_THREADS": str(threads), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    if device == "cpu":
+    env = {"OMP_NUM_THREADS": str(plan.threads_per_proc), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    if plan.device == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""
     else:
         env["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # counting GPUs must not start CUDA in a process that forks
-    if nodes == 1:
+    if plan.nodes == 1:
         env["GLOO_SOCKET_IFNAME"] = "lo"
-    return env
+    if plan.min_nodes or plan.spares:
+        env["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # else a lost node fills the terminals of the others with C++ stacks
+    return env | (allocator.HUGE_PAGES if plan.keep_freed_memory else {})

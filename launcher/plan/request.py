@@ -19,8 +19,10 @@ class Request:
     """``key=value`` for the recipe."""
     profile_overrides: tuple[str, ...] = ()
     """``profile.key=value`` for the cluster's profile."""
-    nodes: int | None = None
-    """``--nodes``; here and below None says that the recipe decides."""
+    nodes: int | str | None = None
+    """``--nodes``, a number or MIN:MAX; here and below None says that the recipe decides."""
+    spares: int | None = None
+    """``--spares``."""
     gpus: int | None = None
     """``--gpus``."""
     procs: int | None = None
@@ -52,11 +54,11 @@ class Request:
 
     def flags(self) -> dict[str, tuple[str, Any]]:
         """The flags as overrides of the recipe, each with its name for errors; ``--debug`` is a set of them."""
-        values = {name: getattr(self, name) for name in ("nodes", "gpus", "procs", "backend", "profile")}
+        values = {name: getattr(self, name) for name in ("nodes", "spares", "gpus", "procs", "backend", "profile")}
         flags: dict[str, tuple[str, Any]] = {
             f"launch.{name}": (f"--{name}", value) for name, value in values.items() if value is not None
         }
         if self.debug:
-            one = {"nodes": 1, "gpus": "auto", "procs": 1, "backend": "local", "profile": None}
+            one = {"nodes": 1, "spares": 0, "gpus": "auto", "procs": 1, "backend": "local", "profile": None}
             flags |= {f"launch.{name}": ("--debug", value) for name, value in one.items()}
         return flags

@@ -79,8 +79,14 @@ def _placement(recipe: Recipe) -> Iterator[Finding]:
             ("launch.procs", "launch.gpus"),
             f"found {launch.procs}, but there is one worker per GPU and launch.gpus is {launch.gpus}; leave one out",
         )
+    fewest, _, most = str(launch.nodes).rpartition(":")
+    if fewest and int(fewest) > int(most):
+        yield ("launch.nodes",), f"found {launch.nodes}; valid: MIN:MAX where MIN is not more than MAX, as in 2:4"
+    elif launch.spares and launch.max_nodes == 1:
+        text = "a spare machine takes the place of one of several: give launch.nodes (--nodes) 2 or more, or 1:2"
+        yield ("launch.spares", "launch.nodes"), text
     one = ("auto", 1)
-    if launch.backend == "local" and (launch.nodes != 1 or launch.procs not in one or launch.gpus not in one):
+    if launch.backend == "local" and (launch.max_nodes != 1 or launch.procs not in one or launch.gpus not in one):
         keys = ("launch.backend", "launch.nodes", "launch.procs", "launch.gpus")
         yield keys, "local is one process on this machine; use torchrun for more"
 
@@ -140,6 +146,9 @@ def _data(recipe: Recipe) -> Iterator[Finding]:
     if datasets.DATASETS[data.name].write:
         if problem := datasets.find_problem(data.name):
             yield ("data.name",), problem
+        if data.path is not None:
+            text = f"{data.name} are not read from a folder; for the images in {data.path} add data.name=imagefolder"
+            yield ("data.path", "data.name"), text
         return
     keys = ("data.path", "data.name")
     if data.path is None:

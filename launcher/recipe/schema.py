@@ -10,7 +10,17 @@ from pydantic import Field
 
 from launcher.images.datasets import DATASETS
 from launcher.recipe.schema_train import MetricConfig, TrainConfig
-from launcher.recipe.types import STRICT, Argument, Auto, Count, CountOrZero, Fraction, NonNegative, Positive
+from launcher.recipe.types import (
+    STRICT,
+    Argument,
+    Auto,
+    Count,
+    CountOrZero,
+    Fraction,
+    NodeRange,
+    NonNegative,
+    Positive,
+)
 
 WEIGHT_NAMES = ("DEFAULT", "IMAGENET1K_")
 """How torchvision's names of weights begin."""
@@ -225,8 +235,10 @@ class LaunchConfig:
 
     __pydantic_config__ = STRICT
 
-    nodes: Count = 1
-    """Machines."""
+    nodes: Count | NodeRange = 1
+    """Machines; MIN:MAX: go on while MIN of MAX are left, and take in those that come back; the global batch stays."""
+    spares: CountOrZero = 0
+    """Machines beyond them that wait to take the place of one that is lost."""
     gpus: Count | Auto = "auto"
     """GPUs per node, one worker each; auto: all there are. A number implies device: cuda."""
     procs: Count | Auto = "auto"
@@ -234,6 +246,9 @@ class LaunchConfig:
     threads: Count | Auto = "auto"
     """CPU threads of each worker's computations, and of the exports'; auto: OMP_NUM_THREADS, or the node's cores shared
     out (the exports have them all); measured on a CPU with batch.size: auto."""
+    keep_freed_memory: bool = True
+    """On a CPU: processes of the run keep the memory that they free for the next step, and ask for huge pages. Half as
+    long a step was measured; it costs at most what a step needs at its peak."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: cuda where a GPU is, else cpu."""
     backend: Literal["auto", "local", "torchrun", "slurm"] = "auto"
@@ -245,6 +260,17 @@ class LaunchConfig:
     """On SLURM: check every node and the network between them before training; bad nodes are named and left out."""
     max_restarts: CountOrZero = 3
     """How often the workers are started again from the last checkpoint after one died."""
+
+    @property
+    def max_nodes(self) -> int:
+        """Machines that train where none is lost."""
+        return int(str(self.nodes).rpartition(":")[2])
+
+    @property
+    def min_nodes(self) -> int:
+        """With at least so many of them the run goes on; 0: only with all."""
+        fewest, is_range, _ = str(self.nodes).partition(":")
+        return int(fewest) if is_range and int(fewest) < self.max_nodes else 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -320,7 +320,8 @@ def _describe(annotation: Any) -> str:
     """Say in words what an annotation allows, as in ``a whole number >= 1, or auto``."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
-        return " and ".join([_describe(args[0]), *_describe_limits(args[1:])]).replace(" and ", " ", 1)
+        said = next((info.description for info in args[1:] if getattr(info, "description", None)), "")
+        return str(said) or " and ".join([_describe(args[0]), *_describe_limits(args[1:])]).replace(" and ", " ", 1)
     if origin is typing.Literal:
         return ", ".join(str(a) for a in args)
     if origin in (types.UnionType, typing.Union):

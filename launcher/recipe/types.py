@@ -19,6 +19,7 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Argument = bool | int | float | str | list[bool | int | float | str] | None
 """What a recipe can pass to the user's own code."""
+NodeRange = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,5}:[1-9][0-9]{0,5}$", description="MIN:MAX, as in 2:4")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 _ADAPTERS: dict[type, TypeAdapter[Any]] = {}

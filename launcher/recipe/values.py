@@ -77,7 +77,8 @@ def read(typed: str, annotation: Any) -> Any:
     if allows_null(annotation) and typed in ("", "null"):
         return None
     is_quoted = typed[:1] in _QUOTES and typed[-1:] == typed[:1]
-    if is_quoted or not is_text(annotation):  # text, unless it is a value of another type that is allowed
+    # Text, unless it is a value of another type that is allowed; to YAML 2:4 is a number to the base of 60.
+    if is_quoted or not (is_text(annotation) or ":" in typed):
         try:
             found = yaml.safe_load(typed)
         except yaml.YAMLError:
@@ -110,11 +111,16 @@ def _has_text_keys(annotation: Any) -> bool:
 
 
 def _means_other(node: Any, annotation: Any) -> bool:
-    """Whether YAML reads a single value as one of the other types that the annotation allows."""
+    """Whether YAML reads a single value as one of the other types that the annotation allows.
+
+    Not as a number to the base of 60, which 2:4 is to YAML.
+    """
     if node.tag == _NULL:
         return allows_null(annotation) or node.value == ""
     others = {bool: "bool", int: "int", float: "float"}
-    return any(node.tag == f"{_STANDARD}{others[one]}" for one in options(annotation) if one in others)
+    return ":" not in node.value and any(
+        node.tag == f"{_STANDARD}{others[one]}" for one in options(annotation) if one in others
+    )
 
 
 def _quote(node: Any) -> None:

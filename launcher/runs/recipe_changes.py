@@ -97,6 +97,7 @@ OPEN = {
     "post.min_agreement": "",
     "post.target": "",
     "launch.nodes": "",
+    "launch.spares": "",
     "launch.gpus": "",
     "launch.procs": "",
     "launch.threads": "",

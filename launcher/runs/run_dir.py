@@ -275,16 +275,16 @@ class RunDir:
         """The folder in which the nodes exchange files before one start of a SLURM job."""
         return self.slurm / f"preflight-{start}"
 
-    def bad_nodes(self, start: str, node_rank: int) -> Path:
-        """Comma-separated names of nodes that one start of a SLURM job should leave out, as one node found."""
+    def bad_nodes(self, start: str, node_rank: int | str) -> Path:
+        """Comma-separated names of nodes that one start of a SLURM job should leave out, as one node (``*``) found."""
         return self.slurm / f"bad-{start}-{node_rank}"
 
-    def all_bad_nodes(self, start: str) -> list[Path]:
-        """Those of all nodes that have written one."""
-        return sorted(self.slurm.glob(f"bad-{start}-*"))
+    def node_left(self, start: str, node: int | str) -> Path:
+        """A node's exit code, made where it ended by itself, or else is started again; ``script``: it heard the end."""
+        return self.slurm / f"left-{start}-{node}"
 
     def job_done(self, start: str) -> Path:
-        """The run's exit code in one start of a SLURM job; made by node 0 when it has nothing left to do."""
+        """The run's exit code in one start of a SLURM job; made when all is done by the node that held rank 0."""
         return self.slurm / f"done-{start}"
 
     @property

@@ -87,12 +87,21 @@ def note_preempted(run: RunDir) -> None:
         states.move(run, "preempted")
 
 
+def nodes_left(run: RunDir) -> str:
+    """``2 of 3 nodes`` where a run that shrinks and grows trains on fewer than all now; else an empty text."""
+    status = run.read_status()
+    if status["state"] != "running" or "nodes" not in status:
+        return ""
+    nodes, most = status["nodes"], run.read_plan().nodes
+    return f"{nodes} of {most} nodes" if nodes < most else ""
+
+
 def resume_command(run: RunDir) -> str:
     """The command that resumes a run; one for each node where nodes were started by hand."""
     plan, command = run.read_plan(), f"launch resume {run}"
     if plan.backend != "torchrun" or plan.nodes == 1:
         return command
-    nodes = [f"{command} --node-rank {node} --rdzv-endpoint {plan.rdzv_endpoint}" for node in range(plan.nodes)]
+    nodes = [f"{command} --node-rank {node} --rdzv-endpoint {plan.rdzv_endpoint}" for node in range(plan.machines)]
     shown = nodes if len(nodes) <= NUM_SHOWN else [*nodes[:2], f"… up to --node-rank {len(nodes) - 1}"]
     return "".join(f"\n  {line}" for line in shown)
 

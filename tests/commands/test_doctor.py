@@ -45,7 +45,7 @@ SCHEMA = {
 }
 NAMES = [
     *("Python", "torch", "torchvision", "CUDA driver", "CUDA runtime", "cuDNN", "NCCL", "GPUs", "CPU bf16 units"),
-    *("CPU cores", "OMP_NUM_THREADS", "memory", "/dev/shm", "temporary files", "open files"),  # noqa: S108
+    *("CPU cores", "OMP_NUM_THREADS", "memory", "freed memory", "/dev/shm", "temporary files", "open files"),  # noqa: S108
     *("disk for runs", "disk for weights"),
     *("SLURM", "image formats", "ONNX Runtime", "wandb"),
 ]

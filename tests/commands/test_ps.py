@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -39,6 +40,16 @@ def test_ps_shows_every_run_below_a_folder_with_its_job(make_run, tmp_path, monk
     asked.remove("9")
     assert found["c"][:5] == ["running", "-", "-", "-", "-"]
     assert asked == ["8"]  # what is over is not asked for
+
+
+def test_ps_says_where_a_run_goes_on_with_fewer_nodes(make_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(slurm_client, "job_states", lambda ids: {job_id: JobState(state="RUNNING") for job_id in ids})
+    for name, nodes, state in (("a", 2, "running"), ("b", 3, "running"), ("c", 2, "completed")):
+        run = make_run(name, job_id="7", state=state, nodes=nodes)
+        run.write_plan(dataclasses.replace(run.read_plan(), nodes=3, min_nodes=2), run.read_launched())
+    jobs.ps(str(tmp_path / "runs"), as_json=False)
+    lines = sorted(line.split("  ")[1].strip() for line in capsys.readouterr().out.splitlines()[1:])
+    assert lines == ["completed", "running", "running on 2 of 3 nodes"]
 
 
 def test_ps_without_an_answer_of_slurm_shows_the_rest(make_run, tmp_path, monkeypatch, capsys):

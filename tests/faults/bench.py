@@ -62,11 +62,19 @@ def write_images(folder: Path) -> Path:
 class Launched:
     """A `launch` in a session of its own, with its output in a file."""
 
-    def __init__(self, folder: Path, log: Path, arguments: tuple[str, ...], env: dict[str, str], module: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        log: Path,
+        arguments: tuple[str, ...],
+        env: dict[str, str],
+        module: str,
+        enter: tuple[str, ...] = (),
+    ) -> None:
         self._log = log
         with log.open("w") as stream:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", module, *arguments],
+                [*enter, sys.executable, "-m", module, *arguments],
                 cwd=folder,
                 env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **env},
                 stdin=subprocess.DEVNULL,
@@ -168,15 +176,15 @@ class Bench:
         return made
 
     def launch(
-        self, run: Path, *changes: str, photos: Path | None = None, env=None, module: str = "launcher"
+        self, run: Path, *changes: str, photos: Path | None = None, env=None, module: str = "launcher", enter=()
     ) -> Launched:
-        """Start a run of the recipe."""
+        """Start a run of the recipe; ``enter`` comes before the command, to run it elsewhere."""
         data = f"data.path={photos or self.photos}"
-        return self._start(run, (str(RECIPE), data, *changes, "--run-dir", str(run)), env or {}, module)
+        return self._start(run, (str(RECIPE), data, *changes, "--run-dir", str(run)), env or {}, module, enter)
 
-    def resume(self, run: Path, *, env=None, module: str = "launcher") -> Launched:
+    def resume(self, run: Path, *arguments: str, env=None, module: str = "launcher") -> Launched:
         """Go on with it."""
-        return self._start(run, ("resume", str(run)), env or {}, module)
+        return self._start(run, ("resume", str(run), *arguments), env or {}, module)
 
     def ask(self, *arguments: str) -> str:
         """What another command of `launch` prints."""
@@ -191,9 +199,11 @@ class Bench:
             self._undisturbed[changes] = RunDir(path)
         return self._undisturbed[changes]
 
-    def _start(self, run: Path, arguments: tuple[str, ...], env: dict[str, str], module: str) -> Launched:
+    def _start(
+        self, run: Path, arguments: tuple[str, ...], env: dict[str, str], module: str, enter: tuple[str, ...] = ()
+    ) -> Launched:
         log = self.folder / f"output-{len(self._started)}-{run.name}.txt"
-        started = Launched(self.folder, log, arguments, {"OMP_NUM_THREADS": "1", **env}, module)
+        started = Launched(self.folder, log, arguments, {"OMP_NUM_THREADS": "1", **env}, module, enter)
         self._started.append(started)
         return started
 

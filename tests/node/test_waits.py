@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launcher.backends.slurm import task
+from launcher.backends.slurm import node_start
 from launcher.errors import exit_code_of
 from launcher.node import preflight, signals
 from launcher.plan.launch_plan import LaunchPlan
@@ -228,12 +228,12 @@ def _in_a_job(wait, code):
 
 def _preflight(folder):
     plan = LaunchPlan(run_id="a", name="a", nodes=2, address="127.0.0.1")
-    preflight.run(folder, plan, seed=7, heed=task._heed_check)
+    preflight.run(folder, plan, seed=7, heed=node_start.heed_check)
 
 
 def _meeting(folder):
     (folder / "node-0.json").touch()
-    task._wait_for(folder / "meeting", 600, "node 0 to say where the nodes meet")
+    node_start.wait_for(folder / "meeting", 600, "node 0 to say where the nodes meet")
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.plan import batch_script
-from launcher.plan.batch_script import MAX_STARTS, build_script
+from launcher.plan.batch_script import build_script
+from launcher.plan.batch_shell import MAX_STARTS
 from launcher.plan.profile import Profile
 
 LINES = st.text(st.characters(blacklist_categories=("Cs", "Cc"), blacklist_characters="\u2028\u2029"), max_size=30)

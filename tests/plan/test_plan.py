@@ -17,6 +17,7 @@ from launcher import cli, start
 from launcher.errors import UsageError
 from launcher.plan import plan as plans
 from launcher.plan import topology
+from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.plan import make_plan
 from launcher.plan.profile import Profile
 from launcher.plan.request import Request
@@ -91,6 +92,19 @@ def dry_run(monkeypatch, capsys, tmp_path, images):
             ["quickstart", "--nodes", "2", "--procs", "2", "--profile", "dev", "post.profile=template", "name=mine"],
             LOGIN,
         ),
+        (
+            "slurm_elastic",
+            [
+                *("resnet50_ft", "data.path=photos", "--nodes", "2:4", "--spares", "1", "--gpus", "8"),
+                *("--profile", "apptainer"),
+            ],
+            LOGIN,
+        ),
+        (
+            "slurm_elastic_allocation",
+            ["quickstart", "--nodes", "2:3", "--procs", "2", "--profile", "dev"],
+            dataclasses.replace(LOGIN, allocation="7"),
+        ),
     ],
 )
 def test_a_dry_run_prints_exactly_the_plan_and_it_is_golden(name, arguments, machine, dry_run):
@@ -107,6 +121,7 @@ def test_a_dry_run_prints_exactly_the_plan_and_it_is_golden(name, arguments, mac
 def test_every_golden_plan_belongs_to_a_test():
     names = {"quickstart", "debug", "resnet50_8_gpus", "resnet50_two_nodes"}
     names |= {"slurm_two_nodes", "slurm_pyxis", "slurm_apptainer", "slurm_cpu", "slurm_allocation"}
+    names |= {"slurm_elastic", "slurm_elastic_allocation"}
     assert {path.stem for path in GOLDEN.glob("*.txt")} == names
 
 
@@ -128,6 +143,44 @@ def test_auto_is_slurm_where_it_is_there_and_wanted(launch, machine, request_, b
     plan = plan_of(launch, {"login": LOGIN, "laptop": LAPTOP}[machine], **request_)
     assert plan.backend == backend
     assert bool(plan.script) == (backend == "slurm")
+
+
+@pytest.mark.parametrize(
+    ("launch", "expected"),
+    [
+        ({"nodes": 4}, (4, 0, 0, False)),
+        ({"nodes": "2:4"}, (4, 2, 0, True)),
+        ({"nodes": "4:4"}, (4, 0, 0, False)),
+        ({"nodes": "1:2", "spares": 1}, (2, 1, 1, True)),
+        ({"nodes": 2, "spares": 3}, (2, 0, 3, True)),
+    ],
+)
+def test_a_range_of_nodes_reaches_the_plan_and_the_job_has_all_machines(launch, expected):
+    plan = plan_of({**launch, "procs": 2}, LOGIN)
+    assert (plan.nodes, plan.min_nodes, plan.spares, plan.is_elastic) == expected
+    assert plan.world_size == 2 * plan.nodes
+    assert f"#SBATCH --nodes={plan.nodes + plan.spares}\n" in plan.script
+    assert ("\n#SBATCH --no-kill\n" in plan.script) == plan.is_elastic
+    assert ("--kill-on-bad-exit" in plan.script) != plan.is_elastic
+    assert LaunchPlan.from_dict(plan.to_dict()).is_elastic == plan.is_elastic
+
+
+def test_the_global_batch_of_a_run_that_shrinks_is_that_of_all_nodes_and_is_said():
+    launch = {"nodes": "2:3", "procs": 2}
+    for batch, said in (({"size": 8, "accumulate": 2}, "96 images"), ({"global_size": 50}, "50 images"), ({}, "meas")):
+        recipe = recipes.from_dict({"data": {"name": "digits"}, "launch": launch, "batch": batch})
+        (row,) = [
+            line for line in str(make_plan(recipe, LOGIN, Request(run_id="r"))).splitlines() if "elastic " in line
+        ]
+        assert "goes on with 2 or more nodes; a step is always that of 3: " in row
+        assert said in row
+
+
+def test_a_spare_node_started_by_hand_has_a_number_beyond_the_others():
+    by_hand = {"rdzv_endpoint": "n0:1", "run_dir": "/r"}
+    assert plan_of({"nodes": "1:2", "spares": 1}, node_rank=2, **by_hand).node_rank == 2
+    with pytest.raises(UsageError, match=r"--node-rank 3: nodes are counted from 0, so at most 2"):
+        plan_of({"nodes": "1:2", "spares": 1}, node_rank=3, **by_hand)
 
 
 def test_a_job_must_say_what_it_needs():
@@ -459,6 +512,8 @@ GPU 2: NVIDIA A100-SXM4-40GB (UUID: GPU-1b000000-d72c-4106-c12f-20bd9faed9f6)
         ("GPU-1b,GPU-8932a", 2),
         ("GPU-1b,GPU-dead,GPU-8932a", 1),
         ("MIG-4b", 1),
+        ("2", 1),
+        ("GPU-1b", 1),
         ("MIG-4b,MIG-5c", 1),  # a process sees one
         ("MIG-dead", 0),
     ],
@@ -471,9 +526,17 @@ def test_gpus_are_those_that_cuda_sees(visible, num, monkeypatch, tmp_path):
     assert topology.detect().num_gpus == num
 
 
+@pytest.mark.parametrize("visible", ["GPU-8932f", "MIG-4b000000", "0"])
+def test_where_nobody_tells_their_names_those_of_the_list_are_believed(visible, monkeypatch):
+    """Without nvidia-smi, as in many containers."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(topology, "listed_gpus", lambda: (["", ""], []))
+    assert topology.detect().num_gpus == 1
+
+
 def test_a_list_of_gpus_makes_none_on_a_machine_without(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    monkeypatch.setattr(topology, "_listed", lambda: ([], []))
+    monkeypatch.setattr(topology, "listed_gpus", lambda: ([], []))
     assert topology.detect().num_gpus == 0
 
 
@@ -481,6 +544,7 @@ def test_a_list_of_gpus_makes_none_on_a_machine_without(monkeypatch, tmp_path):
     ("script", "num"),
     [
         ("echo 'GPU 0: NVIDIA A100 (UUID: a)'; echo '  MIG 1g.5gb Device 0: (UUID: b)'; echo 'GPU 1: NVIDIA A100'", 2),
+        ('for gpu in 0 1; do echo "GPU $gpu: A100 (UUID: $gpu)"; echo "  MIG 1g.5gb Device 0: (UUID: m$gpu)"; done', 1),
         ("echo 'No devices were found'", 0),
     ],
 )

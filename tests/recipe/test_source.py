@@ -212,7 +212,17 @@ def test_a_flag_does_not_hide_that_its_section_is_no_mapping(section, problems):
 @pytest.mark.parametrize(
     ("flag", "value", "expected"),
     [
-        ("nodes", 0, "command line (--nodes 0): launch.nodes: found 0; valid: a whole number >= 1"),
+        (
+            "nodes",
+            0,
+            "command line (--nodes 0): launch.nodes: found 0; valid: a whole number >= 1, or MIN:MAX, as in 2:4",
+        ),
+        (
+            "nodes",
+            "0:2",
+            "command line (--nodes 0:2): launch.nodes: found '0:2'; valid: a whole number >= 1, or MIN:MAX, as in 2:4",
+        ),
+        ("spares", -1, "command line (--spares -1): launch.spares: found -1; valid: a whole number >= 0"),
         ("gpus", -1, "command line (--gpus -1): launch.gpus: found -1; valid: a whole number >= 1, or auto"),
         (
             "backend",

@@ -3,54 +3,14 @@
 from __future__ import annotations
 
 import os
-import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
 
-CLUSTER = Path(__file__).parents[2] / "slurm" / "dev" / "cluster"
+from tests.slurm.cluster import ClusterCommand
+
 FOLDERS = Path("/tmp")  # noqa: S108 - a socket's path is short, pytest's own folders are not
 CANNOT = 3
-
-
-def _environment(folder):
-    """The user's environment, less what speaks of another cluster."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "SQUEUE_", "SINFO_"))}
-    return inherited | {"FTL_CLUSTER_DIR": str(folder)}
-
-
-class ClusterCommand:
-    """``slurm/dev/cluster`` on a folder of its own."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.environment = _environment(folder)
-
-    def run(self, *arguments):
-        """Run it to its end, whatever that is."""
-        return subprocess.run(
-            [CLUSTER, *arguments], check=False, capture_output=True, text=True, env=self.environment, timeout=250
-        )
-
-    def start(self, *arguments):
-        """Start it, and return while it runs."""
-        return subprocess.Popen(
-            [CLUSTER, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=self.environment
-        )
-
-    def up(self, *arguments):
-        """Bring it up, and return the environment of its users."""
-        done = self.run("up", *arguments)
-        assert done.returncode == 0, done.stderr
-        (line,) = done.stdout.splitlines()
-        name, value = line.removeprefix("export ").split("=", 1)
-        return self.environment | {name: shlex.split(value)[0]}
-
-    def down(self):
-        """Take it down, however much of it there is."""
-        done = self.run("down")
-        assert done.returncode == 0, done.stderr
 
 
 def _cannot(reason):

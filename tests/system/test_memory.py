@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import mmap
 import multiprocessing
 import os
 import resource
@@ -266,9 +267,10 @@ def test_without_a_limit_there_is_none():
 def test_the_sizes_of_this_process_are_in_bytes():
     def touched():
         before = host_memory.status_bytes("VmRSS")
-        taken = b"x" * (64 * MIB)
-        grown = host_memory.status_bytes("VmRSS") - before
-        del taken
+        with mmap.mmap(-1, 64 * MIB) as taken:  # not from the heap, which may hold as much that is free
+            for _ in range(64):
+                taken.write(b"x" * MIB)
+            grown = host_memory.status_bytes("VmRSS") - before
         return grown, host_memory.status_bytes("VmHWM") - before
 
     grown, peak = in_child(touched)

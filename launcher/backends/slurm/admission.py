@@ -104,7 +104,8 @@ def check_step(plan: LaunchPlan) -> None:
     Raises:
         PreflightError: it is too small; says in what, all at once.
     """
-    job_id, nodes, workers = os.environ.get("SLURM_JOB_ID"), plan.nodes, plan.procs_per_node
+    job_id, workers = os.environ.get("SLURM_JOB_ID"), plan.procs_per_node
+    nodes = plan.machines
     has = f"the allocation {job_id} holds"
     held = int(os.environ.get("SLURM_JOB_NUM_NODES", nodes))
     cpus = sorted(_cpus_per_node(os.environ.get("SLURM_JOB_CPUS_PER_NODE", "")), reverse=True)[:nodes]
@@ -112,7 +113,9 @@ def check_step(plan: LaunchPlan) -> None:
     wanted = _profile(plan).cpus_per_gpu * workers
     problems = []
     if nodes > held:
-        problems.append(f"--nodes {nodes}: {has} {held}; ask for more (salloc --nodes={nodes}) or give --nodes {held}")
+        asked = f"--nodes {plan.nodes}" + (f" --spares {plan.spares}" if plan.spares else "")
+        fewer = f"--nodes {held}" if held <= plan.nodes else f"--spares {held - plan.nodes}"
+        problems.append(f"{asked}: {has} {held}; ask for more (salloc --nodes={nodes}) or give {fewer}")
     if cpus and wanted > cpus[-1]:
         fits = cpus[-1] // workers
         problems.append(
@@ -232,7 +235,7 @@ def _nodes(cluster: Cluster, plan: LaunchPlan, chosen: Sequence[str]) -> Iterato
     """Whether enough nodes have what is asked for."""
     fitting = [node for node in cluster.nodes if node.partition in chosen]
     fitting = list({node.name: node for node in fitting}.values())
-    total, wanted = len(fitting), plan.nodes
+    total, wanted = len(fitting), plan.machines
     asked = f"{wanted} node{'s' if wanted > 1 else ''}"
     where = ", ".join(chosen)
     for what, has in _needs(plan):

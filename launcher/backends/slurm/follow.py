@@ -33,15 +33,19 @@ SAFE_S = 5
 """How far the clocks of the controller and a node may be apart for a requeued job to start again early."""
 
 
-def follow(job_id: str, log: Path) -> None:
-    """Show a job's log, and what becomes of the job, until it is over."""
+def follow(job_id: str, *logs: Path) -> None:
+    """Show a job's logs, and what becomes of the job, until it is over."""
     shown: JobState | None = None
-    position, has_run = 0, False
+    positions, has_run = dict.fromkeys(logs, 0), False
+
+    def show_new() -> None:
+        for log in logs:
+            positions[log] = _print_from(log, positions[log])
 
     def is_over() -> bool:
-        nonlocal shown, position, has_run
+        nonlocal shown, has_run
         state = _states([job_id])[job_id]
-        position = _print_from(log, position)
+        show_new()
         if state != shown and state.state in ("PENDING", "RUNNING"):
             reason = f" ({state.reason})" if state.reason not in ("", "None") else ""
             where = f" on {state.nodes}" if state.nodes else reason
@@ -53,7 +57,7 @@ def follow(job_id: str, log: Path) -> None:
         return state.over
 
     wait_until(is_over, timeout_s=None, heed=lambda: None, every_s=POLL_S)  # a signal ends it by an exception
-    _print_from(log, position)
+    show_new()
 
 
 def _start_early(job_id: str) -> None:
@@ -122,7 +126,7 @@ def conclude(run: RunDir, job_id: str) -> None:
     job = _states([job_id])[job_id]
     state = whereabouts.settle(run, job)
     is_trained = state in whereabouts.TRAINED
-    if is_trained and job.state in ("COMPLETED", "UNKNOWN"):
+    if is_trained and (job.state in ("COMPLETED", "UNKNOWN") or _ended_by_a_node(run)):
         return
     if is_trained and job.state == "CANCELLED":
         raise InterruptedRunError(f"job {job_id} was cancelled after training; its exports: launch export {run}")
@@ -133,6 +137,12 @@ def conclude(run: RunDir, job_id: str) -> None:
     raise _error(job_id)(
         f"job {job_id} ended as {job.state}\n{diagnose.explain(run, job, job_end.explain)}\nmore: launch why {run}"
     )
+
+
+def _ended_by_a_node(run: RunDir) -> bool:
+    """Whether a node has ended the job, all done, since its batch script was lost: SLURM calls that cancelled."""
+    said = max(run.slurm.glob("done-*"), key=lambda file: file.stat().st_mtime, default=None)
+    return run.read_plan().is_elastic and said is not None and said.read_text(encoding="utf-8").strip() == "0"
 
 
 def _error(job_id: str) -> type[LaunchError]:

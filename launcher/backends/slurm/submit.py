@@ -60,7 +60,9 @@ def submit(plan: LaunchPlan) -> int:
 def _follow(run: RunDir, plan: LaunchPlan, job_id: str, post_id: str | None) -> None:
     """Follow a run's job, and that of its exports, to the end, or until somebody does not want to any more."""
     try:
-        slurm_follow.follow(job_id, run.supervisor_log(job_id, 0))
+        # Where the run goes on without a node, any other may have the word.
+        speakers = range(plan.machines if plan.is_elastic else 1)
+        slurm_follow.follow(job_id, *(run.supervisor_log(job_id, node) for node in speakers))
         slurm_follow.conclude(run, job_id)
         if post_id:
             slurm_follow.follow(post_id, run.supervisor_log(post_id, 0))
@@ -184,14 +186,14 @@ def _run_step(run: RunDir, plan: LaunchPlan) -> int:
         if not told:
             process.send_signal(signal.SIGUSR2)  # which srun hands on
         elif number == signal.SIGINT:
-            process.terminate()  # it then has its tasks killed
+            os.killpg(process.pid, signal.SIGTERM)  # each srun then has its tasks killed
         told.append(number)
 
     before = {number: signal.signal(number, stop) for number in processes.heeded()}
     earlier = set(run.slurm.glob("done-*"))
     try:
         code = process.wait()
-        for said in set(run.slurm.glob("done-*")) - earlier:  # by the first node, for the whole run
+        for said in sorted(set(run.slurm.glob("done-*")) - earlier):  # for the whole run; the last word counts
             code = int(said.read_text(encoding="utf-8"))
     finally:
         for number, handler in before.items():

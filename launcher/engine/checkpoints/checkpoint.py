@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from launcher.engine.non_finite import non_finite_names
 from launcher.errors import TrainingError
+from launcher.runs import generations
 from launcher.system.files import fsync, write_json_atomic
 
 if TYPE_CHECKING:
@@ -154,6 +155,7 @@ class CheckpointWriter:
             checkpoint.arrived()
             start = time.monotonic()
             folder = write(self._run, checkpoint)
+            generations.leave_if_over()
             if checkpoint.step >= self._last_step:
                 _point(self._run.last_checkpoint, folder)
                 self._last_step = checkpoint.step
@@ -189,6 +191,7 @@ def write(run: RunDir, checkpoint: Checkpoint) -> Path:
     for file in (*beside.iterdir(), beside):
         fsync(file)
     old = target.with_name(f".{target.name}{REPLACED}")
+    generations.leave_if_over()
     if target.exists():  # the same step once more: at the end of an epoch, or after a resume from the one before it
         target.rename(old)
     beside.rename(target)

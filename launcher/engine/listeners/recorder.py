@@ -10,7 +10,7 @@ import time
 from typing import IO, TYPE_CHECKING, Any
 
 from launcher.recipe import metrics as recipe_metrics
-from launcher.runs import findings, states
+from launcher.runs import findings, generations, states
 from launcher.tracking.wandb import Tracker
 
 if TYPE_CHECKING:
@@ -150,6 +150,7 @@ class Recorder:
 
     def _write(self, write: Callable[[], object]) -> None:
         """Write to the run directory; what a full disk does not take now is kept, in its order, for the next time."""
+        generations.leave_if_over()
         with self._writing:  # the checkpoint's thread has events to tell
             self._unwritten.append(write)
             try:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from launcher.engine import data, numerics
 from launcher.engine.numerics import Preference
 from launcher.engine.schedule import Batching
+from launcher.engine.setup import full_world_size
 from launcher.engine.tuning import cache as tuning_cache
 from launcher.engine.tuning.batch_search import Attempt, BatchSearch, Found, NothingFitsError
 from launcher.engine.tuning.batch_shares import RankBatch, deal
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from launcher.engine.setup import DataSets
     from launcher.engine.tuning.probe import Probe
     from launcher.engine.tuning.rank_probes import DeviceFacts
-    from launcher.recipe.schema import Recipe
+    from launcher.recipe.schema import BatchConfig, Recipe
     from launcher.runs.run_dir import RunDir
     from launcher.system.memory import FreeMemory
 
@@ -87,8 +88,9 @@ def tune_rank(
 
     Returns:
         JSON: rank, host, device, total_bytes, free_bytes, budget_bytes, limit, batch_size, max_size, images_per_s,
-        needed_bytes, attempts, compared, num_probes, workers, threads, loading, seconds, and from: ``run``, ``cache``
-        ``probes`` or ``peer``; or ``{"stopped": true}``; or ``{error, kind}``, of kind usage or training.
+        needed_bytes, attempts, compared, num_probes, workers, threads, loading, seconds, and from: ``run``, ``alike``
+        (another rank in the run), ``cache``, ``probes`` or ``peer``; or ``{"stopped": true}``; or ``{error, kind}``, of
+        kind usage or training.
     """
 
     def heed_stop() -> None:
@@ -107,7 +109,7 @@ def tune_rank(
         report = None if fresh else _kept(run, who, ranks)
         if report is None and (other := measurer(everyone, ranks.rank)) != ranks.rank:
             report = peers.hear(other) | {"from": "peer"}
-        report = report or _find(probes, facts, recipe, ranks, device, data_sets, fresh=fresh)
+        report = report or _find(probes, facts, recipe, _all_of(run, ranks), device, data_sets, fresh=fresh)
     except StoppedError:
         report = {"stopped": True}
     except PeerEndedError as ended:
@@ -118,6 +120,11 @@ def tune_rank(
         report = {"error": str(error), "kind": "training"}
     peers.tell(report)
     return report | who
+
+
+def _all_of(run: RunDir, ranks: Ranks) -> Ranks:
+    """This rank among all that a run may have, which shrinks and grows: a step's samples are for them."""
+    return replace(ranks, world_size=max(ranks.world_size, full_world_size(run)))
 
 
 def _introduce(facts: DeviceFacts, ranks: Ranks, device: Device) -> Introduction:
@@ -207,14 +214,12 @@ def agree(run: RunDir, recipe: Recipe, ranks: Ranks, own: dict[str, Any], say: C
         raise (UsageError if errors[0]["kind"] == "usage" else TrainingError)(text)
     if any("stopped" in one for one in found):
         raise StoppedError
-    if all(one["from"] == "run" for one in found):
-        return _read(run)
-    batching = deal(
-        [RankBatch(**{name: one[name] for name in RankBatch.__dataclass_fields__}) for one in found],
-        global_size=recipe.batch.global_size,
-        accumulate=recipe.batch.accumulate,
-    )
-    if ranks.rank == 0:
+    kept = _read(run)
+    if kept and all(one["from"] == "run" for one in found):
+        return kept
+    full_size = full_world_size(run)
+    batching = _deal(found, recipe.batch, kept if full_size else None, full_size)
+    if ranks.rank == 0 and not (full_size and kept):  # else what the run began with stays, for when all nodes are back
         scaled = recipe.optim.lr_batch_size or recipe.batch.global_size
         hint = "" if scaled else f"; optim.lr={recipe.optim.lr:g} is not scaled to it (optim.lr_batch_size)"
         say(f"batch sizes {_brief(batching.batch_sizes)}, global batch {batching.global_batch_size}{hint}")
@@ -227,6 +232,19 @@ def agree(run: RunDir, recipe: Recipe, ranks: Ranks, own: dict[str, Any], say: C
         )
     dist.barrier(group=group)
     return batching
+
+
+def _deal(found: list[Any], config: BatchConfig, kept: Batching | None, full_size: int) -> Batching:
+    """By what the ranks found; a run that shrinks and grows keeps the global batch that it began with.
+
+    Where it began with less than all of its ranks, that is as many samples as all of them would take.
+    """
+    measured = [RankBatch(**{name: one[name] for name in RankBatch.__dataclass_fields__}) for one in found]
+    global_size = kept.global_batch_size if kept else config.global_size
+    batching = deal(measured, global_size=global_size, accumulate=config.accumulate)
+    if global_size is not None or not full_size:
+        return batching
+    return replace(batching, global_batch_size=batching.global_batch_size * full_size // len(found))
 
 
 def _brief(sizes: tuple[int, ...]) -> str:
@@ -288,20 +306,27 @@ def _row(attempt: Attempt) -> dict[str, Any]:
 
 
 def _kept(run: RunDir, known: dict[str, Any], ranks: Ranks) -> dict[str, Any] | None:
-    """What this rank found in an earlier attempt of the run, if it has such a device again among as many ranks."""
+    """What this rank found in an earlier attempt of the run, if it has such a device again among as many ranks.
+
+    In a run that shrinks and grows the ranks change: there it is what any rank found on such a device.
+    """
     try:
         found = json.loads(run.tuning.read_text(encoding="utf-8"))["ranks"]
     except FileNotFoundError:
         return None
-    if len(found) != ranks.world_size:
+    alike = [one for one in found if all(one[name] == known[name] for name in ("device", "total_bytes"))]
+    if len(found) == ranks.world_size and found[ranks.rank] in alike:
+        own: dict[str, Any] = found[ranks.rank]
+        return own | {"from": "run"}
+    return alike[0] | {"from": "alike"} if alike and run.read_plan().is_elastic else None
+
+
+def _read(run: RunDir) -> Batching | None:
+    """What the ranks have agreed on in an earlier attempt; None: nothing yet."""
+    try:
+        kept = json.loads(run.tuning.read_text(encoding="utf-8"))["batching"]
+    except FileNotFoundError:
         return None
-    own: dict[str, Any] = found[ranks.rank]
-    same = all(own[name] == known[name] for name in ("device", "total_bytes"))
-    return own | {"from": "run"} if same else None
-
-
-def _read(run: RunDir) -> Batching:
-    kept = json.loads(run.tuning.read_text(encoding="utf-8"))["batching"]
     return Batching(
         batch_sizes=tuple(kept["batch_sizes"]),
         shares=tuple(kept["shares"]),
