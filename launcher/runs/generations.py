@@ -184,5 +184,6 @@ def leave_if_over() -> None:
     It may have stood still (a network that was cut, a machine that was paused) while the other nodes went on.
     """
     following = os.environ.get(NEXT_VARIABLE)
-    if following and is_listed(Path(following)):
-        os._exit(EXIT_RESUMABLE)
+    with contextlib.suppress(OSError):  # what is written next tells of it
+        if following and is_listed(Path(following)):
+            os._exit(EXIT_RESUMABLE)
