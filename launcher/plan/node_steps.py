@@ -80,7 +80,8 @@ def steps(srun: str, *, num: int) -> str:
         srun: the command that starts one, with the shell's ``$node`` and ``$host``.
         num: of nodes; an allocation may hold more.
     """
-    values = {"SRUN": srun, "NUM": num, "MAX_DEATHS": MAX_DEATHS, "CALM_S": CALM_S, "LINGER_S": LINGER_S}
+    # The command comes last: its own words stay as they are.
+    values = {"NUM": num, "MAX_DEATHS": MAX_DEATHS, "CALM_S": CALM_S, "LINGER_S": LINGER_S, "SRUN": srun}
     text = _STEPS.lstrip()
     for name, value in values.items():
         text = text.replace(f"@{name}@", str(value))
