@@ -7,6 +7,7 @@ import secrets
 import shutil
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,12 @@ from launcher.plan import profile as profiles
 from launcher.plan.launch_plan import Launched, LaunchPlan
 from launcher.runs.run_dir import RunDir
 
-COLUMNS = ("host", "address", "torch", "cuda", "nccl", "driver", "num_gpus", "free_gb")
+COLUMNS = (
+    *("host", "address", "torch", "cuda", "nccl", "driver", "num_gpus", "free_gb"),
+    *("within_gb_s", "between_gb_s"),
+)
+ROUNDED = {"free_gb": 0, "within_gb_s": 1, "between_gb_s": 1}
+"""Columns that are shown with so many decimals."""
 
 
 def run(nodes: int, *, gpus: int | None, profile_name: str | None, as_json: bool) -> int:
@@ -60,9 +66,10 @@ def run(nodes: int, *, gpus: int | None, profile_name: str | None, as_json: bool
         device="cuda" if gpus else "cpu",
         nodes=nodes,
         procs_per_node=job.procs_per_node,
-        env=plans.environment(device=job.device, nodes=nodes, threads=profile.cpus_per_gpu),
+        threads_per_proc=profile.cpus_per_gpu,
         profile=profile,
     )
+    plan = replace(plan, env=plans.environment(plan))
     folder.mkdir(parents=True)
     try:
         RunDir(folder).write_plan(plan, Launched())
@@ -93,12 +100,21 @@ def _ask(command: tuple[str, ...], folder: Path, env: dict[str, str]) -> dict[st
 def _print(found: dict[str, Any]) -> None:
     rows = [tuple(name for name in COLUMNS)]
     for facts in found["facts"]:
-        values = {**facts, "free_gb": f"{facts['free_gb']:.0f}"}
-        rows.append(tuple("-" if values[name] is None else str(values[name]) for name in COLUMNS))
+        values = [facts[name] for name in COLUMNS]
+        rows.append(tuple(map(_cell, COLUMNS, values)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for facts in found["facts"]:
+        if facts["slow"]:
+            print(f"slow: {facts['host']}: {facts['slow']}")
     for host, problem in found["problems"].items():
         print(f"problem: {host}: {problem}" if host != "*" else f"problem: {problem}")
     if not found["problems"]:
         print(f"ok: an all-reduce over {len(found['facts'])} nodes works")
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.{ROUNDED[name]}f}" if name in ROUNDED else str(value)

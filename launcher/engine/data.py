@@ -20,6 +20,7 @@ from launcher.engine.user.dataset import UserDataset
 from launcher.engine.user.transform import UserTransform
 from launcher.images import datasets, pixels
 from launcher.images import folder as image_folder
+from launcher.system.numa import Place
 from launcher.system.processes import STOP_SIGNALS, die_with_parent
 
 if TYPE_CHECKING:
@@ -233,8 +234,9 @@ def num_loader_workers(config: DataConfig, ranks: Ranks) -> int:
 
 
 def num_rank_cores(ranks: Ranks) -> int:
-    """Cores of each of the node's workers."""
-    return max(1, num_cores() // ranks.local_world_size)
+    """Cores of each of the node's workers: its share of those near its GPU, or of all."""
+    place = Place.told(ranks.local_rank)
+    return place.num_cores if place else max(1, num_cores() // ranks.local_world_size)
 
 
 def _collate(samples: list[Batch]) -> Batch:

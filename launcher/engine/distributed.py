@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import socket
+import time
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from launcher.runs.generations import NODE_VARIABLE
+from launcher.runs.heartbeats import JOINING, MEETING, group_timeout_s
 from launcher.runs.run_dir import ATTEMPT_VARIABLE
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from launcher.engine.device import Device
 
+HERE, ALL_HERE = "launcher/here", "launcher/all-here"
+"""Keys of the store: how many ranks have come, and that all have."""
+MEET_FIRST_S, MEET_MOST_S = 0.01, 0.5
+"""Between two looks: most ranks come together, and a thousand that wait for one must not crowd the store."""
+LATE_S = 1800.0
+"""How much later than another a rank may come; measuring batch sizes takes minutes."""
+ANSWER_S = 5.0
+"""How long a machine gets to answer."""
 NUM_RECORDED = 2000
 """Collectives that NCCL's flight recorder keeps; torch's own documentation takes as many."""
 
@@ -50,12 +64,15 @@ class Ranks:
         return cls(**{field: int(os.environ[name]) for field, name in names.items() if name in os.environ})
 
 
-def record_collectives(dump: Path, pipe: Path) -> None:
+def record_collectives(dump: Path, pipe: Path, hang_timeout_s: float | None) -> None:
     """Have NCCL's flight recorder keep the last collectives, and write them down on a timeout or when it is asked to.
+
+    torch's own monitor of NCCL is to wait longer than the watchdog: it ends a worker that hangs in CUDA without a word.
 
     Args:
         dump: beginning of the names of its files.
         pipe: beginning of the names of the pipes through which it is asked.
+        hang_timeout_s: of the recipe.
     """
     values = {
         "TORCH_FR_BUFFER_SIZE": NUM_RECORDED,
@@ -64,34 +81,105 @@ def record_collectives(dump: Path, pipe: Path) -> None:
         "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": dump,
         "TORCH_NCCL_DEBUG_INFO_PIPE_FILE": pipe,
         "TORCH_NCCL_DUMP_ON_TIMEOUT": 1,
+        "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": int(group_timeout_s(hang_timeout_s)),
     }
     for name, value in values.items():
         os.environ.setdefault(name, str(value))
 
 
-def init_process_group(device: Device, ranks: Ranks) -> None:
-    """Join the run's process group; a single worker without an agent gets one of its own, so there is one road."""
+def init_process_group(
+    device: Device,
+    ranks: Ranks,
+    *,
+    hang_timeout_s: float | None = None,
+    at: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Join the run's process group; a single worker without an agent gets one of its own, so there is one road.
+
+    Args:
+        device: where this rank computes.
+        ranks: who it is.
+        hang_timeout_s: of the recipe; the watchdog, which knows what each worker was doing, is to go before torch.
+        at: told what this rank is about to do, and again each second where it waits for a rank that comes late.
+    """
+    timeout = timedelta(seconds=group_timeout_s(hang_timeout_s))
     options: dict[str, Any] = {"device_id": device.torch_device} if device.is_cuda else {}
-    if "MASTER_ADDR" not in os.environ:
-        options |= {"store": dist.HashStore(), "rank": ranks.rank, "world_size": 1}
-    dist.init_process_group(device.process_group_backend, **options)
+    at(MEETING)
+    store = _meet(ranks, timeout, at)
+    at(JOINING)
+    options |= {"rank": ranks.rank, "world_size": ranks.world_size}
+    dist.init_process_group(device.process_group_backend, store=store, timeout=timeout, **options)
 
 
-def agents_store() -> dist.Store | None:
-    """The store of torch's agent, where ranks can meet before they join the process group; None: there is no agent.
+def _meet(ranks: Ranks, timeout: timedelta, at: Callable[[str], None]) -> dist.Store:
+    """Wait until all ranks are here; return the store by which they form their process group."""
+    alive = functools.partial(at, MEETING)
+    store = agents_store(ranks, alive, timeout)
+    if store is None:
+        return dist.HashStore()
+    if store.add(HERE, 1) == ranks.world_size:
+        store.set(ALL_HERE, "")
+    _wait(lambda: store.check([ALL_HERE]), timeout, alive)
+    return dist.PrefixStore("default_pg", store)
 
-    The agent may keep it when it starts the workers again: what they left there is nothing to the next attempt.
+
+def agents_store(
+    ranks: Ranks, alive: Callable[[], object], timeout: timedelta = timedelta(seconds=LATE_S)
+) -> dist.Store | None:
+    """The store of this attempt, where ranks can meet before they join the process group; None: there is no agent.
+
+    torch would wait in C code for all ranks to open it, where this one could neither heed a stop nor say that it lives.
+    The agent may keep the store when it starts the workers again: what they left there is nothing to the next attempt.
+
+    Args:
+        ranks: who this is.
+        alive: called again and again while nobody serves it yet; may raise.
+        timeout: for that, and for answers.
     """
     if "MASTER_ADDR" not in os.environ:
         return None
-    return dist.PrefixStore(f"attempt-{os.environ.get(ATTEMPT_VARIABLE)}", _open_store())
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serves = ranks.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if not serves:
+        _wait(lambda: _listens(host, port), timeout, alive)
+    store = _open_store(host, port, serves=serves)
+    store.set_timeout(timeout)
+    return dist.PrefixStore(f"attempt-{os.environ.get(ATTEMPT_VARIABLE)}", store)
 
 
 @functools.cache
-def _open_store() -> dist.Store:
+def _open_store(host: str, port: int, *, serves: bool) -> dist.TCPStore:
     """Opened once: where the agent does not share its store, rank 0 serves it for as long as it keeps it."""
-    store: dist.Store = next(dist.rendezvous("env://"))[0]
-    return store
+    return dist.TCPStore(host, port, is_master=serves, wait_for_workers=False)
+
+
+def _wait(is_ready: Callable[[], bool], timeout: timedelta, alive: Callable[[], object]) -> None:
+    """Wait for ranks that come late.
+
+    One may be measuring its batch size; if it hangs, the watchdog of its own node finds it. So this one says that it
+    lives; but not where a machine does not answer, nor for ever.
+    """
+    start, pause_s = time.monotonic(), MEET_FIRST_S
+    while True:
+        waited = time.monotonic() - start
+        with contextlib.suppress(OSError):
+            if is_ready():
+                return
+            if waited < LATE_S:
+                alive()
+        if waited > timeout.total_seconds():
+            raise dist.DistStoreError(f"after {waited:.0f} s not all workers have come together")
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, MEET_MOST_S)
+
+
+def _listens(host: str, port: int) -> bool:
+    """Whether somebody listens there. Raises OSError where the machine does not answer."""
+    try:
+        socket.create_connection((host, port), timeout=ANSWER_S).close()
+    except ConnectionRefusedError:
+        return False
+    return True
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
@@ -121,10 +209,12 @@ class Agreement:
 
     Args:
         num_wishes: how many kinds of wishes there are.
+        hang_timeout_s: of the recipe.
     """
 
-    def __init__(self, num_wishes: int) -> None:
-        self._group: Any = dist.new_group(backend="gloo")
+    def __init__(self, num_wishes: int, hang_timeout_s: float | None = None) -> None:
+        timeout = timedelta(seconds=group_timeout_s(hang_timeout_s))
+        self._group: Any = dist.new_group(backend="gloo", timeout=timeout)
         self._num_wishes = num_wishes
         self._pending: tuple[torch.Tensor, Any] | None = None
 

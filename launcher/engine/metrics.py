@@ -40,7 +40,8 @@ class TrainTotals:
             return
         hits = _hits(logits, labels)
         counts = torch.stack([loss_sum.double(), hits[:, 0].sum(), hits.sum(), hits.new_full((), len(labels))])
-        self._sums += counts.where(loss_sum.isfinite(), 0.0)
+        # With a number in its place torch.where would copy that to the GPU, and wait for it.
+        self._sums += counts.masked_fill(loss_sum.isfinite().logical_not(), 0.0)
 
     def restore(self, sums: Sequence[float]) -> None:
         """Go on from sums over all ranks, which one rank takes over."""

@@ -61,7 +61,7 @@ class Trainer:
         self._stop_requested = stop_requested
         self._alive = alive
         self._memory_kills = memory_kills
-        self._agreement = distributed.Agreement(num_wishes=3)
+        self._agreement = distributed.Agreement(num_wishes=3, hang_timeout_s=self.recipe.train.hang_timeout_s)
         self.state = TrainingState(parts, self._agreement.gather(parts.device.total_memory()))
         self._listeners = build_listeners(parts, recorder)
         self._saving = Saving(parts, self.state, recorder, self._listeners)

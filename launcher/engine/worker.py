@@ -3,38 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import faulthandler
 import functools
+import itertools
 import os
-import re
 import sys
 import time
 import traceback
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from launcher.engine.device import Device, is_out_of_memory
+from launcher.engine.device import Device
 from launcher.engine.distributed import Ranks, init_process_group, record_collectives
+from launcher.engine.error_kinds import error_kind, error_record
 from launcher.engine.listeners.recorder import Recorder
 from launcher.engine.loading.handover import heed_stop_signal
-from launcher.engine.micro_batch import ExchangeMemoryError
 from launcher.engine.setup import build_parts, open_data_sets
 from launcher.engine.stopping import StopFlag
 from launcher.engine.trainer import Trainer
 from launcher.engine.tuning import autotune
-from launcher.errors import EXIT_FAILED, EXIT_RESUMABLE, LaunchError, MachineError
+from launcher.errors import EXIT_FAILED, EXIT_RESUMABLE
 from launcher.recipe import load as recipes
 from launcher.runs import findings
-from launcher.runs.heartbeats import DUMP_SIGNAL
+from launcher.runs.heartbeats import BUILDING, DUMP_SIGNAL, FIRST, MEASURING, STARTING, TRAINING
 from launcher.runs.run_dir import ATTEMPT_VARIABLE, MEMORY_KILLS_VARIABLE, RunDir, WorkerSpec, node_name
 from launcher.system import console
 from launcher.system import memory as host_memory
 from launcher.system.files import write_json_atomic
+from launcher.system.numa import Place, show_cores
 from launcher.system.processes import die_with_parent, offer_to_kernel, telling_signal
 from launcher.system.redact import redact
 
@@ -47,20 +46,8 @@ if TYPE_CHECKING:
     from launcher.recipe.schema import Recipe
     from launcher.runs.heartbeats import Heartbeats
 
-SHORTAGES = (
-    "shared memory",  # torch: "unable to open", "unable to allocate", and its advice after a bus error
-    "Bus error",
-    "Too many open files",
-    "ancdata",  # Python: what came of a file that could not be opened any more
-    "can't start new thread",
-)
-"""How torch and Python say, in a RuntimeError, that the machine or the shell's limits lack something."""
-PACKAGE, PYTHON = Path(__file__).resolve().parents[1], Path(os.__file__).resolve().parent
-LOADER_TRACEBACK = "Original Traceback"
-"""How torch begins the traceback of a loader process."""
-LOADER_KILLED = ("by signal: Killed", "by signal: Terminated", "exited unexpectedly")
-"""How torch says that somebody else, such as the out-of-memory killer, ended a loader process. What ends one by its own
-fault (an exception, a segmentation fault) would come again."""
+CALLS_BEFORE_STEP = 2
+"""How often the training loop says that it lives before it has taken a step."""
 
 
 def worker_main(run_path: str, beats: Heartbeats) -> Outcome:
@@ -68,28 +55,37 @@ def worker_main(run_path: str, beats: Heartbeats) -> Outcome:
 
     Args:
         run_path: the run directory.
-        beats: where this worker says after each step that it lives.
+        beats: where this worker says that it lives, and what it is doing before its first step.
     """
-    spec = WorkerSpec(run_dir=run_path, attempt=int(os.environ[ATTEMPT_VARIABLE]))
     ranks = Ranks.from_environment()
+    if place := Place.told(ranks.local_rank):
+        place.take()  # before anything is counted, and any thread started
+    spec = WorkerSpec(run_dir=run_path, attempt=int(os.environ[ATTEMPT_VARIABLE]))
     run = RunDir(run_path)
     own, folder = run.rank_error(spec.attempt, ranks.rank), run.attempt_errors(spec.attempt)
     stop = StopFlag(peer_failed=lambda: beats.any_failed or any(file != own for file in folder.glob("rank-*.json")))
     stop.install()
     beats.enter(ranks.local_rank)
+    at = functools.partial(beats.beat, ranks.local_rank, ranks.rank)
+    at(STARTING)
     # torch's own SIGINT may be ignored here. Where the supervisor dies, the workers save and leave.
     die_with_parent(telling_signal())
     offer_to_kernel(500)  # rather than the supervisor, which starts workers again
     supervisor = os.getppid()
     terminal = _redirect_output(run, spec, ranks)
+    if place:
+        near = "" if place.node is None else f", near to NUMA node {place.node}"
+        print(f"on cores {show_cores(place.cores)}{near}; its share is {place.num_cores} of them", flush=True)
+
+    calls = itertools.count()
 
     def alive() -> None:
         stop.trains = True
-        beats.beat(ranks.local_rank, ranks.rank)
+        at(FIRST if next(calls) < CALLS_BEFORE_STEP else TRAINING)
 
     begin = functools.partial(_begin, beats)
     with _telling(run, spec, ranks, stop, beats):
-        with training(spec, ranks, stop, terminal, begin=begin, alive=alive) as trainer:
+        with training(spec, ranks, stop, terminal, at=at, begin=begin, alive=alive) as trainer:
             outcome = trainer.run()
         beats.rest(ranks.local_rank)
     console.drain()
@@ -112,7 +108,8 @@ def _telling(run: RunDir, spec: WorkerSpec, ranks: Ranks, stop: StopFlag, beats:
     try:
         yield
     except BaseException as error:  # whatever it is
-        if stop() and not stop.trains and error_kind(error) == "peer_lost":  # told to stop as this one was
+        lonely = error_kind(error) in ("peer_lost", "network")
+        if stop() and not stop.trains and lonely:  # its peers were told to stop as this one was
             os._exit(EXIT_RESUMABLE)
         with contextlib.suppress(OSError):  # a full disk; the supervisor looks whether it is
             write_error(run, spec, ranks, error)
@@ -153,6 +150,7 @@ def training(
     stop: Callable[[], bool],
     terminal: IO[str],
     *,
+    at: Callable[[str], None] = lambda _: None,
     begin: Callable[[], None] = lambda: None,
     alive: Callable[[], None] = lambda: None,
 ) -> Iterator[Trainer | _Nothing]:
@@ -163,6 +161,7 @@ def training(
         ranks: who this is.
         stop: whether this rank was asked to stop.
         terminal: what rank 0 talks to the user by.
+        at: told what this rank is about to do before it trains, and again while it gets on with it.
         begin: called when all ranks have tried what they try.
         alive: called at every step and validation batch.
     """
@@ -173,15 +172,17 @@ def training(
     own: dict[str, Any] = {}
     say = functools.partial(print, file=terminal if ranks.rank == 0 else sys.stdout, flush=True)
     if recipe.batch.size == "auto" and not spec.debug:  # in children, before this process touches its device
-        own = autotune.tune_rank(run, recipe, ranks, device, data_sets, fresh=plan.tune, stop=stop, say=say)
-    _join_group(run, spec, device, ranks)
+        heed = functools.partial(_heed_in_probe, stop, at)
+        own = autotune.tune_rank(run, recipe, ranks, device, data_sets, fresh=plan.tune, stop=heed, say=say)
+    at(STARTING)
+    _join_group(run, spec, device, ranks, recipe.train.hang_timeout_s, at)
+    at(BUILDING)
     batching, nothing = _agree(run, recipe, ranks, own, say)
     if nothing or plan.tune:
         yield nothing or _Nothing("completed")
         _leave_process_group()
         return
-    recorder: Recorder | None = None
-    trainer: Trainer | None = None
+    recorder, trainer = None, None
     try:
         begin()
         if own:
@@ -205,6 +206,12 @@ def training(
     _leave_process_group()
 
 
+def _heed_in_probe(stop: Callable[[], bool], at: Callable[[str], None]) -> bool:
+    """Whether to stop; asked again and again while a probe runs, which has a time limit of its own."""
+    at(MEASURING)
+    return stop()
+
+
 def _agree(
     run: RunDir, recipe: Recipe, ranks: Ranks, own: dict[str, Any], say: Callable[[str], None]
 ) -> tuple[Batching | None, _Nothing | None]:
@@ -215,12 +222,19 @@ def _agree(
         return None, _Nothing("preempted")
 
 
-def _join_group(run: RunDir, spec: WorkerSpec, device: Device, ranks: Ranks) -> None:
+def _join_group(
+    run: RunDir,
+    spec: WorkerSpec,
+    device: Device,
+    ranks: Ranks,
+    hang_timeout_s: float | None,
+    at: Callable[[str], None],
+) -> None:
     """Start the device, and the process group over it."""
     device.activate()
     if device.is_cuda:
-        record_collectives(run.nccl_dump(spec.attempt), run.nccl_pipe(spec.attempt))
-    init_process_group(device, ranks)
+        record_collectives(run.nccl_dump(spec.attempt), run.nccl_pipe(spec.attempt), hang_timeout_s)
+    init_process_group(device, ranks, hang_timeout_s=hang_timeout_s, at=at)
 
 
 def _begin_record(run: RunDir, parts: Parts, spec: WorkerSpec, terminal: IO[str]) -> Recorder:
@@ -261,79 +275,6 @@ def write_error_file(run: RunDir, spec: WorkerSpec, ranks: Ranks, error: BaseExc
     file.parent.mkdir(parents=True, exist_ok=True)
     who = {"attempt": spec.attempt, "rank": ranks.rank, "node": ranks.node_rank, "host": node_name()}
     write_json_atomic(file, {"time": time.time(), **who, **error_record(error)})
-
-
-def error_record(error: BaseException) -> dict[str, Any]:
-    """What an error file says of an error: ``{kind, type, message, traceback, own_line}``."""
-    text = redact("".join(traceback.format_exception(error)))
-    return {
-        "kind": error_kind(error),
-        "type": type(error).__name__,
-        "message": redact(_message(error)),
-        "traceback": text,
-        "own_line": last_own_line(text),
-    }
-
-
-def _message(error: BaseException) -> str:
-    """What an error says; of one from a loader process, whose text holds its whole traceback, what that one says."""
-    text = str(error)
-    if not text.startswith("Caught ") or LOADER_TRACEBACK not in text:
-        return text
-    said: list[str] = []
-    for line in reversed(text.rstrip().splitlines()):
-        if line.startswith((" ", LOADER_TRACEBACK)):
-            break
-        said.insert(0, line)
-    return " ".join(said).removeprefix(f"{type(error).__name__}: ")
-
-
-def error_kind(error: BaseException) -> str:
-    """What kind of failure an error is.
-
-    ``usage`` (the user can repair it), ``peer_lost`` (another rank died first), ``lost_worker`` (a loader process was
-    killed from outside), ``out_of_memory``, ``memory_kill`` (the same in an exchange: only a new attempt can take
-    smaller batches), ``full_disk``, ``environment`` (the machine's, the shell's, a file system's) or ``bug``.
-    """
-    if isinstance(error, LaunchError):
-        return "environment" if isinstance(error, MachineError) else "usage"
-    if is_out_of_memory(error):
-        in_collective = isinstance(error, ExchangeMemoryError | dist.DistError)
-        return "memory_kill" if in_collective else "out_of_memory"
-    if kind := _environment_kind(error):
-        return kind
-    text = str(error)
-    if text.startswith("DataLoader worker") and any(sign in text for sign in LOADER_KILLED):
-        return "lost_worker"
-    # gloo reports a peer that went away as a plain RuntimeError from its transport.
-    lost = "gloo" in text and any(
-        sign in text for sign in ("Connection closed by peer", "Connection reset", "Broken pipe")
-    )
-    lost = lost or isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError)
-    return "peer_lost" if lost else "bug"
-
-
-def _environment_kind(error: BaseException) -> str | None:
-    """``environment`` or ``full_disk`` where an error is the machine's, the shell's or a file system's."""
-    if isinstance(error, OSError) and not isinstance(error, ConnectionError) and error.errno is not None:
-        return "full_disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "environment"
-    short = isinstance(error, RuntimeError) and any(sign in str(error) for sign in SHORTAGES)
-    return "environment" if short else None
-
-
-def last_own_line(text: str) -> str | None:
-    """``FILE:LINE`` of the last line of the user's own code in a traceback, a loader process's within it too.
-
-    Theirs is what belongs neither to this package nor to Python, and is not installed.
-    """
-    found = [f"{file}:{line}" for file, line in re.findall(r'^ *File "([^"]+)", line (\d+)', text, re.MULTILINE)]
-    return next((place for place in reversed(found) if _is_users(place.rpartition(":")[0])), None)
-
-
-def _is_users(file: str) -> bool:
-    path = Path(file).resolve()
-    ours = any(path.is_relative_to(folder) for folder in (PACKAGE, PACKAGE.parent / "tools", PYTHON))
-    return not (ours or file.startswith("<") or {"site-packages", "dist-packages"} & set(path.parts))
 
 
 def _redirect_output(run: RunDir, spec: WorkerSpec, ranks: Ranks) -> IO[str]:

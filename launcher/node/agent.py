@@ -14,6 +14,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from launcher.node import placement
 from launcher.node.agent_thread import AgentThread, LeftError, ask_for_lost, blame_lost
 from launcher.node.part import Part
 from launcher.node.peers import Peers
@@ -78,6 +79,7 @@ def run_workers(
     """
     # The only import of torch on this node; torchvision brings the rest of what a worker needs.
     with processes.importing():
+        from torch.distributed import DistError
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.elastic.rendezvous.api import RendezvousError
         from torch.distributed.launcher.api import elastic_launch
@@ -88,10 +90,10 @@ def run_workers(
     _log_to_file(run, node)
     if plan.nodes == 1:
         _meet_at_once()
+    os.environ |= placement.environment(plan)
     beats = Heartbeats(plan.procs_per_node)
     logs = _attempt_logs(run, part, node_rank=node, first_attempt=first_attempt, stop=stop, beats=beats)
-    hang_timeout_s = plan.hang_timeout_s
-    watchdog = Watchdog(run, beats, timeout_s=hang_timeout_s, node_rank=node, attempt=lambda: int(logs.attempt))
+    watchdog = Watchdog(run, beats, timeout_s=plan.hang_timeout_s, node_rank=node, attempt=lambda: int(logs.attempt))
     config = _config(plan, logs)
     agent = AgentThread(functools.partial(elastic_launch(config, worker_main), str(run.path), beats))
     peers = Peers(plan, part.hosts)
@@ -101,11 +103,11 @@ def run_workers(
             try:
                 outcomes = agent.attend(run, stop, peers, beats, part)
             except (ChildFailedError, _NoRestartError):
-                if plan.nodes > 1 and diagnose.cause_of_end(run, logs.attempt)[0] == "lost_worker":
+                if plan.nodes > 1 and diagnose.cause_of_end(run, logs.attempt)[0] in ("lost_worker", "network"):
                     ask_for_lost(stop, peers)
                 blame_lost(stop, peers)
                 raise
-    except RendezvousError as error:
+    except (RendezvousError, DistError) as error:  # the latter where the node that has the store dies meanwhile
         if plan.nodes == 1:
             raise WorkersFailedError(logs.attempt, str(error).splitlines()[0]) from error
         stop.request(reason=peers.why_apart(), cause="lost_node")
@@ -122,6 +124,7 @@ def run_workers(
 def _config(plan: LaunchPlan, logs: Any) -> LaunchConfig:
     """What torch's agent is told."""
     from torch.distributed.launcher.api import LaunchConfig
+    from torch.numa.binding import AffinityMode, NumaOptions
 
     options: dict[str, Any] = {
         "min_nodes": plan.nodes,
@@ -141,9 +144,14 @@ def _config(plan: LaunchPlan, logs: Any) -> LaunchConfig:
         "start_method": "fork",
         "local_addr": plan.address or network.local_address(*network.split(plan.rdzv_endpoint)),
         "shutdown_timeout": SHUTDOWN_S,
+        # Any, or torch counts GPUs to choose one: by CUDA, which then works in no worker that this process forks, where
+        # there is no NVML or a MIG slice is named.
+        "numa_options": NumaOptions(affinity_mode=AffinityMode.NODE),
     }
     known = {field.name for field in dataclasses.fields(LaunchConfig)}  # torch 2.9 has fewer
-    return LaunchConfig(**{name: value for name, value in options.items() if name in known})
+    config = LaunchConfig(**{name: value for name, value in options.items() if name in known})
+    config.numa_options = None  # workers bind themselves: torch would ask CUDA for the places of GPUs
+    return config
 
 
 def _attempt_logs(

@@ -134,7 +134,7 @@ def meet(run: RunDir, plan: LaunchPlan, *, heed_stop: Callable[[], None]) -> Lau
     address = verdict["address"] if is_first else mine["address"]
     at = network.join(address, mine["port"]) if is_first else mine["rdzv_endpoint"]
     interface = network.interface_of(address)
-    env = network.interface_environment(interface) if interface else {}
+    env = network.interface_environment(interface, address) if interface else {}
     agreed = run.read_plan()  # node 0 may have written it anew since this node was started
     return replace(
         agreed,
@@ -186,6 +186,7 @@ def _describe(plan: LaunchPlan) -> dict[str, Any]:
         "names_itself": names_itself,
         "address": there if is_own else network.local_address(host, port),
         "recipe": _given_recipe(plan),
+        "unknown": network.unknown_interfaces(os.environ),
         **{key: getattr(plan, key) for key in SAME},
     }
 
@@ -237,6 +238,7 @@ def find_problems(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
         for node in elsewhere
         if node["names_itself"]
     ]
+    problems += [f"node {node['rank']} ({node['host']}): {text}" for node in nodes for text in node.get("unknown", [])]
     for node in others:
         for key, flag in (*SAME.items(), ("port", "the port of --rdzv-endpoint")):
             if node.get(key) != first.get(key):

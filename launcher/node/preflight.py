@@ -7,34 +7,34 @@ from __future__ import annotations
 
 import importlib
 import json
-import multiprocessing
 import shutil
 import subprocess
-import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from launcher import __version__
-from launcher.errors import PreflightError
+from launcher.errors import PreflightError, TrainingError
+from launcher.node import all_reduce_round, speeds
+from launcher.node.all_reduce_round import Groups, answer_of, num_workers
+from launcher.node.speeds import Speeds
 from launcher.runs.run_dir import node_name
 from launcher.system import network, processes
 from launcher.system.files import write_json_atomic
 from launcher.system.waiting import is_listed, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from launcher.plan.launch_plan import LaunchPlan
-
-Groups = list[list[int]]
-"""Node ranks, in groups that try an all-reduce at the same time."""
 
 REDUCE_S = 60.0
 """Seconds that a group gets for its all-reduce."""
 WAIT_S = 300.0
 """Seconds to wait for the files of the other nodes, which may start at different times."""
 MIN_FREE_GB = 2.0
+SPEEDS = "speeds.json"
+UNMEASURED = {"within_gb_s": None, "between_gb_s": None, "slow": ""}
 SAME = ("torch", "launcher", "cuda", "nccl")
 """Versions that must be the same on all nodes."""
 DISK = "/tmp"  # noqa: S108  the node's own disk is meant
@@ -64,6 +64,8 @@ class Facts:
     """GPUs that torch sees."""
     free_gb: float
     """Free space on the node's own disk."""
+    fabric_gb_s: float = 0.0
+    """GB/s that a port of its InfiniBand can carry; 0: it has none."""
 
 
 def gather(plan: LaunchPlan, *, seed: int) -> Facts:
@@ -71,7 +73,8 @@ def gather(plan: LaunchPlan, *, seed: int) -> Facts:
     with processes.importing():
         torch = importlib.import_module("torch")
     cuda = plan.device == "cuda"
-    nccl = torch.cuda.nccl.version() if cuda and torch.cuda.is_available() else None
+    num_gpus = _num_gpus() if cuda else 0
+    nccl = torch.cuda.nccl.version() if num_gpus else None
     return Facts(
         host=node_name(),
         address=plan.address,
@@ -81,9 +84,22 @@ def gather(plan: LaunchPlan, *, seed: int) -> Facts:
         cuda=torch.version.cuda,
         nccl=".".join(map(str, nccl)) if nccl else None,
         driver=_driver() if cuda else None,
-        num_gpus=torch.cuda.device_count() if cuda else 0,
+        num_gpus=num_gpus,
         free_gb=shutil.disk_usage(DISK).free / 1e9,
+        fabric_gb_s=speeds.fabric_gb_s(),
     )
+
+
+def _num_gpus() -> int:
+    """GPUs that torch sees. A child asks: CUDA works in no process that was forked from one that has touched it."""
+    import torch
+
+    from launcher.engine.tuning.child import OutOfMemoryError, TooSlowError, call_in_child
+
+    try:
+        return int(call_in_child(torch.cuda.device_count, timeout_s=REDUCE_S, heed_stop=lambda: None))
+    except (TooSlowError, OutOfMemoryError, TrainingError):  # a driver that hangs, or ends whoever asks it
+        return 0
 
 
 def _driver() -> str | None:
@@ -180,35 +196,76 @@ def run(folder: Path, plan: LaunchPlan, *, seed: int, heed: Callable[[], None]) 
 
 
 def read_facts(folder: Path) -> list[dict[str, Any]]:
-    """The facts of all nodes, in the order of their ranks."""
+    """The facts of all nodes, in the order of their ranks, and what was measured: within_gb_s, between_gb_s, slow."""
     files = sorted(folder.glob("node-*.json"), key=lambda file: int(file.stem.removeprefix("node-")))
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    facts = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    measured = [UNMEASURED] * len(facts)
+    if (folder / SPEEDS).exists():
+        measured = json.loads((folder / SPEEDS).read_text(encoding="utf-8"))
+    return [one | more for one, more in zip(facts, measured, strict=True)]
 
 
 def _lead(folder: Path, facts: Sequence[Facts], plan: LaunchPlan, heed: Callable[[], None]) -> dict[str, str]:
     rounds = 0
+    results: dict[int, dict[str, Any]] = {}
+    """Of the last round, by node."""
 
     def attempt(groups: Groups) -> list[bool]:
         nonlocal rounds
         rounds += 1
         write_json_atomic(folder / f"round-{rounds}.json", {"groups": groups})
         _reduce(folder, rounds, groups, facts, plan, heed)
-        files = {node: folder / f"round-{rounds}-node-{node}.json" for group in groups for node in group}
+        files = {node: answer_of(folder, rounds, node) for group in groups for node in group}
         _wait(list(files.values()), REDUCE_S, heed, "the other nodes to try an all-reduce")
-        results = {node: file.exists() and json.loads(file.read_text())["ok"] for node, file in files.items()}
-        return [all(results[node] for node in group) for group in groups]
+        results.clear()
+        results.update({node: json.loads(file.read_text()) if file.exists() else {} for node, file in files.items()})
+        return [all(results[node].get("ok") for node in group) for group in groups]
 
     problems = find_problems(facts, plan)
     unclear = False
-    if not problems and len(facts) > 1:
+    if not problems and len(facts) * num_workers(plan) > 1:
         bad = find_bad(len(facts), attempt)
         unclear = bad is None
         problems = dict.fromkeys(bad or [], "an all-reduce with it does not work")
+        if bad == []:
+            _measure(folder, facts, results, attempt)
     found = {facts[rank].host: text for rank, text in problems.items()}
     write_json_atomic(folder / f"round-{rounds + 1}.json", {"found": found, "unclear": unclear})
     if unclear:
         raise PreflightError(_UNCLEAR)
     return found
+
+
+def _measure(
+    folder: Path,
+    facts: Sequence[Facts],
+    results: Mapping[int, Mapping[str, Any]],
+    attempt: Callable[[Groups], list[bool]],
+) -> None:
+    """Have neighbours measure the links between them; write down and say how fast all are.
+
+    Args:
+        folder: of the check.
+        facts: of all nodes.
+        results: of the last round; of the one in which all took part, when this is called.
+        attempt: makes a round.
+    """
+    found = Speeds(within=[results[node].get("within_gb_s") for node in range(len(facts))])
+    for groups in speeds.rounds_of_pairs(len(facts)):
+        if len(facts) > len(groups[0]):  # else that round is done
+            attempt(groups)
+        for pair in groups:
+            measured = [results[node].get("all_gb_s") or 0.0 for node in pair]
+            found.links[pair[0], pair[1]] = min(measured)  # 0: they do not get on without the others
+    hosts = [node.host for node in facts]
+    slow = speeds.find_slow(found, hosts, [node.fabric_gb_s for node in facts])
+    rows = [
+        {"within_gb_s": within, "between_gb_s": found.between(node), "slow": slow.get(node, "")}
+        for node, within in enumerate(found.within)
+    ]
+    write_json_atomic(folder / SPEEDS, rows)
+    for line in speeds.summary(found, hosts, slow):
+        print(line, flush=True)
 
 
 _UNCLEAR = (
@@ -237,28 +294,8 @@ def _reduce(
     plan: LaunchPlan,
     heed: Callable[[], None],
 ) -> None:
-    """Take part in a round, in a process that can be ended; leaves the outcome in a file."""
-    node_rank = plan.node_rank
-    group = next((group for group in groups if node_rank in group), None)
-    if group is None:
-        return
-    first = facts[group[0]]
-    from launcher.engine.allreduce import all_reduce
-
-    arguments = (f"{first.address}:{first.port}", group.index(node_rank), len(group), plan.device, REDUCE_S)
-    process = multiprocessing.get_context("fork").Process(target=all_reduce, args=arguments)
-    start = time.monotonic()
-    process.start()
-    failed = folder / f"round-{number}-failed-{group[0]}"  # made by the first that fails: the others need not wait
-    try:
-        wait_until(lambda: process.exitcode is not None or failed.exists(), timeout_s=REDUCE_S, heed=heed)
-    finally:
-        if process.exitcode != 0:
-            failed.touch()
-            process.kill()
-            process.join()
-    outcome = {"ok": process.exitcode == 0, "seconds": time.monotonic() - start}
-    write_json_atomic(folder / f"round-{number}-node-{node_rank}.json", outcome)
+    endpoints = [network.join(node.address, node.port) for node in facts]
+    all_reduce_round.take_part(folder, number, groups, endpoints, plan, timeout_s=REDUCE_S, heed=heed)
 
 
 def _wait(files: Sequence[Path], timeout_s: float, heed: Callable[[], None], what: str) -> list[Path]:

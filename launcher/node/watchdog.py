@@ -1,4 +1,4 @@
-"""Finds workers that hang, by the heartbeats that they write after every step."""
+"""Finds workers that hang, by the heartbeats that they write from their start on, and after every step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from launcher.runs.heartbeats import DUMP_SIGNAL
+from launcher.runs.heartbeats import DUMP_SIGNAL, TELLING, TRAINING, patience_s
 from launcher.runs.run_dir import node_name
 from launcher.system import processes
 from launcher.system.files import write_json_atomic
@@ -42,7 +42,7 @@ TAIL_BYTES = 64 * 1024
 
 
 class Watchdog:
-    """While entered, ends the workers if one of them takes no step for too long, and records what each was doing.
+    """While entered, ends the workers if one of them is silent for too long, and records what each was doing.
 
     Args:
         run: where the error files go.
@@ -73,13 +73,16 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._done.wait(POLL_S):
             found = self._beats.read()
-            if self._timeout_s and any(beat.age_s > self._timeout_s for beat in found):
+            if late := [beat for beat in found if self._is_late(beat)]:
+                print(f"{_silence(late[0])}: the workers hang; their stacks go to their logs", flush=True)
                 self._end(found)
                 self._beats.clear()
 
+    def _is_late(self, beat: Beat) -> bool:
+        return beat.age_s > patience_s(self._timeout_s or 0, beat.phase)
+
     def _end(self, found: list[Beat]) -> None:
         attempt = self._attempt()
-        print(f"no step for {self._timeout_s:g} s: the workers hang; their stacks go to their logs", flush=True)
         stopped = [beat for beat in found if processes.is_stopped(beat.pid)]
         _signal(found, DUMP_SIGNAL)
         _signal(stopped, signal.SIGCONT)  # by SIGSTOP or a debugger: it writes only when it goes on
@@ -98,14 +101,20 @@ class Watchdog:
                 "node": self._node_rank,
                 "host": node_name(),
                 "kind": "hang",
-                "waiting": any(place in top for place in WAITING),
+                "waiting": not self._is_late(beat) if beat.phase in TELLING else any(place in top for place in WAITING),
                 "type": "hang",
-                "message": f"no step for {beat.age_s:.0f} s (train.hang_timeout_s); it is in {top}",
+                "message": f"{_silence(beat)} (train.hang_timeout_s); it is in {top}",
                 "traceback": "\n".join(stack),
             }
             with contextlib.suppress(OSError):  # a full disk must not keep them alive
                 write_json_atomic(self._run.rank_error(attempt, beat.rank), error)
         _signal(found, signal.SIGKILL)
+
+
+def _silence(beat: Beat) -> str:
+    """For how long a worker has been silent, and since when."""
+    done = "no step" if beat.phase == TRAINING else f"{beat.phase}, no progress"
+    return f"{done} for {beat.age_s:.0f} s"
 
 
 def _signal(found: list[Beat], number: signal.Signals) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from launcher.plan import place as places
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from launcher.plan.profile import Profile
     from launcher.plan.request import Request
     from launcher.plan.topology import Topology
-    from launcher.recipe.schema import LaunchConfig, Recipe
+    from launcher.recipe.schema import Recipe
 
 
 def make_plan(
@@ -44,8 +45,7 @@ def make_plan(
         place = places.here(recipe, topology, request)
     said = place.said_threads if launch.threads == "auto" else launch.threads
     threads = place.threads if launch.threads == "auto" else launch.threads
-    keep_freed = launch.keep_freed_memory and place.device == "cpu" and backend != "local"
-    return LaunchPlan(
+    plan = LaunchPlan(
         run_id=request.run_id,
         name=recipe.name,
         run_dir=place.run_dir,
@@ -65,9 +65,7 @@ def make_plan(
         debug=request.debug,
         tune=request.tune,
         detach=request.detach,
-        keep_freed_memory=keep_freed,
-        env=environment(device=place.device, nodes=launch.max_nodes, threads=threads)
-        | _chosen_environment(launch, keep_freed=keep_freed),
+        keep_freed_memory=launch.keep_freed_memory and place.device == "cpu" and backend != "local",
         command=place.command if backend != "local" else (),
         profile=place.profile,
         post_job=bool(place.post_script),
@@ -75,25 +73,20 @@ def make_plan(
         post_script=place.post_script,
         recipe=recipes.to_dict(recipe),
     )
+    return replace(plan, env=environment(plan))
 
 
-def environment(*, device: str, nodes: int, threads: int) -> dict[str, str]:
+def environment(plan: LaunchPlan) -> dict[str, str]:
     """What the supervisor and its workers need in theirs."""
     # A store of their own for the workers of each attempt: in the agent's they find the addresses of the one before,
     # and a restart hangs (seen with torch 2.14).
-    env = {"OMP_NUM_THREADS": str(threads), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    if device == "cpu":
+    env = {"OMP_NUM_THREADS": str(plan.threads_per_proc), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    if plan.device == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""
     else:
         env["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # counting GPUs must not start CUDA in a process that forks
-    if nodes == 1:
+    if plan.nodes == 1:
         env["GLOO_SOCKET_IFNAME"] = "lo"
-    return env
-
-
-def _chosen_environment(launch: LaunchConfig, *, keep_freed: bool) -> dict[str, str]:
-    """What goes with settings of the recipe."""
-    env = dict(allocator.HUGE_PAGES) if keep_freed else {}
-    if launch.min_nodes or launch.spares:
+    if plan.min_nodes or plan.spares:
         env["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # else a lost node fills the terminals of the others with C++ stacks
-    return env
+    return env | (allocator.HUGE_PAGES if plan.keep_freed_memory else {})

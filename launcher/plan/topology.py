@@ -68,23 +68,26 @@ def _num_gpus() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and not _names(visible):  # as where workers are on the CPU: nothing need be asked
         return 0
-    gpus, slices = _listed()
-    return len(gpus) if visible is None else num_visible(visible, gpus, slices)
+    gpus, slices = listed_gpus()
+    return num_visible(",".join(map(str, range(len(gpus)))) if visible is None else visible, gpus, slices)
 
 
-def num_visible(visible: str, gpus: Sequence[str], slices: Sequence[str] = ()) -> int:
+def num_visible(visible: str, gpus: Sequence[str], slices: Sequence[tuple[int, str]] = ()) -> int:
     """How many devices CUDA sees: those of the list up to the first that is none; none at all where one comes twice.
+
+    Where all are cut into slices (MIG), or the first is one, a process sees one slice (MIG user guide, "Device
+    enumeration").
 
     Args:
         visible: ``CUDA_VISIBLE_DEVICES``: numbers, or UUIDs or beginnings of one (CUDA C++ Programming Guide,
             "CUDA Environment Variables").
         gpus: UUID of each GPU of the machine; empty where it is not known.
-        slices: UUIDs of its MIG slices, of which a process sees one at most.
+        slices: of its MIG slices, the GPU's number and the slice's own UUID.
     """
     found: list[str] = []
     for name in _names(visible):
         if name.startswith("MIG-"):
-            candidates = [one for one in slices if one.startswith(name)]
+            candidates = [one for _, one in slices if one.startswith(name)] or ([name] if "" in gpus else [])
         elif name.startswith("GPU-"):
             candidates = [one for one in gpus if one.startswith(name)] or ([name] if "" in gpus else [])
         else:
@@ -95,7 +98,9 @@ def num_visible(visible: str, gpus: Sequence[str], slices: Sequence[str] = ()) -
         found += candidates
     if len(set(found)) < len(found):
         return 0
-    return min(1, len(found)) if found and found[0].startswith("MIG-") else len(found)
+    cut = {f"#{gpu}" for gpu, _ in slices} | {gpus[gpu] for gpu, _ in slices}
+    alone = found and (found[0].startswith("MIG-") or cut.issuperset(found))
+    return 1 if alone else len(found)
 
 
 def _names(visible: str) -> list[str]:
@@ -104,15 +109,20 @@ def _names(visible: str) -> list[str]:
     return list(itertools.takewhile(lambda name: re.match(r"\+?\d|GPU-|MIG-", name), names))
 
 
-def _listed() -> tuple[list[str], list[str]]:
-    """UUIDs of the machine's GPUs, empty ones where nobody tells them, and of their MIG slices."""
+def listed_gpus() -> tuple[list[str], list[tuple[int, str]]]:
+    """UUIDs of the machine's GPUs, empty ones where nobody tells them; of their MIG slices, with the GPU's number."""
     if shutil.which("nvidia-smi"):
         with contextlib.suppress(subprocess.TimeoutExpired):  # a driver that hangs: `launch doctor` says so
             found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False, timeout=60)
             if found.returncode == 0:
-                uuids: dict[str, list[str]] = {"GPU": [], "MIG": []}
+                gpus: list[str] = []
+                slices: list[tuple[int, str]] = []
                 for kind, text in re.findall(r"^ *(GPU|MIG) (.*)", found.stdout, re.MULTILINE):
-                    uuid = re.search(r"\(UUID: (\S+)\)", text)
-                    uuids[kind].append(uuid[1] if uuid else "")
-                return uuids["GPU"], uuids["MIG"]
+                    told = re.search(r"\(UUID: (\S+)\)", text)
+                    uuid = told[1] if told else ""
+                    if kind == "GPU":
+                        gpus.append(uuid)
+                    else:  # a GPU's slices come below it
+                        slices.append((len(gpus) - 1, uuid))
+                return gpus, slices
     return [""] * len(list(Path("/dev").glob("nvidia[0-9]*"))), []

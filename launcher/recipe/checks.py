@@ -146,6 +146,9 @@ def _data(recipe: Recipe) -> Iterator[Finding]:
     if datasets.DATASETS[data.name].write:
         if problem := datasets.find_problem(data.name):
             yield ("data.name",), problem
+        if data.path is not None:
+            text = f"{data.name} are not read from a folder; for the images in {data.path} add data.name=imagefolder"
+            yield ("data.path", "data.name"), text
         return
     keys = ("data.path", "data.name")
     if data.path is None:

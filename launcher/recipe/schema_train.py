@@ -102,4 +102,5 @@ class TrainConfig:
     with listener and args."""
     hang_timeout_s: Positive | None = 600.0
     """Seconds without a step or a validation batch after which the workers are taken for hung: their stacks go to
-    their logs, and they are started again. null: never."""
+    their logs, and they are started again. Before the first step three times as long, and at least 30 s. null:
+    never."""

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 NOT_RETRYABLE = ("bug", "usage", "out_of_memory", "full_disk", "environment")
 """Causes that a restart would meet again."""
 RESUME = "`launch resume RUN` goes on from the last checkpoint"
+NETWORK_CURE = (
+    "with NCCL_DEBUG=INFO the workers' logs say which interface is used and what failed; `launch doctor --nodes N` "
+    "checks a cluster's nodes; another interface is named by `interface` in the profile or, without SLURM, by "
+    "NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME"
+)
 CURES = {
     "bug": "this is a fault of finetune-launcher or of a library that it uses: report it with the lines above; "
     "`launch RECIPE --debug` runs the same in one process",
@@ -32,7 +37,8 @@ CURES = {
     "full_disk": f"make room where the run directory is; {RESUME}",
     "lost_node": f"{RESUME}; ask whoever runs the cluster about the node",
     "lost_worker": "a worker was killed from outside: look for the out-of-memory killer (`dmesg | grep -i oom`) "
-    f"or whoever sent the signal; {RESUME}",
+    f"or whoever sent the signal; where none was killed it is the network: {NETWORK_CURE}; {RESUME}",
+    "network": f"{NETWORK_CURE}; {RESUME}",
 }
 OWN_CODE = "look at {place}, the last line of your own code above; `launch RECIPE --debug` runs it in one process"
 NEW_CODE = "; the run has its own copy of it: `launch resume RUN --new-code` goes on with what you have corrected"
@@ -49,10 +55,28 @@ ENVIRONMENT = {
     r"Read-only file system|Permission denied|Operation not permitted": "see that the user who runs this may read, and "
     "in the run directory write, what the message names, on every node",
     r"No such file or directory|Not a directory": "see that what the message names is there, on every node",
+    r"Duplicate GPU": "two workers were given the same GPU, or slices (MIG) of one: see CUDA_VISIBLE_DEVICES and "
+    "--gpus on that node",
+    r"Unable to find (address|interface) for|no socket interface|neither AF_INET": "`ip -br address` lists the "
+    "interfaces of that node; name one of them in NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME or in the profile "
+    "(interface), or none: then that of the route between the nodes is taken",
+    r"[Mm]ismatched NCCL version|NCCL version mismatch": "install the same torch on all nodes",
+    r"ncclInvalidUsage": "NCCL_DEBUG=WARN has NCCL say what it was; look at the NCCL_* variables that are set",
     r"Stale file handle|Input/output error|Transport endpoint": "the file system failed: look at its mount and its "
     "server (`dmesg`)",
 }
 """Regular expressions for messages of failures of the environment, each with its cure."""
+NETWORK = {
+    r"[Aa]ddress already in use|EADDRINUSE": "another process listens there (`ss -ltnp` names it); another start takes "
+    "another port",
+    r"timeout after \d+ms|Socket Timeout|clients joined|not all workers have come": "a worker that the others waited "
+    "for did not come: its log, or its node's, says where it is; else it is the network: " + NETWORK_CURE,
+    r"ncclUnhandledCudaError|Cuda failure": "look for errors of the GPU (`dmesg | grep -i xid`, `nvidia-smi -q`); "
+    "NCCL_DEBUG=INFO has NCCL say which call it was",
+}
+"""The same for failures of what the ranks speak by."""
+CPP_FRAMES = ("Exception raised from", "frame #")
+"""How lines of C++ begin within a traceback; there are dozens."""
 SLURM_WORDS = ("oom_kill", "oom-kill", "DUE TO", "Node failure", "Exceeded job memory")
 OURS = "DUE TO JOB REQUEUE"
 STOPS = ("preempted", "time_limit", "interrupted", "cancelled")
@@ -76,20 +100,21 @@ def first_failure(run: RunDir, attempt: int) -> dict[str, Any] | None:
     """What ended an attempt: the first error in time that is not caused by the end of another rank.
 
     Returns:
-        The error file's content; with the cause ``lost_worker`` or ``memory_kill`` where ranks report only that another
-        one vanished.
+        The error file's content; where ranks report only that another one vanished, or that they do not reach it, with
+        what the supervisors know of that as its cause, and the earliest such report as ``noticed``.
     """
     found = errors(run, attempt)
     # If all hang, the others wait for the one that does not wait.
     own = sorted((e for e in found if e["kind"] != "peer_lost"), key=lambda e: bool(e.get("waiting")))
-    if own:
+    known = _memory_kill(run, attempt) or _lost_node(run, attempt)
+    if own and not (known and own[0]["kind"] == "network"):
         return own[0]
     if not found:
         return None
-    echo = found[0]
-    lost = {"kind": "lost_worker", "message": "a worker vanished without a word (killed, or its machine lost)"}
-    lost |= _memory_kill(run, attempt) or _lost_node(run, attempt) or {}
-    return {**echo, **lost, "rank": None, "type": lost["kind"].replace("_", " "), "traceback": ""}
+    echo = (own or found)[0]
+    noticed = f"rank {echo['rank']} noticed it first: {echo['type']}: {echo['message']}"
+    lost = known or {"kind": "lost_worker", "message": "a worker vanished without a word (killed, or its machine lost)"}
+    return {**echo, **lost, "rank": None, "type": lost["kind"].replace("_", " "), "traceback": "", "noticed": noticed}
 
 
 def cause_of_end(run: RunDir, attempt: int) -> tuple[str, str]:
@@ -140,6 +165,7 @@ def explain(
     where = f"rank {rank} on {host}" if rank is not None else f"seen from {host}"
     label = "stopped" if failure["kind"] in STOPS else "first failure"
     lines.append(f"{label}: {where}: {failure['type']}: {failure['message']}")
+    lines += [failure["noticed"]] if "noticed" in failure else []
     lines += [f"  {line}" for line in _shown(failure)]
     if rank is not None:
         lines.append(f"log: {run.rank_log(attempt, rank)}")
@@ -148,7 +174,8 @@ def explain(
 
 def _shown(failure: dict[str, Any]) -> list[str]:
     """The end of a traceback, from the last line of the user's own code where that comes before it."""
-    lines: list[str] = failure["traceback"].rstrip().splitlines()
+    text: str = failure["traceback"]
+    lines = [line for line in text.rstrip().splitlines() if not line.startswith(CPP_FRAMES)]
     file, _, number = (failure.get("own_line") or "").rpartition(":")
     own = [index for index, line in enumerate(lines) if line.strip().startswith(f'File "{file}", line {number},')]
     if not own or own[-1] >= len(lines) - TRACEBACK_LINES:
@@ -159,9 +186,10 @@ def _shown(failure: dict[str, Any]) -> list[str]:
 def cure(failure: dict[str, Any]) -> str:
     """What to do about a failure."""
     kind, own_line = failure["kind"], failure.get("own_line")
-    if kind == "environment":
-        found = (text for sign, text in ENVIRONMENT.items() if re.search(sign, failure["message"]))
-        return f"{text}; {RESUME}" if (text := next(found, "")) else CURES[kind]
+    table = {"environment": ENVIRONMENT, "network": NETWORK}.get(kind, {})
+    found = (text for sign, text in table.items() if re.search(sign, failure["message"]))
+    if text := next(found, ""):
+        return f"{text}; {RESUME}"
     if kind == "bug" and own_line:  # also where a library raised what the user's code had it do
         file, _, number = own_line.rpartition(":")
         original = user_code.original_of(Path(file))

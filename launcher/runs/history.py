@@ -18,6 +18,7 @@ BUDGETS = {
     "time_limit": 3,
     "lost_node": 3,
     "lost_worker": 3,
+    "network": 3,
     "memory_kill": 5,
     "hang": 2,
     "out_of_memory": 1,

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 LOWEST_PORT, HIGHEST_PORT = 10_000, 60_000
 EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-INTERFACES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+NCCL, GLOO, FAMILY = "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_FAMILY"
+INTERFACES = (NCCL, GLOO, FAMILY)
 """Environment variables that name the interface between the nodes; where the user has set one, it stays."""
 KEPT = (*INTERFACES, "TORCH_CPP_LOG_LEVEL")
 """All variables of a plan that stay as the user has set them."""
@@ -24,7 +25,28 @@ KEPT = (*INTERFACES, "TORCH_CPP_LOG_LEVEL")
 def set_environment(variables: Mapping[str, str]) -> None:
     """Take over the environment variables of a plan."""
     known = {name: os.environ[name] for name in KEPT if name in os.environ}
+    if NCCL in known:  # of which family are its addresses?
+        variables = {name: value for name, value in variables.items() if name != FAMILY}
     os.environ.update({**variables, **known})
+
+
+def unknown_interfaces(variables: Mapping[str, str]) -> list[str]:
+    """What the user's variables name and this machine has not, each as a sentence."""
+    has = {*interfaces(), *_addresses(socket.AF_INET6)}
+    problems = []
+    for name in (NCCL, GLOO):
+        wanted = variables.get(name, "")
+        if wanted and not (_nccl_finds(wanted, has) if name == NCCL else has.issuperset(wanted.split(","))):
+            problems.append(f"{name}={wanted}: no such interface with an address; there are {', '.join(sorted(has))}")
+    return problems
+
+
+def _nccl_finds(wanted: str, has: set[str]) -> bool:
+    """Whether NCCL finds an interface: ``ib,eth`` are beginnings, after ``=`` whole names, ``^`` excludes them."""
+    excludes, exact = wanted.startswith("^"), wanted.lstrip("^").startswith("=")
+    names = [part.partition(":")[0] for part in wanted.lstrip("^=").split(",") if part]
+    named = {one for one in has if any(one == name if exact else one.startswith(name) for name in names)}
+    return bool(has - named if excludes else named)
 
 
 def local_address(host: str, port: int = 1) -> str:
@@ -83,10 +105,18 @@ def interface_of(address: str) -> str | None:
     return next((name for name, own in found if wanted in map(ipaddress.ip_address, own)), None)
 
 
-def interface_environment(interface: str) -> dict[str, str]:
-    """What tells NCCL and gloo their interface, each in its own syntax."""
+def interface_environment(interface: str, address: str) -> dict[str, str]:
+    """What tells NCCL and gloo their interface, each in its own syntax.
+
+    NCCL's is that of its first contact, and of data where there is nothing better: InfiniBand is used all the same.
+
+    Args:
+        interface: on the route between the nodes; an alias has a label (``eth0:1``), which NCCL would take for a port.
+        address: of this node there. NCCL would take the interface's first one of any family.
+    """
+    family = "AF_INET6" if ":" in address else "AF_INET"
     # = is exactly this one, not all that begin so
-    return {"NCCL_SOCKET_IFNAME": f"={interface}", "GLOO_SOCKET_IFNAME": interface}
+    return {NCCL: f"={interface.partition(':')[0]}", FAMILY: family, GLOO: interface}
 
 
 def machine() -> str:

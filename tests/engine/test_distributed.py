@@ -3,6 +3,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+from datetime import timedelta
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 from launcher.engine import distributed
 from launcher.engine.distributed import Agreement, Ranks
+from launcher.runs.heartbeats import JOINING, MEETING, PHASES, patience_s
 from launcher.system.processes import die_with_parent
 
 VARIABLES = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -63,6 +65,75 @@ def test_ranks_join_the_group_that_the_agents_environment_names(engine):
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0]
     assert sorted(queue.get() for _ in processes) == [(0, 21), (1, 21)]
+
+
+@pytest.mark.parametrize("late_rank", [0, 1])
+def test_ranks_wait_for_one_that_comes_late_and_say_all_the_while_that_they_live(engine, late_rank):
+    """It may be measuring its batch size; were it hung, the watchdog of its own node would find it."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    fork = multiprocessing.get_context("fork")
+    waits, told = fork.Event(), fork.SimpleQueue()
+
+    def join(rank):
+        die_with_parent()
+        os.environ.update({"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+        if rank == late_rank:
+            waits.wait(60)
+        phases = []
+
+        def at(phase):
+            phases.append(phase)
+            if len(phases) == 5:  # it has waited for a while
+                waits.set()
+
+        distributed.init_process_group(engine.cpu, Ranks(rank=rank, world_size=2), hang_timeout_s=0.1, at=at)
+        told.put((rank, phases, distributed.sum_over_ranks(torch.tensor(1)).item()))
+        dist.destroy_process_group()
+
+    ranks = [fork.Process(target=join, args=(rank,)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    found = {rank: (phases, total) for rank, phases, total in (told.get() for _ in ranks)}
+    assert {total for _, total in found.values()} == {2}
+    assert found[1 - late_rank][0][:5] == [MEETING] * 5
+    assert found[1 - late_rank][0][-1] == JOINING
+    assert found[late_rank][0][0] == MEETING
+
+
+def test_ranks_that_never_come_together_end_with_an_error(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", port)
+    monkeypatch.setattr(distributed, "LATE_S", 0.2)
+    for rank in (1, 0):  # nobody listens, and nobody comes
+        told = []
+        with pytest.raises(dist.DistStoreError, match="not all workers have come together"):
+            distributed._meet(Ranks(rank=rank, world_size=2), timedelta(seconds=1), told.append)
+        assert 2 < len(told) < 10  # it says that it lives for a while, not for ever
+
+
+def test_a_machine_that_does_not_answer_is_no_rank_that_comes_late(monkeypatch):
+    def no_answer(*_, **__):
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(socket, "create_connection", no_answer)
+    monkeypatch.setenv("MASTER_ADDR", "192.0.2.1")
+    monkeypatch.setenv("MASTER_PORT", "29400")
+    told = []
+    with pytest.raises(dist.DistStoreError):
+        distributed._meet(Ranks(rank=1, world_size=2), timedelta(seconds=0.3), told.append)
+    assert told == []
+
+
+def test_torchs_monitor_of_nccl_waits_longer_than_the_watchdog(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "environ", {})
+    distributed.record_collectives(tmp_path / "dump", tmp_path / "pipe", 600.0)
+    assert int(os.environ["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"]) > max(patience_s(600.0, phase) for phase in PHASES)
 
 
 def test_sums_are_over_all_ranks_and_in_place(in_ranks):

@@ -6,16 +6,20 @@ import errno
 import json
 import multiprocessing
 import os
+import signal
+import socket
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from launcher.engine import worker
+from launcher.engine import error_kinds, worker
 from launcher.engine.schedule import Batching
+from launcher.engine.setup import open_data_sets
 from launcher.errors import EXIT_FAILED, MachineError
-from launcher.runs import diagnose
+from launcher.node import watchdog
+from launcher.runs import diagnose, heartbeats
 from launcher.runs.heartbeats import Heartbeats
 from launcher.runs.run_dir import ATTEMPT_VARIABLE
 from launcher.system.files import write_json_atomic
@@ -82,6 +86,47 @@ def test_what_probes_took_is_not_laid_to_training(make_run, start, monkeypatch):
     assert beats.kills_before == 7
 
 
+def test_a_rank_that_hangs_before_its_first_step_is_found_and_the_one_that_waits_for_it_is_not_blamed(
+    make_run, monkeypatch
+):
+    """Rank 1 lists its images for ever; rank 0 waits for it, and says that it lives."""
+
+    def stuck_in_listing(run):
+        if os.environ["RANK"] == "1":
+            time.sleep(1000)
+        return open_data_sets(run)
+
+    monkeypatch.setattr(worker, "open_data_sets", stuck_in_listing)
+    for name, value in {"POLL_S": 0.1, "DUMP_S": 1.0}.items():
+        monkeypatch.setattr(watchdog, name, value)
+    monkeypatch.setattr(heartbeats, "START_LEAST_S", 4.0)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    run, fork, beats = make_run(), multiprocessing.get_context("fork"), Heartbeats(2)
+    write_json_atomic(run.plan, {"run_id": "r", "device": "cpu", "tune": False})
+    run.attempt_errors(1).mkdir(parents=True)
+
+    def as_rank(rank):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), ATTEMPT_VARIABLE: "1", "OMP_NUM_THREADS": "1"}
+        os.environ.update({**own, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+        worker.worker_main(str(run.path), beats)
+
+    ranks = [fork.Process(target=as_rank, args=(rank,)) for rank in (0, 1)]
+    with watchdog.Watchdog(run, beats, timeout_s=0.5, node_rank=0, attempt=lambda: 1):
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(END_S)
+    assert [process.exitcode for process in ranks] == [-signal.SIGKILL] * 2
+    failure = diagnose.first_failure(run, 1)
+    assert (failure["kind"], failure["rank"]) == ("hang", 1)
+    assert failure["message"].startswith("starting, no progress for ")
+    assert "stuck_in_listing" in failure["message"]
+    waits = json.loads(run.rank_error(1, 0).read_text())
+    assert waits["waiting"]
+    assert waits["message"].startswith("meeting the other workers, no progress for ")
+
+
 TORCH = Path(torch.__file__).parent / "nn/modules/module.py"
 LOADER = """Traceback (most recent call last):
   File "{torch}", line 774, in reraise
@@ -105,7 +150,7 @@ ValueError: x
     ],
 )
 def test_the_users_own_line_is_the_last_that_is_nobody_elses(text, place):
-    assert worker.last_own_line(text) == place
+    assert error_kinds.last_own_line(text) == place
 
 
 @pytest.mark.parametrize(
@@ -132,7 +177,7 @@ def test_the_users_own_line_is_the_last_that_is_nobody_elses(text, place):
     ],
 )
 def test_what_the_environment_lacks_is_no_bug_and_has_a_cure_of_its_own(error, kind, cure):
-    assert worker.error_kind(error) == kind
+    assert error_kinds.error_kind(error) == kind
     told = diagnose.cure({"kind": kind, "message": str(error), "own_line": None})
     assert cure in told
     assert "your own code" not in told

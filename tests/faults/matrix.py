@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tests.faults import data, disk, kills, losses, processes, terminals
+from tests.faults import data, disk, kills, losses, nodes, processes, terminals
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +23,8 @@ class Fault:
     """What holds all the same."""
     provoke: Callable[[Bench], Outcome]
     """Has it go wrong, and asserts the promise."""
+    needs_cluster: bool = False
+    """Whether it happens on a SLURM cluster, which this machine pretends."""
 
 
 FAULTS = (
@@ -160,5 +162,35 @@ FAULTS = (
         name="wandb cannot be reached",
         promise="training goes on; one warning, an offline record, `wandb sync` in the report; exit 0",
         provoke=data.wandb_down,
+    ),
+    Fault(
+        name="kill -9 of a node's supervisor, in a job of 3 nodes (--nodes 3)",
+        promise="queued again without that node; the samples of every step as undisturbed",
+        provoke=nodes.requeued,
+        needs_cluster=True,
+    ),
+    Fault(
+        name="the same in a job that shrinks and grows (--nodes 2:3)",
+        promise="the other two train on within 30 s after it was noticed, in the same job; it is taken in again",
+        provoke=nodes.supervisor,
+        needs_cluster=True,
+    ),
+    Fault(
+        name="a node's network is cut, and later given back (--nodes 2:3)",
+        promise="the other two train on within 30 s after it was noticed, in the same job; it is taken in again",
+        provoke=nodes.cut,
+        needs_cluster=True,
+    ),
+    Fault(
+        name="the network of the job's first node is cut for good (--nodes 2:3 --spares 1)",
+        promise="the others train on and the spare one takes its place, in the same job, which they end",
+        provoke=nodes.first,
+        needs_cluster=True,
+    ),
+    Fault(
+        name="kill -9 of all of a node at random moments of one job (--nodes 2:3)",
+        promise="the samples of every step as undisturbed, in the same job",
+        provoke=nodes.at_random_moments,
+        needs_cluster=True,
     ),
 )

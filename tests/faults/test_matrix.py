@@ -15,7 +15,11 @@ def bench(tmp_path_factory):
     return Bench(folder=tmp_path_factory.mktemp("faults"))
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+@pytest.mark.parametrize(
+    "fault",
+    [pytest.param(fault, marks=pytest.mark.slurm if fault.needs_cluster else ()) for fault in FAULTS],
+    ids=lambda fault: fault.name,
+)
 def test_what_is_promised_holds(bench, fault):
     try:
         outcome = fault.provoke(bench)

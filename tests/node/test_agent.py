@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from launcher.node import agent
+from launcher.node import agent, preflight
+from launcher.node.agent_thread import LeftError
 from launcher.node.part import Part
+from launcher.node.signals import StopSignals
+from launcher.plan.launch_plan import LaunchPlan
 from launcher.runs import history
 from launcher.runs.heartbeats import Heartbeats
 from launcher.runs.run_dir import RunDir
@@ -104,3 +109,59 @@ def test_how_often_a_worker_may_vanish_is_for_max_restarts_to_say(kernel, starte
     for _ in range(9):
         end(run, logs, "peer_lost")
     assert {event["cause"] for event in history.events(run, "attempt_ended")} == {"lost_worker"}
+
+
+@pytest.fixture
+def cuda_counts_by_itself(monkeypatch):
+    """No NVML, or a MIG slice: torch counts GPUs by CUDA, after which CUDA works in no process that this one forks."""
+    here = os.getpid()
+
+    def count():
+        assert os.getpid() != here, "CUDA was touched in the process that forks"
+        return 2
+
+    monkeypatch.setattr(torch.cuda, "_device_count_nvml", lambda: -1)
+    monkeypatch.setattr(torch._C, "_cuda_getDeviceCount", count)
+    monkeypatch.setattr(torch.cuda, "_cached_device_count", None)
+    monkeypatch.setattr(torch._C, "_accelerator_getAccelerator", lambda: torch.device("cuda"))
+
+
+def test_the_process_that_forks_workers_counts_no_gpus_by_cuda(cuda_counts_by_itself, started):
+    from torch.distributed.launcher.api import elastic_launch
+
+    _, logs, *_ = started
+    plan = LaunchPlan(run_id="a", device="cuda", procs_per_node=2, max_restarts=0, rdzv_endpoint="127.0.0.1:0")
+    config = agent._config(plan, logs)
+    assert elastic_launch(config, os.getpid)().keys() == {0, 1}  # two workers, forked by torch's agent
+
+
+def test_a_check_of_nodes_counts_gpus_in_a_child(cuda_counts_by_itself, monkeypatch):
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 30, 7))
+    monkeypatch.setattr(preflight, "_driver", lambda: "580")
+    facts = preflight.gather(LaunchPlan(run_id="a", device="cuda", procs_per_node=2), seed=1)
+    assert (facts.num_gpus, facts.nccl) == (2, "2.30.7")
+
+
+def test_a_driver_that_ends_whoever_asks_it_shows_no_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: os._exit(9))
+    monkeypatch.setattr(preflight, "_driver", lambda: "580")
+    assert preflight.gather(LaunchPlan(run_id="a", device="cuda", procs_per_node=2), seed=1).num_gpus == 0
+
+
+def test_a_store_that_dies_while_the_agents_meet_is_a_lost_node(tmp_path, monkeypatch):
+    """As where the node that has it is killed in just that moment: the agent's thread gets torch's own error."""
+    import torch.distributed as dist
+    from torch.distributed.launcher import api
+
+    def meet(*_):
+        raise dist.DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed.")
+
+    monkeypatch.setattr(api, "elastic_launch", lambda _config, _main: meet)
+    run = RunDir(tmp_path / "run")
+    run.create()
+    stop = StopSignals(run, node_rank=1, outlives_loss=True)
+    plan = LaunchPlan(run_id="a", nodes=2, node_rank=1, rdzv_endpoint="127.0.0.1:1", address="127.0.0.1")
+    with pytest.raises(LeftError):
+        agent.run_workers(run, plan, first_attempt=1, stop=stop)
+    assert stop.cause == "lost_node"
+    assert "node 0" in stop.reason

@@ -16,7 +16,7 @@ import pytest
 
 from launcher.errors import UsageError
 from launcher.node import meeting
-from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.launch_plan import Launched, LaunchPlan
 from launcher.runs.history import events
 from launcher.runs.run_dir import RunDir
 from launcher.system import network
@@ -36,6 +36,8 @@ SMALL = (
 DEADLINE_S = 300
 ADDRESSES = ("198.19.250.1", "198.19.250.2")
 IPV6 = ("fd7a:1::1", "fd7a:1::2")
+FAST, FAST_ADDRESSES = ("ib0", "ibp65s0"), ("198.19.251.1", "198.19.251.2")
+"""A second network between the two, to which each has an interface of another name."""
 
 
 def ip(*arguments):
@@ -56,10 +58,12 @@ def machines(tmp_path_factory):
             pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
         ip("netns", "add", names[1])
         ip("-n", names[0], "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", names[1])
+        ip("-n", names[0], "link", "add", FAST[0], "type", "veth", "peer", "name", FAST[1], "netns", names[1])
         for rank, name in enumerate(names):
+            ip("-n", name, "address", "add", f"{FAST_ADDRESSES[rank]}/24", "dev", FAST[rank])
             ip("-n", name, "address", "add", f"{ADDRESSES[rank]}/24", "dev", "eth0")
             ip("-n", name, "address", "add", f"{IPV6[rank]}/64", "dev", "eth0", "nodad")
-            for link in ("lo", "eth0"):
+            for link in ("lo", "eth0", FAST[rank]):
                 ip("-n", name, "link", "set", link, "up")
             other = 1 - rank
             lines = ["127.0.0.1 localhost", f"127.0.1.1 node{rank}", "::1 localhost ip6-localhost"]
@@ -83,8 +87,7 @@ def start(machines, tmp_path, images):
     started = []
 
     def start(rank, *arguments, **variables):
-        unset = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-        environment = {name: value for name, value in os.environ.items() if name not in unset}
+        environment = {name: value for name, value in os.environ.items() if name not in network.INTERFACES}
         environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
         what = (RECIPE, *SMALL, f"data.path={images}", "--node-rank", str(rank), "--run-dir", "run", *arguments)
         started.append(
@@ -127,6 +130,67 @@ def test_two_machines_named_as_debian_does_train_together(endpoints, own, start,
     run = RunDir(tmp_path / "run")
     assert {event["host"] for event in events(run, "attempt_started")} == {"node0", "node1"}
     assert json.loads((run.last_checkpoint / "state.json").read_text())["world_size"] == 2
+
+
+WORKERS = """
+import json, os, sys
+from dataclasses import replace
+from types import SimpleNamespace
+from launcher.node import agent, meeting
+from launcher.runs.heartbeats import Heartbeats
+from launcher.runs.run_dir import RunDir
+from launcher.system import network
+
+def told():
+    return {name: os.environ.get(name) for name in ("MASTER_ADDR", *network.INTERFACES)}
+
+run = RunDir("run")
+plan = replace(run.read_plan(), node_rank=int(sys.argv[1]), rdzv_endpoint=sys.argv[2])
+plan = meeting.meet(run, plan, heed_stop=lambda: None)
+network.set_environment(plan.env)
+stop, beats = SimpleNamespace(requested=False), Heartbeats(1)
+logs = agent._attempt_logs(run, node_rank=plan.node_rank, first_attempt=1, stop=stop, beats=beats)
+from torch.distributed.launcher.api import elastic_launch
+(found,) = elastic_launch(agent._config(plan, logs), told)().values()
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("endpoint", "subnet", "names", "family"),
+    [
+        (f"{FAST_ADDRESSES[0]}:29411", "198.19.251.", FAST, "AF_INET"),
+        (f"[{IPV6[0]}]:29413", "fd7a:1::", ("eth0", "eth0"), "AF_INET6"),
+    ],
+    ids=["fast network", "IPv6"],
+)
+def test_workers_are_told_address_and_interface_of_the_route_each_by_its_nodes_own_name(
+    endpoint, subnet, names, family, machines, tmp_path
+):
+    run = RunDir(tmp_path / "run")
+    run.create()
+    run.write_plan(LaunchPlan(run_id="run", run_dir="run", device="cpu", nodes=2), Launched(created=1.0))
+    environment = {name: value for name, value in os.environ.items() if name not in network.INTERFACES}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NCCL_IB_HCA": "mlx5_0"}
+    nodes = [
+        subprocess.Popen(
+            machines(rank, sys.executable, "-c", WORKERS, str(rank), endpoint),
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (1, 0)
+    ]
+    codes, outputs = finish(*nodes)
+    assert codes == [0, 0], outputs
+    for output, name in zip(outputs, reversed(names), strict=True):
+        told = json.loads(output.splitlines()[-1])
+        assert told["MASTER_ADDR"].startswith(subnet)
+        assert (told["NCCL_SOCKET_IFNAME"], told["GLOO_SOCKET_IFNAME"]) == (f"={name}", name)
+        assert told["NCCL_SOCKET_FAMILY"] == family
 
 
 @pytest.mark.slow
@@ -216,6 +280,11 @@ NODE1 = NODE0 | {"rank": 1, "host": "b", "machine": "B"}
             {"names_itself": True, "rdzv_endpoint": "127.0.0.1:1"},
             ["node 1 (b) was given --rdzv-endpoint 127.0.0.1:1"],
         ),
+        (
+            {},
+            {"unknown": ["GLOO_SOCKET_IFNAME=eth9: no such interface"]},
+            ["node 1 (b): GLOO_SOCKET_IFNAME=eth9: no such interface"],
+        ),
         ({}, {"port": 2}, ["the port of --rdzv-endpoint is 2 on node 1 (b) and 1 on node 0 (a)"]),
         ({"recipe": None}, {"recipe": {"optim.lr": "0.1"}}, []),  # node 0 was started by its command, with no recipe
         ({"recipe": {"seed": "0"}}, {"recipe": {"seed": "1"}}, ["seed is 1 on node 1 (b) and 0 on node 0 (a)"]),
@@ -226,6 +295,12 @@ def test_everything_that_keeps_nodes_apart_is_said_at_once(first, second, said):
     found = meeting.find_problems([NODE0 | first, NODE1 | second])
     assert len(found) == len(said)
     assert all(text in problem for text, problem in zip(said, found, strict=True)), found
+
+
+def test_a_node_says_which_interfaces_it_was_given_and_has_not(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth99")
+    (said,) = meeting._describe(LaunchPlan(run_id="a", nodes=2, rdzv_endpoint="localhost:1"))["unknown"]
+    assert said.startswith("GLOO_SOCKET_IFNAME=eth99: no such interface with an address; there are ")
 
 
 @pytest.mark.parametrize(

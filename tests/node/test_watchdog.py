@@ -12,7 +12,18 @@ import pytest
 
 from launcher.node import watchdog
 from launcher.node.watchdog import Watchdog
-from launcher.runs.heartbeats import Beat, Heartbeats
+from launcher.runs import diagnose, heartbeats
+from launcher.runs.heartbeats import (
+    BUILDING,
+    FIRST,
+    JOINING,
+    MEASURING,
+    MEETING,
+    STARTING,
+    TRAINING,
+    Beat,
+    Heartbeats,
+)
 from launcher.runs.run_dir import RunDir
 
 WORKER = """
@@ -107,6 +118,52 @@ def test_a_worker_that_gets_on_is_left_alone(run, worker, monkeypatch, timeout_s
         time.sleep(0.5)
     assert worker.poll() is None
     assert not run.rank_error(1, 5).exists()
+
+
+@pytest.mark.parametrize("phase", [STARTING, BUILDING, FIRST])
+def test_a_worker_that_hangs_before_its_first_step_is_ended_and_its_phase_is_told(run, worker, monkeypatch, phase):
+    monkeypatch.setattr(watchdog, "POLL_S", 0.05)
+    monkeypatch.setattr(watchdog, "DUMP_S", 0.5)
+    monkeypatch.setattr(heartbeats, "START_LEAST_S", 1.0)
+    beats = Heartbeats(1)
+    monkeypatch.setattr(os, "getpid", lambda: worker.pid)
+    beats.beat(0, 5, phase)
+    monkeypatch.undo()
+    monkeypatch.setattr(watchdog, "POLL_S", 0.05)
+    monkeypatch.setattr(watchdog, "DUMP_S", 0.5)
+    monkeypatch.setattr(heartbeats, "START_LEAST_S", 1.0)
+    start = time.monotonic()
+    with Watchdog(run, beats, timeout_s=0.2, node_rank=0, attempt=lambda: 1):
+        assert worker.wait(timeout=20) == -signal.SIGKILL
+    assert time.monotonic() - start > 1.0  # longer than between steps
+    found = diagnose.first_failure(run, 1)
+    assert found["kind"] == "hang"
+    assert found["message"].startswith(f"{phase}, no progress for ")
+    assert "stuck_here" in found["traceback"]
+
+
+def test_before_the_first_step_there_is_more_patience_and_torch_has_more_than_the_watchdog():
+    assert heartbeats.patience_s(600, TRAINING) == 600
+    assert heartbeats.patience_s(600, JOINING) == 1800
+    assert heartbeats.patience_s(2, BUILDING) == heartbeats.START_LEAST_S
+    for hang_timeout_s in (2, 600, 7200):
+        longest = max(heartbeats.patience_s(hang_timeout_s, phase) for phase in heartbeats.PHASES)
+        assert heartbeats.group_timeout_s(hang_timeout_s) > longest + watchdog.DUMP_S
+    assert heartbeats.group_timeout_s(None) > 3600
+
+
+@pytest.mark.parametrize(
+    ("phase", "age_s", "waits"),
+    [(STARTING, 31.0, False), (MEETING, 0.5, True), (MEASURING, 0.1, True), (MEETING, 31.0, False)],
+)
+def test_before_there_is_a_group_a_worker_that_says_that_it_lives_is_not_the_one_that_hangs(
+    run, worker, monkeypatch, phase, age_s, waits
+):
+    monkeypatch.setattr(watchdog, "DUMP_S", 0.0)
+    Watchdog(run, Heartbeats(1), timeout_s=1.0, node_rank=0, attempt=lambda: 1)._end(
+        [Beat(age_s=age_s, pid=worker.pid, rank=5, phase=phase)]
+    )
+    assert json.loads(run.rank_error(1, 5).read_text())["waiting"] == waits
 
 
 TRAINS = "/w/launcher/engine/trainer.py, /w/launcher/engine/worker.py"

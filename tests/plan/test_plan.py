@@ -512,6 +512,8 @@ GPU 2: NVIDIA A100-SXM4-40GB (UUID: GPU-1b000000-d72c-4106-c12f-20bd9faed9f6)
         ("GPU-1b,GPU-8932a", 2),
         ("GPU-1b,GPU-dead,GPU-8932a", 1),
         ("MIG-4b", 1),
+        ("2", 1),
+        ("GPU-1b", 1),
         ("MIG-4b,MIG-5c", 1),  # a process sees one
         ("MIG-dead", 0),
     ],
@@ -524,9 +526,17 @@ def test_gpus_are_those_that_cuda_sees(visible, num, monkeypatch, tmp_path):
     assert topology.detect().num_gpus == num
 
 
+@pytest.mark.parametrize("visible", ["GPU-8932f", "MIG-4b000000", "0"])
+def test_where_nobody_tells_their_names_those_of_the_list_are_believed(visible, monkeypatch):
+    """Without nvidia-smi, as in many containers."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(topology, "listed_gpus", lambda: (["", ""], []))
+    assert topology.detect().num_gpus == 1
+
+
 def test_a_list_of_gpus_makes_none_on_a_machine_without(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    monkeypatch.setattr(topology, "_listed", lambda: ([], []))
+    monkeypatch.setattr(topology, "listed_gpus", lambda: ([], []))
     assert topology.detect().num_gpus == 0
 
 
@@ -534,6 +544,7 @@ def test_a_list_of_gpus_makes_none_on_a_machine_without(monkeypatch, tmp_path):
     ("script", "num"),
     [
         ("echo 'GPU 0: NVIDIA A100 (UUID: a)'; echo '  MIG 1g.5gb Device 0: (UUID: b)'; echo 'GPU 1: NVIDIA A100'", 2),
+        ('for gpu in 0 1; do echo "GPU $gpu: A100 (UUID: $gpu)"; echo "  MIG 1g.5gb Device 0: (UUID: m$gpu)"; done', 1),
         ("echo 'No devices were found'", 0),
     ],
 )

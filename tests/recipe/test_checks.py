@@ -213,6 +213,12 @@ def test_digits_need_no_path_but_scikit_learn(problems, monkeypatch, tmp_path):
     assert problems(data={"name": "digits"}) == []
 
 
+def test_digits_are_not_trained_on_in_place_of_a_folder_that_was_named(problems):
+    ((key, message),) = problems(data={"name": "digits", "path": "/my/photos"})
+    assert key == "data.path"
+    assert "for the images in /my/photos add data.name=imagefolder" in message
+
+
 # --- all of it together
 
 

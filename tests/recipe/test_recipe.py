@@ -140,9 +140,11 @@ def consistent(recipe):
         launch = change(launch, device="cuda", procs="auto")
     if launch.backend == "local":
         launch = change(launch, nodes=1, procs=1, gpus="auto")
+    if launch.max_nodes == 1:
+        launch = change(launch, spares=0)
     unfreeze = {epoch % train.epochs: names for epoch, names in model.unfreeze.items()} if model.freeze else {}
     model = change(model, unfreeze=unfreeze)
-    data = change(recipe.data, name="digits")
+    data = change(recipe.data, name="digits", path=None)
     return change(recipe, train=train, optim=optim, batch=batch, launch=launch, model=model, data=data)
 
 
@@ -347,7 +349,7 @@ def there_and_back(recipe, file):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_a_recipe_of_the_package_is_the_same_after_it_was_written_out(file, images, tmp_path):
-    recipe, _ = recipes.load(str(file), [f"data.path={images}"])
+    recipe, _ = recipes.load(str(file), [f"data.path={images}"] if "path: ???" in file.read_text() else [])
     assert there_and_back(recipe, tmp_path / "other-name.yaml") == recipe
 
 

@@ -25,19 +25,19 @@ def load(recipe_file):
 
 
 @pytest.mark.parametrize("text", [*NUMBERS, *SIGNS, *ODD])
-def test_a_path_is_what_was_typed_or_what_stands_between_quotes(load, recipe_file, text):
-    recipe = load(DIGITS, f"data.path={text}")
-    assert recipe.data.path == text
+def test_text_is_what_was_typed_or_what_stands_between_quotes(load, recipe_file, text):
+    recipe = load(DIGITS, f"tracking.wandb.project={text}")
+    assert recipe.tracking.wandb.project == text
     again = recipe_file(recipes.to_yaml(recipe), "again.yaml")  # as a resume reads it
     assert recipes.read_resolved(again) == recipe == recipes.load(str(again))[0]
     quoted = json.dumps(text, ensure_ascii=False)
-    assert load(DIGITS, f"data.path={quoted}").data.path == text
-    assert load(f"data: {{name: digits, path: {quoted}}}\n").data.path == text
+    assert load(DIGITS, f"tracking.wandb.project={quoted}").tracking.wandb.project == text
+    assert load(f"{DIGITS}tracking: {{wandb: {{project: {quoted}}}}}\n").tracking.wandb.project == text
 
 
 @pytest.mark.parametrize("text", NUMBERS)
 def test_a_name_needs_no_quotes_in_the_file_because_it_looks_like_something_else(load, text):
-    assert load(f"data:\n  name: digits\n  path: {text}\n").data.path == text
+    assert load(f"{DIGITS}tracking:\n  wandb:\n    project: {text}\n").tracking.wandb.project == text
 
 
 def test_text_within_lists_and_names_in_mappings(load):
@@ -64,8 +64,10 @@ def test_a_range_of_nodes_is_no_number_to_the_base_of_sixty(load, recipe_file, t
 
 
 def test_a_number_is_a_number_and_an_interpolation_one(load):
-    recipe = load(DIGITS, "optim.lr=1e-3", "seed=7", "data.path=/a/${seed}", "batch.size=auto", "post.enabled=no")
-    assert (recipe.optim.lr, recipe.data.path, recipe.batch.size, recipe.post.enabled) == (0.001, "/a/7", "auto", False)
+    given = ("optim.lr=1e-3", "seed=7", "tracking.wandb.project=a/${seed}", "batch.size=auto", "post.enabled=no")
+    recipe = load(DIGITS, *given)
+    assert (recipe.optim.lr, recipe.batch.size, recipe.post.enabled) == (0.001, "auto", False)
+    assert recipe.tracking.wandb.project == "a/7"
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,9 @@ def test_each_cause_has_a_cure(run, kind, cure):
 
 
 def test_causes_that_would_only_come_again_are_not_tried_again():
-    assert set(diagnose.NOT_RETRYABLE) == set(diagnose.CURES) - {"lost_worker", "lost_node", "hang", "memory_kill"}
+    assert set(diagnose.NOT_RETRYABLE) == set(diagnose.CURES) - {
+        *("lost_worker", "lost_node", "hang", "memory_kill", "network"),
+    }
 
 
 def test_a_worker_that_the_kernel_killed_is_told_from_one_that_vanished(run):
@@ -162,6 +164,36 @@ def test_why_of_a_lost_worker_says_who_saw_it_and_no_rank(run):
     assert "rank None" not in text
     assert "dmesg" in text
     assert "log:" not in text
+
+
+def test_why_of_echoes_alone_shows_the_earliest_and_what_to_do_about_a_network(run):
+    fail(run, rank=3, time=2.0, kind="peer_lost", type="DistBackendError", message="ncclRemoteError: a later one")
+    fail(run, rank=2, time=1.0, kind="peer_lost", type="DistBackendError", message="ncclRemoteError: NET/IB error 12")
+    run.update_status(state="failed", attempt=1)
+    text = diagnose.explain(run)
+    assert "rank 2 noticed it first: DistBackendError: ncclRemoteError: NET/IB error 12" in text
+    assert "a later one" not in text
+    for part in ("NCCL_DEBUG=INFO", "interface", "launch doctor --nodes"):
+        assert part in text.splitlines()[-1]
+
+
+def test_a_network_error_of_its_own_keeps_its_text_but_for_its_frames_of_cpp(run):
+    fail(run, rank=0, time=1.0, kind="peer_lost")
+    frames = "".join(f"frame #{n}: c10d::x (0x7f in libtorch.so)\n" for n in range(40))
+    trace = f"{TRACEBACK}DistStoreError: wait timeout after 600000ms, keys: /a\nException raised from x\n{frames}"
+    fail(run, rank=1, time=2.0, kind="network", message="wait timeout after 600000ms, keys: /a", traceback=trace)
+    run.update_status(state="failed", attempt=1)
+    text = diagnose.explain(run)
+    assert "first failure: rank 1 on node0: ValueError: wait timeout after 600000ms, keys: /a" in text
+    assert "\n  DistStoreError: wait timeout" in text
+    assert "frame #" not in text
+    assert "a worker that the others waited for did not come" in text
+
+
+def test_what_a_supervisor_knows_of_a_lost_node_goes_before_what_the_network_says(run):
+    fail(run, rank=0, time=1.0, kind="network", message="No route to host")
+    run.append_event("attempt_ended", attempt=1, node=0, cause="lost_node", message="node 1 (n2) is gone")
+    assert diagnose.cause_of_end(run, 1) == ("lost_node", "node 1 (n2) is gone")
 
 
 def test_why_of_a_run_without_a_failure_says_where_the_logs_are(run):

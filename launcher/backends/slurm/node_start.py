@@ -147,5 +147,5 @@ def with_address(plan: LaunchPlan, *, toward: str) -> LaunchPlan:
             + "; name the network in the profile: interface: ib0"
         )
     interface = wanted or network.interface_of(address)
-    env = network.interface_environment(interface) if interface else {}
+    env = network.interface_environment(interface, address) if interface else {}
     return replace(plan, address=address, env=plan.env | env)

@@ -101,7 +101,7 @@ def _supervise(run: RunDir) -> int:
             leave_out(run, {host: str(error).removeprefix(f"{host}: ")}, start=_start(), node_rank=node_rank)
             raise
         met = _meet(run, node_rank, plan.address, first_host=hosts[0])
-        plan, attempt = replace(plan, rdzv_endpoint=f"{met['host']}:{met['port']}"), met["attempt"]
+        plan, attempt = replace(plan, rdzv_endpoint=network.join(met["host"], met["port"])), met["attempt"]
     network.set_environment(plan.env)
     if plan.preflight:
         problems = _check_nodes(run, plan)

@@ -93,8 +93,7 @@ class Peers:
     """
 
     def __init__(self, ranks: Ranks, heed_stop: Callable[[], None]) -> None:
-        store = agents_store() if ranks.world_size > 1 else None
-        self._store = store and PrefixStore("tuning", store)
+        self._store: PrefixStore | None = None
         self._ranks = ranks
         self._heed_stop = heed_stop
 
@@ -104,6 +103,7 @@ class Peers:
         Raises:
             PeerEndedError: some rank will not say anything.
         """
+        self._open(self._heed_stop)
         if self._store is None:
             return [own]
         self._tell("introduction", asdict(own))
@@ -112,11 +112,18 @@ class Peers:
 
     def tell(self, report: dict[str, Any]) -> None:
         """Give what this rank found to those for which it measures."""
+        if "stopped" not in report:  # else a rank that never met the others has nothing to tell them
+            self._open(lambda: None)
         self._tell("report", report)
 
     def hear(self, rank: int) -> dict[str, Any]:
         """What ``rank`` has found; waits for it."""
         return self._hear("report", rank)
+
+    def _open(self, alive: Callable[[], None]) -> None:
+        if self._store is None and self._ranks.world_size > 1:
+            store = agents_store(self._ranks, alive)
+            self._store = PrefixStore("tuning", store) if store else None
 
     def _tell(self, kind: str, value: dict[str, Any]) -> None:
         if self._store is not None:

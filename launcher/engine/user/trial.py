@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from launcher.engine.error_kinds import error_record
 from launcher.engine.tuning.child import OutOfMemoryError, TooSlowError, call_in_child
-from launcher.engine.worker import error_record
 from launcher.errors import LaunchError, TrainingError
 from launcher.recipe import user_code as recipe_code
 from launcher.recipe.user_modules import CODE

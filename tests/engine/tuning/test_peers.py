@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -213,20 +214,19 @@ def test_the_first_probe_may_take_long_for_it_loads_libraries(make_run, engine, 
         probes.measure(16, None)
 
 
-def test_every_size_is_stepped_once_before_it_is_timed():
-    """cudnn.benchmark tries all algorithms when it first meets a size."""
-    met, order = set(), []
+def test_every_size_is_stepped_once_before_it_is_timed(monkeypatch):
+    """cudnn.benchmark tries all algorithms when it first meets a size: that takes longer than a turn."""
+    order = []
 
     def step(size):
+        seconds = 0.001 if size in order else 0.06
         order.append(size)
-        seconds = 0.01 if size in met else 5.0
-        met.add(size)
-        time.sleep(0.01)
+        time.sleep(seconds)
         return seconds
 
-    steps = {size: (lambda size=size: step(size)) for size in (8, 32, 16)}
-    seconds = probe._in_turn(steps, turns=2)
-    assert all(max(found) == 0.01 for found in seconds.values())
+    monkeypatch.setattr(probe, "TURN_S", 0.05)
+    seconds = probe._in_turn({size: functools.partial(step, size) for size in (8, 32, 16)}, turns=2)
+    assert {size: max(found) for size, found in seconds.items()} == {8: 0.001, 32: 0.001, 16: 0.001}
     assert order[:3] == [32, 16, 8]
 
 
