@@ -94,8 +94,7 @@ def run_workers(
     beats = Heartbeats(plan.procs_per_node)
     logs = _attempt_logs(run, part, node_rank=node, first_attempt=first_attempt, stop=stop, beats=beats)
     watchdog = Watchdog(run, beats, timeout_s=plan.hang_timeout_s, node_rank=node, attempt=lambda: int(logs.attempt))
-    config = _config(plan, logs)
-    agent = AgentThread(functools.partial(elastic_launch(config, worker_main), str(run.path), beats))
+    agent = AgentThread(functools.partial(elastic_launch(_config(plan, logs), worker_main), str(run.path), beats))
     peers = Peers(plan, part.hosts)
     capped = LogCap(lambda: [run.rank_log(logs.attempt, int(rank)) for rank in logs.ranks])
     try:
