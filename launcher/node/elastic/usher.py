@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from typing import TYPE_CHECKING, Self
 
 from launcher.node.elastic import deciding
@@ -93,9 +92,9 @@ class Usher:
             return []
         why = left_out(self._run)
         for word in found:
-            if word.start in why:
-                self._say(word.start, why[word.start])
-        heard = reached(word for word in found if word.start not in why)
+            if word.node in why:
+                self._say(word.start, why[word.node])
+        heard = reached(word for word in found if word.node not in why)
         return [word for word in found if word.start in heard]
 
     def _say(self, start: str, text: str) -> None:
