@@ -28,7 +28,7 @@ RIVAL_S = 10.0
 ALONE_S = 10.0
 """How long nodes that only wait to be taken in do so when none of those that trained is left."""
 FLAPS, FLAP_S = 3, 600.0
-"""A node that was lost so often in as many seconds is not taken in."""
+"""A node that was lost so often in as many seconds, each time before another checkpoint, is not taken in."""
 
 
 @dataclass(frozen=True, kw_only=True)

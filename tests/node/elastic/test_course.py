@@ -180,11 +180,22 @@ def test_losses_without_a_step_between_them_end_the_run(run, nodes):
     assert isinstance(gather(late)[0], EndedError)
 
 
-def test_a_node_that_was_lost_three_times_of_late_is_left_out_until_it_is_started_again(run):
-    for start in ("s1", "s2", "s1", "s2 again", "s2 again", "s1"):
-        run.append_event("node_lost", node=1, name="n1", start=start, generation=1)
-    assert left_out(run).keys() == {"s1"}
-    assert left_out(run)["s1"].startswith("node 1 (n1) was lost 3 times in 10 minutes")
+def test_a_node_that_was_lost_three_times_as_soon_as_it_had_come_is_left_out(run):
+    for node in (1, 2, 1, 2, 1):
+        run.append_event("node_lost", node=node, generation=1)
+    (why,) = left_out(run).values()
+    assert why.startswith("node 1 was lost 3 times in 10 minutes, each time before another checkpoint was written")
+
+
+def test_a_node_with_which_the_run_got_on_may_be_lost_as_often_as_it_likes(run):
+    for step in range(5):
+        run.append_event("node_joined", node=1, generation=1)
+        run.append_event("checkpoint", step=step)
+        run.append_event("node_lost", node=1, generation=2)
+    assert left_out(run) == {}
+    run.append_event("node_joined", node=1, generation=1)
+    run.append_event("node_lost", node=1, generation=2)
+    assert left_out(run) == {}
 
 
 def test_a_node_that_renews_its_file_and_does_not_answer_is_not_reached(run, monkeypatch):
