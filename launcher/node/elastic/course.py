@@ -265,6 +265,8 @@ class Course:
             raise EndedError(**told)
         if state in whereabouts.OVER:
             raise EndedError(state=state, message="")
+        if not self._generations.is_latest(self._run):
+            raise EndedError(state="preempted", message="node 0 was started anew; start this node again too")
 
     def _make(self, found: Sequence[Word]) -> str:
         """Decide the next generation, unless another node has done so; return what keeps this node from it, if any."""

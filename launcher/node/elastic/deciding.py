@@ -28,7 +28,7 @@ RIVAL_S = 10.0
 ALONE_S = 10.0
 """How long nodes that only wait to be taken in do so when none of those that trained is left."""
 FLAPS, FLAP_S = 3, 600.0
-"""A node that was lost so often in as many seconds is not taken in."""
+"""A node that was lost so often in as many seconds, each time before another checkpoint, is not taken in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +49,15 @@ class View:
     """How long this node has been ready."""
     unchanged_s: float
     """How long as many nodes were ready as are now."""
-    left_out: Collection[str] = ()
-    """Ids of supervisors that are not taken in."""
+    left_out: Collection[int] = ()
+    """Nodes that are not taken in."""
 
 
 def group(view: View) -> tuple[Word, ...]:
     """Those that could go on together with this node, first the leader: each of them hears each other one."""
     own, last = view.own, view.last
     ready = [word for word in view.others.values() if word.ready and word.generation == last.number]
-    wanted = [word for word in ready if _was_in(last, word) or word.start not in view.left_out]
+    wanted = [word for word in ready if _was_in(last, word) or word.node not in view.left_out]
     found = [own]
     for word in sorted(wanted, key=lambda word: _place(last, word)):
         if all(_hear_each_other(word, one) for one in found):

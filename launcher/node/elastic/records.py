@@ -44,8 +44,7 @@ def regrouped(run: RunDir, last: Generation, made: Generation, *, seconds: float
     states.move(run, "running", attempt=made.attempt, nodes=len(made.members))
     for member in last.members:
         if made.index(member.start) is None:
-            who = {"node": member.node, "name": member.host, "start": member.start}
-            run.append_event("node_lost", **who, generation=last.number, message=reason)
+            run.append_event("node_lost", node=member.node, name=member.host, generation=last.number, message=reason)
     for member in made.members:
         if last.index(member.start) is None:
             run.append_event("node_joined", node=member.node, name=member.host, generation=made.number)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from typing import TYPE_CHECKING, Self
 
 from launcher.node.elastic import deciding
 from launcher.node.elastic.presence import Others, Word, reached
-from launcher.runs import history
+from launcher.system.files import read_jsonl
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,19 +19,26 @@ if TYPE_CHECKING:
 LOOK_S = 2.0
 
 
-def left_out(run: RunDir) -> dict[str, str]:
-    """Supervisors that were lost too often of late, by their ids, each with why in words.
+def left_out(run: RunDir) -> dict[int, str]:
+    """Nodes that were lost again and again as soon as they had come, each with why in words.
 
-    One that somebody has started again counts anew: what wears the others out is a network that comes and goes.
+    One that has helped the run on to another checkpoint in between may be lost as often as it likes.
     """
-    since = time.time() - deciding.FLAP_S
-    lost = [event for event in history.events(run, "node_lost") if event["time"] > since]
-    counts = Counter(event["start"] for event in lost)
+    since, saved = time.time() - deciding.FLAP_S, 0.0
+    came, counts = dict[int, float](), dict[int, int]()
+    for event in read_jsonl(run.events):
+        if event["kind"] == "checkpoint":
+            saved = event["time"]
+        elif event["kind"] == "node_joined":
+            came[event["node"]] = event["time"]
+        elif event["kind"] == "node_lost":
+            node, in_vain = event["node"], saved <= came.get(event["node"], 0.0)
+            counts[node] = counts.get(node, 0) + 1 if in_vain and event["time"] > since else 0
     return {
-        event["start"]: f"node {event['node']} ({event['name']}) was lost {counts[event['start']]} times in "
-        f"{deciding.FLAP_S / 60:.0f} minutes; it is not taken in for a while, or until it is started again"
-        for event in lost
-        if counts[event["start"]] >= deciding.FLAPS
+        node: f"node {node} was lost {num} times in {deciding.FLAP_S / 60:.0f} minutes, each time before another "
+        "checkpoint was written, and is not taken in for a while"
+        for node, num in counts.items()
+        if num >= deciding.FLAPS
     }
 
 
@@ -93,9 +99,9 @@ class Usher:
             return []
         why = left_out(self._run)
         for word in found:
-            if word.start in why:
-                self._say(word.start, why[word.start])
-        heard = reached(word for word in found if word.start not in why)
+            if word.node in why:
+                self._say(word.start, why[word.node])
+        heard = reached(word for word in found if word.node not in why)
         return [word for word in found if word.start in heard]
 
     def _say(self, start: str, text: str) -> None:
