@@ -79,6 +79,7 @@ def run_workers(
     """
     # The only import of torch on this node; torchvision brings the rest of what a worker needs.
     with processes.importing():
+        from torch.distributed import DistError
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.elastic.rendezvous.api import RendezvousError
         from torch.distributed.launcher.api import elastic_launch
@@ -93,8 +94,7 @@ def run_workers(
     beats = Heartbeats(plan.procs_per_node)
     logs = _attempt_logs(run, part, node_rank=node, first_attempt=first_attempt, stop=stop, beats=beats)
     watchdog = Watchdog(run, beats, timeout_s=plan.hang_timeout_s, node_rank=node, attempt=lambda: int(logs.attempt))
-    config = _config(plan, logs)
-    agent = AgentThread(functools.partial(elastic_launch(config, worker_main), str(run.path), beats))
+    agent = AgentThread(functools.partial(elastic_launch(_config(plan, logs), worker_main), str(run.path), beats))
     peers = Peers(plan, part.hosts)
     capped = LogCap(lambda: [run.rank_log(logs.attempt, int(rank)) for rank in logs.ranks])
     try:
@@ -106,7 +106,7 @@ def run_workers(
                     ask_for_lost(stop, peers)
                 blame_lost(stop, peers)
                 raise
-    except RendezvousError as error:
+    except (RendezvousError, DistError) as error:  # the latter where the node that has the store dies meanwhile
         if plan.nodes == 1:
             raise WorkersFailedError(logs.attempt, str(error).splitlines()[0]) from error
         stop.request(reason=peers.why_apart(), cause="lost_node")

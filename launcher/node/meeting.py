@@ -155,12 +155,13 @@ def goes_on_elsewhere(run: RunDir, plan: LaunchPlan) -> bool:
     """
     if not (plan.is_elastic and run.exists):
         return False
-    living = presence.living_nodes(Generations.by_hand(run))
+    generations = Generations.by_hand(run)
+    living, newest = presence.living_nodes(generations), generations.newest()
     if plan.node_rank in living:
         raise UsageError(
             f"{run}: node {plan.node_rank} takes part in this run already; give another --node-rank, or end that one"
         )
-    return bool(living)
+    return newest is not None and any(newest.index(word.start) is not None for word in living.values())
 
 
 def leave(run: RunDir) -> None:

@@ -88,8 +88,8 @@ class Peers:
         if not missing:
             return ""
         if missing[0] == 0:
-            return f"node 0 at {self._endpoint}"
-        return ", ".join(f"node {node}" for node in missing) + f" to come to {self._endpoint}"
+            return f"node {self._numbers[0]} at {self._endpoint}"
+        return ", ".join(f"node {self._numbers[node]}" for node in missing) + f" to come to {self._endpoint}"
 
     def heard(self) -> list[int]:
         """The other nodes that have come and have not said that they leave."""

@@ -29,6 +29,7 @@ NEXT_VARIABLE = "LAUNCH_NEXT_GENERATION"
 NODE_VARIABLE = "LAUNCH_NODE"
 """Environment variable of a worker: which of the run's nodes it is on."""
 _BEGINNING, _END = "generation-", ".json"
+_BY_HAND = "start-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,11 @@ class Generations:
     @classmethod
     def by_hand(cls, run: RunDir) -> Generations:
         """Those of nodes that were started by hand."""
-        return cls(run, f"start-{run.read_launched().created:.6f}")
+        return cls(run, f"{_BY_HAND}{run.read_launched().created:.6f}")
+
+    def is_latest(self, run: RunDir) -> bool:
+        """Whether nodes that were started by hand have not begun anew since; a job's starts are told apart by it."""
+        return not self.folder.name.startswith(_BY_HAND) or self.folder == Generations.by_hand(run).folder
 
     @property
     def stop_file(self) -> Path:
@@ -184,5 +189,6 @@ def leave_if_over() -> None:
     It may have stood still (a network that was cut, a machine that was paused) while the other nodes went on.
     """
     following = os.environ.get(NEXT_VARIABLE)
-    if following and is_listed(Path(following)):
-        os._exit(EXIT_RESUMABLE)
+    with contextlib.suppress(OSError):  # what is written next tells of it
+        if following and is_listed(Path(following)):
+            os._exit(EXIT_RESUMABLE)

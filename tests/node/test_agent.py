@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from launcher.node import agent, preflight
+from launcher.node.agent_thread import LeftError
 from launcher.node.part import Part
+from launcher.node.signals import StopSignals
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.runs import history
 from launcher.runs.heartbeats import Heartbeats
@@ -144,3 +146,22 @@ def test_a_driver_that_ends_whoever_asks_it_shows_no_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: os._exit(9))
     monkeypatch.setattr(preflight, "_driver", lambda: "580")
     assert preflight.gather(LaunchPlan(run_id="a", device="cuda", procs_per_node=2), seed=1).num_gpus == 0
+
+
+def test_a_store_that_dies_while_the_agents_meet_is_a_lost_node(tmp_path, monkeypatch):
+    """As where the node that has it is killed in just that moment: the agent's thread gets torch's own error."""
+    import torch.distributed as dist
+    from torch.distributed.launcher import api
+
+    def meet(*_):
+        raise dist.DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed.")
+
+    monkeypatch.setattr(api, "elastic_launch", lambda _config, _main: meet)
+    run = RunDir(tmp_path / "run")
+    run.create()
+    stop = StopSignals(run, node_rank=1, outlives_loss=True)
+    plan = LaunchPlan(run_id="a", nodes=2, node_rank=1, rdzv_endpoint="127.0.0.1:1", address="127.0.0.1")
+    with pytest.raises(LeftError):
+        agent.run_workers(run, plan, first_attempt=1, stop=stop)
+    assert stop.cause == "lost_node"
+    assert "node 0" in stop.reason

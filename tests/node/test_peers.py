@@ -94,3 +94,21 @@ def test_a_sigterm_because_a_node_died_is_no_preemption(dies, store, make_run):
         blame_lost(stop, first)
     other.join()
     assert stop.cause == ("lost_node" if dies else "preempted")
+
+
+def test_one_that_is_known_to_live_and_never_comes_is_lost_by_its_own_number(store, monkeypatch):
+    monkeypatch.setattr(peers, "LOST_S", 2.0)
+    plan = LaunchPlan(run_id="a", nodes=2, node_rank=0, members=(2, 5), rdzv_endpoint=f"127.0.0.1:{store.port}")
+    with Peers(plan) as unknown, Peers(plan, {0: "n2", 1: "n5"}) as known:
+        until(lambda: known.lost(idle=False))
+        assert known.lost(idle=False).startswith("node 5 (n5) is gone")
+        assert unknown.lost(idle=False) == ""
+        assert unknown.awaited().startswith("node 5 to come")
+
+
+def test_a_first_node_that_is_known_to_live_and_opens_no_store_is_lost(monkeypatch):
+    monkeypatch.setattr(peers, "LOST_S", 2.0)
+    plan = LaunchPlan(run_id="a", nodes=2, node_rank=1, members=(2, 5), rdzv_endpoint="127.0.0.1:1")
+    with Peers(plan, {0: "n2", 1: "n5"}) as known:
+        until(lambda: known.lost(idle=False))
+        assert known.lost(idle=False).startswith("node 2 (n2) is gone")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import threading
 import time
 from types import SimpleNamespace
@@ -91,3 +92,39 @@ def test_steps_of_one_allocation_choose_other_ports(monkeypatch):
         seeds.append(task._seed())
     assert seeds[0] == 7
     assert seeds[1] != 7
+
+
+def press(number):
+    os.kill(os.getpid(), number)
+    time.sleep(0.01)
+
+
+def test_a_lost_node_is_forgotten_where_the_run_goes_on_and_a_signal_is_not(make_run):
+    with StopSignals(make_run("a"), node_rank=0, outlives_loss=True) as stop:
+        stop.request(reason="node 1 is gone", cause="lost_node")
+        stop.forget_loss()
+        assert (stop.requested, stop.reason, stop.cause) == (False, "", "")
+        stop.request(reason="node 2 is gone", cause="lost_node")
+        press(signal.SIGINT)  # the first one, though a stop is under way
+        assert (stop.reason, stop.cause) == ("stopped by SIGINT", "interrupted")
+        stop.blame("node 2 is gone")
+        stop.forget_loss()
+        assert (stop.requested, stop.reason, stop.cause) == (True, "stopped by SIGINT", "interrupted")
+
+
+def test_children_are_told_again_of_a_stop_that_comes_after_one_that_was_forgotten(make_run):
+    told = []
+    with (
+        StopSignals(make_run("a"), node_rank=0, outlives_loss=True) as stop,
+        subprocess.Popen(["sleep", "60"]) as child,
+    ):
+        stop.request(reason="node 1 is gone", cause="lost_node")
+        told.append(child.wait(timeout=30))
+        stop.forget_loss()
+        time.sleep(2 * signals.RESEND_S)
+        with subprocess.Popen(["sleep", "60"]) as second:
+            time.sleep(2 * signals.RESEND_S)
+            assert second.poll() is None
+            press(signal.SIGTERM)
+            told.append(second.wait(timeout=30))
+    assert told == [-signal.SIGTERM] * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from dataclasses import replace
@@ -124,7 +125,9 @@ class Course:
     @property
     def is_over(self) -> bool:
         """Whether the other nodes have gone on to a later one."""
-        return waiting.is_listed(self._generations.file(self._last.number + 1))
+        with contextlib.suppress(OSError):
+            return waiting.is_listed(self._generations.file(self._last.number + 1))
+        return False
 
     def usher(self) -> Usher:
         """What looks for nodes to be taken in, where this node is to."""
@@ -136,7 +139,8 @@ class Course:
         """Take notice, while workers of this node live, of stops and of the others having gone on; seldom enough."""
         if time.monotonic() - self._heeded > HEED_S:
             self._heeded = time.monotonic()
-            self._heed_stop()
+            with contextlib.suppress(OSError):  # a file system that fails for a moment must not end what trains
+                self._heed_stop()
             if not self._stop.requested and self.is_over:
                 self._stop.request(reason="the other nodes went on without this one", cause="lost_node")
 
@@ -178,7 +182,8 @@ class Course:
     def end(self, *, state: str, message: str = "") -> None:
         """Tell nodes that wait to be taken in that the run has ended; the leader's to say."""
         if self.leads:
-            self._generations.say_end(state=state, message=message)
+            with contextlib.suppress(OSError):  # a full disk
+                self._generations.say_end(state=state, message=message)
 
     def next(self) -> Generation:
         """Wait until this node is in a generation.
@@ -201,12 +206,14 @@ class Course:
                     return self._last
                 since = _Since()
             view = self._look(since)
+            problem = ""
             if found := deciding.decide(view):
-                self._make(found)
-                continue
+                problem = self._make(found)
+                if not problem:
+                    continue
             if time.monotonic() - since.too_few > COME_BACK_S:
                 self._give_up(view)
-            notice.say(self._awaited(view))
+            notice.say(problem or self._awaited(view))
             time.sleep(POLL_S)
 
     def _begin(self) -> None:
@@ -258,9 +265,18 @@ class Course:
             raise EndedError(**told)
         if state in whereabouts.OVER:
             raise EndedError(state=state, message="")
+        if not self._generations.is_latest(self._run):
+            raise EndedError(state="preempted", message="node 0 was started anew; start this node again too")
 
-    def _make(self, found: Sequence[Word]) -> None:
-        """Decide the next generation, unless another node has done so."""
+    def _make(self, found: Sequence[Word]) -> str:
+        """Decide the next generation, unless another node has done so; return what keeps this node from it, if any."""
+        try:
+            self._decide(found)
+        except OSError as error:
+            return f"the run directory: {self._run} cannot be written to: {error.strerror}"
+        return ""
+
+    def _decide(self, found: Sequence[Word]) -> None:
         last, run = self._last, self._run
         starts = {word.start for word in found}
         lost = [f"node {one.node} ({one.host})" for one in last.members if one.start not in starts]

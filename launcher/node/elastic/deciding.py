@@ -25,7 +25,7 @@ NOTICE_S = 15.0
 """How long they wait for one that lives and has not noticed yet, or cannot end its workers."""
 RIVAL_S = 10.0
 """How much longer the smaller part waits where a network fell in two and the other part lives."""
-ALONE_S = 30.0
+ALONE_S = 10.0
 """How long nodes that only wait to be taken in do so when none of those that trained is left."""
 FLAPS, FLAP_S = 3, 600.0
 """A node that was lost so often in as many seconds, each time before another checkpoint, is not taken in."""

@@ -190,10 +190,10 @@ def _answers(word: Word) -> bool:
         return False
 
 
-def living_nodes(generations: Generations) -> list[int]:
-    """Nodes that carry this start of the run out now; takes some seconds where any ever did."""
+def living_nodes(generations: Generations) -> dict[int, Word]:
+    """What those say that take part in this start of the run now, or wait to; takes some seconds where any ever did."""
     others = Others(generations, None)
     if not generations.nodes_seen():
-        return []
+        return {}
     waiting.wait_until(others.look, timeout_s=WATCH_S, heed=lambda: None)
-    return sorted(others.look())
+    return others.look()

@@ -77,7 +77,10 @@ class Usher:
     def _watch(self) -> None:
         checkpoint = None
         while not self._done.wait(LOOK_S):
-            waiting = self._waiting()
+            try:
+                waiting = self._waiting()
+            except OSError:  # a file system that fails for a moment
+                continue
             for word in waiting:
                 self._say(word.start, f"node {word.node} ({word.host}) has come; it is taken in at the next checkpoint")
             newest = self._run.last_checkpoint.resolve().name
@@ -102,6 +105,6 @@ class Usher:
         return [word for word in found if word.start in heard]
 
     def _say(self, start: str, text: str) -> None:
-        if (text := f"{text}") and start not in self._told:
+        if start not in self._told:
             self._told.add(start)
             print(text, flush=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from dataclasses import replace
 
 import pytest
 
-from launcher.errors import TrainingError
+from launcher.errors import TrainingError, UsageError
+from launcher.node import meeting
 from launcher.node.elastic import course as courses
 from launcher.node.elastic import deciding, presence
 from launcher.node.elastic.course import Course, EndedError, StoppedError
@@ -16,7 +18,8 @@ from launcher.node.elastic.usher import left_out
 from launcher.node.signals import StopSignals
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.runs import history
-from launcher.runs.generations import Generation, Generations
+from launcher.runs.generations import Generation, Generations, Member
+from launcher.system.files import write_json_atomic
 
 DEADLINE_S = 60
 
@@ -199,7 +202,7 @@ def test_a_node_that_renews_its_file_and_does_not_answer_is_not_reached(run, mon
     monkeypatch.setattr(presence, "REACH_S", 0.3)
     generations = Generations(run, "start")
     with presence.Presence(generations, node=1, address="127.0.0.1") as there:
-        assert presence.living_nodes(generations) == [1]
+        assert list(presence.living_nodes(generations)) == [1]
         others = presence.Others(generations, 0)
         deadline = time.monotonic() + DEADLINE_S
         while not (words := others.look()):
@@ -207,8 +210,30 @@ def test_a_node_that_renews_its_file_and_does_not_answer_is_not_reached(run, mon
         assert presence.reached(words.values()) == {there.word.start}
         assert presence.reached([replace(words[1], start="another" * 4)]) == set()
         assert presence.reached([replace(words[1], port=1)]) == set()
-    assert presence.living_nodes(generations) == []
+    assert presence.living_nodes(generations) == {}
     assert presence.reached(words.values()) == set()
+
+
+def test_nodes_that_only_wait_carry_no_run_out_and_leave_where_node_0_begins_it_anew(run, nodes):
+    plan = LaunchPlan(run_id="run", nodes=3, min_nodes=2, node_rank=0)
+    generations = Generations.by_hand(run)
+    (late,) = nodes(1, of="2:3")
+    late.course.__exit__()
+    late.course = Course(run, late.course._plan, late.stop, generations, range(2))
+    late.course.__enter__()
+    late.gather()
+    assert not meeting.goes_on_elsewhere(run, plan)
+    word = late.course._presence.word
+    generations.make(Generation(number=1, members=(Member(node=1, host="n1", start=word.start),)))
+    assert meeting.goes_on_elsewhere(run, plan)
+    with pytest.raises(UsageError, match="node 1 takes part in this run already"):
+        meeting.goes_on_elsewhere(run, replace(plan, node_rank=1))
+    late.thread.join(DEADLINE_S)
+    assert late.came_to.nodes == (1,)
+    write_json_atomic(run.plan, json.loads(run.plan.read_text()) | {"created": 5.0})
+    (result,) = gather(late)
+    assert isinstance(result, EndedError)
+    assert "start this node again" in str(result)
 
 
 def test_a_generation_is_made_once_whoever_tries(run):
