@@ -89,7 +89,7 @@ class _Pass:
     def forward_of(self, ddp: DistributedDataParallel) -> Iterator[None]:
         """Follow a forward pass through ``ddp``, to the model's output."""
         self._within_ddp = True
-        enter = ddp.module.register_forward_pre_hook(lambda *_: self._set_within_ddp(False))
+        enter = ddp.module.register_forward_pre_hook(lambda *_: self._set_within_ddp(False), prepend=True)
         leave = ddp.module.register_forward_hook(lambda *_: self._set_within_ddp(True))
         with enter, leave:
             yield

@@ -37,8 +37,6 @@ BATCHES_IN_USE = 4
 """Batches in memory beside those in the queues: the current step's, the next steps', the one being made."""
 MEMORY_PART = 0.5
 """Use this fraction of a rank's part of the machine's memory; the rest is for the rank itself and its checkpoints."""
-PROCESS_BYTES = 64 << 20
-"""Bytes of a loader process, without its batches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +97,8 @@ def for_loading(num_ranks: int) -> FreeMemory:
 
 def most_samples(sample_bytes: int, room: FreeMemory) -> int:
     """The largest batch for a GPU that one loader process could load, one ahead; at least one."""
-    for_batches = room.num_bytes - _memory_bytes(1, 1, 0, pinned=True)
     copies = NUM_LOADERS + BATCHES_IN_USE + 2 * BATCHES_IN_USE  # page-locked memory may be twice as much
-    return max(1, for_batches // (copies * sample_bytes))
+    return max(1, room.num_bytes // (copies * sample_bytes))
 
 
 def fit(workers: int, prefetch: int, *, batch_bytes: int, room: Room) -> Loading:
@@ -172,12 +169,12 @@ def _shm_bytes(workers: int, prefetch: int, batch_bytes: int) -> int:
 
 
 def _memory_bytes(workers: int, prefetch: int, batch_bytes: int, *, pinned: bool) -> int:
-    """Of the machine's memory: what is in /dev/shm, the processes, and the page-locked copies.
+    """Of the machine's memory: the batches in /dev/shm, and their page-locked copies.
 
     torch takes page-locked memory in powers of two.
     """
     locked = BATCHES_IN_USE * (1 << (batch_bytes - 1).bit_length()) if pinned and batch_bytes else 0
-    return _shm_bytes(workers, prefetch, batch_bytes) + NUM_LOADERS * workers * PROCESS_BYTES + locked
+    return _shm_bytes(workers, prefetch, batch_bytes) + locked
 
 
 def _lacking(workers: int, prefetch: int, batch_bytes: int, room: Room) -> list[str]:

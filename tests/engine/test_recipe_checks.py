@@ -9,6 +9,7 @@ CODE = """
 import os, sys, torch
 from launcher.engine import recipe_checks
 from launcher.recipe import load
+from launcher.system.processes import die_with_parent
 
 torch.set_num_threads(2)
 model = {"arch": "squeezenet1_1", "weights": None}
@@ -17,6 +18,7 @@ recipe_checks.check(recipe, str)
 assert torch.get_num_threads() == 2
 child = os.fork()
 if not child:
+    die_with_parent()
     torch.ones(1 << 22).isfinite().all().item()
     os._exit(0)
 sys.exit(os.waitpid(child, 0)[1])

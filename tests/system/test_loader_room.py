@@ -29,11 +29,11 @@ MB = 1_000_000
         ({"num_files": 60}, (1, 2), "60 files can be opened"),
         ({"num_files": 80}, (4, 1), "raise the hard limit (ulimit -n)"),
         ({"has_sockets": False}, (0, 4), "set TMPDIR"),
-        # A process takes 67 MB; with page-locked copies of four batches of 2**20 bytes.
-        ({"memory": FreeMemory(num_bytes=573 * MB, limit="--mem")}, (4, 4), None),
-        ({"memory": FreeMemory(num_bytes=572 * MB, limit="--mem")}, (4, 3), "572 MB of memory are there to load with"),
-        ({"memory": FreeMemory(num_bytes=573 * MB, limit="--mem"), "pinned": True}, (4, 3), "(--mem), 577 MB are"),
-        ({"memory": FreeMemory(num_bytes=150 * MB, limit="--mem")}, (1, 4), "or lower batch.size"),
+        ({"memory": FreeMemory(num_bytes=36 * MB, limit="--mem")}, (4, 4), None),
+        ({"memory": FreeMemory(num_bytes=35 * MB, limit="--mem")}, (4, 3), "35 MB of memory are there to load with"),
+        # With page-locked copies of four batches, each of 2**20 bytes.
+        ({"memory": FreeMemory(num_bytes=36 * MB, limit="--mem"), "pinned": True}, (4, 3), "(--mem), 40 MB are"),
+        ({"memory": FreeMemory(num_bytes=7 * MB, limit="--mem")}, (1, 1), "or lower batch.size"),
         ({"memory": FreeMemory(num_bytes=0, limit="--mem")}, (0, 4), "0 MB of memory"),
     ],
 )

@@ -50,6 +50,8 @@ MARGIN = 0.05
 """Fraction of the memory that is left free: headroom for fragmentation, which grows over hours of training."""
 MIN_STEPS_PER_EPOCH = 10
 """Steps of an epoch, at least, however fast larger batches are: a model learns nothing in a few steps."""
+LOADER_BYTES = 64 << 20
+"""Bytes of a loader process, without its batches."""
 NCCL_BYTES = 512 << 20
 """Bytes of NCCL's channels to other ranks, which a probe does not have."""
 CHECKPOINT_COPIES = 4
@@ -265,7 +267,7 @@ def needed_bytes(measured: Probe, *, recipe: Recipe, ranks: Ranks, device: Devic
     sample = data_sets.preprocessing.bytes_of_sample
     loaded = data.PREFETCH * workers + 3  # batches: those ahead, the next step's, the one in use, the one that is made
     checkpoints = CHECKPOINT_COPIES * measured.state_bytes if ranks.rank == 0 else 0
-    loading = workers * loader_room.PROCESS_BYTES + loaded * measured.batch_size * sample
+    loading = workers * LOADER_BYTES + loaded * measured.batch_size * sample
     return measured.memory_bytes + loading + checkpoints
 
 

@@ -236,7 +236,7 @@ def test_no_batch_for_a_gpu_is_larger_than_its_host_can_load(make_run, monkeypat
     ranks, device = probe.Ranks(), Gpu(type="cpu")
     assert autotune._max_size(recipe, ranks, device, data_sets) == 30
     sample = data_sets.preprocessing.bytes_of_sample
-    enough_for_20 = 2 * (20 * 14 * sample + 128 * 2**20)  # half of it is for loading
+    enough_for_20 = 2 * 20 * 14 * sample  # half of it is for loading
     monkeypatch.setattr(host_memory, "share", lambda num: FreeMemory(num_bytes=enough_for_20, limit="--mem"))
     assert autotune._max_size(recipe, ranks, device, data_sets) == 20
     assert autotune._max_size(recipe, ranks, replace(device, type="cuda"), data_sets) == 20
