@@ -1,11 +1,12 @@
 # demo: from nothing to a measured model.  test: all tests.  lint: style and types.  bench: start-up against the others, checkpoints, batch sizes.
 # faults: provoke every fault that a run is to survive, and write docs/faults.md.
+# test-gpu: what only a GPU can show (one will do, eight are used), and images per second against the plain loop.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: demo test lint bench faults clean
+.PHONY: demo test test-gpu lint bench faults clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12 …")'
@@ -20,6 +21,10 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test-gpu: $(VENV)/installed
+	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python -m tests.bench.gpu
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

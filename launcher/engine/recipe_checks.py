@@ -63,10 +63,20 @@ def check(
         trial.UserCodeError: the user's code raised.
     """
     find = functools.partial(_find, is_new=is_new)
-    found = trial.find_problems(recipe, code, find, place=place or Path()) if code else list(find(recipe))
+    found = trial.find_problems(recipe, code, find, place=place or Path()) if code else _in_one_thread(find, recipe)
     problems = [Problem(key=key, where=where(key), message=text) for key, text in found]
     if problems:
         raise RecipeError(problems)
+
+
+def _in_one_thread(find: Callable[[Recipe], Iterator[tuple[str, str]]], recipe: Recipe) -> list[tuple[str, str]]:
+    """This process forks the exports later, and where OpenMP has begun more threads its child would wait for them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return list(find(recipe))
+    finally:
+        torch.set_num_threads(before)
 
 
 def check_train_set(run: RunDir, recipe: Recipe, where: Callable[[str], str]) -> None:

@@ -19,10 +19,8 @@ if TYPE_CHECKING:
 
 Groups = list[list[int]]
 """Node ranks, in groups that try an all-reduce at the same time."""
-
-
 MOST_ON_CPU = 2
-"""Workers of a node that take part where they compute on the CPU: they share one network, and its cores."""
+"""Workers of a node that take part where they compute on the CPU: they share one network and the node's cores."""
 
 
 def num_workers(plan: LaunchPlan) -> int:

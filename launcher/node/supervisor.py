@@ -23,7 +23,7 @@ from launcher.node.signals import StopSignals
 from launcher.runs import diagnose, findings, history, quarantine, states, whereabouts
 from launcher.runs.generations import Generations
 from launcher.runs.run_dir import RunDir
-from launcher.system import allocator, console, loader_room, network, processes
+from launcher.system import allocator, console, loader_room, network, numa, processes
 from launcher.system import cpu as host_cpu
 from launcher.system.redact import redact
 
@@ -297,6 +297,7 @@ def _post_step(run: RunDir) -> None:
     for number in processes.heeded():
         signal.signal(number, signal.SIG_DFL)
     processes.die_with_parent()
+    os.environ.pop(numa.PLACES_VARIABLE, None)  # the workers'
     if run.read_plan().export_threads is None:
         os.environ.pop("OMP_NUM_THREADS", None)  # a worker's share of the cores; nothing else computes now
     console.redirect(run.post_log)

@@ -101,6 +101,7 @@ OPEN = {
     "launch.gpus": "",
     "launch.procs": "",
     "launch.threads": "",
+    "launch.keep_freed_memory": "",
     "launch.device": "",
     "launch.backend": "",
     "launch.profile": "",
@@ -111,6 +112,7 @@ OPEN = {
 TUNED = (
     *("model.", "batch.", "precision", "train.loss", "train.channels_last", "train.clip_grad_norm", "optim.momentum"),
     *("data.workers", "data.augment", "data.dataset", "data.transform", "launch.threads"),
+    "launch.keep_freed_memory",
 )
 """Beginnings of keys that measured batch sizes and shares of cores depend on: a change has them measured again."""
 

@@ -361,19 +361,14 @@ def test_one_image_more_than_the_steps_hold_does_not_explode_in_batch_norm(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("num", "size"), [(41, 8), (40, 8)])
-def test_one_image_more_than_the_steps_hold_does_not_make_training_diverge(
-    make_run, engine, one_rank, tmp_path, num, size
-):
-    folder = engine.write_images(tmp_path / "images", train=num, val=14, classes=["bee", "cat"])
-    for seed in range(10):
+def test_one_image_more_than_the_steps_hold_does_not_make_training_diverge(make_run, engine, one_rank, tmp_path):
+    folder = engine.write_images(tmp_path / "images", train=41, val=14, classes=["bee", "cat"])
+    for seed in range(6):
         changes = {"model": {"arch": "resnet18"}, "optim": {"lr": 0.05}, "data": {"path": str(folder)}}
-        run = make_run(f"run-{seed}", **changes, seed=seed, batch={"size": size}, train={"epochs": 2})
+        run = make_run(f"run-{seed}", **changes, seed=seed, batch={"size": 8}, train={"epochs": 2})
         found = engine.train(run)  # one that diverges ends with a TrainingError
         assert found.outcome == "completed"
-        assert found.lines[-1]["loss"] < 100, (
-            seed
-        )  # at this rate 40 images, too, do not always come to rest in 2 epochs
+        assert found.lines[-1]["loss"] < 100, seed  # at this rate 40 images, too, do not always come to rest
 
 
 # What learns

@@ -26,6 +26,10 @@ happened to. "The same bits": model.safetensors, optimizer.pt and state.json of 
 the same to the last bit, and the run's own records show each sample of each epoch used exactly once. Steps lost: steps
 that had been taken and were taken again. The suite has the same table (tests/faults), with fewer kills and places.
 
+Rows with --nodes are jobs on a real SLURM cluster of four nodes that one machine pretends (slurm/dev), with 2 workers a
+node that all share its cores: seconds are upper bounds. A requeue there finds a free node at once, and SLURM's waits
+are cut short; on a cluster it goes to the back of the queue.
+
 finetune-launcher {version}, Python {python}, {cores} CPU cores, seed {seed}, {minutes:.0f} minutes.
 
 | fault | promised | what happened | steps lost |

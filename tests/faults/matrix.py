@@ -25,6 +25,8 @@ class Fault:
     """Has it go wrong, and asserts the promise."""
     needs_cluster: bool = False
     """Whether it happens on a SLURM cluster, which this machine pretends."""
+    in_suite: bool = True
+    """Whether the suite provokes it too, and not only `make faults`: another one shows the same, and it takes long."""
 
 
 FAULTS = (
@@ -168,12 +170,14 @@ FAULTS = (
         promise="queued again without that node; the samples of every step as undisturbed",
         provoke=nodes.requeued,
         needs_cluster=True,
+        in_suite=False,
     ),
     Fault(
         name="the same in a job that shrinks and grows (--nodes 2:3)",
         promise="the other two train on within 30 s after it was noticed, in the same job; it is taken in again",
         provoke=nodes.supervisor,
         needs_cluster=True,
+        in_suite=False,
     ),
     Fault(
         name="a node's network is cut, and later given back (--nodes 2:3)",

@@ -17,7 +17,7 @@ def bench(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "fault",
-    [pytest.param(fault, marks=pytest.mark.slurm if fault.needs_cluster else ()) for fault in FAULTS],
+    [pytest.param(fault, marks=pytest.mark.slurm if fault.needs_cluster else ()) for fault in FAULTS if fault.in_suite],
     ids=lambda fault: fault.name,
 )
 def test_what_is_promised_holds(bench, fault):

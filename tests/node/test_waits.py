@@ -134,7 +134,8 @@ def test_waiting_for_the_first_node_to_look_through_the_images(number, node, mak
     plan = {"run_id": "run", "nodes": 2, "backend": "torchrun", "rdzv_endpoint": "n1:29500", "created": 1.0}
     run.plan.write_text(json.dumps(plan))
     run.meetings.mkdir()  # they have met
-    run.meeting_by_hand.write_text(json.dumps({"created": 1.0, "starts": [], "problems": [], "address": "127.0.0.1"}))
+    met = {"created": 1.0, "starts": [], "problems": [], "address": "127.0.0.1", "nodes": [0, 1]}
+    run.meeting_by_hand.write_text(json.dumps(met))
     second = node(1)
     second.until(lambda: "waiting for node 0 to look through the images since" in second.output, "the wait")
     second.process.send_signal(number)

@@ -82,7 +82,9 @@ class Launched:
         for process in psutil.process_iter():
             try:
                 command = " ".join(process.cmdline())
-                if str(self.run.path) in command and ("_submit" in command or "slurm.task" in command):
+                if str(self.run.path) in command and any(
+                    word in command for word in ("_submit", "slurm.task", "slurm.member")
+                ):
                     where = Path(f"/proc/{process.pid}/ns/uts").readlink()
                     if host is None or where == self.namespace(host):
                         found.append(process)
@@ -474,6 +476,37 @@ def test_in_an_allocation_it_is_a_step(launch_on, slurm_cluster, by, undisturbed
     assert code == 0, output
     assert events(launched.run, "submitted") == []
     assert weights(launched.run) == weights(undisturbed[0])
+
+
+# Nodes that are lost: tests/faults/nodes.py.
+SHRINKS = ("--nodes", "2:3", "--procs", "1")
+
+
+def test_a_job_that_shrinks_and_grows_is_preempted_as_any_other(launch):
+    launched = launch(*SHRINKS, "train.epochs=2")
+    launched.wait_for_step(8)
+    launched.slurm("sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 3")
+    code, output = launched.finish()
+    assert code == 0, output
+    assert ends(launched.run) == [(1, "preempted")]
+    assert [event["step"] >= 8 for event in events(launched.run, "resumed")] == [True]
+    assert "Restarts=1" in launched.slurm("scontrol", "show", "job", launched.job_id)
+    assert launched.processes() == []
+
+
+def test_in_an_allocation_a_run_that_shrinks_and_grows_is_a_step_a_node(launch_on, slurm_cluster):
+    within = ("salloc", "--quiet", "--no-kill", "--nodes=3", "--ntasks-per-node=1", "--cpus-per-task=2")
+    arguments = (*TWO_NODES, *SHRINKS, *SMALL, "train.epochs=20", OFTEN)
+    launched = launch_on(slurm_cluster, RECIPE, *arguments, within=within)
+    launched.wait_for_step(5)
+    launched.supervisor("n2").kill()
+    launched.wait_until(lambda: any(len(event["members"]) == 3 for event in events(launched.run, "regrouped")))
+    (own,) = [child for child in psutil.Process(launched.process.pid).children() if "launcher" in child.cmdline()]
+    own.send_signal(signal.SIGINT)
+    code, output = launched.finish()
+    assert code == 75, output
+    assert launched.processes() == []
+    assert launched.run.read_status()["state"] == "preempted"
 
 
 def test_a_sweep_is_a_job_array_and_ends_in_a_comparison(launch_on, slurm_cluster, tmp_path):

@@ -50,6 +50,7 @@ def key(recipe: Recipe, facts: DeviceFacts, data_sets: DataSets, ranks: Ranks, m
         "batch": [recipe.batch.objective, max_size],
         "role": [ranks.rank == 0, ranks.world_size > 1, ranks.local_world_size],
         "cores": [recipe.data.workers, recipe.launch.threads],
+        "allocator": recipe.launch.keep_freed_memory,
         "versions": [importlib.metadata.version("finetune-launcher"), torch.__version__, torchvision.__version__],
     }
     return _digest(values)
