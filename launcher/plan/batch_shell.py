@@ -81,8 +81,9 @@ lost=$(sed -n '/: Exited with exit code/q; s/^srun: error: \\([^ :,[]*\\): task 
   head -n 1)"""
 
 _ELASTIC_LOST = """\
-# Nodes that were given up; a supervisor that is only killed is started again.
-lost=$(cat "$run/slurm/lost-$start-"* 2> /dev/null)"""
+# Nodes that were given up; where all were it is not the nodes.
+lost=$(cat "$run/slurm/lost-$start-"* 2> /dev/null)
+[ "$(grep -c . <<< "$lost")" -lt ${#hosts[@]} ] || lost="""
 
 _QUEUE_AGAIN = """\
 own=$(scontrol show job --oneliner "$job" | sed -n 's/.* ExcNodeList=\\([^ (]*\\).*/\\1/p')

@@ -42,7 +42,8 @@ attend() {
     [ ! -s "$run/slurm/left-$start-$node" ] && ! is_over || return $code
     [ "$(patient squeue --noheader --jobs "$job" --format %T)" = RUNNING ] || return $code
     [ $((SECONDS - began)) -lt @CALM_S@ ] || deaths=0
-    deaths=$((deaths + 1))
+    # What ends with a code of its own before it can say so, as where there is no Python, is hardly cured by time.
+    deaths=$((deaths + (code > 128 ? 1 : @MAX_DEATHS@ / 3)))
     event supervisor_lost "\"host\": \"$host\", \"node\": $node"
     if [ $deaths -ge @MAX_DEATHS@ ] || ! holds "$host"; then
       echo "$host" > "$run/slurm/lost-$start-$node"

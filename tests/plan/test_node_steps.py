@@ -116,6 +116,11 @@ def test_a_node_that_keeps_dying_is_left_out_and_does_not_hold_up_the_end(job):
     assert job.starts().count(2) == node_steps.MAX_DEATHS
 
 
+def test_what_cannot_even_start_is_tried_a_few_times(job):
+    assert job.end(f"{BEGIN}exit 127") == (127, ["requeue 7", "update JobId=7 ExcNodeList=n9"])
+    assert job.starts().count(0) == 4
+
+
 def test_a_node_that_slurm_has_taken_out_of_the_job_is_not_tried_again(job):
     assert job.end(f"{BEGIN}[ $node = 2 ] && exit 1\nsleep\n[ $node = 1 ] && speak 0 || leave 0", holds="n1 n2")[0] == 0
     assert sorted(job.starts()) == [0, 1, 2]

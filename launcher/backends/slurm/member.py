@@ -72,8 +72,8 @@ def _end_job_without_script(run: RunDir, start: str, code: int) -> None:
     job_id = str(job.job_id)
     command = ("scontrol", "requeue", job_id) if code == EXIT_RESUMABLE else ("scancel", job_id)
     try:
-        # A node that is only cut off hears it too, where its files come by another way, but cannot tell SLURM.
-        if has_heard and not _is_gone(job_id, job.hostnames[0]):
+        # Asked also where it has heard: a node that is cut off may, by the way of its files, but cannot tell SLURM.
+        if not _is_gone(job_id, job.hostnames[0]):
             return
         print(f"the batch script was lost with its node, {job.hostnames[0]}: {' '.join(command)}", flush=True)
         slurm_client.run(*command)
