@@ -21,7 +21,7 @@ demo: $(VENV)/installed
 
 # The tests on a SLURM cluster mostly wait: they run beside the others.
 test: $(VENV)/installed
-	@$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=line test-slurm test-others
+	@$(MAKE) --no-print-directory --jobs=2 --keep-going test-slurm test-others
 
 test-slurm: $(VENV)/installed
 	$(BIN)/python -m pytest -m slurm
