@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: demo test test-slurm test-others test-gpu lint bench faults clean
+.PHONY: demo test test-gpu lint bench faults clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12 …")'
@@ -19,15 +19,8 @@ demo: $(VENV)/installed
 	rm -rf $(RUN)
 	$(BIN)/launch recipes/quickstart.yaml --run-dir $(RUN)
 
-# The tests on a SLURM cluster mostly wait: they run beside the others.
 test: $(VENV)/installed
-	@$(MAKE) --no-print-directory --jobs=2 --keep-going test-slurm test-others
-
-test-slurm: $(VENV)/installed
-	$(BIN)/python -m pytest -m slurm
-
-test-others: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not slurm" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest tests/gpu

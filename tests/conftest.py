@@ -29,8 +29,8 @@ def pytest_configure():
 
 
 def pytest_collection_modifyitems(items):
-    """Several processes take file after file: the fault table comes first, since it takes longest."""
-    items.sort(key=lambda item: "faults" not in item.path.parts)
+    """Several processes take file after file: the SLURM tests come first, since they take longest and mostly wait."""
+    items.sort(key=lambda item: "slurm" not in item.keywords)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -41,6 +41,18 @@ def own_cache(tmp_path_factory):
         patch.setenv("FINETUNE_LAUNCHER_CACHE", str(folder))
         patch.setenv("TORCH_HOME", str(folder / "torch"))
         yield
+
+
+@pytest.fixture(autouse=True)
+def same_environment():
+    """Leave the environment as it was: what runs in this process sets variables, which later tests would hand on."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() | before.keys():
+        if name not in before:
+            del os.environ[name]
+        elif os.environ.get(name) != before[name] and name != "PYTEST_CURRENT_TEST":
+            os.environ[name] = before[name]
 
 
 @pytest.fixture(scope="session")

@@ -163,10 +163,12 @@ def find_bad(num: int, attempt: Callable[[Groups], list[bool]]) -> list[int] | N
         alone = attempt([[node] for node in doubtful])
         return [node for node, ok in zip(doubtful, alone, strict=True) if not ok] or None
     bad = []
-    for start in range(0, len(doubtful), len(good)):
-        some = doubtful[start : start + len(good)]
-        outcome = attempt([[partner, node] for partner, node in zip(good[: len(some)], some, strict=True)])
-        bad += [node for node, ok in zip(some, outcome, strict=True) if not ok]
+    while doubtful:
+        some, doubtful = doubtful[: len(good)], doubtful[len(good) :]
+        outcome = attempt([[partner, node] for partner, node in zip(good, some, strict=False)])
+        tried = list(zip(some, outcome, strict=True))
+        bad += [node for node, ok in tried if not ok]
+        good += [node for node, ok in tried if ok]  # each helps to tell another one
     return sorted(bad) or None
 
 

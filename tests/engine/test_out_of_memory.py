@@ -290,7 +290,7 @@ launch: {{device: cpu, procs: 2, threads: 1, max_restarts: 1}}
 """
     )
     run = RunDir(tmp_path / "run")
-    done = launch(str(tmp_path / "recipe.yaml"), "--run-dir", str(run))
+    done = launch(str(tmp_path / "recipe.yaml"), "--run-dir", str(run.path))
     assert done.returncode == 0, done.stderr
     assert "attempt 1 ended: memory ran out while DDP exchanged gradients" in done.stderr
     (event,) = events(run, "memory_kill")

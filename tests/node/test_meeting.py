@@ -137,6 +137,7 @@ import json, os, sys
 from dataclasses import replace
 from types import SimpleNamespace
 from launcher.node import agent, meeting
+from launcher.node.part import Part
 from launcher.runs.heartbeats import Heartbeats
 from launcher.runs.run_dir import RunDir
 from launcher.system import network
@@ -149,7 +150,7 @@ plan = replace(run.read_plan(), node_rank=int(sys.argv[1]), rdzv_endpoint=sys.ar
 plan = meeting.meet(run, plan, heed_stop=lambda: None)
 network.set_environment(plan.env)
 stop, beats = SimpleNamespace(requested=False), Heartbeats(1)
-logs = agent._attempt_logs(run, node_rank=plan.node_rank, first_attempt=1, stop=stop, beats=beats)
+logs = agent._attempt_logs(run, Part(), node_rank=plan.node_rank, first_attempt=1, stop=stop, beats=beats)
 from torch.distributed.launcher.api import elastic_launch
 (found,) = elastic_launch(agent._config(plan, logs), told)().values()
 print(json.dumps(found))
