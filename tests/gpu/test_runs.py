@@ -64,7 +64,7 @@ def test_a_killed_worker_ends_no_run(launch, tmp_path, several):
     """The others wait for it in a collective of NCCL's."""
     (tmp_path / "killer.py").write_text(KILLER)
     run = RunDir(tmp_path / "run")
-    launch("recipe.yaml", "train.listeners=[killer.py:Killer]", "--run-dir", str(run), num=several)
+    launch("recipe.yaml", "train.listeners=[killer.py:Killer]", "--run-dir", str(run.path), num=several)
     assert [event["cause"] for event in history.events(run, "attempt_ended")] == ["lost_worker"]
     assert len(history.events(run, "attempt_started")) == 2
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
@@ -81,6 +81,6 @@ def test_batches_are_tuned_and_equal_gpus_measure_once(launch, where):
 
 def test_a_run_is_exported_and_its_export_measured(launch, tmp_path):
     run = RunDir(tmp_path / "run")
-    launch("recipe.yaml", "post.enabled=true", "post.export=[onnx]", "post.quantize=[]", "--run-dir", str(run))
+    launch("recipe.yaml", "post.enabled=true", "post.export=[onnx]", "post.quantize=[]", "--run-dir", str(run.path))
     (row,) = [one for one in json.loads(run.export_manifest.read_text())["exports"] if one["file"] == "model.onnx"]
     assert row["agreement"] >= 0.99
