@@ -21,8 +21,13 @@ FILES = sorted(FOLDER.rglob("*.yaml"))
 pytestmark = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 
 
+def data_of(file, images):
+    """Where the images are, for a recipe that leaves that to its user."""
+    return [f"data.path={images}"] if "???" in file.read_text() else []
+
+
 def test_it_loads_and_plans_on_a_laptop_and_on_a_server(file, images):
-    recipe, _ = recipes.load(str(file), [f"data.path={images}"])
+    recipe, _ = recipes.load(str(file), data_of(file, images))
     assert recipe.name == file.stem
     for machine in (
         Topology(num_cores=2, num_gpus=0, host="laptop"),
@@ -54,7 +59,7 @@ def test_its_header_says_what_it_is_the_command_and_the_hardware(file):
 @pytest.mark.slow
 def test_it_runs_a_few_steps_in_this_process(file, images, launch):
     # What cannot be had here (a download) or would take long (ImageNet's size) is put aside; all else is the recipe's.
-    small = ("model.weights=null", "data.image_size=64", "batch.size=4", f"data.path={images}")
+    small = ("model.weights=null", "data.image_size=64", "batch.size=4", *data_of(file, images))
     done = launch(str(file), "--debug", *small, "--run-dir", "run", env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     run = RunDir(launch.cwd / "run")
