@@ -140,6 +140,8 @@ def consistent(recipe):
         launch = change(launch, device="cuda", procs="auto")
     if launch.backend == "local":
         launch = change(launch, nodes=1, procs=1, gpus="auto")
+    if launch.min_nodes == 0 and ":" in str(launch.nodes):  # MIN is more than MAX
+        launch = change(launch, nodes=launch.max_nodes)
     if launch.max_nodes == 1:
         launch = change(launch, spares=0)
     unfreeze = {epoch % train.epochs: names for epoch, names in model.unfreeze.items()} if model.freeze else {}
