@@ -112,9 +112,7 @@ def _all_checks() -> dict[str, Callable[[], Verdict]]:
         "CPU cores": lambda: checks.check_cores(usable, os.cpu_count() or usable, host_cores.quota()),
         "OMP_NUM_THREADS": lambda: checks.check_threads(os.environ.get("OMP_NUM_THREADS"), cores),
         "memory": _memory,
-        "freed memory": lambda: checks.check_freed_memory(
-            allocator.why_not(), allocator.time_reuse(keep=False), allocator.time_reuse(keep=True)
-        ),
+        "freed memory": _freed_memory,
         str(_SHM): lambda: checks.check_shm(shutil.disk_usage(_SHM).free / checks.GIB if _SHM.is_dir() else None),
         "temporary files": lambda: checks.check_temporary(os.environ.get("TMPDIR"), loader_room.short_folder()),
         "open files": lambda: checks.check_open_files(*resource.getrlimit(resource.RLIMIT_NOFILE)),
@@ -278,6 +276,12 @@ def _memory() -> Verdict:
     return checks.check_memory(
         memory.total / checks.GIB, memory.available / checks.GIB, min(limits) / checks.GIB if limits else None
     )
+
+
+def _freed_memory() -> Verdict:
+    if why := allocator.why_not():
+        return checks.ok(f"is given back as the system does it: {why}")
+    return checks.check_freed_memory(allocator.time_reuse(keep=False), allocator.time_reuse(keep=True))
 
 
 def _disk(folder: Path, *, status: checks.Status, cure: str) -> Verdict:

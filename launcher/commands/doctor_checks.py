@@ -255,10 +255,8 @@ def check_memory(total_gib: float, available_gib: float, limit_gib: float | None
     return ok(found)
 
 
-def check_freed_memory(why_not: str, given_back_s: float, kept_s: float) -> Verdict:
-    """Whether workers on a CPU keep what they free, and how fast a block is taken and filled again with and without."""
-    if why_not:
-        return ok(f"is given back as the system does it: {why_not}")
+def check_freed_memory(given_back_s: float, kept_s: float) -> Verdict:
+    """How fast a block is taken and filled again where workers on a CPU keep what they free, and where they do not."""
     ms = f"{1000 * kept_s:.0f} ms instead of {1000 * given_back_s:.0f} ms"
     if kept_s > given_back_s:
         return warning(f"is kept, which is slower here: {ms} for 128 MiB", "launch.keep_freed_memory=false")

@@ -77,7 +77,7 @@ def run_workers(
         WorkersFailedError: they failed, and no restart is left or would help.
         LeftError: this node left a wait for others, as ``stop`` says.
     """
-    # The only import of torch on this node; torchvision brings the rest of what a worker needs.
+    prepare()
     with processes.importing():
         from torch.distributed import DistError
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

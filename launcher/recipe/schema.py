@@ -247,8 +247,8 @@ class LaunchConfig:
     """CPU threads of each worker's computations, and of the exports'; auto: OMP_NUM_THREADS, or the node's cores shared
     out (the exports have them all); measured on a CPU with batch.size: auto."""
     keep_freed_memory: bool = True
-    """On a CPU: processes of the run keep the memory that they free for the next step, and ask for huge pages. Half as
-    long a step was measured; it costs at most what a step needs at its peak."""
+    """On a CPU: processes of the run keep the memory that they free for the next step, and ask for huge pages. It
+    was measured to give 1.36 times the images a second, for a tenth more memory at the peak (docs/evidence.md)."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: cuda where a GPU is, else cpu."""
     backend: Literal["auto", "local", "torchrun", "slurm"] = "auto"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -165,3 +167,24 @@ def test_a_store_that_dies_while_the_agents_meet_is_a_lost_node(tmp_path, monkey
         agent.run_workers(run, plan, first_attempt=1, stop=stop)
     assert stop.cause == "lost_node"
     assert "node 0" in stop.reason
+
+
+LEAN = """
+import sys
+from launcher.node import agent
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.system import lazy_dynamo
+def stop_here(*_):
+    assert lazy_dynamo.is_put_off()
+    assert "launcher.engine.worker" in sys.modules
+    assert "sympy" not in sys.modules
+    sys.exit(0)
+agent._log_to_file = stop_here
+agent.run_workers(None, LaunchPlan(run_id="r"), first_attempt=1, stop=None)
+"""
+
+
+def test_a_node_that_imports_torch_itself_imports_no_compiler():
+    """As one of a SLURM job does, or a run in the background."""
+    done = subprocess.run([sys.executable, "-c", LEAN], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
