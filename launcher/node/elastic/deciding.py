@@ -21,6 +21,9 @@ START_S = 20.0
 """At the start, when enough nodes are there: how long they wait for the rest, from the last one that came."""
 SETTLE_S = 2.0
 """How long fewer than all nodes wait before they go on, so that all that are ready are seen and say whom they hear."""
+HEAR_S = 10.0
+"""How long they wait for one that is ready and of which not all have said yet that they hear it, or it them: whoever
+tries a node that is cut off besides takes some seconds for that."""
 NOTICE_S = 15.0
 """How long they wait for one that lives and has not noticed yet, or cannot end its workers."""
 RIVAL_S = 10.0
@@ -56,14 +59,18 @@ class View:
 def group(view: View) -> tuple[Word, ...]:
     """Those that could go on together with this node, first the leader: each of them hears each other one."""
     own, last = view.own, view.last
-    ready = [word for word in view.others.values() if word.ready and word.generation == last.number]
-    wanted = [word for word in ready if _was_in(last, word) or word.node not in view.left_out]
     found = [own]
-    for word in sorted(wanted, key=lambda word: _place(last, word)):
+    for word in sorted(_wanted(view), key=lambda word: _place(last, word)):
         if all(_hear_each_other(word, one) for one in found):
             found.append(word)
     found.sort(key=lambda word: _place(last, word))
     return tuple(found)
+
+
+def _wanted(view: View) -> list[Word]:
+    """The other nodes that are ready, and may be taken."""
+    ready = [word for word in view.others.values() if word.ready and word.generation == view.last.number]
+    return [word for word in ready if _was_in(view.last, word) or word.node not in view.left_out]
 
 
 def decide(view: View) -> tuple[Word, ...]:
@@ -71,7 +78,17 @@ def decide(view: View) -> tuple[Word, ...]:
     found = group(view)[: view.most]
     if len(found) < view.fewest or found[0].start != view.own.start:
         return ()
-    return found if view.waited_s >= _patience(view, found) else ()
+    patience = _patience(view, found)
+    if len(found) < view.most and _is_about_to_join(view, found):
+        patience = max(patience, HEAR_S)
+    return found if view.waited_s >= patience else ()
+
+
+def _is_about_to_join(view: View, found: Sequence[Word]) -> bool:
+    """Whether another one is ready that hears one of those found, or is heard; one that is cut off is neither."""
+    there = {word.start for word in found}
+    others = [word for word in _wanted(view) if word.start not in there]
+    return any(not there.isdisjoint(word.hears) or any(word.start in one.hears for one in found) for word in others)
 
 
 def missing(view: View) -> tuple[int, ...]:

@@ -154,3 +154,17 @@ def test_a_supervisor_that_was_started_again_is_another_one():
     last = Generation(number=1, members=(*generation(0).members, Member(node=1, host="n1", start="before")))
     assert decide(view(0, said, last, waited_s=deciding.SETTLE_S - 0.1)) == ()
     assert nodes_of(decide(view(0, said, last, waited_s=deciding.SETTLE_S))) == [0, 1]
+
+
+def test_a_spare_node_that_not_all_have_said_to_hear_yet_is_waited_for_and_one_that_is_cut_off_is_not():
+    nodes, last = (1, 2, 3), generation(0, 1, 2)
+    said = words(nodes, [{1, 2}, {1, 3}])  # node 2 still tries the one that is lost
+    said[3] = replace(said[3], hears=("s1", "s2"))
+    soon, at_last = deciding.SETTLE_S + 0.5, deciding.HEAR_S
+    assert decide(view(1, said, last, most=3, waited_s=soon)) == ()
+    assert nodes_of(decide(view(1, said, last, most=3, waited_s=at_last))) == [1, 2]
+    assert nodes_of(decide(view(1, said, last, most=2, waited_s=soon))) == [1, 2]  # there is no room for it
+    heard = words(nodes, [{1, 2}, {1, 3}, {2, 3}])
+    assert nodes_of(decide(view(1, heard, last, most=3, waited_s=soon))) == [1, 2, 3]
+    cut_off = words(nodes, [{1, 2}])
+    assert nodes_of(decide(view(1, cut_off, last, most=3, waited_s=soon))) == [1, 2]
