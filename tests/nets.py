@@ -10,10 +10,8 @@ from torch import nn
 
 NET = {"factory": f"{__name__}:Net"}
 """The section of a recipe."""
-FACTORY, SLOW = (f"model.factory={__name__}:{name}" for name in ("Net", "Slow"))
-"""Changes of a recipe on the command line; PYTHONPATH leads here."""
-FILE = f"model.factory={Path(__file__)}:Net"
-"""The same for a process that does not hand PYTHONPATH on."""
+FACTORY, SLOW = (f"model.factory={Path(__file__)}:{name}" for name in ("Net", "Slow"))
+"""Changes of a recipe on the command line."""
 PAUSE_S = 0.2
 
 
