@@ -109,7 +109,7 @@ def test_why_names_rank_host_message_traceback_log_and_cure_of_the_last_attempt(
         diagnose.CURES["bug"],
     ):
         assert text.count(part) == 1
-    head, failure, cure, *_ = text.splitlines()
+    _, failure, cure, *_ = text.splitlines()
     assert failure.startswith("first failure: ")
     assert cure.startswith("what to do: ")
     assert "an older story" not in text
