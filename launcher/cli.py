@@ -101,6 +101,12 @@ def _models() -> _Module:
     return models
 
 
+def _predict() -> _Module:
+    from launcher.commands import predict
+
+    return predict
+
+
 def _ps() -> _Module:
     from launcher.commands import ps
 
@@ -152,6 +158,7 @@ COMMANDS = {
     ),
     "compare": Command("RUN …", "runs or folders of runs side by side, the best first", _compare),
     "export": Command("RUN", "export, quantize and measure a run's best checkpoint again", _export),
+    "predict": Command("RUN IMAGE …", "classify images, folders or patterns; an ONNX file needs no torch", _predict),
     "report": Command("RUN", "write report.html, report.json and model_card.md again", _report),
     "why": Command("RUN", "the first failure of a run, and its cure", _why),
     "models": Command(

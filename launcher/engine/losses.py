@@ -49,6 +49,9 @@ LOSSES: dict[str, Callable[..., torch.Tensor]] = {
 }
 """By the name that ``train.loss`` gives; ``launch`` reads the names from this text, without importing torch."""
 
+INDEPENDENT = {"binary_cross_entropy"}
+"""Of those, which have a model learn a probability of each class by itself (a sigmoid), not of one among all."""
+
 
 class Loss:
     """The loss of a run, whatever it was made from, as sums over samples.
