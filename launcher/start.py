@@ -195,7 +195,9 @@ def record(draft: Draft, found: Scan | None) -> None:
 
 
 def tell_of_ignored(recipe: Recipe, source: Source) -> None:
-    """Say which keys mean nothing beside the user's own model, data set or transform."""
+    """Say which keys mean nothing beside the user's own model, data set or transform, or in so short a training."""
+    from launcher.recipe import checks
+
     model, data = recipe.model, recipe.data
     ignored = {"model.arch": model.factory, "data.name": data.dataset, "data.augment": data.transform}
     ignored |= {"data.crop_pct": data.transform}
@@ -204,6 +206,8 @@ def tell_of_ignored(recipe: Recipe, source: Source) -> None:
     for key, reference in ignored.items():
         if reference and key in source.origins:
             print(f"{source.where(key)}: {key} is ignored: {reference} takes its place", flush=True)
+    for key, text in checks.find_notes(recipe):
+        print(f"{source.where(key)}: {key}: {text}", flush=True)
 
 
 def record_failure(run: RunDir, record: dict[str, Any]) -> TrainingError:

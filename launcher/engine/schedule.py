@@ -229,12 +229,12 @@ def lr_factor(progress: float, *, schedule: str, warmup_epochs: float, epochs: i
     Args:
         progress: epochs done, with the fraction of the present one; the middle of a step is meant by its end.
         schedule: cosine or constant.
-        warmup_epochs: length of the linear rise.
+        warmup_epochs: length of the linear rise; one that is longer than training is cut off by its end.
         epochs: length of training.
     """
     if progress < warmup_epochs:
         return progress / warmup_epochs
-    if schedule == "constant":
+    if schedule == "constant" or warmup_epochs >= epochs:
         return 1.0
     rest = (progress - warmup_epochs) / (epochs - warmup_epochs)
     return float(0.5 * (1.0 + np.cos(np.pi * min(1.0, rest))))

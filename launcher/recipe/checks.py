@@ -39,6 +39,19 @@ def find_problems(recipe: Recipe, source: Source, refused: Collection[str] = ())
     ]
 
 
+def find_notes(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """What of a recipe a training as short as it asks for does not come to; keys, and words. It is no mistake.
+
+    So any recipe can be tried with ``train.epochs=1``.
+    """
+    epochs, warmup = recipe.train.epochs, recipe.optim.warmup_epochs
+    if warmup > epochs:
+        text = f"{warmup:g} epochs are more than train.epochs ({epochs}): the rates end at {epochs / warmup:.0%} of theirs"
+        yield "optim.warmup_epochs", text
+    for late in sorted(epoch for epoch in recipe.model.unfreeze if epoch >= epochs):
+        yield "model.unfreeze", f"epoch {late} never comes: train.epochs is {epochs}, counted from 0"
+
+
 def _training(recipe: Recipe) -> Iterator[Finding]:
     stop, batch = recipe.train.early_stopping, recipe.batch
     valid = recipe_metrics.watchable(recipe.metrics)
@@ -57,11 +70,6 @@ def _training(recipe: Recipe) -> Iterator[Finding]:
         yield (
             ("batch.accumulate", "batch.global_size"),
             "follows from global_size, size and the number of ranks; give global_size or accumulate, not both",
-        )
-    if recipe.optim.warmup_epochs >= recipe.train.epochs:
-        yield (
-            ("optim.warmup_epochs", "train.epochs"),
-            f"found {recipe.optim.warmup_epochs:g}; must be less than train.epochs ({recipe.train.epochs})",
         )
     if "onnx_int8" in recipe.post.quantize and "onnx" not in recipe.post.export:
         yield ("post.quantize", "post.export"), "onnx_int8 is made from the onnx export; add onnx to post.export"
@@ -96,10 +104,6 @@ def _model(recipe: Recipe) -> Iterator[Finding]:
     if model.unfreeze and not model.freeze:
         keys = ("model.unfreeze", "model.freeze")
         yield keys, "nothing is frozen; name the layers in model.freeze first"
-    late = [epoch for epoch in model.unfreeze if epoch >= recipe.train.epochs]
-    if late:
-        keys = ("model.unfreeze", "train.epochs")
-        yield keys, f"epoch {late[0]} never comes: train.epochs is {recipe.train.epochs}, counted from 0"
     if model.weights_file is not None:
         yield from _weights_file(model.weights_file)
     if not model.factory:
