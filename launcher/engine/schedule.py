@@ -219,22 +219,3 @@ def validation_batches(num_samples: int, *, rank: int, batching: Batching) -> li
     num_batches = max(-(-(end - start) // size) for (start, end), size in zip(slices, sizes, strict=True))
     own, size = range(*slices[rank]), sizes[rank]
     return [list(own[i * size : (i + 1) * size]) for i in range(num_batches)]
-
-
-def lr_factor(progress: float, *, schedule: str, warmup_epochs: float, epochs: int) -> float:
-    """Fraction of the peak learning rate after ``progress`` epochs.
-
-    Linear warm-up, then the half cosine of SGDR (Loshchilov & Hutter 2017, without restarts), or constant.
-
-    Args:
-        progress: epochs done, with the fraction of the present one; the middle of a step is meant by its end.
-        schedule: cosine or constant.
-        warmup_epochs: length of the linear rise; one that is longer than training is cut off by its end.
-        epochs: length of training.
-    """
-    if progress < warmup_epochs:
-        return progress / warmup_epochs
-    if schedule == "constant" or warmup_epochs >= epochs:
-        return 1.0
-    rest = (progress - warmup_epochs) / (epochs - warmup_epochs)
-    return float(0.5 * (1.0 + np.cos(np.pi * min(1.0, rest))))

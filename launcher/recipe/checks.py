@@ -46,7 +46,8 @@ def find_notes(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """
     epochs, warmup = recipe.train.epochs, recipe.optim.warmup_epochs
     if warmup > epochs:
-        text = f"{warmup:g} epochs are more than train.epochs ({epochs}): the rates end at {epochs / warmup:.0%} of theirs"
+        reached = f"{epochs / warmup:.0%} of theirs"
+        text = f"{warmup:g} epochs are more than train.epochs ({epochs}): the rates end at {reached}"
         yield "optim.warmup_epochs", text
     for late in sorted(epoch for epoch in recipe.model.unfreeze if epoch >= epochs):
         yield "model.unfreeze", f"epoch {late} never comes: train.epochs is {epochs}, counted from 0"
@@ -71,6 +72,9 @@ def _training(recipe: Recipe) -> Iterator[Finding]:
             ("batch.accumulate", "batch.global_size"),
             "follows from global_size, size and the number of ranks; give global_size or accumulate, not both",
         )
+    if recipe.train.clip_grad_norm is not None and recipe.train.clip_grad_value is not None:
+        keys = ("train.clip_grad_value", "train.clip_grad_norm")
+        yield keys, "the gradient is clipped by its norm already; give clip_grad_norm or clip_grad_value, not both"
     if "onnx_int8" in recipe.post.quantize and "onnx" not in recipe.post.export:
         yield ("post.quantize", "post.export"), "onnx_int8 is made from the onnx export; add onnx to post.export"
 

@@ -62,15 +62,24 @@ OPEN = {
     "optim.lr": "",
     "optim.momentum": "",
     "optim.weight_decay": "",
+    "optim.decay_norms": "",
     "optim.schedule": "",
+    "optim.end_factor": "",
+    "optim.step_epochs": "",
+    "optim.step_factor": "",
+    "optim.power": "",
+    "optim.cycles": "",
+    "optim.cycle_growth": "",
     "optim.warmup_epochs": "",
     "optim.lr_batch_size": "",
     "optim.groups": "",
+    "optim.layer_decay": "",
     "precision": "",
     "train.epochs": "",
     "train.channels_last": "",
     "train.batchnorm_recompute": "",
     "train.clip_grad_norm": "",
+    "train.clip_grad_value": "",
     "train.loss": OTHER_LOSS,
     "train.loss_args": OTHER_LOSS,
     "train.label_smoothing": "",
@@ -110,7 +119,7 @@ OPEN = {
 }
 """Keys that may change, each with a note for the user."""
 TUNED = (
-    *("model.", "batch.", "precision", "train.loss", "train.channels_last", "train.clip_grad_norm", "optim.momentum"),
+    *("model.", "batch.", "precision", "train.loss", "train.channels_last", "train.clip_grad", "optim.momentum"),
     *("data.workers", "data.augment", "data.dataset", "data.transform", "launch.threads"),
     "launch.keep_freed_memory",
 )
