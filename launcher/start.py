@@ -201,6 +201,8 @@ def tell_of_ignored(recipe: Recipe, source: Source) -> None:
     model, data = recipe.model, recipe.data
     ignored = {"model.arch": model.factory, "data.name": data.dataset, "data.augment": data.transform}
     ignored |= {"data.crop_pct": data.transform}
+    steps = ("crop_scale", "flip", "rotate", "auto_augment", "color_jitter", "erase")
+    ignored |= {f"data.{step}": data.transform for step in steps}
     if Path(source.path).with_name("plan.json").exists():  # a run's own recipe, which has every key
         return
     for key, reference in ignored.items():

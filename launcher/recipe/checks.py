@@ -30,7 +30,7 @@ def find_problems(recipe: Recipe, source: Source, refused: Collection[str] = ())
         source: where the values came from.
         refused: keys whose values were: what follows from their defaults would only confuse.
     """
-    findings = [found for group in (_training, _placement, _model, _data) for found in group(recipe)]
+    findings = [found for group in (_training, _placement, _model, _augmentation, _data) for found in group(recipe)]
     findings += user_code.find_problems(recipe, source)
     return [
         Problem(key=keys[0], where=source.where(keys[0]), message=text)
@@ -143,6 +143,15 @@ def _weights_file(file: Path) -> Iterator[Finding]:
         yield ("model.weights",), f"{file}: is a folder; name the file with the weights (files in it: {inside})"
     elif not file.is_file():
         yield ("model.weights",), f"{file}: no such file; a name such as DEFAULT is torchvision's, null is none"
+
+
+def _augmentation(recipe: Recipe) -> Iterator[Finding]:
+    data = recipe.data
+    if data.crop_scale != "auto" and data.crop_scale[0] > data.crop_scale[1]:
+        yield ("data.crop_scale",), f"found {data.crop_scale}; the first, the least, must not be more than the second"
+    if (data.mixup or data.cutmix) and recipe.batch.size == 1:
+        keys = ("batch.size", "data.mixup" if data.mixup else "data.cutmix")
+        yield keys, f"found 1; {keys[1]} mixes the images of a batch in pairs: give 2 or more"
 
 
 def _data(recipe: Recipe) -> Iterator[Finding]:

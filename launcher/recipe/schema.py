@@ -94,7 +94,7 @@ class DataConfig:
     transform: str | None = None
     """Your own transform in place of resizing, augment and normalisation: what is called with train=True and with
     train=False (and image_size, mean, std, interpolation, where it names them) and returns what makes an image a float
-    tensor of 3 x image_size x image_size. null: crop_pct and augment."""
+    tensor of 3 x image_size x image_size. null: crop_pct, augment and what follows it but mixup and cutmix."""
     transform_args: dict[str, Argument] = field(default_factory=dict)
     """Further arguments of transform by name."""
     image_size: Annotated[int, Field(ge=16)] | Auto = "auto"
@@ -109,7 +109,29 @@ class DataConfig:
     """Of resizing; auto: what the model's weights were trained with."""
     augment: Literal["none", "light", "standard"] = "standard"
     """Training images: none (as in validation), light (random crop of 64 to 100 % of the area), standard (25 to 100 %,
-    and mirrored)."""
+    and mirrored). The keys from crop_scale to erase change that."""
+    crop_scale: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2)] | Auto = "auto"
+    """Fractions of the area that random crops of training images take, from the least to the most; auto: as augment
+    says."""
+    flip: Fraction | Auto = "auto"
+    """How often training images are mirrored; auto: half of them with augment: standard, else none."""
+    rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """Degrees up to which training images are turned, either way."""
+    auto_augment: Literal["none", "randaugment", "trivialaugment", "augmix"] = "none"
+    """Random changes of colour and shape: RandAugment (two of them, of one magnitude), TrivialAugment (one, of any) or
+    AugMix."""
+    magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+    """How strong the changes of randaugment are, up to 30."""
+    color_jitter: Fraction = 0.0
+    """By which fraction, at most, brightness, contrast and saturation of training images change."""
+    erase: Fraction = 0.0
+    """How often a rectangle of a training image is erased, 2 to 33 % of its area."""
+    mixup: NonNegative = 0.0
+    """Training images are mixed in pairs, and so are their losses, by a share of Beta(mixup, mixup); 0: not. Often 0.2.
+    What is mixed depends on seed and step, not on the number of ranks."""
+    cutmix: NonNegative = 0.0
+    """Rectangles of training images are replaced by their partners', of a share of Beta(cutmix, cutmix); 0: not. Often
+    1. With mixup as well, each step takes one of the two."""
     workers: CountOrZero | Auto = "auto"
     """Loader processes per rank; auto: the rank's cores but one, at most 8; measured with batch.size: auto."""
     on_bad_image: Literal["error", "quarantine"] = "error"

@@ -52,6 +52,15 @@ OPEN = {
     "data.transform": "the best checkpoint is chosen anew from the next validation on",
     "data.transform_args": "",
     "data.augment": "",
+    "data.crop_scale": "",
+    "data.flip": "",
+    "data.rotate": "",
+    "data.auto_augment": "",
+    "data.magnitude": "",
+    "data.color_jitter": "",
+    "data.erase": "",
+    "data.mixup": "",
+    "data.cutmix": "",
     "data.workers": "",
     "data.on_bad_image": "",
     "data.missing_val_classes": "",
@@ -120,8 +129,9 @@ OPEN = {
 """Keys that may change, each with a note for the user."""
 TUNED = (
     *("model.", "batch.", "precision", "train.loss", "train.channels_last", "train.clip_grad", "optim.momentum"),
-    *("data.workers", "data.augment", "data.dataset", "data.transform", "launch.threads"),
-    "launch.keep_freed_memory",
+    *("data.workers", "data.augment", "data.auto_augment", "data.dataset", "data.transform"),
+    *("data.crop_scale", "data.rotate", "data.magnitude", "data.color_jitter", "data.erase"),
+    *("launch.threads", "launch.keep_freed_memory"),
 )
 """Beginnings of keys that measured batch sizes and shares of cores depend on: a change has them measured again."""
 

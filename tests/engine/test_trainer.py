@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 from collections import Counter
 from dataclasses import replace
@@ -148,6 +149,49 @@ def test_also_with(make_run, engine, in_ranks, changes, world_size, size, accumu
     if "channels_last" not in changes["train"]:  # it does change the weights, or nothing would be proved
         base = make_run("base", train={"epochs": changes["train"].get("epochs", 1)})
         assert engine.largest_difference(expected[0], reference(base, engine, global_size=18)[0]) > 1e-4
+
+
+def in_double(parts):
+    """Compute in float64: the model and what it is given."""
+    parts.model.module.double()
+    parts.model.module.register_forward_pre_hook(lambda _, images: (images[0].double(),))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"data": {"mixup": 0.4}, "train": {"label_smoothing": 0.1}},
+        {"data": {"cutmix": 1.0}, "train": {"loss": "binary_cross_entropy"}},
+        {"data": {"mixup": 0.4, "cutmix": 1.0}, "train": {"loss": "focal", "epochs": 2}},
+    ],
+    ids=["plain", "mixup and smoothing", "cutmix", "both"],
+)
+def test_batches_of_24_and_8_give_the_gradient_of_32_in_double_precision(make_run, engine, in_ranks, changes):
+    """37 images: steps of 19 and 18. Without momentum and decay the weights have moved by gradients only."""
+    run = make_run(batch={"size": 32}, optim={"lr": 1.0, "momentum": 0.0, "weight_decay": 0.0}, **changes)
+    spreads = [((32,), (32,)), ((24, 8), (24, 8)), ((4, 3), (24, 8))]  # the last accumulates
+
+    def moves(batch_sizes, shares):
+        def prepare(parts):
+            engine.without_dropout(parts)
+            in_double(parts)
+            parts.schedule = replace(
+                parts.schedule, batching=Batching(batch_sizes=batch_sizes, shares=shares, global_batch_size=32)
+            )
+
+        stop = engine.at_poll(3)  # before a validation, which takes time
+        ranks = in_ranks(len(shares), lambda who: engine.train(run, who, prepare=prepare, stop=stop))
+        shutil.rmtree(run.checkpoints)
+        return ranks[0]
+
+    whole, *others = (moves(*spread) for spread in spreads)
+    assert len(moved(whole.initial, whole.state)) == len(whole.state)
+    for found in others:
+        assert engine.largest_difference(found.state, whole.state) < 1e-6
+        assert [line["loss"] for line in found.lines] == pytest.approx([line["loss"] for line in whole.lines])
+        assert [line["top1"] for line in found.lines] == pytest.approx([line["top1"] for line in whole.lines])
 
 
 @pytest.mark.slow

@@ -82,6 +82,21 @@ def test_any_recipe_can_be_tried_for_one_epoch_and_says_what_it_does_not_come_to
     assert [text for _, text in recipe_checks.find_notes(recipe)] == ([note] if note else [])
 
 
+@pytest.mark.parametrize(
+    ("sections", "key", "words"),
+    [
+        ({"data": {"crop_scale": [0.9, 0.2]}}, "data.crop_scale", "the first, the least, must not be more"),
+        ({"data": {"mixup": 0.2}, "batch": {"size": 1}}, "batch.size", "data.mixup mixes the images of a batch"),
+        ({"data": {"cutmix": 1.0}, "batch": {"size": 1}}, "batch.size", "data.cutmix mixes the images of a batch"),
+        ({"train": {"clip_grad_norm": 1.0, "clip_grad_value": 1.0}}, "train.clip_grad_value", "not both"),
+    ],
+)
+def test_what_does_not_go_together(sections, key, words, problems, images):
+    sections["data"] = {"path": str(images), **sections.get("data", {})}
+    ((found, message),) = problems(**sections)
+    assert (found, words in message) == (key, True)
+
+
 def test_accumulation_is_given_or_follows_from_the_global_size(problems):
     assert problems(batch={"accumulate": 2}) == []
     assert problems(batch={"global_size": 64}) == []

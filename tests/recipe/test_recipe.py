@@ -147,7 +147,10 @@ def consistent(recipe):
         launch = change(launch, spares=0)
     if not model.freeze:
         model = change(model, unfreeze={})
-    data = change(recipe.data, name="digits", path=None)
+    crop = recipe.data.crop_scale
+    data = change(recipe.data, name="digits", path=None, crop_scale=crop if crop == "auto" else sorted(crop))
+    if batch.size == 1:
+        data = change(data, mixup=0.0, cutmix=0.0)
     return change(recipe, train=train, batch=batch, launch=launch, model=model, data=data)
 
 

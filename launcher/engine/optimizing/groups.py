@@ -73,8 +73,8 @@ def heights(model: FineTunedModel) -> dict[str, int]:
     """How many layers each parameter lies below the head, which has 0.
 
     As BEiT (Bao et al. 2022, arXiv 2106.08254) and timm have it: stem and embeddings are the lowest layer, each block
-    is one, and the normalisation before the head goes with the head. Blocks are found in the model's tree of modules, so
-    this holds for any model whose modules stand there in the order in which they are used.
+    is one, and the normalisation before the head goes with the head. Blocks are found in the model's tree of modules,
+    so this holds for any model whose modules stand there in the order in which they are used.
     """
     head = model.matching([HEAD]) if model.head else set()
     parameters = dict(model.module.named_parameters())
