@@ -59,6 +59,12 @@ def epilog() -> str:
     )
 
 
+def _augment() -> _Module:
+    from launcher.commands import augment
+
+    return augment
+
+
 def _cancel() -> _Module:
     from launcher.commands import cancel
 
@@ -166,6 +172,7 @@ COMMANDS = {
     ),
     "recipes": Command("[NAME]", "the recipes that come with this package; NAME: print one", _recipes),
     "tune": Command("RECIPE", "measure batch sizes on this machine, and show what was measured", _tune),
+    "augment": Command("RECIPE", "a picture of training images before and after augmentation", _augment),
     "check": Command("DATA", "look through an image folder: bad files, classes, images that are there twice", _check),
     "doctor": Command("", "check this machine; --nodes N: nodes of a cluster and their network", _doctor),
     "schema": Command("", "the JSON Schema of a recipe, for editors", _schema),
