@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import signal
 import threading
@@ -10,11 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import v2
 
 from launcher.engine.device import num_cores
-from launcher.engine.loading.decode import CentreCrop, read_image
+from launcher.engine.loading.crops import CentreCrop, Picture, RandomCrop
+from launcher.engine.loading.decode import open_image, read_image
 from launcher.engine.loading.handover import Batch, Loader
+from launcher.engine.loading.kept_pixels import Keeping, KeptPixels
 from launcher.engine.loading.samples import Samples
 from launcher.engine.user.dataset import UserDataset
 from launcher.engine.user.transform import UserTransform
@@ -58,6 +61,8 @@ class Preprocessing:
     """What is black and white in grey of more than 8 bits; None: as the kind of number says."""
     own_transform: str | None = None
     """The user's own transform, which does all of it instead."""
+    decode: str = "fast"
+    """How training reads images for random crops, as ``data.decode`` says: fast or exact. All others are exact."""
 
     @property
     def bytes_of_sample(self) -> int:
@@ -73,14 +78,38 @@ class Preprocessing:
         """
         return read_image(path, background=self.background, grey_range=self.grey_range)
 
-    def transform(self, augment: str = "none") -> Callable[[torch.Tensor], torch.Tensor]:
-        """uint8 3 x H x W to uint8 3 x S x S: the centre crop, or what ``data.augment`` names."""
-        mode = InterpolationMode(self.interpolation)
+    def open(self, path: str) -> Picture:
+        """A file for a random crop: of a large JPEG no more is decoded than the crop needs.
+
+        Raises:
+            TrainingError: it cannot be decoded; names it.
+        """
+        return open_image(path, background=self.background, grey_range=self.grey_range)
+
+    def transform(self, augment: str = "none") -> Callable[[Any], torch.Tensor]:
+        """From what :meth:`read` or :meth:`open` gives to uint8 3 x S x S.
+
+        The centre crop, or what ``data.augment`` names, which takes both.
+        """
         if augment == "none":
             size = {"resize_size": self.resize_size, "image_size": self.image_size}
             return CentreCrop(**size, interpolation=self.interpolation)
-        crop = v2.RandomResizedCrop(self.image_size, scale=CROP_SCALES[augment], interpolation=mode, antialias=True)
+        scale = CROP_SCALES[augment]
+        crop = RandomCrop(image_size=self.image_size, scale=scale, interpolation=self.interpolation)
         return v2.Compose([crop, v2.RandomHorizontalFlip()] if augment == "standard" else [crop])
+
+    def keeping(self, augment: str = "none") -> Keeping:
+        """What ``data.cache`` keeps of an image: a picture in which the smallest crop is not blurred, or the centre."""
+        scale = CROP_SCALES[augment][0] if augment in CROP_SCALES else None
+        return Keeping(
+            short_side=None if scale is None else math.ceil(self.image_size / math.sqrt(scale)),
+            image_size=self.image_size,
+            resize_size=self.resize_size,
+            interpolation=self.interpolation,
+            background=self.background,
+            grey_range=self.grey_range,
+            fast=scale is not None and self.decode == "fast",
+        )
 
     def describe(self) -> dict[str, Any]:
         """All of it as values, and in words, for programs and people that use an export."""
@@ -92,6 +121,7 @@ class Preprocessing:
             "interpolation": self.interpolation,
             "antialias": True,
             "orientation": "exif",
+            "train_decode": "exact" if self.own_transform else self.decode,
             "background": list(self.background),
             "grey_range": self.grey_range and list(self.grey_range),
         }
@@ -122,12 +152,12 @@ class ImageDataset(Samples):
     Args:
         folder: holds train/ and val/.
         split: train or val.
-        transform: uint8 3 x H x W to uint8 3 x S x S.
+        transform: what ``read`` gives to uint8 3 x S x S.
         seed: the recipe's; the randomness of a sample's transform follows from (seed, epoch, index).
         left_out: paths relative to ``folder`` that are no samples. Of training images the schedule leaves them out,
             so that the others keep their indices.
         classes: names in the order of the logits; None: those of the folders in train/.
-        read: from a path to uint8 3 x H x W.
+        read: from a path to what ``transform`` takes.
     """
 
     def __init__(
@@ -139,7 +169,7 @@ class ImageDataset(Samples):
         seed: int,
         left_out: frozenset[str] = frozenset(),
         classes: list[str] | None = None,
-        read: Callable[[str], torch.Tensor] = read_image,
+        read: Callable[[str], Any] = read_image,
     ) -> None:
         super().__init__(transform, seed=seed)
         self.classes = image_folder.find_classes(folder / "train") if classes is None else classes
@@ -147,14 +177,20 @@ class ImageDataset(Samples):
         listed = image_folder.list_images(folder / split, self.classes)
         self.samples = [sample for sample in listed if image_folder.relative(sample[0], folder) not in left_out]
         self._read = read
+        self._kept: KeptPixels | None = None
 
     def key(self, index: int) -> str:
         """Its path below the folder."""
         return image_folder.relative(self.samples[index][0], self._folder)
 
-    def load(self, index: int) -> torch.Tensor:
-        """The image, uint8 3 x H x W."""
-        return self._read(self.samples[index][0])
+    def load(self, index: int) -> Any:
+        """The image as the transform takes it."""
+        kept = self._kept.get(index) if self._kept else None
+        return self._read(self.samples[index][0]) if kept is None else kept
+
+    def use_kept(self, split: str, keeping: Keeping) -> None:
+        """Take pixels that were prepared for this process, if there are any."""
+        self._kept = KeptPixels.find(keeping, self._folder, split, lambda: self.digest)
 
 
 def open_split(
@@ -190,8 +226,13 @@ def open_split(
     if config.dataset:
         return UserDataset(config, split, transform, seed=recipe.seed, left_out=left_out, classes=classes)
     folder = prepare(config)
+    crops = is_train and config.augment != "none" and not config.transform
+    read = preprocessing.open if crops and config.decode == "fast" else preprocessing.read
     options: dict[str, Any] = {"seed": recipe.seed, "left_out": left_out, "classes": classes}
-    return ImageDataset(folder, split, transform, read=preprocessing.read, **options)
+    dataset = ImageDataset(folder, split, transform, read=read, **options)
+    if config.cache != "none":
+        dataset.use_kept(split, preprocessing.keeping(config.augment if is_train else "none"))
+    return dataset
 
 
 def prepare(config: DataConfig) -> Path:

@@ -110,8 +110,14 @@ class DataConfig:
     augment: Literal["none", "light", "standard"] = "standard"
     """Training images: none (as in validation), light (random crop of 64 to 100 % of the area), standard (25 to 100 %,
     and mirrored)."""
+    decode: Literal["fast", "exact"] = "fast"
+    """Training images. fast: a large JPEG file is decoded 2, 4 or 8 times smaller where its random crop has pixels
+    enough; exact: whole, as validation and exports always read it (docs/images.md)."""
+    cache: Literal["none", "ram", "disk"] = "none"
+    """Decoded pixels of all images, kept once a node for its ranks and for later runs: ram (/dev/shm) or disk (the
+    launcher's cache folder). Where they do not fit, a line says so and the run goes on without (docs/images.md)."""
     workers: CountOrZero | Auto = "auto"
-    """Loader processes per rank; auto: the rank's cores but one, at most 8; measured with batch.size: auto."""
+    """Loader processes per rank; auto: the rank's cores but one; measured with batch.size: auto."""
     on_bad_image: Literal["error", "quarantine"] = "error"
     """Images that cannot be decoded are looked for before training. error: nothing is started; quarantine: they are
     left out from the beginning, and listed in bad_images.json and the report."""

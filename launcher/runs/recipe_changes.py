@@ -52,6 +52,8 @@ OPEN = {
     "data.transform": "the best checkpoint is chosen anew from the next validation on",
     "data.transform_args": "",
     "data.augment": "",
+    "data.decode": "",
+    "data.cache": "",
     "data.workers": "",
     "data.on_bad_image": "",
     "data.missing_val_classes": "",
@@ -111,7 +113,7 @@ OPEN = {
 """Keys that may change, each with a note for the user."""
 TUNED = (
     *("model.", "batch.", "precision", "train.loss", "train.channels_last", "train.clip_grad_norm", "optim.momentum"),
-    *("data.workers", "data.augment", "data.dataset", "data.transform", "launch.threads"),
+    *("data.workers", "data.augment", "data.decode", "data.cache", "data.dataset", "data.transform", "launch.threads"),
     "launch.keep_freed_memory",
 )
 """Beginnings of keys that measured batch sizes and shares of cores depend on: a change has them measured again."""
@@ -177,7 +179,7 @@ def _trained_with(run: RunDir, state: dict[str, Any]) -> Recipe:
     import yaml
 
     try:
-        return recipes.from_dict(state["recipe"]) if "recipe" in state else recipes.read_resolved(run.recipe)
+        return recipes.from_recorded(state["recipe"]) if "recipe" in state else recipes.read_resolved(run.recipe)
     except (yaml.YAMLError, ValueError, TypeError, OSError) as error:
         first = str(error).splitlines()[0]
         raise UsageError(f"{run}: the recipe that it was trained with cannot be read: {first}") from None

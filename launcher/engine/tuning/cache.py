@@ -58,7 +58,9 @@ def key(recipe: Recipe, facts: DeviceFacts, data_sets: DataSets, ranks: Ranks, m
 
 def loading_key(recipe: Recipe, data_sets: DataSets) -> str:
     """Of what the speed of loading depends on besides: how cores are best shared follows from it."""
-    return _digest([recipe.data.path, data_sets.train.digest, recipe.data.augment])
+    return _digest(
+        [recipe.data.path, data_sets.train.digest, recipe.data.augment, recipe.data.decode, recipe.data.cache]
+    )
 
 
 def read(found_key: str, budget_bytes: int) -> dict[str, Any] | None:
