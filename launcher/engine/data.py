@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from launcher.engine.device import num_cores
@@ -34,9 +35,10 @@ if TYPE_CHECKING:
     from launcher.engine.distributed import Ranks
     from launcher.recipe.schema import DataConfig, Recipe
 
-MAX_LOADER_WORKERS = 8
 PREFETCH = 4
 """Batches that each loader process makes ahead."""
+MANY_WORKERS, MANY_PREFETCH = 8, 2
+"""Of more processes than this each makes fewer ahead."""
 BYTES_OF_LABEL, BYTES_OF_FLOAT = 8, 4
 CROP_SCALES = {"light": (0.64, 1.0), "standard": (0.25, 1.0)}
 
@@ -146,6 +148,18 @@ def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tenso
     return torch.tensor(values, device=device).view(1, -1, 1, 1)
 
 
+class BothSplits(Dataset[Batch]):
+    """What is looked at between the steps: positions are (whether it is a training image, epoch, index)."""
+
+    def __init__(self, train: Samples, val: Samples) -> None:
+        self._of = {True: train, False: val}
+
+    def __getitem__(self, position: tuple[bool, int, int]) -> Batch:
+        """The sample, as its split gives it."""
+        is_train, epoch, index = position
+        return self._of[is_train][epoch, index]
+
+
 class ImageDataset(Samples):
     """One split of an image folder.
 
@@ -248,19 +262,24 @@ def find_classes(recipe: Recipe) -> list[str]:
 
 
 def build_loader(
-    dataset: Samples,
-    batches: Iterable[Sequence[tuple[int, int]]],
+    dataset: Dataset[Batch],
+    batches: Iterable[Sequence[Any]],
     *,
     workers: int,
     device: Device,
     prefetch: int = PREFETCH,
+    lives_on: bool = False,
 ) -> Loader:
-    """A loader of exactly these ``batches`` of (epoch, index), in this order; an empty one gives an empty batch."""
+    """A loader of exactly these ``batches`` of (epoch, index), in this order; an empty one gives an empty batch.
+
+    With ``lives_on`` its processes stay for other batches.
+    """
     return Loader(
         dataset,
-        batch_sampler=batches,
+        batches,
         workers=workers,
         prefetch=prefetch,
+        lives_on=lives_on,
         collate_fn=_collate,
         pin_memory=device.pin_memory,
         worker_init_fn=_start_loader_worker if workers else None,
@@ -268,10 +287,13 @@ def build_loader(
 
 
 def num_loader_workers(config: DataConfig, ranks: Ranks) -> int:
-    """``data.workers``; auto: the rank's cores but the one that trains, at most 8, where nothing was measured."""
-    if config.workers != "auto":
-        return config.workers
-    return min(MAX_LOADER_WORKERS, num_rank_cores(ranks) - 1)
+    """``data.workers``; auto: the rank's cores but the one that trains, where nothing was measured."""
+    return num_rank_cores(ranks) - 1 if config.workers == "auto" else config.workers
+
+
+def num_ahead(workers: int) -> int:
+    """Batches that each of so many loader processes makes ahead: many processes have as many batches with fewer."""
+    return PREFETCH if workers <= MANY_WORKERS else MANY_PREFETCH
 
 
 def num_rank_cores(ranks: Ranks) -> int:
