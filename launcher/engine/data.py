@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
+from launcher.engine.augmenting import transforms as augmentation
 from launcher.engine.device import num_cores
 from launcher.engine.loading.crops import CentreCrop, Picture, RandomCrop
 from launcher.engine.loading.decode import open_image, read_image
@@ -40,7 +41,6 @@ PREFETCH = 4
 MANY_WORKERS, MANY_PREFETCH = 8, 2
 """Of more processes than this each makes fewer ahead."""
 BYTES_OF_LABEL, BYTES_OF_FLOAT = 8, 4
-CROP_SCALES = {"light": (0.64, 1.0), "standard": (0.25, 1.0)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,23 +88,35 @@ class Preprocessing:
         """
         return open_image(path, background=self.background, grey_range=self.grey_range)
 
-    def transform(self, augment: str = "none") -> Callable[[Any], torch.Tensor]:
-        """From what :meth:`read` or :meth:`open` gives to uint8 3 x S x S.
+    def transform(self, augment: str | DataConfig = "none") -> Callable[[Any], torch.Tensor]:
+        """The centre crop, or the augmentation of a recipe's ``data``.
 
-        The centre crop, or what ``data.augment`` names, which takes both.
+        From what :meth:`read` gives, and with a random crop also from what :meth:`open` gives, to uint8 3 x S x S.
+
+        Args:
+            augment: a preset, as ``data.augment`` names it, or all of the recipe's ``data``.
         """
-        if augment == "none":
-            size = {"resize_size": self.resize_size, "image_size": self.image_size}
-            return CentreCrop(**size, interpolation=self.interpolation)
-        scale = CROP_SCALES[augment]
-        crop = RandomCrop(image_size=self.image_size, scale=scale, interpolation=self.interpolation)
-        return v2.Compose([crop, v2.RandomHorizontalFlip()] if augment == "standard" else [crop])
+        from launcher.recipe.schema import DataConfig
 
-    def keeping(self, augment: str = "none") -> Keeping:
-        """What ``data.cache`` keeps of an image: a picture in which the smallest crop is not blurred, or the centre."""
-        scale = CROP_SCALES[augment][0] if augment in CROP_SCALES else None
+        config = DataConfig(augment=augment) if isinstance(augment, str) else augment  # type: ignore[arg-type]
+        scale = augmentation.crop_scale(config)
+        if scale is None:
+            size = {"resize_size": self.resize_size, "image_size": self.image_size}
+            crop: Any = CentreCrop(**size, interpolation=self.interpolation)
+        else:
+            crop = RandomCrop(image_size=self.image_size, scale=scale, interpolation=self.interpolation)
+        steps = augmentation.build_steps(config, self.mean)
+        return v2.Compose([crop, *steps]) if steps else crop
+
+    def keeping(self, config: DataConfig | None = None) -> Keeping:
+        """What ``data.cache`` keeps of an image: a picture in which the smallest crop is not blurred, or the centre.
+
+        Args:
+            config: by which training images are augmented; None: images are seen as in validation.
+        """
+        scale = augmentation.crop_scale(config) if config else None
         return Keeping(
-            short_side=None if scale is None else math.ceil(self.image_size / math.sqrt(scale)),
+            short_side=None if scale is None else math.ceil(self.image_size / math.sqrt(scale[0])),
             image_size=self.image_size,
             resize_size=self.resize_size,
             interpolation=self.interpolation,
@@ -222,12 +234,12 @@ def open_split(
         recipe: the run's.
         split: train or val.
         preprocessing: what is done to an image.
-        is_train: seen as in training, with data.augment.
+        is_train: seen as in training, augmented.
         left_out: keys that are no samples; of training images the schedule leaves them out.
         classes: names in the order of the logits; None: those of the data set.
     """
     config = recipe.data
-    transform: Callable[[Any], torch.Tensor] = preprocessing.transform(config.augment if is_train else "none")
+    transform: Callable[[Any], torch.Tensor] = preprocessing.transform(config if is_train else "none")
     if config.transform:
         facts = {"mean": preprocessing.mean, "std": preprocessing.std, "interpolation": preprocessing.interpolation}
         transform = UserTransform(
@@ -240,12 +252,12 @@ def open_split(
     if config.dataset:
         return UserDataset(config, split, transform, seed=recipe.seed, left_out=left_out, classes=classes)
     folder = prepare(config)
-    crops = is_train and config.augment != "none" and not config.transform
+    crops = is_train and augmentation.crop_scale(config) is not None and not config.transform
     read = preprocessing.open if crops and config.decode == "fast" else preprocessing.read
     options: dict[str, Any] = {"seed": recipe.seed, "left_out": left_out, "classes": classes}
     dataset = ImageDataset(folder, split, transform, read=read, **options)
     if config.cache != "none":
-        dataset.use_kept(split, preprocessing.keeping(config.augment if is_train else "none"))
+        dataset.use_kept(split, preprocessing.keeping(config if is_train else None))
     return dataset
 
 

@@ -88,6 +88,8 @@ class TrainConfig:
     average; auto: 100, until 10 / momentum steps are taken and the average has forgotten what it began with."""
     clip_grad_norm: Positive | None = None
     """Largest norm of the whole gradient; null: not clipped."""
+    clip_grad_value: Positive | None = None
+    """Largest absolute value in the gradient; null: not clipped. One of the two."""
     label_smoothing: Fraction = 0.0
     """Fraction of the target that is spread over all classes, in training only, by a loss that takes it."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

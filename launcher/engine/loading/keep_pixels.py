@@ -74,7 +74,7 @@ def prepare(run: RunDir) -> bool:
     root = root_of(recipe.data.cache)
     kept = False
     for split, samples, is_train in (("train", sets.train, True), ("val", sets.val, False)):
-        keeping = sets.preprocessing.keeping(recipe.data.augment if is_train else "none")
+        keeping = sets.preprocessing.keeping(recipe.data if is_train else None)
         try:
             _own_folder(root)
             folder = keeping.folder(root, data.prepare(recipe.data), split)

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
-from launcher.engine.data import CROP_SCALES, Preprocessing
+from launcher.engine.augmenting.transforms import PRESETS
+from launcher.engine.data import Preprocessing
 from launcher.engine.loading import decode
 from launcher.engine.loading.crops import Box, Pixels
 from launcher.engine.loading.decode import JpegFile, open_image, read_image
@@ -43,7 +44,7 @@ def cropped(path, read, augment="standard", seed=0):
 @pytest.mark.parametrize("augment", ["light", "standard"])
 def test_the_random_crop_is_torchvisions_to_the_bit_and_draws_the_same(augment):
     image = torch.from_numpy(np.array(smooth(150, 90))).permute(2, 0, 1)
-    scale, mode = CROP_SCALES[augment], InterpolationMode("bilinear")
+    scale, mode = PRESETS[augment][0], InterpolationMode("bilinear")
     theirs = v2.RandomResizedCrop(64, scale=scale, interpolation=mode, antialias=True)
     ours = PREPROCESSING.transform(augment)
     for seed in range(20):

@@ -132,7 +132,7 @@ def test_a_round_that_was_left_in_the_middle_leaves_nothing_to_the_next(living):
 
 def test_the_death_of_one_that_waits_is_told(living):
     list(load(living, [0, 1]))
-    with pytest.raises(RuntimeError, match="exited unexpectedly|killed by signal"):
+    with pytest.raises(RuntimeError, match=r"exited unexpectedly|killed by signal"):
         list(load(living, [1000, 1, 2]))
 
 
