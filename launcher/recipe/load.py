@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from launcher.errors import RecipeError
 from launcher.recipe import user_code
 from launcher.recipe.schema import Recipe
-from launcher.recipe.types import adapter, validate
+from launcher.recipe.types import describe, validate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -125,6 +125,6 @@ def to_yaml(recipe: Recipe) -> str:
 
 def json_schema() -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of a recipe file, for editors."""
-    schema = adapter(Recipe).json_schema()
+    schema = describe(Recipe)
     draft = "https://json-schema.org/draft/2020-12/schema"
     return {"$schema": draft, **schema, "title": "finetune-launcher recipe"}

@@ -180,6 +180,9 @@ class BatchConfig:
     null: size x ranks x accumulate."""
     accumulate: Count = 1
     """Batches per rank and optimizer step."""
+    tune_budget: Fraction = 0.05
+    """With size: auto. Measure for at most this fraction of the time that the run is expected to take, with two probes
+    at least; `launch tune` measures as long as it takes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,6 +68,7 @@ OPEN = {
     "data.missing_val_classes": "",
     "batch.size": SAME_GLOBAL_BATCH,
     "batch.objective": "",
+    "batch.tune_budget": "",
     "batch.global_size": "",
     "batch.accumulate": SAME_GLOBAL_BATCH,
     "optim.lr": "",
