@@ -87,6 +87,7 @@ OPEN = {
     "train.epochs": "",
     "train.channels_last": "",
     "train.batchnorm_recompute": "",
+    "train.ema": "an average that the checkpoint has goes on, a new one begins with the next step",
     "train.clip_grad_norm": "",
     "train.clip_grad_value": "",
     "train.loss": OTHER_LOSS,
@@ -128,7 +129,16 @@ OPEN = {
 }
 """Keys that may change, each with a note for the user."""
 TUNED = (
-    *("model.", "batch.", "precision", "train.loss", "train.channels_last", "train.clip_grad", "optim.momentum"),
+    *(
+        "model.",
+        "batch.",
+        "precision",
+        "train.loss",
+        "train.ema",
+        "train.channels_last",
+        "train.clip_grad",
+        "optim.momentum",
+    ),
     *("data.workers", "data.augment", "data.auto_augment", "data.dataset", "data.transform"),
     *("data.crop_scale", "data.rotate", "data.magnitude", "data.color_jitter", "data.erase"),
     *("launch.threads", "launch.keep_freed_memory"),
