@@ -90,6 +90,7 @@ OPEN = {
     "train.epochs": "",
     "train.channels_last": "",
     "train.batchnorm_recompute": "",
+    "train.ema": "an average that the checkpoint has goes on, a new one begins with the next step",
     "train.clip_grad_norm": "",
     "train.clip_grad_value": "",
     "train.loss": OTHER_LOSS,
@@ -131,7 +132,16 @@ OPEN = {
 }
 """Keys that may change, each with a note for the user."""
 TUNED = (
-    *("model.", "batch.", "precision", "train.loss", "train.channels_last", "train.clip_grad", "optim.momentum"),
+    *(
+        "model.",
+        "batch.",
+        "precision",
+        "train.loss",
+        "train.ema",
+        "train.channels_last",
+        "train.clip_grad",
+        "optim.momentum",
+    ),
     *(
         "data.workers",
         "data.augment",
