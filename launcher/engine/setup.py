@@ -104,7 +104,7 @@ class Parts:
 
     def take(self, agreed: Numerics) -> None:
         """Compute in what the run's ranks have agreed on; for a probe, which is alone. Before the first step."""
-        self.numerics = agreed
+        self.numerics = agreed = agreed.settle(self.model.module)
         layout = torch.channels_last if agreed.channels_last else torch.contiguous_format
         self.model.module.to(memory_format=layout)
 
@@ -281,6 +281,7 @@ def build_parts(
         with_weights=ranks.rank == 0 if with_weights is None else with_weights,
     )
     model.module.to(device.torch_device)
+    agreed = agreed.settle(model.module)
     if agreed.channels_last:
         model.module.to(memory_format=torch.channels_last)
     workers = data.num_loader_workers(recipe.data, ranks) if loader_workers is None else loader_workers
