@@ -111,7 +111,8 @@ def _begin_to_watch() -> None:
     """Have the factories import the kernels."""
     import torch
 
-    library = torch.library.Library("aten", "IMPL", "Meta")
+    make: Any = torch.library.Library  # which torch gives no types
+    library = make("aten", "IMPL", "Meta")
     for name, overload in FACTORIES:
         operator = getattr(getattr(torch.ops.aten, name), overload)
         library.impl(operator, _after_import(operator), "Meta")
