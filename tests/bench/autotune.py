@@ -6,8 +6,8 @@ For each model and limit: a run that tunes itself and then trains 20 steps or mo
 then, in the same group, many sizes up to what fits, in turn; then the chosen and the best of them in turn, for longer.
 Printed: what was chosen, its speed against the best that fits, with how far that may be off, probes, seconds, and the
 memory that training took at most against the limit. Exits with 1 where a speed is below 0.97 of the best by more than
-that, or memory above the limit. The runs are short, but search as a long one does; with ``--tune-budget 0.05`` they search
-as short ones, and measuring must not take more than a tenth of the run.
+that, or memory above the limit. The runs are short, but search as a long one does; with ``--tune-budget 0.05`` they
+search as short ones, and measuring must not take more than a tenth of the run.
 """
 
 from __future__ import annotations
