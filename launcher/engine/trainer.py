@@ -7,18 +7,17 @@ import functools
 import math
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from launcher.engine import distributed, optim
 from launcher.engine.batchnorm_recompute import BatchNormRecompute
 from launcher.engine.checkpoints.saving import Saving
 from launcher.engine.listeners.listeners import build_listeners, start_values
 from launcher.engine.loading.handover import Feed, end_loaders
 from launcher.engine.loading.pace import Pace
-from launcher.engine.metrics import ValidationTotals, build_user_metrics, means
+from launcher.engine.metrics import means
 from launcher.engine.state import TrainingState
 from launcher.engine.stopping import Redeal, RollBack, StopTraining
 from launcher.engine.train_step import TrainStep
+from launcher.engine.validating.validation import Validation
 from launcher.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ class Trainer:
         self._wrapped = False
         self._step = TrainStep(parts, self.state)
         self._batchnorm = BatchNormRecompute(parts, recorder)
-        self._user_metrics = build_user_metrics(parts)
+        self._validation = Validation(parts)
         self._feed: Feed | None = None
         self.outcome: Outcome = "preempted"
         """How the training has ended; until then as if it were stopped now."""
@@ -160,7 +159,10 @@ class Trainer:
         if state.step % self.recipe.tracking.log_every == 0:
             self._log_window()
         if state.offset >= parts.schedule.num_samples or self._finished():
-            self._pace.pause(self._recorder, self.recipe.data, epoch=state.epoch)
+            if self._recorder and (text := self._pace.explain_wait(self.recipe.data)):
+                self._recorder.say(f"epoch {state.epoch + 1}: {text}")
+                self._recorder.event("data_wait", epoch=state.epoch, message=text)
+            self._pace.pause()
             self._end_epoch()
             self._pace.begin()
 
@@ -213,29 +215,8 @@ class Trainer:
             self._wrapped = True
         self.parts.model.train()
 
-    @torch.no_grad()
     def _validate(self) -> dict[str, Any]:
-        """Counts over the whole validation set, every image once, the same on every rank."""
-        parts = self.parts
-        distributed.broadcast_buffers(parts.model.module)
-        parts.model.eval()
-        totals = ValidationTotals(parts.classes, parts.device.torch_device, parts.loss, self._user_metrics)
-        loaded = iter(parts.val_loader())
-        while True:
-            try:
-                batch = loaded.get(self._stop_requested)
-            except StopIteration:
-                break
-            self._poll()
-            if batch is None:
-                continue  # to where all learn that this rank stops
-            images, labels = parts.to_device(batch)
-            if len(labels):
-                with parts.autocast():
-                    logits = parts.model.module(images)
-                totals.add(logits, labels)
-        self._poll(asked=False)  # what ranks said at their last batch must reach all before they add up
-        return totals.compute()
+        return self._validation.run(stop=self._stop_requested, poll=self._poll)
 
     def _poll(self, feed: Feed | None = None, *, asked: bool = True) -> None:
         """Learn whether all stop or save here. Raises StopTraining.

@@ -44,7 +44,7 @@ def test_a_window_has_its_speed_and_the_fraction_that_was_waited(clock):
     found = Pace(Device(type="cpu"))
     train(found, clock, wait=1, compute=3)
     assert found.window() == {"images_per_s": pytest.approx(8), "data_wait": 0.25}
-    found.pause(None, DataConfig(), epoch=0)
+    found.pause()
     clock(1000)
     found.begin()
     train(found, clock, wait=0, compute=4)
