@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from launcher.engine import data, numerics, optim
 from launcher.engine.augmenting.mixing import is_mixing
 from launcher.engine.distributed import broadcast_buffers
+from launcher.engine.loading.balance import class_weights
 from launcher.engine.losses import Loss, build_loss
 from launcher.engine.model import FineTunedModel, build_model, build_preprocessing
 from launcher.engine.schedule import Batching, Schedule, validation_batches
@@ -165,8 +166,7 @@ class Parts:
     def train_loader(self, epoch: int, offset: int) -> Loader:
         """This rank's micro-batches from a position to the end; one set of loader processes for all."""
         steps = self.schedule.steps(self.ranks.rank, epoch=epoch, offset=offset, end_epoch=self.recipe.train.epochs)
-        batches = ([(step.epoch, i) for i in batch] for step in steps for batch in step.micro_batches)
-        return self._loader(self.train_set, batches)
+        return self._loader(self.train_set, (batch for step in steps for batch in step.positions))
 
     def statistics_loader(self, epoch: int, batches: list[list[int]]) -> Loader:
         """Batches of training images as the epoch saw them."""
@@ -281,6 +281,9 @@ def build_parts(
         image_size=images.preprocessing.image_size,
         with_weights=ranks.rank == 0 if with_weights is None else with_weights,
     )
+    excluded, labels = images.train.find(images.left_out), [label for _, label in images.train.samples]
+    counts = Counter(label for index, label in enumerate(labels) if index not in excluded)
+    weights = class_weights([counts[label] for label in range(classes)]) if recipe.data.balance == "weights" else None
     model.module.to(device.torch_device)
     if agreed.channels_last:
         model.module.to(memory_format=torch.channels_last)
@@ -292,13 +295,14 @@ def build_parts(
         device=device,
         numerics=agreed,
         model=model,
-        loss=build_loss(recipe.train, num_classes=classes, device=device.torch_device),
+        loss=build_loss(recipe.train, num_classes=classes, device=device.torch_device, weights=weights),
         optimizer=optim.build_optimizer(model, recipe.optim),
         schedule=Schedule(
             seed=recipe.seed,
             num_samples=len(images.train),
             batching=batching or fixed_batching(recipe.batch, ranks, full_size=full_world_size(run), debug=debug),
-            excluded=images.train.find(images.left_out),
+            excluded=excluded,
+            labels=tuple(labels) if recipe.data.balance == "sampler" else None,
             pairs=is_mixing(recipe.data),
         ),
         train_set=images.train,

@@ -132,6 +132,10 @@ class DataConfig:
     cutmix: NonNegative = 0.0
     """Rectangles of training images are replaced by their partners', of a share of Beta(cutmix, cutmix); 0: not. Often
     1. With mixup as well, each step takes one of the two."""
+    balance: Literal["none", "weights", "sampler"] = "none"
+    """Of classes with different numbers of training images. weights: a loss counts by one over its class's number;
+    sampler: an epoch has as many images as ever, but each class as often as any other (images of small ones several
+    times, each time augmented anew; of large ones not all, but by turns)."""
     workers: CountOrZero | Auto = "auto"
     """Loader processes per rank; auto: the rank's cores but one, at most 8; measured with batch.size: auto."""
     on_bad_image: Literal["error", "quarantine"] = "error"
