@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.errors import EXIT_OK, RecipeError, TrainingError, UsageError
 from launcher.runs import history, states
 from launcher.runs.run_dir import RunDir, new_run_id
-from launcher.system import lazy_dynamo, network, processes
+from launcher.system import lazy_dynamo, lazy_meta, network, processes
 from launcher.system.redact import redact
 
 if TYPE_CHECKING:
@@ -154,6 +154,7 @@ def admit(drafts: Sequence[Draft], scripts: Sequence[str]) -> list[Scan | None]:
 def _check_with_torch(draft: Draft) -> None:
     """Check what only torch and the user's own code can tell; what that code raises is left in the run directory."""
     lazy_dynamo.put_off()
+    lazy_meta.put_off()
     with processes.importing():
         from launcher.engine import recipe_checks
         from launcher.engine.user import trial
@@ -321,7 +322,13 @@ def write_run(plan: LaunchPlan, recipe: Recipe, code: Code | None = None) -> Non
         raise UsageError(f"--run-dir {run}: cannot be written to: {error.strerror}; nothing was started") from None
 
 
+def recipes() -> list[Path]:
+    """The recipes that come with the package."""
+    return sorted(RECIPES.rglob("*.yaml"))
+
+
 def find_recipe(name: str) -> str:
-    """A path as it is; the bare name of a recipe that comes with the package, as its path there."""
-    packaged = RECIPES / f"{name}.yaml"
-    return str(packaged) if not Path(name).exists() and "/" not in name and packaged.is_file() else name
+    """A path as it is; for NAME, or recipes/NAME.yaml that is not here, the recipe that comes with the package."""
+    path = Path(name)
+    packaged = RECIPES / f"{path.stem if path == Path('recipes', f'{path.stem}.yaml') else name}.yaml"
+    return str(packaged) if not path.exists() and packaged.parent == RECIPES and packaged.is_file() else name

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher import start
-from launcher.commands import parser_of
+from launcher.commands.parser import parser_of
 from launcher.errors import EXIT_OK, UsageError
 from launcher.plan.request import Request
 from launcher.runs.run_dir import RunDir

@@ -49,6 +49,9 @@ LOSSES: dict[str, Callable[..., torch.Tensor]] = {
 }
 """By the name that ``train.loss`` gives; ``launch`` reads the names from this text, without importing torch."""
 
+INDEPENDENT = {"binary_cross_entropy"}
+"""Of those, which have a model learn a probability of each class by itself (a sigmoid), not of one among all."""
+
 
 NO_WEIGHTS = (
     "returned a mean over samples, which data.balance=weights cannot weigh by class: return the loss of each sample, "

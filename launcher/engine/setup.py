@@ -6,7 +6,7 @@ import inspect
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -26,6 +26,8 @@ from launcher.system.loader_room import Loading
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from contextlib import AbstractContextManager
+
+    from torch.utils.data import Dataset
 
     from launcher.engine.data import Preprocessing
     from launcher.engine.device import Device, Precision
@@ -74,6 +76,7 @@ class Parts:
     """Where debugging ends."""
     ddp: DistributedDataParallel = field(init=False)
     """The network as DDP wraps it; :meth:`wrap` makes it."""
+    _between: Loader | None = field(init=False, default=None)
 
     @property
     def classes(self) -> list[str]:
@@ -170,7 +173,7 @@ class Parts:
 
     def statistics_loader(self, epoch: int, batches: list[list[int]]) -> Loader:
         """Batches of training images as the epoch saw them."""
-        return self._loader(self.train_set, ([(epoch, i) for i in batch] for batch in batches))
+        return self._between_steps([(True, epoch, i) for i in batch] for batch in batches)
 
     def val_loader(self) -> Loader:
         """This rank's share of the validation set."""
@@ -179,12 +182,24 @@ class Parts:
             rank=self.ranks.rank,
             batching=self.schedule.batching,
         )
-        return self._loader(self.val_set, ([(0, i) for i in batch] for batch in islice(batches, self.max_steps)))
+        return self._between_steps([(False, 0, i) for i in batch] for batch in islice(batches, self.max_steps))
 
-    def _loader(self, dataset: Samples, batches: Iterator[list[tuple[int, int]]]) -> Loader:
-        loading = self.loading
+    def close_loaders(self) -> None:
+        """End the loader processes that live through the training."""
+        if self._between is not None:
+            self._between.close()
+
+    def _between_steps(self, batches: Iterator[list[tuple[bool, int, int]]]) -> Loader:
+        """A loader whose processes live on: forking them anew takes time, and more of it the larger this process is."""
+        if self._between is None:
+            self._between = self._loader(data.BothSplits(self.train_set, self.val_set), batches, lives_on=True)
+        self._between.source.batches = batches
+        return self._between
+
+    def _loader(self, dataset: Dataset[Batch], batches: Iterator[list[Any]], *, lives_on: bool = False) -> Loader:
+        loading, device = self.loading, self.device
         return data.build_loader(
-            dataset, batches, workers=loading.workers, prefetch=loading.prefetch, device=self.device
+            dataset, batches, workers=loading.workers, prefetch=loading.prefetch, device=device, lives_on=lives_on
         )
 
 
@@ -309,6 +324,6 @@ def build_parts(
         val_set=images.val,
         preprocessing=images.preprocessing,
         # Breakpoints work in this process only.
-        loading=Loading(workers=0 if debug else workers, prefetch=data.PREFETCH),
+        loading=Loading(workers=0 if debug else workers, prefetch=data.num_ahead(workers)),
         max_steps=DEBUG_STEPS if debug else None,
     )

@@ -107,6 +107,7 @@ class Trainer:
             except Redeal:
                 self._limit_batches(self._fitting_size)
         self._agreement.collect()
+        self.parts.close_loaders()
         self._saving.finish(again=self.outcome == "preempted")
         self._listeners.tell("end", outcome=self.outcome, best=self.best)
         return self.outcome

@@ -1,9 +1,9 @@
 """Classes of different sizes (``data.balance``): seen evenly, or weighed in the loss. Pure functions of numbers.
 
 The order of an evenly seen epoch is as long as that of any other, and a function of (seed, epoch, classes of the
-samples). Each class has as many places as any other but for one, and its samples take turns in them from epoch to epoch:
-over all epochs every sample of a class is seen as often as any other of it but for one. (So with ``data.balance:
-sampler`` an epoch has each sample of a small class several times, and of a large class not all.)
+samples). Each class has as many places as any other but for one, and its samples take turns in them from epoch to
+epoch: over all epochs every sample of a class is seen as often as any other of it but for one. (So with
+``data.balance: sampler`` an epoch has each sample of a small class several times, and of a large class not all.)
 """
 
 from __future__ import annotations

@@ -69,6 +69,8 @@ def loading_key(recipe: Recipe, data_sets: DataSets) -> str:
         data.auto_augment,
         data.color_jitter,
         data.erase,
+        data.decode,
+        data.cache,
     ]
     return _digest([data.path, data_sets.train.digest, augmented])
 
