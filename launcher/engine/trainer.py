@@ -260,15 +260,14 @@ class Trainer:
         self._agreement.propose(stop, self._saving.wish, self._fitting_size < self._batch_size)
 
     def _log_window(self) -> None:
-        state = self.state
+        state, now = self.state, time.monotonic()
         sums = means(state.window_totals.reduce())
         state.window_totals.reset()
-        now = time.monotonic()
         values = {**sums, **optim.rates(self.parts.optimizer), "grad_norm": float(self._step.gradient_norm)}
-        values["images_per_s"] = self._timed_samples / (now - self._timed_since)
+        values |= {"images_per_s": self._timed_samples / (now - self._timed_since), "offset": state.offset}
         self._timed_since, self._timed_samples = now, 0
         if sums["samples"]:  # none where all its steps were left out
-            self._listeners.tell("step", epoch=state.epoch, step=state.step, values={**values, "offset": state.offset})
+            self._listeners.tell("step", epoch=state.epoch, step=state.step, values=values)
             if self._recorder:
                 self._recorder.status(epoch=state.epoch, step=state.step, best=self.best)
 
