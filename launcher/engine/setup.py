@@ -272,6 +272,12 @@ def _place(model: FineTunedModel, device: Device, agreed: Numerics) -> Numerics:
     return settled
 
 
+def _weigh(labels: tuple[int, ...], excluded: frozenset[int], classes: int) -> list[float]:
+    """What the loss of a sample of each class counts, by the samples that take part."""
+    counts = Counter(label for index, label in enumerate(labels) if index not in excluded)
+    return class_weights([counts[label] for label in range(classes)])
+
+
 def build_parts(
     run: RunDir,
     ranks: Ranks,
@@ -305,9 +311,8 @@ def build_parts(
         image_size=images.preprocessing.image_size,
         with_weights=ranks.rank == 0 if with_weights is None else with_weights,
     )
-    excluded, labels = images.train.find(images.left_out), [label for _, label in images.train.samples]
-    counts = Counter(label for index, label in enumerate(labels) if index not in excluded)
-    weights = class_weights([counts[label] for label in range(classes)]) if recipe.data.balance == "weights" else None
+    excluded, labels = images.train.find(images.left_out), images.train.labels
+    weights = _weigh(labels, excluded, classes) if recipe.data.balance == "weights" else None
     agreed = _place(model, device, agreed)
     workers = data.num_loader_workers(recipe.data, ranks) if loader_workers is None else loader_workers
     return Parts(
@@ -324,7 +329,7 @@ def build_parts(
             num_samples=len(images.train),
             batching=batching or fixed_batching(recipe.batch, ranks, full_size=full_world_size(run), debug=debug),
             excluded=excluded,
-            labels=tuple(labels) if recipe.data.balance == "sampler" else None,
+            labels=labels if recipe.data.balance == "sampler" else None,
             pairs=is_mixing(recipe.data),
         ),
         train_set=images.train,

@@ -260,9 +260,9 @@ class Trainer:
         self._agreement.propose(stop, self._saving.wish, self._fitting_size < self._batch_size)
 
     def _log_window(self) -> None:
-        state, now = self.state, time.monotonic()
-        sums = means(state.window_totals.reduce())
+        state, sums = self.state, means(self.state.window_totals.reduce())
         state.window_totals.reset()
+        now = time.monotonic()
         values = {**sums, **optim.rates(self.parts.optimizer), "grad_norm": float(self._step.gradient_norm)}
         values |= {"images_per_s": self._timed_samples / (now - self._timed_since), "offset": state.offset}
         self._timed_since, self._timed_samples = now, 0
