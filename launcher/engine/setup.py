@@ -272,9 +272,10 @@ def _place(model: FineTunedModel, device: Device, agreed: Numerics) -> Numerics:
     return settled
 
 
-def _weigh(labels: tuple[int, ...], excluded: frozenset[int], classes: int) -> list[float]:
+def _weigh(images: DataSets, classes: int) -> list[float]:
     """What the loss of a sample of each class counts, by the samples that take part."""
-    counts = Counter(label for index, label in enumerate(labels) if index not in excluded)
+    excluded = images.train.find(images.left_out)
+    counts = Counter(label for index, label in enumerate(images.train.labels) if index not in excluded)
     return class_weights([counts[label] for label in range(classes)])
 
 
@@ -311,8 +312,7 @@ def build_parts(
         image_size=images.preprocessing.image_size,
         with_weights=ranks.rank == 0 if with_weights is None else with_weights,
     )
-    excluded, labels = images.train.find(images.left_out), images.train.labels
-    weights = _weigh(labels, excluded, classes) if recipe.data.balance == "weights" else None
+    weights = _weigh(images, classes) if recipe.data.balance == "weights" else None
     agreed = _place(model, device, agreed)
     workers = data.num_loader_workers(recipe.data, ranks) if loader_workers is None else loader_workers
     return Parts(
@@ -328,8 +328,8 @@ def build_parts(
             seed=recipe.seed,
             num_samples=len(images.train),
             batching=batching or fixed_batching(recipe.batch, ranks, full_size=full_world_size(run), debug=debug),
-            excluded=excluded,
-            labels=labels if recipe.data.balance == "sampler" else None,
+            excluded=images.train.find(images.left_out),
+            labels=images.train.labels if recipe.data.balance == "sampler" else None,
             pairs=is_mixing(recipe.data),
         ),
         train_set=images.train,
