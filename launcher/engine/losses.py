@@ -19,7 +19,7 @@ from launcher.errors import TrainingError
 from launcher.recipe import user_code
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from launcher.recipe.schema_train import TrainConfig
 
@@ -53,6 +53,12 @@ INDEPENDENT = {"binary_cross_entropy"}
 """Of those, which have a model learn a probability of each class by itself (a sigmoid), not of one among all."""
 
 
+NO_WEIGHTS = (
+    "returned a mean over samples, which data.balance=weights cannot weigh by class: return the loss of each sample, "
+    "or take data.balance=sampler"
+)
+
+
 class Loss:
     """The loss of a run, whatever it was made from, as sums over samples.
 
@@ -60,12 +66,20 @@ class Loss:
         name: what messages call it.
         function: called with logits and targets; an ``nn.Module`` is told whether it trains.
         in_training: further arguments, by name, which validation does without.
+        weights: what the loss of a sample of each class counts in training; None: all the same.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any], in_training: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        in_training: dict[str, Any],
+        weights: torch.Tensor | None = None,
+    ) -> None:
         self.name = name
         self.function = function
         self._in_training = in_training
+        self._weights = weights
 
     def call(self, logits: torch.Tensor, targets: torch.Tensor, *, training: bool) -> Any:
         """What the function gives."""
@@ -85,6 +99,10 @@ class Loss:
         found = self.call(logits, targets, training=training)
         if problem := find_problem(found, num, needs_gradient=training and logits.requires_grad):
             raise TrainingError(f"train.loss: {self.name} {problem}")
+        if training and self._weights is not None:
+            if not found.dim():
+                raise TrainingError(f"train.loss: {self.name} {NO_WEIGHTS}")
+            found = found * self._weights.to(found.dtype)[targets]
         dtype = torch.promote_types(logits.dtype, torch.float32) if training else torch.float64
         total: torch.Tensor = found.sum(dtype=dtype) if found.dim() else found.to(dtype) * num
         return total
@@ -95,8 +113,17 @@ def at_least_float32(logits: torch.Tensor) -> torch.Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def build_loss(config: TrainConfig, *, num_classes: int, device: torch.device) -> Loss:
-    """The loss that a recipe names; it is imported here, on every rank."""
+def build_loss(
+    config: TrainConfig, *, num_classes: int, device: torch.device, weights: Sequence[float] | None = None
+) -> Loss:
+    """The loss that a recipe names; it is imported here, on every rank.
+
+    Args:
+        config: the recipe's.
+        num_classes: outputs of the model.
+        device: where it computes.
+        weights: what the loss of a sample of each class counts in training; None: all the same.
+    """
     smoothing = {"label_smoothing": config.label_smoothing} if config.label_smoothing else {}
     if config.loss in LOSSES:
         function: Any = functools.partial(LOSSES[config.loss], **config.loss_args)
@@ -104,7 +131,8 @@ def build_loss(config: TrainConfig, *, num_classes: int, device: torch.device) -
         function = user_objects.build(config.loss, config.loss_args, num_classes=num_classes, takes=2)
     if isinstance(function, nn.Module):
         function.to(device)
-    return Loss(user_code.shown(config.loss), function, smoothing)
+    weighing = None if weights is None else torch.tensor(weights, dtype=torch.float64, device=device)
+    return Loss(user_code.shown(config.loss), function, smoothing, weighing)
 
 
 def find_problem(found: Any, num: int, *, needs_gradient: bool) -> str | None:

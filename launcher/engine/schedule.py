@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from launcher.engine.loading import balance
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -147,8 +149,20 @@ class Step:
     """Samples of this step over all ranks: what the loss is averaged over."""
     micro_batches: tuple[tuple[int, ...], ...]
     """Sample indices of this rank, in the batches that go through the model at once; at least one, perhaps empty."""
+    repeats: tuple[tuple[int, ...], ...] = ()
+    """Of each how often the epoch had it before; empty: it has none twice."""
     lone: bool
     """Whether on any rank one of them is a single sample."""
+
+    @property
+    def positions(self) -> Iterator[list[tuple[int, int]]]:
+        """What is loaded for each micro-batch, by (epoch, index).
+
+        A sample that comes again in an epoch comes as of another one: it is augmented in another way.
+        """
+        for number, batch in enumerate(self.micro_batches):
+            again = self.repeats[number] if self.repeats else (0,) * len(batch)
+            yield [(self.epoch + (times << 32), index) for index, times in zip(batch, again, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,19 +178,22 @@ class Schedule:
     excluded: frozenset[int] = frozenset()
     """Samples that keep their place in every order and are passed over there. So one more of them moves no position
     that a checkpoint holds, and no other sample to another place."""
+    labels: tuple[int, ...] | None = None
+    """Classes of the samples where each epoch sees them evenly (:mod:`launcher.engine.loading.balance`); None: each
+    sample once."""
     pairs: bool = False
     """Whether neighbours of a step go together to one rank and micro-batch, where they are mixed."""
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of a whole epoch."""
+        """Optimizer steps of a whole epoch; about so many where classes are seen evenly and images are left out."""
         return len(step_sizes(self.num_samples - len(self.excluded), self.batching.global_batch_size))
 
     def steps(self, rank: int, *, epoch: int, offset: int, end_epoch: int) -> Iterator[Step]:
         """What ``rank`` does from a position up to ``end_epoch`` (excluded)."""
         dealt = self.batching
         for number in range(epoch, end_epoch):
-            order = epoch_order(self.seed, number, self.num_samples)
+            order, repeats = self._order(number)
             places = self._places(order, offset if number == epoch else 0)
             bounds = [0, *accumulate(step_sizes(len(places), dealt.global_batch_size))]
             for start, end in pairwise(bounds):
@@ -188,6 +205,7 @@ class Schedule:
                     end=following[0] if following else self.num_samples,
                     num_samples=len(chosen),
                     micro_batches=self._micro_batches(order[chosen], rank),
+                    repeats=() if repeats is None else self._micro_batches(repeats[chosen], rank),
                     lone=has_lone_sample(len(chosen), dealt, pairs=self.pairs),
                 )
 
@@ -198,7 +216,7 @@ class Schedule:
         size, and every rank has as many (the last ones may be empty). There are none where there are no batch
         statistics.
         """
-        order, sizes = epoch_order(self.seed, epoch, self.num_samples), self.batching.batch_sizes
+        (order, _), sizes = self._order(epoch), self.batching.batch_sizes
         used = order[self._places(order, 0)]
         size = min(min((one for one in sizes if one > 1), default=1), len(used))
         num = min(most, len(used) // size) if size > 1 else 0
@@ -207,7 +225,13 @@ class Schedule:
 
     def is_over(self, epoch: int, offset: int) -> bool:
         """Whether no sample of an epoch is left from a position on."""
-        return not len(self._places(epoch_order(self.seed, epoch, self.num_samples), offset))
+        return not len(self._places(self._order(epoch)[0], offset))
+
+    def _order(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
+        """The samples of an epoch, and how often each was in it before where that can be."""
+        if self.labels is None:
+            return epoch_order(self.seed, epoch, self.num_samples), None
+        return balance.balanced_order(self.seed, epoch, self.labels)
 
     def _places(self, order: NDArray[np.int64], offset: int) -> NDArray[np.int64]:
         """Where in an epoch's order, from ``offset`` on, are samples that are not left out."""

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from launcher.engine import data, numerics, optim
 from launcher.engine.augmenting.mixing import is_mixing
 from launcher.engine.distributed import are_everywhere_the_same, broadcast_buffers
+from launcher.engine.loading.balance import class_weights
 from launcher.engine.losses import Loss, build_loss
 from launcher.engine.model import FineTunedModel, build_model, build_preprocessing
 from launcher.engine.schedule import Batching, Schedule, validation_batches
@@ -173,8 +174,7 @@ class Parts:
     def train_loader(self, epoch: int, offset: int) -> Loader:
         """This rank's micro-batches from a position to the end; one set of loader processes for all."""
         steps = self.schedule.steps(self.ranks.rank, epoch=epoch, offset=offset, end_epoch=self.recipe.train.epochs)
-        batches = ([(step.epoch, i) for i in batch] for step in steps for batch in step.micro_batches)
-        return self._loader(self.train_set, batches)
+        return self._loader(self.train_set, (batch for step in steps for batch in step.positions))
 
     def statistics_loader(self, epoch: int, batches: list[list[int]]) -> Loader:
         """Batches of training images as the epoch saw them."""
@@ -277,6 +277,13 @@ def _place(model: FineTunedModel, device: Device, agreed: Numerics) -> Numerics:
     return settled
 
 
+def _weigh(images: DataSets, classes: int) -> list[float]:
+    """What the loss of a sample of each class counts, by the samples that take part."""
+    excluded = images.train.find(images.left_out)
+    counts = Counter(label for index, label in enumerate(images.train.labels) if index not in excluded)
+    return class_weights([counts[label] for label in range(classes)])
+
+
 def build_parts(
     run: RunDir,
     ranks: Ranks,
@@ -310,6 +317,7 @@ def build_parts(
         image_size=images.preprocessing.image_size,
         with_weights=ranks.rank == 0 if with_weights is None else with_weights,
     )
+    weights = _weigh(images, classes) if recipe.data.balance == "weights" else None
     agreed = _place(model, device, agreed)
     workers = data.num_loader_workers(recipe.data, ranks) if loader_workers is None else loader_workers
     return Parts(
@@ -319,13 +327,14 @@ def build_parts(
         device=device,
         numerics=agreed,
         model=model,
-        loss=build_loss(recipe.train, num_classes=classes, device=device.torch_device),
+        loss=build_loss(recipe.train, num_classes=classes, device=device.torch_device, weights=weights),
         optimizer=optim.build_optimizer(model, recipe.optim),
         schedule=Schedule(
             seed=recipe.seed,
             num_samples=len(images.train),
             batching=batching or fixed_batching(recipe.batch, ranks, full_size=full_world_size(run), debug=debug),
             excluded=images.train.find(images.left_out),
+            labels=images.train.labels if recipe.data.balance == "sampler" else None,
             pairs=is_mixing(recipe.data),
         ),
         train_set=images.train,

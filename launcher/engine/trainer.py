@@ -242,17 +242,17 @@ class Trainer:
         self._agreement.propose(stop, self._saving.wish, self._fitting_size < self._batch_size)
 
     def _log_window(self) -> None:
-        state = self.state
-        sums = means(state.window_totals.reduce())
+        state, sums = self.state, means(self.state.window_totals.reduce())
         state.window_totals.reset()
         values = {
             **sums,
             **self._pace.window(),
             **optim.rates(self.parts.optimizer),
             "grad_norm": float(self._step.gradient_norm),
+            "offset": state.offset,
         }
         if sums["samples"]:  # none where all its steps were left out
-            self._listeners.tell("step", epoch=state.epoch, step=state.step, values={**values, "offset": state.offset})
+            self._listeners.tell("step", epoch=state.epoch, step=state.step, values=values)
             if self._recorder:
                 self._recorder.status(epoch=state.epoch, step=state.step, best=self.best)
 

@@ -20,6 +20,7 @@ from launcher.engine.device import Device
 from launcher.engine.distributed import Ranks, init_process_group, record_collectives
 from launcher.engine.error_kinds import error_kind, error_record
 from launcher.engine.listeners.recorder import Recorder
+from launcher.engine.loading import balance
 from launcher.engine.loading.handover import heed_stop_signal
 from launcher.engine.setup import build_parts, open_data_sets
 from launcher.engine.stopping import StopFlag
@@ -249,7 +250,9 @@ def _begin_record(run: RunDir, parts: Parts, spec: WorkerSpec, terminal: IO[str]
     )
     recorder.status(epoch=0, step=0)
     recorder.numerics(parts.numerics)
-    recorder.classes(len(parts.classes), findings.rare_classes(parts.images_per_class))
+    counts = parts.images_per_class
+    recorder.say(balance.describe(counts, parts.recipe.data.balance))
+    recorder.classes(len(parts.classes), findings.rare_classes(counts))
     return recorder
 
 

@@ -133,6 +133,10 @@ class DataConfig:
     cutmix: NonNegative = 0.0
     """Rectangles of training images are replaced by their partners', of a share of Beta(cutmix, cutmix); 0: not. Often
     1. With mixup as well, each step takes one of the two."""
+    balance: Literal["none", "weights", "sampler"] = "none"
+    """Of classes with different numbers of training images. weights: a loss counts by one over its class's number;
+    sampler: an epoch has as many images as ever, but each class as often as any other (images of small ones several
+    times, each time augmented anew; of large ones not all, but by turns)."""
     decode: Literal["fast", "exact"] = "fast"
     """Training images. fast: a large JPEG file is decoded 2, 4 or 8 times smaller where its random crop has pixels
     enough; exact: whole, as validation and exports always read it (docs/images.md)."""

@@ -32,6 +32,7 @@ FIXED = {
     "data.interpolation": "the best checkpoint so far was chosen, and would be exported, with the other",
     "data.background": "the best checkpoint so far was chosen, and would be exported, on the other background",
     "data.grey_range": "the best checkpoint so far was chosen, and would be exported, with other grey values",
+    "data.balance": "the order of the samples and what their losses count follow from it",
     "optim.name": "the checkpoint holds the other's state",
 }
 """Keys that must not change, each with the reason."""

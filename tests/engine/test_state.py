@@ -200,6 +200,47 @@ def test_a_checkpoint_has_the_numbers_of_its_step_however_long_copying_takes(
         assert engine.identical(found.optimizer, whole.optimizer)
 
 
+CRAFT = {
+    "model": {"arch": "shufflenet_v2_x0_5"},
+    "data": {
+        "augment": "standard",
+        "erase": 0.5,
+        "auto_augment": "augmix",
+        "mixup": 0.4,
+        "cutmix": 1.0,
+        "balance": "sampler",
+        "workers": 2,
+    },
+    "optim": {"name": "adamw", "lr": 1e-3, "schedule": "one_cycle", "layer_decay": 0.9, "decay_norms": False},
+    "batch": {"size": 5},
+    "train": {"epochs": 2, "ema": 0.9, "clip_grad_value": 0.5, "early_stopping": {"metric": "val/top1", "mode": "max"}},
+}
+
+
+@pytest.mark.slow
+def test_the_whole_craft_of_fine_tuning_is_resumed_to_the_same_bits(make_run, engine, in_ranks):
+    """Two ranks of two loader processes, stopped in training and in the validation of either weights."""
+
+    def train(run, stop=engine.never):
+        return in_ranks(2, lambda who: engine.train(run, who, stop=stop))[0]
+
+    undisturbed, run, lines, outcomes = make_run("whole", **CRAFT), make_run("stopped", **CRAFT), [], []
+    whole = train(undisturbed)
+    for polls in (3, 15, 21, 10**6):
+        found = train(run, engine.at_poll(polls))
+        outcomes.append(found.outcome)
+        lines += found.lines
+    assert outcomes[:2] == ["preempted"] * 2
+    assert outcomes[-1] == whole.outcome
+    for part in ("state", "optimizer", "best", "step"):
+        assert engine.identical(getattr(found, part), getattr(whole, part)), part
+    last = {(line["split"], line["step"]): line for line in lines}
+    assert list(last.values()) == whole.lines
+    averages = [checkpoints.load(one.last_checkpoint).average for one in (run, undisturbed)]
+    assert engine.identical(*averages)
+    assert "ema_top1" in whole.lines[-1]
+
+
 @pytest.mark.slow
 def test_a_lone_image_on_a_rank_is_normalised_alike_in_a_resumed_run(make_run, engine, in_ranks):
     """By running statistics, of which a checkpoint has only rank 0's."""

@@ -166,9 +166,10 @@ def in_double(parts):
         {},
         {"data": {"mixup": 0.4}, "train": {"label_smoothing": 0.1}},
         {"data": {"cutmix": 1.0}, "train": {"loss": "binary_cross_entropy"}},
-        {"data": {"mixup": 0.4, "cutmix": 1.0}, "train": {"loss": "focal", "epochs": 2}},
+        {"data": {"balance": "weights", "mixup": 0.4, "cutmix": 1.0}, "train": {"loss": "focal"}},
+        {"data": {"balance": "sampler"}},
     ],
-    ids=["plain", "mixup and smoothing", "cutmix", "both"],
+    ids=["plain", "mixup and smoothing", "cutmix", "all of it", "seen evenly"],
 )
 def test_batches_of_24_and_8_give_the_gradient_of_32_in_double_precision(make_run, engine, in_ranks, changes):
     """37 images: steps of 19 and 18. Without momentum and decay the weights have moved by gradients only."""

@@ -46,6 +46,11 @@ class Samples(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.samples)
 
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """The class of each."""
+        return tuple(label for _, label in self.samples)
+
     @functools.cached_property
     def digest(self) -> str:
         """Of the samples' keys and their classes, in their order."""

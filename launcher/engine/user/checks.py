@@ -41,7 +41,7 @@ def find(recipe: Recipe, num_classes: int) -> Iterator[tuple[str, str]]:
         num_classes: outputs of the model.
     """
     config = recipe.train
-    if problem := _told(functools.partial(_loss_problem, config, num_classes)):
+    if problem := _told(functools.partial(_loss_problem, config, num_classes, weighs=recipe.data.balance == "weights")):
         yield "train.loss", problem
     for index, row in enumerate(listeners.rows(config.listeners)):
         if problem := _told(functools.partial(_listener_problem, row.listener)):
@@ -63,7 +63,7 @@ def _told(look: Callable[[], str | None]) -> str | None:
         return str(error)
 
 
-def _loss_problem(config: TrainConfig, num_classes: int) -> str | None:
+def _loss_problem(config: TrainConfig, num_classes: int, *, weighs: bool) -> str | None:
     loss = losses.build_loss(config, num_classes=num_classes, device=torch.device("cpu"))
     if isinstance(loss.function, nn.Module):
         learned = [name for name, value in loss.function.named_parameters() if value.requires_grad]
@@ -83,7 +83,10 @@ def _loss_problem(config: TrainConfig, num_classes: int) -> str | None:
             if config.loss not in losses.LOSSES:
                 raise
             raise UsageError(f"{config.loss} with {config.loss_args}: {type(error).__name__}: {error}") from error
-        if problem := losses.find_problem(found, NUM_TRIED, needs_gradient=True):
+        problem = losses.find_problem(found, NUM_TRIED, needs_gradient=True)
+        if weighs and not problem and not found.dim():
+            problem = losses.NO_WEIGHTS
+        if problem:
             return f"{loss.name} {problem}"
         whole, again = (float(loss.sum(logits, targets, training=True).detach()) for _ in range(2))
         cut = NUM_TRIED // 2 - 1

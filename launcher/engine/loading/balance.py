@@ -1,0 +1,83 @@
+"""Classes of different sizes (``data.balance``): seen evenly, or weighed in the loss. Pure functions of numbers.
+
+The order of an evenly seen epoch is as long as that of any other, and a function of (seed, epoch, classes of the
+samples). Each class has as many places as any other but for one, and its samples take turns in them from epoch to
+epoch: over all epochs every sample of a class is seen as often as any other of it but for one. (So with
+``data.balance: sampler`` an epoch has each sample of a small class several times, and of a large class not all.)
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from launcher.images.folder import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+
+def class_weights(counts: Sequence[int]) -> list[float]:
+    """What the loss of a sample of each class counts: one over its class's size, the mean over all samples is 1."""
+    present = sum(count > 0 for count in counts)
+    return [sum(counts) / (present * count) if count else 0.0 for count in counts]
+
+
+def balanced_order(seed: int, epoch: int, labels: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The order of an epoch that sees classes evenly.
+
+    Args:
+        seed: the recipe's.
+        epoch: from 0.
+        labels: class of each sample.
+
+    Returns:
+        Of each place the index of its sample, and how often that sample was in this epoch before.
+    """
+    classes = np.asarray(labels)
+    by_class = np.argsort(classes, kind="stable")
+    members = np.split(by_class, np.flatnonzero(np.diff(classes[by_class])) + 1)
+    num, chosen = len(labels), []
+    for rank, of_class in enumerate(members):
+        # Places of all epochs in one line, dealt to the classes in turn.
+        first, end = (-(-(num * number - rank) // len(members)) for number in (epoch, epoch + 1))
+        rounds, places = np.divmod(np.arange(first, end), len(of_class))
+        for number in range(rounds[0], rounds[-1] + 1) if end > first else ():
+            keys = _random(seed, number, len(of_class), label=rank)
+            chosen.append(of_class[np.argsort(keys, kind="stable")][places[rounds == number]])
+    indices = np.concatenate(chosen).astype(np.int64)
+    indices = indices[np.argsort(_random(seed, epoch, num), kind="stable")]
+    return indices, _times_before(indices)
+
+
+def _random(seed: int, number: int, num: int, *, label: int | None = None) -> NDArray[np.uint64]:
+    """Philox's raw output, which numpy keeps the same for ever; of a class that of another counter."""
+    counter = [0, 0, 0, 0 if label is None else label + 1]
+    return np.random.Philox(key=np.array([seed, number], dtype=np.uint64), counter=counter).random_raw(num)
+
+
+def _times_before(values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How often each value came before."""
+    order = np.argsort(values, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(values[order]) > 0])
+    lengths = np.diff(np.r_[starts, len(values)])
+    found = np.empty_like(values)
+    found[order] = np.arange(len(values)) - np.repeat(starts, lengths)
+    return found
+
+
+def describe(counts: dict[str, int], balance: str, *, most: int = 12) -> str:
+    """How many training images each class has, and what is done about it; a line for people."""
+    total, sizes = sum(counts.values()), Counter(counts.values())
+    if len(counts) > most:
+        middle = sorted(counts.values())[len(counts) // 2]
+        shown = f"{min(sizes):,} to {max(sizes):,} in each, the median is {middle:,}"
+    else:
+        shown = ", ".join(f"{printable(name)} {count:,}" for name, count in counts.items())
+    done = {"weights": "losses are weighed by class", "sampler": "each class is seen as often as any other"}
+    text = f"{total:,} training images in {len(counts)} classes: {shown}"
+    return f"{text}; {done[balance]} (data.balance)" if balance in done else text
