@@ -9,6 +9,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from launcher.engine import data, numerics, optim
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     from launcher.engine.data import Preprocessing
     from launcher.engine.device import Device, Precision
     from launcher.engine.distributed import Ranks
-    from launcher.engine.loading.handover import Batch, Loader
+    from launcher.engine.features.kept import Kept
+    from launcher.engine.loading.handover import Batch, Batches, Loader
     from launcher.engine.loading.samples import Samples
     from launcher.engine.numerics import Numerics
     from launcher.recipe.schema import BatchConfig, Recipe
@@ -71,7 +73,14 @@ class Parts:
     max_steps: int | None
     """Where debugging ends."""
     ddp: DistributedDataParallel = field(init=False)
-    """The network as DDP wraps it; :meth:`wrap` makes it."""
+    """What steps compute as DDP wraps it; :meth:`wrap` makes it."""
+    kept: Kept | None = field(init=False, default=None)
+    """What steps take instead of images while the features of a frozen backbone are kept."""
+
+    @property
+    def network(self) -> nn.Module:
+        """What steps compute: the network, or what of it comes after kept features."""
+        return self.kept.rest if self.kept else self.model.module
 
     @property
     def classes(self) -> list[str]:
@@ -115,7 +124,7 @@ class Parts:
         # Rank 0's buffers are handed on before a validation, not at every step. torch 2.14 has a new name for that.
         per_step = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
         self.ddp = DistributedDataParallel(
-            self.model.module,
+            self.network,
             device_ids=[self.device.index] if self.device.is_cuda else None,
             gradient_as_bucket_view=True,
             **{per_step: False},  # type: ignore[arg-type]  # one of two names, both boolean
@@ -139,6 +148,10 @@ class Parts:
             images = images.contiguous(memory_format=torch.channels_last)
         return images, labels.to(self.device.torch_device, non_blocking=True)
 
+    def step_inputs(self, batch: Batch) -> Batch:
+        """What :attr:`network` takes, and labels, on the rank's device."""
+        return self.kept.to_device(batch) if self.kept else self.to_device(batch)
+
     def autocast(self) -> AbstractContextManager[None]:
         """Run the forward pass in the precision chosen."""
         return self.device.autocast(self.precision)
@@ -161,26 +174,28 @@ class Parts:
         fewer = f"{self.loading.workers} loader processes of {self.loading.prefetch} batches each"
         return f"rank {ranks.rank} takes {fewer} instead of {wanted.workers} of {wanted.prefetch}: {self.loading.why}"
 
-    def train_loader(self, epoch: int, offset: int) -> Loader:
-        """This rank's micro-batches from a position to the end; one set of loader processes for all."""
+    def train_loader(self, epoch: int, offset: int) -> Loader | Batches:
+        """This rank's micro-batches from a position to the end; one set of loader processes for all, or none."""
         steps = self.schedule.steps(self.ranks.rank, epoch=epoch, offset=offset, end_epoch=self.recipe.train.epochs)
         batches = ([(step.epoch, i) for i in batch] for step in steps for batch in step.micro_batches)
-        return self._loader(self.train_set, batches)
+        return self.kept.batches(batches) if self.kept else self.loader(self.train_set, batches)
 
     def statistics_loader(self, epoch: int, batches: list[list[int]]) -> Loader:
         """Batches of training images as the epoch saw them."""
-        return self._loader(self.train_set, ([(epoch, i) for i in batch] for batch in batches))
+        return self.loader(self.train_set, ([(epoch, i) for i in batch] for batch in batches))
 
-    def val_loader(self) -> Loader:
-        """This rank's share of the validation set."""
+    def val_loader(self, kept: Kept | None = None) -> Loader | Batches:
+        """This rank's share of the validation set; of its features where they are ``kept``."""
         batches = validation_batches(
             len(self.val_set),
             rank=self.ranks.rank,
             batching=self.schedule.batching,
         )
-        return self._loader(self.val_set, ([(0, i) for i in batch] for batch in islice(batches, self.max_steps)))
+        positions = ([(0, i) for i in batch] for batch in islice(batches, self.max_steps))
+        return kept.batches(positions) if kept else self.loader(self.val_set, positions)
 
-    def _loader(self, dataset: Samples, batches: Iterator[list[tuple[int, int]]]) -> Loader:
+    def loader(self, dataset: Samples, batches: Iterator[list[tuple[int, int]]]) -> Loader:
+        """Of these batches of (epoch, index) of a split."""
         loading = self.loading
         return data.build_loader(
             dataset, batches, workers=loading.workers, prefetch=loading.prefetch, device=self.device

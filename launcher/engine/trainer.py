@@ -12,9 +12,11 @@ import torch
 from launcher.engine import distributed, optim
 from launcher.engine.batchnorm_recompute import BatchNormRecompute
 from launcher.engine.checkpoints.saving import Saving
+from launcher.engine.features.features import Features
 from launcher.engine.listeners.listeners import build_listeners, start_values
 from launcher.engine.loading.handover import Feed, end_loaders
 from launcher.engine.metrics import ValidationTotals, build_user_metrics, means
+from launcher.engine.non_finite import CURE, report
 from launcher.engine.state import TrainingState
 from launcher.engine.stopping import Redeal, RollBack, StopTraining
 from launcher.engine.train_step import TrainStep
@@ -30,9 +32,7 @@ if TYPE_CHECKING:
     from launcher.engine.setup import Parts
     from launcher.engine.state import Outcome
 
-CURE = "lower optim.lr or its groups, or lengthen optim.warmup_epochs, and start again"
 MAX_ROLLBACKS = 3
-MAX_NON_FINITE_IN_A_ROW = 10
 
 
 class Trainer:
@@ -70,6 +70,8 @@ class Trainer:
         self._wrapped = False
         self._step = TrainStep(parts, self.state)
         self._batchnorm = BatchNormRecompute(parts, recorder)
+        on_disk = memory_kills > 0
+        self._features = Features(parts, recorder, stop=stop_requested, poll=self._poll, on_disk=on_disk)
         self._user_metrics = build_user_metrics(parts)
         self._feed: Feed | None = None
         self.outcome: Outcome = "preempted"
@@ -96,7 +98,6 @@ class Trainer:
         while True:  # once, and again after going back to a checkpoint or to smaller batches
             try:
                 with self._stoppable():
-                    self._begin_feed()
                     while self._take_next():
                         pass
                     self.outcome = self._end()
@@ -128,13 +129,18 @@ class Trainer:
             self._end_epoch()  # stopped before its validation, or what was left of it is left out now
         if self._finished():
             return
+        began = time.monotonic()
+        self._features.begin(state.epoch)
+        self._timed_since += time.monotonic() - began
         steps = parts.schedule.steps(parts.ranks.rank, epoch=state.epoch, offset=state.offset, end_epoch=epochs)
         batches = iter(parts.train_loader(state.epoch, state.offset))
-        self._feed = Feed(steps, batches, self._stop_requested, ahead=parts.loading.workers > 0)
+        self._feed = Feed(steps, batches, self._stop_requested, ahead=parts.loading.workers > 0 and not parts.kept)
         self._poll(self._feed, asked=False)  # the first step, too, is taken when all hold its batches
 
     def _take_next(self) -> bool:
         """Take the next optimizer step; False after the last."""
+        if self._feed is None:
+            self._begin_feed()
         if self._feed is None or self._finished():
             return False
         self._poll(self._feed)
@@ -197,6 +203,8 @@ class Trainer:
             self._recorder.status(epoch=state.epoch, step=state.step, best=self.best)
             if state.best.exhausted and state.epoch < self.recipe.train.epochs:
                 self._recorder.event("early_stopped", epoch=epoch, step=state.step, waited=state.best.waited)
+        if self.parts.kept:
+            self._feed = None  # of the next epoch other views are kept, or none
         if not self._finished():
             self._prepare_epoch()
         self._save(best=is_best)
@@ -204,6 +212,7 @@ class Trainer:
 
     def _prepare_epoch(self) -> None:
         """Freeze what this epoch freezes; DDP is made anew where that changed which gradients there are."""
+        self._features.leave(self.state.epoch)
         if self.parts.model.freeze(self.state.epoch) or not self._wrapped:
             self.parts.wrap()
             optim.prepare_momentum(self.parts.optimizer)
@@ -217,7 +226,9 @@ class Trainer:
         distributed.broadcast_buffers(parts.model.module)
         parts.model.eval()
         totals = ValidationTotals(parts.classes, parts.device.torch_device, parts.loss, self._user_metrics)
-        loaded = iter(parts.val_loader())
+        kept = self._features.validation()
+        network = kept.rest if kept else parts.model.module
+        loaded = iter(parts.val_loader(kept))
         while True:
             try:
                 batch = loaded.get(self._stop_requested)
@@ -226,10 +237,10 @@ class Trainer:
             self._poll()
             if batch is None:
                 continue  # to where all learn that this rank stops
-            images, labels = parts.to_device(batch)
+            inputs, labels = (kept or parts).to_device(batch)
             if len(labels):
                 with parts.autocast():
-                    logits = parts.model.module(images)
+                    logits = network(inputs)
                 totals.add(logits, labels)
         self._poll(asked=False)  # what ranks said at their last batch must reach all before they add up
         return totals.compute()
@@ -276,24 +287,10 @@ class Trainer:
 
     def _on_non_finite(self, found: NonFiniteStep) -> None:
         """``train.on_nan``. Raises TrainingError or RollBack, on every rank at the same step."""
-        policy, number = self.recipe.train.on_nan, found.step + 1
         paths = [self.parts.train_set.samples[index][0] for index in found.samples]
-        if paths:
-            with contextlib.suppress(OSError):  # a full disk
-                print(
-                    "\n  ".join([f"step {number}: loss or gradient is NaN or infinite; images of this rank:", *paths])
-                )
-        if self._recorder:
-            self._recorder.event("non_finite", step=number, policy=policy)
-            self._recorder.say(f"step {number}: the loss or its gradient is NaN or infinite; train.on_nan={policy}")
-        if policy == "stop":
-            raise TrainingError(
-                f"the loss or its gradient is NaN or infinite in step {number}, which did not reach the "
-                f"weights; each rank's log names its images; {CURE}; or train.on_nan=skip leaves such steps out"
-            )
-        if self.state.numbers.num_in_a_row >= MAX_NON_FINITE_IN_A_ROW:
-            raise TrainingError(f"{MAX_NON_FINITE_IN_A_ROW} steps in a row up to {number} were not finite; {CURE}")
-        if policy == "rollback":
+        num_in_a_row = self.state.numbers.num_in_a_row
+        report(found, paths, self._recorder, policy=self.recipe.train.on_nan, num_in_a_row=num_in_a_row)
+        if self.recipe.train.on_nan == "rollback":
             raise RollBack(found.step)
 
     def _roll_back(self, bad: int) -> None:

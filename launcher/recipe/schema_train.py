@@ -86,6 +86,10 @@ class TrainConfig:
     batchnorm_recompute: CountOrZero | Auto = "auto"
     """Training batches that BatchNorm's running statistics are computed from before each validation; 0: the moving
     average; auto: 100, until 10 / momentum steps are taken and the average has forgotten what it began with."""
+    feature_views: CountOrZero | Auto = "auto"
+    """How many views of each training image are kept as a frozen backbone's features: epoch e takes view e, and after
+    the last the first again. 0: none, nor any of validation; auto: 1 where all epochs see the same (data.augment:
+    none), else none."""
     clip_grad_norm: Positive | None = None
     """Largest norm of the whole gradient; null: not clipped."""
     label_smoothing: Fraction = 0.0

@@ -1,0 +1,172 @@
+"""What the training loop knows of kept features: whether there are any now, and when they are computed."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from launcher.engine.features import choice, cut, table
+from launcher.engine.features.kept import Kept
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from launcher.engine.features.cut import Cut
+    from launcher.engine.listeners.recorder import Recorder
+    from launcher.engine.setup import Parts
+
+LOOKED_AT = 4
+"""Training images that a cut network is compared with the whole one on."""
+
+
+class Features:
+    """Every rank has one and calls it at the same points.
+
+    Training's and validation's features are of two cuts: in validation dropout does nothing, and comes before the cut.
+
+    Args:
+        parts: what is trained; :attr:`Parts.kept` says what its steps take.
+        recorder: on rank 0.
+        stop: whether this rank was asked to stop.
+        poll: as of the trainer, called before each batch; may raise.
+        on_disk: whether memory is short.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        recorder: Recorder | None,
+        *,
+        stop: Callable[[], bool],
+        poll: Callable[..., None],
+        on_disk: bool = False,
+    ) -> None:
+        self._parts = parts
+        self._recorder = recorder
+        self._fill = functools.partial(self._fill_split, stop, poll)
+        self._on_disk = on_disk
+        epochs = 0 if parts.max_steps is not None else choice.frozen_epochs(parts.recipe, parts.model)
+        self._last = epochs - 1
+        """The last epoch with the layers frozen that are frozen at first."""
+        views = choice.num_views(parts.recipe)
+        self._views = {"train": views if views < epochs else 0, "val": int(epochs > 1)}
+        """Of each split how many views are worth to be kept: those that are seen again."""
+        if parts.recipe.train.feature_views == 0:
+            self._views = dict.fromkeys(self._views, 0)
+        self._kept: dict[str, Kept | None] = {}
+
+    def leave(self, epoch: int) -> None:
+        """Before layers are frozen for an epoch: let go of all where others learn than at first."""
+        if epoch > self._last and any(self._kept.values()):
+            self._say("from here on other layers learn: the kept features are given up, and steps take images")
+        if epoch > self._last:
+            self._kept, self._views, self._parts.kept = {}, {}, None
+
+    def begin(self, epoch: int) -> None:
+        """Before the steps of an epoch: have its view of the training images, and steps take it, where it is kept."""
+        kept = self._open("train")
+        if kept is None:
+            return
+        if self._parts.kept is None:
+            self._parts.kept = kept
+            self._parts.wrap()
+        if not kept.has(epoch):
+            self._fill("train", kept, epoch)
+
+    def validation(self) -> Kept | None:
+        """In evaluation mode: the features of the validation set; None: they are not kept."""
+        kept = self._open("val")
+        if kept is not None and not kept.has(0):
+            self._fill("val", kept, 0)
+        return kept
+
+    def _fill_split(
+        self, stop: Callable[[], bool], poll: Callable[..., None], split: str, kept: Kept, epoch: int
+    ) -> None:
+        excluded = self._parts.schedule.excluded if split == "train" else frozenset()
+        num, seconds = kept.fill(epoch, excluded, stop=stop, poll=poll)
+        if self._recorder is None:
+            return
+        view, views, size_mb = epoch % kept.num_views, kept.num_views, kept.num_bytes / 1e6
+        fields = {"split": split, "images": num, "view": view, "views": views, "size_mb": round(size_mb, 3)}
+        self._recorder.event("features_kept", **fields, place=kept.place, seconds=round(seconds, 3))
+        images = f"{num:,} {'training' if split == 'train' else 'validation'} images' features"
+        which = f" (view {view + 1} of {views})" if views > 1 else ""
+        self._recorder.say(
+            f"backbone frozen: {images} kept{which}, {size_mb:,.0f} MB in {kept.place}, computed in {seconds:.1f} s"
+        )
+
+    def _open(self, split: str) -> Kept | None:
+        """The features of a split, for which room is made at first; None: they are not kept."""
+        if not self._views.get(split):
+            return None
+        if split not in self._kept:
+            try:
+                self._kept[split] = self._make(split)
+            except cut.NoCutError as problem:
+                self._kept[split] = None
+                self._not_kept(str(problem))
+        return self._kept[split]
+
+    def _make(self, split: str) -> Kept:
+        """Cut the network and make room. Raises NoCutError, on all ranks alike."""
+        parts, views = self._parts, self._views[split]
+        samples = parts.train_set if split == "train" else parts.val_set
+        found = self._together(lambda: self._cut(split))
+        shape = {"views": views, "num_samples": len(samples)}
+        num_bytes = views * len(samples) * found.bytes_of_sample
+        made = self._together(lambda: self._make_room(num_bytes))
+        told = self._gather((parts.ranks.node_rank, made and (made.path, made.place)))
+        path, place = next(of_node for node, of_node in told if node == parts.ranks.node_rank and of_node)
+        opened = self._together(lambda: table.open_table(path, found, **shape))
+        if made:
+            os.close(made.fd)  # all have opened it
+        return Kept(parts, samples, found, opened, place)
+
+    def _make_room(self, num_bytes: int) -> table.Table | None:
+        """On a node's first rank."""
+        return None if self._parts.ranks.local_rank else table.make(num_bytes, on_disk=self._on_disk)
+
+    def _cut(self, split: str) -> Cut:
+        parts = self._parts
+        module, was_training = parts.model.module, parts.model.module.training
+        numbers = [index for index in range(len(parts.train_set)) if index not in parts.schedule.excluded][:LOOKED_AT]
+        images, labels = (torch.stack(found) for found in zip(*(parts.train_set[0, i] for i in numbers), strict=True))
+        parts.model.train()
+        moving = cut.moving_layers(module)
+        try:
+            if split == "val":
+                parts.model.eval()
+            last = parts.numerics.channels_last
+            return cut.find(module, moving, parts.to_device((images, labels))[0], parts.autocast, channels_last=last)
+        finally:
+            (parts.model.train if was_training else parts.model.eval)()
+
+    def _together(self, work: Callable[[], Any]) -> Any:
+        """Do something on all ranks; raises NoCutError on all where it cannot be done on one."""
+        found, problem = None, None
+        try:
+            found = work()
+        except (cut.NoCutError, OSError, RuntimeError) as error:  # torch's of a file that cannot be mapped
+            problem = str(error)
+        if problems := [one for one in self._gather(problem) if one]:
+            raise cut.NoCutError(problems[0])
+        return found
+
+    def _gather(self, value: Any) -> list[Any]:
+        every: list[Any] = [None] * self._parts.ranks.world_size
+        dist.all_gather_object(every, value)
+        return every
+
+    def _not_kept(self, why: str) -> None:
+        if self._recorder:
+            self._recorder.event("features_not_kept", message=why)
+            self._say(f"backbone frozen, but its features are not kept: {why}; it is computed for every image anew")
+
+    def _say(self, line: str) -> None:
+        if self._recorder:
+            self._recorder.say(line)
