@@ -21,10 +21,12 @@ def frozen_epochs(recipe: Recipe, model: FineTunedModel) -> int:
 def num_views(recipe: Recipe) -> int:
     """How many views of a training image are kept; 0: none."""
     if recipe.train.feature_views == "auto":
-        return int(is_deterministic(recipe))
+        return 0 if why_random(recipe) else 1
     return recipe.train.feature_views
 
 
-def is_deterministic(recipe: Recipe) -> bool:
-    """Whether a training image looks the same in every epoch, as far as is known without looking into users' code."""
-    return recipe.data.augment == "none" and not recipe.data.transform and not recipe.data.dataset
+def why_random(recipe: Recipe) -> str | None:
+    """The key by which a training image may look different in every epoch; None: it looks the same."""
+    data = recipe.data
+    own = next((f"data.{name}" for name in ("transform", "dataset") if getattr(data, name)), None)
+    return own or (f"data.augment={data.augment}" if data.augment != "none" else None)

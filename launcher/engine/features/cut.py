@@ -179,11 +179,19 @@ def _is_same(module: nn.Module, layers: dict[str, nn.Module], node: Node, moving
     if node.op == "get_attr":
         return not getattr(_attribute(module, str(node.target)), "requires_grad", False)
     if node.op == "call_function":
-        arguments, name = (*node.args, *node.kwargs.values()), getattr(node.target, "__name__", "")
-        if "drop" in name or "stochastic" in name:
-            return any(one is False for one in arguments)
-        return node.kwargs.get("training") is not True
+        return not _trains(node)
     return True
+
+
+def _trains(node: Node) -> bool:
+    """Whether a function is told that it is in training, or may take it so, as ``dropout(x)`` does."""
+    assert callable(node.target)  # noqa: S101
+    try:
+        called = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+    except (TypeError, ValueError):  # one of torch's own, in C
+        return node.kwargs.get("training") is True
+    called.apply_defaults()
+    return called.arguments.get("training") is True
 
 
 def _attribute(module: nn.Module, path: str) -> Any:

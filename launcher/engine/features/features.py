@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 
 LOOKED_AT = 4
 """Training images that a cut network is compared with the whole one on."""
+KINDS = {"train": "training", "val": "validation"}
+"""By split, what its images are."""
+
+
+class _ProblemError(Exception):
+    """Why there are no features on some rank, raised on all."""
 
 
 class Features:
@@ -58,6 +64,7 @@ class Features:
         if parts.recipe.train.feature_views == 0:
             self._views = dict.fromkeys(self._views, 0)
         self._kept: dict[str, Kept | None] = {}
+        self._told = choice.why_random(parts.recipe) is None
 
     def leave(self, epoch: int) -> None:
         """Before layers are frozen for an epoch: let go of all where others learn than at first."""
@@ -70,6 +77,7 @@ class Features:
         """Before the steps of an epoch: have its view of the training images, and steps take it, where it is kept."""
         kept = self._open("train")
         if kept is None:
+            self._tell_of_views()
             return
         if self._parts.kept is None:
             self._parts.kept = kept
@@ -94,7 +102,7 @@ class Features:
         view, views, size_mb = epoch % kept.num_views, kept.num_views, kept.num_bytes / 1e6
         fields = {"split": split, "images": num, "view": view, "views": views, "size_mb": round(size_mb, 3)}
         self._recorder.event("features_kept", **fields, place=kept.place, seconds=round(seconds, 3))
-        images = f"{num:,} {'training' if split == 'train' else 'validation'} images' features"
+        images = f"{num:,} {KINDS[split]} images' features"
         which = f" (view {view + 1} of {views})" if views > 1 else ""
         self._recorder.say(
             f"backbone frozen: {images} kept{which}, {size_mb:,.0f} MB in {kept.place}, computed in {seconds:.1f} s"
@@ -106,17 +114,22 @@ class Features:
             return None
         if split not in self._kept:
             try:
-                self._kept[split] = self._make(split)
-            except cut.NoCutError as problem:
+                found = self._together(lambda: self._cut(split))
+            except _ProblemError as problem:
+                self._views = {}
+                self._not_kept("its features", problem)
+                return None
+            try:
+                self._kept[split] = self._make(split, found)
+            except _ProblemError as problem:
                 self._kept[split] = None
-                self._not_kept(str(problem))
+                self._not_kept(f"the features of {KINDS[split]} images", problem)
         return self._kept[split]
 
-    def _make(self, split: str) -> Kept:
-        """Cut the network and make room. Raises NoCutError, on all ranks alike."""
+    def _make(self, split: str, found: Cut) -> Kept:
+        """Make room for what comes out of a cut."""
         parts, views = self._parts, self._views[split]
         samples = parts.train_set if split == "train" else parts.val_set
-        found = self._together(lambda: self._cut(split))
         shape = {"views": views, "num_samples": len(samples)}
         num_bytes = views * len(samples) * found.bytes_of_sample
         made = self._together(lambda: self._make_room(num_bytes))
@@ -147,14 +160,14 @@ class Features:
             (parts.model.train if was_training else parts.model.eval)()
 
     def _together(self, work: Callable[[], Any]) -> Any:
-        """Do something on all ranks; raises NoCutError on all where it cannot be done on one."""
+        """Do something on all ranks; raises _ProblemError on all where it cannot be done on one."""
         found, problem = None, None
         try:
             found = work()
-        except (cut.NoCutError, OSError, RuntimeError) as error:  # torch's of a file that cannot be mapped
+        except (cut.NoCutError, OSError, RuntimeError) as error:  # RuntimeError: torch cannot map a file
             problem = str(error)
         if problems := [one for one in self._gather(problem) if one]:
-            raise cut.NoCutError(problems[0])
+            raise _ProblemError(problems[0])
         return found
 
     def _gather(self, value: Any) -> list[Any]:
@@ -162,10 +175,20 @@ class Features:
         dist.all_gather_object(every, value)
         return every
 
-    def _not_kept(self, why: str) -> None:
+    def _tell_of_views(self) -> None:
+        """Once, where random transforms are all that keeps training's features from being kept."""
+        recipe = self._parts.recipe
+        if self._views.get("val") and recipe.train.feature_views == "auto" and not self._told:
+            self._told = True
+            self._say(
+                f"backbone frozen, and computed anew in every epoch, as {choice.why_random(recipe)} makes each image "
+                "another one each time; train.feature_views=4 would keep four views of each, and =1 a single one"
+            )
+
+    def _not_kept(self, what: str, why: Exception) -> None:
         if self._recorder:
-            self._recorder.event("features_not_kept", message=why)
-            self._say(f"backbone frozen, but its features are not kept: {why}; it is computed for every image anew")
+            self._recorder.event("features_not_kept", message=str(why))
+            self._say(f"backbone frozen, but {what} are not kept, and are computed anew every time: {why}")
 
     def _say(self, line: str) -> None:
         if self._recorder:

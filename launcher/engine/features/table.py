@@ -56,9 +56,9 @@ def make(num_bytes: int, *, on_disk: bool) -> Table:
         fd, place = _file(num_bytes, f"{_megabytes(free.num_bytes)} of memory ({free.limit})")
     try:
         os.posix_fallocate(fd, 0, num_bytes)
-    except OSError:
+    except OSError as error:
         os.close(fd)
-        raise
+        raise OSError(f"{_megabytes(num_bytes)} in {place}: {error.strerror}") from error
     return Table(path=f"/proc/{os.getpid()}/fd/{fd}", fd=fd, place=place)
 
 
