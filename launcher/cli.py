@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             from launcher.commands import launch
 
-            ended.code = launch.main(arguments, epilog=epilog())
+            ended.code = launch.main(arguments, epilog=epilog(), commands=COMMANDS)
     return ended.code
 
 
@@ -157,7 +157,7 @@ COMMANDS = {
     "models": Command(
         "[PATTERN]", "torchvision's classification models; --layers ARCH: names for freeze and groups", _models
     ),
-    "recipes": Command("", "the recipes that come with this package", _recipes),
+    "recipes": Command("[NAME]", "the recipes that come with this package; NAME: print one", _recipes),
     "tune": Command("RECIPE", "measure batch sizes on this machine, and show what was measured", _tune),
     "check": Command("DATA", "look through an image folder: bad files, classes, images that are there twice", _check),
     "doctor": Command("", "check this machine; --nodes N: nodes of a cluster and their network", _doctor),

@@ -315,7 +315,13 @@ def write_run(plan: LaunchPlan, recipe: Recipe, code: Code | None = None) -> Non
         raise UsageError(f"--run-dir {run}: cannot be written to: {error.strerror}; nothing was started") from None
 
 
+def recipes() -> list[Path]:
+    """The recipes that come with the package."""
+    return sorted(RECIPES.rglob("*.yaml"))
+
+
 def find_recipe(name: str) -> str:
-    """A path as it is; the bare name of a recipe that comes with the package, as its path there."""
-    packaged = RECIPES / f"{name}.yaml"
-    return str(packaged) if not Path(name).exists() and "/" not in name and packaged.is_file() else name
+    """A path as it is; for NAME, or recipes/NAME.yaml that is not here, the recipe that comes with the package."""
+    path = Path(name)
+    packaged = RECIPES / f"{path.stem if path == Path('recipes', f'{path.stem}.yaml') else name}.yaml"
+    return str(packaged) if not path.exists() and packaged.parent == RECIPES and packaged.is_file() else name

@@ -211,7 +211,9 @@ def _explained(run: RunDir, plan: LaunchPlan, stop: StopSignals, attempt: int) -
             if plan.node_rank == 0:
                 states.move(run, "failed", attempt=error.attempt)
             run.append_event("attempt_ended", attempt=error.attempt, node=plan.node, cause=cause, message=message)
-        why = f"{message}\nwhat to do: {diagnose.CURES[cause]}" if cause == "full_disk" else diagnose.explain(run)
+        why = diagnose.explain(run)
+        if cause == "full_disk":  # of which no file could tell
+            why = f"{message}\nwhat to do: {diagnose.what_to_do(run, {'kind': cause, 'message': message})}"
         raise TrainingError(f"training failed\n{why}\nmore: launch why {run}") from None
 
 

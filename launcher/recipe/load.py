@@ -41,6 +41,7 @@ def load(
         RecipeError: names every problem, each with its key and the line or flag it came from.
     """
     from launcher.recipe import checks as recipe_checks
+    from launcher.recipe import schema_errors
     from launcher.recipe import source as recipe_source
 
     source = recipe_source.read(path, overrides, flags or {}, schema=Recipe)
@@ -48,7 +49,7 @@ def load(
     try:
         recipe = from_dict(source.values)
     except ValidationError as error:
-        problems += recipe_source.explain(error, source, Recipe)
+        problems += schema_errors.explain(error, source, Recipe)
         recipe = from_dict(recipe_source.without(source.values, [p.key for p in problems]))
     problems += recipe_checks.find_problems(recipe, source, refused=[p.key for p in problems if p.key])
     if problems:

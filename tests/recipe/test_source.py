@@ -306,7 +306,8 @@ def test_what_the_recipe_leaves_to_its_user_can_be_given(read):
     ("text", "expected"),
     [
         ("optim:\n  lrr: 1\n", "recipe.yaml:3: optim.lrr: unknown key; did you mean 'lr'? valid: name, lr, momentum, "),
-        ("lr: 1\n", "recipe.yaml:2: lr: unknown key; valid: name, seed, model, data, batch, optim, "),
+        ("lr: 1\n", "recipe.yaml:2: lr: unknown key; it is optim.lr here"),
+        ("lrx: 1\n", "recipe.yaml:2: lrx: unknown key; valid: name, seed, model, data, batch, optim, "),
         ("trian: {epochs: 1}\n", "recipe.yaml:2: trian: unknown key; did you mean 'train'"),
         ("train: {checkpoint: {kep: 1}}\n", "recipe.yaml:2: train.checkpoint.kep: unknown key; did you mean 'keep'?"),
         ("optim:\n  yes: 1\n", "recipe.yaml:3: optim."),  # YAML's yes is a boolean, and no key
