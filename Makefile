@@ -36,6 +36,7 @@ bench: $(VENV)/installed
 	$(BIN)/python -m tests.bench.checkpoint
 	$(BIN)/python -m tests.bench.autotune
 	$(BIN)/python -m tests.bench.uneven
+	$(BIN)/python -m tests.bench.features
 
 faults: $(VENV)/installed
 	$(BIN)/python -m tests.faults

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from launcher.engine.device import Device
-    from launcher.engine.listeners.recorder import Recorder
 
 CURE = "lower optim.lr or its groups, or lengthen optim.warmup_epochs, and start again"
 MAX_IN_A_ROW = 10
@@ -57,15 +56,13 @@ def non_finite_names(state: Mapping[str, torch.Tensor]) -> list[str]:
     return [name for name, t in state.items() if t.is_floating_point() and not bool(t.isfinite().all())]
 
 
-def report(
-    found: NonFiniteStep, paths: Sequence[str], recorder: Recorder | None, *, policy: str, num_in_a_row: int
-) -> None:
+def report(found: NonFiniteStep, paths: Sequence[str], recorder: Any, *, policy: str, num_in_a_row: int) -> None:
     """Tell of a step that was left out; raise TrainingError where ``train.on_nan`` (``policy``) does not go on.
 
     Args:
         found: the step.
         paths: of this rank's images that may be the cause.
-        recorder: on rank 0.
+        recorder: rank 0's; None on the others.
         policy: of the recipe.
         num_in_a_row: how many steps were left out, up to this one.
     """

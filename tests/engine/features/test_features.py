@@ -151,18 +151,10 @@ def test_the_features_are_given_up_where_layers_are_unfrozen(make_run, engine, i
 def test_layers_that_are_frozen_in_part_and_batchnorm_behind_them(make_run, engine, one_rank):
     model = {"arch": "shufflenet_v2_x0_5", "freeze": ["conv1", "stage2"]}
     only = {"lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0}
-    train = {"epochs": 2}
-
-    def learn(run):
-        return engine.train(run, stop=lambda: bool(events(run, "checkpoint")))
-
+    train = {"epochs": 2}  # of one step each: BatchNorm of a new network makes more and more of a rounding
     (_, found), (_, expected) = with_and_without(
         make_run, engine.train, model=model, batch={"size": 37}, optim=only, train=train
     )
-    for name in sorted(found.state): 
-        d = (found.state[name].double()-expected.state[name].double()).abs().max().item()
-        if d > 1e-6: print(name, d, found.state[name].double().abs().max().item())
-    print([(a["loss"], b["loss"]) for a, b in zip(found.lines, expected.lines)])
     assert engine.largest_difference(found.state, expected.state) < 1e-5
 
 
