@@ -133,7 +133,6 @@ def test_three_errors_at_once_each_with_its_key_and_line(refused):
             f"{GOOD}train: {{early_stopping: {{metric: val/top1}}}}\n",
             "train.early_stopping.mode: found 'min', which would keep the worst val/top1; valid: max",
         ),
-        (f"{GOOD}optim: {{warmup_epochs: 20}}\n", "optim.warmup_epochs: found 20; must be less than train.epochs (20)"),
     ],
 )
 def test_what_is_wrong_in_the_file_is_said_with_its_line(text, words, refused):

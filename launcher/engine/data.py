@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torchvision.transforms import InterpolationMode, v2
 
+from launcher.engine.augmenting import transforms as augmentation
 from launcher.engine.device import num_cores
 from launcher.engine.loading.decode import CentreCrop, read_image
 from launcher.engine.loading.handover import Batch, Loader
@@ -35,7 +36,6 @@ MAX_LOADER_WORKERS = 8
 PREFETCH = 4
 """Batches that each loader process makes ahead."""
 BYTES_OF_LABEL, BYTES_OF_FLOAT = 8, 4
-CROP_SCALES = {"light": (0.64, 1.0), "standard": (0.25, 1.0)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,14 +73,23 @@ class Preprocessing:
         """
         return read_image(path, background=self.background, grey_range=self.grey_range)
 
-    def transform(self, augment: str = "none") -> Callable[[torch.Tensor], torch.Tensor]:
-        """uint8 3 x H x W to uint8 3 x S x S: the centre crop, or what ``data.augment`` names."""
-        mode = InterpolationMode(self.interpolation)
-        if augment == "none":
+    def transform(self, augment: str | DataConfig = "none") -> Callable[[torch.Tensor], torch.Tensor]:
+        """uint8 3 x H x W to uint8 3 x S x S: the centre crop, or the augmentation of a recipe's ``data``.
+
+        Args:
+            augment: a preset, as ``data.augment`` names it, or all of the recipe's ``data``.
+        """
+        from launcher.recipe.schema import DataConfig
+
+        config = DataConfig(augment=augment) if isinstance(augment, str) else augment  # type: ignore[arg-type]
+        scale, mode = augmentation.crop_scale(config), InterpolationMode(self.interpolation)
+        if scale is None:
             size = {"resize_size": self.resize_size, "image_size": self.image_size}
-            return CentreCrop(**size, interpolation=self.interpolation)
-        crop = v2.RandomResizedCrop(self.image_size, scale=CROP_SCALES[augment], interpolation=mode, antialias=True)
-        return v2.Compose([crop, v2.RandomHorizontalFlip()] if augment == "standard" else [crop])
+            crop: Any = CentreCrop(**size, interpolation=self.interpolation)
+        else:
+            crop = v2.RandomResizedCrop(self.image_size, scale=scale, interpolation=mode, antialias=True)
+        steps = augmentation.build_steps(config, self.mean)
+        return v2.Compose([crop, *steps]) if steps else crop
 
     def describe(self) -> dict[str, Any]:
         """All of it as values, and in words, for programs and people that use an export."""
@@ -172,12 +181,12 @@ def open_split(
         recipe: the run's.
         split: train or val.
         preprocessing: what is done to an image.
-        is_train: seen as in training, with data.augment.
+        is_train: seen as in training, augmented.
         left_out: keys that are no samples; of training images the schedule leaves them out.
         classes: names in the order of the logits; None: those of the data set.
     """
     config = recipe.data
-    transform: Callable[[Any], torch.Tensor] = preprocessing.transform(config.augment if is_train else "none")
+    transform: Callable[[Any], torch.Tensor] = preprocessing.transform(config if is_train else "none")
     if config.transform:
         facts = {"mean": preprocessing.mean, "std": preprocessing.std, "interpolation": preprocessing.interpolation}
         transform = UserTransform(

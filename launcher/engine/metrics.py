@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from launcher.recipe.metrics import METRICS, TOP_K, Counts
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from launcher.engine.augmenting.mixing import Mix
     from launcher.engine.losses import Loss
     from launcher.engine.setup import Parts
     from launcher.engine.user.metrics import UserMetrics
@@ -31,14 +33,15 @@ class TrainTotals:
         # loss, top-1 and top-5 hits, samples; float64 holds counts exactly up to 2**53.
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
 
-    def add(self, loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Count a batch: the sum of its losses (scalar), its logits (N x C) and labels (int64 N).
+    def add(self, loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, mix: Mix | None = None) -> None:
+        """Count a batch: the sum of its losses (scalar), its logits (N x C), labels (int64 N), and how it is mixed.
 
+        Of an image that is mixed of two, each of their classes is right by its share.
         A batch whose loss is NaN or infinite is not counted; its step is left out (:mod:`launcher.engine.non_finite`).
         """
         if not len(labels):
             return
-        hits = _hits(logits, labels)
+        hits = mix.mean(functools.partial(_hits, logits), labels) if mix else _hits(logits, labels)
         counts = torch.stack([loss_sum.double(), hits[:, 0].sum(), hits.sum(), hits.new_full((), len(labels))])
         # With a number in its place torch.where would copy that to the GPU, and wait for it.
         self._sums += counts.masked_fill(loss_sum.isfinite().logical_not(), 0.0)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from launcher.engine import data, numerics, optim
+from launcher.engine.augmenting.mixing import is_mixing
 from launcher.engine.distributed import broadcast_buffers
 from launcher.engine.losses import Loss, build_loss
 from launcher.engine.model import FineTunedModel, build_model, build_preprocessing
@@ -313,6 +314,7 @@ def build_parts(
             num_samples=len(images.train),
             batching=batching or fixed_batching(recipe.batch, ranks, full_size=full_world_size(run), debug=debug),
             excluded=images.train.find(images.left_out),
+            pairs=is_mixing(recipe.data),
         ),
         train_set=images.train,
         val_set=images.val,

@@ -152,7 +152,7 @@ class Trainer:
     def _take(self, step: Step, of_step: Iterator[Batch]) -> None:
         """Take an optimizer step, and end the epoch after its last one."""
         parts, state = self.parts, self.state
-        lr = optim.set_lr(parts.optimizer, self.recipe, self._progress(step), parts.schedule.batching.global_batch_size)
+        optim.set_lr(parts.optimizer, self.recipe, self._progress(step), parts.schedule.batching.global_batch_size)
         self._step.run(step, of_step)
         state.step += 1
         state.offset = step.end
@@ -162,7 +162,7 @@ class Trainer:
             if state.step == 1:
                 self._recorder.event("first_step")
         if state.step % self.recipe.tracking.log_every == 0:
-            self._log_window(lr)
+            self._log_window()
         if state.offset >= parts.schedule.num_samples or self._finished():
             self._end_epoch()
 
@@ -268,12 +268,13 @@ class Trainer:
         stop = self._stop_requested() if asked else feed is not None and feed.starved
         self._agreement.propose(stop, self._saving.wish, self._fitting_size < self._batch_size)
 
-    def _log_window(self, lr: float) -> None:
+    def _log_window(self) -> None:
         state = self.state
         sums = means(state.window_totals.reduce())
         state.window_totals.reset()
         now = time.monotonic()
-        values = {**sums, "lr": lr, "images_per_s": self._timed_samples / (now - self._timed_since)}
+        values = {**sums, **optim.rates(self.parts.optimizer), "grad_norm": float(self._step.gradient_norm)}
+        values["images_per_s"] = self._timed_samples / (now - self._timed_since)
         self._timed_since, self._timed_samples = now, 0
         if sums["samples"]:  # none where all its steps were left out
             self._listeners.tell("step", epoch=state.epoch, step=state.step, values={**values, "offset": state.offset})

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 TOP_K = 5
 """Of val/top5."""
 RESERVED = {
-    *("time", "split", "attempt", "epoch", "step", "samples", "offset", "lr", "images_per_s"),
+    *("time", "split", "attempt", "epoch", "step", "samples", "offset", "lr", "grad_norm", "images_per_s"),
     *("per_class", "confusion", "mistakes", "answers", "best"),
 }
 """Other names in a line of metrics.jsonl."""

@@ -89,9 +89,11 @@ class TrainConfig:
     feature_views: CountOrZero | Auto = "auto"
     """How many views of each training image are kept as a frozen backbone's features: epoch e takes view e, and after
     the last the first again. 0: none, nor any of validation; auto: 1 where all epochs see the same (data.augment:
-    none), else none."""
+    none), else none of training."""
     clip_grad_norm: Positive | None = None
     """Largest norm of the whole gradient; null: not clipped."""
+    clip_grad_value: Positive | None = None
+    """Largest absolute value in the gradient; null: not clipped. One of the two."""
     label_smoothing: Fraction = 0.0
     """Fraction of the target that is spread over all classes, in training only, by a loss that takes it."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -236,7 +236,7 @@ def _features(events: list[Json]) -> list[Json]:
     """What was kept of a frozen backbone: ``[{split, images, views, size_mb, place, seconds}]``, each split once."""
     fields = ("split", "images", "views", "size_mb", "place", "seconds")
     last = {event.get("split"): event for event in events if event.get("kind") == "features_kept"}
-    return [_take(event, fields) for event in last.values()]
+    return [{name: event.get(name) for name in fields} for event in last.values()]
 
 
 def _measured(table: dict[str, Metric], best_val: Json, train: list[Json], val: list[Json]) -> Json:

@@ -49,6 +49,7 @@ DERIVED = {
     "parts.ddp": "made anew around the model",
     "_step._statistics": "views of the model's buffers",
     "_step._parameters": "the model's",
+    "_step.gradient_norm": "told where a window of steps ends",
     "_step._micro_batch._statistics": "views of the model's buffers",
     "_step._micro_batch._pass": "within a forward and backward pass",
     "_step._micro_batch.largest_that_fits": "what becomes state.batch_limits, once all ranks know",

@@ -324,7 +324,10 @@ def test_what_the_recipe_leaves_to_its_user_can_be_given(read):
         ("optim: {lr: .nan}\n", "recipe.yaml:2: optim.lr: found nan; valid: a number > 0"),
         ("optim: {lr: .inf}\n", "recipe.yaml:2: optim.lr: found inf; valid: a number > 0"),
         ("optim: {momentum: 1}\n", "recipe.yaml:2: optim.momentum: found 1; valid: a number >= 0 and < 1"),
-        ("optim: {name: adam}\n", "recipe.yaml:2: optim.name: found 'adam'; valid: sgd, adamw"),
+        (
+            "optim: {name: lion}\n",
+            "recipe.yaml:2: optim.name: found 'lion'; valid: sgd, adam, adamw, nadam, radam, rmsprop, adafactor",
+        ),
         ("optim: 3\n", "recipe.yaml:2: optim: found 3; valid: a mapping with the keys name, lr, momentum, "),
         ("optim:\n", "recipe.yaml:2: optim: found null; valid: a mapping with the keys name, lr, momentum, "),
         ("model: {freeze: conv1}\n", "recipe.yaml:2: model.freeze: found 'conv1'; valid: a list of text"),

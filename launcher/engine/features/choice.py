@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from launcher.engine.augmenting import transforms as augmentation
+from launcher.engine.augmenting.mixing import is_mixing
+
 if TYPE_CHECKING:
     from launcher.engine.model import FineTunedModel
     from launcher.recipe.schema import Recipe
@@ -19,14 +22,19 @@ def frozen_epochs(recipe: Recipe, model: FineTunedModel) -> int:
 
 
 def num_views(recipe: Recipe) -> int:
-    """How many views of a training image are kept; 0: none."""
+    """How many views of a training image are kept; 0: none, as where images are mixed with each other."""
+    if is_mixing(recipe.data):
+        return 0
     if recipe.train.feature_views == "auto":
         return 0 if why_random(recipe) else 1
     return recipe.train.feature_views
 
 
 def why_random(recipe: Recipe) -> str | None:
-    """The key by which a training image may look different in every epoch; None: it looks the same."""
+    """What may make a training image look different in every epoch; None: it looks the same."""
     data = recipe.data
-    own = next((f"data.{name}" for name in ("transform", "dataset") if getattr(data, name)), None)
-    return own or (f"data.augment={data.augment}" if data.augment != "none" else None)
+    if data.transform or data.dataset:
+        return "data.transform" if data.transform else "data.dataset"
+    if augmentation.crop_scale(data) is None and not augmentation.build_steps(data, (0.0, 0.0, 0.0)):
+        return None
+    return "the augmentation" if data.augment == "none" else f"data.augment={data.augment}"

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from launcher.engine.augmenting.mixing import is_mixing
 from launcher.engine.features import choice, cut, table
+from launcher.engine.features.fill import fill
 from launcher.engine.features.kept import Kept
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ class Features:
         if parts.recipe.train.feature_views == 0:
             self._views = dict.fromkeys(self._views, 0)
         self._kept: dict[str, Kept | None] = {}
-        self._told = choice.why_random(parts.recipe) is None
+        self._told = is_mixing(parts.recipe.data) or choice.why_random(parts.recipe) is None
 
     def leave(self, epoch: int) -> None:
         """Before layers are frozen for an epoch: let go of all where others learn than at first."""
@@ -82,13 +84,13 @@ class Features:
         if self._parts.kept is None:
             self._parts.kept = kept
             self._parts.wrap()
-        if not kept.has(epoch):
+        if kept.view_of(epoch) not in kept.filled:
             self._fill("train", kept, epoch)
 
     def validation(self) -> Kept | None:
         """In evaluation mode: the features of the validation set; None: they are not kept."""
         kept = self._open("val")
-        if kept is not None and not kept.has(0):
+        if kept is not None and not kept.filled:
             self._fill("val", kept, 0)
         return kept
 
@@ -96,10 +98,10 @@ class Features:
         self, stop: Callable[[], bool], poll: Callable[..., None], split: str, kept: Kept, epoch: int
     ) -> None:
         excluded = self._parts.schedule.excluded if split == "train" else frozenset()
-        num, seconds = kept.fill(epoch, excluded, stop=stop, poll=poll)
+        num, seconds = fill(self._parts, kept, epoch, excluded, stop=stop, poll=poll)
         if self._recorder is None:
             return
-        view, views, size_mb = epoch % kept.num_views, kept.num_views, kept.num_bytes / 1e6
+        view, views, size_mb = kept.view_of(epoch), kept.num_views, kept.num_bytes / 1e6
         fields = {"split": split, "images": num, "view": view, "views": views, "size_mb": round(size_mb, 3)}
         self._recorder.event("features_kept", **fields, place=kept.place, seconds=round(seconds, 3))
         images = f"{num:,} {KINDS[split]} images' features"
@@ -138,7 +140,7 @@ class Features:
         opened = self._together(lambda: table.open_table(path, found, **shape))
         if made:
             os.close(made.fd)  # all have opened it
-        return Kept(parts, samples, found, opened, place)
+        return Kept(samples, found, opened, place, parts.device)
 
     def _make_room(self, num_bytes: int) -> table.Table | None:
         """On a node's first rank."""

@@ -11,10 +11,13 @@ from dataclasses import replace
 import pytest
 
 from launcher.engine.distributed import Ranks
-from launcher.engine.features import table
+from launcher.engine.features import choice, table
+from launcher.engine.layers import build_meta
 from launcher.engine.loading.samples import Samples
+from launcher.engine.model import FineTunedModel
 from launcher.engine.setup import build_parts
 from launcher.engine.trainer import Trainer
+from launcher.recipe import load as recipes
 from launcher.system.files import read_jsonl
 
 HEAD_ONLY = {
@@ -86,6 +89,33 @@ def test_with_random_transforms_only_validation_is_kept_and_the_views_are_named(
     assert [event["split"] for event in events(run, "features_kept")] == ["val"]
     (hint,) = [line for line in said if "train.feature_views" in line]
     assert "data.augment=light" in hint
+
+
+@pytest.mark.parametrize(
+    ("changes", "views"),
+    [
+        ({}, 1),
+        ({"data": {"augment": "light"}}, 0),
+        ({"data": {"augment": "light"}, "train": {"feature_views": 3}}, 3),
+        ({"data": {"flip": 0.5}}, 0),
+        ({"data": {"mixup": 0.2}}, 0),
+        ({"data": {"transform": "own.py:Transform"}}, 0),
+        ({"train": {"feature_views": 0}}, 0),
+    ],
+)
+def test_how_many_views_are_kept(changes, views):
+    recipe = recipes.from_dict({**changes, "data": {"augment": "none", **changes.get("data", {})}})
+    assert choice.num_views(recipe) == views
+
+
+@pytest.mark.parametrize(
+    ("freeze", "unfreeze", "epochs"),
+    [([], {}, 0), (["backbone"], {}, 9), (["backbone"], {3: "layer4", 5: "*"}, 3), (["layer1"], {2: "layer4"}, 9)],
+)
+def test_how_many_epochs_the_same_layers_are_frozen(freeze, unfreeze, epochs):
+    model = {"arch": "resnet18", "weights": None, "freeze": freeze, "unfreeze": unfreeze}
+    recipe = recipes.from_dict({"model": model, "train": {"epochs": 9}})
+    assert choice.frozen_epochs(recipe, FineTunedModel(build_meta("resnet18", 5), recipe.model)) == epochs
 
 
 STOPPED = {
