@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.errors import EXIT_OK, RecipeError, TrainingError, UsageError
 from launcher.runs import history, states
 from launcher.runs.run_dir import RunDir, new_run_id
-from launcher.system import lazy_dynamo, network, processes
+from launcher.system import lazy_dynamo, lazy_meta, network, processes
 from launcher.system.redact import redact
 
 if TYPE_CHECKING:
@@ -154,6 +154,7 @@ def admit(drafts: Sequence[Draft], scripts: Sequence[str]) -> list[Scan | None]:
 def _check_with_torch(draft: Draft) -> None:
     """Check what only torch and the user's own code can tell; what that code raises is left in the run directory."""
     lazy_dynamo.put_off()
+    lazy_meta.put_off()
     with processes.importing():
         from launcher.engine import recipe_checks
         from launcher.engine.user import trial

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torchvision import models
 
 from launcher.errors import UsageError, did_you_mean
+from launcher.system import lazy_meta
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
@@ -98,9 +99,9 @@ def build_meta(arch: str, num_classes: int) -> nn.Module:
     # Inception and GoogLeNet warn that their initialisation is slow unless told to leave it.
     if "init_weights" in inspect.signature(typing.get_type_hints(builder)["return"]).parameters:
         options["init_weights"] = False
-    with torch.random.fork_rng(devices=[]), _EmptyOnMeta():
+    with lazy_meta.shapes_only(), torch.random.fork_rng(devices=[]), _EmptyOnMeta():
         model: nn.Module = builder(**options)
-    return model.to("meta")
+        return model.to("meta")
 
 
 @functools.cache

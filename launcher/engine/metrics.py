@@ -12,10 +12,11 @@ import torch.distributed as dist
 from torch import nn
 
 from launcher.engine.distributed import max_over_ranks, sum_over_ranks
+from launcher.engine.optimizing.averaging import PREFIX, WEIGHTS
 from launcher.recipe.metrics import METRICS, TOP_K, Counts
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from launcher.engine.augmenting.mixing import Mix
     from launcher.engine.losses import Loss
@@ -238,6 +239,15 @@ class BestMetric:
             return True
         self.waited += 1
         return False
+
+    def take(self, values: Mapping[str, float], *, epoch: int, step: int) -> bool:
+        """Take an epoch's values by their names: that of the weights, or of their average where that is better."""
+        own, average = values[self.metric], values.get(self.metric.replace("/", f"/{PREFIX}", 1), math.nan)
+        is_better = math.isfinite(average) and not self._sign * (average - own) <= 0
+        is_best = self.update(average if is_better else own, epoch=epoch, step=step)
+        if is_best and is_better and self.best:
+            self.best["weights"] = WEIGHTS
+        return is_best
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

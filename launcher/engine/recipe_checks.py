@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import urllib.error
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torchvision
 
 from launcher.engine import data, state
 from launcher.engine.layers import build_meta, head_modules, on_meta
@@ -26,6 +28,7 @@ from launcher.engine.user import model as user_model
 from launcher.engine.user import trial
 from launcher.engine.weights_file import read_weights_file
 from launcher.errors import Problem, RecipeError, UsageError
+from launcher.images import folder as image_folder
 from launcher.recipe import metrics as recipe_metrics
 
 if TYPE_CHECKING:
@@ -194,13 +197,35 @@ def _patterns(recipe: Recipe, model: FineTunedModel) -> Iterator[tuple[str, str]
 
 
 def _image_size(recipe: Recipe, classes: int, size: int) -> Iterator[tuple[str, str]]:
-    """A forward pass on the meta device costs nothing and meets every complaint about shapes."""
+    """A forward pass on the meta device meets every complaint about shapes.
+
+    It takes no memory, but a second to import what it needs: so what was accepted once is remembered.
+    """
+    known = _accepted_size(recipe.model, classes, size)
+    if known and known.exists():
+        return
     try:
         with torch.random.fork_rng(devices=[]), on_meta():
             module = build_module(recipe.model, num_classes=classes, image_size=size)
         module.to("meta").train()(torch.empty(2, 3, size, size, device="meta"))
     except (RuntimeError, ValueError, AssertionError) as error:
         yield "data.image_size", f"{recipe.model.arch} does not take images of {size} px: {str(error).splitlines()[0]}"
+        return
+    if known:
+        with contextlib.suppress(OSError):
+            known.parent.mkdir(parents=True, exist_ok=True)
+            known.touch()
+
+
+def _accepted_size(config: ModelConfig, classes: int, size: int) -> Path | None:
+    """The file that is there if the model takes images of that size; None: there is no place for one."""
+    start = "new" if config.weights is None else "pretrained"
+    versions = f"torch-{torch.__version__}-torchvision-{torchvision.__version__}"
+    try:
+        folder = image_folder.cache_dir() / "image-sizes"
+    except UsageError:
+        return None
+    return folder / f"{config.arch}-{start}-{classes}-classes-{size}-px-{versions}"
 
 
 def _weights(

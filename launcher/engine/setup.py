@@ -6,7 +6,7 @@ import inspect
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -26,6 +26,8 @@ from launcher.system.loader_room import Loading
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from contextlib import AbstractContextManager
+
+    from torch.utils.data import Dataset
 
     from launcher.engine.data import Preprocessing
     from launcher.engine.device import Device, Precision
@@ -77,6 +79,7 @@ class Parts:
     """What steps compute as DDP wraps it; :meth:`wrap` makes it."""
     kept: Kept | None = field(init=False, default=None)
     """What steps take instead of images while the features of a frozen backbone are kept."""
+    _between: Loader | None = field(init=False, default=None)
 
     @property
     def network(self) -> nn.Module:
@@ -183,7 +186,7 @@ class Parts:
 
     def statistics_loader(self, epoch: int, batches: list[list[int]]) -> Loader:
         """Batches of training images as the epoch saw them."""
-        return self.loader(self.train_set, ([(epoch, i) for i in batch] for batch in batches))
+        return self._between_steps([(True, epoch, i) for i in batch] for batch in batches)
 
     def val_loader(self, kept: Kept | None = None) -> Loader | Batches:
         """This rank's share of the validation set; of its features where they are ``kept``."""
@@ -192,14 +195,28 @@ class Parts:
             rank=self.ranks.rank,
             batching=self.schedule.batching,
         )
-        positions = ([(0, i) for i in batch] for batch in islice(batches, self.max_steps))
-        return kept.batches(positions) if kept else self.loader(self.val_set, positions)
+        numbers = islice(batches, self.max_steps)
+        if kept:
+            return kept.batches([(0, i) for i in batch] for batch in numbers)
+        return self._between_steps([(False, 0, i) for i in batch] for batch in numbers)
 
-    def loader(self, dataset: Samples, batches: Iterator[list[tuple[int, int]]]) -> Loader:
-        """Of these batches of (epoch, index) of a split."""
-        loading = self.loading
+    def close_loaders(self) -> None:
+        """End the loader processes that live through the training."""
+        if self._between is not None:
+            self._between.close()
+
+    def _between_steps(self, batches: Iterator[list[tuple[bool, int, int]]]) -> Loader:
+        """A loader whose processes live on: forking them anew takes time, and more of it the larger this process is."""
+        if self._between is None:
+            self._between = self.loader(data.BothSplits(self.train_set, self.val_set), batches, lives_on=True)
+        self._between.source.batches = batches
+        return self._between
+
+    def loader(self, dataset: Dataset[Batch], batches: Iterator[list[Any]], *, lives_on: bool = False) -> Loader:
+        """Of these batches of (epoch, index) of a split, or as the data set takes them."""
+        loading, device = self.loading, self.device
         return data.build_loader(
-            dataset, batches, workers=loading.workers, prefetch=loading.prefetch, device=self.device
+            dataset, batches, workers=loading.workers, prefetch=loading.prefetch, device=device, lives_on=lives_on
         )
 
 
@@ -320,6 +337,6 @@ def build_parts(
         val_set=images.val,
         preprocessing=images.preprocessing,
         # Breakpoints work in this process only.
-        loading=Loading(workers=0 if debug else workers, prefetch=data.PREFETCH),
+        loading=Loading(workers=0 if debug else workers, prefetch=data.num_ahead(workers)),
         max_steps=DEBUG_STEPS if debug else None,
     )

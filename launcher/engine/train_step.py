@@ -58,6 +58,7 @@ class TrainStep:
             losses.append(loss)
         if losses:
             self._statistics.put_back(statistics, where=self._update(step, losses))
+            state.average.update(state.step)
 
     def _update(self, step: Step, losses: list[torch.Tensor]) -> torch.Tensor:
         """Move the weights, unless loss or gradient is NaN or infinite: the device decides, and nobody waits for it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from typing import TYPE_CHECKING, Any
@@ -107,6 +108,7 @@ class Trainer:
             except Redeal:
                 self._limit_batches(self._fitting_size)
         self._agreement.collect()
+        self.parts.close_loaders()
         self._saving.finish(again=self.outcome == "preempted")
         self._listeners.tell("end", outcome=self.outcome, best=self.best)
         return self.outcome
@@ -188,14 +190,14 @@ class Trainer:
         self._check_numbers()
         ended_at, state = time.monotonic(), self.state
         totals = means(state.epoch_totals.reduce())
-        self._batchnorm.run(epoch=state.epoch, step=state.step, poll=self._poll)
-        values = self._validate()
+        recompute = functools.partial(self._batchnorm.run, epoch=state.epoch, step=state.step, poll=self._poll)
+        values = state.average.beside(recompute, self._validate)
         if not math.isfinite(values["loss"]):
             where = f"at step {state.step} (epoch {state.epoch + 1})"
             raise TrainingError(f"training diverged: the validation loss is {values['loss']} {where}; {CURE}")
         epoch = state.epoch
         watched = {f"val/{k}": v for k, v in values.items()} | {"train/loss": totals["loss"]}
-        is_best = state.best.update(watched[state.best.metric], epoch=epoch, step=state.step)
+        is_best = state.best.take(watched, epoch=epoch, step=state.step)
         state.epoch, state.offset = epoch + 1, 0
         state.epoch_totals.reset()
         self._listeners.tell("validation", epoch=epoch, step=state.step, values=values, best=is_best)

@@ -30,7 +30,9 @@ def find_problems(recipe: Recipe, source: Source, refused: Collection[str] = ())
         source: where the values came from.
         refused: keys whose values were: what follows from their defaults would only confuse.
     """
-    findings = [found for group in (_training, _placement, _model, _augmentation, _data) for found in group(recipe)]
+    findings = [
+        found for group in (_training, _placement, _model, _augmentation, _cache, _data) for found in group(recipe)
+    ]
     findings += user_code.find_problems(recipe, source)
     return [
         Problem(key=keys[0], where=source.where(keys[0]), message=text)
@@ -143,6 +145,13 @@ def _weights_file(file: Path) -> Iterator[Finding]:
         yield ("model.weights",), f"{file}: is a folder; name the file with the weights (files in it: {inside})"
     elif not file.is_file():
         yield ("model.weights",), f"{file}: no such file; a name such as DEFAULT is torchvision's, null is none"
+
+
+def _cache(recipe: Recipe) -> Iterator[Finding]:
+    own = [f"data.{key}" for key in ("dataset", "transform") if getattr(recipe.data, key)]
+    if own and recipe.data.cache != "none":
+        text = f"found {recipe.data.cache}; what {' and '.join(own)} make of an image is not kept: leave data.cache out"
+        yield ("data.cache", *own), text
 
 
 def _augmentation(recipe: Recipe) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from launcher.images.datasets import DATASETS
+from launcher.recipe.schema_post import PostConfig
 from launcher.recipe.schema_train import MetricConfig, TrainConfig
 from launcher.recipe.types import (
     STRICT,
@@ -132,8 +133,14 @@ class DataConfig:
     cutmix: NonNegative = 0.0
     """Rectangles of training images are replaced by their partners', of a share of Beta(cutmix, cutmix); 0: not. Often
     1. With mixup as well, each step takes one of the two."""
+    decode: Literal["fast", "exact"] = "fast"
+    """Training images. fast: a large JPEG file is decoded 2, 4 or 8 times smaller where its random crop has pixels
+    enough; exact: whole, as validation and exports always read it (docs/images.md)."""
+    cache: Literal["none", "ram", "disk"] = "none"
+    """Decoded pixels of all images, kept once a node for its ranks and for later runs: ram (/dev/shm) or disk (the
+    launcher's cache folder). Where they do not fit, a line says so and the run goes on without (docs/images.md)."""
     workers: CountOrZero | Auto = "auto"
-    """Loader processes per rank; auto: the rank's cores but one, at most 8; measured with batch.size: auto."""
+    """Loader processes per rank; auto: the rank's cores but one; measured with batch.size: auto."""
     on_bad_image: Literal["error", "quarantine"] = "error"
     """Images that cannot be decoded are looked for before training. error: nothing is started; quarantine: they are
     left out from the beginning, and listed in bad_images.json and the report."""
@@ -173,6 +180,9 @@ class BatchConfig:
     null: size x ranks x accumulate."""
     accumulate: Count = 1
     """Batches per rank and optimizer step."""
+    tune_budget: Fraction = 0.05
+    """With size: auto. Measure for at most this fraction of the time that the run is expected to take, with two probes
+    at least; `launch tune` measures as long as it takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,31 +258,6 @@ class TrackingConfig:
     """Weights & Biases."""
     log_every: Count = 10
     """Optimizer steps between two lines of metrics.jsonl."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PostConfig:
-    """What becomes of the best checkpoint."""
-
-    __pydantic_config__ = STRICT
-
-    enabled: bool = True
-    """Export, quantize, measure and report after training."""
-    export: list[Literal["onnx", "torchscript"]] = field(default_factory=lambda: ["onnx"])
-    """Formats; torchscript is deprecated by torch itself."""
-    quantize: list[Literal["onnx_int8"]] = field(default_factory=lambda: ["onnx_int8"])
-    """Quantized formats; onnx_int8 is made from onnx."""
-    profile: str | None = None
-    """On SLURM: a profile on which the exports are made by a job of their own, after the training; null: in the same
-    job, by its first node. Elsewhere it means nothing."""
-    max_top1_drop: NonNegative = 1.0
-    """Points (hundredths) of validation top-1 that an exported model may lose and still be called accepted."""
-    min_agreement: Fraction = 0.97
-    """Least fraction of the validation images for which an exported model must name the checkpoint's class to be
-    accepted (a float32 one always 0.99): mistakes that come and go in equal numbers do not show in top-1."""
-    target: Literal["portable", "this", "vnni"] = "portable"
-    """CPUs that int8 models are for. portable: all (weights of 7 bits); vnni: x86 with VNNI (Ice Lake, Zen 4, later)
-    and ARM (8 bits; wrong answers on other x86); this: as the CPU that makes them."""
 
 
 @dataclass(frozen=True, kw_only=True)

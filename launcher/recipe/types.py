@@ -9,8 +9,8 @@ from pydantic import ConfigDict, Field, TypeAdapter
 
 Schema = TypeVar("Schema")
 
-# Attribute docstrings become the descriptions in the JSON Schema; strict: "20" is not a number, 1 not a boolean.
-STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
+# Strict: "20" is not a number, 1 not a boolean.
+STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=False, allow_inf_nan=False)
 
 Auto = Literal["auto"]
 Count = Annotated[int, Field(ge=1)]
@@ -23,7 +23,7 @@ NodeRange = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,5}:[1-9][0-9]{0,5}$", d
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 _ADAPTERS: dict[type, TypeAdapter[Any]] = {}
-"""To make one takes a tenth of a second, most of it to read the docstrings."""
+"""To make one takes a tenth of a second."""
 
 
 def validate(schema: type[Schema], values: dict[str, Any]) -> Schema:
@@ -32,12 +32,20 @@ def validate(schema: type[Schema], values: dict[str, Any]) -> Schema:
     Raises:
         pydantic.ValidationError: lists all values that do not fit.
     """
-    # Through JSON, because pydantic's strict mode accepts a mapping for a dataclass only from JSON.
-    return adapter(schema).validate_json(json.dumps(values, default=str))
-
-
-def adapter(schema: type[Schema]) -> TypeAdapter[Schema]:
-    """What validates a schema and writes its JSON Schema."""
     if schema not in _ADAPTERS:
         _ADAPTERS[schema] = TypeAdapter(schema)
-    return _ADAPTERS[schema]
+    # Through JSON, because pydantic's strict mode accepts a mapping for a dataclass only from JSON.
+    found: Schema = _ADAPTERS[schema].validate_json(json.dumps(values, default=str))
+    return found
+
+
+def describe(schema: type[Any]) -> dict[str, Any]:
+    """The JSON Schema of a schema, in which the attributes' docstrings are descriptions.
+
+    To read those takes longer than all else about a schema, and who only validates does without them.
+    """
+    STRICT["use_attribute_docstrings"] = True
+    try:
+        return TypeAdapter(schema).json_schema()
+    finally:
+        STRICT["use_attribute_docstrings"] = False

@@ -52,6 +52,8 @@ OPEN = {
     "data.transform": "the best checkpoint is chosen anew from the next validation on",
     "data.transform_args": "",
     "data.augment": "",
+    "data.decode": "",
+    "data.cache": "",
     "data.crop_scale": "",
     "data.flip": "",
     "data.rotate": "",
@@ -66,6 +68,7 @@ OPEN = {
     "data.missing_val_classes": "",
     "batch.size": SAME_GLOBAL_BATCH,
     "batch.objective": "",
+    "batch.tune_budget": "",
     "batch.global_size": "",
     "batch.accumulate": SAME_GLOBAL_BATCH,
     "optim.lr": "",
@@ -87,6 +90,7 @@ OPEN = {
     "train.epochs": "",
     "train.channels_last": "",
     "train.batchnorm_recompute": "",
+    "train.ema": "an average that the checkpoint has goes on, a new one begins with the next step",
     "train.clip_grad_norm": "",
     "train.clip_grad_value": "",
     "train.loss": OTHER_LOSS,
@@ -128,8 +132,25 @@ OPEN = {
 }
 """Keys that may change, each with a note for the user."""
 TUNED = (
-    *("model.", "batch.", "precision", "train.loss", "train.channels_last", "train.clip_grad", "optim.momentum"),
-    *("data.workers", "data.augment", "data.auto_augment", "data.dataset", "data.transform"),
+    *(
+        "model.",
+        "batch.",
+        "precision",
+        "train.loss",
+        "train.ema",
+        "train.channels_last",
+        "train.clip_grad",
+        "optim.momentum",
+    ),
+    *(
+        "data.workers",
+        "data.augment",
+        "data.auto_augment",
+        "data.decode",
+        "data.cache",
+        "data.dataset",
+        "data.transform",
+    ),
     *("data.crop_scale", "data.rotate", "data.magnitude", "data.color_jitter", "data.erase"),
     *("launch.threads", "launch.keep_freed_memory"),
 )
@@ -196,7 +217,7 @@ def _trained_with(run: RunDir, state: dict[str, Any]) -> Recipe:
     import yaml
 
     try:
-        return recipes.from_dict(state["recipe"]) if "recipe" in state else recipes.read_resolved(run.recipe)
+        return recipes.from_recorded(state["recipe"]) if "recipe" in state else recipes.read_resolved(run.recipe)
     except (yaml.YAMLError, ValueError, TypeError, OSError) as error:
         first = str(error).splitlines()[0]
         raise UsageError(f"{run}: the recipe that it was trained with cannot be read: {first}") from None

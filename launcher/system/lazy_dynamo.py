@@ -43,20 +43,29 @@ class _Finder(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if not fullname.startswith(f"{NAME}."):
             return None
-        return importlib.machinery.ModuleSpec(fullname, _Imported(_load(fullname)))
+        _load(fullname)
+        return Imported.spec(fullname)
 
 
-class _Imported(importlib.abc.Loader):
+class Imported(importlib.abc.Loader):
     """Hands on a module that is imported already."""
+
+    @classmethod
+    def spec(cls, name: str) -> importlib.machinery.ModuleSpec:
+        """For who is importing ``name`` and had it imported meanwhile."""
+        # Out of the table, into which create_module's result goes: what is in there would be run a second time.
+        return importlib.machinery.ModuleSpec(name, cls(sys.modules.pop(name)))
 
     def __init__(self, module: ModuleType) -> None:
         self._module, self._spec = module, module.__spec__
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:  # noqa: ARG002
+        """The module itself."""
         return self._module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self._spec
+        """Nothing is left to do but to undo what the import did."""
+        vars(module)["__spec__"] = self._spec  # some modules refuse new attributes
 
 
 def is_put_off() -> bool:

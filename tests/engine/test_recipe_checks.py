@@ -34,3 +34,44 @@ def test_a_process_that_has_checked_a_recipe_can_fork_others_that_compute(photos
         timeout=60,
     )
     assert done.returncode == 0
+
+
+SIZES = """
+import sys
+from launcher.system import lazy_dynamo, lazy_meta
+lazy_dynamo.put_off()
+lazy_meta.put_off()
+from launcher.engine import recipe_checks
+from launcher.errors import RecipeError
+from launcher.recipe import load
+
+def problems(size):
+    model = {"arch": "squeezenet1_1", "weights": None}
+    recipe = load.from_dict({"name": "a", "model": model, "data": {"path": sys.argv[1], "image_size": size}})
+    try:
+        recipe_checks.check(recipe, str)
+    except RecipeError as error:
+        return [str(problem) for problem in error.problems]
+    return []
+
+assert problems(32) == []
+print(lazy_meta.is_put_off(), "sympy" in sys.modules)
+refused = problems(16)
+assert len(refused) == 1 and "squeezenet1_1 does not take images of 16 px" in refused[0]
+assert problems(16) == refused
+"""
+
+
+def test_an_image_size_that_was_accepted_once_is_not_tried_again_and_one_that_was_refused_is(photos, tmp_path):
+    """What is needed to try one takes a second to import, in every launch."""
+    command = [sys.executable, "-W", "ignore", "-c", SIZES, str(photos)]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "FINETUNE_LAUNCHER_CACHE": str(tmp_path)}
+    first, again = (
+        subprocess.run(command, env=env, check=True, capture_output=True, text=True, timeout=120).stdout.splitlines()
+        for _ in range(2)
+    )
+    assert first == ["False True"]
+    assert again == ["True False"]
+    (tmp_path / "image-sizes").rename(tmp_path / "moved")
+    (tmp_path / "image-sizes").write_text("a file is in its place")
+    assert subprocess.run(command, env=env, check=True, capture_output=True, text=True, timeout=120).stdout

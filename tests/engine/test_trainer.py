@@ -24,6 +24,7 @@ from launcher.engine.setup import build_parts
 from launcher.engine.trainer import Trainer
 from launcher.errors import TrainingError
 from launcher.system import processes
+from tests.nets import NET
 
 MEAN = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
 STD = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
@@ -479,7 +480,7 @@ def test_layers_learn_at_the_rates_of_their_groups(make_run, engine, one_rank):
 
 
 LEARNING = {
-    "model": {"arch": "mobilenet_v3_small"},  # BatchNorm and dropout
+    "model": NET,
     "data": {"augment": "standard"},
     "optim": {"lr": 0.01, "schedule": "cosine", "warmup_epochs": 0.5},
     "train": {"epochs": 2, "early_stopping": {"metric": "val/top1", "mode": "max", "patience": 5}},

@@ -188,3 +188,18 @@ def test_a_node_that_imports_torch_itself_imports_no_compiler():
     """As one of a SLURM job does, or a run in the background."""
     done = subprocess.run([sys.executable, "-c", LEAN], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_rendezvous_names_its_methods_as_torch_does():
+    from torch.distributed.elastic.rendezvous import dynamic_rendezvous
+
+    def record():
+        return dynamic_rendezvous.get_method_name()
+
+    def next_rendezvous():
+        return record()
+
+    before = next_rendezvous()
+    agent._name_methods_quickly()
+    assert dynamic_rendezvous.get_method_name.__module__ == agent.__name__
+    assert next_rendezvous() == before == "next_rendezvous"

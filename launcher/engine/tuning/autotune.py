@@ -24,6 +24,7 @@ from launcher.engine.setup import full_world_size
 from launcher.engine.tuning import cache as tuning_cache
 from launcher.engine.tuning.batch_search import Attempt, BatchSearch, Found, NothingFitsError
 from launcher.engine.tuning.batch_shares import RankBatch, deal
+from launcher.engine.tuning.budget import Budget, Spending
 from launcher.engine.tuning.child import TooSlowError
 from launcher.engine.tuning.peers import Introduction, PeerEndedError, Peers, measurer
 from launcher.engine.tuning.rank_probes import RankProbes
@@ -50,6 +51,8 @@ MARGIN = 0.05
 """Fraction of the memory that is left free: headroom for fragmentation, which grows over hours of training."""
 MIN_STEPS_PER_EPOCH = 10
 """Steps of an epoch, at least, however fast larger batches are: a model learns nothing in a few steps."""
+SPLIT_S = 6.0
+"""Seconds that measuring a split of the cores takes, about."""
 LOADER_BYTES = 64 << 20
 """Bytes of a loader process, without its batches."""
 NCCL_BYTES = 512 << 20
@@ -161,11 +164,16 @@ def _find(
     most = _max_size(recipe, ranks, device, data_sets)
     key = tuning_cache.key(recipe, facts, data_sets, ranks, most)
     loading = tuning_cache.loading_key(recipe, data_sets)
-    if not fresh and (cached := tuning_cache.read(key, budget_bytes(facts.free))):
+    budget = None if fresh else Budget.of(recipe, ranks, data_sets)
+    cached = None if budget is None else tuning_cache.read(key, budget_bytes(facts.free))
+    if cached and budget and budget.is_served_by(cached):
         if cached.get("loading") != loading:  # an earlier version's has none
-            cached |= probes.split(cached["batch_size"], cached["images_per_s"])
+            can_wait = budget.allows(images_per_s=cached["images_per_s"], spent_s=0, next_s=SPLIT_S)
+            split = probes.split if can_wait else probes.unmeasured_split
+            cached |= split(cached["batch_size"], cached["images_per_s"])
         return cached | {"loading": loading, "from": "cache"}
     needed = functools.partial(needed_bytes, recipe=recipe, ranks=ranks, device=device, data_sets=data_sets)
+    probes.budget = budget
     report = _measure(probes, recipe, needed=needed, free=facts.free, most=most) | {"loading": loading}
     tuning_cache.write(key, report)
     return report | {"from": "probes"}
@@ -175,19 +183,26 @@ def _measure(
     probes: RankProbes, recipe: Recipe, *, needed: Callable[[Probe], int], free: FreeMemory, most: int
 ) -> dict[str, Any]:
     """Find the batch size within ``free`` memory and ``most`` images that the recipe's objective asks for."""
-    start, budget = time.monotonic(), budget_bytes(free)
+    start, memory = time.monotonic(), budget_bytes(free)
+    spending = Spending(probes.budget, objective=recipe.batch.objective)
     found = BatchSearch(
         probes.measure,
         compare=probes.compare,
         needed=needed,
-        budget_bytes=budget,
+        budget_bytes=memory,
         objective=recipe.batch.objective,
         max_size=most,
+        spending=spending,
     ).run()
     assert found.chosen.probe  # noqa: S101  it ran
-    split = probes.split(found.chosen.batch_size, found.chosen.probe.images_per_s)
-    memory = {"free_bytes": free.num_bytes, "budget_bytes": budget, "limit": free.limit}
-    return memory | _describe(found) | split | {"seconds": round(time.monotonic() - start, 2)}
+    can_wait = spending.allows_more(found.chosen.probe.images_per_s)
+    split = probes.split if can_wait else probes.unmeasured_split
+    shared = split(found.chosen.batch_size, found.chosen.probe.images_per_s)
+    if spending.stopped_at is not None:
+        probes.say(spending.told(found.chosen.batch_size))
+    known = {"free_bytes": free.num_bytes, "budget_bytes": memory, "limit": free.limit}
+    known |= {"cut_for_s": spending.stopped_at}
+    return known | _describe(found) | shared | {"seconds": round(time.monotonic() - start, 2)}
 
 
 def agree(run: RunDir, recipe: Recipe, ranks: Ranks, own: dict[str, Any], say: Callable[[str], None]) -> Batching:
@@ -265,7 +280,8 @@ def needed_bytes(measured: Probe, *, recipe: Recipe, ranks: Ranks, device: Devic
         return measured.memory_bytes + (NCCL_BYTES if ranks.world_size > 1 else 0)
     workers = data.num_loader_workers(recipe.data, ranks)
     sample = data_sets.preprocessing.bytes_of_sample
-    loaded = data.PREFETCH * workers + 3  # batches: those ahead, the next step's, the one in use, the one that is made
+    # Batches: those ahead, the next step's, the one in use, the one that is made.
+    loaded = data.num_ahead(workers) * workers + 3
     checkpoints = CHECKPOINT_COPIES * measured.state_bytes if ranks.rank == 0 else 0
     loading = workers * LOADER_BYTES + loaded * measured.batch_size * sample
     return measured.memory_bytes + loading + checkpoints

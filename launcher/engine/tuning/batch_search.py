@@ -8,6 +8,7 @@ import statistics
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from launcher.engine.tuning.budget import Spending
 from launcher.engine.tuning.child import OutOfMemoryError, TooSlowError
 from launcher.engine.tuning.speed_line import towards_the_line
 from launcher.errors import UsageError
@@ -91,6 +92,7 @@ class BatchSearch:
         budget_bytes: what there is.
         objective: what is looked for.
         max_size: the largest batch that makes sense.
+        spending: of what it may spend; None: it is not bounded.
     """
 
     def __init__(
@@ -102,7 +104,9 @@ class BatchSearch:
         budget_bytes: int,
         objective: Objective,
         max_size: int,
+        spending: Spending | None = None,
     ) -> None:
+        self._spending = spending or Spending(None)
         self._measure = measure
         self._compare = compare
         self._needed = needed
@@ -110,7 +114,6 @@ class BatchSearch:
         self._objective = objective
         self._max_size = max_size
         self._attempts: list[Attempt] = []
-        self._num_probes = 0
         self._surprised = False
         """Whether a size failed that was predicted to fit."""
 
@@ -141,7 +144,7 @@ class BatchSearch:
             largest=self._fitting()[-1],
             attempts=tuple(self._attempts),
             compared=compared,
-            num_probes=self._num_probes,
+            num_probes=self._spending.num_probes,
         )
 
     def _smallest(self) -> int:
@@ -234,11 +237,11 @@ class BatchSearch:
     def _try(self, size: int) -> bool:
         predicted = self._predict()
         smaller = [one.probe for one in self._fitting() if one.batch_size < size]
-        self._num_probes += 1
         try:
             fits = self._add(size, self._measure(size, smaller[-1] if smaller else None))
         except (OutOfMemoryError, TooSlowError) as error:
             fits = self._add(size, None, str(error) or type(error).__name__)
+        self._spending.note()
         self._surprised |= not fits and (predicted is None or size <= predicted)
         return fits
 
@@ -258,11 +261,12 @@ class BatchSearch:
         if len(worth_it) == 1 or not self._may_try():
             return ()
         sizes = sorted([*worth_it, *(a.batch_size for a in fastest[len(near) :])][:MAX_COMPARED])
-        self._num_probes += 1
         try:
             probes = {probe.batch_size: probe for probe in towards_the_line(self._compare(sizes))}
         except (OutOfMemoryError, TooSlowError):  # all of them in one process are too much for it
             return ()
+        finally:
+            self._spending.note()
         for index, known in enumerate(self._attempts):
             found = probes.pop(known.batch_size, None)
             if found and known.probe:
@@ -273,8 +277,10 @@ class BatchSearch:
         return tuple(sizes)
 
     def _may_try(self, *, but: int = 0) -> bool:
-        """Whether a probe is left, after ``but`` others."""
-        return self._num_probes + but < (MAX_PROBES_BISECTING if self._surprised else MAX_PROBES)
+        """Whether a probe is left, after ``but`` others, and may be paid for."""
+        if self._spending.num_probes + but >= (MAX_PROBES_BISECTING if self._surprised else MAX_PROBES):
+            return False
+        return self._spending.allows_more(max(map(_speed, self._fitting())), probes=1 + but)
 
     def _fitting(self) -> list[Attempt]:
         return sorted((a for a in self._attempts if not a.problem), key=lambda a: a.batch_size)

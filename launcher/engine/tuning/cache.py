@@ -46,6 +46,7 @@ def key(recipe: Recipe, facts: DeviceFacts, data_sets: DataSets, ranks: Ranks, m
         "loss": [recipe.train.loss, recipe.train.loss_args],
         "code": code,
         "clip": [recipe.train.clip_grad_norm is not None, recipe.train.clip_grad_value is not None],
+        "average": recipe.train.ema is not None,
         "mix": [recipe.data.mixup > 0, recipe.data.cutmix > 0],
         "last_epoch": recipe.train.epochs if recipe.model.unfreeze else None,
         "batch": [recipe.batch.objective, max_size],
@@ -68,6 +69,8 @@ def loading_key(recipe: Recipe, data_sets: DataSets) -> str:
         data.auto_augment,
         data.color_jitter,
         data.erase,
+        data.decode,
+        data.cache,
     ]
     return _digest([data.path, data_sets.train.digest, augmented])
 

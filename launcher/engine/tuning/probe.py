@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from launcher.engine.device import Device
     from launcher.engine.numerics import Numerics
     from launcher.engine.setup import DataSets, Parts
+    from launcher.engine.tuning.budget import Budget
     from launcher.runs.run_dir import RunDir
 
 TURN_S = 0.4
@@ -64,6 +65,7 @@ def measure(
     *,
     beside: Probe | None = None,
     numerics: Numerics | None = None,
+    budget: Budget | None = None,
 ) -> Probe:
     """Train a few steps with ``batch_size`` on random images; to be called in a child process.
 
@@ -79,6 +81,7 @@ def measure(
         beside: of a smaller size, which takes turns with this one: the speed that is returned is what it would have
             been when that one was measured. A shared machine is half as fast a minute later.
         numerics: what the ranks have agreed to compute in; None: what the device prefers.
+        budget: by which a short run gets fewer and shorter turns; None: it is not bounded.
     """
     device.activate()
     peak = device.measure_memory()
@@ -86,7 +89,7 @@ def measure(
         steps = {batch_size: functools.partial(training.step, batch_size)}
         if beside:
             steps[beside.batch_size] = functools.partial(training.step, beside.batch_size)
-        speed = {size: size / _quick(found) for size, found in _in_turn(steps).items()}
+        speed = {size: size / _quick(found) for size, found in _in_turn(steps, budget=budget).items()}
         then_and_now = beside.images_per_s / speed[beside.batch_size] if beside else 1.0
         return Probe(
             batch_size=batch_size,
@@ -214,22 +217,28 @@ def _training(
 
 
 def _in_turn(
-    steps: Mapping[int, Callable[[], float]], turns: int = TURNS, most_s: float = MOST_S
+    steps: Mapping[int, Callable[[], float]],
+    turns: int = TURNS,
+    most_s: float = MOST_S,
+    budget: Budget | None = None,
 ) -> dict[int, list[float]]:
     """Seconds of a step, as each step tells them, in each of its turns: the median of the turn.
 
     Before that each is taken once: it may make the optimizer's state, and libraries choose their algorithms for a size
     when they first meet it (cuDNN tries them all). The largest comes first, for allocators fit the others into it.
     """
-    for name in sorted(steps, reverse=True):
-        steps[name]()
+    first = {name: steps[name]() for name in sorted(steps, reverse=True)}
+    turn_s = TURN_S
+    if budget:
+        most_s = min(most_s, budget.turns_s(max(name / first[name] for name in first)))
+        turn_s = min(turn_s, most_s / (MIN_TURNS * len(steps)))
     seconds: dict[int, list[float]] = {name: [] for name in steps}
     began = time.monotonic()
     for turn in range(turns):
         if turn >= MIN_TURNS and time.monotonic() - began > most_s:
             break
         for name in list(steps)[:: 1 if turn % 2 else -1]:
-            until = time.monotonic() + TURN_S
+            until = time.monotonic() + turn_s
             found = [steps[name]()]
             while time.monotonic() < until:
                 found.append(steps[name]())

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from launcher.engine.distributed import Ranks
     from launcher.engine.numerics import Numerics
     from launcher.engine.setup import DataSets
+    from launcher.engine.tuning.budget import Budget
     from launcher.engine.tuning.probe import Probe
     from launcher.recipe.schema import Recipe
     from launcher.runs.run_dir import RunDir
@@ -75,10 +76,13 @@ class RankProbes:
         self._ranks = ranks
         self._device = device
         self._data_sets = data_sets
-        self._say = say
+        self.say = say
+        """Takes a line for the user."""
         self._heed_stop = heed_stop
         self._trained = run, device, data_sets
         self._timeout_s: float = FIRST_TIMEOUT_S
+        self.budget: Budget | None = None
+        """What they may take; None: they are not bounded."""
         self.numerics: Numerics | None = None
         """What the ranks have agreed on; None: what this device prefers."""
 
@@ -102,17 +106,23 @@ class RankProbes:
     def measure(self, batch_size: int, beside: Probe | None) -> Probe:
         """See :func:`launcher.engine.tuning.probe.measure`."""
         try:
-            found: Probe = self._call(probe.measure, *self._trained, batch_size, beside=beside, numerics=self.numerics)
+            options = {"beside": beside, "numerics": self.numerics, "budget": self.budget}
+            found: Probe = self._call(probe.measure, *self._trained, batch_size, **options)
         finally:
             self._timeout_s = PROBE_TIMEOUT_S
-        self._say(f"batch {batch_size}: {found.images_per_s:.0f} images/s, {found.memory_bytes / 1e9:.2f} GB")
+        self.say(f"batch {batch_size}: {found.images_per_s:.0f} images/s, {found.memory_bytes / 1e9:.2f} GB")
         return found
 
     def compare(self, batch_sizes: Sequence[int]) -> list[Probe]:
         """See :func:`launcher.engine.tuning.probe.compare`."""
         found: list[Probe] = self._call(probe.compare, *self._trained, batch_sizes, numerics=self.numerics)
-        self._say(f"in turn: {', '.join(f'batch {one.batch_size}: {one.images_per_s:.0f} images/s' for one in found)}")
+        self.say(f"in turn: {', '.join(f'batch {one.batch_size}: {one.images_per_s:.0f} images/s' for one in found)}")
         return found
+
+    def unmeasured_split(self, _batch_size: int, _images_per_s: float) -> dict[str, int]:
+        """Loader processes and threads of this rank where there is no time to measure them."""
+        workers = data.num_loader_workers(self._recipe.data, self._ranks)
+        return {"workers": workers, "threads": torch.get_num_threads()}
 
     def split(self, batch_size: int, images_per_s: float) -> dict[str, int]:
         """Loader processes and threads of this rank, with the batch size that was found: ``{workers, threads}``."""
@@ -128,7 +138,7 @@ class RankProbes:
         if threads > 1 and not fixed:
             counts = (threads, threads - 1)
             train = self._call(probe.compare_threads, *self._trained, batch_size, counts, numerics=self.numerics)
-            self._say(", ".join(f"{count} threads: {speed:.0f} images/s" for count, speed in train.items()))
+            self.say(", ".join(f"{count} threads: {speed:.0f} images/s" for count, speed in train.items()))
         return split_cpu(train=train, load=load, cores=cores, workers=workers)._asdict()
 
     def _call(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

@@ -1,0 +1,55 @@
+"""torch's kernels for the meta device are imported by the first tensor there, and are all there then. In processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+START = """
+import sys
+from launcher.system import lazy_dynamo, lazy_meta
+lazy_dynamo.put_off()
+lazy_meta.put_off()
+import torch, torchvision
+from launcher.engine import worker
+from launcher.engine.layers import build_meta, head_modules
+model = build_meta("resnet18", 10)
+assert head_modules("vit_b_16") == ("heads.head",)
+torch.nn.Linear(2, 1)(torch.ones(3, 2)).sum().backward()
+assert lazy_meta.is_put_off()
+assert "torch._decomp" not in sys.modules
+"""
+USES = {
+    "a forward pass": "assert model(torch.empty(2, 3, 32, 32, device='meta')).shape == (2, 10)",
+    "the module": "import torch._meta_registrations as meta; assert meta.meta_index_Tensor.__module__ == meta.__name__",
+    "from a package behind it": "from torch._refs.nn import functional; assert functional.gelu",
+    "what it has imported": "import torch.utils._content_store as store; assert store.ContentStoreReader",
+    "export": "torch.export.export(torch.nn.Linear(2, 1), (torch.ones(1, 2),))",
+}
+REAL = """
+assert not lazy_meta.is_put_off()
+import torch._meta_registrations, torch._decomp, torch._prims, torch._refs
+for module in (torch._meta_registrations, torch._decomp, torch._prims, torch._refs):
+    assert module.__file__ and module is sys.modules[module.__name__]
+assert torch.nn.Conv2d(3, 4, 3, device="meta")(torch.empty(1, 3, 8, 8, device="meta")).shape == (1, 4, 6, 6)
+assert torch._C.DispatchKey.Meta in torch.ops.aten.convolution.default.py_kernels
+"""
+
+
+def python(text: str) -> None:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", text], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("use", USES)
+def test_training_does_without_and_who_uses_them_has_all(use):
+    python(f"{START}\n{USES[use]}\n{REAL}")
+
+
+def test_where_torch_is_imported_already_nothing_changes():
+    python("import torch\nfrom launcher.system import lazy_meta\nlazy_meta.put_off()\n"
+           "assert not lazy_meta.is_put_off()\n"
+           "with lazy_meta.shapes_only():\n    torch.empty(2, device='meta')\n"
+           "assert torch._decomp.decomposition_table")  # fmt: skip
