@@ -32,7 +32,8 @@ from launcher.tracking import wandb as tracking
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from launcher.recipe.schema import LaunchConfig, PostConfig
+    from launcher.recipe.schema import LaunchConfig
+    from launcher.recipe.schema_post import PostConfig
     from launcher.tools.evaluate import BestModel, Predictor
 
     Say = Callable[[str], None]

@@ -34,18 +34,9 @@ class TrainTotals:
         # loss, top-1 and top-5 hits, samples; float64 holds counts exactly up to 2**53.
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
 
-    def add(self, loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, mix: Mix | None = None) -> None:
-        """Count a batch: the sum of its losses (scalar), its logits (N x C), labels (int64 N), and how it is mixed.
-
-        Of an image that is mixed of two, each of their classes is right by its share.
-        A batch whose loss is NaN or infinite is not counted; its step is left out (:mod:`launcher.engine.non_finite`).
-        """
-        if not len(labels):
-            return
-        hits = mix.mean(functools.partial(_hits, logits), labels) if mix else _hits(logits, labels)
-        counts = torch.stack([loss_sum.double(), hits[:, 0].sum(), hits.sum(), hits.new_full((), len(labels))])
-        # With a number in its place torch.where would copy that to the GPU, and wait for it.
-        self._sums += counts.masked_fill(loss_sum.isfinite().logical_not(), 0.0)
+    def add(self, counts: torch.Tensor) -> None:
+        """Add what :func:`count` gave of a batch."""
+        self._sums += counts
 
     def restore(self, sums: Sequence[float]) -> None:
         """Go on from sums over all ranks, which one rank takes over."""
@@ -58,6 +49,18 @@ class TrainTotals:
     def reset(self) -> None:
         """Start again from nothing."""
         self._sums.zero_()
+
+
+def count(loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, mix: Mix | None = None) -> torch.Tensor:
+    """Of a batch, what :class:`TrainTotals` add up: from the sum of its losses, logits (N x C) and labels (int64 N).
+
+    Of an image that is mixed of two, each of their classes is right by its share.
+    A batch whose loss is NaN or infinite is not counted; its step is left out (:mod:`launcher.engine.non_finite`).
+    """
+    hits = mix.mean(functools.partial(_hits, logits), labels) if mix else _hits(logits, labels)
+    counts = torch.stack([loss_sum.double(), hits[:, 0].sum(), hits.sum(), hits.new_full((), len(labels))])
+    # With a number in its place torch.where would copy that to the GPU, and wait for it.
+    return counts.masked_fill(loss_sum.isfinite().logical_not(), 0.0)
 
 
 def means(sums: Sequence[float]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 from launcher.engine.augmenting.mixing import choose_mix
 from launcher.engine.device import is_out_of_memory
 from launcher.engine.loading.samples import seed_generators
+from launcher.engine.metrics import count
 from launcher.engine.model import split_outputs
 from launcher.engine.schedule import derive_seed
 
@@ -292,8 +293,10 @@ class MicroBatch:
 
     def _count(self, found: _Forward) -> torch.Tensor:
         loss = found.loss.detach()
-        for totals in (self._state.window_totals, self._state.epoch_totals):
-            totals.add(loss, found.logits.detach(), found.labels, found.mix)
+        if len(found.labels):
+            counts = count(loss, found.logits.detach(), found.labels, found.mix)
+            for totals in (self._state.window_totals, self._state.epoch_totals):
+                totals.add(counts)
         return loss
 
     def _exchange(self, *, sync: bool) -> AbstractContextManager[None]:

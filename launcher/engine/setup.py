@@ -117,7 +117,7 @@ class Parts:
 
     def take(self, agreed: Numerics) -> None:
         """Compute in what the run's ranks have agreed on; for a probe, which is alone. Before the first step."""
-        self.numerics = agreed
+        self.numerics = agreed = agreed.settle(self.model.module)
         layout = torch.channels_last if agreed.channels_last else torch.contiguous_format
         self.model.module.to(memory_format=layout)
 
@@ -280,6 +280,15 @@ def fixed_batching(config: BatchConfig, ranks: Ranks, *, full_size: int = 0, deb
     )
 
 
+def _place(model: FineTunedModel, device: Device, agreed: Numerics) -> Numerics:
+    """Move a model to its device, in the memory layout that is agreed or that suits it; return what it computes in."""
+    model.module.to(device.torch_device)
+    settled = agreed.settle(model.module)
+    if settled.channels_last:
+        model.module.to(memory_format=torch.channels_last)
+    return settled
+
+
 def build_parts(
     run: RunDir,
     ranks: Ranks,
@@ -313,9 +322,7 @@ def build_parts(
         image_size=images.preprocessing.image_size,
         with_weights=ranks.rank == 0 if with_weights is None else with_weights,
     )
-    model.module.to(device.torch_device)
-    if agreed.channels_last:
-        model.module.to(memory_format=torch.channels_last)
+    agreed = _place(model, device, agreed)
     workers = data.num_loader_workers(recipe.data, ranks) if loader_workers is None else loader_workers
     return Parts(
         recipe=recipe,

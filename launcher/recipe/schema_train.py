@@ -82,7 +82,8 @@ class TrainConfig:
     loss_args: dict[str, Argument] = field(default_factory=dict)
     """Further arguments of loss by name, as in {gamma: 1.5} of focal."""
     channels_last: bool | Auto = "auto"
-    """Memory layout of images and convolutions; auto: on CUDA only, since on a CPU it can be slower."""
+    """Memory layout of images and convolutions. auto: on CUDA; on a CPU with models that have convolutions of 1 x 1
+    pixels or of single channels, which were measured to be faster with it (docs/evidence.md)."""
     batchnorm_recompute: CountOrZero | Auto = "auto"
     """Training batches that BatchNorm's running statistics are computed from before each validation; 0: the moving
     average; auto: 100, until 10 / momentum steps are taken and the average has forgotten what it began with."""

@@ -111,10 +111,10 @@ def _begin_to_watch() -> None:
     """Have the factories import the kernels."""
     import torch
 
-    library = torch.library.Library("aten", "IMPL", "Meta")
+    library = torch.library.Library("aten", "IMPL", "Meta")  # type: ignore[no-untyped-call]
     for name, overload in FACTORIES:
         operator = getattr(getattr(torch.ops.aten, name), overload)
-        library.impl(operator, _after_import(operator), "Meta")
+        library.impl(operator, _after_import(operator), "Meta")  # type: ignore[no-untyped-call]
     _watch.append(library)
 
 

@@ -41,7 +41,7 @@ def key(recipe: Recipe, facts: DeviceFacts, data_sets: DataSets, ranks: Ranks, m
         "classes": len(data_sets.train.classes),
         "image_size": data_sets.preprocessing.image_size,
         "precision": facts.precision,
-        "channels_last": recipe.train.channels_last,
+        "channels_last": [recipe.train.channels_last, facts.channels_last],
         "optimizer": [recipe.optim.name, recipe.optim.momentum > 0],
         "loss": [recipe.train.loss, recipe.train.loss_args],
         "code": code,

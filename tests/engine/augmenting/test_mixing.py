@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from launcher.engine.augmenting.mixing import Mix, choose_mix, with_partners
-from launcher.engine.metrics import TrainTotals, means
+from launcher.engine.metrics import TrainTotals, count, means
 from launcher.engine.micro_batch import _halves
 from launcher.engine.schedule import Batching, Schedule
 from launcher.recipe.schema import DataConfig
@@ -74,7 +74,7 @@ def test_the_mean_of_losses_is_the_loss_of_the_soft_label():
 def test_each_of_two_classes_is_right_by_its_share(one_rank):
     totals, labels = TrainTotals(torch.device("cpu")), torch.tensor([0, 1, 2, 2])
     logits = torch.eye(8)[[0, 0, 2, 3]]
-    totals.add(torch.tensor(1.0), logits, labels, Mix(share=0.75))
+    totals.add(count(torch.tensor(1.0), logits, labels, Mix(share=0.75)))
     assert means(totals.reduce())["top1"] == pytest.approx((0.75 + 0.25 + 1 + 0) / 4)
 
 
