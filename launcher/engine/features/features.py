@@ -156,7 +156,7 @@ class Features:
         try:
             if split == "val":
                 parts.model.eval()
-            last = parts.numerics.channels_last
+            last = bool(parts.numerics.channels_last)
             return cut.find(module, moving, parts.to_device((images, labels))[0], parts.autocast, channels_last=last)
         finally:
             (parts.model.train if was_training else parts.model.eval)()
