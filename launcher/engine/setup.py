@@ -80,6 +80,7 @@ class Parts:
     kept: Kept | None = field(init=False, default=None)
     """What steps take instead of images while the features of a frozen backbone are kept."""
     _between: Loader | None = field(init=False, default=None)
+    """Of what is looked at between the steps."""
 
     @property
     def network(self) -> nn.Module:
