@@ -37,6 +37,7 @@ bench: $(VENV)/installed
 	$(BIN)/python -m tests.bench.checkpoint
 	$(BIN)/python -m tests.bench.autotune
 	$(BIN)/python -m tests.bench.uneven
+	$(BIN)/python -m tests.bench.features
 	$(BIN)/python -m tests.bench.loaders
 	$(BIN)/python -m tests.bench.engine_cost
 	$(BIN)/python -m tests.bench.peers

@@ -235,7 +235,7 @@ class MicroBatch:
         def add(piece: Batch, name: tuple[int, ...]) -> torch.Tensor:
             before = self._statistics.copy()
             try:
-                found = self._forward(self._parts.model.module, piece, name, num_samples)
+                found = self._forward(self._parts.network, piece, name, num_samples)
                 gradients = torch.autograd.grad(found.weighted, missing, allow_unused=True)
             except Exception as error:
                 if not _can_be_smaller(error, piece):
@@ -269,17 +269,17 @@ class MicroBatch:
         seed = derive_seed(parts.recipe.seed, self._state.step, parts.ranks.rank, *number)
         torch.manual_seed(seed)
         seed_generators(seed)  # Python's and numpy's too, which a model of the user's own may use
-        images, labels = parts.to_device(batch)
+        inputs, labels = parts.step_inputs(batch)
         data, size = parts.recipe.data, parts.preprocessing.image_size
         mix = choose_mix(data, seed=parts.recipe.seed, step=self._state.step, size=size)
-        images, num = mix.images(images), len(labels)
+        inputs, num = mix.images(inputs), len(labels)
         if not num:  # a rank with no sample left still takes part in DDP; the output is not used
-            images = images.new_zeros(1, *images.shape[1:])
-        fixed = parts.model.fixed_statistics() if len(images) == 1 else contextlib.nullcontext()
+            inputs = inputs.new_zeros(1, *inputs.shape[1:])
+        fixed = parts.model.fixed_statistics() if len(inputs) == 1 else contextlib.nullcontext()
         through = self._pass.forward_of(parts.ddp) if module is parts.ddp else contextlib.nullcontext()
         with fixed, parts.autocast():
             with through:
-                outputs = module(images)
+                outputs = module(inputs)
             logits, auxiliary = split_outputs(parts.recipe.model.arch, outputs)
         logits = logits[:num]
 

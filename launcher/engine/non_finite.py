@@ -5,6 +5,7 @@ Every rank finds the same steps, and no step waits for the device.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import deque
 from dataclasses import dataclass
@@ -13,12 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from launcher.engine.distributed import max_over_ranks
+from launcher.errors import TrainingError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from launcher.engine.device import Device
 
+CURE = "lower optim.lr or its groups, or lengthen optim.warmup_epochs, and start again"
+MAX_IN_A_ROW = 10
+"""Give up after so many steps in a row that were left out."""
 LAG = 2
 """How many steps later a flag is read. By then the device has long computed it, and no rank reads it earlier or later
 than another."""
@@ -49,6 +54,32 @@ class _Watched:
 def non_finite_names(state: Mapping[str, torch.Tensor]) -> list[str]:
     """Names of the tensors that hold NaN or infinite values."""
     return [name for name, t in state.items() if t.is_floating_point() and not bool(t.isfinite().all())]
+
+
+def report(found: NonFiniteStep, paths: Sequence[str], recorder: Any, *, policy: str, num_in_a_row: int) -> None:
+    """Tell of a step that was left out; raise TrainingError where ``train.on_nan`` (``policy``) does not go on.
+
+    Args:
+        found: the step.
+        paths: of this rank's images that may be the cause.
+        recorder: rank 0's; None on the others.
+        policy: of the recipe.
+        num_in_a_row: how many steps were left out, up to this one.
+    """
+    number = found.step + 1
+    if paths:
+        with contextlib.suppress(OSError):  # a full disk
+            print("\n  ".join([f"step {number}: loss or gradient is NaN or infinite; images of this rank:", *paths]))
+    if recorder:
+        recorder.event("non_finite", step=number, policy=policy)
+        recorder.say(f"step {number}: the loss or its gradient is NaN or infinite; train.on_nan={policy}")
+    if policy == "stop":
+        raise TrainingError(
+            f"the loss or its gradient is NaN or infinite in step {number}, which did not reach the "
+            f"weights; each rank's log names its images; {CURE}; or train.on_nan=skip leaves such steps out"
+        )
+    if num_in_a_row >= MAX_IN_A_ROW:
+        raise TrainingError(f"{MAX_IN_A_ROW} steps in a row up to {number} were not finite; {CURE}")
 
 
 class NonFiniteMonitor:

@@ -14,6 +14,7 @@ import torchvision
 
 from launcher.engine import data, state
 from launcher.engine.layers import build_meta, head_modules, on_meta
+from launcher.engine.loading.data_sets import num_classes
 from launcher.engine.model import (
     FineTunedModel,
     build_module,
@@ -22,7 +23,6 @@ from launcher.engine.model import (
     fit_weights,
     torchvision_weights,
 )
-from launcher.engine.setup import num_classes
 from launcher.engine.user import checks as user_checks
 from launcher.engine.user import model as user_model
 from launcher.engine.user import trial

@@ -9,16 +9,17 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from launcher.engine import data, numerics, optim
 from launcher.engine.augmenting.mixing import is_mixing
 from launcher.engine.distributed import are_everywhere_the_same, broadcast_buffers
 from launcher.engine.loading.balance import class_weights
+from launcher.engine.loading.data_sets import num_classes, open_data_sets
 from launcher.engine.losses import Loss, build_loss
-from launcher.engine.model import FineTunedModel, build_model, build_preprocessing
+from launcher.engine.model import FineTunedModel, build_model
 from launcher.engine.schedule import Batching, Schedule, validation_batches
-from launcher.images import folder as image_folder
 from launcher.recipe import load as recipes
 from launcher.system import loader_room
 from launcher.system.loader_room import Loading
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
     from launcher.engine.data import Preprocessing
     from launcher.engine.device import Device, Precision
     from launcher.engine.distributed import Ranks
-    from launcher.engine.loading.handover import Batch, Loader
+    from launcher.engine.features.kept import Kept
+    from launcher.engine.loading.data_sets import DataSets
+    from launcher.engine.loading.handover import Batch, Batches, Loader
     from launcher.engine.loading.samples import Samples
     from launcher.engine.numerics import Numerics
     from launcher.recipe.schema import BatchConfig, Recipe
@@ -75,9 +78,16 @@ class Parts:
     max_steps: int | None
     """Where debugging ends."""
     ddp: DistributedDataParallel = field(init=False)
-    """The network as DDP wraps it; :meth:`wrap` makes it."""
+    """What steps compute as DDP wraps it; :meth:`wrap` makes it."""
+    kept: Kept | None = field(init=False, default=None)
+    """What steps take instead of images while the features of a frozen backbone are kept."""
     _between: Loader | None = field(init=False, default=None)
     """Of what is looked at between the steps."""
+
+    @property
+    def network(self) -> nn.Module:
+        """What steps compute: the network, or what of it comes after kept features."""
+        return self.kept.rest if self.kept else self.model.module
 
     @property
     def classes(self) -> list[str]:
@@ -124,7 +134,7 @@ class Parts:
         # that takes several times as long as to compare them, at every start.
         same = not self.device.is_cuda and are_everywhere_the_same(self.model.module.parameters())
         self.ddp = DistributedDataParallel(
-            self.model.module,
+            self.network,
             device_ids=[self.device.index] if self.device.is_cuda else None,
             gradient_as_bucket_view=True,
             init_sync=not same,
@@ -149,6 +159,10 @@ class Parts:
             images = images.contiguous(memory_format=torch.channels_last)
         return images, labels.to(self.device.torch_device, non_blocking=True)
 
+    def step_inputs(self, batch: Batch) -> Batch:
+        """What :attr:`network` takes, and labels, on the rank's device."""
+        return self.kept.to_device(batch) if self.kept else self.to_device(batch)
+
     def autocast(self) -> AbstractContextManager[None]:
         """Run the forward pass in the precision chosen."""
         return self.device.autocast(self.precision)
@@ -171,23 +185,28 @@ class Parts:
         fewer = f"{self.loading.workers} loader processes of {self.loading.prefetch} batches each"
         return f"rank {ranks.rank} takes {fewer} instead of {wanted.workers} of {wanted.prefetch}: {self.loading.why}"
 
-    def train_loader(self, epoch: int, offset: int) -> Loader:
-        """This rank's micro-batches from a position to the end; one set of loader processes for all."""
+    def train_loader(self, epoch: int, offset: int) -> Loader | Batches:
+        """This rank's micro-batches from a position to the end; one set of loader processes for all, or none."""
         steps = self.schedule.steps(self.ranks.rank, epoch=epoch, offset=offset, end_epoch=self.recipe.train.epochs)
-        return self._loader(self.train_set, (batch for step in steps for batch in step.positions))
+        if self.kept:
+            return self.kept.batches([(step.epoch, i) for i in batch] for step in steps for batch in step.micro_batches)
+        return self.loader(self.train_set, (batch for step in steps for batch in step.positions))
 
     def statistics_loader(self, epoch: int, batches: list[list[int]]) -> Loader:
         """Batches of training images as the epoch saw them."""
         return self._between_steps([(True, epoch, i) for i in batch] for batch in batches)
 
-    def val_loader(self) -> Loader:
-        """This rank's share of the validation set."""
+    def val_loader(self, kept: Kept | None = None) -> Loader | Batches:
+        """This rank's share of the validation set; of its features where they are ``kept``."""
         batches = validation_batches(
             len(self.val_set),
             rank=self.ranks.rank,
             batching=self.schedule.batching,
         )
-        return self._between_steps([(False, 0, i) for i in batch] for batch in islice(batches, self.max_steps))
+        numbers = islice(batches, self.max_steps)
+        if kept:
+            return kept.batches([(0, i) for i in batch] for batch in numbers)
+        return self._between_steps([(False, 0, i) for i in batch] for batch in numbers)
 
     def close_loaders(self) -> None:
         """End the loader processes that live through the training."""
@@ -197,50 +216,16 @@ class Parts:
     def _between_steps(self, batches: Iterator[list[tuple[bool, int, int]]]) -> Loader:
         """A loader whose processes live on: forking them anew takes time, and more of it the larger this process is."""
         if self._between is None:
-            self._between = self._loader(data.BothSplits(self.train_set, self.val_set), batches, lives_on=True)
+            self._between = self.loader(data.BothSplits(self.train_set, self.val_set), batches, lives_on=True)
         self._between.source.batches = batches
         return self._between
 
-    def _loader(self, dataset: Dataset[Batch], batches: Iterator[list[Any]], *, lives_on: bool = False) -> Loader:
+    def loader(self, dataset: Dataset[Batch], batches: Iterator[list[Any]], *, lives_on: bool = False) -> Loader:
+        """Of these batches of (epoch, index) of a split, or as the data set takes them."""
         loading, device = self.loading, self.device
         return data.build_loader(
             dataset, batches, workers=loading.workers, prefetch=loading.prefetch, device=device, lives_on=lives_on
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSets:
-    """The images of a run, listed."""
-
-    train: Samples
-    """To learn from."""
-    val: Samples
-    """To measure with."""
-    preprocessing: Preprocessing
-    """What is done to an image."""
-    left_out: frozenset[str]
-    """Paths of those that cannot be decoded."""
-
-
-def open_data_sets(run: RunDir) -> DataSets:
-    """List the images that the recipe of ``run`` names; touches no device."""
-    recipe = recipes.read_resolved(run.recipe)
-    left_out = image_folder.read_quarantine(run.bad_images)
-    return open_images(recipe, left_out)
-
-
-def open_images(recipe: Recipe, left_out: frozenset[str] = frozenset()) -> DataSets:
-    """The same, of a recipe; without those that are ``left_out``."""
-    classes = num_classes(recipe, data.find_classes(recipe)) if recipe.model.factory else None
-    preprocessing = build_preprocessing(recipe.model, recipe.data, num_classes=classes)
-    train = data.open_split(recipe, "train", preprocessing, is_train=True)
-    val = data.open_split(recipe, "val", preprocessing, left_out=left_out, classes=train.classes)
-    return DataSets(train=train, val=val, preprocessing=preprocessing, left_out=left_out)
-
-
-def num_classes(recipe: Recipe, classes: list[str]) -> int:
-    """Outputs of the head: the recipe's number, or one for each class folder."""
-    return len(classes) if recipe.model.num_classes == "auto" else recipe.model.num_classes
 
 
 def full_world_size(run: RunDir) -> int:

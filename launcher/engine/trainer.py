@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 from launcher.engine import distributed, optim
 from launcher.engine.batchnorm_recompute import BatchNormRecompute
 from launcher.engine.checkpoints.saving import Saving
+from launcher.engine.features.features import Features
 from launcher.engine.listeners.listeners import build_listeners, start_values
 from launcher.engine.loading.handover import Feed, end_loaders
 from launcher.engine.loading.pace import Pace
 from launcher.engine.metrics import means
+from launcher.engine.non_finite import CURE, report
 from launcher.engine.state import TrainingState
 from launcher.engine.stopping import Redeal, RollBack, StopTraining
 from launcher.engine.train_step import TrainStep
@@ -30,9 +32,7 @@ if TYPE_CHECKING:
     from launcher.engine.setup import Parts
     from launcher.engine.state import Outcome
 
-CURE = "lower optim.lr or its groups, or lengthen optim.warmup_epochs, and start again"
 MAX_ROLLBACKS = 3
-MAX_NON_FINITE_IN_A_ROW = 10
 
 
 class Trainer:
@@ -70,6 +70,7 @@ class Trainer:
         self._step = TrainStep(parts, self.state)
         self._batchnorm = BatchNormRecompute(parts, recorder)
         self._validation = Validation(parts)
+        self._features = Features(parts, recorder, stop=stop_requested, poll=self._poll, on_disk=memory_kills > 0)
         self._feed: Feed | None = None
         self.outcome: Outcome = "preempted"
         """How the training has ended; until then as if it were stopped now."""
@@ -95,7 +96,6 @@ class Trainer:
         while True:  # once, and again after going back to a checkpoint or to smaller batches
             try:
                 with self._stoppable():
-                    self._begin_feed()
                     while self._take_next():
                         pass
                     self.outcome = self._end()
@@ -128,14 +128,19 @@ class Trainer:
             self._end_epoch()  # stopped before its validation, or what was left of it is left out now
         if self._finished():
             return
+        with self._pace.left_out():
+            self._features.begin(state.epoch)
         steps = parts.schedule.steps(parts.ranks.rank, epoch=state.epoch, offset=state.offset, end_epoch=epochs)
         batches = iter(parts.train_loader(state.epoch, state.offset))
-        self._feed = Feed(steps, batches, self._stop_requested, ahead=parts.loading.workers > 0, pace=self._pace)
+        ahead = parts.loading.workers > 0 and not parts.kept
+        self._feed = Feed(steps, batches, self._stop_requested, ahead=ahead, pace=self._pace)
         self._poll(self._feed, asked=False)  # the first step, too, is taken when all hold its batches
         self._pace.begin()
 
     def _take_next(self) -> bool:
         """Take the next optimizer step; False after the last."""
+        if self._feed is None:
+            self._begin_feed()
         if self._feed is None or self._finished():
             return False
         self._poll(self._feed)
@@ -203,12 +208,15 @@ class Trainer:
             self._recorder.status(epoch=state.epoch, step=state.step, best=self.best)
             if state.best.exhausted and state.epoch < self.recipe.train.epochs:
                 self._recorder.event("early_stopped", epoch=epoch, step=state.step, waited=state.best.waited)
+        if self.parts.kept:
+            self._feed = None  # of the next epoch other views are kept, or none
         if not self._finished():
             self._prepare_epoch()
         self._save(best=is_best)
 
     def _prepare_epoch(self) -> None:
         """Freeze what this epoch freezes; DDP is made anew where that changed which gradients there are."""
+        self._features.leave(self.state.epoch)
         if self.parts.model.freeze(self.state.epoch) or not self._wrapped:
             self.parts.wrap()
             optim.prepare_momentum(self.parts.optimizer)
@@ -216,7 +224,7 @@ class Trainer:
         self.parts.model.train()
 
     def _validate(self) -> dict[str, Any]:
-        return self._validation.run(stop=self._stop_requested, poll=self._poll)
+        return self._validation.run(self._features.validation, stop=self._stop_requested, poll=self._poll)
 
     def _poll(self, feed: Feed | None = None, *, asked: bool = True) -> None:
         """Learn whether all stop or save here. Raises StopTraining.
@@ -263,24 +271,10 @@ class Trainer:
 
     def _on_non_finite(self, found: NonFiniteStep) -> None:
         """``train.on_nan``. Raises TrainingError or RollBack, on every rank at the same step."""
-        policy, number = self.recipe.train.on_nan, found.step + 1
         paths = [self.parts.train_set.samples[index][0] for index in found.samples]
-        if paths:
-            with contextlib.suppress(OSError):  # a full disk
-                print(
-                    "\n  ".join([f"step {number}: loss or gradient is NaN or infinite; images of this rank:", *paths])
-                )
-        if self._recorder:
-            self._recorder.event("non_finite", step=number, policy=policy)
-            self._recorder.say(f"step {number}: the loss or its gradient is NaN or infinite; train.on_nan={policy}")
-        if policy == "stop":
-            raise TrainingError(
-                f"the loss or its gradient is NaN or infinite in step {number}, which did not reach the "
-                f"weights; each rank's log names its images; {CURE}; or train.on_nan=skip leaves such steps out"
-            )
-        if self.state.numbers.num_in_a_row >= MAX_NON_FINITE_IN_A_ROW:
-            raise TrainingError(f"{MAX_NON_FINITE_IN_A_ROW} steps in a row up to {number} were not finite; {CURE}")
-        if policy == "rollback":
+        num_in_a_row = self.state.numbers.num_in_a_row
+        report(found, paths, self._recorder, policy=self.recipe.train.on_nan, num_in_a_row=num_in_a_row)
+        if self.recipe.train.on_nan == "rollback":
             raise RollBack(found.step)
 
     def _roll_back(self, bad: int) -> None:

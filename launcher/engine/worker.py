@@ -21,8 +21,9 @@ from launcher.engine.distributed import Ranks, init_process_group, record_collec
 from launcher.engine.error_kinds import error_kind, error_record
 from launcher.engine.listeners.recorder import Recorder
 from launcher.engine.loading import balance
+from launcher.engine.loading.data_sets import open_data_sets
 from launcher.engine.loading.handover import heed_stop_signal
-from launcher.engine.setup import build_parts, open_data_sets
+from launcher.engine.setup import build_parts
 from launcher.engine.stopping import StopFlag
 from launcher.engine.trainer import Trainer
 from launcher.engine.tuning import autotune

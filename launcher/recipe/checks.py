@@ -161,6 +161,10 @@ def _augmentation(recipe: Recipe) -> Iterator[Finding]:
     if (data.mixup or data.cutmix) and recipe.batch.size == 1:
         keys = ("batch.size", "data.mixup" if data.mixup else "data.cutmix")
         yield keys, f"found 1; {keys[1]} mixes the images of a batch in pairs: give 2 or more"
+    views, mixing = recipe.train.feature_views, next((key for key in ("mixup", "cutmix") if getattr(data, key)), None)
+    if mixing and views not in ("auto", 0):
+        text = f"found {views}; data.{mixing} mixes images anew in every step, so that no view is kept: give auto or 0"
+        yield ("train.feature_views", f"data.{mixing}"), text
 
 
 def _data(recipe: Recipe) -> Iterator[Finding]:

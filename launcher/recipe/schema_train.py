@@ -87,6 +87,10 @@ class TrainConfig:
     batchnorm_recompute: CountOrZero | Auto = "auto"
     """Training batches that BatchNorm's running statistics are computed from before each validation; 0: the moving
     average; auto: 100, until 10 / momentum steps are taken and the average has forgotten what it began with."""
+    feature_views: CountOrZero | Auto = "auto"
+    """How many views of each training image are kept as a frozen backbone's features: epoch e takes view e, and after
+    the last the first again. 0: none, nor any of validation; auto: 1 where all epochs see the same (data.augment:
+    none), else none of training."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of a moving average of the weights, less in the beginning; often 0.999 or 0.9999, by how many steps there
     are. It is validated beside the weights (val/ema_top1 …); best and the exports take the better of the two. null:

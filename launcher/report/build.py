@@ -102,6 +102,7 @@ def build_report(run: RunDir) -> Json:
             "mistakes": _mistakes(best_val),
             "findings": [asdict(found) for found in findings.of_run(run)],
             "rare_classes": _rare_classes(events),
+            "features": _features(events),
             "exports": exports,
             "batch_sizes": _batch_sizes(run, events, missing),
             "bad_images": _bad_images(run, missing),
@@ -233,6 +234,13 @@ def _rare_classes(events: list[Json]) -> Json | None:
     """Those with few training images: ``{num_classes, classes: {name: images}}``, the fewest; None: there are none."""
     found = [event for event in events if event.get("kind") == "rare_classes"]
     return _take(found[-1], ("num_classes", "classes")) if found else None
+
+
+def _features(events: list[Json]) -> list[Json]:
+    """What was kept of a frozen backbone: ``[{split, images, views, size_mb, place, seconds}]``, each split once."""
+    fields = ("split", "images", "views", "size_mb", "place", "seconds")
+    last = {event.get("split"): event for event in events if event.get("kind") == "features_kept"}
+    return [{name: event.get(name) for name in fields} for event in last.values()]
 
 
 def _measured(table: dict[str, Metric], best_val: Json, train: list[Json], val: list[Json]) -> Json:

@@ -92,7 +92,7 @@ def sweep(run_dir: str, chosen: int) -> None:
 
     from launcher.engine.device import Device
     from launcher.engine.distributed import Ranks
-    from launcher.engine.setup import open_data_sets
+    from launcher.engine.loading.data_sets import open_data_sets
     from launcher.engine.tuning import autotune, probe
     from launcher.engine.tuning.child import OutOfMemoryError, TooSlowError, call_in_child
     from launcher.recipe import load as recipes

@@ -61,6 +61,8 @@ DERIVED = {
     "_saving": "files, where the last checkpoint is, and the clock",
     "_recorder": "files",
     "_listeners": "what is not told yet",
+    "_features": "computed anew by a resumed run, from frozen weights and images",
+    "parts.kept": "the same",
     "_feed": "images of the steps to come, which follow from the position",
     "random.": "seeded by position before it is used",
 }

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from launcher.engine import error_kinds, worker
+from launcher.engine.loading.data_sets import open_data_sets
 from launcher.engine.schedule import Batching
-from launcher.engine.setup import open_data_sets
 from launcher.errors import EXIT_FAILED, MachineError
 from launcher.node import watchdog
 from launcher.runs import diagnose, heartbeats

@@ -87,6 +87,7 @@ def test_any_recipe_can_be_tried_for_one_epoch_and_says_what_it_does_not_come_to
     [
         ({"data": {"crop_scale": [0.9, 0.2]}}, "data.crop_scale", "the first, the least, must not be more"),
         ({"data": {"mixup": 0.2}, "batch": {"size": 1}}, "batch.size", "data.mixup mixes the images of a batch"),
+        ({"data": {"cutmix": 1.0}, "train": {"feature_views": 2}}, "train.feature_views", "data.cutmix mixes images"),
         ({"data": {"cutmix": 1.0}, "batch": {"size": 1}}, "batch.size", "data.cutmix mixes the images of a batch"),
         ({"train": {"clip_grad_norm": 1.0, "clip_grad_value": 1.0}}, "train.clip_grad_value", "not both"),
     ],

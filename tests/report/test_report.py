@@ -273,6 +273,14 @@ def test_time_is_that_of_training_and_not_of_an_export_the_next_day(write_run):
     assert data["training_s"] == 40.0 + 31.0
 
 
+def test_kept_features_of_a_frozen_backbone_are_said_once(write_run):
+    kept = {"time": START + 1, "kind": "features_kept", "host": "node1", "attempt": 1, "rank": 0, "view": 0, "views": 1}
+    kept |= {"split": "train", "images": 1000, "size_mb": 5.12, "place": "memory", "seconds": 4.1}
+    data, page = written(write_run(events=[*EVENTS, kept, kept | {"seconds": 5.2}]))
+    assert [(row["split"], row["images"], row["seconds"]) for row in data["features"]] == [("train", 1000, 5.2)]
+    assert "features of 1,000 images kept, 5 MB in memory, 1 view" in page
+
+
 def test_an_attempt_ends_for_the_reason_of_the_node_that_saw_it(write_run):
     ends = [
         {"time": START + 20, "kind": "attempt_ended", "host": "node2", "attempt": 1, "node": 1, "cause": "lost_worker"},

@@ -10,8 +10,8 @@ from torchvision.utils import make_grid
 
 from launcher.engine import data
 from launcher.engine.augmenting.mixing import choose_mix
+from launcher.engine.loading.data_sets import open_images
 from launcher.engine.schedule import epoch_order
-from launcher.engine.setup import open_images
 
 if TYPE_CHECKING:
     from launcher.engine.data import Preprocessing

@@ -24,8 +24,8 @@ import torch
 
 from launcher.engine import data
 from launcher.engine.loading import kept_pixels
+from launcher.engine.loading.data_sets import open_data_sets
 from launcher.engine.loading.kept_pixels import MISSING, PIECE, SIZE, Index, index_file, known_rows, used_pieces
-from launcher.engine.setup import open_data_sets
 from launcher.errors import TrainingError
 from launcher.images import folder as image_folder
 from launcher.recipe import load as recipes

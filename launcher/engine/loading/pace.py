@@ -51,6 +51,13 @@ class Pace:
             self._window_since += now - self._paused_at
         self._paused_at, self._epoch_since, self._epoch_samples, self._epoch_waited = None, now, 0, 0.0
 
+    @contextlib.contextmanager
+    def left_out(self) -> Iterator[None]:
+        """What happens within it is no part of training."""
+        began = time.monotonic()
+        yield
+        self._window_since += time.monotonic() - began
+
     def took(self, num_samples: int) -> None:
         """A step of so many samples of all ranks is taken."""
         self._window_samples += num_samples

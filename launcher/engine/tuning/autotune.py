@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from launcher.engine.device import Device
     from launcher.engine.distributed import Ranks
-    from launcher.engine.setup import DataSets
+    from launcher.engine.loading.data_sets import DataSets
     from launcher.engine.tuning.probe import Probe
     from launcher.engine.tuning.rank_probes import DeviceFacts
     from launcher.recipe.schema import BatchConfig, Recipe

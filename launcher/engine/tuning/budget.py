@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from launcher.engine.distributed import Ranks
-    from launcher.engine.setup import DataSets
+    from launcher.engine.loading.data_sets import DataSets
     from launcher.recipe.schema import Recipe
 
 LEAST_PROBES = {"throughput": 2, "memory": 3}

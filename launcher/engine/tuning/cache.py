@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from launcher.engine.distributed import Ranks
-    from launcher.engine.setup import DataSets
+    from launcher.engine.loading.data_sets import DataSets
     from launcher.engine.tuning.rank_probes import DeviceFacts
     from launcher.recipe.schema import Recipe
 

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from launcher.engine.device import Device
+    from launcher.engine.loading.data_sets import DataSets
     from launcher.engine.numerics import Numerics
-    from launcher.engine.setup import DataSets, Parts
+    from launcher.engine.setup import Parts
     from launcher.engine.tuning.budget import Budget
     from launcher.runs.run_dir import RunDir
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from launcher.engine.device import Device, Precision
     from launcher.engine.distributed import Ranks
+    from launcher.engine.loading.data_sets import DataSets
     from launcher.engine.numerics import Numerics
-    from launcher.engine.setup import DataSets
     from launcher.engine.tuning.budget import Budget
     from launcher.engine.tuning.probe import Probe
     from launcher.recipe.schema import Recipe

@@ -13,6 +13,9 @@ from launcher.engine.metrics import ValidationTotals, build_user_metrics
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch import nn
+
+    from launcher.engine.features.kept import Kept
     from launcher.engine.loading.handover import Batch
     from launcher.engine.setup import Parts
 
@@ -27,12 +30,16 @@ class Validation:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._user_metrics = build_user_metrics(parts)
+        self._network: nn.Module = parts.model.module
 
     @torch.no_grad()
-    def run(self, *, stop: Callable[[], bool], poll: Callable[..., None]) -> dict[str, Any]:
+    def run(
+        self, keep: Callable[[], Kept | None], *, stop: Callable[[], bool], poll: Callable[..., None]
+    ) -> dict[str, Any]:
         """Counts over the whole validation set, the same on every rank. Every rank must call it.
 
         Args:
+            keep: the features of the set, where they are kept; called in evaluation mode.
             stop: whether this rank was asked to stop.
             poll: where all ranks learn whether to stop; called with each batch that was loaded.
         """
@@ -40,7 +47,9 @@ class Validation:
         distributed.broadcast_buffers(parts.model.module)
         parts.model.eval()
         totals = ValidationTotals(parts.classes, parts.device.torch_device, parts.loss, self._user_metrics)
-        loaded = iter(parts.val_loader())
+        kept = keep()
+        self._network = kept.rest if kept else parts.model.module
+        loaded = iter(parts.val_loader(kept))
         held: list[Batch] = []
         while True:
             try:
@@ -51,7 +60,7 @@ class Validation:
             if batch is None:
                 continue  # to where all learn that this rank stops
             if len(batch[1]):
-                held.append(parts.to_device(batch))
+                held.append((kept or parts).to_device(batch))
             if len(held) == parts.device.batches_in_validation:
                 self._count(held, totals)
         self._count(held, totals)
@@ -74,7 +83,7 @@ class Validation:
         """The model's, of ``size`` images at once; None where memory ran out for more than one."""
         try:
             with self._parts.autocast():
-                parts = [self._parts.model.module(part) for part in torch.split(images, size)]
+                parts = [self._network(part) for part in torch.split(images, size)]
             return torch.cat(parts) if len(parts) > 1 else parts[0]
         except Exception as error:
             if size == 1 or not is_out_of_memory(error):

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from launcher.engine.loading import kept_pixels
-from launcher.engine.setup import open_data_sets
+from launcher.engine.loading.data_sets import open_data_sets
 from launcher.errors import InterruptedRunError
 from launcher.node import pixels
 from launcher.system import processes

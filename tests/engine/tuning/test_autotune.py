@@ -16,8 +16,9 @@ from torchvision.models import SqueezeNet
 
 from launcher.engine.device import Device
 from launcher.engine.distributed import Ranks
+from launcher.engine.loading.data_sets import open_data_sets
 from launcher.engine.schedule import Batching
-from launcher.engine.setup import build_parts, open_data_sets
+from launcher.engine.setup import build_parts
 from launcher.engine.tuning import probe
 from launcher.engine.tuning.autotune import StoppedError, agree, tune_rank
 from launcher.engine.tuning.child import OutOfMemoryError, call_in_child

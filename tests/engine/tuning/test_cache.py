@@ -6,7 +6,7 @@ import json
 import pytest
 
 from launcher.engine.distributed import Ranks
-from launcher.engine.setup import open_data_sets
+from launcher.engine.loading.data_sets import open_data_sets
 from launcher.engine.tuning import cache as tuning_cache
 from launcher.engine.tuning.autotune import budget_bytes, tune_rank
 from launcher.engine.tuning.rank_probes import DeviceFacts

@@ -14,8 +14,8 @@ import pytest
 import torch.distributed as dist
 
 from launcher.engine.device import Device
+from launcher.engine.loading.data_sets import open_data_sets
 from launcher.engine.numerics import Preference
-from launcher.engine.setup import open_data_sets
 from launcher.engine.tuning import autotune, probe, rank_probes
 from launcher.engine.tuning.autotune import StoppedError, agree, tune_rank
 from launcher.engine.tuning.child import TooSlowError
