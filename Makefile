@@ -1,4 +1,4 @@
-# demo: from nothing to a measured model.  test: all tests.  lint: style and types.  bench: start-up against the others, checkpoints, batch sizes.
+# demo: from nothing to a measured model.  test: all tests.  lint: style and types.  bench: start-up against the others, checkpoints, batch sizes, loaders.
 # faults: provoke every fault that a run is to survive, and write docs/faults.md.
 # test-gpu: what only a GPU can show (one will do, eight are used), and images per second against the plain loop.
 PYTHON ?= python3
@@ -36,6 +36,7 @@ bench: $(VENV)/installed
 	$(BIN)/python -m tests.bench.checkpoint
 	$(BIN)/python -m tests.bench.autotune
 	$(BIN)/python -m tests.bench.uneven
+	$(BIN)/python -m tests.bench.loaders
 
 faults: $(VENV)/installed
 	$(BIN)/python -m tests.faults

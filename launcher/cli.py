@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             from launcher.commands import launch
 
-            ended.code = launch.main(arguments, epilog=epilog())
+            ended.code = launch.main(arguments, epilog=epilog(), commands=COMMANDS)
     return ended.code
 
 
@@ -57,6 +57,12 @@ def epilog() -> str:
             "machine or of images failed, 75 interrupted with a checkpoint and resumable",
         ]
     )
+
+
+def _augment() -> _Module:
+    from launcher.commands import augment
+
+    return augment
 
 
 def _cancel() -> _Module:
@@ -99,6 +105,12 @@ def _models() -> _Module:
     from launcher.commands import models
 
     return models
+
+
+def _predict() -> _Module:
+    from launcher.commands import predict
+
+    return predict
 
 
 def _ps() -> _Module:
@@ -152,13 +164,15 @@ COMMANDS = {
     ),
     "compare": Command("RUN …", "runs or folders of runs side by side, the best first", _compare),
     "export": Command("RUN", "export, quantize and measure a run's best checkpoint again", _export),
+    "predict": Command("RUN IMAGE …", "classify images, folders or patterns; an ONNX file needs no torch", _predict),
     "report": Command("RUN", "write report.html, report.json and model_card.md again", _report),
     "why": Command("RUN", "the first failure of a run, and its cure", _why),
     "models": Command(
         "[PATTERN]", "torchvision's classification models; --layers ARCH: names for freeze and groups", _models
     ),
-    "recipes": Command("", "the recipes that come with this package", _recipes),
+    "recipes": Command("[NAME]", "the recipes that come with this package; NAME: print one", _recipes),
     "tune": Command("RECIPE", "measure batch sizes on this machine, and show what was measured", _tune),
+    "augment": Command("RECIPE", "a picture of training images before and after augmentation", _augment),
     "check": Command("DATA", "look through an image folder: bad files, classes, images that are there twice", _check),
     "doctor": Command("", "check this machine; --nodes N: nodes of a cluster and their network", _doctor),
     "schema": Command("", "the JSON Schema of a recipe, for editors", _schema),

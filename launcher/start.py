@@ -196,15 +196,21 @@ def record(draft: Draft, found: Scan | None) -> None:
 
 
 def tell_of_ignored(recipe: Recipe, source: Source) -> None:
-    """Say which keys mean nothing beside the user's own model, data set or transform."""
+    """Say which keys mean nothing beside the user's own model, data set or transform, or in so short a training."""
+    from launcher.recipe import checks
+
     model, data = recipe.model, recipe.data
     ignored = {"model.arch": model.factory, "data.name": data.dataset, "data.augment": data.transform}
     ignored |= {"data.crop_pct": data.transform}
+    steps = ("crop_scale", "flip", "rotate", "auto_augment", "color_jitter", "erase")
+    ignored |= {f"data.{step}": data.transform for step in steps}
     if Path(source.path).with_name("plan.json").exists():  # a run's own recipe, which has every key
         return
     for key, reference in ignored.items():
         if reference and key in source.origins:
             print(f"{source.where(key)}: {key} is ignored: {reference} takes its place", flush=True)
+    for key, text in checks.find_notes(recipe):
+        print(f"{source.where(key)}: {key}: {text}", flush=True)
 
 
 def record_failure(run: RunDir, record: dict[str, Any]) -> TrainingError:
@@ -316,7 +322,13 @@ def write_run(plan: LaunchPlan, recipe: Recipe, code: Code | None = None) -> Non
         raise UsageError(f"--run-dir {run}: cannot be written to: {error.strerror}; nothing was started") from None
 
 
+def recipes() -> list[Path]:
+    """The recipes that come with the package."""
+    return sorted(RECIPES.rglob("*.yaml"))
+
+
 def find_recipe(name: str) -> str:
-    """A path as it is; the bare name of a recipe that comes with the package, as its path there."""
-    packaged = RECIPES / f"{name}.yaml"
-    return str(packaged) if not Path(name).exists() and "/" not in name and packaged.is_file() else name
+    """A path as it is; for NAME, or recipes/NAME.yaml that is not here, the recipe that comes with the package."""
+    path = Path(name)
+    packaged = RECIPES / f"{path.stem if path == Path('recipes', f'{path.stem}.yaml') else name}.yaml"
+    return str(packaged) if not path.exists() and packaged.parent == RECIPES and packaged.is_file() else name

@@ -28,9 +28,31 @@ def pytest_configure():
     signals.heed()
 
 
+LONGEST_FIRST = (
+    "slurm/test_runs.py",  # on one process; the faults, which mostly wait, too, on the other
+    "faults/test_matrix.py",
+    "node/elastic/test_nodes_come_and_go.py",
+    "slurm/test_submission.py",
+    "slurm/test_dev_cluster.py",
+    "engine/test_trainer.py",
+    "engine/user/test_runs.py",
+    "engine/tuning/test_autotune.py",
+    "commands/test_launch.py",
+    "node/test_waits.py",
+    "seams/test_resume.py",
+    "tools/test_export.py",
+    "tracking/test_wandb.py",
+    "system/test_console.py",
+    "test_cli.py",
+)
+"""Two processes take file after file: of many short ones at the end neither waits long for the other."""
+
+
 def pytest_collection_modifyitems(items):
-    """Several processes take file after file: the SLURM tests come first, since they take longest and mostly wait."""
-    items.sort(key=lambda item: "slurm" not in item.keywords)
+    """Put the files that take longest first."""
+    places = {ROOT / "tests" / file: place for place, file in enumerate(LONGEST_FIRST)}
+    assert all(file.exists() for file in places)
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -51,6 +51,7 @@ FLOORS = (
 )
 SCHEMAS = {
     "launcher.recipe.schema",
+    "launcher.recipe.schema_post",
     "launcher.recipe.schema_train",
     "launcher.recipe.load",
     "launcher.recipe.types",
@@ -131,7 +132,7 @@ def test_the_launcher_side_imports_nothing_heavy_by_being_imported(name):
     assert {module for module in named if is_under(module, "launcher.engine", "launcher.tools")} == set()
 
 
-@pytest.mark.parametrize("name", sorted(MODULES))
+@pytest.mark.parametrize("name", sorted(set(MODULES) - {"launcher"}))  # which is the interface to all of it
 def test_imports_go_down_and_never_up(name):
     floor = floor_of(name)
     for imported in own(imports(MODULES[name], inside_functions=True, types=True)):

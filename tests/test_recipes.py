@@ -38,6 +38,11 @@ def test_it_loads_and_plans_on_a_laptop_and_on_a_server(file, images):
         assert plan.recipe == recipes.to_dict(recipe)
 
 
+def test_it_can_be_tried_for_one_epoch(file, images):
+    recipe, _ = recipes.load(str(file), [*data_of(file, images), "train.epochs=1"])
+    assert recipe.train.epochs == 1
+
+
 def test_its_data_are_the_only_thing_it_leaves_to_its_user(file):
     if "???" in file.read_text():
         with pytest.raises(RecipeError) as caught:

@@ -28,19 +28,20 @@ from launcher.runs.history import events
 from launcher.runs.run_dir import RunDir, WorkerSpec
 from launcher.system.files import write_json_atomic
 from launcher.system.redact import find_secret
+from tests.nets import NET
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "hf_" + "aB3dE" * 7
 KEY = "0123456789abcdef0123456789abcdef01234567"
 ODD = "odd-Shape-1!"
 DIGITS = "data: {name: digits}\n"
-SMALL = """\
-model: {arch: squeezenet1_1, weights: null}
-data: {path: IMAGES, image_size: 32, workers: 0}
-batch: {size: 3}
-train: {epochs: 2, early_stopping: {patience: null}}
-post: {export: [onnx], quantize: []}
-launch: {device: cpu, procs: 2, max_restarts: 0}
+SMALL = f"""\
+model: {{factory: "{NET["factory"]}", weights: null}}
+data: {{path: IMAGES, image_size: 32, workers: 0}}
+batch: {{size: 3}}
+train: {{epochs: 2, early_stopping: {{patience: null}}}}
+post: {{export: [onnx], quantize: []}}
+launch: {{device: cpu, procs: 2, max_restarts: 0}}
 """
 
 

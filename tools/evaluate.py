@@ -115,7 +115,7 @@ def load_best(run: RunDir, data_path: str | None = None) -> BestModel:
     classes = loaded.state["classes"]
     preprocessing = build_preprocessing(recipe.model, recipe.data, num_classes=len(classes))
     module = build_module(recipe.model, num_classes=len(classes), image_size=preprocessing.image_size)
-    load_state(module, loaded.model)
+    load_state(module, loaded.best_weights)
     return BestModel(
         module=module.eval(),
         recipe=recipe,

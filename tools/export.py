@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from launcher.engine import losses
 from launcher.engine.device import cpu_name, num_cores
 from launcher.errors import EXIT_OK, UsageError, exit_code_of
 from launcher.runs.run_dir import RunDir
@@ -31,7 +32,8 @@ from launcher.tracking import wandb as tracking
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from launcher.recipe.schema import LaunchConfig, PostConfig
+    from launcher.recipe.schema import LaunchConfig
+    from launcher.recipe.schema_post import PostConfig
     from launcher.tools.evaluate import BestModel, Predictor
 
     Say = Callable[[str], None]
@@ -162,7 +164,7 @@ def _make(name: str, target: Path, best: BestModel) -> None:
 def export_onnx(target: Path, best: BestModel) -> None:
     """Write ONNX: ``images`` (float32 N x 3 x S x S, normalised, any N) to ``logits`` (float32 N x C).
 
-    The metadata hold ``classes`` and ``preprocessing`` as JSON.
+    The metadata hold ``classes``, ``preprocessing`` and ``independent`` as JSON.
     """
     import onnx
 
@@ -183,7 +185,11 @@ def export_onnx(target: Path, best: BestModel) -> None:
             verbose=False,
         )
     model = onnx.load(target, load_external_data=False)
-    metadata = {"classes": best.classes, "preprocessing": best.preprocessing.describe()}
+    metadata = {
+        "classes": best.classes,
+        "preprocessing": best.preprocessing.describe(),
+        onnx_model.INDEPENDENT: best.recipe.train.loss in losses.INDEPENDENT,
+    }
     onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in metadata.items()})
     onnx.save(model, target)
 

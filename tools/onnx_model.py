@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from launcher.system import cpu as host_cpu
 from launcher.system.cpu import PORTABLE_BITS
 
@@ -19,6 +17,8 @@ if TYPE_CHECKING:
 
     from launcher.tools.evaluate import Predictor
 
+INDEPENDENT = "independent"
+"""Key of a file's metadata: true as JSON if the logits are of sigmoids, each class by itself; else of a softmax."""
 QUANTIZATION = "quantization"
 """Key of an int8 file's metadata: ``{target, weight_bits, activation_bits, calibration_images}`` as JSON."""
 EXACT_SUMS = "session.x64quantprecision"
@@ -26,31 +26,43 @@ EXACT_SUMS = "session.x64quantprecision"
 
 
 def onnx_predictor(path: Path, *, threads: int, warn: Callable[[str], None]) -> Predictor:
+    """A file opened by :func:`open_session`, for tensors."""
+    import torch
+
+    session = open_session(path, threads=threads, warn=warn)
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def open_session(
+    path: Path, *, threads: int, warn: Callable[[str], None], spinning: bool = True
+) -> onnxruntime.InferenceSession:
     """A file opened in ONNX Runtime so that its answers are correct on every CPU.
 
     Args:
         path: a file as ``launch export`` makes it.
         threads: of the CPU.
         warn: gets a line if the file was made for other CPUs than this one.
+        spinning: between two batches its threads wait busily: quicker where nothing else needs the cores.
     """
-    session = _session(path, threads)
+    settings = {} if spinning else {"session.intra_op.allow_spinning": "0"}
+    session = _session(path, threads, settings)
     if overflows_here(path, session.get_modelmeta().custom_metadata_map):
         warn(
             f"{path}: made for CPUs with VNNI (or ARM), and this one has none: our own code computes it exactly, but "
             "slower; a program that opens it in another way gets wrong answers here. post.target: portable makes one "
             "for every CPU"
         )
-        session = _session(path, threads, EXACT_SUMS)
-    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+        session = _session(path, threads, settings | {EXACT_SUMS: "1"})
+    return session
 
 
-def _session(path: Path, threads: int, *switched_on: str) -> onnxruntime.InferenceSession:
+def _session(path: Path, threads: int, settings: dict[str, str]) -> onnxruntime.InferenceSession:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    for name in switched_on:
-        options.add_session_config_entry(name, "1")
+    for name, value in settings.items():
+        options.add_session_config_entry(name, value)
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 

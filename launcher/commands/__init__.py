@@ -11,11 +11,6 @@ if TYPE_CHECKING:
     from launcher.plan.request import Request
 
 
-def parser_of(verb: str, description: str) -> argparse.ArgumentParser:
-    """A parser for the arguments of ``launch VERB``."""
-    return argparse.ArgumentParser(prog=f"launch {verb}", description=description, allow_abbrev=False)
-
-
 def nodes(typed: str) -> int | str:
     """The value of ``--nodes``; what numbers are allowed is for the recipe's schema to say.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.backends.slurm import client as slurm_client
-from launcher.commands import parser_of
+from launcher.commands.parser import parser_of
 from launcher.errors import EXIT_OK, TrainingError, UsageError
 from launcher.node.elastic import presence
 from launcher.plan import batch_script

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.commands import parser_of
+from launcher.commands.parser import parser_of
 from launcher.errors import EXIT_OK, EXIT_PREFLIGHT, RecipeError, UsageError
 from launcher.images import folder as image_folder
 from launcher.images import scan as image_scan
@@ -70,6 +70,7 @@ def _data_config(overrides: Sequence[str]) -> DataConfig:
     from pydantic import ValidationError
 
     from launcher.recipe import load as recipes
+    from launcher.recipe import schema_errors
     from launcher.recipe import source as recipe_source
     from launcher.recipe.schema import Recipe
 
@@ -78,7 +79,7 @@ def _data_config(overrides: Sequence[str]) -> DataConfig:
         config = recipes.from_dict(source.values).data
         problems = list(source.problems)
     except ValidationError as error:
-        problems = [*source.problems, *recipe_source.explain(error, source, Recipe)]
+        problems = [*source.problems, *schema_errors.explain(error, source, Recipe)]
     if problems:
         raise RecipeError(problems, of="overrides")
     return config

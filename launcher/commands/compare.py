@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
-from launcher.commands import parser_of
 from launcher.commands import ps as jobs
+from launcher.commands.parser import parser_of
 from launcher.errors import EXIT_OK, UsageError, did_you_mean
 from launcher.recipe import metrics as recipe_metrics
 from launcher.report.build import AFTER_TRAINING

@@ -6,18 +6,19 @@ import argparse
 from typing import TYPE_CHECKING
 
 from launcher import __version__
-from launcher.commands import nodes, request_of
+from launcher.commands import no_recipe, nodes, request_of
+from launcher.commands.parser import Parser
 from launcher.errors import UsageError
 from launcher.system import console
 from launcher.system.redact import find_secret
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 
-def main(argv: Sequence[str], *, epilog: str) -> int:
-    """Carry out a recipe; ``epilog`` ends the help."""
-    parser = argparse.ArgumentParser(
+def main(argv: Sequence[str], *, epilog: str, commands: Iterable[str]) -> int:
+    """Carry out a recipe; ``epilog`` ends the help, ``commands`` are those beside this one."""
+    parser = Parser(
         prog="launch",
         description="Fine-tune an image classifier as a recipe says, on this process, this machine or several.",
         epilog=epilog,
@@ -50,6 +51,7 @@ def main(argv: Sequence[str], *, epilog: str) -> int:
     parser.add_argument("--parallel", type=int, metavar="N", help="runs of a sweep at the same time, on SLURM")
     parser.add_argument("--version", action="version", version=f"finetune-launcher {__version__}")
     args = parser.parse_intermixed_args(argv)
+    no_recipe.refuse(args.recipe, args.overrides, commands)
     if not args.dry_run and not args.debug:  # which answers a question, and which may ask some (breakpoints)
         console.protect()
     if secret := find_secret(args.run_dir or ""):

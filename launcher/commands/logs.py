@@ -11,8 +11,8 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from launcher.commands import parser_of
 from launcher.commands.log_lines import LINE_BYTES, RankLog, read_lines
+from launcher.commands.parser import parser_of
 from launcher.commands.run_end import Ending
 from launcher.errors import EXIT_OK, UsageError
 from launcher.runs.run_dir import RunDir

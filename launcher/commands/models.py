@@ -6,7 +6,7 @@ import sys
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from launcher.commands import parser_of
+from launcher.commands.parser import parser_of
 from launcher.errors import EXIT_OK, UsageError, did_you_mean
 from launcher.recipe import catalog
 

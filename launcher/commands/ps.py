@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.backends.slurm import client as slurm_client
-from launcher.commands import parser_of
+from launcher.commands.parser import parser_of
 from launcher.errors import EXIT_OK, UsageError
 from launcher.runs import whereabouts
 from launcher.runs.run_dir import RunDir

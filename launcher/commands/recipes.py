@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from launcher.commands import parser_of
-from launcher.errors import EXIT_OK
-from launcher.start import RECIPES
+from launcher import start
+from launcher.commands.parser import parser_of
+from launcher.errors import EXIT_OK, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,11 +14,23 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> int:
     """Run ``launch recipes``; return its exit code."""
-    parser_of("recipes", "List the recipes that come with this package.").parse_args(argv)
-    for path in sorted(RECIPES.rglob("*.yaml")):
-        comments = [
-            line.removeprefix("#").strip() for line in path.read_text(encoding="utf-8").splitlines() if line[:1] == "#"
-        ]
-        about = next((line for line in comments if line and not line.startswith("yaml-language-server")), "")
-        print(f"{path.stem:<22} {about}")
+    parser = parser_of("recipes", "List the recipes that come with this package, or print one.")
+    parser.add_argument("name", metavar="NAME", nargs="?", help="print this one: launch recipes NAME > mine.yaml")
+    name = parser.parse_args(argv).name
+    known = {path.stem: path for path in start.recipes()}
+    if name is None:
+        for stem, path in known.items():
+            print(f"{stem:<22} {_about(path.read_text(encoding='utf-8'))}")
+        print("\nlaunch NAME runs one, launch recipes NAME > mine.yaml copies it")
+    elif name in known:
+        print(f"# {known[name]}\n{known[name].read_text(encoding='utf-8')}", end="")
+    else:
+        near = did_you_mean(name, known)
+        raise UsageError(" ".join(filter(None, [f"{name}: no such recipe;", near, f"valid: {', '.join(known)}"])))
     return EXIT_OK
+
+
+def _about(text: str) -> str:
+    """What a recipe is for: its first comment."""
+    comments = [line.removeprefix("#").strip() for line in text.splitlines() if line[:1] == "#"]
+    return next((line for line in comments if line and not line.startswith("yaml-language-server")), "")

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from launcher import start
-from launcher.commands import nodes, parser_of, request_of
+from launcher.commands import nodes, request_of
+from launcher.commands.parser import parser_of
 from launcher.errors import RecipeError
 from launcher.runs.run_dir import RunDir
 from launcher.system import console

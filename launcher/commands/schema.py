@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from launcher.commands import parser_of
+from launcher.commands.parser import parser_of
 from launcher.errors import EXIT_OK
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher import start
-from launcher.commands import parser_of
+from launcher.commands.parser import parser_of
 from launcher.errors import EXIT_OK
 from launcher.plan.request import Request
 from launcher.runs.run_dir import RunDir

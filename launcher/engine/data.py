@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import signal
 import threading
@@ -10,11 +11,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torchvision.transforms import InterpolationMode, v2
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
 
+from launcher.engine.augmenting import transforms as augmentation
 from launcher.engine.device import num_cores
-from launcher.engine.loading.decode import CentreCrop, read_image
+from launcher.engine.loading.crops import CentreCrop, Picture, RandomCrop
+from launcher.engine.loading.decode import open_image, read_image
 from launcher.engine.loading.handover import Batch, Loader
+from launcher.engine.loading.kept_pixels import Keeping, KeptPixels
 from launcher.engine.loading.samples import Samples
 from launcher.engine.user.dataset import UserDataset
 from launcher.engine.user.transform import UserTransform
@@ -31,11 +36,11 @@ if TYPE_CHECKING:
     from launcher.engine.distributed import Ranks
     from launcher.recipe.schema import DataConfig, Recipe
 
-MAX_LOADER_WORKERS = 8
 PREFETCH = 4
 """Batches that each loader process makes ahead."""
+MANY_WORKERS, MANY_PREFETCH = 8, 2
+"""Of more processes than this each makes fewer ahead."""
 BYTES_OF_LABEL, BYTES_OF_FLOAT = 8, 4
-CROP_SCALES = {"light": (0.64, 1.0), "standard": (0.25, 1.0)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +63,8 @@ class Preprocessing:
     """What is black and white in grey of more than 8 bits; None: as the kind of number says."""
     own_transform: str | None = None
     """The user's own transform, which does all of it instead."""
+    decode: str = "fast"
+    """How training reads images for random crops, as ``data.decode`` says: fast or exact. All others are exact."""
 
     @property
     def bytes_of_sample(self) -> int:
@@ -73,14 +80,50 @@ class Preprocessing:
         """
         return read_image(path, background=self.background, grey_range=self.grey_range)
 
-    def transform(self, augment: str = "none") -> Callable[[torch.Tensor], torch.Tensor]:
-        """uint8 3 x H x W to uint8 3 x S x S: the centre crop, or what ``data.augment`` names."""
-        mode = InterpolationMode(self.interpolation)
-        if augment == "none":
+    def open(self, path: str) -> Picture:
+        """A file for a random crop: of a large JPEG no more is decoded than the crop needs.
+
+        Raises:
+            TrainingError: it cannot be decoded; names it.
+        """
+        return open_image(path, background=self.background, grey_range=self.grey_range)
+
+    def transform(self, augment: str | DataConfig = "none") -> Callable[[Any], torch.Tensor]:
+        """The centre crop, or the augmentation of a recipe's ``data``.
+
+        From what :meth:`read` gives, and with a random crop also from what :meth:`open` gives, to uint8 3 x S x S.
+
+        Args:
+            augment: a preset, as ``data.augment`` names it, or all of the recipe's ``data``.
+        """
+        from launcher.recipe.schema import DataConfig
+
+        config = DataConfig(augment=augment) if isinstance(augment, str) else augment  # type: ignore[arg-type]
+        scale = augmentation.crop_scale(config)
+        if scale is None:
             size = {"resize_size": self.resize_size, "image_size": self.image_size}
-            return CentreCrop(**size, interpolation=self.interpolation)
-        crop = v2.RandomResizedCrop(self.image_size, scale=CROP_SCALES[augment], interpolation=mode, antialias=True)
-        return v2.Compose([crop, v2.RandomHorizontalFlip()] if augment == "standard" else [crop])
+            crop: Any = CentreCrop(**size, interpolation=self.interpolation)
+        else:
+            crop = RandomCrop(image_size=self.image_size, scale=scale, interpolation=self.interpolation)
+        steps = augmentation.build_steps(config, self.mean)
+        return v2.Compose([crop, *steps]) if steps else crop
+
+    def keeping(self, config: DataConfig | None = None) -> Keeping:
+        """What ``data.cache`` keeps of an image: a picture in which the smallest crop is not blurred, or the centre.
+
+        Args:
+            config: by which training images are augmented; None: images are seen as in validation.
+        """
+        scale = augmentation.crop_scale(config) if config else None
+        return Keeping(
+            short_side=None if scale is None else math.ceil(self.image_size / math.sqrt(scale[0])),
+            image_size=self.image_size,
+            resize_size=self.resize_size,
+            interpolation=self.interpolation,
+            background=self.background,
+            grey_range=self.grey_range,
+            fast=scale is not None and self.decode == "fast",
+        )
 
     def describe(self) -> dict[str, Any]:
         """All of it as values, and in words, for programs and people that use an export."""
@@ -92,6 +135,7 @@ class Preprocessing:
             "interpolation": self.interpolation,
             "antialias": True,
             "orientation": "exif",
+            "train_decode": "exact" if self.own_transform else self.decode,
             "background": list(self.background),
             "grey_range": self.grey_range and list(self.grey_range),
         }
@@ -116,18 +160,30 @@ def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tenso
     return torch.tensor(values, device=device).view(1, -1, 1, 1)
 
 
+class BothSplits(Dataset[Batch]):
+    """What is looked at between the steps: positions are (whether it is a training image, epoch, index)."""
+
+    def __init__(self, train: Samples, val: Samples) -> None:
+        self._of = {True: train, False: val}
+
+    def __getitem__(self, position: tuple[bool, int, int]) -> Batch:
+        """The sample, as its split gives it."""
+        is_train, epoch, index = position
+        return self._of[is_train][epoch, index]
+
+
 class ImageDataset(Samples):
     """One split of an image folder.
 
     Args:
         folder: holds train/ and val/.
         split: train or val.
-        transform: uint8 3 x H x W to uint8 3 x S x S.
+        transform: what ``read`` gives to uint8 3 x S x S.
         seed: the recipe's; the randomness of a sample's transform follows from (seed, epoch, index).
         left_out: paths relative to ``folder`` that are no samples. Of training images the schedule leaves them out,
             so that the others keep their indices.
         classes: names in the order of the logits; None: those of the folders in train/.
-        read: from a path to uint8 3 x H x W.
+        read: from a path to what ``transform`` takes.
     """
 
     def __init__(
@@ -139,7 +195,7 @@ class ImageDataset(Samples):
         seed: int,
         left_out: frozenset[str] = frozenset(),
         classes: list[str] | None = None,
-        read: Callable[[str], torch.Tensor] = read_image,
+        read: Callable[[str], Any] = read_image,
     ) -> None:
         super().__init__(transform, seed=seed)
         self.classes = image_folder.find_classes(folder / "train") if classes is None else classes
@@ -147,14 +203,20 @@ class ImageDataset(Samples):
         listed = image_folder.list_images(folder / split, self.classes)
         self.samples = [sample for sample in listed if image_folder.relative(sample[0], folder) not in left_out]
         self._read = read
+        self._kept: KeptPixels | None = None
 
     def key(self, index: int) -> str:
         """Its path below the folder."""
         return image_folder.relative(self.samples[index][0], self._folder)
 
-    def load(self, index: int) -> torch.Tensor:
-        """The image, uint8 3 x H x W."""
-        return self._read(self.samples[index][0])
+    def load(self, index: int) -> Any:
+        """The image as the transform takes it."""
+        kept = self._kept.get(index) if self._kept else None
+        return self._read(self.samples[index][0]) if kept is None else kept
+
+    def use_kept(self, split: str, keeping: Keeping) -> None:
+        """Take pixels that were prepared for this process, if there are any."""
+        self._kept = KeptPixels.find(keeping, self._folder, split, lambda: self.digest)
 
 
 def open_split(
@@ -172,12 +234,12 @@ def open_split(
         recipe: the run's.
         split: train or val.
         preprocessing: what is done to an image.
-        is_train: seen as in training, with data.augment.
+        is_train: seen as in training, augmented.
         left_out: keys that are no samples; of training images the schedule leaves them out.
         classes: names in the order of the logits; None: those of the data set.
     """
     config = recipe.data
-    transform: Callable[[Any], torch.Tensor] = preprocessing.transform(config.augment if is_train else "none")
+    transform: Callable[[Any], torch.Tensor] = preprocessing.transform(config if is_train else "none")
     if config.transform:
         facts = {"mean": preprocessing.mean, "std": preprocessing.std, "interpolation": preprocessing.interpolation}
         transform = UserTransform(
@@ -190,8 +252,13 @@ def open_split(
     if config.dataset:
         return UserDataset(config, split, transform, seed=recipe.seed, left_out=left_out, classes=classes)
     folder = prepare(config)
+    crops = is_train and augmentation.crop_scale(config) is not None and not config.transform
+    read = preprocessing.open if crops and config.decode == "fast" else preprocessing.read
     options: dict[str, Any] = {"seed": recipe.seed, "left_out": left_out, "classes": classes}
-    return ImageDataset(folder, split, transform, read=preprocessing.read, **options)
+    dataset = ImageDataset(folder, split, transform, read=read, **options)
+    if config.cache != "none":
+        dataset.use_kept(split, preprocessing.keeping(config if is_train else None))
+    return dataset
 
 
 def prepare(config: DataConfig) -> Path:
@@ -207,19 +274,24 @@ def find_classes(recipe: Recipe) -> list[str]:
 
 
 def build_loader(
-    dataset: Samples,
-    batches: Iterable[Sequence[tuple[int, int]]],
+    dataset: Dataset[Batch],
+    batches: Iterable[Sequence[Any]],
     *,
     workers: int,
     device: Device,
     prefetch: int = PREFETCH,
+    lives_on: bool = False,
 ) -> Loader:
-    """A loader of exactly these ``batches`` of (epoch, index), in this order; an empty one gives an empty batch."""
+    """A loader of exactly these ``batches`` of (epoch, index), in this order; an empty one gives an empty batch.
+
+    With ``lives_on`` its processes stay for other batches.
+    """
     return Loader(
         dataset,
-        batch_sampler=batches,
+        batches,
         workers=workers,
         prefetch=prefetch,
+        lives_on=lives_on,
         collate_fn=_collate,
         pin_memory=device.pin_memory,
         worker_init_fn=_start_loader_worker if workers else None,
@@ -227,10 +299,13 @@ def build_loader(
 
 
 def num_loader_workers(config: DataConfig, ranks: Ranks) -> int:
-    """``data.workers``; auto: the rank's cores but the one that trains, at most 8, where nothing was measured."""
-    if config.workers != "auto":
-        return config.workers
-    return min(MAX_LOADER_WORKERS, num_rank_cores(ranks) - 1)
+    """``data.workers``; auto: the rank's cores but the one that trains, where nothing was measured."""
+    return num_rank_cores(ranks) - 1 if config.workers == "auto" else config.workers
+
+
+def num_ahead(workers: int) -> int:
+    """Batches that each of so many loader processes makes ahead: many processes have as many batches with fewer."""
+    return PREFETCH if workers <= MANY_WORKERS else MANY_PREFETCH
 
 
 def num_rank_cores(ranks: Ranks) -> int:

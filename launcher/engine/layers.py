@@ -41,6 +41,27 @@ def batch_norms(module: nn.Module) -> list[BatchNorm]:
     return [layer for layer in module.modules() if isinstance(layer, BatchNorm)]
 
 
+OF_THEIR_INPUT = (nn.Hardtanh, nn.Hardswish, nn.SiLU)
+"""Activations (ReLU6 is a Hardtanh) whose derivative is computed from their input."""
+
+
+def keep_inputs(module: nn.Module) -> None:
+    """Have such activations not work in place: autograd would copy their input first, which takes time for the same."""
+    for layer in module.modules():
+        if isinstance(layer, OF_THEIR_INPUT):
+            layer.inplace = False
+
+
+def prefers_channels_last(module: nn.Module) -> bool:
+    """Whether a step on a CPU is faster with channels last, by what was measured (tests.bench.layouts).
+
+    It is where there are convolutions of 1 x 1 pixels or of single channels. VGG and AlexNet, which have none, are
+    slower with it; vision transformers have one convolution, and do not care.
+    """
+    convolutions = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
+    return any(layer.kernel_size == (1, 1) or 1 < layer.groups == layer.in_channels for layer in convolutions)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerRow:
     """A part of a model that a pattern can name."""

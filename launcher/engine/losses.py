@@ -49,6 +49,9 @@ LOSSES: dict[str, Callable[..., torch.Tensor]] = {
 }
 """By the name that ``train.loss`` gives; ``launch`` reads the names from this text, without importing torch."""
 
+INDEPENDENT = {"binary_cross_entropy"}
+"""Of those, which have a model learn a probability of each class by itself (a sigmoid), not of one among all."""
+
 
 class Loss:
     """The loss of a run, whatever it was made from, as sums over samples.
@@ -68,23 +71,28 @@ class Loss:
         """What the function gives."""
         if isinstance(self.function, nn.Module):
             self.function.train(training)
-        return self.function(logits.float(), targets, **(self._in_training if training else {}))
+        return self.function(at_least_float32(logits), targets, **(self._in_training if training else {}))
 
     def sum(self, logits: torch.Tensor, targets: torch.Tensor, *, training: bool) -> torch.Tensor:
-        """The sum over samples, a scalar: float32 in training, float64 in validation.
+        """The sum over samples, a scalar: float32 in training (float64 of such logits), float64 in validation.
 
         Raises:
             TrainingError: the function gave something else than a loss.
         """
         num = len(targets)
         if not num:
-            return logits.float().sum()  # of nothing, which DDP can still differentiate
+            return at_least_float32(logits).sum()  # of nothing, which DDP can still differentiate
         found = self.call(logits, targets, training=training)
         if problem := find_problem(found, num, needs_gradient=training and logits.requires_grad):
             raise TrainingError(f"train.loss: {self.name} {problem}")
-        dtype = torch.float32 if training else torch.float64
+        dtype = torch.promote_types(logits.dtype, torch.float32) if training else torch.float64
         total: torch.Tensor = found.sum(dtype=dtype) if found.dim() else found.to(dtype) * num
         return total
+
+
+def at_least_float32(logits: torch.Tensor) -> torch.Tensor:
+    """Losses of half precision are rounded off."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def build_loss(config: TrainConfig, *, num_classes: int, device: torch.device) -> Loss:

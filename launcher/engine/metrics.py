@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,13 @@ import torch.distributed as dist
 from torch import nn
 
 from launcher.engine.distributed import max_over_ranks, sum_over_ranks
+from launcher.engine.optimizing.averaging import PREFIX, WEIGHTS
 from launcher.recipe.metrics import METRICS, TOP_K, Counts
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from launcher.engine.augmenting.mixing import Mix
     from launcher.engine.losses import Loss
     from launcher.engine.setup import Parts
     from launcher.engine.user.metrics import UserMetrics
@@ -31,17 +34,9 @@ class TrainTotals:
         # loss, top-1 and top-5 hits, samples; float64 holds counts exactly up to 2**53.
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
 
-    def add(self, loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Count a batch: the sum of its losses (scalar), its logits (N x C) and labels (int64 N).
-
-        A batch whose loss is NaN or infinite is not counted; its step is left out (:mod:`launcher.engine.non_finite`).
-        """
-        if not len(labels):
-            return
-        hits = _hits(logits, labels)
-        counts = torch.stack([loss_sum.double(), hits[:, 0].sum(), hits.sum(), hits.new_full((), len(labels))])
-        # With a number in its place torch.where would copy that to the GPU, and wait for it.
-        self._sums += counts.masked_fill(loss_sum.isfinite().logical_not(), 0.0)
+    def add(self, counts: torch.Tensor) -> None:
+        """Add what :func:`count` gave of a batch."""
+        self._sums += counts
 
     def restore(self, sums: Sequence[float]) -> None:
         """Go on from sums over all ranks, which one rank takes over."""
@@ -54,6 +49,18 @@ class TrainTotals:
     def reset(self) -> None:
         """Start again from nothing."""
         self._sums.zero_()
+
+
+def count(loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, mix: Mix | None = None) -> torch.Tensor:
+    """Of a batch, what :class:`TrainTotals` add up: from the sum of its losses, logits (N x C) and labels (int64 N).
+
+    Of an image that is mixed of two, each of their classes is right by its share.
+    A batch whose loss is NaN or infinite is not counted; its step is left out (:mod:`launcher.engine.non_finite`).
+    """
+    hits = mix.mean(functools.partial(_hits, logits), labels) if mix else _hits(logits, labels)
+    counts = torch.stack([loss_sum.double(), hits[:, 0].sum(), hits.sum(), hits.new_full((), len(labels))])
+    # With a number in its place torch.where would copy that to the GPU, and wait for it.
+    return counts.masked_fill(loss_sum.isfinite().logical_not(), 0.0)
 
 
 def means(sums: Sequence[float]) -> dict[str, Any]:
@@ -235,6 +242,15 @@ class BestMetric:
             return True
         self.waited += 1
         return False
+
+    def take(self, values: Mapping[str, float], *, epoch: int, step: int) -> bool:
+        """Take an epoch's values by their names: that of the weights, or of their average where that is better."""
+        own, average = values[self.metric], values.get(self.metric.replace("/", f"/{PREFIX}", 1), math.nan)
+        is_better = math.isfinite(average) and not self._sign * (average - own) <= 0
+        is_best = self.update(average if is_better else own, epoch=epoch, step=step)
+        if is_best and is_better and self.best:
+            self.best["weights"] = WEIGHTS
+        return is_best
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

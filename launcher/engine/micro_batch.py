@@ -17,8 +17,10 @@ import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
+from launcher.engine.augmenting.mixing import choose_mix
 from launcher.engine.device import is_out_of_memory
 from launcher.engine.loading.samples import seed_generators
+from launcher.engine.metrics import count
 from launcher.engine.model import split_outputs
 from launcher.engine.schedule import derive_seed
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from torch.nn.parallel import DistributedDataParallel
     from torch.utils.hooks import RemovableHandle
 
+    from launcher.engine.augmenting.mixing import Mix
     from launcher.engine.loading.handover import Batch
     from launcher.engine.running_statistics import RunningStatistics
     from launcher.engine.setup import Parts
@@ -49,6 +52,8 @@ class _Forward:
     """Sum over the images."""
     logits: torch.Tensor
     labels: torch.Tensor
+    mix: Mix
+    """With whose labels these are mixed."""
 
 
 class _Pass:
@@ -190,7 +195,7 @@ class MicroBatch:
         sizes = _halves(len(batch[1]))
         halves: list[Batch] = list(zip(*(torch.split(part, sizes) for part in batch), strict=True))
         losses = [again(half, (*number, index)) for index, half in enumerate(halves)]
-        size = sizes[0]
+        size = max(sizes)
         self.largest_that_fits = min(self.largest_that_fits or size, size)
         return torch.stack(losses).sum()
 
@@ -265,7 +270,9 @@ class MicroBatch:
         torch.manual_seed(seed)
         seed_generators(seed)  # Python's and numpy's too, which a model of the user's own may use
         images, labels = parts.to_device(batch)
-        num = len(labels)
+        data, size = parts.recipe.data, parts.preprocessing.image_size
+        mix = choose_mix(data, seed=parts.recipe.seed, step=self._state.step, size=size)
+        images, num = mix.images(images), len(labels)
         if not num:  # a rank with no sample left still takes part in DDP; the output is not used
             images = images.new_zeros(1, *images.shape[1:])
         fixed = parts.model.fixed_statistics() if len(images) == 1 else contextlib.nullcontext()
@@ -275,15 +282,21 @@ class MicroBatch:
                 outputs = module(images)
             logits, auxiliary = split_outputs(parts.recipe.model.arch, outputs)
         logits = logits[:num]
-        loss = parts.loss.sum(logits, labels, training=True)
-        total = loss + sum(weight * parts.loss.sum(o[:num], labels, training=True) for weight, o in auxiliary)
+
+        def loss_of(logits: torch.Tensor) -> torch.Tensor:
+            return mix.mean(lambda of: parts.loss.sum(logits, of, training=True), labels)
+
+        loss = loss_of(logits)
+        total = loss + sum(weight * loss_of(o[:num]) for weight, o in auxiliary)
         weighted = self._state.scaler.scale(total * (parts.ranks.world_size / num_samples))
-        return _Forward(weighted=weighted, loss=loss, logits=logits, labels=labels)
+        return _Forward(weighted=weighted, loss=loss, logits=logits, labels=labels, mix=mix)
 
     def _count(self, found: _Forward) -> torch.Tensor:
         loss = found.loss.detach()
-        for totals in (self._state.window_totals, self._state.epoch_totals):
-            totals.add(loss, found.logits.detach(), found.labels)
+        if len(found.labels):
+            counts = count(loss, found.logits.detach(), found.labels, found.mix)
+            for totals in (self._state.window_totals, self._state.epoch_totals):
+                totals.add(counts)
         return loss
 
     def _exchange(self, *, sync: bool) -> AbstractContextManager[None]:
@@ -291,9 +304,13 @@ class MicroBatch:
 
 
 def _halves(num: int) -> list[int]:
-    """Sizes of the pieces of a batch: of an even one both are even, so that none of theirs need be a lone image."""
-    half = num // 2 + num // 2 % 2 if num % 2 == 0 and num > 2 else (num + 1) // 2  # noqa: PLR2004  two can be but 1 + 1
-    return [half, num - half]
+    """Sizes of the pieces of a batch: the second is even, so that pairs of images that are mixed stay together.
+
+    Of an even number the first is, too, so that none of theirs need be a lone image.
+    """
+    half = num // 2 + num % 2 * (num // 2 % 2)
+    rest = half - half % 2 or 1  # two can be but 1 + 1
+    return [num - rest, rest]
 
 
 def _in_exchange(error: Exception) -> ExchangeMemoryError:

@@ -13,7 +13,7 @@ from torchvision import models
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from launcher.engine.data import Preprocessing
-from launcher.engine.layers import batch_norms, head_modules, match_parameters
+from launcher.engine.layers import batch_norms, head_modules, keep_inputs, match_parameters
 from launcher.engine.loading.samples import seed_generators
 from launcher.engine.non_finite import non_finite_names
 from launcher.engine.user import model as user_model
@@ -59,6 +59,7 @@ def build_preprocessing(model: ModelConfig, data: DataConfig, *, num_classes: in
         background=data.background_rgb,
         grey_range=data.grey_limits,
         own_transform=data.transform and as_in_run(data.transform),
+        decode=data.decode,
     )
 
 
@@ -84,6 +85,7 @@ def build_module(config: ModelConfig, *, num_classes: int, image_size: int) -> n
     elif config.arch.startswith("maxvit"):
         options = {"input_size": (image_size, image_size)}
     module = models.get_model(config.arch, weights=None, num_classes=num_classes, **options)
+    keep_inputs(module)
     if config.arch in AUXILIARY:
         module.transform_input = config.weights is not None  # type: ignore[assignment]  # pretrained ones saw inputs scaled in another way
     return module

@@ -7,15 +7,18 @@ differs between ranks.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from launcher.engine.layers import prefers_channels_last
 from launcher.runs.run_dir import node_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from torch import nn
 
     from launcher.engine.device import Device, Precision
     from launcher.engine.distributed import Ranks
@@ -31,10 +34,14 @@ class Numerics:
 
     precision: Precision
     """Of the forward pass."""
-    channels_last: bool
-    """Memory layout of images and convolutions: NHWC."""
+    channels_last: bool | None
+    """Memory layout of images and convolutions: NHWC. None: what suits the model, see :meth:`settle`."""
     why: str = ""
     """Which rank keeps the others from what they prefer; empty: none does."""
+
+    def settle(self, module: nn.Module) -> Numerics:
+        """With the layout that suits the model, where no rank asks for one; it is the same on every rank."""
+        return replace(self, channels_last=prefers_channels_last(module)) if self.channels_last is None else self
 
     def changed_since(self, state: dict[str, Any]) -> dict[str, list[Any]]:
         """What was another when ``state.json`` was written: ``{name: [then, now]}``."""
@@ -55,7 +62,7 @@ class Preference:
     device: str
     """Its name."""
     precision: Precision
-    channels_last: bool
+    channels_last: bool | None
 
     @classmethod
     def of(cls, device: Device, recipe: Recipe, ranks: Ranks) -> Preference:
@@ -74,9 +81,10 @@ def common(preferences: Sequence[Preference]) -> Numerics:
     """The best that all can compute in, the same whoever asks."""
     least = min(preferences, key=lambda one: BY_DEMAND.index(one.precision))
     alike = all(one.precision == least.precision for one in preferences)
+    layouts = {one.channels_last for one in preferences}
     return Numerics(
         precision=least.precision,
-        channels_last=all(one.channels_last for one in preferences),
+        channels_last=None if layouts == {None} else False not in layouts,
         why="" if alike else f"the best that rank {least.rank} on {least.host} has ({least.device})",
     )
 

@@ -7,67 +7,32 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from launcher.engine.schedule import lr_factor
+from launcher.engine.optimizing.groups import REST, deal_names, group_parameters
+from launcher.engine.optimizing.kinds import OPTIMIZERS
+from launcher.engine.optimizing.rates import lr_factor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from launcher.engine.model import FineTunedModel
     from launcher.recipe.schema import OptimConfig, Recipe
 
-REST = "rest"
-"""Name of the group of what no pattern matches."""
-
-
-def group_parameters(model: FineTunedModel, config: OptimConfig) -> list[dict[str, Any]]:
-    """Parameter groups, the first pattern that matches a parameter counts; what none matches learns at ``optim.lr``.
-
-    Frozen parameters are in them too: without a gradient an optimizer leaves them alone, and one that is unfrozen
-    later needs no new optimizer.
-
-    Returns:
-        ``{name, names, params, peak_lr}`` each, none of them empty; ``names`` are those of its parameters.
-    """
-    parameters = dict(model.module.named_parameters())
-    return [
-        {
-            "name": pattern,
-            "names": names,
-            "params": [parameters[name] for name in names],
-            "peak_lr": config.groups.get(pattern, config.lr),
-        }
-        for pattern, names in _deal_names(model, config.groups)
-    ]
-
-
-def _deal_names(model: FineTunedModel, patterns: Iterable[str]) -> list[tuple[str, list[str]]]:
-    """Each pattern with the names of the parameters that it is the first to match; what is left is ``rest``."""
-    left = [name for name, _ in model.module.named_parameters()]
-    dealt = []
-    for pattern in patterns:
-        matched = model.matching([pattern])
-        dealt.append((pattern, [name for name in left if name in matched]))
-        left = [name for name in left if name not in matched]
-    return [(pattern, names) for pattern, names in [*dealt, (REST, left)] if names]
-
 
 def build_optimizer(model: FineTunedModel, config: OptimConfig) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum, or AdamW; learning rates are set by :func:`set_lr` before each step.
+    """What ``optim.name`` names; learning rates are set by :func:`set_lr` before each step."""
+    return OPTIMIZERS[config.name].build(group_parameters(model, config), config)
 
-    Fused: it is the fastest, on a CPU too, and can leave a step out by a flag on the device (``found_inf``).
+
+def step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, flag: torch.Tensor) -> None:
+    """Take a step, unless ``flag`` (on the device) is not 0.
+
+    Fused optimizers take the flag, and nobody waits for the device. The others have no such kernel in torch 2.14:
+    without loss scaling, which waits itself, the flag is looked at.
     """
-    groups = group_parameters(model, config)
-    if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    nesterov = config.momentum > 0
-    return torch.optim.SGD(
-        groups,
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=nesterov,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        # What GradScaler hands to fused optimizers; where it is on it does so itself, of the gradients it has seen.
+        optimizer.found_inf = flag  # type: ignore[attr-defined]
+    elif bool(flag):
+        return
+    scaler.step(optimizer)
 
 
 def saved(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -98,10 +63,15 @@ def restore(optimizer: torch.optim.Optimizer, model: FineTunedModel, saved: dict
     for group in own["param_groups"]:
         for name, place in zip(group["names"], group["params"], strict=True):
             # A momentum that is not used now would be of long ago by the time it is used again.
-            if name in states and group.get("momentum") != 0:
+            if name in states and not (isinstance(optimizer, torch.optim.SGD) and group["momentum"] == 0):
                 own["state"][place] = states[name]
     optimizer.load_state_dict(own)
     _follow_layout(optimizer)
+    if isinstance(optimizer, torch.optim.RMSprop):  # it makes its momentum with the rest of its state, or never
+        for group in optimizer.param_groups:
+            for parameter in group["params"] if group["momentum"] else ():
+                if state := optimizer.state.get(parameter):
+                    state.setdefault("momentum_buffer", torch.zeros_like(parameter))
 
 
 def _follow_layout(optimizer: torch.optim.Optimizer) -> None:
@@ -120,7 +90,7 @@ def _saved_names(model: FineTunedModel, groups: list[dict[str, Any]]) -> list[li
     """The names of each group's parameters; groups that an earlier version saved have only their pattern."""
     if all("names" in group for group in groups):
         return [group["names"] for group in groups]
-    return [names for _, names in _deal_names(model, [group["name"] for group in groups if group["name"] != REST])]
+    return [names for _, names in deal_names(model, [group["name"] for group in groups if group["name"] != REST])]
 
 
 def prepare_momentum(optimizer: torch.optim.Optimizer) -> None:
@@ -129,8 +99,10 @@ def prepare_momentum(optimizer: torch.optim.Optimizer) -> None:
     Fused SGD (torch 2.14) takes a group only if all of its parameters have one or none has, so it fails at the first
     step after some were unfrozen.
     """
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
     for group in optimizer.param_groups:
-        for parameter in group["params"] if group.get("momentum") else ():
+        for parameter in group["params"] if group["momentum"] else ():
             state = optimizer.state[parameter]
             if parameter.requires_grad and state.get("momentum_buffer") is None:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
@@ -141,17 +113,19 @@ def lr_scale(config: OptimConfig, global_batch_size: int) -> float:
     if config.lr_batch_size is None:
         return 1.0
     ratio = global_batch_size / config.lr_batch_size
-    return ratio if config.name == "sgd" else math.sqrt(ratio)
+    return math.sqrt(ratio) if OPTIMIZERS[config.name].adaptive else ratio
 
 
 def set_lr(optimizer: torch.optim.Optimizer, recipe: Recipe, progress: float, global_batch_size: int) -> float:
     """Set every group's rate for the step around ``progress`` (epochs done); return the highest."""
-    factor = lr_scale(recipe.optim, global_batch_size) * lr_factor(
-        progress,
-        schedule=recipe.optim.schedule,
-        warmup_epochs=recipe.optim.warmup_epochs,
-        epochs=recipe.train.epochs,
-    )
+    scale = lr_scale(recipe.optim, global_batch_size)
+    factor = scale * lr_factor(progress, recipe.optim, epochs=recipe.train.epochs)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
     return float(max(group["lr"] for group in optimizer.param_groups))
+
+
+def rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """``lr``, the highest rate; and, where there are several groups, each one's as ``lr/NAME``."""
+    found = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
+    return {"lr": max(found.values()), **(found if len(found) > 1 else {})}

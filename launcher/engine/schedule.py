@@ -10,6 +10,8 @@ there is no other way:
   size (:func:`step_sizes`);
 - ranks: where one would have a single sample of a step, samples are dealt in pairs (:func:`split_by_shares`);
 - micro-batches: a rank that takes two at once takes three rather than one alone.
+
+Where images are mixed in pairs (:mod:`launcher.engine.augmenting.mixing`), samples are always dealt in pairs.
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ def _cut(num: int, shares: tuple[int, ...]) -> list[int]:
 
 @functools.lru_cache(maxsize=8)  # the steps of an epoch are all of one size but the last two
 def split_by_shares(
-    num: int, shares: tuple[int, ...], batch_sizes: tuple[int, ...] | None = None
+    num: int, shares: tuple[int, ...], batch_sizes: tuple[int, ...] | None = None, *, pairs: bool = False
 ) -> list[tuple[int, int]]:
     """Cut ``range(num)`` into one slice (start, end) per share, in proportion; the first is never empty if num >= 1.
 
@@ -77,27 +79,40 @@ def split_by_shares(
         shares: of the ranks.
         batch_sizes: what each rank takes at once; with them no slice has a single sample, but of a rank that never
             takes more, or where there is but one: pairs are dealt then, and one that is left over goes with the first.
+        pairs: deal them in any case.
     """
     bounds = _cut(num, shares)
-    if batch_sizes and any(b - a == 1 < size for (a, b), size in zip(pairwise(bounds), batch_sizes, strict=True)):
+    lone = batch_sizes and any(b - a == 1 < size for (a, b), size in zip(pairwise(bounds), batch_sizes, strict=True))
+    if pairs or lone:
         bounds = [0] + [2 * bound + num % 2 for bound in _cut(num // 2, shares)[1:]]
     return list(pairwise(bounds))
 
 
-def _num_batches(share: int, size: int) -> int:
-    """Micro-batches of a rank's share of a step: as few as its size allows, as even as can be; at least one.
+def _batch_sizes(share: int, size: int, *, pairs: bool) -> list[int]:
+    """Sizes of a rank's micro-batches of its share of a step: as few as its size allows, as even as can be.
 
-    None is a single sample if the size is not one: of size two, an odd one goes with a pair.
+    There is one at least. None is a single sample if the size is not one: of size two, an odd one goes with a pair.
+
+    Args:
+        share: its samples of the step.
+        size: what it takes at once.
+        pairs: whether only the first may be of an odd number, so that neighbours stay together.
     """
-    fewest = -(-share // size)
-    return max(1, fewest if size == 1 else min(fewest, share // 2))
+    if not pairs or size == 1:
+        fewest = -(-share // size)
+        num = max(1, fewest if size == 1 else min(fewest, share // 2))
+        return [share // num + (place < share % num) for place in range(num)]
+    num = max(1, share // 2 if size // 2 == 1 else -(-((share + 1) // 2) // (size // 2)))
+    sizes = [2 * (share // 2 // num + (place >= num - share // 2 % num)) for place in range(num)]
+    return [sizes[0] + share % 2, *sizes[1:]]
 
 
 @functools.lru_cache(maxsize=8)
-def has_lone_sample(num: int, batch_sizes: tuple[int, ...], shares: tuple[int, ...]) -> bool:
+def has_lone_sample(num: int, dealt: Batching, *, pairs: bool = False) -> bool:
     """Whether, in a step of ``num`` samples, some rank has a micro-batch of a single one."""
-    dealt = [end - start for start, end in split_by_shares(num, shares, batch_sizes)]
-    return any(one // _num_batches(one, size) == 1 for one, size in zip(dealt, batch_sizes, strict=True))
+    slices = split_by_shares(num, dealt.shares, dealt.batch_sizes, pairs=pairs)
+    shares = zip(slices, dealt.batch_sizes, strict=True)
+    return any(1 in _batch_sizes(end - start, size, pairs=pairs) for (start, end), size in shares)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +164,8 @@ class Schedule:
     excluded: frozenset[int] = frozenset()
     """Samples that keep their place in every order and are passed over there. So one more of them moves no position
     that a checkpoint holds, and no other sample to another place."""
+    pairs: bool = False
+    """Whether neighbours of a step go together to one rank and micro-batch, where they are mixed."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -171,7 +188,7 @@ class Schedule:
                     end=following[0] if following else self.num_samples,
                     num_samples=len(chosen),
                     micro_batches=self._micro_batches(order[chosen], rank),
-                    lone=has_lone_sample(len(chosen), dealt.batch_sizes, dealt.shares),
+                    lone=has_lone_sample(len(chosen), dealt, pairs=self.pairs),
                 )
 
     def statistics_batches(self, rank: int, *, epoch: int, most: int) -> list[list[int]]:
@@ -200,9 +217,9 @@ class Schedule:
 
     def _micro_batches(self, indices: NDArray[np.int64], rank: int) -> tuple[tuple[int, ...], ...]:
         dealt = self.batching
-        start, end = split_by_shares(len(indices), dealt.shares, dealt.batch_sizes)[rank]
-        num = _num_batches(end - start, dealt.batch_sizes[rank])
-        return tuple(tuple(part.tolist()) for part in np.array_split(indices[start:end], num))
+        start, end = split_by_shares(len(indices), dealt.shares, dealt.batch_sizes, pairs=self.pairs)[rank]
+        bounds = [0, *accumulate(_batch_sizes(end - start, dealt.batch_sizes[rank], pairs=self.pairs))]
+        return tuple(tuple(indices[start:end][a:b].tolist()) for a, b in pairwise(bounds))
 
 
 def validation_batches(num_samples: int, *, rank: int, batching: Batching) -> list[list[int]]:
@@ -219,22 +236,3 @@ def validation_batches(num_samples: int, *, rank: int, batching: Batching) -> li
     num_batches = max(-(-(end - start) // size) for (start, end), size in zip(slices, sizes, strict=True))
     own, size = range(*slices[rank]), sizes[rank]
     return [list(own[i * size : (i + 1) * size]) for i in range(num_batches)]
-
-
-def lr_factor(progress: float, *, schedule: str, warmup_epochs: float, epochs: int) -> float:
-    """Fraction of the peak learning rate after ``progress`` epochs.
-
-    Linear warm-up, then the half cosine of SGDR (Loshchilov & Hutter 2017, without restarts), or constant.
-
-    Args:
-        progress: epochs done, with the fraction of the present one; the middle of a step is meant by its end.
-        schedule: cosine or constant.
-        warmup_epochs: length of the linear rise.
-        epochs: length of training.
-    """
-    if progress < warmup_epochs:
-        return progress / warmup_epochs
-    if schedule == "constant":
-        return 1.0
-    rest = (progress - warmup_epochs) / (epochs - warmup_epochs)
-    return float(0.5 * (1.0 + np.cos(np.pi * min(1.0, rest))))

@@ -6,12 +6,13 @@ import inspect
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from launcher.engine import data, numerics, optim
+from launcher.engine.augmenting.mixing import is_mixing
 from launcher.engine.distributed import are_everywhere_the_same, broadcast_buffers
 from launcher.engine.losses import Loss, build_loss
 from launcher.engine.model import FineTunedModel, build_model, build_preprocessing
@@ -24,6 +25,8 @@ from launcher.system.loader_room import Loading
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from contextlib import AbstractContextManager
+
+    from torch.utils.data import Dataset
 
     from launcher.engine.data import Preprocessing
     from launcher.engine.device import Device, Precision
@@ -72,6 +75,7 @@ class Parts:
     """Where debugging ends."""
     ddp: DistributedDataParallel = field(init=False)
     """The network as DDP wraps it; :meth:`wrap` makes it."""
+    _between: Loader | None = field(init=False, default=None)
 
     @property
     def classes(self) -> list[str]:
@@ -104,7 +108,7 @@ class Parts:
 
     def take(self, agreed: Numerics) -> None:
         """Compute in what the run's ranks have agreed on; for a probe, which is alone. Before the first step."""
-        self.numerics = agreed
+        self.numerics = agreed = agreed.settle(self.model.module)
         layout = torch.channels_last if agreed.channels_last else torch.contiguous_format
         self.model.module.to(memory_format=layout)
 
@@ -173,7 +177,7 @@ class Parts:
 
     def statistics_loader(self, epoch: int, batches: list[list[int]]) -> Loader:
         """Batches of training images as the epoch saw them."""
-        return self._loader(self.train_set, ([(epoch, i) for i in batch] for batch in batches))
+        return self._between_steps([(True, epoch, i) for i in batch] for batch in batches)
 
     def val_loader(self) -> Loader:
         """This rank's share of the validation set."""
@@ -182,12 +186,24 @@ class Parts:
             rank=self.ranks.rank,
             batching=self.schedule.batching,
         )
-        return self._loader(self.val_set, ([(0, i) for i in batch] for batch in islice(batches, self.max_steps)))
+        return self._between_steps([(False, 0, i) for i in batch] for batch in islice(batches, self.max_steps))
 
-    def _loader(self, dataset: Samples, batches: Iterator[list[tuple[int, int]]]) -> Loader:
-        loading = self.loading
+    def close_loaders(self) -> None:
+        """End the loader processes that live through the training."""
+        if self._between is not None:
+            self._between.close()
+
+    def _between_steps(self, batches: Iterator[list[tuple[bool, int, int]]]) -> Loader:
+        """A loader whose processes live on: forking them anew takes time, and more of it the larger this process is."""
+        if self._between is None:
+            self._between = self._loader(data.BothSplits(self.train_set, self.val_set), batches, lives_on=True)
+        self._between.source.batches = batches
+        return self._between
+
+    def _loader(self, dataset: Dataset[Batch], batches: Iterator[list[Any]], *, lives_on: bool = False) -> Loader:
+        loading, device = self.loading, self.device
         return data.build_loader(
-            dataset, batches, workers=loading.workers, prefetch=loading.prefetch, device=self.device
+            dataset, batches, workers=loading.workers, prefetch=loading.prefetch, device=device, lives_on=lives_on
         )
 
 
@@ -251,6 +267,15 @@ def fixed_batching(config: BatchConfig, ranks: Ranks, *, full_size: int = 0, deb
     )
 
 
+def _place(model: FineTunedModel, device: Device, agreed: Numerics) -> Numerics:
+    """Move a model to its device, in the memory layout that is agreed or that suits it; return what it computes in."""
+    model.module.to(device.torch_device)
+    settled = agreed.settle(model.module)
+    if settled.channels_last:
+        model.module.to(memory_format=torch.channels_last)
+    return settled
+
+
 def build_parts(
     run: RunDir,
     ranks: Ranks,
@@ -284,9 +309,7 @@ def build_parts(
         image_size=images.preprocessing.image_size,
         with_weights=ranks.rank == 0 if with_weights is None else with_weights,
     )
-    model.module.to(device.torch_device)
-    if agreed.channels_last:
-        model.module.to(memory_format=torch.channels_last)
+    agreed = _place(model, device, agreed)
     workers = data.num_loader_workers(recipe.data, ranks) if loader_workers is None else loader_workers
     return Parts(
         recipe=recipe,
@@ -302,11 +325,12 @@ def build_parts(
             num_samples=len(images.train),
             batching=batching or fixed_batching(recipe.batch, ranks, full_size=full_world_size(run), debug=debug),
             excluded=images.train.find(images.left_out),
+            pairs=is_mixing(recipe.data),
         ),
         train_set=images.train,
         val_set=images.val,
         preprocessing=images.preprocessing,
         # Breakpoints work in this process only.
-        loading=Loading(workers=0 if debug else workers, prefetch=data.PREFETCH),
+        loading=Loading(workers=0 if debug else workers, prefetch=data.num_ahead(workers)),
         max_steps=DEBUG_STEPS if debug else None,
     )

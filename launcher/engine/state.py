@@ -11,6 +11,7 @@ from launcher.engine.checkpoints.host_copies import HostCopies
 from launcher.engine.metrics import BestMetric, TrainTotals
 from launcher.engine.model import load_state
 from launcher.engine.non_finite import NonFiniteMonitor
+from launcher.engine.optimizing.averaging import WeightAverage
 from launcher.errors import UsageError
 from launcher.recipe import load as recipes
 from launcher.recipe import metrics as recipe_metrics
@@ -58,6 +59,7 @@ class TrainingState:
             metric=stop.metric, mode=stop.mode, min_delta=stop.min_delta, patience=stop.patience, measure=measure
         )
         self.scaler = device.grad_scaler(parts.precision)
+        self.average = WeightAverage(parts.model.module, parts.recipe.train.ema)
         self.numbers = NonFiniteMonitor(device, scaled=self.scaler.is_enabled())
         self.epoch_totals = TrainTotals(device.torch_device)
         self.window_totals = TrainTotals(device.torch_device)
@@ -96,9 +98,9 @@ class TrainingState:
         # A forward pass changes buffers: BatchNorm's statistics. They are few, and copied now.
         buffers = {name: model.pop(name) for name, _ in named if name in model}
         buffers = self._copies.copy(buffers)
-        (model, optimizer), arrived = self._copies.copy_later([model, optimizer])
+        (model, optimizer, average), arrived = self._copies.copy_later([model, optimizer, self.average.saved()])
         return checkpoints.Checkpoint(
-            step=self.step, model=model | buffers, optimizer=optimizer, state=state, arrived=arrived
+            step=self.step, model=model | buffers, average=average, optimizer=optimizer, state=state, arrived=arrived
         )
 
     def finish_capture(self) -> None:
@@ -108,7 +110,7 @@ class TrainingState:
     def release(self, checkpoint: Checkpoint) -> None:
         """What :meth:`capture` gave is not needed any more."""
         checkpoint.arrived()
-        self._copies.give_back([checkpoint.model, checkpoint.optimizer])
+        self._copies.give_back([checkpoint.model, checkpoint.average, checkpoint.optimizer])
 
     def limit_batches(self, limits: list[int]) -> None:
         """Let no rank take more at once than this; accumulation fills in."""
@@ -133,6 +135,7 @@ class TrainingState:
         if parts.ranks.rank == 0:
             check_train_set(parts.run, parts.train_set, state)
         load_state(parts.model.module, checkpoint.model)
+        self.average.restore(checkpoint.average)
         optim.restore(parts.optimizer, parts.model, checkpoint.optimizer["optimizer"])
         self.scaler = parts.device.grad_scaler(parts.precision)
         if checkpoint.optimizer["scaler"]:  # empty where the precision of then needed none: the scale begins anew

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from launcher.engine import optim
 from launcher.engine.micro_batch import MicroBatch
 from launcher.engine.running_statistics import RunningStatistics
 
@@ -33,6 +34,8 @@ class TrainStep:
         self._parameters = list(parts.model.module.parameters())
         self._statistics = RunningStatistics(parts.model.module)
         self._micro_batch = MicroBatch(parts, state, self._statistics)
+        self.gradient_norm = torch.zeros(())
+        """Of the last step, before it was clipped; on the device."""
 
     @property
     def largest_that_fits(self) -> int | None:
@@ -55,6 +58,7 @@ class TrainStep:
             losses.append(loss)
         if losses:
             self._statistics.put_back(statistics, where=self._update(step, losses))
+            state.average.update(state.step)
 
     def _update(self, step: Step, losses: list[torch.Tensor]) -> torch.Tensor:
         """Move the weights, unless loss or gradient is NaN or infinite: the device decides, and nobody waits for it.
@@ -62,17 +66,18 @@ class TrainStep:
         Returns:
             On the device, 1 where the step was left out, else 0.
         """
-        state, optimizer, limit = self._state, self._parts.optimizer, self._parts.recipe.train.clip_grad_norm
+        state, optimizer, config = self._state, self._parts.optimizer, self._parts.recipe.train
         state.scaler.unscale_(optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-        if limit is not None:
-            nn.utils.clip_grads_with_norm_(self._parameters, limit, norm)
+        if config.clip_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(self._parameters, config.clip_grad_norm, norm)
+        if config.clip_grad_value is not None:  # of what is finite: else the step is left out
+            nn.utils.clip_grad_value_(self._parameters, config.clip_grad_value)
+        self.gradient_norm = norm
         flag = state.numbers.flag(norm, losses)
         state.numbers.watch(state.step, flag, norm, losses, step.micro_batches)
         state.finish_capture()
-        # What GradScaler hands to fused optimizers; where it is on it does so itself, of the gradients it has seen.
-        optimizer.found_inf = flag  # type: ignore[attr-defined]
-        state.scaler.step(optimizer)
+        optim.step(optimizer, state.scaler, flag)
         state.scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return flag

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from typing import TYPE_CHECKING, Any
@@ -106,6 +107,7 @@ class Trainer:
             except Redeal:
                 self._limit_batches(self._fitting_size)
         self._agreement.collect()
+        self.parts.close_loaders()
         self._saving.finish(again=self.outcome == "preempted")
         self._listeners.tell("end", outcome=self.outcome, best=self.best)
         return self.outcome
@@ -146,7 +148,7 @@ class Trainer:
     def _take(self, step: Step, of_step: Iterator[Batch]) -> None:
         """Take an optimizer step, and end the epoch after its last one."""
         parts, state = self.parts, self.state
-        lr = optim.set_lr(parts.optimizer, self.recipe, self._progress(step), parts.schedule.batching.global_batch_size)
+        optim.set_lr(parts.optimizer, self.recipe, self._progress(step), parts.schedule.batching.global_batch_size)
         self._step.run(step, of_step)
         state.step += 1
         state.offset = step.end
@@ -156,7 +158,7 @@ class Trainer:
             if state.step == 1:
                 self._recorder.event("first_step")
         if state.step % self.recipe.tracking.log_every == 0:
-            self._log_window(lr)
+            self._log_window()
         if state.offset >= parts.schedule.num_samples or self._finished():
             self._end_epoch()
 
@@ -182,14 +184,14 @@ class Trainer:
         self._check_numbers()
         ended_at, state = time.monotonic(), self.state
         totals = means(state.epoch_totals.reduce())
-        self._batchnorm.run(epoch=state.epoch, step=state.step, poll=self._poll)
-        values = self._validate()
+        recompute = functools.partial(self._batchnorm.run, epoch=state.epoch, step=state.step, poll=self._poll)
+        values = state.average.beside(recompute, self._validate)
         if not math.isfinite(values["loss"]):
             where = f"at step {state.step} (epoch {state.epoch + 1})"
             raise TrainingError(f"training diverged: the validation loss is {values['loss']} {where}; {CURE}")
         epoch = state.epoch
         watched = {f"val/{k}": v for k, v in values.items()} | {"train/loss": totals["loss"]}
-        is_best = state.best.update(watched[state.best.metric], epoch=epoch, step=state.step)
+        is_best = state.best.take(watched, epoch=epoch, step=state.step)
         state.epoch, state.offset = epoch + 1, 0
         state.epoch_totals.reset()
         self._listeners.tell("validation", epoch=epoch, step=state.step, values=values, best=is_best)
@@ -257,12 +259,13 @@ class Trainer:
         stop = self._stop_requested() if asked else feed is not None and feed.starved
         self._agreement.propose(stop, self._saving.wish, self._fitting_size < self._batch_size)
 
-    def _log_window(self, lr: float) -> None:
+    def _log_window(self) -> None:
         state = self.state
         sums = means(state.window_totals.reduce())
         state.window_totals.reset()
         now = time.monotonic()
-        values = {**sums, "lr": lr, "images_per_s": self._timed_samples / (now - self._timed_since)}
+        values = {**sums, **optim.rates(self.parts.optimizer), "grad_norm": float(self._step.gradient_norm)}
+        values["images_per_s"] = self._timed_samples / (now - self._timed_since)
         self._timed_since, self._timed_samples = now, 0
         if sums["samples"]:  # none where all its steps were left out
             self._listeners.tell("step", epoch=state.epoch, step=state.step, values={**values, "offset": state.offset})

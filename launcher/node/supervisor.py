@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.errors import EXIT_FAILED, EXIT_OK, InterruptedRunError, TrainingError
-from launcher.node import agent, agent_thread, meeting
+from launcher.node import agent, agent_thread, meeting, pixels
 from launcher.node.elastic.course import Course, EndedError, LeaderLostError, StoppedError
 from launcher.node.elastic.part import ElasticPart
 from launcher.node.signals import StopSignals
@@ -179,15 +179,16 @@ def _heed_stop(run: RunDir, node_rank: int, stop: StopSignals, awaited: str) -> 
 def _check_images(
     run: RunDir, node_rank: int, stop: StopSignals, attempt: int, also_heed: Callable[[], None] = lambda: None
 ) -> None:
-    """Decide which images are left out, before any worker deals out the samples."""
+    """Decide which images are left out, before any worker deals out the samples, and keep their pixels."""
     awaited = " while waiting for node 0 to look through the images" if node_rank else ""
 
-    def heed() -> None:
-        _heed_stop(run, node_rank, stop, awaited)
+    def heed(doing: str = awaited) -> None:
+        _heed_stop(run, node_rank, stop, doing)
         also_heed()
 
     heed()
     quarantine.prepare(run, attempt=attempt, node_rank=node_rank, progress=heed, scan_own=_scan_own)
+    pixels.keep(run, lambda: heed(" while the images were decoded"))
 
 
 def _scan_own(run: RunDir, heed_stop: Callable[[], None]) -> Scan:
@@ -211,7 +212,9 @@ def _explained(run: RunDir, plan: LaunchPlan, stop: StopSignals, attempt: int) -
             if plan.node_rank == 0:
                 states.move(run, "failed", attempt=error.attempt)
             run.append_event("attempt_ended", attempt=error.attempt, node=plan.node, cause=cause, message=message)
-        why = f"{message}\nwhat to do: {diagnose.CURES[cause]}" if cause == "full_disk" else diagnose.explain(run)
+        why = diagnose.explain(run)
+        if cause == "full_disk":  # of which no file could tell
+            why = f"{message}\nwhat to do: {diagnose.what_to_do(run, {'kind': cause, 'message': message})}"
         raise TrainingError(f"training failed\n{why}\nmore: launch why {run}") from None
 
 

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 DeviceType = Literal["cuda", "cpu"]
 
 
+UNCHECKED = "names of layers, your own code, the images, the cluster: a start checks them first"
+"""What ``--dry-run`` does not look at, since it imports no torch and asks no cluster."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LaunchPlan:
     """How a run is carried out."""
@@ -139,6 +143,7 @@ class LaunchPlan:
         }
         if self.profile:
             rows["profile"] = self.profile.name
+        rows["not checked"] = UNCHECKED
         lines = [f"{key:<12} {value}" for key, value in rows.items()]
         lines += ["", "recipe (* differs from the default)", *_recipe_lines(self.recipe)]
         for title, text in (("script of the exports", self.post_script), ("script", self.script)):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field, ValidationError
 
 from launcher.errors import Problem, RecipeError, UsageError, did_you_mean
+from launcher.recipe import schema_errors
 from launcher.recipe import source as recipe_source
 from launcher.recipe.paths import is_profile_path
 from launcher.recipe.types import STRICT, Count, Positive, validate
@@ -125,7 +126,7 @@ def _checked(source: Source, name: str) -> Profile:
     try:
         profile: Profile = validate(Profile, source.values)
     except ValidationError as error:
-        problems += recipe_source.explain(error, source, Profile)
+        problems += schema_errors.explain(error, source, Profile)
     else:
         for option in filter(PLACES.__contains__, profile.sbatch):
             key = f"sbatch.{option}"

@@ -30,13 +30,29 @@ def find_problems(recipe: Recipe, source: Source, refused: Collection[str] = ())
         source: where the values came from.
         refused: keys whose values were: what follows from their defaults would only confuse.
     """
-    findings = [found for group in (_training, _placement, _model, _data) for found in group(recipe)]
+    findings = [
+        found for group in (_training, _placement, _model, _augmentation, _cache, _data) for found in group(recipe)
+    ]
     findings += user_code.find_problems(recipe, source)
     return [
         Problem(key=keys[0], where=source.where(keys[0]), message=text)
         for keys, text in findings
         if not any(f"{key}.".startswith(f"{r}.") or r.startswith(f"{key}.") for key in keys for r in refused)
     ]
+
+
+def find_notes(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """What of a recipe a training as short as it asks for does not come to; keys, and words. It is no mistake.
+
+    So any recipe can be tried with ``train.epochs=1``.
+    """
+    epochs, warmup = recipe.train.epochs, recipe.optim.warmup_epochs
+    if warmup > epochs:
+        reached = f"{epochs / warmup:.0%} of theirs"
+        text = f"{warmup:g} epochs are more than train.epochs ({epochs}): the rates end at {reached}"
+        yield "optim.warmup_epochs", text
+    for late in sorted(epoch for epoch in recipe.model.unfreeze if epoch >= epochs):
+        yield "model.unfreeze", f"epoch {late} never comes: train.epochs is {epochs}, counted from 0"
 
 
 def _training(recipe: Recipe) -> Iterator[Finding]:
@@ -58,11 +74,9 @@ def _training(recipe: Recipe) -> Iterator[Finding]:
             ("batch.accumulate", "batch.global_size"),
             "follows from global_size, size and the number of ranks; give global_size or accumulate, not both",
         )
-    if recipe.optim.warmup_epochs >= recipe.train.epochs:
-        yield (
-            ("optim.warmup_epochs", "train.epochs"),
-            f"found {recipe.optim.warmup_epochs:g}; must be less than train.epochs ({recipe.train.epochs})",
-        )
+    if recipe.train.clip_grad_norm is not None and recipe.train.clip_grad_value is not None:
+        keys = ("train.clip_grad_value", "train.clip_grad_norm")
+        yield keys, "the gradient is clipped by its norm already; give clip_grad_norm or clip_grad_value, not both"
     if "onnx_int8" in recipe.post.quantize and "onnx" not in recipe.post.export:
         yield ("post.quantize", "post.export"), "onnx_int8 is made from the onnx export; add onnx to post.export"
 
@@ -96,10 +110,6 @@ def _model(recipe: Recipe) -> Iterator[Finding]:
     if model.unfreeze and not model.freeze:
         keys = ("model.unfreeze", "model.freeze")
         yield keys, "nothing is frozen; name the layers in model.freeze first"
-    late = [epoch for epoch in model.unfreeze if epoch >= recipe.train.epochs]
-    if late:
-        keys = ("model.unfreeze", "train.epochs")
-        yield keys, f"epoch {late[0]} never comes: train.epochs is {recipe.train.epochs}, counted from 0"
     if model.weights_file is not None:
         yield from _weights_file(model.weights_file)
     if not model.factory:
@@ -135,6 +145,22 @@ def _weights_file(file: Path) -> Iterator[Finding]:
         yield ("model.weights",), f"{file}: is a folder; name the file with the weights (files in it: {inside})"
     elif not file.is_file():
         yield ("model.weights",), f"{file}: no such file; a name such as DEFAULT is torchvision's, null is none"
+
+
+def _cache(recipe: Recipe) -> Iterator[Finding]:
+    own = [f"data.{key}" for key in ("dataset", "transform") if getattr(recipe.data, key)]
+    if own and recipe.data.cache != "none":
+        text = f"found {recipe.data.cache}; what {' and '.join(own)} make of an image is not kept: leave data.cache out"
+        yield ("data.cache", *own), text
+
+
+def _augmentation(recipe: Recipe) -> Iterator[Finding]:
+    data = recipe.data
+    if data.crop_scale != "auto" and data.crop_scale[0] > data.crop_scale[1]:
+        yield ("data.crop_scale",), f"found {data.crop_scale}; the first, the least, must not be more than the second"
+    if (data.mixup or data.cutmix) and recipe.batch.size == 1:
+        keys = ("batch.size", "data.mixup" if data.mixup else "data.cutmix")
+        yield keys, f"found 1; {keys[1]} mixes the images of a batch in pairs: give 2 or more"
 
 
 def _data(recipe: Recipe) -> Iterator[Finding]:

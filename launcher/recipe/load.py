@@ -7,6 +7,7 @@ and applies the overrides of the command line.
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -19,9 +20,12 @@ from launcher.recipe.types import describe, validate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from launcher.recipe.source import Source
+
+
+EARLIER = {("data", "decode"): "exact"}
+"""What a run did whose recipe was written before there was a key, where that is not the key's default."""
 
 
 def load(
@@ -41,14 +45,15 @@ def load(
         RecipeError: names every problem, each with its key and the line or flag it came from.
     """
     from launcher.recipe import checks as recipe_checks
+    from launcher.recipe import schema_errors
     from launcher.recipe import source as recipe_source
 
-    source = recipe_source.read(path, overrides, flags or {}, schema=Recipe)
+    source = recipe_source.read(path, [*_earlier(path), *overrides], flags or {}, schema=Recipe)
     problems = list(source.problems)
     try:
         recipe = from_dict(source.values)
     except ValidationError as error:
-        problems += recipe_source.explain(error, source, Recipe)
+        problems += schema_errors.explain(error, source, Recipe)
         recipe = from_dict(recipe_source.without(source.values, [p.key for p in problems]))
     problems += recipe_checks.find_problems(recipe, source, refused=[p.key for p in problems if p.key])
     if problems:
@@ -65,12 +70,43 @@ def from_dict(values: dict[str, Any]) -> Recipe:
     return validate(Recipe, values)
 
 
+def from_recorded(values: dict[str, Any]) -> Recipe:
+    """Make a recipe of what a run has recorded, perhaps by an earlier version."""
+    lacking = _lacking(values)
+    return from_dict(
+        {name: {**lacking.get(name, {}), **values[name]} if name in lacking else values[name] for name in values}
+    )
+
+
+def _lacking(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of EARLIER what is not in a recorded recipe, section by section."""
+    found: dict[str, dict[str, Any]] = {}
+    for (section, key), value in EARLIER.items():
+        if key not in values.get(section, {}):
+            found.setdefault(section, {})[key] = value
+    return found
+
+
+def _earlier(path: str) -> list[str]:
+    """Overrides for the recipe of a run, in its run directory; none for any other file."""
+    file = Path(path)
+    if not (file.parent / "plan.json").is_file():
+        return []
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        return [
+            f"{section}.{key}={value}" for section, found in _lacking(values).items() for key, value in found.items()
+        ]
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError):  # which is told when it is read
+        return []
+
+
 def read_resolved(path: Path) -> Recipe:
     """Read the ``recipe.yaml`` of a run directory, which was checked when it was written.
 
     References to the user's code lead to the run's copies, wherever the run directory is now.
     """
-    recipe = from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    recipe = from_recorded(yaml.safe_load(path.read_text(encoding="utf-8")))
     return user_code.placed(recipe, path.absolute().parent)
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 TOP_K = 5
 """Of val/top5."""
 RESERVED = {
-    *("time", "split", "attempt", "epoch", "step", "samples", "offset", "lr", "images_per_s"),
+    *("time", "split", "attempt", "epoch", "step", "samples", "offset", "lr", "grad_norm", "images_per_s"),
     *("per_class", "confusion", "mistakes", "answers", "best"),
 }
 """Other names in a line of metrics.jsonl."""
@@ -168,6 +168,8 @@ def find_problems(rows: Sequence[str | MetricConfig]) -> Iterator[tuple[str, str
     taken = {*METRICS, *RESERVED}
     for index, row in enumerate(rows):
         ((name, _),) = configs([row]).items()
+        if name.startswith("ema_"):
+            yield f"metrics.{index}", f"the name {name!r} begins as those of averaged weights do; give it another"
         if name in taken:
             whose = "" if name in METRICS or name in RESERVED else " by another metric of this recipe"
             text = f"the name {name!r} is taken{whose}; give it another: {{name: my_{name}, metric: …}}"

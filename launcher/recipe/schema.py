@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from launcher.images.datasets import DATASETS
+from launcher.recipe.schema_post import PostConfig
 from launcher.recipe.schema_train import MetricConfig, TrainConfig
 from launcher.recipe.types import (
     STRICT,
@@ -94,7 +95,7 @@ class DataConfig:
     transform: str | None = None
     """Your own transform in place of resizing, augment and normalisation: what is called with train=True and with
     train=False (and image_size, mean, std, interpolation, where it names them) and returns what makes an image a float
-    tensor of 3 x image_size x image_size. null: crop_pct and augment."""
+    tensor of 3 x image_size x image_size. null: crop_pct, augment and what follows it but mixup and cutmix."""
     transform_args: dict[str, Argument] = field(default_factory=dict)
     """Further arguments of transform by name."""
     image_size: Annotated[int, Field(ge=16)] | Auto = "auto"
@@ -109,9 +110,37 @@ class DataConfig:
     """Of resizing; auto: what the model's weights were trained with."""
     augment: Literal["none", "light", "standard"] = "standard"
     """Training images: none (as in validation), light (random crop of 64 to 100 % of the area), standard (25 to 100 %,
-    and mirrored)."""
+    and mirrored). The keys from crop_scale to erase change that."""
+    crop_scale: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2)] | Auto = "auto"
+    """Fractions of the area that random crops of training images take, from the least to the most; auto: as augment
+    says."""
+    flip: Fraction | Auto = "auto"
+    """How often training images are mirrored; auto: half of them with augment: standard, else none."""
+    rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """Degrees up to which training images are turned, either way."""
+    auto_augment: Literal["none", "randaugment", "trivialaugment", "augmix"] = "none"
+    """Random changes of colour and shape: RandAugment (two of them, of one magnitude), TrivialAugment (one, of any) or
+    AugMix."""
+    magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+    """How strong the changes of randaugment are, up to 30."""
+    color_jitter: Fraction = 0.0
+    """By which fraction, at most, brightness, contrast and saturation of training images change."""
+    erase: Fraction = 0.0
+    """How often a rectangle of a training image is erased, 2 to 33 % of its area."""
+    mixup: NonNegative = 0.0
+    """Training images are mixed in pairs, and so are their losses, by a share of Beta(mixup, mixup); 0: not. Often 0.2.
+    What is mixed depends on seed and step, not on the number of ranks."""
+    cutmix: NonNegative = 0.0
+    """Rectangles of training images are replaced by their partners', of a share of Beta(cutmix, cutmix); 0: not. Often
+    1. With mixup as well, each step takes one of the two."""
+    decode: Literal["fast", "exact"] = "fast"
+    """Training images. fast: a large JPEG file is decoded 2, 4 or 8 times smaller where its random crop has pixels
+    enough; exact: whole, as validation and exports always read it (docs/images.md)."""
+    cache: Literal["none", "ram", "disk"] = "none"
+    """Decoded pixels of all images, kept once a node for its ranks and for later runs: ram (/dev/shm) or disk (the
+    launcher's cache folder). Where they do not fit, a line says so and the run goes on without (docs/images.md)."""
     workers: CountOrZero | Auto = "auto"
-    """Loader processes per rank; auto: the rank's cores but one, at most 8; measured with batch.size: auto."""
+    """Loader processes per rank; auto: the rank's cores but one; measured with batch.size: auto."""
     on_bad_image: Literal["error", "quarantine"] = "error"
     """Images that cannot be decoded are looked for before training. error: nothing is started; quarantine: they are
     left out from the beginning, and listed in bad_images.json and the report."""
@@ -162,23 +191,47 @@ class OptimConfig:
 
     __pydantic_config__ = STRICT
 
-    name: Literal["sgd", "adamw"] = "sgd"
-    """SGD with Nesterov momentum, or AdamW."""
+    name: Literal["sgd", "adam", "adamw", "nadam", "radam", "rmsprop", "adafactor"] = "sgd"
+    """SGD with Nesterov momentum, or another of torch's. sgd, adam and adamw are fused; a step of the others waits for
+    the GPU once."""
     lr: Positive = 0.01
     """Peak learning rate of what no group names."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """SGD's momentum; AdamW does not use it."""
+    """Of sgd and rmsprop; the others do not use it."""
     weight_decay: NonNegative = 1e-4
-    """Weight decay of every parameter that learns."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """After warm-up: down to zero by a half cosine, or constant; counted in optimizer steps."""
+    """Weight decay of every parameter that learns; of sgd, adam and rmsprop as a part of the gradient (L2), else
+    decoupled from it (Loshchilov & Hutter 2019)."""
+    decay_norms: bool = True
+    """Whether weight decay is also of what has one dimension: normalisations, biases, layer scales, a class token."""
+    schedule: Literal["cosine", "linear", "step", "one_cycle", "polynomial", "constant", "cosine_restarts"] = "cosine"
+    """After warm-up, counted in optimizer steps. cosine: down by a half cosine; linear: by a line; polynomial: by a
+    power of it; step: by step_factor at step_epochs; cosine_restarts: by cycles half cosines (SGDR); constant.
+    one_cycle: up and down by a half cosine, up from 1/25 over warmup_epochs, or 30 % of training where these are 0."""
+    end_factor: Fraction = 0.0
+    """Fraction of the peak rates that cosine, linear, polynomial, one_cycle and cosine_restarts end at."""
+    step_epochs: Positive | Annotated[list[Positive], Field(min_length=1)] | Auto = "auto"
+    """With schedule: step: after how many epochs the rates drop, again and again, or a list of the epochs at which they
+    do, counted from the beginning of training; auto: after each third of it."""
+    step_factor: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """With schedule: step: what the rates are multiplied by at each drop."""
+    power: Positive = 2.0
+    """With schedule: polynomial: the power; 1 is a line."""
+    cycles: Count = 3
+    """With schedule: cosine_restarts: how many half cosines there are; the last one ends with training."""
+    cycle_growth: Annotated[float, Field(ge=1)] = 1.0
+    """With schedule: cosine_restarts: how many times as long as the one before each half cosine is."""
     warmup_epochs: NonNegative = 0.0
-    """Epochs (or a fraction of one) over which the rate rises linearly from near zero."""
+    """Epochs (or a fraction of one) over which the rate rises linearly from near zero; it may be longer than training,
+    whose end cuts it off."""
     lr_batch_size: Count | None = None
     """Global batch that lr and groups are meant for: at another one the rates are scaled, in proportion for sgd
-    (Goyal et al. 2017), with the square root for adamw (Malladi et al. 2022). null: not scaled."""
+    (Goyal et al. 2017), with the square root for all others, which are adaptive (Malladi et al. 2022). null: not
+    scaled."""
     groups: dict[str, NonNegative] = field(default_factory=dict)
     """Peak learning rates by layer pattern, the first that matches counts; `head` is the new head, "*" the rest."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """What a layer's rate is multiplied by for each layer between it and the head: a block is a layer, stem and
+    embeddings are the lowest (BEiT, Bao et al. 2022). Often 0.65 to 0.75 for vision transformers. null: all alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,31 +258,6 @@ class TrackingConfig:
     """Weights & Biases."""
     log_every: Count = 10
     """Optimizer steps between two lines of metrics.jsonl."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PostConfig:
-    """What becomes of the best checkpoint."""
-
-    __pydantic_config__ = STRICT
-
-    enabled: bool = True
-    """Export, quantize, measure and report after training."""
-    export: list[Literal["onnx", "torchscript"]] = field(default_factory=lambda: ["onnx"])
-    """Formats; torchscript is deprecated by torch itself."""
-    quantize: list[Literal["onnx_int8"]] = field(default_factory=lambda: ["onnx_int8"])
-    """Quantized formats; onnx_int8 is made from onnx."""
-    profile: str | None = None
-    """On SLURM: a profile on which the exports are made by a job of their own, after the training; null: in the same
-    job, by its first node. Elsewhere it means nothing."""
-    max_top1_drop: NonNegative = 1.0
-    """Points (hundredths) of validation top-1 that an exported model may lose and still be called accepted."""
-    min_agreement: Fraction = 0.97
-    """Least fraction of the validation images for which an exported model must name the checkpoint's class to be
-    accepted (a float32 one always 0.99): mistakes that come and go in equal numbers do not show in top-1."""
-    target: Literal["portable", "this", "vnni"] = "portable"
-    """CPUs that int8 models are for. portable: all (weights of 7 bits); vnni: x86 with VNNI (Ice Lake, Zen 4, later)
-    and ARM (8 bits; wrong answers on other x86); this: as the CPU that makes them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,12 +82,19 @@ class TrainConfig:
     loss_args: dict[str, Argument] = field(default_factory=dict)
     """Further arguments of loss by name, as in {gamma: 1.5} of focal."""
     channels_last: bool | Auto = "auto"
-    """Memory layout of images and convolutions; auto: on CUDA only, since on a CPU it can be slower."""
+    """Memory layout of images and convolutions. auto: on CUDA; on a CPU with models that have convolutions of 1 x 1
+    pixels or of single channels, which were measured to be faster with it (docs/evidence.md)."""
     batchnorm_recompute: CountOrZero | Auto = "auto"
     """Training batches that BatchNorm's running statistics are computed from before each validation; 0: the moving
     average; auto: 100, until 10 / momentum steps are taken and the average has forgotten what it began with."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of a moving average of the weights, less in the beginning; often 0.999 or 0.9999, by how many steps there
+    are. It is validated beside the weights (val/ema_top1 …); best and the exports take the better of the two. null:
+    none."""
     clip_grad_norm: Positive | None = None
     """Largest norm of the whole gradient; null: not clipped."""
+    clip_grad_value: Positive | None = None
+    """Largest absolute value in the gradient; null: not clipped. One of the two."""
     label_smoothing: Fraction = 0.0
     """Fraction of the target that is spread over all classes, in training only, by a loss that takes it."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

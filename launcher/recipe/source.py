@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import itertools
 import re
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.errors import Problem, RecipeError, did_you_mean
+from launcher.errors import Problem, RecipeError
 from launcher.recipe import lines as recipe_yaml
 from launcher.recipe import values as recipe_types
 from launcher.system import redact
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-
-    from pydantic import ValidationError
 
 NO_SECRETS = (
     "this looks like a secret, and would be written into files that others can read. Remove it and export it in the "
@@ -164,12 +161,12 @@ def _override(config: Any, overrides: Sequence[str], source: Source, schema: typ
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    yield from _no_overrides(overrides, prefix)
     origins = source.origins
     for typed in overrides:
         item = typed.removeprefix(prefix)
         name, equals, value = item.partition("=")
         if not equals or not name:
-            yield Problem(key="", where="command line", message=f"{typed!r} is not an override; write key=value")
             continue
         parts = re.findall(r"\[([^\]]*)\]|([^.\[\]]+)", name)
         keys = [bracketed or plain for bracketed, plain in parts]
@@ -191,6 +188,21 @@ def _override(config: Any, overrides: Sequence[str], source: Source, schema: typ
             yield Problem(key=key, where=origins[key], message=_first_line(error))
 
 
+def _no_overrides(overrides: Sequence[str], prefix: str) -> Iterator[Problem]:
+    """The arguments that are not ``key=value``; those side by side are one problem: ``train.epochs = 5``."""
+    is_one = re.compile(r"[^=]+=").match
+    before = ""
+    for fits, group in itertools.groupby(overrides, lambda typed: bool(is_one(typed.removeprefix(prefix)))):
+        typed = list(group)
+        if not fits:
+            parts = [before, *typed] if before.endswith("=") else typed
+            joined = "".join(parts) if any("=" in part for part in parts) else "=".join(parts)
+            meant = joined if re.fullmatch(r"[a-z_]+(\.[^=\s]+)?=[^=]+", joined) else "key=value"
+            message = f"{' '.join(typed)!r} is not an override; write {meant}"
+            yield Problem(key="", where="command line", message=message)
+        before = typed[-1]
+
+
 def _too_deep(schema: type, keys: Sequence[str], value: str, prefix: str) -> str | None:
     """What to write where a name with dots (a layer) was read as several keys; None: it was not."""
     for depth in range(1, len(keys) - 1):
@@ -199,25 +211,6 @@ def _too_deep(schema: type, keys: Sequence[str], value: str, prefix: str) -> str
             right = f"{prefix}{'.'.join(keys[:depth])}[{'.'.join(keys[depth:])}]"
             return f"put a name with dots into brackets: '{right}={value}'"
     return None
-
-
-def explain(error: ValidationError, source: Source, schema: type) -> list[Problem]:
-    """Turn pydantic's errors into ours: one per key, with what was found, what is valid and the nearest name."""
-    problems: dict[str, Problem] = {}
-    for detail in error.errors(include_url=False):
-        key, annotation, siblings = _locate(detail["loc"], schema)
-        if key in problems:  # the other branches of a union
-            continue
-        if detail["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            name = key.rpartition(".")[2]
-            message = " ".join(
-                filter(None, ["unknown key;", did_you_mean(name, siblings), f"valid: {', '.join(siblings)}"])
-            )
-        else:
-            found = _show(_value_at(source.values, key), source.typed.get(key))
-            message = f"found {found}; valid: {_describe(annotation)}"
-        problems[key] = Problem(key=key, where=source.where(key), message=message)
-    return list(problems.values())
 
 
 def without(values: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
@@ -268,83 +261,3 @@ def _resolve(config: Any, values: Any, prefix: str, where: Callable[[str], str])
 
 def _first_line(error: Exception) -> str:
     return str(getattr(error, "problem", None) or error).splitlines()[0]
-
-
-def _locate(location: tuple[int | str, ...], schema: type) -> tuple[str, Any, list[str]]:
-    """Follow an error's location as far as it names fields: dotted key, the field's annotation, the names beside it."""
-    names: list[str] = []
-    annotation: Any = schema
-    siblings: list[str] = []
-    for part in location:
-        if dataclasses.is_dataclass(annotation):
-            hints = typing.get_type_hints(annotation, include_extras=True)
-            siblings = [name for name in hints if not name.startswith("__")]
-            names.append(str(part))
-            annotation = hints.get(str(part))
-            if annotation is None:
-                break
-        elif typing.get_origin(_strip(annotation)) in (dict, list) and len(names) < len(location):
-            names.append(str(part))
-            break
-        else:
-            break
-    return ".".join(names), annotation, siblings
-
-
-def _value_at(values: Any, dotted: str) -> Any:
-    pairs = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
-    for key, value in pairs:  # a user's key may contain dots
-        if dotted == str(key):
-            return value
-        if dotted.startswith(f"{key}."):
-            return _value_at(value, dotted.removeprefix(f"{key}."))
-    return None
-
-
-def _show(value: Any, typed: str | None) -> str:
-    """A value as it was ``typed``, if that is known; interpolations and lists as they were read."""
-    if value is None:
-        return "null"
-    if isinstance(value, str):
-        return repr(value if typed is None or "${" in typed else typed)
-    if isinstance(value, bool | int | float) and math.isfinite(value) and typed and "${" not in typed:
-        return typed
-    return str(value).lower() if isinstance(value, bool) else repr(value)
-
-
-def _strip(annotation: Any) -> Any:
-    return typing.get_args(annotation)[0] if typing.get_origin(annotation) is typing.Annotated else annotation
-
-
-def _describe(annotation: Any) -> str:
-    """Say in words what an annotation allows, as in ``a whole number >= 1, or auto``."""
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Annotated:
-        said = next((info.description for info in args[1:] if getattr(info, "description", None)), "")
-        return str(said) or " and ".join([_describe(args[0]), *_describe_limits(args[1:])]).replace(" and ", " ", 1)
-    if origin is typing.Literal:
-        return ", ".join(str(a) for a in args)
-    if origin in (types.UnionType, typing.Union):
-        return ", or ".join(_describe(a) for a in args)
-    if origin in (list, dict):
-        return f"a {'list' if origin is list else 'mapping'} of {' to '.join(_describe(a) for a in args)}"
-    if dataclasses.is_dataclass(annotation):
-        return f"a mapping with the keys {', '.join(f.name for f in dataclasses.fields(annotation))}"
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}[
-        annotation
-    ]
-
-
-def _describe_limits(metadata: tuple[Any, ...]) -> list[str]:
-    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    limits = []
-    for info in metadata:
-        for constraint in getattr(info, "metadata", [info]):
-            limits += [
-                f"{sign} {getattr(constraint, name):g}" for name, sign in signs.items() if hasattr(constraint, name)
-            ]
-            if getattr(constraint, "pattern", None):
-                limits.append(f"matching {constraint.pattern}")
-            if hasattr(constraint, "max_length"):
-                limits.append(f"of at most {constraint.max_length} characters")
-    return limits

@@ -72,6 +72,10 @@ def build_report(run: RunDir) -> Json:
     state, best = status.get("state", "unknown"), status.get("best")
     train, val = _curve(metrics, "train"), _curve(metrics, "val")
     best_val = next((line for line in val if best and line["step"] == best["step"]), {})
+    if best and best.get("weights") == "ema":  # the average was better, and is what was exported
+        best_val = best_val | {
+            name.removeprefix("ema_"): best_val[name] for name in best_val if name.startswith("ema_")
+        }
     if best and not best_val:
         missing.append(f"{run.metrics.name} has no validation of step {best['step']}, that of the best checkpoint")
     attempts = _attempts(events, metrics, state)

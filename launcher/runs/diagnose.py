@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 NOT_RETRYABLE = ("bug", "usage", "out_of_memory", "full_disk", "environment")
 """Causes that a restart would meet again."""
 RESUME = "`launch resume RUN` goes on from the last checkpoint"
+AGAIN = "`launch resume RUN` begins it again, since no checkpoint was written yet"
 NETWORK_CURE = (
     "with NCCL_DEBUG=INFO the workers' logs say which interface is used and what failed; `launch doctor --nodes N` "
     "checks a cluster's nodes; another interface is named by `interface` in the profile or, without SLURM, by "
@@ -34,7 +35,7 @@ CURES = {
     "memory_kill": "it goes on with batches of half the size, launch.max_restarts times; if that does not help: fewer "
     f"data.workers, a lower data.image_size or more memory; {RESUME}, with batches of half the size again",
     "environment": f"fix the problem that the message names, of the machine, the shell or a file system; {RESUME}",
-    "full_disk": f"make room where the run directory is; {RESUME}",
+    "full_disk": f"free space where the run directory is; then {RESUME}",
     "lost_node": f"{RESUME}; ask whoever runs the cluster about the node",
     "lost_worker": "a worker was killed from outside: look for the out-of-memory killer (`dmesg | grep -i oom`) "
     f"or whoever sent the signal; where none was killed it is the network: {NETWORK_CURE}; {RESUME}",
@@ -145,7 +146,7 @@ def explain(
     head = f"{run}: {state}{left}, attempt {attempt}, epoch {status.get('epoch', 0)}, step {status.get('step', 0)}"
     if job and not history.since_launched(run, "attempt_started"):
         return "\n".join([head, *_before(run, attempt + 1), *explain_job(run, job), *_refused(run)])
-    lines = [head, *_before(run, attempt), *(_lost_nodes(run) if left else [])]
+    lines = [*_before(run, attempt), *(_lost_nodes(run) if left else [])]
     if job and job.state == "PENDING":
         lines += explain_job(run, job)
     failure = first_failure(run, attempt) or _as_recorded(run, attempt)
@@ -160,16 +161,16 @@ def explain(
         lines.append(f"no failure is recorded for this attempt; the logs are in {logs}")
     lines += [f"{found.message}\nlikely cause: {found.cause}" for found in findings.of_run(run)]
     if failure is None:
-        return "\n".join([*lines, *_evidence(run), *_refused(run)])
+        return "\n".join([head, *lines, *_evidence(run), *_refused(run)])
     rank, host = failure["rank"], failure["host"]
     where = f"rank {rank} on {host}" if rank is not None else f"seen from {host}"
     label = "stopped" if failure["kind"] in STOPS else "first failure"
-    lines.append(f"{label}: {where}: {failure['type']}: {failure['message']}")
+    first = [f"{label}: {where}: {failure['type']}: {failure['message']}", f"what to do: {what_to_do(run, failure)}"]
     lines += [failure["noticed"]] if "noticed" in failure else []
     lines += [f"  {line}" for line in _shown(failure)]
     if rank is not None:
         lines.append(f"log: {run.rank_log(attempt, rank)}")
-    return "\n".join([*lines, *_evidence(run), *_refused(run), f"what to do: {cure(failure)}"])
+    return "\n".join([head, *first, *lines, *_evidence(run), *_refused(run)])
 
 
 def _shown(failure: dict[str, Any]) -> list[str]:
@@ -183,8 +184,14 @@ def _shown(failure: dict[str, Any]) -> list[str]:
     return [*lines[own[-1] : own[-1] + OWN_LINES], "  …", *lines[OWN_LINES + 1 - TRACEBACK_LINES :]]
 
 
+def what_to_do(run: RunDir, failure: dict[str, Any]) -> str:
+    """The cure of a failure, with the command that goes on with this run or, without a checkpoint, begins it again."""
+    from_where = RESUME if run.newest_state() else AGAIN
+    return cure(failure).replace(RESUME, from_where).replace("launch resume RUN", f"launch resume {run}")
+
+
 def cure(failure: dict[str, Any]) -> str:
-    """What to do about a failure."""
+    """The cure of a failure, in general; RUN stands for the run directory."""
     kind, own_line = failure["kind"], failure.get("own_line")
     table = {"environment": ENVIRONMENT, "network": NETWORK}.get(kind, {})
     found = (text for sign, text in table.items() if re.search(sign, failure["message"]))

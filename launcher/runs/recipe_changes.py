@@ -52,6 +52,17 @@ OPEN = {
     "data.transform": "the best checkpoint is chosen anew from the next validation on",
     "data.transform_args": "",
     "data.augment": "",
+    "data.decode": "",
+    "data.cache": "",
+    "data.crop_scale": "",
+    "data.flip": "",
+    "data.rotate": "",
+    "data.auto_augment": "",
+    "data.magnitude": "",
+    "data.color_jitter": "",
+    "data.erase": "",
+    "data.mixup": "",
+    "data.cutmix": "",
     "data.workers": "",
     "data.on_bad_image": "",
     "data.missing_val_classes": "",
@@ -63,15 +74,25 @@ OPEN = {
     "optim.lr": "",
     "optim.momentum": "",
     "optim.weight_decay": "",
+    "optim.decay_norms": "",
     "optim.schedule": "",
+    "optim.end_factor": "",
+    "optim.step_epochs": "",
+    "optim.step_factor": "",
+    "optim.power": "",
+    "optim.cycles": "",
+    "optim.cycle_growth": "",
     "optim.warmup_epochs": "",
     "optim.lr_batch_size": "",
     "optim.groups": "",
+    "optim.layer_decay": "",
     "precision": "",
     "train.epochs": "",
     "train.channels_last": "",
     "train.batchnorm_recompute": "",
+    "train.ema": "an average that the checkpoint has goes on, a new one begins with the next step",
     "train.clip_grad_norm": "",
+    "train.clip_grad_value": "",
     "train.loss": OTHER_LOSS,
     "train.loss_args": OTHER_LOSS,
     "train.label_smoothing": "",
@@ -111,9 +132,27 @@ OPEN = {
 }
 """Keys that may change, each with a note for the user."""
 TUNED = (
-    *("model.", "batch.", "precision", "train.loss", "train.channels_last", "train.clip_grad_norm", "optim.momentum"),
-    *("data.workers", "data.augment", "data.dataset", "data.transform", "launch.threads"),
-    "launch.keep_freed_memory",
+    *(
+        "model.",
+        "batch.",
+        "precision",
+        "train.loss",
+        "train.ema",
+        "train.channels_last",
+        "train.clip_grad",
+        "optim.momentum",
+    ),
+    *(
+        "data.workers",
+        "data.augment",
+        "data.auto_augment",
+        "data.decode",
+        "data.cache",
+        "data.dataset",
+        "data.transform",
+    ),
+    *("data.crop_scale", "data.rotate", "data.magnitude", "data.color_jitter", "data.erase"),
+    *("launch.threads", "launch.keep_freed_memory"),
 )
 """Beginnings of keys that measured batch sizes and shares of cores depend on: a change has them measured again."""
 
@@ -178,7 +217,7 @@ def _trained_with(run: RunDir, state: dict[str, Any]) -> Recipe:
     import yaml
 
     try:
-        return recipes.from_dict(state["recipe"]) if "recipe" in state else recipes.read_resolved(run.recipe)
+        return recipes.from_recorded(state["recipe"]) if "recipe" in state else recipes.read_resolved(run.recipe)
     except (yaml.YAMLError, ValueError, TypeError, OSError) as error:
         first = str(error).splitlines()[0]
         raise UsageError(f"{run}: the recipe that it was trained with cannot be read: {first}") from None

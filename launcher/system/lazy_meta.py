@@ -111,11 +111,10 @@ def _begin_to_watch() -> None:
     """Have the factories import the kernels."""
     import torch
 
-    make: Any = torch.library.Library  # which torch gives no types
-    library = make("aten", "IMPL", "Meta")
+    library = torch.library.Library("aten", "IMPL", "Meta")  # type: ignore[no-untyped-call]
     for name, overload in FACTORIES:
         operator = getattr(getattr(torch.ops.aten, name), overload)
-        library.impl(operator, _after_import(operator), "Meta")
+        library.impl(operator, _after_import(operator), "Meta")  # type: ignore[no-untyped-call]
     _watch.append(library)
 
 

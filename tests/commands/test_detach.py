@@ -10,11 +10,12 @@ import pytest
 from launcher.runs import whereabouts
 from launcher.runs.run_dir import RunDir
 from launcher.system import processes
+from tests.nets import FACTORY
 
 END_S = 120
 SMALL = (
     "data.name=digits",
-    "model.arch=mobilenet_v3_small",
+    FACTORY,
     "model.weights=null",
     "batch.size=8",
     "post.enabled=false",

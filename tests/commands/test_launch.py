@@ -17,6 +17,7 @@ from launcher.images import scan as image_scan
 from launcher.runs.history import events
 from launcher.runs.run_dir import RunDir
 from launcher.system.files import read_jsonl
+from tests.nets import FACTORY
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -137,7 +138,7 @@ def test_bad_images_are_refused_before_anything_is_written(start, tmp_path, phot
 @pytest.mark.parametrize("debug", [False, True])
 def test_bad_images_are_left_out_on_every_rank_and_listed(start, tmp_path, photos, debug):
     bad = spoil(photos)
-    data = ("data.name=imagefolder", f"data.path={photos}", "data.on_bad_image=quarantine")
+    data = (FACTORY, "data.name=imagefolder", f"data.path={photos}", "data.on_bad_image=quarantine")
     process = start(RECIPE, *data, "--run-dir", "run", *(["--debug", "batch.size=auto"] if debug else []))
     output, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0, output
@@ -161,7 +162,13 @@ def test_an_image_that_breaks_later_ends_the_run_once_and_why_names_it(start, tm
     broken = min((data / "train/cat").iterdir())
     break_unseen(broken)
     process = start(
-        RECIPE, "data.name=imagefolder", f"data.path={data}", NO_POST, "launch.max_restarts=3", "--run-dir", "run"
+        *(RECIPE, FACTORY),
+        "data.name=imagefolder",
+        f"data.path={data}",
+        NO_POST,
+        "launch.max_restarts=3",
+        "--run-dir",
+        "run",
     )
     output, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 1, output
@@ -186,6 +193,7 @@ def test_two_nodes_started_by_hand_make_one_run(start, tmp_path, images):
         start(
             *(
                 RECIPE,
+                FACTORY,
                 NO_POST,
                 "data.name=imagefolder",
                 f"data.path={images}",
@@ -216,7 +224,9 @@ def test_a_local_sweep_runs_in_turn_and_a_failed_run_stops_no_other(start, tmp_p
         break_unseen(file)
     folders = (f"{images}", f"{broken}", f"{images}, image_size: 64")
     data = "data=" + ",".join(f"{{name: imagefolder, path: {folder}}}" for folder in folders)
-    process = start(RECIPE, data, "batch.size=32", NO_POST, "--backend", "torchrun", "--sweep", "--run-dir", "sweep")
+    process = start(
+        RECIPE, data, "batch.size=32", NO_POST, FACTORY, "--backend", "torchrun", "--sweep", "--run-dir", "sweep"
+    )
     output, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 1, output
     runs = [RunDir(folder) for folder in sorted((tmp_path / "sweep").glob("[0-9]-*"))]

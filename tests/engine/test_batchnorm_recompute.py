@@ -10,8 +10,9 @@ from launcher.engine.distributed import Ranks
 from launcher.engine.layers import batch_norms
 from launcher.engine.setup import build_parts
 from launcher.system.files import read_jsonl
+from tests.nets import NET
 
-SLOW_STATISTICS = {"model": {"arch": "mobilenet_v3_small"}, "batch": {"size": 6}}  # momentum 0.01
+SLOW_STATISTICS = {"model": NET, "batch": {"size": 6}}  # momentum 0.01
 STATISTICS = ("running_mean", "running_var")
 
 

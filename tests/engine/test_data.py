@@ -345,7 +345,7 @@ def test_a_loader_gives_exactly_these_batches_and_an_empty_one_is_empty(photos, 
 
 @pytest.mark.parametrize(
     ("cores", "ranks", "wanted", "expected"),
-    [(2, 2, "auto", 0), (2, 1, "auto", 1), (16, 4, "auto", 3), (64, 2, "auto", 8), (1, 4, "auto", 0), (2, 2, 5, 5)],
+    [(2, 2, "auto", 0), (2, 1, "auto", 1), (16, 4, "auto", 3), (64, 2, "auto", 31), (1, 4, "auto", 0), (2, 2, 5, 5)],
 )
 def test_loader_processes_are_the_ranks_cores_but_one(monkeypatch, cores, ranks, wanted, expected):
     monkeypatch.setattr(data, "num_cores", lambda: cores)

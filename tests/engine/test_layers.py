@@ -11,7 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import models
 
 from launcher.engine import layers
+from launcher.engine.model import build_module
 from launcher.errors import UsageError
+from launcher.recipe.schema import ModelConfig
 
 ARCHS = models.list_models(module=models)
 SEVERAL_HEADS = {"googlenet": ("aux1.fc2", "aux2.fc2", "fc"), "inception_v3": ("AuxLogits.fc", "fc")}
@@ -193,3 +195,42 @@ def test_layers_that_hold_most_parameters_are_opened_and_others_are_not():
     assert rows["class_token"].kind == "Parameter"
     assert "encoder.layers.encoder_layer_11.mlp" not in rows
     assert "conv_proj.weight" not in rows
+
+
+@pytest.mark.parametrize("arch", ["mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0"])
+def test_no_activation_of_ours_has_its_input_copied_for_the_same_gradients(arch):
+    """ReLU6, Hardswish and SiLU in place: autograd copies their input, for the derivative needs it."""
+    copies, found = [], []
+    for wanted in (
+        models.get_model(arch, num_classes=3),
+        build_module(ModelConfig(arch=arch, weights=None), num_classes=3, image_size=32),
+    ):
+        torch.manual_seed(0)
+        for parameter in wanted.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        images = torch.randn(2, 3, 32, 32)
+        with CountClones() as counted:
+            wanted.train()(images).square().sum().backward()
+        copies.append(counted.num)
+        found.append([parameter.grad for parameter in wanted.parameters()])
+    assert copies[0] > 10
+    assert copies[1] == 0
+    assert all(map(torch.equal, *found))
+
+
+class CountClones(TorchDispatchMode):
+    """Notes how often a tensor is copied in the forward pass."""
+
+    num = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.num += func is torch.ops.aten.clone.default and args[0].dim() == 4
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("arch", "expected"),
+    [("mobilenet_v2", True), ("shufflenet_v2_x0_5", True), ("resnet18", True), ("vgg11", False), ("vit_b_32", False)],
+)
+def test_channels_last_suits_models_with_convolutions_of_one_pixel_or_one_channel(arch, expected):
+    assert layers.prefers_channels_last(layers.build_meta(arch, 3)) is expected

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from launcher.engine.losses import Loss, cross_entropy
-from launcher.engine.metrics import BestMetric, TrainTotals, ValidationTotals, means
+from launcher.engine.metrics import BestMetric, TrainTotals, ValidationTotals, count, means
 
 CPU = torch.device("cpu")
 LOSS = Loss("cross_entropy", cross_entropy, {})
@@ -217,7 +217,7 @@ def test_training_sums_are_those_counted_by_hand(one_rank):
     logits, labels = predictions(60, 7)
     confusion, top5 = expected_counts(logits, labels)
     for part, own in zip(logits.split([25, 35, 0]), labels.split([25, 35, 0]), strict=True):
-        totals.add(torch.nn.functional.cross_entropy(part, own, reduction="sum"), part, own)
+        totals.add(count(torch.nn.functional.cross_entropy(part, own, reduction="sum"), part, own))
     assert totals.reduce() == pytest.approx(
         (torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item(), confusion.trace(), top5, 60)
     )
@@ -233,7 +233,7 @@ def test_restored_sums_go_on_and_are_not_changed_by_reducing(one_rank):
     totals = TrainTotals(CPU)
     totals.restore((10.5, 3, 5, 8))
     logits, labels = torch.tensor([[9.0, 1.0], [9.0, 1.0]]), torch.tensor([0, 1])
-    totals.add(torch.tensor(2.0), logits, labels)
+    totals.add(count(torch.tensor(2.0), logits, labels))
     assert totals.reduce() == totals.reduce() == (12.5, 4, 7, 10)
 
 
@@ -243,7 +243,7 @@ def test_sums_of_all_ranks_come_together(in_ranks):
         if ranks.rank == 0:
             totals.restore((100, 10, 20, 30))
         logits, labels = predictions(ranks.rank * 5, 7, seed=ranks.rank)  # rank 0 has none
-        totals.add(logits.sum() * 0 + ranks.rank, logits, labels)
+        totals.add(count(logits.sum() * 0 + ranks.rank, logits, labels))
         first = totals.reduce()
         assert totals.reduce() == first  # a checkpoint adds them up in the middle of an epoch
         return first

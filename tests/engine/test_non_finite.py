@@ -11,8 +11,9 @@ from launcher.engine.setup import build_parts
 from launcher.engine.trainer import Trainer
 from launcher.errors import TrainingError
 from launcher.system.files import read_jsonl
+from tests.nets import NET
 
-MODEL = {"arch": "mobilenet_v3_small"}  # with BatchNorm, whose statistics a bad batch would spoil
+MODEL = NET  # with BatchNorm, whose statistics a bad batch would spoil
 
 
 def events(run, kind):

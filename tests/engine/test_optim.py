@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import copy
+import typing
+
 import pytest
 import torch
 
+from launcher.engine import optim
 from launcher.engine.layers import build_meta
 from launcher.engine.model import FineTunedModel
-from launcher.engine.optim import build_optimizer, group_parameters, lr_scale, set_lr
+from launcher.engine.optim import build_optimizer, lr_scale, rates, set_lr
+from launcher.engine.optimizing.groups import group_parameters
+from launcher.engine.optimizing.kinds import OPTIMIZERS
 from launcher.errors import UsageError
 from launcher.recipe.schema import ModelConfig, OptimConfig, Recipe
 from launcher.recipe.schema_train import TrainConfig
@@ -105,7 +111,7 @@ def test_every_group_keeps_its_share_of_the_rate_through_training(engine, schedu
     assert rates == pytest.approx({"head": 0.4 * factor, "layer4": 0.0, "rest": 0.01 * factor}, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_weight_decay_does_not_touch_what_is_frozen(engine, name):
     model = FineTunedModel(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)), ModelConfig(freeze=["0"]))
     before = [p.clone() for p in model.module.parameters()]
@@ -119,10 +125,47 @@ def test_weight_decay_does_not_touch_what_is_frozen(engine, name):
 
 @pytest.mark.parametrize(
     ("name", "meant_for", "expected"),
-    [("sgd", None, 1.0), ("sgd", 64, 4.0), ("sgd", 512, 0.5), ("adamw", 64, 2.0), ("adamw", 256, 1.0)],
+    [
+        ("sgd", None, 1.0),
+        ("sgd", 64, 4.0),
+        ("sgd", 512, 0.5),
+        ("adamw", 256, 1.0),
+        *((name, 64, 2.0) for name in OPTIMIZERS if name != "sgd"),
+    ],
 )
 def test_rates_follow_the_global_batch_they_are_not_meant_for(name, meant_for, expected):
     config = OptimConfig(name=name, lr=0.01, schedule="constant", lr_batch_size=meant_for)
     assert lr_scale(config, 256) == expected
     optimizer = build_optimizer(model_of(), config)
     assert set_lr(optimizer, Recipe(optim=config), 1.0, 256) == pytest.approx(0.01 * expected)
+
+
+def test_every_optimizer_of_the_schema_has_a_row():
+    assert typing.get_args(typing.get_type_hints(OptimConfig)["name"]) == tuple(OPTIMIZERS)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_is_torchs_own_and_one_that_is_left_out_changes_nothing(engine, name):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 3))
+    model = FineTunedModel(net, ModelConfig(), head=("1",))
+    optimizer = build_optimizer(model, OptimConfig(name=name, lr=0.01))
+    scaler = engine.cpu.grad_scaler("fp32")
+
+    def take(flag):
+        optimizer.zero_grad()
+        net(torch.ones(2, 6)).square().sum().backward()
+        optim.step(optimizer, scaler, torch.tensor(float(flag)))
+        return [[p.detach().clone() for p in net.parameters()], copy.deepcopy(optimizer.state_dict()["state"])]
+
+    first = take(0)
+    assert engine.identical(take(1), first)
+    assert not engine.identical(take(0)[0], first[0])
+
+
+def test_each_groups_rate_is_told_where_there_are_several(engine):
+    config = OptimConfig(lr=0.01, groups={"head": 0.4}, decay_norms=False, schedule="constant")
+    optimizer = build_optimizer(model_of(), config)
+    set_lr(optimizer, Recipe(optim=config), 1.0, 256)
+    assert rates(optimizer) == pytest.approx({"lr": 0.4, "lr/head": 0.4, "lr/rest": 0.01})
+    assert rates(build_optimizer(model_of(), OptimConfig())) == {"lr": 0.01}

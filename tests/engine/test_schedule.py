@@ -13,7 +13,6 @@ from launcher.engine.schedule import (
     Schedule,
     derive_seed,
     epoch_order,
-    lr_factor,
     split_by_shares,
     step_sizes,
     validation_batches,
@@ -283,37 +282,3 @@ def test_statistics_come_from_the_same_batches_of_one_size_at_any_world_size(pla
         assert {len(batch) for batch in found} == {min(single.batch_sizes[0], used)}
     else:
         assert most == 0 or single.batch_sizes[0] == 1 or used < 2
-
-
-WARMUPS = st.one_of(st.just(0.0), st.floats(0.01, 5.0))
-RATES = WARMUPS.flatmap(lambda warmup: st.tuples(st.just(warmup), st.integers(int(warmup) + 1, 50)))
-
-
-@pytest.mark.parametrize("kind", ["cosine", "constant"])
-@given(rates=RATES, fraction=st.floats(0, 1), step=st.floats(1e-6, 1e-3))
-def test_the_rate_has_no_jumps_and_stays_between_nothing_and_the_peak(kind, rates, fraction, step):
-    warmup, epochs = rates
-
-    def factor(progress):
-        return lr_factor(progress, schedule=kind, warmup_epochs=warmup, epochs=epochs)
-
-    here, there = fraction * epochs, fraction * epochs + step
-    steepest = (1 / warmup if warmup else 0) + np.pi / 2 / (epochs - warmup)
-    assert 0 <= factor(here) <= 1
-    assert abs(factor(there) - factor(here)) <= step * steepest + 1e-9
-
-
-@given(rates=RATES)
-def test_the_rate_rises_in_a_line_to_the_peak_and_ends_at_nothing_or_stays(rates):
-    warmup, epochs = rates
-    for kind, end, halfway in (("cosine", 0.0, 0.5), ("constant", 1.0, 1.0)):
-
-        def factor(progress, kind=kind):
-            return lr_factor(progress, schedule=kind, warmup_epochs=warmup, epochs=epochs)
-
-        assert factor(warmup) == 1
-        if warmup > 0:
-            assert factor(warmup / 4) == pytest.approx(0.25)
-        assert factor((warmup + epochs) / 2) == pytest.approx(halfway)
-        assert factor(epochs) == pytest.approx(end, abs=1e-9)
-        assert factor(epochs + 1) == pytest.approx(end, abs=1e-9)

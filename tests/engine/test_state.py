@@ -22,9 +22,10 @@ from launcher.engine.setup import build_parts
 from launcher.engine.trainer import Trainer
 from launcher.errors import UsageError
 from launcher.system.files import read_jsonl
+from tests.nets import NET
 
 EVERYTHING = {
-    "model": {"arch": "mobilenet_v3_small"},  # BatchNorm and dropout
+    "model": NET,
     "data": {"augment": "standard"},
     "optim": {"lr": 0.01, "schedule": "cosine", "warmup_epochs": 0.5},
     "precision": "fp16",
@@ -49,6 +50,7 @@ DERIVED = {
     "parts.ddp": "made anew around the model",
     "_step._statistics": "views of the model's buffers",
     "_step._parameters": "the model's",
+    "_step.gradient_norm": "told where a window of steps ends",
     "_step._micro_batch._statistics": "views of the model's buffers",
     "_step._micro_batch._pass": "within a forward and backward pass",
     "_step._micro_batch.largest_that_fits": "what becomes state.batch_limits, once all ranks know",
@@ -201,7 +203,7 @@ def test_a_checkpoint_has_the_numbers_of_its_step_however_long_copying_takes(
 @pytest.mark.slow
 def test_a_lone_image_on_a_rank_is_normalised_alike_in_a_resumed_run(make_run, engine, in_ranks):
     """By running statistics, of which a checkpoint has only rank 0's."""
-    changes = {"model": {"arch": "mobilenet_v3_small"}, "batch": {"size": 2, "global_size": 6}}  # 2 + 1 on each rank
+    changes = {"model": NET, "batch": {"size": 2, "global_size": 6}}  # 2 + 1 on each rank
     undisturbed, run = make_run("whole", **changes), make_run("stopped", **changes)
     whole = in_ranks(2, lambda who: engine.train(undisturbed, who))[0]
     in_ranks(2, lambda who: engine.train(run, who, stop=engine.at_poll(4)))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 from collections import Counter
 from dataclasses import replace
@@ -23,6 +24,7 @@ from launcher.engine.setup import build_parts
 from launcher.engine.trainer import Trainer
 from launcher.errors import TrainingError
 from launcher.system import processes
+from tests.nets import NET
 
 MEAN = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
 STD = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
@@ -84,6 +86,8 @@ def reference(run, engine, *, global_size):
             loss.backward()
             if recipe.train.clip_grad_norm:
                 nn.utils.clip_grad_norm_(module.parameters(), recipe.train.clip_grad_norm)
+            if recipe.train.clip_grad_value:
+                nn.utils.clip_grad_value_(module.parameters(), recipe.train.clip_grad_value)
             optimizer.step()
             losses.append(loss.item())
     return module.state_dict(), losses
@@ -131,10 +135,11 @@ def test_also_where_two_of_three_ranks_have_no_image(make_run, engine, in_ranks)
     [
         {"train": {"label_smoothing": 0.2}},
         {"train": {"clip_grad_norm": 0.5}},
+        {"train": {"clip_grad_value": 1e-3}},
         {"train": {"epochs": 3}, "model": {"freeze": ["backbone"], "unfreeze": {1: "features.12", 2: "features"}}},
         {"train": {"channels_last": True}},
     ],
-    ids=["smoothing", "clipping", "unfreezing", "channels last"],
+    ids=["smoothing", "clipping", "clipping by value", "unfreezing", "channels last"],
 )
 def test_also_with(make_run, engine, in_ranks, changes, world_size, size, accumulate):
     run = make_run(batch={"size": size, "accumulate": accumulate}, **changes)
@@ -145,6 +150,49 @@ def test_also_with(make_run, engine, in_ranks, changes, world_size, size, accumu
     if "channels_last" not in changes["train"]:  # it does change the weights, or nothing would be proved
         base = make_run("base", train={"epochs": changes["train"].get("epochs", 1)})
         assert engine.largest_difference(expected[0], reference(base, engine, global_size=18)[0]) > 1e-4
+
+
+def in_double(parts):
+    """Compute in float64: the model and what it is given."""
+    parts.model.module.double()
+    parts.model.module.register_forward_pre_hook(lambda _, images: (images[0].double(),))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"data": {"mixup": 0.4}, "train": {"label_smoothing": 0.1}},
+        {"data": {"cutmix": 1.0}, "train": {"loss": "binary_cross_entropy"}},
+        {"data": {"mixup": 0.4, "cutmix": 1.0}, "train": {"loss": "focal", "epochs": 2}},
+    ],
+    ids=["plain", "mixup and smoothing", "cutmix", "both"],
+)
+def test_batches_of_24_and_8_give_the_gradient_of_32_in_double_precision(make_run, engine, in_ranks, changes):
+    """37 images: steps of 19 and 18. Without momentum and decay the weights have moved by gradients only."""
+    run = make_run(batch={"size": 32}, optim={"lr": 1.0, "momentum": 0.0, "weight_decay": 0.0}, **changes)
+    spreads = [((32,), (32,)), ((24, 8), (24, 8)), ((4, 3), (24, 8))]  # the last accumulates
+
+    def moves(batch_sizes, shares):
+        def prepare(parts):
+            engine.without_dropout(parts)
+            in_double(parts)
+            parts.schedule = replace(
+                parts.schedule, batching=Batching(batch_sizes=batch_sizes, shares=shares, global_batch_size=32)
+            )
+
+        stop = engine.at_poll(3)  # before a validation, which takes time
+        ranks = in_ranks(len(shares), lambda who: engine.train(run, who, prepare=prepare, stop=stop))
+        shutil.rmtree(run.checkpoints)
+        return ranks[0]
+
+    whole, *others = (moves(*spread) for spread in spreads)
+    assert len(moved(whole.initial, whole.state)) == len(whole.state)
+    for found in others:
+        assert engine.largest_difference(found.state, whole.state) < 1e-6
+        assert [line["loss"] for line in found.lines] == pytest.approx([line["loss"] for line in whole.lines])
+        assert [line["top1"] for line in found.lines] == pytest.approx([line["top1"] for line in whole.lines])
 
 
 @pytest.mark.slow
@@ -432,7 +480,7 @@ def test_layers_learn_at_the_rates_of_their_groups(make_run, engine, one_rank):
 
 
 LEARNING = {
-    "model": {"arch": "mobilenet_v3_small"},  # BatchNorm and dropout
+    "model": NET,
     "data": {"augment": "standard"},
     "optim": {"lr": 0.01, "schedule": "cosine", "warmup_epochs": 0.5},
     "train": {"epochs": 2, "early_stopping": {"metric": "val/top1", "mode": "max", "patience": 5}},
@@ -466,6 +514,20 @@ def test_stopped_at_any_poll_and_resumed_one_rank_ends_with_the_very_same_bits(m
         assert event["step"] == first.step
         steps.add(first.step)
     assert len(steps) > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["nadam", "radam", "rmsprop", "adafactor"])
+def test_every_optimizer_is_resumed_in_the_middle_of_a_cycle(make_run, engine, one_rank, optimizer):
+    optim = {"name": optimizer, "lr": 1e-4, "schedule": "one_cycle", "layer_decay": 0.9, "decay_norms": False}
+    changes = {"optim": optim, "train": {"epochs": 2}}
+    whole, run = engine.train(make_run("whole", **changes)), make_run("stopped", **changes)
+    assert engine.train(run, stop=engine.at_poll(3)).step in (2, 3)
+    found = engine.train(run)
+    assert engine.identical(found.state, whole.state)
+    assert engine.identical(found.optimizer, whole.optimizer)
+    assert len({name for line in found.lines for name in line if name.startswith("lr/")}) > 5
+    assert all(line["grad_norm"] > 0 for line in whole.lines if line["split"] == "train")
 
 
 @pytest.mark.slow
@@ -779,7 +841,7 @@ def test_windows_of_steps_are_recorded_with_what_lies_in_them(make_run, engine, 
     for line in lines:
         assert {"time", "attempt", "loss", "top1", "top5"} < line.keys()
         assert 0 <= line["top1"] <= line["top5"] <= 1
-        extra = {"lr", "images_per_s"} if line["split"] == "train" else {"f1", "per_class", "confusion"}
+        extra = {"lr", "grad_norm", "images_per_s"} if line["split"] == "train" else {"f1", "per_class", "confusion"}
         assert extra < line.keys()
     status = run.read_status()
     assert (status["state"], status["epoch"], status["step"]) == ("completed", 2, 20)

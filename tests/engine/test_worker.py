@@ -162,7 +162,7 @@ def test_the_users_own_line_is_the_last_that_is_nobody_elses(text, place):
         (OSError(errno.ENOENT, "No such file or directory", "/a"), "environment", "is there, on every node"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "/a"), "environment", "shorter path"),
         (OSError(errno.ESTALE, "Stale file handle", "/a"), "environment", "file system failed"),
-        (OSError(errno.ENOSPC, "No space left on device", "/a"), "full_disk", "make room"),
+        (OSError(errno.ENOSPC, "No space left on device", "/a"), "full_disk", "free space"),
         (
             RuntimeError("unable to open shared memory object </torch_1> in read-write mode"),
             "environment",

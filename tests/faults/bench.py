@@ -88,13 +88,13 @@ class Launched:
         """What it has printed so far."""
         return self._log.read_text(errors="replace")
 
-    def until(self, condition, what: str) -> None:
-        """Wait for something to happen to a run that goes on."""
+    def until(self, condition, what: str, *, every_s: float = 0.05) -> None:
+        """Wait for something to happen to a run that goes on; each look reads its records, and takes from its time."""
         end = time.monotonic() + DEADLINE_S
         while not condition():
             assert self.process.poll() is None, f"ended before {what}:\n{self.output}"
             assert time.monotonic() < end, f"it never came to {what}:\n{self.output}"
-            time.sleep(0.005)
+            time.sleep(every_s)
 
     def ends(self, code: int) -> str:
         """Wait for its end; return its output."""
@@ -108,7 +108,7 @@ class Launched:
         self.process.wait(timeout=DEADLINE_S)
         end = time.monotonic() + 60
         while self.session() and time.monotonic() < end:
-            time.sleep(0.02)
+            time.sleep(0.1)
         return not self.session()
 
     def workers(self, run: RunDir) -> list[psutil.Process]:

@@ -76,7 +76,7 @@ class Killer:
                 return now > begun and now % STEPS_PER_EPOCH == 0
             return moment == "checkpoint" and now > begun and bool(list(self._run.checkpoints.glob(".*")))
 
-        launched.until(has_come, f"{moment} of a {victim}")
+        launched.until(has_come, f"{moment} of a {victim}", every_s=0.005)
         longest = 0.05 if moment != "start-up" else 0.5 if victim in ("rank", "loader") else START_UP_S
         end = time.monotonic() + self._chance.uniform(0, longest)
         while time.monotonic() < end and step(self._run) < until:

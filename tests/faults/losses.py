@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 from launcher.engine.checkpoints import checkpoint as checkpoints
 from launcher.engine.checkpoints.checkpoint import CheckpointWriter
@@ -169,6 +170,7 @@ def _start_and_kill(bench: Bench, run: RunDir, prefix: list[str]) -> None:
         )
     while not events(run, "first_step"):
         assert process.poll() is None, (run.path.parent.parent / "output").read_text()
+        time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 

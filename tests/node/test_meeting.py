@@ -20,11 +20,13 @@ from launcher.plan.launch_plan import Launched, LaunchPlan
 from launcher.runs.history import events
 from launcher.runs.run_dir import RunDir
 from launcher.system import network
+from tests.nets import FACTORY
 
 ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / "recipes/debug.yaml")
 SMALL = (
     "post.enabled=false",
+    FACTORY,
     "train.epochs=1",
     "batch.size=9",
     "data.name=imagefolder",

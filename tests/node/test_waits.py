@@ -23,6 +23,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.runs.history import events
 from launcher.runs.run_dir import RunDir
 from launcher.system import network
+from tests.nets import FACTORY
 
 ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / "recipes/debug.yaml")
@@ -47,8 +48,8 @@ class Node:
         with self.log.open("w") as stream:
             self.process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "launcher", RECIPE, "post.enabled=false", *changes, "--run-dir", "run"),
-                    *("--procs", "1", "--nodes", "2", "--node-rank", str(rank)),
+                    *(sys.executable, "-m", "launcher", RECIPE, FACTORY, "post.enabled=false", *changes),
+                    *("--run-dir", "run", "--procs", "1", "--nodes", "2", "--node-rank", str(rank)),
                     *("--rdzv-endpoint", f"{address()}:{port}"),
                 ],
                 cwd=folder,

@@ -131,7 +131,8 @@ def consistent(recipe):
     change = dataclasses.replace
     stop, batch, launch, model = recipe.train.early_stopping, recipe.batch, recipe.launch, recipe.model
     train = change(recipe.train, early_stopping=change(stop, mode=WATCHABLE[stop.metric]))
-    optim = change(recipe.optim, warmup_epochs=min(recipe.optim.warmup_epochs, train.epochs / 2))
+    if train.clip_grad_norm is not None:
+        train = change(train, clip_grad_value=None)
     if "onnx" not in recipe.post.export:
         recipe = change(recipe, post=change(recipe.post, quantize=[]))
     if batch.global_size is not None:
@@ -144,10 +145,13 @@ def consistent(recipe):
         launch = change(launch, nodes=launch.max_nodes)
     if launch.max_nodes == 1:
         launch = change(launch, spares=0)
-    unfreeze = {epoch % train.epochs: names for epoch, names in model.unfreeze.items()} if model.freeze else {}
-    model = change(model, unfreeze=unfreeze)
-    data = change(recipe.data, name="digits", path=None)
-    return change(recipe, train=train, optim=optim, batch=batch, launch=launch, model=model, data=data)
+    if not model.freeze:
+        model = change(model, unfreeze={})
+    crop = recipe.data.crop_scale
+    data = change(recipe.data, name="digits", path=None, crop_scale=crop if crop == "auto" else sorted(crop))
+    if batch.size == 1:
+        data = change(data, mixup=0.0, cutmix=0.0)
+    return change(recipe, train=train, batch=batch, launch=launch, model=model, data=data)
 
 
 RECIPES = values_of(SCHEMA, "", OWN).map(recipes.from_dict).map(consistent)

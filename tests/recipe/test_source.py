@@ -306,7 +306,8 @@ def test_what_the_recipe_leaves_to_its_user_can_be_given(read):
     ("text", "expected"),
     [
         ("optim:\n  lrr: 1\n", "recipe.yaml:3: optim.lrr: unknown key; did you mean 'lr'? valid: name, lr, momentum, "),
-        ("lr: 1\n", "recipe.yaml:2: lr: unknown key; valid: name, seed, model, data, batch, optim, "),
+        ("lr: 1\n", "recipe.yaml:2: lr: unknown key; it is optim.lr here"),
+        ("lrx: 1\n", "recipe.yaml:2: lrx: unknown key; valid: name, seed, model, data, batch, optim, "),
         ("trian: {epochs: 1}\n", "recipe.yaml:2: trian: unknown key; did you mean 'train'"),
         ("train: {checkpoint: {kep: 1}}\n", "recipe.yaml:2: train.checkpoint.kep: unknown key; did you mean 'keep'?"),
         ("optim:\n  yes: 1\n", "recipe.yaml:3: optim."),  # YAML's yes is a boolean, and no key
@@ -323,7 +324,10 @@ def test_what_the_recipe_leaves_to_its_user_can_be_given(read):
         ("optim: {lr: .nan}\n", "recipe.yaml:2: optim.lr: found nan; valid: a number > 0"),
         ("optim: {lr: .inf}\n", "recipe.yaml:2: optim.lr: found inf; valid: a number > 0"),
         ("optim: {momentum: 1}\n", "recipe.yaml:2: optim.momentum: found 1; valid: a number >= 0 and < 1"),
-        ("optim: {name: adam}\n", "recipe.yaml:2: optim.name: found 'adam'; valid: sgd, adamw"),
+        (
+            "optim: {name: lion}\n",
+            "recipe.yaml:2: optim.name: found 'lion'; valid: sgd, adam, adamw, nadam, radam, rmsprop, adafactor",
+        ),
         ("optim: 3\n", "recipe.yaml:2: optim: found 3; valid: a mapping with the keys name, lr, momentum, "),
         ("optim:\n", "recipe.yaml:2: optim: found null; valid: a mapping with the keys name, lr, momentum, "),
         ("model: {freeze: conv1}\n", "recipe.yaml:2: model.freeze: found 'conv1'; valid: a list of text"),

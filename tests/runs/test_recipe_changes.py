@@ -97,6 +97,18 @@ def test_a_recipe_of_before_a_key_was_there_had_its_default(begun, file):
     assert found(run, file, "train.on_nan=skip") == {"train.on_nan": ("stop", "skip")}
 
 
+def test_a_run_of_before_large_files_were_decoded_smaller_goes_on_as_it_was(begun, file):
+    run = begun()
+    state = json.loads((run.checkpoint(3) / "state.json").read_text())
+    del state["recipe"]["data"]["decode"]
+    (run.checkpoint(3) / "state.json").write_text(json.dumps(state))
+    recorded = run.recipe.read_text()
+    run.recipe.write_text("".join(line for line in recorded.splitlines(True) if "decode:" not in line))
+    assert recipes.read_resolved(run.recipe).data.decode == "exact"
+    assert found(run, run.recipe) == {}
+    assert found(run, run.recipe, "data.decode=fast") == {"data.decode": ("exact", "fast")}
+
+
 def test_a_weights_file_that_was_moved_is_the_same_and_another_one_is_not(begun, file, tmp_path):
     for name in ("here/w.pth", "there/w.pth", "there/other.pth"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

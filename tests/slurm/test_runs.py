@@ -22,6 +22,7 @@ from safetensors.numpy import load_file
 from launcher.runs.history import events, next_attempt
 from launcher.runs.run_dir import RunDir
 from launcher.system.files import read_jsonl
+from tests.nets import FACTORY, SLOW
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(420)]
 ROOT = Path(__file__).parents[2]
@@ -33,6 +34,7 @@ SMALL = (
     "tracking.log_every=1",
     "train.early_stopping.patience=null",
     "post.enabled=false",
+    FACTORY,
 )
 OFTEN = "train.checkpoint.every_steps=5"
 ALLOCATION = ("salloc", "--quiet", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2")
@@ -192,13 +194,14 @@ def test_two_nodes_train_to_the_end_from_one_command(undisturbed, slurm_cluster)
         text=True,
         check=True,
     )
-    assert dry.stdout.endswith(f"\nscript\n{script.read_text()}"), dry.stdout  # without SLURM on PATH
+    shown = re.split(r"^(?:script\n|code   )", dry.stdout, flags=re.MULTILINE)[1]  # without SLURM on PATH
+    assert shown == script.read_text(), dry.stdout
     assert "completed already" in _launch(slurm_cluster, "resume", str(run.path))
     assert len(events(run, "submitted")) == 1
 
 
 def test_preempted_in_mid_epoch_it_ends_with_the_very_same_bits(launch, undisturbed):
-    launched = launch("train.epochs=2")
+    launched = launch("train.epochs=2", SLOW)
     launched.wait_for_step(12)
     launched.slurm("sbatch", "--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 3")
     code, output = launched.finish()
@@ -217,7 +220,7 @@ def test_preempted_in_mid_epoch_it_ends_with_the_very_same_bits(launch, undistur
     assert steps == sorted(set(steps))
 
 
-SLOW = """
+SLOW_TWICE = """
 import os
 import time
 
@@ -240,7 +243,7 @@ def test_the_time_limit_cuts_it_and_it_goes_on_to_the_exports_in_a_job_of_their_
     post = ("post.enabled=true", "post.profile=dev", "post.quantize=[]")
     # The shortest limit that SLURM knows is a minute, and it looks every thirty seconds whether a job is near its end.
     short = ("--procs", "1", "profile.timeout_min=1", "profile.lead_s=50")
-    launched = launch("train.epochs=1", "batch.size=32", *short, *post, patched(SLOW))
+    launched = launch("train.epochs=1", "batch.size=32", *short, *post, patched(SLOW_TWICE))
     run = launched.run
     launched.wait_until(lambda: len(ends(run)) == 2)
     launched.slurm("scontrol", "update", f"JobId={launched.job_id}", "TimeLimit=10")  # enough for the rest
@@ -258,7 +261,7 @@ def test_the_time_limit_cuts_it_and_it_goes_on_to_the_exports_in_a_job_of_their_
 
 
 def test_a_killed_worker_is_started_again_in_the_same_job(launch, undisturbed):
-    launched = launch("train.epochs=2", OFTEN)
+    launched = launch("train.epochs=2", OFTEN, SLOW)
     launched.wait_for_step(12)
     (*_, host) = sorted(hosts(launched.run, 1))
     launched.workers(host)[0].kill()
@@ -274,7 +277,7 @@ def test_a_killed_worker_is_started_again_in_the_same_job(launch, undisturbed):
 
 @pytest.mark.parametrize("node", [0, -1], ids=["the first", "the last"])  # where the nodes meet, and another one
 def test_a_killed_supervisor_has_the_run_go_on_without_its_node(launch, node):
-    launched = launch("train.epochs=2", OFTEN)
+    launched = launch("train.epochs=2", OFTEN, SLOW)
     launched.wait_for_step(12)
     host = sorted(hosts(launched.run, 1))[node]
     start = time.monotonic()
@@ -291,7 +294,7 @@ def test_a_killed_supervisor_has_the_run_go_on_without_its_node(launch, node):
 
 
 def test_a_node_whose_network_is_cut_is_left_behind(launch, slurm_machine):
-    launched = launch("train.epochs=2", OFTEN)
+    launched = launch("train.epochs=2", OFTEN, SLOW)
     launched.wait_for_step(12)
     (*_, host) = sorted(hosts(launched.run, 1))
     start = time.monotonic()
@@ -311,7 +314,7 @@ def test_a_node_whose_network_is_cut_is_left_behind(launch, slurm_machine):
 
 @pytest.mark.parametrize("by", ["scancel", "launch cancel"])
 def test_nothing_is_left_of_a_cancelled_run(launch, by, slurm_cluster):
-    launched = launch("train.epochs=400")
+    launched = launch("train.epochs=400", SLOW)
     launched.wait_for_step(5)
     assert len(launched.processes()) >= 6
     if by == "scancel":
@@ -331,7 +334,7 @@ def test_nothing_is_left_of_a_cancelled_run(launch, by, slurm_cluster):
 
 def test_detached_it_returns_at_once_and_goes_on_and_nothing_else_may(launch, slurm_cluster):
     start = time.monotonic()
-    launched = launch("train.epochs=4", "--detach")
+    launched = launch("train.epochs=2", SLOW, "--detach")
     code, output = launched.finish()
     print(f"returned after {time.monotonic() - start:.1f} s")
     assert code == 0
@@ -428,8 +431,9 @@ def test_a_bad_image_is_left_out_on_all_nodes(launch_on, slurm_cluster, tmp_path
 
 
 def test_two_runs_of_the_same_second_on_the_same_nodes_do_not_meet(launch):
-    one = launch("train.epochs=2", "profile.sbatch={nodelist: 'n[1-2]'}", name="one")
-    other = launch("train.epochs=2", "profile.sbatch={nodelist: 'n[1-2]'}", "seed=1", name="other")
+    both = ("train.epochs=2", SLOW, "profile.sbatch={nodelist: 'n[1-2]'}")
+    one = launch(*both, name="one")
+    other = launch(*both, "seed=1", name="other")
     for launched in (one, other):
         code, output = launched.finish()
         assert code == 0, output
@@ -446,7 +450,7 @@ def test_two_runs_of_the_same_second_on_the_same_nodes_do_not_meet(launch):
 
 def test_without_accounting_it_is_all_the_same(own_cluster, launch_on):  # in this order: jobs end before the cluster
     environment = own_cluster.up("--no-accounting")
-    launched = launch_on(environment, RECIPE, *TWO_NODES, *SMALL, "train.epochs=2", "--detach")
+    launched = launch_on(environment, RECIPE, *TWO_NODES, *SMALL, SLOW, "train.epochs=2", "--detach")
     code, output = launched.finish()
     assert code == 0, output
     launched.process = subprocess.Popen(["sleep", "300"], stdout=subprocess.PIPE, text=True)
@@ -461,7 +465,9 @@ def test_without_accounting_it_is_all_the_same(own_cluster, launch_on):  # in th
 
 @pytest.mark.parametrize("by", [None, signal.SIGINT])
 def test_in_an_allocation_it_is_a_step(launch_on, slurm_cluster, by, undisturbed, tmp_path):
-    launched = launch_on(slurm_cluster, RECIPE, *TWO_NODES, *SMALL, "train.epochs=2", within=ALLOCATION)
+    launched = launch_on(
+        slurm_cluster, RECIPE, *TWO_NODES, *SMALL, *([SLOW] if by else []), "train.epochs=2", within=ALLOCATION
+    )
     if by:
         launched.wait_for_step(5)
         (own,) = [child for child in psutil.Process(launched.process.pid).children() if "launcher" in child.cmdline()]
@@ -483,7 +489,7 @@ SHRINKS = ("--nodes", "2:3", "--procs", "1")
 
 
 def test_a_job_that_shrinks_and_grows_is_preempted_as_any_other(launch):
-    launched = launch(*SHRINKS, "train.epochs=2")
+    launched = launch(*SHRINKS, SLOW, "train.epochs=2")
     launched.wait_for_step(8)
     launched.slurm("sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 3")
     code, output = launched.finish()
@@ -496,7 +502,7 @@ def test_a_job_that_shrinks_and_grows_is_preempted_as_any_other(launch):
 
 def test_in_an_allocation_a_run_that_shrinks_and_grows_is_a_step_a_node(launch_on, slurm_cluster):
     within = ("salloc", "--quiet", "--no-kill", "--nodes=3", "--ntasks-per-node=1", "--cpus-per-task=2")
-    arguments = (*TWO_NODES, *SHRINKS, *SMALL, "train.epochs=20", OFTEN)
+    arguments = (*TWO_NODES, *SHRINKS, *SMALL, SLOW, "model.factory_args={attempts: 9}", "train.epochs=20", OFTEN)
     launched = launch_on(slurm_cluster, RECIPE, *arguments, within=within)
     launched.wait_for_step(5)
     launched.supervisor("n2").kill()
@@ -510,7 +516,7 @@ def test_in_an_allocation_a_run_that_shrinks_and_grows_is_a_step_a_node(launch_o
 
 
 def test_a_sweep_is_a_job_array_and_ends_in_a_comparison(launch_on, slurm_cluster, tmp_path):
-    size = ("--nodes", "1", "--procs", "1", "--profile", "dev", "train.epochs=1", *SMALL[1:])
+    size = ("--nodes", "1", "--procs", "1", "--profile", "dev", "train.epochs=1", *SMALL[1:], SLOW)
     sweep = launch_on(
         slurm_cluster, RECIPE, "optim.lr=0.05,0.02,0.01", "--sweep", "--parallel", "2", *size, name="sweep"
     )
@@ -631,7 +637,7 @@ schedule.derive_seed = that_hangs_once
 
 
 def test_a_rank_that_hangs_is_found_in_time_with_the_stacks_of_all(launch, patched, undisturbed):
-    timeout_s = 15
+    timeout_s = 10
     launched = launch("train.epochs=2", f"train.hang_timeout_s={timeout_s}", patched(HANG))
     launched.wait_until(lambda: list(launched.run.attempt_errors(1).glob("rank-*.json")))
     found = launched.run.rank_error(1, 2)

@@ -24,10 +24,11 @@ from launcher.plan.topology import Topology
 from launcher.recipe.schema import LaunchConfig, PostConfig, Recipe
 from launcher.runs.history import events
 from launcher.runs.run_dir import RunDir
+from tests.nets import FACTORY
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(420)]
 ROOT = Path(__file__).parents[2]
-SMALL = ("--profile", "dev", "train.epochs=1", "batch.size=64", "post.enabled=false")
+SMALL = ("--profile", "dev", "train.epochs=1", "batch.size=64", "post.enabled=false", FACTORY)
 DEADLINE_S = 240
 
 

@@ -14,6 +14,7 @@ import pytest
 from launcher.runs.history import events
 from launcher.runs.run_dir import RunDir
 from launcher.system import console
+from tests.nets import FACTORY
 
 ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / "recipes/debug.yaml")
@@ -153,6 +154,7 @@ def test_an_answer_that_the_disk_does_not_take_is_an_error():
 @pytest.mark.timeout(900)  # exports take minutes on a busy machine
 @pytest.mark.parametrize("reads", ["one line", "until it is trained", "nothing"])
 def test_a_run_without_a_reader_is_trained_exported_and_reported(reads, tmp_path):
+    launcher = (sys.executable, "-m", "launcher")
     reader, writer = os.pipe()
     if reads == "nothing":  # and the pipe is full from the start
         os.set_blocking(writer, False)
@@ -161,7 +163,7 @@ def test_a_run_without_a_reader_is_trained_exported_and_reported(reads, tmp_path
                 pass
         os.set_blocking(writer, True)
     process = subprocess.Popen(
-        [sys.executable, "-m", "launcher", RECIPE, "post.quantize=[]", "tracking.log_every=1", "--run-dir", "run"],
+        [*launcher, RECIPE, FACTORY, "post.quantize=[]", "tracking.log_every=1", "--run-dir", "run"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         stdout=writer,

@@ -18,6 +18,7 @@ import onnxruntime
 import pytest
 import torch
 
+import launcher
 from launcher import cli
 from launcher.engine.checkpoints import checkpoint
 from launcher.engine.device import num_cores
@@ -416,3 +417,34 @@ def test_what_libraries_print_goes_to_the_log_and_our_lines_to_the_terminal(tmp_
     print("after")
     assert capfd.readouterr() == ("making model.onnx\nafter\n", "")
     assert {"printed", "C library", "TorchScript is deprecated"} <= {*log.read_text().splitlines()}
+
+
+# --- using it
+
+
+def test_a_loaded_run_gives_the_checkpoints_own_answers_by_its_onnx_file_and_without_it(exported, tmp_path):
+    best = evaluate.load_best(exported)
+    paths = [path for path, _ in best.dataset("val").samples]
+    with torch.inference_mode():
+        logits = torch.cat([best.module(images) for images, _ in best.batches("val")])
+    expected = logits.softmax(dim=1).max(dim=1)
+    bare = shutil.copytree(exported.path, tmp_path / "bare", symlinks=True)
+    shutil.rmtree(bare / "exports")
+    for place, file in ((exported.path, exported.exports / "model.onnx"), (bare, bare / "checkpoints")):
+        model = launcher.load(place)
+        assert str(model.file).startswith(str(file))
+        found = model.predict(paths, top=1)
+        assert [one.label for one in found] == [CLASSES[index] for index in expected.indices]
+        assert [one.probability for one in found] == pytest.approx(expected.values.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change", [{"accepted": False}, {"format": "onnx_int8"}], ids=lambda change: next(iter(change))
+)
+def test_an_onnx_file_that_was_not_accepted_is_not_what_a_run_is_used_by(change, exported, tmp_path):
+    run = RunDir(shutil.copytree(exported.path, tmp_path / "run", symlinks=True))
+    found = manifest(run)
+    found["exports"] = [row | change if row["format"] == "onnx" else row for row in found["exports"]]
+    write_json_atomic(run.export_manifest, found)
+    (rejected,) = [row for row in found["exports"] if row["file"] == "model.onnx"]
+    assert launcher.load(run.path).file != run.exports / rejected["file"]

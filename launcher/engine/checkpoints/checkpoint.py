@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from launcher.engine.non_finite import non_finite_names
+from launcher.engine.optimizing.averaging import WEIGHTS
 from launcher.errors import TrainingError
 from launcher.runs import generations
 from launcher.system.files import fsync, write_json_atomic
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from launcher.runs.run_dir import RunDir
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.pt", "state.json", "manifest.json"
+AVERAGE = "ema.safetensors"
+"""The averaged weights, where there are some."""
 FILES = (MODEL, OPTIMIZER, STATE)
 REPLACED = ".old"
 RETRY_S = 30.0
@@ -44,8 +47,16 @@ class Checkpoint:
     """State dicts of the optimizer and the gradient scaler."""
     state: dict[str, Any]
     """The rest, as JSON: position, best value, sums of the epoch under way."""
+    average: dict[str, torch.Tensor] | None = None
+    """The model's state dict with averaged weights (train.ema); None: there are none."""
     arrived: Callable[[], Any] = field(default=lambda: None, compare=False)
     """Waits until the tensors are copied: their copy may still be under way."""
+
+    @property
+    def best_weights(self) -> dict[str, torch.Tensor]:
+        """The weights that are the better ones of this checkpoint: the model's, or the average of them."""
+        best = self.state["early_stopping"]["best"] or {}
+        return self.average if self.average is not None and best.get("weights") == WEIGHTS else self.model
 
 
 class CheckpointError(TrainingError):
@@ -183,11 +194,14 @@ def write(run: RunDir, checkpoint: Checkpoint) -> Path:
     beside = target.with_name(f".{target.name}")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    # safetensors refuses tensors that share memory; a state dict may hold one under two names.
-    save_file({name: tensor.contiguous().clone() for name, tensor in checkpoint.model.items()}, beside / MODEL)
+    for name, tensors in ((MODEL, checkpoint.model), (AVERAGE, checkpoint.average)):
+        if tensors is not None:
+            # safetensors refuses tensors that share memory; a state dict may hold one under two names.
+            save_file({key: tensor.contiguous().clone() for key, tensor in tensors.items()}, beside / name)
     torch.save(checkpoint.optimizer, beside / OPTIMIZER)
     write_json_atomic(beside / STATE, checkpoint.state)
-    write_json_atomic(beside / MANIFEST, {"version": 1, "files": {f: _describe(beside / f) for f in FILES}})
+    names = [*FILES, *([AVERAGE] if checkpoint.average is not None else [])]
+    write_json_atomic(beside / MANIFEST, {"version": 1, "files": {f: _describe(beside / f) for f in names}})
     for file in (*beside.iterdir(), beside):
         fsync(file)
     old = target.with_name(f".{target.name}{REPLACED}")
@@ -208,7 +222,8 @@ def verify(folder: Path) -> None:
     """
     try:
         found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        files = {name: {"bytes": found[name]["bytes"], "sha256": str(found[name]["sha256"])} for name in FILES}
+        names = [*FILES, *([AVERAGE] if AVERAGE in found else [])]
+        files = {name: {"bytes": found[name]["bytes"], "sha256": str(found[name]["sha256"])} for name in names}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: no readable {MANIFEST}: {error}") from None
     for name, expected in files.items():
@@ -234,7 +249,8 @@ def load(folder: Path) -> Checkpoint:
         state = read_state(folder)
         optimizer = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
         model = load_file(folder / MODEL)
-        loaded = Checkpoint(step=state["step"], model=model, optimizer=optimizer, state=state)
+        average = load_file(folder / AVERAGE) if (folder / AVERAGE).exists() else None
+        loaded = Checkpoint(step=state["step"], model=model, average=average, optimizer=optimizer, state=state)
     except Exception as error:  # the hashes are right, so the file was made like this; its bytes may raise anything
         raise CheckpointError(f"{folder}: is as its manifest says, but refused: {_first_line(error)}") from error
     names = non_finite_names(model)

@@ -114,7 +114,9 @@ class Recorder:
     def validation(self, *, epoch: int, step: int, values: dict[str, Any], best: bool) -> None:
         """The counts over the validation set after an epoch."""
         self._metrics("val", epoch, step, values)
-        text = "  ".join(f"{name} {values[name]:.4f}" for name in self._table if name not in self._hidden)
+        shown = [name for name in self._table if name not in self._hidden]
+        shown += [f"ema_{name}" for name in shown if f"ema_{name}" in values]
+        text = "  ".join(f"{name} {values[name]:.4f}" for name in shown)
         self.say(f"epoch {epoch + 1}/{self._epochs}  val  {text}{'  best so far' if best else ''}")
 
     def checkpoint(self, *, step: int, best: bool, seconds: float, size_mb: float) -> None:

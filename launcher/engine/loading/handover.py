@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from launcher.errors import InterruptedRunError, MachineError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from types import FrameType
 
     from launcher.engine.schedule import Step
@@ -62,24 +62,62 @@ class _LoaderContext(ForkContext):
         return _ResultQueue(maxsize, ctx=self.get_context())
 
 
+class _Source:
+    """Where the positions of the samples of the batches come from; another time from elsewhere."""
+
+    def __init__(self, batches: Iterable[Sequence[Any]]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Sequence[Any]]:
+        return iter(self.batches)
+
+
 class Loader(DataLoader[Batch]):
     """Batches in their order; none is waited for in vain.
 
     Args:
         dataset: the samples.
+        batches: the positions of the samples of each batch.
         workers: loader processes; 0: this one.
         prefetch: batches that each makes ahead.
+        lives_on: whether the processes wait for other ``batches`` when these are loaded, until :meth:`close`.
         options: torch's.
     """
 
-    def __init__(self, dataset: Any, *, workers: int, prefetch: int, **options: Any) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        batches: Iterable[Sequence[Any]],
+        *,
+        workers: int,
+        prefetch: int,
+        lives_on: bool = False,
+        **options: Any,
+    ) -> None:
         if workers:
             options |= {"prefetch_factor": prefetch, "multiprocessing_context": _LoaderContext()}
             options["timeout"] = LOOK_S  # after which a rank only looks around, see Batches.get
-        super().__init__(dataset, num_workers=workers, **options)
+            options["persistent_workers"] = lives_on
+        self.source = _Source(batches)
+        super().__init__(dataset, batch_sampler=self.source, num_workers=workers, **options)  # type: ignore[arg-type]
 
     def __iter__(self) -> Batches:  # type: ignore[override]  # torch's class of iterators is not public
-        return Batches(super().__iter__())
+        living: Any = self._iterator
+        if living is None:
+            return Batches(super().__iter__())
+        # Its processes answer first, one after the other, and finish what they were in the middle of.
+        living._timeout, Batches.waiting_since = 0, time.monotonic()  # noqa: SLF001
+        try:
+            return Batches(super().__iter__())
+        finally:
+            living._timeout, Batches.waiting_since = LOOK_S, None  # noqa: SLF001
+
+    def close(self) -> None:
+        """End the processes that live on."""
+        living: Any = self._iterator
+        if living is not None:
+            living._shutdown_workers()  # noqa: SLF001
+            self._iterator = None
 
 
 class Batches:

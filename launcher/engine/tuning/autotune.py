@@ -280,7 +280,8 @@ def needed_bytes(measured: Probe, *, recipe: Recipe, ranks: Ranks, device: Devic
         return measured.memory_bytes + (NCCL_BYTES if ranks.world_size > 1 else 0)
     workers = data.num_loader_workers(recipe.data, ranks)
     sample = data_sets.preprocessing.bytes_of_sample
-    loaded = data.PREFETCH * workers + 3  # batches: those ahead, the next step's, the one in use, the one that is made
+    # Batches: those ahead, the next step's, the one in use, the one that is made.
+    loaded = data.num_ahead(workers) * workers + 3
     checkpoints = CHECKPOINT_COPIES * measured.state_bytes if ranks.rank == 0 else 0
     loading = workers * LOADER_BYTES + loaded * measured.batch_size * sample
     return measured.memory_bytes + loading + checkpoints

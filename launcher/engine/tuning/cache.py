@@ -41,11 +41,13 @@ def key(recipe: Recipe, facts: DeviceFacts, data_sets: DataSets, ranks: Ranks, m
         "classes": len(data_sets.train.classes),
         "image_size": data_sets.preprocessing.image_size,
         "precision": facts.precision,
-        "channels_last": recipe.train.channels_last,
+        "channels_last": [recipe.train.channels_last, facts.channels_last],
         "optimizer": [recipe.optim.name, recipe.optim.momentum > 0],
         "loss": [recipe.train.loss, recipe.train.loss_args],
         "code": code,
-        "clip": recipe.train.clip_grad_norm is not None,
+        "clip": [recipe.train.clip_grad_norm is not None, recipe.train.clip_grad_value is not None],
+        "average": recipe.train.ema is not None,
+        "mix": [recipe.data.mixup > 0, recipe.data.cutmix > 0],
         "last_epoch": recipe.train.epochs if recipe.model.unfreeze else None,
         "batch": [recipe.batch.objective, max_size],
         "role": [ranks.rank == 0, ranks.world_size > 1, ranks.local_world_size],
@@ -58,7 +60,19 @@ def key(recipe: Recipe, facts: DeviceFacts, data_sets: DataSets, ranks: Ranks, m
 
 def loading_key(recipe: Recipe, data_sets: DataSets) -> str:
     """Of what the speed of loading depends on besides: how cores are best shared follows from it."""
-    return _digest([recipe.data.path, data_sets.train.digest, recipe.data.augment])
+    data = recipe.data
+    augmented = [
+        data.augment,
+        data.crop_scale,
+        data.flip,
+        data.rotate,
+        data.auto_augment,
+        data.color_jitter,
+        data.erase,
+        data.decode,
+        data.cache,
+    ]
+    return _digest([data.path, data_sets.train.digest, augmented])
 
 
 def read(found_key: str, budget_bytes: int) -> dict[str, Any] | None:

@@ -44,8 +44,8 @@ class DeviceFacts:
     """Memory that this rank may use."""
     precision: Precision
     """What the recipe's comes to on it."""
-    channels_last: bool = False
-    """Likewise the memory layout."""
+    channels_last: bool | None = None
+    """Likewise the memory layout; None: what suits the model."""
 
 
 class RankProbes:

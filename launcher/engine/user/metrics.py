@@ -76,6 +76,9 @@ class UserMetrics:
         }
         for metric in self._metrics.values():
             _value_of_whole(metric, num_classes, device)  # an error in it comes now, not after an epoch
+            for part in _parts(metric):
+                if hasattr(part, "validate_args"):  # torchmetrics would look at every batch, and wait for a GPU
+                    part.validate_args = False
 
     def reset(self) -> None:
         """Start again from nothing."""

@@ -53,7 +53,7 @@ PreemptMode=REQUEUE
 JobRequeue=1
 {accounting}
 {nodes}
-PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=30 MaxTime=1-00:00:00 State=UP
+PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=15 MaxTime=1-00:00:00 State=UP
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=REQUEUE MaxTime=1-00:00:00 State=UP
 """
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
 from launcher.engine.data import Preprocessing, read_image
-from launcher.engine.loading.decode import CentreCrop
+from launcher.engine.loading.crops import CentreCrop
 from launcher.errors import TrainingError
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

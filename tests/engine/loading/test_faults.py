@@ -15,6 +15,7 @@ import pytest
 
 from launcher.runs.run_dir import RunDir
 from launcher.system import processes
+from tests.nets import FACTORY
 
 ROOT = Path(__file__).parents[3]
 END_S = 200
@@ -25,7 +26,7 @@ TINY = (
     "data.workers=2",
     "batch.size=64",
     "train.epochs=1",
-    "model.arch=mobilenet_v3_small",
+    FACTORY,
     "model.weights=null",
     "tracking.wandb.mode=disabled",
 )

@@ -28,7 +28,7 @@ class Odd(torch.utils.data.Dataset):
 
 
 def loader(batches):
-    return iter(Loader(Odd(), batch_sampler=batches, workers=1, prefetch=1, collate_fn=lambda items: items[0]))
+    return iter(Loader(Odd(), batches, workers=1, prefetch=1, collate_fn=lambda items: items[0]))
 
 
 def test_what_cannot_be_handed_over_ends_the_rank_at_once_with_the_cause():
@@ -69,7 +69,7 @@ def test_also_where_a_batch_is_taken_from_a_process_that_does_not_answer(stop):
         def __getitem__(self, index):
             return torch.zeros(10)
 
-    loaded = iter(Loader(Tensors(), batch_sampler=[[1], [2]], workers=1, prefetch=1, collate_fn=torch.stack))
+    loaded = iter(Loader(Tensors(), [[1], [2]], workers=1, prefetch=1, collate_fn=torch.stack))
     time.sleep(3)  # by then it waits in the queue
     (child,) = multiprocessing.active_children()
     os.kill(child.pid, signal.SIGSTOP)
@@ -82,3 +82,62 @@ def test_also_where_a_batch_is_taken_from_a_process_that_does_not_answer(stop):
     for timer in timers:
         timer.join()
     assert Batches.waiting_since is None
+
+
+# Processes that live on
+
+
+class Which(torch.utils.data.Dataset):
+    """Who loads a number, and the number; some take a second and a half, some end their process."""
+
+    def __getitem__(self, number):
+        if number == 1000:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(1.5 if number == 100 else 0)
+        return os.getpid(), number
+
+    def __len__(self):
+        return 1
+
+
+@pytest.fixture
+def living():
+    found = Loader(Which(), [], workers=2, prefetch=2, lives_on=True, collate_fn=lambda items: items[0])
+    yield found
+    found.close()
+    deadline = time.monotonic() + 10
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert multiprocessing.active_children() == []
+
+
+def load(loader, numbers):
+    loader.source.batches = [[number] for number in numbers]
+    return iter(loader)
+
+
+def test_the_same_processes_load_again_and_again_each_time_from_the_first_to_the_last(living):
+    rounds = [list(load(living, range(start, start + 7))) for start in (0, 10, 20)]
+    assert [[number for _, number in found] for found in rounds] == [[*range(7)], [*range(10, 17)], [*range(20, 27)]]
+    assert len({pid for found in rounds for pid, _ in found}) == 2
+
+
+def test_a_round_that_was_left_in_the_middle_leaves_nothing_to_the_next(living):
+    left = load(living, [0, 1, 100, 100, 4, 5])  # the next round begins when these are done
+    first = next(left)
+    found = list(load(living, [10, 11, 12]))
+    assert [number for _, number in found] == [10, 11, 12]
+    assert first[0] in {pid for pid, _ in found}
+
+
+def test_the_death_of_one_that_waits_is_told(living):
+    list(load(living, [0, 1]))
+    with pytest.raises(RuntimeError, match=r"exited unexpectedly|killed by signal"):
+        list(load(living, [1000, 1, 2]))
+
+
+def test_in_the_ranks_own_process_there_is_nothing_that_could_live_on():
+    found = Loader(Which(), [], workers=0, prefetch=2, lives_on=True, collate_fn=lambda items: items[0])
+    for _ in range(2):
+        assert [number for _, number in load(found, [3, 4])] == [3, 4]
+    found.close()

@@ -136,6 +136,13 @@ def build(rows=ROWS):
     return user_metrics.UserMetrics(recipe, num_classes=CLASSES, device=CPU)
 
 
+def test_metrics_of_torchmetrics_do_not_look_for_mistakes_in_each_batch(one_rank):
+    metrics = build()._metrics.values()
+    assert [metric.validate_args for metric in metrics if hasattr(metric, "validate_args")] == [False] * len(
+        OF_TORCHMETRICS
+    )
+
+
 def computed(found, logits, labels, cuts):
     for start, end in pairwise([0, *cuts, len(labels)]):
         if start < end:

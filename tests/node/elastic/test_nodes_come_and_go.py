@@ -17,6 +17,7 @@ from launcher.system import network
 from launcher.system.files import read_jsonl
 from tests.faults import records
 from tests.faults.bench import NUM_TRAIN, Bench, state_of, step, written
+from tests.nets import FACTORY
 
 BATCH, NODES = 2, 3
 SLOW = """
@@ -25,7 +26,7 @@ import time
 
 class Slow:
     def step(self, step):
-        time.sleep(0.12)
+        time.sleep(0.2)
 """
 
 
@@ -45,7 +46,7 @@ class Nodes:
         self._bench, self._enter = bench, enter
         slow = f'train.listeners=[{{listener: "{bench.folder / "slow.py"}:Slow"}}]'
         self.endpoint = endpoint = endpoint or f"127.0.0.1:{network.free_port(os.getpid())}"
-        self._arguments = (f"batch.size={BATCH}", slow, *changes, "--nodes", nodes, "--procs", "1")
+        self._arguments = (FACTORY, f"batch.size={BATCH}", slow, *changes, "--nodes", nodes, "--procs", "1")
         self._arguments += ("--rdzv-endpoint", endpoint, "--backend", "torchrun")
         self.at = {}
 

@@ -1,0 +1,1 @@
+"""What is random about training images: transforms of each image, and mixtures of two."""

@@ -1,0 +1,52 @@
+"""A picture of training images as the model sees them, beside what they are without augmentation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torchvision.io import encode_png
+from torchvision.utils import make_grid
+
+from launcher.engine import data
+from launcher.engine.augmenting.mixing import choose_mix
+from launcher.engine.schedule import epoch_order
+from launcher.engine.setup import open_images
+
+if TYPE_CHECKING:
+    from launcher.engine.data import Preprocessing
+    from launcher.recipe.schema import Recipe
+
+NUM_IMAGES, A_ROW = 16, 4
+GAP, BETWEEN = 2, 12
+"""Pixels between two images, and between before and after."""
+
+
+def draw(recipe: Recipe, *, epoch: int) -> bytes:
+    """A PNG of an epoch's first sixteen training images.
+
+    On the left as validation would see them, on the right as the model sees them, with mixup or CutMix as one step
+    mixes them.
+
+    Args:
+        recipe: checked.
+        epoch: from 0; each has its own order and randomness.
+    """
+    images = open_images(recipe)
+    plain = data.open_split(recipe, "train", images.preprocessing)
+    indices = epoch_order(recipe.seed, epoch, len(images.train))[:NUM_IMAGES].tolist()
+    before, after = (torch.stack([of[epoch, index][0] for index in indices]) for of in (plain, images.train))
+    seen = images.preprocessing.normalize(after)
+    size = images.preprocessing.image_size
+    mixed = choose_mix(recipe.data, seed=recipe.seed, step=epoch, size=size).images(seen)
+    grids = [_grid(images.preprocessing, found) for found in (images.preprocessing.normalize(before), mixed)]
+    space = torch.full((3, grids[0].shape[1], BETWEEN), 255, dtype=torch.uint8)
+    png: bytes = encode_png(torch.cat([grids[0], space, grids[1]], dim=2)).numpy().tobytes()
+    return png
+
+
+def _grid(preprocessing: Preprocessing, images: torch.Tensor) -> torch.Tensor:
+    """What the model sees, turned back into pixels: uint8 3 x H x W."""
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+    pixels = (images * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return make_grid(pixels, nrow=A_ROW, padding=GAP, pad_value=255)

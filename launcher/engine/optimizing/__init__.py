@@ -1,0 +1,1 @@
+"""Which weights learn how fast, by which optimizer, and how the rates go over training."""

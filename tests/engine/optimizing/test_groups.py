@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from launcher.engine.layers import build_meta
+from launcher.engine.model import FineTunedModel
+from launcher.engine.optimizing.groups import group_parameters, heights
+from launcher.recipe.schema import ModelConfig, OptimConfig
+
+
+def model_of(arch):
+    return FineTunedModel(build_meta(arch, 7), ModelConfig(arch=arch, weights=None))
+
+
+@pytest.mark.parametrize(
+    ("arch", "expected"),
+    [
+        (
+            "vit_b_16",
+            {
+                "heads.head.weight": 0,
+                "encoder.ln.bias": 0,
+                "encoder.layers.encoder_layer_11.ln_1.weight": 1,
+                "encoder.layers.encoder_layer_0.mlp.0.weight": 12,
+                "encoder.pos_embedding": 13,
+                "class_token": 13,
+                "conv_proj.weight": 13,
+            },
+        ),
+        ("resnet18", {"fc.bias": 0, "layer4.1.bn2.bias": 1, "layer1.0.conv1.weight": 8, "bn1.weight": 9}),
+        ("convnext_tiny", {"classifier.0.weight": 0, "features.7.2.layer_scale": 1, "features.0.1.bias": 22}),
+        ("vgg11_bn", {"classifier.6.weight": 0, "classifier.3.bias": 1, "features.26.bias": 3, "features.1.bias": 10}),
+        ("efficientnet_b0", {"classifier.1.weight": 0, "features.8.0.weight": 1, "features.0.0.weight": 18}),
+    ],
+)
+def test_a_block_is_a_layer_and_the_head_has_none_below_it(arch, expected):
+    found = heights(model_of(arch))
+    assert {name: found[name] for name in expected} == expected
+    assert sorted(set(found.values())) == list(range(max(found.values()) + 1))
+
+
+def test_each_layer_learns_slower_than_the_one_above_it():
+    config = OptimConfig(lr=0.1, layer_decay=0.5, groups={"head": 0.4, "layer4": 0.2})
+    groups = group_parameters(model_of("resnet18"), config)
+    rates = {name: group["peak_lr"] for group in groups for name in group["names"]}
+    assert rates["fc.weight"] == 0.4
+    assert rates["layer4.1.conv1.weight"] == pytest.approx(0.2 * 0.5)
+    assert rates["layer4.0.conv1.weight"] == pytest.approx(0.2 * 0.5**2)
+    assert rates["layer3.1.conv1.weight"] == pytest.approx(0.1 * 0.5**3)
+    assert rates["conv1.weight"] == pytest.approx(0.1 * 0.5**9)
+    assert len(rates) == len(list(model_of("resnet18").module.named_parameters()))
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "vit_b_16", "convnext_tiny"])
+def test_norms_and_biases_decay_unless_the_recipe_says_no(arch):
+    for decays in (True, False):
+        groups = group_parameters(model_of(arch), OptimConfig(decay_norms=decays, weight_decay=0.1))
+        bare = {
+            n: p for g in groups if g.get("weight_decay") == 0 for n, p in zip(g["names"], g["params"], strict=True)
+        }
+        rest = {n: p for g in groups if "weight_decay" not in g for n, p in zip(g["names"], g["params"], strict=True)}
+        if decays:
+            assert not bare
+            continue
+        assert all(name.endswith("weight") or name == "encoder.pos_embedding" for name in rest)
+        assert all(p.ndim > 1 for p in rest.values())
+        assert all(p.ndim <= 1 or name.endswith(("layer_scale", "class_token")) for name, p in bare.items())
+
+
+def test_what_does_not_decay_is_not_moved_by_it(engine):
+    model = FineTunedModel(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), ModelConfig(), head=())
+    groups = group_parameters(model, OptimConfig(decay_norms=False))
+    optimizer = torch.optim.AdamW(groups, lr=0.1, weight_decay=0.5)
+    for parameter in model.module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    before = {name: p.clone() for name, p in model.module.named_parameters()}
+    optimizer.step()
+    moved = {name for name, p in model.module.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"0.weight"}

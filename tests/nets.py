@@ -1,0 +1,46 @@
+"""Nets as small as can be, with all that a step changes: for tests that are not about a model."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from torch import nn
+
+NET = {"factory": f"{__name__}:Net"}
+"""The section of a recipe."""
+FACTORY, SLOW = (f"model.factory={Path(__file__)}:{name}" for name in ("Net", "Slow"))
+"""Changes of a recipe on the command line."""
+PAUSE_S = 0.2
+
+
+def block(num_in, num_out, stride):
+    """As in mobilenet_v3, whose running statistics are slow, too."""
+    convolution = nn.Conv2d(num_in, num_out, 3, stride=stride, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(num_out, momentum=0.01), nn.ReLU())
+
+
+class Net(nn.Module):
+    """Four blocks with BatchNorm, and a head with dropout."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.features = nn.Sequential(block(3, 8, 4), block(8, 8, 2), block(8, 16, 2), block(16, 16, 1))
+        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(16, num_classes))
+
+    def forward(self, images):
+        return self.classifier(self.features(images).mean((2, 3)))
+
+
+class Slow(Net):
+    """The same bits, but the steps of the first attempts leave a test the time to do something to the run."""
+
+    def __init__(self, num_classes, attempts=1):
+        super().__init__(num_classes)
+        self.attempts = attempts
+
+    def forward(self, images):
+        if self.training and int(os.environ.get("LAUNCH_ATTEMPT", "0")) in range(1, self.attempts + 1):
+            time.sleep(PAUSE_S)
+        return super().forward(images)

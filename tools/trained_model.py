@@ -1,0 +1,271 @@
+"""A trained model that classifies images: ``load(…).predict(["a.jpg"])``.
+
+An ONNX file needs neither torch nor the images that it was trained on; a run without one is computed by its checkpoint.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from launcher.errors import UsageError
+from launcher.images import pixels
+from launcher.runs.run_dir import RunDir
+from launcher.system.cores import num_cores
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from concurrent.futures import Future
+
+    from numpy.typing import NDArray
+    from PIL.Image import Image as PillowImage
+
+    from launcher.tools.evaluate import BestModel
+
+    Source = str | os.PathLike[str] | bytes | PillowImage | NDArray[Any]
+    """A file by its path, its content, or an image that is open."""
+    Floats = NDArray[np.float32]
+
+BATCH_SIZE = 32
+"""Images that are computed at once. More were not faster on a CPU, and take memory."""
+AHEAD = 3
+"""Batches that are decoded ahead of the one that is computed."""
+ONNX, MANIFEST_FORMAT = ".onnx", "onnx"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a model says of one image."""
+
+    name: str
+    """The image's path as it was given; of what has none, its number from 0."""
+    top: tuple[tuple[str, float], ...] = ()
+    """The likeliest classes, the first one first, each with its probability from 0 to 1; empty if ``problem``."""
+    problem: str | None = None
+    """Why the image could not be read; None: it was."""
+
+    @property
+    def label(self) -> str | None:
+        """The likeliest class; None: the image could not be read."""
+        return self.top[0][0] if self.top else None
+
+    @property
+    def probability(self) -> float | None:
+        """Of the likeliest class, from 0 to 1; None: the image could not be read."""
+        return self.top[0][1] if self.top else None
+
+
+class TrainedModel:
+    """Classifies images as validation did.
+
+    Args:
+        file: what it was loaded from.
+        classes: names in the order of the logits.
+        facts: the preprocessing, as exports carry it.
+        independent: each class has a probability of its own (a sigmoid); else they add up to 1 (softmax).
+        logits: from normalised images, float32 N x 3 x S x S, to float32 N x C.
+        read: from an open image to the model's input of it, float32 3 x S x S; None: as ``facts`` say.
+    """
+
+    def __init__(
+        self,
+        *,
+        file: Path,
+        classes: list[str],
+        facts: dict[str, Any],
+        independent: bool,
+        logits: Callable[[Floats], Floats],
+        read: Callable[[PillowImage], Floats] | None = None,
+    ) -> None:
+        self.file = file
+        self.classes = classes
+        self.facts = facts
+        self._independent = independent
+        self._logits = logits
+        self._read = read or self._as_described
+
+    def predict(self, images: Iterable[Source], *, top: int = 5, batch_size: int = BATCH_SIZE) -> list[Prediction]:
+        """What the model says of each image, in their order.
+
+        Args:
+            images: paths, contents of files (bytes), images opened by Pillow, or uint8 arrays H x W x 3 (RGB).
+            top: how many of the likeliest classes.
+            batch_size: images that are computed at once.
+        """
+        return list(self.stream(images, top=top, batch_size=batch_size))
+
+    def stream(self, images: Iterable[Source], *, top: int = 5, batch_size: int = BATCH_SIZE) -> Iterator[Prediction]:
+        """As :meth:`predict`, one by one while the next images are decoded, in threads: of a million images a few."""
+        with ThreadPoolExecutor(num_cores(), thread_name_prefix="decode") as pool:
+            numbered = enumerate(images)
+            ahead: deque[tuple[str, Future[Floats]]] = deque()
+            while True:
+                for number, image in islice(numbered, batch_size * (AHEAD + 1) - len(ahead)):
+                    ahead.append((_name(image, number), pool.submit(self._open, image)))
+                if not ahead:
+                    return
+                batch = [ahead.popleft() for _ in range(min(batch_size, len(ahead)))]
+                yield from self._compute(batch, top)
+
+    def probabilities(self, images: Floats) -> Floats:
+        """Of normalised images, float32 N x 3 x S x S, float32 N x C."""
+        logits = self._logits(images)
+        if self._independent:
+            parts, whole = 1 / (1 + np.exp(-logits)), np.ones(1, np.float32)
+        else:
+            parts = np.exp(logits - logits.max(axis=1, keepdims=True))
+            whole = parts.sum(axis=1, keepdims=True)
+        return (parts / whole).astype(np.float32)
+
+    def _compute(self, batch: list[tuple[str, Future[Floats]]], top: int) -> Iterator[Prediction]:
+        problems = [_problem(future) for _, future in batch]
+        images = [future.result() for (_, future), problem in zip(batch, problems, strict=True) if not problem]
+        rows: Iterator[Floats] = iter(self.probabilities(np.stack(images)) if images else ())
+        for (name, _), problem in zip(batch, problems, strict=True):
+            if problem:
+                yield Prediction(name=name, problem=problem)
+                continue
+            row = next(rows)
+            likeliest = np.argsort(-row, kind="stable")[:top]
+            yield Prediction(name=name, top=tuple((self.classes[i], float(row[i])) for i in likeliest))
+
+    def _open(self, source: Source) -> Floats:
+        from PIL import Image
+
+        if isinstance(source, np.ndarray):
+            return self._read(Image.fromarray(source))
+        if isinstance(source, Image.Image):
+            return self._read(source)
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            return self._read(image)
+
+    def _as_described(self, image: PillowImage) -> Floats:
+        facts = self.facts
+        rgb = pixels.to_rgb(image, facts.get("background", pixels.WHITE), facts.get("grey_range"))
+        cropped = pixels.centre_crop(rgb, facts["resize_size"], facts["image_size"], facts["interpolation"])
+        values = np.asarray(cropped, dtype=np.float32) / 255
+        normalised = (values - np.float32(facts["mean"])) / np.float32(facts["std"])
+        return np.ascontiguousarray(normalised.transpose(2, 0, 1))
+
+
+def load(path: str | os.PathLike[str]) -> TrainedModel:
+    """Open a trained model.
+
+    Args:
+        path: a run directory, or an ONNX file that was exported from one. Of a run, its accepted ``model.onnx`` is
+            taken, or its best checkpoint (which needs torch) where there is none.
+
+    Raises:
+        UsageError: there is neither, or the file is not an export of ours.
+    """
+    file = Path(path)
+    if file.suffix == ONNX or file.is_file():
+        return _load_onnx(file)
+    run = RunDir.existing(path)
+    accepted = _accepted_onnx(run)
+    return _load_onnx(accepted) if accepted else _load_checkpoint(run)
+
+
+def _accepted_onnx(run: RunDir) -> Path | None:
+    """The run's ONNX file, if it is of the best checkpoint and computes the same; None: there is none."""
+    try:
+        manifest = json.loads(run.export_manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    best, made_of = run.read_status().get("best"), manifest["checkpoint"]
+    is_current = not best or best["step"] == made_of["step"]  # a run that was trained on may have a better one
+    rows = [row for row in manifest["exports"] if row["format"] == MANIFEST_FORMAT and row["accepted"]]
+    file = run.exports / rows[0]["file"] if rows and is_current else None
+    return file if file and file.is_file() and "transform" not in manifest["preprocessing"] else None
+
+
+def _load_onnx(file: Path) -> TrainedModel:
+    from launcher.tools import onnx_model
+
+    if not file.is_file():
+        raise UsageError(f"{file}: no such file")
+    try:
+        session = onnx_model.open_session(file, threads=num_cores(), warn=print, spinning=False)
+    except Exception as error:  # whatever ONNX Runtime raises of a foreign file
+        raise UsageError(f"{file}: cannot be opened as ONNX: {error}") from None
+    said = session.get_modelmeta().custom_metadata_map
+    if not {"classes", "preprocessing"} <= said.keys():
+        raise UsageError(f"{file}: lacks the metadata of an export of `launch`: classes and preprocessing")
+    facts = json.loads(said["preprocessing"])
+    if "transform" in facts:
+        raise UsageError(
+            f"{file}: images are made by the user's own code, {facts['transform']}, which lies in the run: name the run"
+        )
+    return TrainedModel(
+        file=file,
+        classes=json.loads(said["classes"]),
+        facts=facts,
+        independent=json.loads(said.get(onnx_model.INDEPENDENT, "false")),
+        logits=lambda images: np.asarray(session.run(["logits"], {"images": images})[0]),
+    )
+
+
+def _load_checkpoint(run: RunDir) -> TrainedModel:
+    import torch
+
+    from launcher.engine import losses
+    from launcher.tools import evaluate
+
+    best = evaluate.load_best(run)
+
+    def logits(images: Floats) -> Floats:
+        with torch.inference_mode():
+            found: Floats = best.module(torch.from_numpy(images)).float().numpy()
+        return found
+
+    return TrainedModel(
+        file=best.folder,
+        classes=best.classes,
+        facts=best.preprocessing.describe(),
+        independent=best.recipe.train.loss in losses.INDEPENDENT,
+        logits=logits,
+        read=_own_transform(best) if best.recipe.data.transform else None,
+    )
+
+
+def _own_transform(best: BestModel) -> Callable[[PillowImage], Floats]:
+    """The user's own transform, as validation uses it."""
+    from torchvision.transforms import v2
+
+    from launcher.engine.user.transform import UserTransform
+
+    config, settings = best.recipe.data, best.preprocessing
+    facts = {"mean": settings.mean, "std": settings.std, "interpolation": settings.interpolation}
+    transform = UserTransform(config, train=False, image_size=settings.image_size, from_file=True, facts=facts)
+
+    def read(image: PillowImage) -> Floats:
+        rgb = pixels.to_rgb(image, settings.background, settings.grey_range)
+        found: Floats = transform(v2.functional.pil_to_tensor(rgb)).numpy()
+        return found
+
+    return read
+
+
+def _name(image: Source, number: int) -> str:
+    if isinstance(image, str | os.PathLike):
+        return os.fspath(image)
+    return str(getattr(image, "filename", "") or number)
+
+
+def _problem(future: Future[Floats]) -> str | None:
+    """Why an image could not be read; None: it was."""
+    error = future.exception()
+    if error is None:
+        return None
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
