@@ -76,6 +76,7 @@ class Parts:
     ddp: DistributedDataParallel = field(init=False)
     """The network as DDP wraps it; :meth:`wrap` makes it."""
     _between: Loader | None = field(init=False, default=None)
+    """Of what is looked at between the steps."""
 
     @property
     def classes(self) -> list[str]:
