@@ -93,9 +93,9 @@ def tune_rank(
 
     Returns:
         JSON: rank, host, device, total_bytes, free_bytes, budget_bytes, limit, batch_size, max_size, images_per_s,
-        needed_bytes, attempts, compared, num_probes, workers, threads, loading, seconds, and from: ``run``, ``alike``
-        (another rank in the run), ``cache``, ``probes`` or ``peer``; or ``{"stopped": true}``; or ``{error, kind}``, of
-        kind usage or training.
+        needed_bytes, attempts, compared, num_probes, workers, threads, loading, seconds, cut_for_s; from: ``run``,
+        ``alike`` (another rank in the run), ``cache``, ``probes`` or ``peer``; or ``{"stopped": true}``; or ``{error,
+        kind}``, of kind usage or training.
     """
 
     def heed_stop() -> None:
@@ -169,8 +169,7 @@ def _find(
     if cached and budget and budget.is_served_by(cached):
         if cached.get("loading") != loading:  # an earlier version's has none
             can_wait = budget.allows(images_per_s=cached["images_per_s"], spent_s=0, next_s=SPLIT_S)
-            split = probes.split if can_wait else probes.unmeasured_split
-            cached |= split(cached["batch_size"], cached["images_per_s"])
+            cached |= probes.split(cached["batch_size"], cached["images_per_s"], is_measured=can_wait)
         return cached | {"loading": loading, "from": "cache"}
     needed = functools.partial(needed_bytes, recipe=recipe, ranks=ranks, device=device, data_sets=data_sets)
     probes.budget = budget
@@ -196,13 +195,12 @@ def _measure(
     ).run()
     assert found.chosen.probe  # noqa: S101  it ran
     can_wait = spending.allows_more(found.chosen.probe.images_per_s)
-    split = probes.split if can_wait else probes.unmeasured_split
-    shared = split(found.chosen.batch_size, found.chosen.probe.images_per_s)
+    split = probes.split(found.chosen.batch_size, found.chosen.probe.images_per_s, is_measured=can_wait)
     if spending.stopped_at is not None:
         probes.say(spending.told(found.chosen.batch_size))
+    spent = {"cut_for_s": spending.stopped_at, "seconds": round(time.monotonic() - start, 2)}
     known = {"free_bytes": free.num_bytes, "budget_bytes": memory, "limit": free.limit}
-    known |= {"cut_for_s": spending.stopped_at}
-    return known | _describe(found) | shared | {"seconds": round(time.monotonic() - start, 2)}
+    return known | _describe(found) | split | spent
 
 
 def agree(run: RunDir, recipe: Recipe, ranks: Ranks, own: dict[str, Any], say: Callable[[str], None]) -> Batching:
