@@ -254,7 +254,9 @@ def _deal(found: list[Any], config: BatchConfig, kept: Batching | None, full_siz
 
     Where it began with less than all of its ranks, that is as many samples as all of them would take.
     """
-    measured = [RankBatch(**{name: one[name] for name in RankBatch.__dataclass_fields__}) for one in found]
+    measured = [
+        RankBatch(**{name: one[name] for name in RankBatch.__dataclass_fields__ if name in one}) for one in found
+    ]
     global_size = kept.global_batch_size if kept else config.global_size
     batching = deal(measured, global_size=global_size, accumulate=config.accumulate)
     if global_size is not None or not full_size:
