@@ -94,8 +94,7 @@ def tune_rank(
     Returns:
         JSON: rank, host, device, total_bytes, free_bytes, budget_bytes, limit, batch_size, max_size, images_per_s,
         needed_bytes, attempts, compared, num_probes, workers, threads, loading, seconds, cut_for_s; from: ``run``,
-        ``alike`` (another rank in the run), ``cache``, ``probes`` or ``peer``; or ``{"stopped": true}``; or ``{error,
-        kind}``, of kind usage or training.
+        ``alike`` (another rank in the run), ``cache``, ``probes`` or ``peer``; or ``{"stopped": true}``; or ``{error, kind}``.
     """
 
     def heed_stop() -> None:
@@ -254,9 +253,8 @@ def _deal(found: list[Any], config: BatchConfig, kept: Batching | None, full_siz
 
     Where it began with less than all of its ranks, that is as many samples as all of them would take.
     """
-    measured = [
-        RankBatch(**{name: one[name] for name in RankBatch.__dataclass_fields__ if name in one}) for one in found
-    ]
+    names = RankBatch.__dataclass_fields__.keys()
+    measured = [RankBatch(**{name: one[name] for name in names & one.keys()}) for one in found]
     global_size = kept.global_batch_size if kept else config.global_size
     batching = deal(measured, global_size=global_size, accumulate=config.accumulate)
     if global_size is not None or not full_size:
