@@ -94,7 +94,7 @@ def tune_rank(
     Returns:
         JSON: rank, host, device, total_bytes, free_bytes, budget_bytes, limit, batch_size, max_size, images_per_s,
         needed_bytes, attempts, compared, num_probes, workers, threads, loading, seconds, cut_for_s; from: ``run``,
-        ``alike`` (another rank in the run), ``cache``, ``probes`` or ``peer``; or ``{"stopped": true}``; or ``{error, kind}``.
+        ``alike`` (another rank in the run), ``cache``, ``probes`` or ``peer``; or ``{stopped}``; or ``{error, kind}``.
     """
 
     def heed_stop() -> None:
