@@ -93,9 +93,8 @@ def tune_rank(
 
     Returns:
         JSON: rank, host, device, total_bytes, free_bytes, budget_bytes, limit, batch_size, max_size, images_per_s,
-        needed_bytes, attempts, compared, num_probes, workers, threads, loading, seconds, and from: ``run``, ``alike``
-        (another rank in the run), ``cache``, ``probes`` or ``peer``; or ``{"stopped": true}``; or ``{error, kind}``, of
-        kind usage or training.
+        needed_bytes, attempts, compared, num_probes, workers, threads, loading, seconds, cut_for_s; from: ``run``,
+        ``alike`` (another rank in the run), ``cache``, ``probes`` or ``peer``; or ``{stopped}``; or ``{error, kind}``.
     """
 
     def heed_stop() -> None:
@@ -169,8 +168,7 @@ def _find(
     if cached and budget and budget.is_served_by(cached):
         if cached.get("loading") != loading:  # an earlier version's has none
             can_wait = budget.allows(images_per_s=cached["images_per_s"], spent_s=0, next_s=SPLIT_S)
-            split = probes.split if can_wait else probes.unmeasured_split
-            cached |= split(cached["batch_size"], cached["images_per_s"])
+            cached |= probes.split(cached["batch_size"], cached["images_per_s"], is_measured=can_wait)
         return cached | {"loading": loading, "from": "cache"}
     needed = functools.partial(needed_bytes, recipe=recipe, ranks=ranks, device=device, data_sets=data_sets)
     probes.budget = budget
@@ -196,13 +194,12 @@ def _measure(
     ).run()
     assert found.chosen.probe  # noqa: S101  it ran
     can_wait = spending.allows_more(found.chosen.probe.images_per_s)
-    split = probes.split if can_wait else probes.unmeasured_split
-    shared = split(found.chosen.batch_size, found.chosen.probe.images_per_s)
+    split = probes.split(found.chosen.batch_size, found.chosen.probe.images_per_s, is_measured=can_wait)
     if spending.stopped_at is not None:
         probes.say(spending.told(found.chosen.batch_size))
+    spent = {"cut_for_s": spending.stopped_at, "seconds": round(time.monotonic() - start, 2)}
     known = {"free_bytes": free.num_bytes, "budget_bytes": memory, "limit": free.limit}
-    known |= {"cut_for_s": spending.stopped_at}
-    return known | found.describe() | shared | {"seconds": round(time.monotonic() - start, 2)}
+    return known | found.describe() | split | spent
 
 
 def agree(run: RunDir, recipe: Recipe, ranks: Ranks, own: dict[str, Any], say: Callable[[str], None]) -> Batching:
@@ -256,7 +253,8 @@ def _deal(found: list[Any], config: BatchConfig, kept: Batching | None, full_siz
 
     Where it began with less than all of its ranks, that is as many samples as all of them would take.
     """
-    measured = [RankBatch(**{name: one[name] for name in RankBatch.__dataclass_fields__}) for one in found]
+    names = RankBatch.__dataclass_fields__.keys()
+    measured = [RankBatch(**{name: one[name] for name in names & one.keys()}) for one in found]
     global_size = kept.global_batch_size if kept else config.global_size
     batching = deal(measured, global_size=global_size, accumulate=config.accumulate)
     if global_size is not None or not full_size:

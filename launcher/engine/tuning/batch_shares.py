@@ -31,6 +31,8 @@ class RankBatch:
     """The largest that is known to fit."""
     images_per_s: float
     """With the best one."""
+    cut_for_s: float | None = None
+    """Not None where a short run measured in few turns: too roughly to tell devices of one kind apart."""
 
 
 def deal(ranks: Sequence[RankBatch], *, global_size: int | None, accumulate: int) -> Batching:
@@ -67,7 +69,9 @@ def _level(ranks: Sequence[RankBatch]) -> list[float]:
         by_kind.setdefault(rank.device, []).append(rank.images_per_s)
     middles = {kind: statistics.median(speeds) for kind, speeds in by_kind.items()}
     return [
-        middles[rank.device] if abs(rank.images_per_s / middles[rank.device] - 1) <= SAME_SPEED else rank.images_per_s
+        middles[rank.device]
+        if rank.cut_for_s is not None or abs(rank.images_per_s / middles[rank.device] - 1) <= SAME_SPEED
+        else rank.images_per_s
         for rank in ranks
     ]
 

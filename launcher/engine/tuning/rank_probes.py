@@ -119,13 +119,11 @@ class RankProbes:
         self.say(f"in turn: {', '.join(f'batch {one.batch_size}: {one.images_per_s:.0f} images/s' for one in found)}")
         return found
 
-    def unmeasured_split(self, _batch_size: int, _images_per_s: float) -> dict[str, int]:
-        """Loader processes and threads of this rank where there is no time to measure them."""
-        workers = data.num_loader_workers(self._recipe.data, self._ranks)
-        return {"workers": workers, "threads": torch.get_num_threads()}
-
-    def split(self, batch_size: int, images_per_s: float) -> dict[str, int]:
+    def split(self, batch_size: int, images_per_s: float, *, is_measured: bool = True) -> dict[str, int]:
         """Loader processes and threads of this rank, with the batch size that was found: ``{workers, threads}``."""
+        if not is_measured:
+            usual = data.num_loader_workers(self._recipe.data, self._ranks)
+            return {"workers": usual, "threads": torch.get_num_threads()}
         recipe, threads, cores = self._recipe, torch.get_num_threads(), data.num_rank_cores(self._ranks)
         workers = None if recipe.data.workers == "auto" else recipe.data.workers
         fixed = recipe.launch.threads != "auto"

@@ -131,3 +131,10 @@ def test_nobody_waits_but_for_rounding_where_memory_does_not_matter(kinds, sizes
     for size, one in zip(dealt.batch_sizes, found, strict=True):
         assert seconds * one.images_per_s - 8 < size <= seconds * one.images_per_s + 0.5
         assert size >= one.batch_size - 8
+
+
+def test_equal_devices_that_a_short_run_measured_roughly_share_evenly():
+    ranks = [
+        RankBatch(device="cpu", batch_size=24, max_size=24, images_per_s=speed, cut_for_s=9.0) for speed in (54.0, 75.0)
+    ]
+    assert deal(ranks, global_size=None, accumulate=1).shares == (24, 24)
