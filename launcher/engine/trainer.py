@@ -5,20 +5,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import time
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from launcher.engine import distributed, optim
 from launcher.engine.batchnorm_recompute import BatchNormRecompute
 from launcher.engine.checkpoints.saving import Saving
 from launcher.engine.listeners.listeners import build_listeners, start_values
 from launcher.engine.loading.handover import Feed, end_loaders
-from launcher.engine.metrics import ValidationTotals, build_user_metrics, means
+from launcher.engine.loading.pace import Pace
+from launcher.engine.metrics import means
 from launcher.engine.state import TrainingState
 from launcher.engine.stopping import Redeal, RollBack, StopTraining
 from launcher.engine.train_step import TrainStep
+from launcher.engine.validating.validation import Validation
 from launcher.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -66,12 +65,11 @@ class Trainer:
         self.state = TrainingState(parts, self._agreement.gather(parts.device.total_memory()))
         self._listeners = build_listeners(parts, recorder)
         self._saving = Saving(parts, self.state, recorder, self._listeners)
-        self._timed_since = time.monotonic()
-        self._timed_samples = 0
+        self._pace = Pace(parts.device)
         self._wrapped = False
         self._step = TrainStep(parts, self.state)
         self._batchnorm = BatchNormRecompute(parts, recorder)
-        self._user_metrics = build_user_metrics(parts)
+        self._validation = Validation(parts)
         self._feed: Feed | None = None
         self.outcome: Outcome = "preempted"
         """How the training has ended; until then as if it were stopped now."""
@@ -132,8 +130,9 @@ class Trainer:
             return
         steps = parts.schedule.steps(parts.ranks.rank, epoch=state.epoch, offset=state.offset, end_epoch=epochs)
         batches = iter(parts.train_loader(state.epoch, state.offset))
-        self._feed = Feed(steps, batches, self._stop_requested, ahead=parts.loading.workers > 0)
+        self._feed = Feed(steps, batches, self._stop_requested, ahead=parts.loading.workers > 0, pace=self._pace)
         self._poll(self._feed, asked=False)  # the first step, too, is taken when all hold its batches
+        self._pace.begin()
 
     def _take_next(self) -> bool:
         """Take the next optimizer step; False after the last."""
@@ -152,7 +151,7 @@ class Trainer:
         self._step.run(step, of_step)
         state.step += 1
         state.offset = step.end
-        self._timed_samples += step.num_samples
+        self._pace.took(step.num_samples)
         if self._recorder:
             self._recorder.progress(state.step)
             if state.step == 1:
@@ -160,7 +159,12 @@ class Trainer:
         if state.step % self.recipe.tracking.log_every == 0:
             self._log_window()
         if state.offset >= parts.schedule.num_samples or self._finished():
+            if self._recorder and (text := self._pace.explain_wait(self.recipe.data)):
+                self._recorder.say(f"epoch {state.epoch + 1}: {text}")
+                self._recorder.event("data_wait", epoch=state.epoch, message=text)
+            self._pace.pause()
             self._end_epoch()
+            self._pace.begin()
 
     def _progress(self, step: Step) -> float:
         """Epochs done at the middle of ``step``."""
@@ -182,7 +186,7 @@ class Trainer:
     def _end_epoch(self) -> None:
         """Validate, keep the best, checkpoint; leaves the position at the next epoch's start."""
         self._check_numbers()
-        ended_at, state = time.monotonic(), self.state
+        state = self.state
         totals = means(state.epoch_totals.reduce())
         recompute = functools.partial(self._batchnorm.run, epoch=state.epoch, step=state.step, poll=self._poll)
         values = state.average.beside(recompute, self._validate)
@@ -202,7 +206,6 @@ class Trainer:
         if not self._finished():
             self._prepare_epoch()
         self._save(best=is_best)
-        self._timed_since += time.monotonic() - ended_at  # validation is no part of the speed of training
 
     def _prepare_epoch(self) -> None:
         """Freeze what this epoch freezes; DDP is made anew where that changed which gradients there are."""
@@ -212,29 +215,8 @@ class Trainer:
             self._wrapped = True
         self.parts.model.train()
 
-    @torch.no_grad()
     def _validate(self) -> dict[str, Any]:
-        """Counts over the whole validation set, every image once, the same on every rank."""
-        parts = self.parts
-        distributed.broadcast_buffers(parts.model.module)
-        parts.model.eval()
-        totals = ValidationTotals(parts.classes, parts.device.torch_device, parts.loss, self._user_metrics)
-        loaded = iter(parts.val_loader())
-        while True:
-            try:
-                batch = loaded.get(self._stop_requested)
-            except StopIteration:
-                break
-            self._poll()
-            if batch is None:
-                continue  # to where all learn that this rank stops
-            images, labels = parts.to_device(batch)
-            if len(labels):
-                with parts.autocast():
-                    logits = parts.model.module(images)
-                totals.add(logits, labels)
-        self._poll(asked=False)  # what ranks said at their last batch must reach all before they add up
-        return totals.compute()
+        return self._validation.run(stop=self._stop_requested, poll=self._poll)
 
     def _poll(self, feed: Feed | None = None, *, asked: bool = True) -> None:
         """Learn whether all stop or save here. Raises StopTraining.
@@ -262,10 +244,13 @@ class Trainer:
     def _log_window(self) -> None:
         state, sums = self.state, means(self.state.window_totals.reduce())
         state.window_totals.reset()
-        now = time.monotonic()
-        values = {**sums, **optim.rates(self.parts.optimizer), "grad_norm": float(self._step.gradient_norm)}
-        values |= {"images_per_s": self._timed_samples / (now - self._timed_since), "offset": state.offset}
-        self._timed_since, self._timed_samples = now, 0
+        values = {
+            **sums,
+            **self._pace.window(),
+            **optim.rates(self.parts.optimizer),
+            "grad_norm": float(self._step.gradient_norm),
+            "offset": state.offset,
+        }
         if sums["samples"]:  # none where all its steps were left out
             self._listeners.tell("step", epoch=state.epoch, step=state.step, values=values)
             if self._recorder:

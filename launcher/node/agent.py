@@ -88,11 +88,7 @@ def run_workers(
         from launcher.engine.worker import worker_main
 
     node, part = plan.node, part or Part()
-    _log_to_file(run, node)
-    _name_methods_quickly()
-    if plan.nodes == 1:
-        _meet_at_once()
-    os.environ |= placement.environment(plan)
+    _settle(run, plan)
     beats = Heartbeats(plan.procs_per_node)
     logs = _attempt_logs(run, part, node_rank=node, first_attempt=first_attempt, stop=stop, beats=beats)
     watchdog = Watchdog(run, beats, timeout_s=plan.hang_timeout_s, node_rank=node, attempt=lambda: int(logs.attempt))
@@ -120,6 +116,15 @@ def run_workers(
     finally:
         logs.is_left = True
     return outcomes
+
+
+def _settle(run: RunDir, plan: LaunchPlan) -> None:
+    """Set up this process for torch's agent."""
+    _log_to_file(run, plan.node)
+    _name_methods_quickly()
+    if plan.nodes == 1:
+        _meet_at_once()
+    os.environ |= placement.environment(plan)
 
 
 def _config(plan: LaunchPlan, logs: Any) -> LaunchConfig:

@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
@@ -17,6 +17,7 @@ from torchvision import models
 
 from launcher.engine.checkpoints import checkpoint as checkpoints
 from launcher.engine.data import read_image
+from launcher.engine.device import Device
 from launcher.engine.distributed import Ranks
 from launcher.engine.listeners.recorder import Recorder
 from launcher.engine.schedule import Batching, epoch_order
@@ -338,6 +339,41 @@ def validating(engine, run):
         return values
 
     return work
+
+
+@dataclass(frozen=True, kw_only=True)
+class HoldsSome(Device):
+    """A CPU on which several batches go through the model at once in validation."""
+
+    @property
+    def batches_in_validation(self):
+        return 3
+
+
+def test_larger_batches_in_validation_and_halves_where_memory_runs_out_change_no_count(
+    make_run, engine, one_rank, monkeypatch
+):
+    run, sizes, found = make_run(batch={"size": 4}), [], []
+    for device, most in ((engine.cpu, 4), (HoldsSome(type="cpu"), 12), (HoldsSome(type="cpu"), 5)):
+        parts = build_parts(run, Ranks(), device)
+        parts.model.freeze(0)
+        parts.wrap()
+        forward = parts.model.module.forward
+
+        def limited(images, forward=forward, most=most):
+            if len(images) > most:
+                raise torch.OutOfMemoryError("no memory")
+            sizes.append(len(images))
+            return forward(images)
+
+        monkeypatch.setattr(parts.model.module, "forward", limited)
+        trainer = Trainer(parts, recorder=None, stop_requested=engine.never)
+        found.append(trainer._validate())
+        trainer._agreement.collect()
+    assert sizes == [4, 4, 4, 4, 4, 3, 12, 11, 3, 3, 3, 3, 3, 3, 3, 2]
+    loss = found[0].pop("loss")
+    assert [one.pop("loss") for one in found[1:]] == pytest.approx([loss, loss], rel=1e-6)
+    assert found[0] == found[1] == found[2]
 
 
 def sound_weights(folder, path, arch="shufflenet_v2_x0_5"):
@@ -842,7 +878,11 @@ def test_windows_of_steps_are_recorded_with_what_lies_in_them(make_run, engine, 
     for line in lines:
         assert {"time", "attempt", "loss", "top1", "top5"} < line.keys()
         assert 0 <= line["top1"] <= line["top5"] <= 1
-        extra = {"lr", "grad_norm", "images_per_s"} if line["split"] == "train" else {"f1", "per_class", "confusion"}
+        extra = (
+            {"lr", "grad_norm", "images_per_s", "data_wait"}
+            if line["split"] == "train"
+            else {"f1", "per_class", "confusion"}
+        )
         assert extra < line.keys()
     status = run.read_status()
     assert (status["state"], status["epoch"], status["step"]) == ("completed", 2, 20)

@@ -1,7 +1,7 @@
 """``batch.size: auto``: each rank measures before it touches its device, then all agree on their shares of the samples.
 
-What was found is kept in the run directory (``tuning.json``): a run that goes on keeps its batch sizes, unless its
-devices are others. It is also kept in a cache for other runs of the same kind on the same kind of device.
+What was found is kept in the run directory (``tuning.json``), for a run that goes on with the same devices, and in a
+cache for other runs of the same kind.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from launcher.engine.numerics import Preference
 from launcher.engine.schedule import Batching
 from launcher.engine.setup import full_world_size
 from launcher.engine.tuning import cache as tuning_cache
-from launcher.engine.tuning.batch_search import Attempt, BatchSearch, Found, NothingFitsError
+from launcher.engine.tuning.batch_search import BatchSearch, NothingFitsError
 from launcher.engine.tuning.batch_shares import RankBatch, deal
 from launcher.engine.tuning.budget import Budget, Spending
 from launcher.engine.tuning.child import TooSlowError
@@ -202,7 +202,7 @@ def _measure(
         probes.say(spending.told(found.chosen.batch_size))
     known = {"free_bytes": free.num_bytes, "budget_bytes": memory, "limit": free.limit}
     known |= {"cut_for_s": spending.stopped_at}
-    return known | _describe(found) | shared | {"seconds": round(time.monotonic() - start, 2)}
+    return known | found.describe() | shared | {"seconds": round(time.monotonic() - start, 2)}
 
 
 def agree(run: RunDir, recipe: Recipe, ranks: Ranks, own: dict[str, Any], say: Callable[[str], None]) -> Batching:
@@ -297,30 +297,6 @@ def _max_size(recipe: Recipe, ranks: Ranks, device: Device, data_sets: DataSets)
         room = loader_room.for_loading(ranks.local_world_size)
         most = min(most, loader_room.most_samples(data_sets.preprocessing.bytes_of_sample, room))
     return max(1, min(most, len(data_sets.train)))
-
-
-def _describe(found: Found) -> dict[str, Any]:
-    chosen = found.chosen.probe
-    assert chosen  # noqa: S101  it ran
-    return {
-        "batch_size": found.chosen.batch_size,
-        "max_size": found.largest.batch_size,
-        "images_per_s": round(chosen.images_per_s, 2),
-        "needed_bytes": found.largest.needed_bytes,
-        "attempts": [_row(one) for one in found.attempts],
-        "compared": list(found.compared),
-        "num_probes": found.num_probes,
-    }
-
-
-def _row(attempt: Attempt) -> dict[str, Any]:
-    speed = round(attempt.probe.images_per_s, 2) if attempt.probe else None
-    return {
-        "batch_size": attempt.batch_size,
-        "images_per_s": speed,
-        "needed_bytes": attempt.needed_bytes,
-        "problem": attempt.problem,
-    }
 
 
 def _kept(run: RunDir, known: dict[str, Any], ranks: Ranks) -> dict[str, Any] | None:

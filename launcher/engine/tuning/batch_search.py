@@ -6,7 +6,7 @@ import itertools
 import math
 import statistics
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from launcher.engine.tuning.budget import Spending
 from launcher.engine.tuning.child import OutOfMemoryError, TooSlowError
@@ -60,6 +60,16 @@ class Attempt:
     problem: str = ""
     """Why it cannot be used; empty: it fits."""
 
+    def describe(self) -> dict[str, Any]:
+        """As ``tuning.json`` has it."""
+        speed = round(self.probe.images_per_s, 2) if self.probe else None
+        return {
+            "batch_size": self.batch_size,
+            "images_per_s": speed,
+            "needed_bytes": self.needed_bytes,
+            "problem": self.problem,
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
@@ -75,6 +85,20 @@ class Found:
     """Batch sizes whose speeds were measured in turn."""
     num_probes: int
     """Processes that the search started."""
+
+    def describe(self) -> dict[str, Any]:
+        """As ``tuning.json`` has it."""
+        chosen = self.chosen.probe
+        assert chosen  # noqa: S101  it ran
+        return {
+            "batch_size": self.chosen.batch_size,
+            "max_size": self.largest.batch_size,
+            "images_per_s": round(chosen.images_per_s, 2),
+            "needed_bytes": self.largest.needed_bytes,
+            "attempts": [one.describe() for one in self.attempts],
+            "compared": list(self.compared),
+            "num_probes": self.num_probes,
+        }
 
 
 class BatchSearch:

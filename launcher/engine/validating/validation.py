@@ -1,0 +1,82 @@
+"""The counts over the validation set: every image once, whatever the batches."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from launcher.engine import distributed
+from launcher.engine.device import is_out_of_memory
+from launcher.engine.metrics import ValidationTotals, build_user_metrics
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from launcher.engine.loading.handover import Batch
+    from launcher.engine.setup import Parts
+
+
+class Validation:
+    """Validates on one rank. Nothing is kept for a backward pass, so larger batches than those of training fit.
+
+    Args:
+        parts: model, data and who we are.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._user_metrics = build_user_metrics(parts)
+
+    @torch.no_grad()
+    def run(self, *, stop: Callable[[], bool], poll: Callable[..., None]) -> dict[str, Any]:
+        """Counts over the whole validation set, the same on every rank. Every rank must call it.
+
+        Args:
+            stop: whether this rank was asked to stop.
+            poll: where all ranks learn whether to stop; called with each batch that was loaded.
+        """
+        parts = self._parts
+        distributed.broadcast_buffers(parts.model.module)
+        parts.model.eval()
+        totals = ValidationTotals(parts.classes, parts.device.torch_device, parts.loss, self._user_metrics)
+        loaded = iter(parts.val_loader())
+        held: list[Batch] = []
+        while True:
+            try:
+                batch = loaded.get(stop)
+            except StopIteration:
+                break
+            poll()
+            if batch is None:
+                continue  # to where all learn that this rank stops
+            if len(batch[1]):
+                held.append(parts.to_device(batch))
+            if len(held) == parts.device.batches_in_validation:
+                self._count(held, totals)
+        self._count(held, totals)
+        poll(asked=False)  # what ranks said at their last batch must reach all before they add up
+        return totals.compute()
+
+    def _count(self, held: list[Batch], totals: ValidationTotals) -> None:
+        """Take what is held through the model, in one go where there is the memory, and hold it no longer."""
+        if not held:
+            return
+        images, labels = (torch.cat(parts) if len(held) > 1 else parts[0] for parts in zip(*held, strict=True))
+        held.clear()
+        size = len(labels)
+        while (logits := self._logits(images, size)) is None:  # what failed is let go of by now
+            self._parts.device.release_memory()
+            size = (size + 1) // 2
+        totals.add(logits, labels)
+
+    def _logits(self, images: torch.Tensor, size: int) -> torch.Tensor | None:
+        """The model's, of ``size`` images at once; None where memory ran out for more than one."""
+        try:
+            with self._parts.autocast():
+                parts = [self._parts.model.module(part) for part in torch.split(images, size)]
+            return torch.cat(parts) if len(parts) > 1 else parts[0]
+        except Exception as error:
+            if size == 1 or not is_out_of_memory(error):
+                raise
+            return None
