@@ -71,11 +71,7 @@ def build_report(run: RunDir) -> Json:
     manifest = _read_json(run.export_manifest, missing, "exported models and what they measured")
     state, best = status.get("state", "unknown"), status.get("best")
     train, val = _curve(metrics, "train"), _curve(metrics, "val")
-    best_val = next((line for line in val if best and line["step"] == best["step"]), {})
-    if best and best.get("weights") == "ema":  # the average was better, and is what was exported
-        best_val = best_val | {
-            name.removeprefix("ema_"): best_val[name] for name in best_val if name.startswith("ema_")
-        }
+    best_val = _best_validation(val, best)
     if best and not best_val:
         missing.append(f"{run.metrics.name} has no validation of step {best['step']}, that of the best checkpoint")
     attempts = _attempts(events, metrics, state)
@@ -221,6 +217,14 @@ def _mistakes(best_val: Json) -> list[Json]:
         if i != j and count
     ]
     return sorted(cells, key=lambda cell: -cell["count"])[:NUM_MISTAKES]
+
+
+def _best_validation(val: list[Json], best: Json | None) -> Json:
+    """What the best checkpoint measured: of the average of the weights where that was better, and is exported."""
+    found: Json = next((line for line in val if best and line["step"] == best["step"]), {})
+    if best and best.get("weights") == "ema":
+        return found | {name.removeprefix("ema_"): found[name] for name in found if name.startswith("ema_")}
+    return found
 
 
 def _exports(manifest: Json, best: Json | None) -> Json | None:

@@ -71,6 +71,7 @@ class _Light(importlib.abc.Loader):
         for name in BEHIND:
             setattr(torch, name.rpartition(".")[2], _Behind(name))  # until the import of the real one puts that there
         vars(module)["__getattr__"] = _attribute
+        _complete_generators()
         _begin_to_watch()
 
 
@@ -105,6 +106,17 @@ def shapes_only() -> Iterator[None]:
         finally:
             if waiting:
                 _begin_to_watch()
+
+
+def _complete_generators() -> None:
+    """What torch._prims does besides, and without which torch 2.14 makes no random generator."""
+    import torch
+
+    complete: Any = getattr(torch._C, "_set_generator_metaclass", None)  # noqa: SLF001  older versions need none
+    if complete:
+        from torch._custom_class_base import CustomClassBaseMeta
+
+        complete(CustomClassBaseMeta)
 
 
 def _begin_to_watch() -> None:

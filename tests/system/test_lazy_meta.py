@@ -17,7 +17,18 @@ from launcher.engine import worker
 from launcher.engine.layers import build_meta, head_modules
 model = build_meta("resnet18", 10)
 assert head_modules("vit_b_16") == ("heads.head",)
-torch.nn.Linear(2, 1)(torch.ones(3, 2)).sum().backward()
+layer = torch.nn.Linear(2, 1)
+optimizer = torch.optim.AdamW(layer.parameters())
+layer(torch.ones(3, 2)).sum().backward()
+optimizer.step()
+from torch.utils.data import DataLoader, RandomSampler
+generator = torch.Generator().manual_seed(0)
+numbers = torch.arange(6.0)
+for workers in (0, 1):
+    loaded = DataLoader(numbers, sampler=RandomSampler(numbers, generator=generator), num_workers=workers)
+    assert sorted(map(float, loaded)) == [0, 1, 2, 3, 4, 5]
+torch.fx.symbolic_trace(layer)
+torch.nn.functional.dropout(torch.rand(4, generator=generator)).topk(2)
 assert lazy_meta.is_put_off()
 assert "torch._decomp" not in sys.modules
 """
