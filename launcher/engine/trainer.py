@@ -131,7 +131,7 @@ class Trainer:
             return
         steps = parts.schedule.steps(parts.ranks.rank, epoch=state.epoch, offset=state.offset, end_epoch=epochs)
         batches = iter(parts.train_loader(state.epoch, state.offset))
-        self._feed = Feed(steps, batches, self._stop_requested, ahead=parts.loading.workers > 0, pace=self._pace)
+        self._feed = Feed(steps, batches, self._stop_requested, self._pace.waiting, ahead=parts.loading.workers > 0)
         self._poll(self._feed, asked=False)  # the first step, too, is taken when all hold its batches
         self._pace.begin()
 
@@ -160,7 +160,7 @@ class Trainer:
         if state.step % self.recipe.tracking.log_every == 0:
             self._log_window()
         if state.offset >= parts.schedule.num_samples or self._finished():
-            self._pace.pause(self._recorder, self.recipe.data, epoch=state.epoch)
+            self._pace.pause(self._recorder and self._recorder.say, self.recipe.data, epoch=state.epoch)
             self._end_epoch()
             self._pace.begin()
 
@@ -264,12 +264,8 @@ class Trainer:
         state = self.state
         sums = means(state.window_totals.reduce())
         state.window_totals.reset()
-        values = {
-            **sums,
-            **self._pace.window(),
-            **optim.rates(self.parts.optimizer),
-            "grad_norm": float(self._step.gradient_norm),
-        }
+        values = sums | self._pace.window() | optim.rates(self.parts.optimizer)
+        values["grad_norm"] = float(self._step.gradient_norm)
         if sums["samples"]:  # none where all its steps were left out
             self._listeners.tell("step", epoch=state.epoch, step=state.step, values={**values, "offset": state.offset})
             if self._recorder:

@@ -7,10 +7,9 @@ import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from launcher.engine.device import Device
-    from launcher.engine.listeners.recorder import Recorder
     from launcher.recipe.schema import DataConfig
 
 LARGE_SHARE, LEAST_S = 0.2, 10.0
@@ -41,12 +40,17 @@ class Pace:
             self._window_waited += time.monotonic() - began
             self._epoch_waited += time.monotonic() - began
 
-    def pause(self, recorder: Recorder | None, config: DataConfig, *, epoch: int) -> None:
-        """An epoch's training ends: tell rank 0's recorder if it waited much. What follows until :meth:`begin` is none."""
+    def pause(self, say: Callable[[str], None] | None, config: DataConfig, *, epoch: int) -> None:
+        """An epoch's training ends; what follows until :meth:`begin` is no part of it.
+
+        Args:
+            say: on rank 0, told if the model waited much for images.
+            config: the recipe's.
+            epoch: from 0.
+        """
         self._paused_at = time.monotonic()
-        if recorder and (text := self.explain_wait(config)):
-            recorder.say(f"epoch {epoch + 1}: {text}")
-            recorder.event("data_wait", epoch=epoch, message=text)
+        if say and (text := self.explain_wait(config)):
+            say(f"epoch {epoch + 1}: {text}")
 
     def begin(self) -> None:
         """Count an epoch, or what is left of it, from now on; the first wait, for loaders that start, is no part."""
