@@ -160,7 +160,7 @@ class Trainer:
         if state.step % self.recipe.tracking.log_every == 0:
             self._log_window()
         if state.offset >= parts.schedule.num_samples or self._finished():
-            self._pace.pause(self._recorder and self._recorder.say, self.recipe.data, epoch=state.epoch)
+            self._pace.pause(self._recorder.say if self._recorder else None, self.recipe.data, epoch=state.epoch)
             self._end_epoch()
             self._pace.begin()
 
