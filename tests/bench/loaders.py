@@ -111,12 +111,12 @@ def report(what: str, files: list[Path], rounds: int, *, normalizes: bool) -> No
 
 def loaders(files: list[Path], *, normalizes: bool) -> dict[str, Callable[[Any], torch.Tensor]]:
     """By name: what makes a batch of the files of some numbers."""
-    tutorial = v1.Compose(
+    tutorial: Any = v1.Compose(  # type: ignore[no-untyped-call]
         [
             v1.RandomResizedCrop(SIZE, scale=SCALE),
-            v1.RandomHorizontalFlip(),
+            v1.RandomHorizontalFlip(),  # type: ignore[no-untyped-call]
             v1.ToTensor(),
-            v1.Normalize(MEAN, STD),
+            v1.Normalize(MEAN, STD),  # type: ignore[no-untyped-call]
         ]
     )
     modern = v2.Compose(

@@ -19,9 +19,9 @@ from launcher.errors import InterruptedRunError, MachineError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
+    from contextlib import AbstractContextManager
     from types import FrameType
 
-    from launcher.engine.loading.pace import Pace
     from launcher.engine.schedule import Step
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -189,14 +189,20 @@ class Feed:
         steps: of this rank, in their order.
         batches: a batch for each of their micro-batches.
         stop: whether this rank was asked to stop.
+        wait: is entered to get a batch.
         ahead: whether loader processes make the batches; this process cannot stop while it makes one itself.
-        pace: told of each wait.
     """
 
     def __init__(
-        self, steps: Iterable[Step], batches: Batches, stop: Callable[[], bool], *, ahead: bool, pace: Pace
+        self,
+        steps: Iterable[Step],
+        batches: Batches,
+        stop: Callable[[], bool],
+        wait: Callable[[], AbstractContextManager[None]],
+        *,
+        ahead: bool,
     ) -> None:
-        self._pace = pace
+        self._wait = wait
         self._steps = iter(steps)
         self._ahead = AHEAD if ahead else 0
         self._batches = batches
@@ -235,7 +241,7 @@ class Feed:
             yield batch
 
     def _get(self) -> Batch | None:
-        with self._pace.waiting():
+        with self._wait():
             return self._batches.get(self._stop)
 
 
