@@ -1,4 +1,5 @@
-# demo: from nothing to a measured model.  test: all tests.  lint: style and types.  bench: start-up and speed against the others, checkpoints, batch sizes, loaders.
+# demo: from nothing to a measured model.  test: all tests.  lint: style and types.
+# bench: start-up and speed against the others, checkpoints, batch sizes, loaders.
 # faults: provoke every fault that a run is to survive, and write docs/faults.md.
 # test-gpu: what only a GPU can show (one will do, eight are used), and images per second against the plain loop.
 PYTHON ?= python3

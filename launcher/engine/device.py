@@ -139,6 +139,10 @@ class Device:
         if self.is_cuda:
             torch.cuda.synchronize(self.index)
 
+    def is_idle(self) -> bool:
+        """Whether all that was begun is computed; asking waits for nothing."""
+        return not self.is_cuda or torch.cuda.current_stream(self.index).query()
+
     def release_memory(self) -> None:
         """Give what torch's allocator holds in store back."""
         if self.is_cuda:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import os
 import socket
 import time
@@ -19,7 +20,7 @@ from launcher.runs.heartbeats import JOINING, MEETING, group_timeout_s
 from launcher.runs.run_dir import ATTEMPT_VARIABLE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from launcher.engine.device import Device
@@ -201,6 +202,19 @@ def broadcast_buffers(module: torch.nn.Module) -> None:
     if buffers := list(module.buffers()):  # in a few exchanges, as DDP does it; resnet50 has 161 of them
         group = dist.distributed_c10d._get_default_group()  # noqa: SLF001
         dist._broadcast_coalesced(group, buffers, BROADCAST_BYTES, 0)  # noqa: SLF001
+
+
+def are_everywhere_the_same(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether every rank has the very same tensors, on the host: their digests are exchanged, not they themselves."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        content: Any = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+        digest.update(content)
+    own = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+    found = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, own)
+    return all(torch.equal(own, one) for one in found)
 
 
 class Agreement:

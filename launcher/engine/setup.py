@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from launcher.engine import data, numerics, optim
 from launcher.engine.augmenting.mixing import is_mixing
-from launcher.engine.distributed import broadcast_buffers
+from launcher.engine.distributed import are_everywhere_the_same, broadcast_buffers
 from launcher.engine.losses import Loss, build_loss
 from launcher.engine.model import FineTunedModel, build_model, build_preprocessing
 from launcher.engine.schedule import Batching, Schedule, validation_batches
@@ -76,6 +76,7 @@ class Parts:
     ddp: DistributedDataParallel = field(init=False)
     """The network as DDP wraps it; :meth:`wrap` makes it."""
     _between: Loader | None = field(init=False, default=None)
+    """Of what is looked at between the steps."""
 
     @property
     def classes(self) -> list[str]:
@@ -118,10 +119,14 @@ class Parts:
         options = inspect.signature(DistributedDataParallel).parameters
         # Rank 0's buffers are handed on before a validation, not at every step. torch 2.14 has a new name for that.
         per_step = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
+        # Weights that all ranks have made by the same seed, or read from a checkpoint, need not be handed on: on a CPU
+        # that takes several times as long as to compare them, at every start.
+        same = not self.device.is_cuda and are_everywhere_the_same(self.model.module.parameters())
         self.ddp = DistributedDataParallel(
             self.model.module,
             device_ids=[self.device.index] if self.device.is_cuda else None,
             gradient_as_bucket_view=True,
+            init_sync=not same,
             **{per_step: False},  # type: ignore[arg-type]  # one of two names, both boolean
         )
         if not self.device.is_cuda:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import time
 from typing import TYPE_CHECKING, Any
 
 from launcher.engine import distributed, optim
@@ -13,6 +12,7 @@ from launcher.engine.batchnorm_recompute import BatchNormRecompute
 from launcher.engine.checkpoints.saving import Saving
 from launcher.engine.listeners.listeners import build_listeners, start_values
 from launcher.engine.loading.handover import Feed, end_loaders
+from launcher.engine.loading.pace import Pace
 from launcher.engine.metrics import means
 from launcher.engine.state import TrainingState
 from launcher.engine.stopping import Redeal, RollBack, StopTraining
@@ -65,8 +65,7 @@ class Trainer:
         self.state = TrainingState(parts, self._agreement.gather(parts.device.total_memory()))
         self._listeners = build_listeners(parts, recorder)
         self._saving = Saving(parts, self.state, recorder, self._listeners)
-        self._timed_since = time.monotonic()
-        self._timed_samples = 0
+        self._pace = Pace(parts.device)
         self._wrapped = False
         self._step = TrainStep(parts, self.state)
         self._batchnorm = BatchNormRecompute(parts, recorder)
@@ -131,8 +130,9 @@ class Trainer:
             return
         steps = parts.schedule.steps(parts.ranks.rank, epoch=state.epoch, offset=state.offset, end_epoch=epochs)
         batches = iter(parts.train_loader(state.epoch, state.offset))
-        self._feed = Feed(steps, batches, self._stop_requested, ahead=parts.loading.workers > 0)
+        self._feed = Feed(steps, batches, self._stop_requested, ahead=parts.loading.workers > 0, pace=self._pace)
         self._poll(self._feed, asked=False)  # the first step, too, is taken when all hold its batches
+        self._pace.begin()
 
     def _take_next(self) -> bool:
         """Take the next optimizer step; False after the last."""
@@ -151,7 +151,7 @@ class Trainer:
         self._step.run(step, of_step)
         state.step += 1
         state.offset = step.end
-        self._timed_samples += step.num_samples
+        self._pace.took(step.num_samples)
         if self._recorder:
             self._recorder.progress(state.step)
             if state.step == 1:
@@ -159,7 +159,9 @@ class Trainer:
         if state.step % self.recipe.tracking.log_every == 0:
             self._log_window()
         if state.offset >= parts.schedule.num_samples or self._finished():
+            self._pace.pause(self._recorder, self.recipe.data, epoch=state.epoch)
             self._end_epoch()
+            self._pace.begin()
 
     def _progress(self, step: Step) -> float:
         """Epochs done at the middle of ``step``."""
@@ -181,7 +183,7 @@ class Trainer:
     def _end_epoch(self) -> None:
         """Validate, keep the best, checkpoint; leaves the position at the next epoch's start."""
         self._check_numbers()
-        ended_at, state = time.monotonic(), self.state
+        state = self.state
         totals = means(state.epoch_totals.reduce())
         recompute = functools.partial(self._batchnorm.run, epoch=state.epoch, step=state.step, poll=self._poll)
         values = state.average.beside(recompute, self._validate)
@@ -201,7 +203,6 @@ class Trainer:
         if not self._finished():
             self._prepare_epoch()
         self._save(best=is_best)
-        self._timed_since += time.monotonic() - ended_at  # validation is no part of the speed of training
 
     def _prepare_epoch(self) -> None:
         """Freeze what this epoch freezes; DDP is made anew where that changed which gradients there are."""
@@ -241,10 +242,12 @@ class Trainer:
         state = self.state
         sums = means(state.window_totals.reduce())
         state.window_totals.reset()
-        now = time.monotonic()
-        values = {**sums, **optim.rates(self.parts.optimizer), "grad_norm": float(self._step.gradient_norm)}
-        values["images_per_s"] = self._timed_samples / (now - self._timed_since)
-        self._timed_since, self._timed_samples = now, 0
+        values = {
+            **sums,
+            **self._pace.window(),
+            **optim.rates(self.parts.optimizer),
+            "grad_norm": float(self._step.gradient_norm),
+        }
         if sums["samples"]:  # none where all its steps were left out
             self._listeners.tell("step", epoch=state.epoch, step=state.step, values={**values, "offset": state.offset})
             if self._recorder:

@@ -111,10 +111,11 @@ def _begin_to_watch() -> None:
     """Have the factories import the kernels."""
     import torch
 
-    library = torch.library.Library("aten", "IMPL", "Meta")  # type: ignore[no-untyped-call]
+    make: Any = torch.library.Library  # which torch gives no types
+    library = make("aten", "IMPL", "Meta")
     for name, overload in FACTORIES:
         operator = getattr(getattr(torch.ops.aten, name), overload)
-        library.impl(operator, _after_import(operator), "Meta")  # type: ignore[no-untyped-call]
+        library.impl(operator, _after_import(operator), "Meta")
     _watch.append(library)
 
 

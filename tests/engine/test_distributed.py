@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import socket
@@ -191,3 +192,32 @@ def test_a_proposal_does_not_wait_for_a_rank_that_is_late(in_ranks):
         return agreement.collect()
 
     assert in_ranks(2, work) == [(True,)] * 2
+
+
+def handed_on(ranks, *, seed_of):
+    """What a rank's first weight is once DDP is there, and whether DDP handed weights on."""
+    torch.manual_seed(seed_of(ranks.rank))
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    module.to(memory_format=torch.channels_last)
+    module[0].weight.requires_grad_(requires_grad=False)  # frozen weights count too
+    same = distributed.are_everywhere_the_same(module.parameters())
+    ddp = torch.nn.parallel.DistributedDataParallel(module, init_sync=not same)
+    return same, ddp.module[0].weight.detach().clone()
+
+
+@pytest.mark.parametrize(("seed_of", "same"), [(lambda rank: 5, True), (lambda rank: 5 + (rank == 1), False)])
+def test_weights_are_handed_on_unless_all_ranks_have_the_same(in_ranks, seed_of, same):
+    found = in_ranks(3, functools.partial(handed_on, seed_of=seed_of))
+    assert [one for one, _ in found] == [same] * 3
+    assert all(torch.equal(weight, found[0][1]) for _, weight in found)
+
+
+def test_one_bit_is_a_difference(in_ranks):
+    def compare(ranks):
+        weight = torch.ones(1000, dtype=torch.bfloat16)
+        same = distributed.are_everywhere_the_same([weight, torch.zeros(0)])
+        if ranks.rank:
+            weight.view(torch.int16)[777] ^= 1
+        return same, distributed.are_everywhere_the_same([weight, torch.zeros(0)])
+
+    assert in_ranks(2, compare) == [(True, False)] * 2

@@ -877,7 +877,11 @@ def test_windows_of_steps_are_recorded_with_what_lies_in_them(make_run, engine, 
     for line in lines:
         assert {"time", "attempt", "loss", "top1", "top5"} < line.keys()
         assert 0 <= line["top1"] <= line["top5"] <= 1
-        extra = {"lr", "grad_norm", "images_per_s"} if line["split"] == "train" else {"f1", "per_class", "confusion"}
+        extra = (
+            {"lr", "grad_norm", "images_per_s", "data_wait"}
+            if line["split"] == "train"
+            else {"f1", "per_class", "confusion"}
+        )
         assert extra < line.keys()
     status = run.read_status()
     assert (status["state"], status["epoch"], status["step"]) == ("completed", 2, 20)

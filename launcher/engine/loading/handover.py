@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from types import FrameType
 
+    from launcher.engine.loading.pace import Pace
     from launcher.engine.schedule import Step
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -189,9 +190,13 @@ class Feed:
         batches: a batch for each of their micro-batches.
         stop: whether this rank was asked to stop.
         ahead: whether loader processes make the batches; this process cannot stop while it makes one itself.
+        pace: told of each wait.
     """
 
-    def __init__(self, steps: Iterable[Step], batches: Batches, stop: Callable[[], bool], *, ahead: bool) -> None:
+    def __init__(
+        self, steps: Iterable[Step], batches: Batches, stop: Callable[[], bool], *, ahead: bool, pace: Pace
+    ) -> None:
+        self._pace = pace
         self._steps = iter(steps)
         self._ahead = AHEAD if ahead else 0
         self._batches = batches
@@ -207,7 +212,7 @@ class Feed:
             return
         found = []
         for _ in step.micro_batches[: self._ahead]:
-            batch = self._batches.get(self._stop)
+            batch = self._get()
             if batch is None:
                 self.starved = True
                 return
@@ -224,10 +229,14 @@ class Feed:
     def _rest(self, num: int) -> Iterator[Batch]:
         """Those of a step that are too many to be held."""
         for _ in range(num):
-            batch = self._batches.get(self._stop)
+            batch = self._get()
             if batch is None:
                 raise InterruptedRunError("stopped in the middle of a step, for whose images it waited")
             yield batch
+
+    def _get(self) -> Batch | None:
+        with self._pace.waiting():
+            return self._batches.get(self._stop)
 
 
 def end_loaders() -> None:

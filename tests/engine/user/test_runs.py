@@ -220,7 +220,7 @@ def test_a_resumed_run_ends_with_the_same_bits(start, launch, procs):
     assert all(torch.equal(one[name], other[name]) for name in one)
     values = [
         [
-            {k: v for k, v in line.items() if k not in ("time", "attempt", "images_per_s")}
+            {k: v for k, v in line.items() if k not in ("time", "attempt", "images_per_s", "data_wait")}
             for line in read_jsonl(each.metrics)
         ]
         for each in (whole, run)

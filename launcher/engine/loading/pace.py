@@ -1,0 +1,92 @@
+"""How fast a rank trains, and which part of the time it waits for images."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from launcher.engine.device import Device
+    from launcher.engine.listeners.recorder import Recorder
+    from launcher.recipe.schema import DataConfig
+
+LARGE_SHARE, LEAST_S = 0.2, 10.0
+"""An epoch in which a rank has waited for this fraction of the time, and for so many seconds, is worth a line."""
+
+
+class Pace:
+    """Clocks of a rank.
+
+    Args:
+        device: where it computes. A wait counts where that has nothing left to do, for else it costs nothing.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._window_since = self._epoch_since = time.monotonic()
+        self._window_samples = self._epoch_samples = 0
+        self._window_waited = self._epoch_waited = 0.0
+        self._paused_at: float | None = None
+        self._told = False
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Get a batch within it."""
+        began = time.monotonic()
+        yield
+        if self._device.is_idle():
+            self._window_waited += time.monotonic() - began
+            self._epoch_waited += time.monotonic() - began
+
+    def pause(self, recorder: Recorder | None, config: DataConfig, *, epoch: int) -> None:
+        """An epoch's training ends: tell rank 0's recorder if it waited much. What follows until :meth:`begin` is none."""
+        self._paused_at = time.monotonic()
+        if recorder and (text := self.explain_wait(config)):
+            recorder.say(f"epoch {epoch + 1}: {text}")
+            recorder.event("data_wait", epoch=epoch, message=text)
+
+    def begin(self) -> None:
+        """Count an epoch, or what is left of it, from now on; the first wait, for loaders that start, is no part."""
+        now = time.monotonic()
+        if self._paused_at is not None:
+            self._window_since += now - self._paused_at
+        self._paused_at, self._epoch_since, self._epoch_samples, self._epoch_waited = None, now, 0, 0.0
+
+    def took(self, num_samples: int) -> None:
+        """A step of so many samples of all ranks is taken."""
+        self._window_samples += num_samples
+        self._epoch_samples += num_samples
+
+    def window(self) -> dict[str, float]:
+        """Since the last time: images per second of all ranks, and the fraction of the time that this rank waited."""
+        seconds = max(1e-9, time.monotonic() - self._window_since)
+        found = {
+            "images_per_s": self._window_samples / seconds,
+            "data_wait": round(min(1.0, self._window_waited / seconds), 4),
+        }
+        self._window_since, self._window_samples, self._window_waited = time.monotonic(), 0, 0.0
+        return found
+
+    def explain_wait(self, config: DataConfig) -> str | None:
+        """At the end of an epoch: that the model waited for images, and what to do; None: it did not, or it is told."""
+        seconds, waited = time.monotonic() - self._epoch_since, self._epoch_waited
+        if self._told or waited < LEAST_S or waited < LARGE_SHARE * seconds:
+            return None
+        self._told = True
+        gives, takes = self._epoch_samples / seconds, self._epoch_samples / max(1e-9, seconds - waited)
+        return (
+            f"{waited / seconds:.0%} of the time was spent waiting for images: the loader gives {gives:.0f} of the "
+            f"{takes:.0f} images/s that the model takes: {_cure(config)}"
+        )
+
+
+def _cure(config: DataConfig) -> str:
+    """What would make the loader faster, first what helps most."""
+    if config.dataset or config.transform:
+        return "make data.dataset or data.transform faster, or give more cores (data.workers)"
+    if config.cache == "none":
+        return "data.cache=disk (or ram) would decode each image only once"
+    return "give more cores (data.workers), or augment less"
