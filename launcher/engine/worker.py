@@ -23,6 +23,7 @@ from launcher.engine.listeners.recorder import Recorder
 from launcher.engine.loading import balance
 from launcher.engine.loading.data_sets import open_data_sets
 from launcher.engine.loading.handover import heed_stop_signal
+from launcher.engine.optimizing import compiling
 from launcher.engine.setup import build_parts
 from launcher.engine.stopping import StopFlag
 from launcher.engine.trainer import Trainer
@@ -198,6 +199,8 @@ def training(
         if fewer := parts.fit_loading():
             say(fewer)
             run.append_event("fewer_loaders", rank=ranks.rank, message=fewer)
+        if recipe.train.compile and (problem := compiling.compile_network(parts.model.module, device, say)):
+            say(f"train.compile: {problem}; nothing is compiled")
         heed_stop_signal()
         memory_kills = int(os.environ.get(MEMORY_KILLS_VARIABLE, "0"))
         trainer = Trainer(parts, recorder=recorder, stop_requested=stop, alive=alive, memory_kills=memory_kills)

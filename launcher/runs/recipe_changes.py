@@ -90,6 +90,7 @@ OPEN = {
     "precision": "",
     "train.epochs": "",
     "train.channels_last": "",
+    "train.compile": "",
     "train.batchnorm_recompute": "",
     "train.ema": "an average that the checkpoint has goes on, a new one begins with the next step",
     "train.clip_grad_norm": "",
