@@ -86,8 +86,8 @@ class TrainConfig:
     pixels or of single channels, which were measured to be faster with it (docs/evidence.md)."""
     compile: bool = False
     """Have torch's compiler (inductor) make the network's own code at the first step of each batch size, which takes
-    from seconds to minutes; without a C++ compiler (on CUDA: triton) a line says so and nothing is compiled. Dropout then
-    draws other numbers."""
+    from seconds to minutes; without a C++ compiler (on CUDA: triton) a line says so and nothing is compiled. Dropout
+    then draws other numbers."""
     batchnorm_recompute: CountOrZero | Auto = "auto"
     """Training batches that BatchNorm's running statistics are computed from before each validation; 0: the moving
     average; auto: 100, until 10 / momentum steps are taken and the average has forgotten what it began with."""
