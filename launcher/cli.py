@@ -89,6 +89,12 @@ def _doctor() -> _Module:
     return doctor
 
 
+def _evaluate() -> _Module:
+    from launcher.commands import evaluate
+
+    return evaluate
+
+
 def _export() -> _Module:
     from launcher.commands import export
 
@@ -164,6 +170,7 @@ COMMANDS = {
     ),
     "compare": Command("RUN …", "runs or folders of runs side by side, the best first", _compare),
     "export": Command("RUN", "export, quantize and measure a run's best checkpoint again", _export),
+    "evaluate": Command("RUN", "measure a run's best checkpoint on its validation images, or on others", _evaluate),
     "predict": Command("RUN IMAGE …", "classify images, folders or patterns; an ONNX file needs no torch", _predict),
     "report": Command("RUN", "write report.html, report.json and model_card.md again", _report),
     "why": Command("RUN", "the first failure of a run, and its cure", _why),

@@ -1,0 +1,59 @@
+"""``launch evaluate``: what a run's best checkpoint measures on labelled images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.commands.parser import parser_of
+from launcher.errors import EXIT_OK
+from launcher.report.model_card import wilson_interval
+from launcher.runs.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from launcher.recipe.metrics import Metric
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``launch evaluate``; return its exit code."""
+    parser = parser_of("evaluate", "Measure a run's best checkpoint on its validation images, or on others.")
+    parser.add_argument("run_dir", metavar="RUN")
+    images = parser.add_mutually_exclusive_group()
+    images.add_argument("--data", metavar="FOLDER", help="labelled images: FOLDER/CLASS/*.jpg")
+    images.add_argument("--split", default="val", metavar="NAME", help="of the run's images (val)")
+    parser.add_argument("--json", action="store_true", dest="as_json", help="for programs")
+    args = parser.parse_args(argv)
+    run = RunDir.existing(args.run_dir)
+    from launcher.recipe import load as recipes
+    from launcher.recipe import metrics as recipe_metrics
+    from launcher.tools import score
+
+    found = score.score(run, folder=Path(args.data) if args.data else None, split=args.split)
+    table = recipe_metrics.of(recipes.to_dict(recipes.read_resolved(run.recipe))["metrics"])
+    print(json.dumps(found, indent=2)) if args.as_json else _show(run, found, table)
+    return EXIT_OK
+
+
+def _show(run: RunDir, found: dict[str, Any], table: dict[str, Metric]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    samples, num_classes = found["samples"], len(found.get("per_class") or ())
+    console.print(f"{run}: {samples} images of {found['images']}", highlight=False)
+    for name, metric in table.items():
+        if num_classes and num_classes <= metric.more_classes_than:
+            continue
+        low, high = wilson_interval(found[name], samples) if name in ("top1", "top5") else (None, None)
+        interval = "" if low is None else f"  (95 % interval {low:.4f} to {high:.4f})"
+        console.print(f"  {metric.title:<24} {found[name]:.4f}{interval}", highlight=False)
+    if not num_classes:
+        return
+    rows = Table("class", "recall", "precision", "F1", "images")
+    for name, row in found["per_class"].items():
+        shown = [f"{row[key]:.4f}" if row["samples"] else "-" for key in ("recall", "precision", "f1")]
+        rows.add_row(name, *shown, str(row["samples"]))
+    console.print(rows)

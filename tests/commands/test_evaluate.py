@@ -1,0 +1,62 @@
+"""`launch evaluate` gives the very numbers of the run's own validation, and those of other labelled images."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from launcher import cli
+from launcher.runs.run_dir import RunDir
+from tests.nets import FACTORY
+
+SETTINGS = [FACTORY, "data.image_size=32", "batch.size=5", "train.epochs=2", "launch.device=cpu", "post.enabled=false"]
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_is_measured_on_its_own_images_and_on_others(
+    launch, recipe_file, images, tmp_path, monkeypatch, capsys
+):
+    own = "{metric: torchmetrics.classification:MulticlassAccuracy, name: accuracy, args: {num_classes: auto}}"
+    recipe = recipe_file(f"data: {{path: {images}}}\nmetrics: [{own}]\n")
+    done = launch(str(recipe), *SETTINGS, "--procs", "2", "--run-dir", "run")
+    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(launch.cwd)
+    run = RunDir("run")
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    best = run.read_status()["best"]
+    (own,) = [line for line in lines if line["split"] == "val" and line["step"] == best["step"]]
+
+    def evaluate(*arguments):
+        code = cli.main(["evaluate", "run", *map(str, arguments)])
+        return code, capsys.readouterr()
+
+    code, shown = evaluate("--json")
+    found = json.loads(shown.out)
+    assert code == 0
+    for name in ("samples", "top1", "top5", "f1", "accuracy", "per_class", "confusion"):
+        assert found[name] == own[name], name
+    assert found["loss"] == pytest.approx(own["loss"], rel=1e-5)  # of batches of another size
+
+    code, shown = evaluate()
+    assert "6 images of" in shown.out
+    assert f"top-1                    {own['top1']:.4f}  (95 % interval" in shown.out
+    assert "top-5" not in shown.out  # three classes
+
+    other = shutil.copytree(images / "val", tmp_path / "other")
+    shutil.rmtree(other / "cat")
+    found = json.loads(evaluate("--data", other, "--json")[1].out)
+    assert found["samples"] == 4
+    assert found["per_class"]["cat"]["samples"] == 0
+    assert found["per_class"]["dog"]["recall"] == own["per_class"]["dog"]["recall"]
+
+    (other / "horse").mkdir()
+    code, shown = evaluate("--data", other)
+    assert (code, shown.out) == (2, "")
+    assert f"--data {other}: holds 'horse', which is no class of the model" in shown.err
+    code, shown = evaluate("--data", images)
+    assert f"name one of its splits: --data {images / 'val'}" in shown.err
+    code, shown = evaluate("--split", "test")
+    assert code == 2
+    assert "labelled images elsewhere: launch evaluate run --data FOLDER" in shown.err

@@ -1,0 +1,92 @@
+"""Measures a run's best checkpoint on labelled images, by all that validation measures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from launcher.engine.device import Device
+from launcher.engine.distributed import Ranks, init_process_group
+from launcher.engine.losses import build_loss
+from launcher.engine.metrics import ValidationTotals
+from launcher.errors import UsageError
+from launcher.images import folder as image_folder
+from launcher.tools import evaluate
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from launcher.runs.run_dir import RunDir
+    from launcher.tools.evaluate import BestModel
+
+CPU = Device(type="cpu")
+
+
+def score(run: RunDir, *, folder: Path | None = None, split: str = "val") -> dict[str, Any]:
+    """What validation writes into metrics.jsonl, of the best checkpoint, on the CPU in float32.
+
+    Args:
+        run: the run directory.
+        folder: labelled images, ``folder/CLASS/*.jpg``; None: those of the run.
+        split: which of the run's splits, where ``folder`` is None.
+
+    Returns:
+        ``samples``, the value of each metric, ``per_class`` and ``confusion``; ``images``: what was measured on.
+
+    Raises:
+        UsageError: there are no such images, or of classes that the model does not know.
+    """
+    best = evaluate.load_best(run)
+    if folder is not None:
+        best, split = _on(best, folder), folder.absolute().name
+    elif missing := best.missing(split):
+        raise UsageError(f"{missing}; labelled images elsewhere: launch evaluate {run} --data FOLDER")
+    samples = best.dataset(split)
+    num_outputs = len(best.module(torch.zeros(1, 3, *[best.preprocessing.image_size] * 2))[0])
+    names = [*best.classes, *(f"unused-{i}" for i in range(len(best.classes), num_outputs))]
+    loss = build_loss(best.recipe.train, num_classes=num_outputs, device=CPU.torch_device)
+    init_process_group(CPU, Ranks())  # counts are added up over ranks, of which there is one
+    try:
+        totals = ValidationTotals(names, CPU.torch_device, loss, _own_metrics(best, num_outputs))
+        with torch.inference_mode():
+            for images, labels in best.batches(split):
+                totals.add(best.module(images), labels)
+        found = totals.compute()
+    finally:
+        dist.destroy_process_group()
+    data = best.recipe.data
+    where = str(folder) if folder else data.dataset or f"{data.path or data.name}/{split}"
+    return {"images": where, **found, "samples": len(samples)}
+
+
+def _on(best: BestModel, folder: Path) -> BestModel:
+    """The same model, with a folder of class folders as one of its splits."""
+    folder = folder.expanduser().absolute()
+    if not folder.is_dir():
+        raise UsageError(f"--data {folder}: no such folder; it must hold CLASS/*.jpg")
+    classes = image_folder.find_classes(folder)
+    unknown = sorted(set(classes) - set(best.classes))
+    if unknown or not classes:
+        problem = f"holds {unknown[0]!r}, which is no class of the model" if unknown else "has no class folders in it"
+        splits = [name for name in ("val", "test", "train") if (folder / name).is_dir()]
+        hint = (
+            f"; name one of its splits: --data {folder / splits[0]}" if splits else f": {', '.join(best.classes[:8])}"
+        )
+        raise UsageError(f"--data {folder}: {problem}{hint}")
+    data = replace(best.recipe.data, name="imagefolder", path=str(folder.parent), dataset=None)
+    moved = replace(best, recipe=replace(best.recipe, data=data), left_out=frozenset())
+    if not len(moved.dataset(folder.name)):
+        raise UsageError(f"--data {folder}: no images in it")
+    return moved
+
+
+def _own_metrics(best: BestModel, num_classes: int) -> Any:
+    """The recipe's own metrics; None: it has none."""
+    if not best.recipe.metrics:
+        return None
+    from launcher.engine.user.metrics import UserMetrics
+
+    return UserMetrics(best.recipe, num_classes=num_classes, device=CPU.torch_device)
