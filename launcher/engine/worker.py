@@ -196,11 +196,7 @@ def training(
         )
         if ranks.rank == 0:
             recorder = _begin_record(run, parts, spec, terminal)
-        if fewer := parts.fit_loading():
-            say(fewer)
-            run.append_event("fewer_loaders", rank=ranks.rank, message=fewer)
-        if recipe.train.compile and (problem := compiling.compile_network(parts.model.module, device, say)):
-            say(f"train.compile: {problem}; nothing is compiled")
+        _fit(parts, say)
         heed_stop_signal()
         memory_kills = int(os.environ.get(MEMORY_KILLS_VARIABLE, "0"))
         trainer = Trainer(parts, recorder=recorder, stop_requested=stop, alive=alive, memory_kills=memory_kills)
@@ -240,6 +236,15 @@ def _join_group(
     if device.is_cuda:
         record_collectives(run.nccl_dump(spec.attempt), run.nccl_pipe(spec.attempt), hang_timeout_s)
     init_process_group(device, ranks, hang_timeout_s=hang_timeout_s, at=at)
+
+
+def _fit(parts: Parts, say: Callable[[str], None]) -> None:
+    """Have as many loader processes as there is room for, and the network compiled where the recipe says so."""
+    if fewer := parts.fit_loading():
+        say(fewer)
+        parts.run.append_event("fewer_loaders", rank=parts.ranks.rank, message=fewer)
+    if parts.recipe.train.compile and (problem := compiling.compile_network(parts.model.module, parts.device, say)):
+        say(f"train.compile: {problem}; nothing is compiled")
 
 
 def _begin_record(run: RunDir, parts: Parts, spec: WorkerSpec, terminal: IO[str]) -> Recorder:
