@@ -26,6 +26,7 @@ from launcher.runs.run_dir import RunDir
 from launcher.system import cpu as host_cpu
 from launcher.system.files import write_json_atomic
 from launcher.tools import evaluate, latency, onnx_model
+from launcher.tools.gate import REFERENCE, Answers
 from launcher.tools.quantize import quantize_onnx
 from launcher.tracking import wandb as tracking
 
@@ -33,15 +34,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from launcher.recipe.schema import LaunchConfig
-    from launcher.recipe.schema_post import PostConfig
     from launcher.tools.evaluate import BestModel, Predictor
 
     Say = Callable[[str], None]
     """Tells the person at the terminal a line."""
 
 FILES = {"onnx": "model.onnx", "torchscript": "model.ts", "onnx_int8": "model.int8.onnx"}
-MIN_AGREEMENT = 0.99
-"""Least agreement of a float32 export, whatever post.min_agreement is: it computes the same network."""
 NO_CALIBRATION = "calibration needs training images"
 LARGE_BYTES = 1.9e9
 """Above this, ONNX keeps weights beside the model: a protobuf holds at most 2 GB."""
@@ -79,16 +77,17 @@ def _export_run(run: RunDir, data_path: str | None, say: Say) -> None:
         say(f"{FILES[name]}: not made: {NO_CALIBRATION}: {uncalibrated}")
     formats: list[str] = [*post.export, *([] if uncalibrated else post.quantize)]
     files: dict[str, Path] = {name: run.exports / FILES[name] for name in formats}
+    answers = Answers(best, missing)
     with tempfile.TemporaryDirectory(dir=run.exports, prefix=".export-") as folder:
         for name in formats:
             say(f"making {FILES[name]}")
             made = Path(folder) / FILES[name]
-            _make(name, made, best)
+            _make(name, made, best, answers, say)
         # all at once: every file in exports/ is then whole and of one checkpoint
         for made in Path(folder).iterdir():
             shutil.move(made, run.exports / made.name)
     say("measuring")
-    manifest = _measure(run, best, files, missing, say)
+    manifest = _measure(run, best, files, answers, say)
     kept = _made_before(run, not_made, manifest["checkpoint"])
     manifest["not_made"] = [
         {"file": FILES[name], "format": name, "reason": f"{NO_CALIBRATION}: {uncalibrated}"}
@@ -152,13 +151,18 @@ def _made_before(run: RunDir, names: Sequence[str], checkpoint: dict[str, Any]) 
     return rows
 
 
-def _make(name: str, target: Path, best: BestModel) -> None:
+def _make(name: str, target: Path, best: BestModel, answers: Answers, say: Say) -> None:
     if name == "onnx":
         export_onnx(target, best)
     elif name == "torchscript":
         export_torchscript(target, best)
     else:
-        quantize_onnx(target.with_name(FILES["onnx"]), target, best)
+        quantize_onnx(
+            target.with_name(FILES["onnx"]),
+            target,
+            best,
+            lambda path: answers.try_out(name, _predictor(name, path, say), is_quantized=True),
+        )
 
 
 def export_onnx(target: Path, best: BestModel) -> None:
@@ -201,35 +205,28 @@ def export_torchscript(target: Path, best: BestModel) -> None:
         torch.jit.save(torch.jit.trace(best.module, _example(best)), str(target))  # type: ignore[no-untyped-call]
 
 
-def _measure(run: RunDir, best: BestModel, files: dict[str, Path], missing: str | None, say: Say) -> dict[str, Any]:
+def _measure(run: RunDir, best: BestModel, files: dict[str, Path], answers: Answers, say: Say) -> dict[str, Any]:
     """The manifest: top-1, agreement, size and latency of the checkpoint and of each file.
 
-    If images are ``missing``, top-1 and agreement are null, with the reason.
+    If there are no images, top-1 and agreement are null, with the reason.
     """
-    predictors = {"pytorch": best.module} | {name: _predictor(name, path, say) for name, path in files.items()}
-    predicted, true = ({}, torch.empty(0)) if missing else evaluate.predict(predictors, best)
+    predictors = {REFERENCE: best.module} | {name: _predictor(name, path, say) for name, path in files.items()}
+    answers.ask(predictors)
     times = latency.measure(predictors, best.preprocessing.image_size)
-    reference = predicted.get("pytorch")
-    top1 = {name: _fraction_same(predicted.get(name), true) for name in predictors}
-    rows: list[dict[str, Any]] = [
-        {
+    rows: list[dict[str, Any]] = []
+    for name, path in files.items():
+        is_quantized = name in best.recipe.post.quantize
+        reason = answers.verdict(name, is_quantized=is_quantized)
+        row = {
             "file": path.name,
             "format": name,
-            "quantization": onnx_model.read_quantization(path) if name in best.recipe.post.quantize else None,
-            "top1": top1[name],
+            "quantization": onnx_model.read_quantization(path) if is_quantized else None,
             "size_mb": evaluate.size_mb(path),
             **times[name],
-            "agreement": _fraction_same(predicted.get(name), reference),
-            "num_changed": None if missing else int((predicted[name] != predicted["pytorch"]).sum()),
-            "top1_drop": None if missing else 100 * (top1["pytorch"] - top1[name]),
+            **answers.compare(name),
+            "reason": f"not measured: {answers.missing}" if answers.missing else reason,
         }
-        for name, path in files.items()
-    ]
-    for row in rows:
-        row["reason"] = (
-            f"not measured: {missing}" if missing else _rejection(row, best.recipe.post, num_images=len(true))
-        )
-        row["accepted"] = row["reason"] is None
+        rows.append(row | {"accepted": row["reason"] is None})
     weights = best.folder / "model.safetensors"
     found = best.state["early_stopping"]["best"]
     return {
@@ -237,41 +234,18 @@ def _measure(run: RunDir, best: BestModel, files: dict[str, Path], missing: str 
         "checkpoint": {"epoch": found["epoch"], **{key: found[key] for key in ("step", "metric", "value")}},
         "classes": best.classes,
         "preprocessing": best.preprocessing.describe(),
-        "val_samples": len(true),
-        "not_measured": missing,
+        "val_samples": len(answers.true),
+        "not_measured": answers.missing,
         "latency_threads": torch.get_num_threads(),
         "cpu": {"name": cpu_name(), "saturates_int8": host_cpu.saturates_int8()},
         "reference": {
             "format": "pytorch",
-            "top1": top1["pytorch"],
+            "top1": answers.top1(REFERENCE),
             "size_mb": evaluate.size_mb(weights),
-            **times["pytorch"],
+            **times[REFERENCE],
         },
         "exports": rows,
     }
-
-
-def _fraction_same(found: torch.Tensor | None, expected: torch.Tensor | None) -> Any:
-    """The fraction of images on which two agree; None if either is None."""
-    return None if found is None or expected is None else (found == expected).double().mean().item()
-
-
-def _rejection(row: dict[str, Any], post: PostConfig, *, num_images: int) -> str | None:
-    """Why an export is not accepted, or None."""
-    reasons = []
-    if row["top1_drop"] > post.max_top1_drop + 1e-9:
-        reasons.append(
-            f"loses {row['top1_drop']:.2f} points of top-1; post.max_top1_drop allows {post.max_top1_drop:g}"
-        )
-    quantized = row["quantization"] is not None
-    least = post.min_agreement if quantized else max(MIN_AGREEMENT, post.min_agreement)
-    if row["agreement"] < least - 1e-9:
-        key = "post.min_agreement" if least == post.min_agreement else "a float32 export"
-        reasons.append(
-            f"agrees with the checkpoint on {row['agreement']:.2%} of the images ({row['num_changed']} of {num_images} "
-            f"answers changed); {key} asks for {100 * least:g}%"
-        )
-    return "; ".join(reasons) or None
 
 
 def _predictor(name: str, path: Path, say: Say) -> Predictor:

@@ -29,7 +29,8 @@ from launcher.runs.history import events
 from launcher.runs.run_dir import RunDir
 from launcher.system import cpu as host_cpu
 from launcher.system.files import write_json_atomic
-from launcher.tools import evaluate, export, quantize
+from launcher.tools import evaluate, export, onnx_model, quantize
+from launcher.tools.gate import rejection
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -100,7 +101,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory, photos) -> RunDir:
-    post = PostConfig(export=["onnx", "torchscript"], quantize=["onnx_int8"], max_top1_drop=100.0)
+    post = PostConfig(export=["onnx", "torchscript"], quantize=["onnx_int8"], max_top1_drop=100.0, min_agreement=0.0)
     run = make_run(tmp_path_factory.mktemp("run"), photos, arch="resnet18", post=post)
     export.export_run(run)
     return run
@@ -130,7 +131,13 @@ def test_the_manifest_has_what_the_contract_names(exported):
         assert (rows[name]["num_changed"], rows[name]["quantization"]) == (0, None)
     int8 = rows["onnx_int8"]
     assert int8["num_changed"] == round(40 * (1 - int8["agreement"]))
-    assert int8["quantization"] == {"target": "portable", "weight_bits": 7} | CALIBRATED
+    assert int8["quantization"] == {
+        "target": "portable",
+        "weight_bits": 7,
+        "float_layers": [],
+        "tried": [{"float_layers": 0, "reason": None}],
+        **CALIBRATED,
+    }
     assert rows["onnx_int8"]["size_mb"] < 0.3 * rows["onnx"]["size_mb"]
     told = {event["file"]: event for event in events(exported, "export")}
     for row in rows.values():
@@ -164,52 +171,54 @@ def test_nothing_half_made_is_left(exported):
     assert sorted(p.name for p in exported.exports.iterdir()) == ["manifest.json", *sorted(export.FILES.values())]
 
 
-INT8 = {"format": "onnx_int8", "quantization": {}, "top1_drop": 0.0, "agreement": 1.0, "num_changed": 0}
+SAME = {"top1_drop": 0.0, "agreement": 1.0, "num_changed": 0}
 
 
 def test_an_int8_model_that_loses_too_much_is_not_accepted_and_says_why():
-    row = INT8 | {"top1_drop": 1.2}
-    assert export._rejection(row, PostConfig(), num_images=500) == (
+    row = SAME | {"top1_drop": 1.2}
+    assert rejection(row, PostConfig(), num=500, is_quantized=True) == (
         "loses 1.20 points of top-1; post.max_top1_drop allows 1"
     )
-    assert export._rejection(row | {"top1_drop": 1.0}, PostConfig(), num_images=500) is None
+    assert rejection(row | {"top1_drop": 1.0}, PostConfig(), num=500, is_quantized=True) is None
 
 
 def test_mistakes_that_come_and_go_in_equal_numbers_are_no_agreement():
-    row = INT8 | {"agreement": 124 / 141, "num_changed": 17}
-    assert export._rejection(row, PostConfig(), num_images=141) == (
+    row = SAME | {"agreement": 124 / 141, "num_changed": 17}
+    assert rejection(row, PostConfig(), num=141, is_quantized=True) == (
         "agrees with the checkpoint on 87.94% of the images (17 of 141 answers changed); "
         "post.min_agreement asks for 97%"
     )
-    assert export._rejection(row, PostConfig(min_agreement=0.87), num_images=141) is None
-    assert "asks for 87.95%" in export._rejection(row, PostConfig(min_agreement=0.8795), num_images=141)
+    assert rejection(row, PostConfig(min_agreement=0.87), num=141, is_quantized=True) is None
+    assert "asks for 87.95%" in rejection(row, PostConfig(min_agreement=0.8795), num=141, is_quantized=True)
 
 
 @pytest.mark.parametrize("least", [0.0, 0.97, 1.0])
 def test_an_agreement_of_just_what_is_asked_for_is_enough(least):
-    row = INT8 | {"agreement": (least * 100) / 100, "num_changed": 3}
-    assert export._rejection(row, PostConfig(min_agreement=least), num_images=100) is None
+    row = SAME | {"agreement": (least * 100) / 100, "num_changed": 3}
+    assert rejection(row, PostConfig(min_agreement=least), num=100, is_quantized=True) is None
 
 
 def test_all_that_is_wrong_with_an_export_is_said():
-    row = INT8 | {"top1_drop": 40.0, "agreement": 0.5, "num_changed": 50}
-    reason = export._rejection(row, PostConfig(), num_images=100)
+    row = SAME | {"top1_drop": 40.0, "agreement": 0.5, "num_changed": 50}
+    reason = rejection(row, PostConfig(), num=100, is_quantized=True)
     assert "loses 40.00 points" in reason
     assert "50 of 100 answers changed" in reason
 
 
 def test_a_float_export_that_sees_other_things_is_never_accepted():
-    row = {"format": "onnx", "quantization": None, "top1_drop": 0.0, "agreement": 0.98, "num_changed": 2}
-    reason = export._rejection(row, PostConfig(min_agreement=0.5), num_images=100)
+    row = SAME | {"agreement": 0.98, "num_changed": 2}
+    reason = rejection(row, PostConfig(min_agreement=0.5), num=100, is_quantized=False)
     assert "agrees with the checkpoint on 98.00%" in reason
     assert "a float32 export asks for 99%" in reason
-    assert "post.min_agreement asks for 100%" in export._rejection(row, PostConfig(min_agreement=1.0), num_images=100)
+    assert "post.min_agreement asks for 100%" in rejection(
+        row, PostConfig(min_agreement=1.0), num=100, is_quantized=False
+    )
 
 
 def test_a_broken_quantization_is_measured_and_refused(tmp_path, photos, monkeypatch):
     post = PostConfig(export=["onnx"], quantize=["onnx_int8"], max_top1_drop=0.0)
     run = make_run(tmp_path / "run", photos, arch="resnet18", post=post)
-    monkeypatch.setattr(export, "quantize_onnx", lambda source, target, best: _zero_weights(source, target))
+    monkeypatch.setattr(export, "quantize_onnx", lambda source, target, best, judge: _zero_weights(source, target))
     monkeypatch.setattr(evaluate, "predict", _with_true_labels_of_the_checkpoint(evaluate.predict))
     export.export_run(run)
     rows = {row["format"]: row for row in manifest(run)["exports"]}
@@ -248,7 +257,7 @@ def test_calibration_images_are_the_same_every_time(exported, monkeypatch):
     monkeypatch.setattr(evaluate.BestModel, "batches", spy)
     target = exported.path / "again.onnx"
     for _ in range(2):
-        quantize.quantize_onnx(exported.exports / "model.onnx", target, best)
+        quantize.quantize_onnx(exported.exports / "model.onnx", target, best, lambda path: None)
     target.unlink()
     assert seen[0] == seen[1]
     assert seen[0][0] == "train"
@@ -417,6 +426,31 @@ def test_what_libraries_print_goes_to_the_log_and_our_lines_to_the_terminal(tmp_
     print("after")
     assert capfd.readouterr() == ("making model.onnx\nafter\n", "")
     assert {"printed", "C library", "TorchScript is deprecated"} <= {*log.read_text().splitlines()}
+
+
+def test_first_layers_stay_in_float_until_the_int8_model_is_accepted(exported, tmp_path):
+    verdicts, float_before = iter(["too bad", "still too bad", None]), []
+
+    def judge(path):
+        model = onnx.load(path)
+        quantized = {
+            output for node in model.graph.node if node.op_type == "DequantizeLinear" for output in node.output
+        }
+        convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
+        float_before.append([node.name for node in convolutions if node.input[1] not in quantized])
+        return next(verdicts)
+
+    target = tmp_path / "model.int8.onnx"
+    quantize.quantize_onnx(exported.exports / "model.onnx", target, evaluate.load_best(exported), judge)
+    made = onnx_model.read_quantization(target)
+    assert [len(names) for names in float_before] == [0, 5, 12]
+    assert set(made["float_layers"]) == set(float_before[-1])
+    assert set(float_before[1]) < set(float_before[2])
+    assert made["tried"] == [
+        {"float_layers": 0, "reason": "too bad"},
+        {"float_layers": 5, "reason": "still too bad"},
+        {"float_layers": 12, "reason": None},
+    ]
 
 
 # --- using it

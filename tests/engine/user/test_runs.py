@@ -315,10 +315,10 @@ def test_the_examples_of_the_documentation_are_found():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("part", "file", "code", "recipe"), examples(), ids=lambda value: value[:9])
-def test_an_example_of_the_documentation_runs(start, recipe_file, part, file, code, recipe):
+@pytest.mark.parametrize(("part", "file", "code", "section"), examples(), ids=lambda value: value[:9])
+def test_an_example_of_the_documentation_runs(start, recipe_file, part, file, code, section):
     recipe_file(code, name=file)
-    changes = merge(yaml.safe_load(recipe), {})
+    changes = merge(yaml.safe_load(section), {})
     changes.setdefault("train", {})["epochs"] = 1
     done, run = start("--procs", "2", **changes)
     assert done.returncode == 0, done.stderr
