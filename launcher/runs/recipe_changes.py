@@ -92,6 +92,7 @@ OPEN = {
     "train.channels_last": "",
     "train.compile": "",
     "train.batchnorm_recompute": "",
+    "train.feature_views": "",
     "train.ema": "an average that the checkpoint has goes on, a new one begins with the next step",
     "train.clip_grad_norm": "",
     "train.clip_grad_value": "",

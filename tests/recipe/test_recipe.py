@@ -73,7 +73,7 @@ def single_values_of(schema):
     if "const" in schema or "enum" in schema:
         return st.sampled_from(schema.get("enum") or [schema["const"]])
     kinds = {
-        "integer": lambda: st.integers(low := schema.get("minimum", -(10**6)), low + 10**6),
+        "integer": lambda: st.integers(low := schema.get("minimum", -(10**6)), schema.get("maximum", low + 10**6)),
         "number": lambda: numbers_of(schema),
         "string": lambda: names_of(schema) if "pattern" in schema else TEXT,
         "boolean": st.booleans,
@@ -151,6 +151,8 @@ def consistent(recipe):
     data = change(recipe.data, name="digits", path=None, crop_scale=crop if crop == "auto" else sorted(crop))
     if batch.size == 1:
         data = change(data, mixup=0.0, cutmix=0.0)
+    if data.mixup or data.cutmix:
+        train = change(train, feature_views="auto")
     return change(recipe, train=train, batch=batch, launch=launch, model=model, data=data)
 
 
