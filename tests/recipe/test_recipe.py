@@ -151,8 +151,7 @@ def consistent(recipe):
     data = change(recipe.data, name="digits", path=None, crop_scale=crop if crop == "auto" else sorted(crop))
     if batch.size == 1:
         data = change(data, mixup=0.0, cutmix=0.0)
-    if data.mixup or data.cutmix:
-        train = change(train, feature_views="auto")
+    train = change(train, feature_views="auto" if data.mixup or data.cutmix else train.feature_views)
     return change(recipe, train=train, batch=batch, launch=launch, model=model, data=data)
 
 
