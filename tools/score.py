@@ -44,13 +44,10 @@ def score(run: RunDir, *, folder: Path | None = None, split: str = "val") -> dic
         best, split = _on(best, folder), folder.absolute().name
     elif missing := best.missing(split):
         raise UsageError(f"{missing}; labelled images elsewhere: launch evaluate {run} --data FOLDER")
-    samples = best.dataset(split)
-    num_outputs = len(best.module(torch.zeros(1, 3, *[best.preprocessing.image_size] * 2))[0])
-    names = [*best.classes, *(f"unused-{i}" for i in range(len(best.classes), num_outputs))]
-    loss = build_loss(best.recipe.train, num_classes=num_outputs, device=CPU.torch_device)
+    loss = build_loss(best.recipe.train, num_classes=len(best.classes), device=CPU.torch_device)
     init_process_group(CPU, Ranks())  # counts are added up over ranks, of which there is one
     try:
-        totals = ValidationTotals(names, CPU.torch_device, loss, _own_metrics(best, num_outputs))
+        totals = ValidationTotals(best.classes, CPU.torch_device, loss, _own_metrics(best))
         with torch.inference_mode():
             for images, labels in best.batches(split):
                 totals.add(best.module(images), labels)
@@ -59,7 +56,7 @@ def score(run: RunDir, *, folder: Path | None = None, split: str = "val") -> dic
         dist.destroy_process_group()
     data = best.recipe.data
     where = str(folder) if folder else data.dataset or f"{data.path or data.name}/{split}"
-    return {"images": where, **found, "samples": len(samples)}
+    return {"images": where, **found}
 
 
 def _on(best: BestModel, folder: Path) -> BestModel:
@@ -83,10 +80,10 @@ def _on(best: BestModel, folder: Path) -> BestModel:
     return moved
 
 
-def _own_metrics(best: BestModel, num_classes: int) -> Any:
+def _own_metrics(best: BestModel) -> Any:
     """The recipe's own metrics; None: it has none."""
     if not best.recipe.metrics:
         return None
     from launcher.engine.user.metrics import UserMetrics
 
-    return UserMetrics(best.recipe, num_classes=num_classes, device=CPU.torch_device)
+    return UserMetrics(best.recipe, num_classes=len(best.classes), device=CPU.torch_device)

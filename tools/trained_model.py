@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -194,7 +195,7 @@ def _load_onnx(file: Path) -> TrainedModel:
     if not file.is_file():
         raise UsageError(f"{file}: no such file")
     try:
-        session = onnx_model.open_session(file, threads=num_cores(), warn=print, spinning=False)
+        session = onnx_model.open_session(file, threads=num_cores(), warn=_warn, spinning=False)
     except Exception as error:  # whatever ONNX Runtime raises of a foreign file
         raise UsageError(f"{file}: cannot be opened as ONNX: {error}") from None
     said = session.get_modelmeta().custom_metadata_map
@@ -212,6 +213,11 @@ def _load_onnx(file: Path) -> TrainedModel:
         independent=json.loads(said.get(onnx_model.INDEPENDENT, "false")),
         logits=lambda images: np.asarray(session.run(["logits"], {"images": images})[0]),
     )
+
+
+def _warn(line: str) -> None:
+    """Beside the answers, which go to standard output."""
+    print(line, file=sys.stderr)
 
 
 def _load_checkpoint(run: RunDir) -> TrainedModel:

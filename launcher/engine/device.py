@@ -85,7 +85,7 @@ class Device:
     def batches_in_validation(self) -> int:
         """Training batches that go through the model at once in validation, where their memory is free.
 
-        On a CPU one: larger ones leave the caches. On CUDA nothing was measured.
+        Neither number was measured.
         """
         return 4 if self.is_cuda else 1
 

@@ -225,6 +225,13 @@ def test_a_folder_is_classified_with_all_below_it_and_broken_files_are_told(pred
     assert done.err == "1 of 4 images cannot be read\n"
 
 
+def test_a_warning_does_not_stand_among_the_answers(predict, model_file, photos, monkeypatch):
+    monkeypatch.setattr("launcher.tools.onnx_model.overflows_here", lambda *_: True)
+    done = predict(model_file, photos / "red.png", "--json")
+    assert [json.loads(line)["top"][0]["class"] for line in done.out.splitlines()] == ["red"]
+    assert "made for CPUs with VNNI" in done.err
+
+
 def test_json_csv_and_parquet_say_the_same(predict, model_file, photos, tmp_path):
     from pyarrow import parquet
 

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 def frozen_epochs(recipe: Recipe, model: FineTunedModel) -> int:
     """How many epochs from the first on have the same layers frozen; 0: none is."""
-    if not model.frozen_parameters(0):
+    first = model.frozen_parameters(0)
+    if not first:
         return 0
     later = sorted(epoch for epoch in recipe.model.unfreeze if 0 < epoch < recipe.train.epochs)
-    first = model.frozen_parameters(0)
     return next((epoch for epoch in later if model.frozen_parameters(epoch) != first), recipe.train.epochs)
 
 

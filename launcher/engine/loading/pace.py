@@ -37,8 +37,9 @@ class Pace:
         began = time.monotonic()
         yield
         if self._device.is_idle():
-            self._window_waited += time.monotonic() - began
-            self._epoch_waited += time.monotonic() - began
+            waited = time.monotonic() - began
+            self._window_waited += waited
+            self._epoch_waited += waited
 
     def pause(self) -> None:
         """What follows is no training, until :meth:`begin`."""
