@@ -16,11 +16,13 @@ from launcher.engine import data, numerics, optim
 from launcher.engine.augmenting.mixing import is_mixing
 from launcher.engine.distributed import are_everywhere_the_same, broadcast_buffers
 from launcher.engine.loading.balance import class_weights
-from launcher.engine.loading.data_sets import num_classes, open_data_sets
+from launcher.engine.loading.data_sets import full_classes, num_classes, open_data_sets
 from launcher.engine.losses import Loss, build_loss
 from launcher.engine.model import FineTunedModel, build_model
+from launcher.engine.network.sync_batchnorm import synchronise
 from launcher.engine.schedule import Batching, Schedule, validation_batches
 from launcher.recipe import load as recipes
+from launcher.recipe import phases
 from launcher.system import loader_room
 from launcher.system.loader_room import Loading
 
@@ -92,8 +94,7 @@ class Parts:
     @property
     def classes(self) -> list[str]:
         """Class names in the order of the logits; a head wider than the data set has outputs without a name."""
-        known = self.train_set.classes
-        return known + [f"unused-{i}" for i in range(len(known), num_classes(self.recipe, known))]
+        return full_classes(self.recipe, self.train_set.classes)
 
     @property
     def images_per_class(self) -> dict[str, int]:
@@ -123,6 +124,17 @@ class Parts:
         self.numerics = agreed = agreed.settle(self.model.module)
         layout = torch.channels_last if agreed.channels_last else torch.contiguous_format
         self.model.module.to(memory_format=layout)
+
+    def enter(self, epoch: int) -> bool:
+        """Have learn what learns in an epoch, as it does then; return whether that changed which gradients there are.
+
+        What an optimizer knew of layers that do not learn now is forgotten: it would be of long ago when they learn
+        again, and a checkpoint need not hold it.
+        """
+        optim.regroup(self.optimizer, self.model, phases.phase_at(self.recipe, epoch).optim)
+        changed = self.model.freeze(epoch)
+        optim.forget_frozen(self.optimizer)
+        return changed
 
     def wrap(self) -> None:
         """Have DDP average the gradients of what learns now. Every rank must, at the same point."""
@@ -301,7 +313,11 @@ def build_parts(
         num_classes=classes,
         image_size=images.preprocessing.image_size,
         with_weights=ranks.rank == 0 if with_weights is None else with_weights,
+        classes=full_classes(recipe, images.train.classes),
     )
+    together = recipe.model.sync_batchnorm and ranks.world_size > 1
+    if together:
+        synchronise(model.module)
     weights = _weigh(images, classes) if recipe.data.balance == "weights" else None
     agreed = _place(model, device, agreed)
     workers = data.num_loader_workers(recipe.data, ranks) if loader_workers is None else loader_workers
@@ -313,7 +329,7 @@ def build_parts(
         numerics=agreed,
         model=model,
         loss=build_loss(recipe.train, num_classes=classes, device=device.torch_device, weights=weights),
-        optimizer=optim.build_optimizer(model, recipe.optim),
+        optimizer=optim.build_optimizer(model, phases.phase_at(recipe, 0).optim),
         schedule=Schedule(
             seed=recipe.seed,
             num_samples=len(images.train),
@@ -321,6 +337,7 @@ def build_parts(
             excluded=images.train.find(images.left_out),
             labels=images.train.labels if recipe.data.balance == "sampler" else None,
             pairs=is_mixing(recipe.data),
+            together=together,
         ),
         train_set=images.train,
         val_set=images.val,
