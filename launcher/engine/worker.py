@@ -258,7 +258,7 @@ def _begin_record(run: RunDir, parts: Parts, spec: WorkerSpec, terminal: IO[str]
         tracked=not spec.debug,
         bar=not spec.debug,
     )
-    recorder.status(epoch=0, step=0)
+    recorder.status(epoch=0, step=0, num_steps=parts.num_steps, epochs=parts.recipe.train.epochs)
     recorder.numerics(parts.numerics)
     for line in header.lines(parts):
         recorder.say(line)

@@ -83,6 +83,7 @@ class Recorder:
         """Training goes on from a checkpoint; the number of steps may have changed with the number of ranks."""
         self._num_steps = num_steps
         self.event("resumed", step=step, epoch=epoch, offset=offset)
+        self.status(epoch=epoch, step=step, num_steps=num_steps)
         self.say(f"resumed at epoch {epoch + 1}, step {step}")
 
     def classes(self, num: int, rare: dict[str, int]) -> None:
