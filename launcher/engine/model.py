@@ -25,7 +25,8 @@ from launcher.recipe.user_code import as_in_run
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from launcher.recipe.schema import DataConfig, ModelConfig, Recipe
+    from launcher.recipe.schema import ModelConfig, Recipe
+    from launcher.recipe.schema_data import DataConfig
 
 AUXILIARY = ("googlenet", "inception_v3")
 AUXILIARY_WEIGHT = {"googlenet": 0.3, "inception_v3": 0.4}  # of each auxiliary loss, as their papers have it

@@ -24,9 +24,26 @@ class DataConfig:
     __pydantic_config__ = STRICT
 
     name: DatasetName = "imagefolder"
-    """imagefolder: path/train/CLASS/*.jpg and path/val/CLASS/*.jpg; digits: scikit-learn's 1,797 images of digits."""
+    """imagefolder: what path holds; digits: scikit-learn's 1,797 images of digits; or one of torchvision's data sets by
+    its class: downloaded, or read from path (docs/images.md)."""
     path: str | None = None
-    """Folder that holds train/ and val/; needed by imagefolder. Your own dataset gets it as it is."""
+    """Images: a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, a folder of classes with val_fraction, or a list
+    (.csv, .jsonl, .parquet: a row an image). Your own dataset gets it as it is."""
+    train: str | None = None
+    """The folder of the training images in path, or the list of them; null: train."""
+    val: str | None = None
+    """The same of validation; null: val, valid or validation, and where there is none of these, test."""
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Of images that are not divided: the part of each class that is for validation. Which images follows from seed and
+    their paths, on every machine alike."""
+    group: str | None = None
+    """With val_fraction: what keeps images that belong together on one side: a regular expression whose groups (or
+    all that it matches) say so in each image's path, as in "patient_(\\d+)", or a column of a list."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """What a list calls its columns path, label, split and group, as in {path: file, label: breed}."""
+    classes: str | None = None
+    """File with the names of the classes, one a line, in the order of the logits; null: those of the training images,
+    sorted."""
     dataset: str | None = None
     """Your own data set, `file.py:name` or `package.module:name`: what is called with split="train" and split="val"
     (and path, where it names that) and returns an object with classes, __len__, __getitem__, key and label
@@ -93,6 +110,8 @@ class DataConfig:
     """Classes without an image in val/. error: nothing is started; allow: they are learned and not measured."""
     background: Annotated[str, Field(pattern=r"^(white|black|grey|#[0-9A-Fa-f]{6})$")] = "white"
     """Colour behind what is transparent, in training, validation and exports: white, black, grey or "#rrggbb"."""
+    channels: Literal[1, 3] = 3
+    """What the model sees: 3: red, green and blue; 1: grey (by the weights of ITU-R 601)."""
     grey_range: Annotated[list[float], Field(min_length=2, max_length=2)] | Auto = "auto"
     """Which values are black and white in grey images of more than 8 bits, as in [0, 4095]; what is beyond is cut off.
     auto: 0 and 65535 of 16 bits, 0 and 1 of floats; where the images' values do not fit that, they are refused."""

@@ -12,7 +12,7 @@ from torchvision.transforms import InterpolationMode, v2
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from launcher.recipe.schema import DataConfig
+    from launcher.recipe.schema_data import DataConfig
 
 PRESETS: dict[str, tuple[tuple[float, float] | None, float]] = {
     "none": (None, 0.0),

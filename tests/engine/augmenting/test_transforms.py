@@ -5,7 +5,7 @@ import torch
 
 from launcher.engine.augmenting.transforms import build_steps, crop_scale
 from launcher.engine.data import Preprocessing
-from launcher.recipe.schema import DataConfig
+from launcher.recipe.schema_data import DataConfig
 
 FACTS = Preprocessing(
     image_size=32, resize_size=36, mean=(0.5, 0.25, 0.0), std=(0.2, 0.2, 0.2), interpolation="bilinear"
