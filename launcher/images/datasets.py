@@ -93,9 +93,11 @@ def prepare(name: str, path: str | None) -> Path:
         raise UsageError(f"the {name} cannot be written to {target.parent}: {error.strerror}; {CACHE_CURE}") from None
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait, and find it written
-        if not target.is_dir():
-            _write(write, target)
-        Path(lock.name).unlink(missing_ok=True)
+        try:
+            if not target.is_dir():
+                _write(write, target)
+        finally:
+            Path(lock.name).unlink(missing_ok=True)
     return target
 
 
