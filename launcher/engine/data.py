@@ -63,6 +63,8 @@ class Preprocessing:
     """Red, green and blue of what transparency shows."""
     grey_range: tuple[float, float] | None = None
     """What is black and white in grey of more than 8 bits; None: as the kind of number says."""
+    channels: int = 3
+    """3, or 1: what is cut out is made grey, the same in all three channels."""
     own_transform: str | None = None
     """The user's own transform, which does all of it instead."""
     decode: str = "fast"
@@ -108,6 +110,8 @@ class Preprocessing:
         else:
             crop = RandomCrop(image_size=self.image_size, scale=scale, interpolation=self.interpolation)
         steps = augmentation.build_steps(config, self.mean)
+        if self.channels == 1:
+            steps.append(augmentation.to_grey)
         return v2.Compose([crop, *steps]) if steps else crop
 
     def keeping(self, config: DataConfig | None = None) -> Keeping:
@@ -140,6 +144,7 @@ class Preprocessing:
             "train_decode": "exact" if self.own_transform else self.decode,
             "background": list(self.background),
             "grey_range": self.grey_range and list(self.grey_range),
+            "channels": self.channels,
         }
         if self.own_transform:
             words = (

@@ -59,6 +59,7 @@ def build_preprocessing(model: ModelConfig, data: DataConfig, *, num_classes: in
         interpolation=facts.interpolation if data.interpolation == "auto" else data.interpolation,
         background=data.background_rgb,
         grey_range=data.grey_limits,
+        channels=data.channels,
         own_transform=data.transform and as_in_run(data.transform),
         decode=data.decode,
     )

@@ -172,6 +172,9 @@ def _augmentation(recipe: Recipe) -> Iterator[Finding]:
 
 def _data(recipe: Recipe) -> Iterator[Finding]:
     data = recipe.data
+    if data.transform and data.channels == 1:
+        text = "found 1; what data.transform makes of an image is used as it is: have it do this, and leave the key out"
+        yield ("data.channels", "data.transform"), text
     if data.grey_limits and data.grey_limits[0] >= data.grey_limits[1]:
         yield ("data.grey_range",), f"found {data.grey_range}; the first, which is black, must be less than the second"
     if data.dataset:

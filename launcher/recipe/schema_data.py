@@ -111,7 +111,8 @@ class DataConfig:
     background: Annotated[str, Field(pattern=r"^(white|black|grey|#[0-9A-Fa-f]{6})$")] = "white"
     """Colour behind what is transparent, in training, validation and exports: white, black, grey or "#rrggbb"."""
     channels: Literal[1, 3] = 3
-    """What the model sees: 3: red, green and blue; 1: grey (by the weights of ITU-R 601)."""
+    """3: colours; 1: all images are made grey (ITU-R 601), in training, validation and exports. The model keeps its
+    three inputs, which get the same values, so that its weights fit."""
     grey_range: Annotated[list[float], Field(min_length=2, max_length=2)] | Auto = "auto"
     """Which values are black and white in grey images of more than 8 bits, as in [0, 4095]; what is beyond is cut off.
     auto: 0 and 65535 of 16 bits, 0 and 1 of floats; where the images' values do not fit that, they are refused."""
