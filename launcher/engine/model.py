@@ -25,7 +25,8 @@ from launcher.recipe.user_code import as_in_run
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from launcher.recipe.schema import DataConfig, ModelConfig, Recipe
+    from launcher.recipe.schema import ModelConfig, Recipe
+    from launcher.recipe.schema_data import DataConfig
 
 AUXILIARY = ("googlenet", "inception_v3")
 AUXILIARY_WEIGHT = {"googlenet": 0.3, "inception_v3": 0.4}  # of each auxiliary loss, as their papers have it
@@ -58,6 +59,7 @@ def build_preprocessing(model: ModelConfig, data: DataConfig, *, num_classes: in
         interpolation=facts.interpolation if data.interpolation == "auto" else data.interpolation,
         background=data.background_rgb,
         grey_range=data.grey_limits,
+        channels=data.channels,
         own_transform=data.transform and as_in_run(data.transform),
         decode=data.decode,
     )

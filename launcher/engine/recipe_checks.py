@@ -29,7 +29,9 @@ from launcher.engine.user import trial
 from launcher.engine.weights_file import read_weights_file
 from launcher.errors import Problem, RecipeError, UsageError
 from launcher.images import folder as image_folder
+from launcher.images.datasets import DATASETS
 from launcher.recipe import metrics as recipe_metrics
+from launcher.recipe.checks import find_image_problems
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -110,8 +112,13 @@ def _find(recipe: Recipe, *, is_new: bool) -> Iterator[tuple[str, str]]:
     try:
         names = data.find_classes(recipe)
     except UsageError as error:
-        yield "data.dataset", str(error)
+        yield "data.dataset" if recipe.data.dataset else "data.name", str(error)
         return
+    if not recipe.data.dataset and DATASETS[recipe.data.name].is_written:  # only now is it there to be looked at
+        found = [(keys[0], text) for keys, text in find_image_problems(recipe)]
+        yield from found
+        if found:
+            return
     classes = num_classes(recipe, names)
     if len(names) > classes:
         yield "model.num_classes", f"found {classes}, but data.dataset has {len(names)} classes"
