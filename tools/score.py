@@ -11,7 +11,7 @@ import torch.distributed as dist
 from launcher.engine.device import Device
 from launcher.engine.distributed import Ranks, init_process_group
 from launcher.engine.losses import build_loss
-from launcher.engine.metrics import ValidationTotals
+from launcher.engine.validating.totals import ValidationTotals
 from launcher.errors import UsageError
 from launcher.images import folder as image_folder
 from launcher.tools import evaluate

@@ -67,6 +67,7 @@ class Loss:
         function: called with logits and targets; an ``nn.Module`` is told whether it trains.
         in_training: further arguments, by name, which validation does without.
         weights: what the loss of a sample of each class counts in training; None: all the same.
+        independent: whether each class has a probability of its own (a sigmoid); else they add up to 1 (softmax).
     """
 
     def __init__(
@@ -75,11 +76,20 @@ class Loss:
         function: Callable[..., Any],
         in_training: dict[str, Any],
         weights: torch.Tensor | None = None,
+        *,
+        independent: bool = False,
     ) -> None:
         self.name = name
         self.function = function
+        self.gives_means = False
+        """Whether the function was seen to give the mean of a batch, not the loss of each sample."""
         self._in_training = in_training
         self._weights = weights
+        self._independent = independent
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """Of each class, float32 N x C."""
+        return logits.float().sigmoid() if self._independent else logits.float().softmax(dim=1)
 
     def call(self, logits: torch.Tensor, targets: torch.Tensor, *, training: bool) -> Any:
         """What the function gives."""
@@ -96,9 +106,7 @@ class Loss:
         num = len(targets)
         if not num:
             return at_least_float32(logits).sum()  # of nothing, which DDP can still differentiate
-        found = self.call(logits, targets, training=training)
-        if problem := find_problem(found, num, needs_gradient=training and logits.requires_grad):
-            raise TrainingError(f"train.loss: {self.name} {problem}")
+        found = self._checked(logits, targets, training=training)
         if training and self._weights is not None:
             if not found.dim():
                 raise TrainingError(f"train.loss: {self.name} {NO_WEIGHTS}")
@@ -106,6 +114,22 @@ class Loss:
         dtype = torch.promote_types(logits.dtype, torch.float32) if training else torch.float64
         total: torch.Tensor = found.sum(dtype=dtype) if found.dim() else found.to(dtype) * num
         return total
+
+    def each(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """In validation the losses of the samples, float64 N; where the function gives their mean, that of each.
+
+        Raises:
+            TrainingError: the function gave something else than a loss.
+        """
+        found = self._checked(logits, targets, training=False)
+        self.gives_means = not found.dim()
+        return found.double().expand(len(targets))
+
+    def _checked(self, logits: torch.Tensor, targets: torch.Tensor, *, training: bool) -> torch.Tensor:
+        found: torch.Tensor = self.call(logits, targets, training=training)
+        if problem := find_problem(found, len(targets), needs_gradient=training and logits.requires_grad):
+            raise TrainingError(f"train.loss: {self.name} {problem}")
+        return found
 
 
 def at_least_float32(logits: torch.Tensor) -> torch.Tensor:
@@ -132,7 +156,7 @@ def build_loss(
     if isinstance(function, nn.Module):
         function.to(device)
     weighing = None if weights is None else torch.tensor(weights, dtype=torch.float64, device=device)
-    return Loss(user_code.shown(config.loss), function, smoothing, weighing)
+    return Loss(user_code.shown(config.loss), function, smoothing, weighing, independent=config.loss in INDEPENDENT)
 
 
 def find_problem(found: Any, num: int, *, needs_gradient: bool) -> str | None:

@@ -8,7 +8,7 @@ import torch
 
 from launcher.engine import distributed
 from launcher.engine.device import is_out_of_memory
-from launcher.engine.metrics import ValidationTotals, build_user_metrics
+from launcher.engine.validating.totals import ValidationTotals, build_user_metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from launcher.engine.features.kept import Kept
     from launcher.engine.loading.handover import Batch
     from launcher.engine.setup import Parts
+    from launcher.engine.validating.noise import Answers
 
 
 class Validation:
@@ -31,6 +32,7 @@ class Validation:
         self._parts = parts
         self._user_metrics = build_user_metrics(parts)
         self._network: nn.Module = parts.model.module
+        self._answers: list[Answers] = []
 
     @torch.no_grad()
     def run(
@@ -65,7 +67,15 @@ class Validation:
                 self._count(held, totals)
         self._count(held, totals)
         poll(asked=False)  # what ranks said at their last batch must reach all before they add up
-        return totals.compute()
+        found = totals.compute()
+        del self._answers[:-1]  # those of the weights before the average's; others were never taken
+        self._answers.append(totals.answers(parts.schedule.batching, found["samples"]))
+        return found
+
+    def take_answers(self) -> list[Answers]:
+        """Those of the validations since the last call, oldest first."""
+        found, self._answers = self._answers, []
+        return found
 
     def _count(self, held: list[Batch], totals: ValidationTotals) -> None:
         """Take what is held through the model, in one go where there is the memory, and hold it no longer."""
