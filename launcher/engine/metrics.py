@@ -33,9 +33,13 @@ class TrainTotals:
         """Go on from sums over all ranks, which one rank takes over."""
         self._sums += torch.tensor(sums, dtype=torch.float64, device=self._sums.device)
 
+    def over_ranks(self) -> torch.Tensor:
+        """Sums over all ranks: loss, top-1 hits, top-5 hits, samples; float64, on the device."""
+        return sum_over_ranks(self._sums.clone())
+
     def reduce(self) -> tuple[float, ...]:
-        """Sums over all ranks: (loss, top-1 hits, top-5 hits, samples). Waits for the device."""
-        return tuple(sum_over_ranks(self._sums.clone()).tolist())
+        """The same as numbers. Waits for the device."""
+        return tuple(self.over_ranks().tolist())
 
     def reset(self) -> None:
         """Start again from nothing."""

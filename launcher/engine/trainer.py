@@ -12,6 +12,7 @@ from launcher.engine.batchnorm_recompute import BatchNormRecompute
 from launcher.engine.checkpoints.saving import Saving
 from launcher.engine.features.features import Features
 from launcher.engine.listeners.listeners import build_listeners, start_values
+from launcher.engine.listeners.train_log import TrainLog
 from launcher.engine.loading.handover import Feed, end_loaders
 from launcher.engine.loading.pace import Pace
 from launcher.engine.metrics import means
@@ -69,6 +70,7 @@ class Trainer:
         self._pace = Pace(parts.device)
         self._wrapped = False
         self._step = TrainStep(parts, self.state)
+        self._log = TrainLog(parts, self.state, self._pace, self._listeners, recorder)
         self._batchnorm = BatchNormRecompute(parts, recorder)
         self._validation = Validation(parts)
         self._noise = Noise(recorder)
@@ -164,7 +166,7 @@ class Trainer:
             if state.step == 1:
                 self._recorder.event("first_step")
         if state.step % self.recipe.tracking.log_every == 0:
-            self._log_window()
+            self._log.end_window(self._step.gradient_norm)
         if state.offset >= parts.schedule.num_samples or self._finished():
             if self._recorder and (text := self._pace.explain_wait(self.recipe.data)):
                 self._recorder.say(f"epoch {state.epoch + 1}: {text}")
@@ -254,23 +256,12 @@ class Trainer:
         stop = self._stop_requested() if asked else feed is not None and feed.starved
         self._agreement.propose(stop, self._saving.wish, self._fitting_size < self._batch_size)
 
-    def _log_window(self) -> None:
-        state, sums = self.state, means(self.state.window_totals.reduce())
-        state.window_totals.reset()
-        values = {
-            **sums,
-            **self._pace.window(),
-            **optim.rates(self.parts.optimizer),
-            "grad_norm": float(self._step.gradient_norm),
-            "offset": state.offset,
-        }
-        if sums["samples"]:  # none where all its steps were left out
-            self._listeners.tell("step", epoch=state.epoch, step=state.step, values=values)
-            if self._recorder:
-                self._recorder.status(epoch=state.epoch, step=state.step, best=self.best)
-
     def _check_numbers(self, step: int | None = None) -> None:
-        """Act upon the steps that were left out, of those before ``step`` that are due; None: of all."""
+        """Act upon the steps that were left out, of those before ``step`` that are due; None: of all.
+
+        What these steps have to log is told before.
+        """
+        self._log.tell(step)
         for found in self.state.numbers.read(step):
             self._on_non_finite(found)
 
@@ -290,6 +281,7 @@ class Trainer:
                 f"went back {MAX_ROLLBACKS} times already, and now step {bad + 1} is NaN or infinite; {CURE}"
             )
         self._saving.wait()
+        self._log.tell()
         self.state.numbers.forget()
         self._saving.restore()
         self.state.skipped = skipped
