@@ -29,11 +29,23 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, *, label_smoothin
     return functional.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
 
 
-def binary_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, *, label_smoothing: float = 0.0) -> torch.Tensor:
-    """Each class against all others, by a sigmoid, summed over the classes (Wightman et al. 2021, arXiv 2110.00476)."""
-    wanted = functional.one_hot(targets, logits.shape[1]).to(logits)
-    wanted = wanted * (1 - label_smoothing) + label_smoothing / logits.shape[1]
-    return functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none").sum(dim=1)
+def binary_cross_entropy(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    pos_weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Each class against all others, by a sigmoid, summed over the classes (Wightman et al. 2021, arXiv 2110.00476).
+
+    Targets may also say which classes are true, N x C; ``pos_weight`` (C) is what having a class counts.
+    """
+    is_set = targets.dim() > 1
+    wanted = targets.to(logits) if is_set else functional.one_hot(targets, logits.shape[1]).to(logits)
+    wanted = wanted * (1 - label_smoothing) + label_smoothing / (2 if is_set else logits.shape[1])
+    weight = None if pos_weight is None else pos_weight.to(logits)
+    losses = functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none", pos_weight=weight)
+    return losses.sum(dim=1)
 
 
 def focal(logits: torch.Tensor, targets: torch.Tensor, *, gamma: float = 2.0) -> torch.Tensor:
@@ -89,13 +101,16 @@ class Loss:
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """Of each class, float32 N x C."""
-        return logits.float().sigmoid() if self._independent else logits.float().softmax(dim=1)
+        return sigmoids(logits) if self._independent else logits.float().softmax(dim=1)
 
     def call(self, logits: torch.Tensor, targets: torch.Tensor, *, training: bool) -> Any:
         """What the function gives."""
         if isinstance(self.function, nn.Module):
             self.function.train(training)
-        return self.function(at_least_float32(logits), targets, **(self._in_training if training else {}))
+        further = dict(self._in_training) if training else {}
+        if training and targets.dim() > 1 and self._weights is not None:
+            further["pos_weight"] = self._weights
+        return self.function(at_least_float32(logits), targets, **further)
 
     def sum(self, logits: torch.Tensor, targets: torch.Tensor, *, training: bool) -> torch.Tensor:
         """The sum over samples, a scalar: float32 in training (float64 of such logits), float64 in validation.
@@ -107,7 +122,7 @@ class Loss:
         if not num:
             return at_least_float32(logits).sum()  # of nothing, which DDP can still differentiate
         found = self._checked(logits, targets, training=training)
-        if training and self._weights is not None:
+        if training and self._weights is not None and targets.dim() == 1:
             if not found.dim():
                 raise TrainingError(f"train.loss: {self.name} {NO_WEIGHTS}")
             found = found * self._weights.to(found.dtype)[targets]
@@ -130,6 +145,11 @@ class Loss:
         if problem := find_problem(found, len(targets), needs_gradient=training and logits.requires_grad):
             raise TrainingError(f"train.loss: {self.name} {problem}")
         return found
+
+
+def sigmoids(logits: torch.Tensor) -> torch.Tensor:
+    """Probabilities, float32. Computed in float64: float32's last bit depends on an image's place in its batch."""
+    return logits.double().sigmoid().float()
 
 
 def at_least_float32(logits: torch.Tensor) -> torch.Tensor:

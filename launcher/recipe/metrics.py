@@ -43,6 +43,8 @@ class Counts:
     """Of each class, images."""
     predicted: Sequence[int]
     """Of each class, images that were taken for it."""
+    first: int | None = None
+    """Images whose likeliest class is right; None: as many as there are hits, each image having one class."""
     scores: Mapping[str, float] = field(default_factory=dict)
     """What probabilities say, not answers: auroc, average_precision and ece."""
 
@@ -122,7 +124,7 @@ METRICS: dict[str, Metric] = {
     "top1": Metric(
         title="top-1",
         mode="max",
-        value=lambda counts: sum(counts.hits) / counts.samples,
+        value=lambda counts: (sum(counts.hits) if counts.first is None else counts.first) / counts.samples,
         fraction=True,
         charted=True,
         in_training=True,

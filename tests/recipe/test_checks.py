@@ -57,9 +57,11 @@ def test_early_stopping_on_a_metric_that_does_not_exist(metric, hint, problems):
     assert problems(train={"early_stopping": {"metric": metric}}) == [
         (
             "train.early_stopping.metric",
-            f"found {metric!r}; no such metric; {hint}valid: train/loss, val/loss, val/top1, val/top5, val/f1, "
+            (
+                f"found {metric!r}; no such metric; {hint}valid: train/loss, val/loss, val/top1, val/top5, val/f1, "
                 "val/f1_micro, val/f1_weighted, val/precision, val/balanced_accuracy, val/auroc, "
-                "val/average_precision, val/ece",
+                "val/average_precision, val/ece"
+            ),
         )
     ]
 

@@ -81,7 +81,7 @@ def _noise(name: str, before: Answers, now: Answers) -> float | None:
             return None
         return _of_differences(now.losses - before.losses)
     num, metric = now.num_classes, METRICS.get(name)
-    if metric is None or not metric.of_answers:
+    if metric is None or not metric.of_answers or not num:  # with several classes an image: only losses are kept
         return None
     true, old, new = now.pairs // num, before.pairs % num, now.pairs % num
     if name == "top1":

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from launcher.engine.losses import Loss
-    from launcher.engine.setup import Parts
     from launcher.engine.user.metrics import UserMetrics
 
 MAX_DETAILED_CLASSES = 100
@@ -117,7 +116,13 @@ class ValidationTotals:
 
 
 def values_of(
-    totals: ClassTotals, samples: int, loss: float, top_k: int, scores: Mapping[str, float]
+    totals: ClassTotals,
+    samples: int,
+    loss: float,
+    top_k: int,
+    scores: Mapping[str, float],
+    *,
+    first: int | None = None,
 ) -> dict[str, float]:
     """The value of every metric of ours, from what was counted."""
     counted = Counts(
@@ -128,6 +133,7 @@ def values_of(
         true=totals.true.tolist(),
         predicted=totals.predicted.tolist(),
         scores=scores,
+        first=first,
     )
     return {name: float(metric.value(counted)) for name, metric in METRICS.items() if metric.value}
 
@@ -174,12 +180,3 @@ def per_class(totals: ClassTotals, classes: Sequence[str]) -> dict[str, dict[str
         }
         for name, hits, true, predicted in rows
     }
-
-
-def build_user_metrics(parts: Parts) -> UserMetrics | None:
-    """The recipe's own metrics; torchmetrics, which takes a second, is imported only where there are some."""
-    if not parts.recipe.metrics:
-        return None
-    from launcher.engine.user.metrics import UserMetrics
-
-    return UserMetrics(parts.recipe, num_classes=len(parts.classes), device=parts.device.torch_device)
