@@ -33,8 +33,12 @@ class TrainTotals:
         """Go on from sums over all ranks, which one rank takes over."""
         self._sums += torch.tensor(sums, dtype=torch.float64, device=self._sums.device)
 
+    def of_rank(self) -> torch.Tensor:
+        """This rank's sums: loss, top-1 hits, top-5 hits, samples; float64, on the device."""
+        return self._sums
+
     def over_ranks(self) -> torch.Tensor:
-        """Sums over all ranks: loss, top-1 hits, top-5 hits, samples; float64, on the device."""
+        """The sums over all ranks."""
         return sum_over_ranks(self._sums.clone())
 
     def reduce(self) -> tuple[float, ...]:

@@ -162,9 +162,11 @@ class Trainer:
         state.offset = step.end
         self._pace.took(step.num_samples)
         if self._recorder:
-            self._recorder.progress(state.step)
+            part = state.offset / parts.schedule.num_samples
+            self._recorder.progress(epoch=state.epoch, step=state.step, part=part)
             if state.step == 1:
                 self._recorder.event("first_step")
+                self._log.first_step()
         if state.step % self.recipe.tracking.log_every == 0:
             self._log.end_window(self._step.gradient_norm)
         if state.offset >= parts.schedule.num_samples or self._finished():
@@ -197,6 +199,8 @@ class Trainer:
         self._check_numbers()
         state = self.state
         totals = means(state.epoch_totals.reduce())
+        if self._recorder and totals["samples"]:
+            self._recorder.epoch(epoch=state.epoch, values=totals | {"images_per_s": self._pace.epoch_speed})
         recompute = functools.partial(self._batchnorm.run, epoch=state.epoch, step=state.step, poll=self._poll)
         values = state.average.beside(recompute, self._validate)
         if not math.isfinite(values["loss"]):

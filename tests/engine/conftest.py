@@ -104,7 +104,13 @@ class Records:
     def say(self, line):
         pass
 
-    def progress(self, step):
+    def progress(self, **position):
+        pass
+
+    def first_step(self, **position):
+        pass
+
+    def epoch(self, *, epoch, values):
         pass
 
     def status(self, state="running", **fields):
