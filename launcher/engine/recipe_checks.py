@@ -122,6 +122,11 @@ def _find(recipe: Recipe, *, is_new: bool) -> Iterator[tuple[str, str]]:
     classes = num_classes(recipe, names)
     if len(names) > classes:
         yield "model.num_classes", f"found {classes}, but data.dataset has {len(names)} classes"
+    elif recipe.data.task == "multi_label" and len(names) != classes:
+        yield (
+            "model.num_classes",
+            f"found {classes}; with data.task=multi_label auto, or the {len(names)} that there are",
+        )
     watched = recipe.train.early_stopping.metric
     if watched.removeprefix("val/") in recipe_metrics.trivial(classes):
         text = f"found {watched!r}, which is the same for every model with {classes} classes; use val/top1"

@@ -99,8 +99,15 @@ class Parts:
     def images_per_class(self) -> dict[str, int]:
         """Training images of each class that take part."""
         left_out = self.schedule.excluded
-        labels = Counter(label for index, (_, label) in enumerate(self.train_set.samples) if index not in left_out)
+        labels = _count_classes(self.train_set, left_out)
         return {name: labels[index] for index, name in enumerate(self.train_set.classes)}
+
+    def made_up_targets(self, num: int) -> torch.Tensor:
+        """Targets as those of samples, for steps of which only the time is looked at."""
+        classes = len(self.classes)
+        if self.recipe.data.task == "multi_label":
+            return torch.randint(0, 2, (num, classes)).float()
+        return torch.randint(0, classes, (num,))
 
     @property
     def num_steps(self) -> int:
@@ -262,11 +269,24 @@ def _place(model: FineTunedModel, device: Device, agreed: Numerics) -> Numerics:
     return settled
 
 
-def _weigh(images: DataSets, classes: int) -> list[float]:
-    """What the loss of a sample of each class counts, by the samples that take part."""
+def _weigh(images: DataSets, classes: int, *, several: bool) -> list[float]:
+    """What the loss of a sample of each class counts, by the samples that take part.
+
+    With ``several`` classes a sample: what having the class counts beside not having it, so that both count alike.
+    """
     excluded = images.train.find(images.left_out)
-    counts = Counter(label for index, label in enumerate(images.train.labels) if index not in excluded)
-    return class_weights([counts[label] for label in range(classes)])
+    counts = _count_classes(images.train, excluded)
+    of_class = [counts[label] for label in range(classes)]
+    if several:
+        num = len(images.train) - len(excluded)
+        return [(num - count) / count if count else 1.0 for count in of_class]
+    return class_weights(of_class)
+
+
+def _count_classes(samples: Samples, left_out: frozenset[int]) -> Counter[int]:
+    """Samples of each class, of several each."""
+    labels = (label for index, label in enumerate(samples.labels) if index not in left_out)
+    return Counter(one for label in labels for one in ([label] if isinstance(label, int) else label))
 
 
 def build_parts(
@@ -302,7 +322,8 @@ def build_parts(
         image_size=images.preprocessing.image_size,
         with_weights=ranks.rank == 0 if with_weights is None else with_weights,
     )
-    weights = _weigh(images, classes) if recipe.data.balance == "weights" else None
+    several = recipe.data.task == "multi_label"
+    weights = _weigh(images, classes, several=several) if recipe.data.balance == "weights" else None
     agreed = _place(model, device, agreed)
     workers = data.num_loader_workers(recipe.data, ranks) if loader_workers is None else loader_workers
     return Parts(

@@ -20,6 +20,7 @@ from launcher.engine.non_finite import CURE, report
 from launcher.engine.state import TrainingState
 from launcher.engine.stopping import Redeal, RollBack, StopTraining
 from launcher.engine.train_step import TrainStep
+from launcher.engine.validating.noise import Noise
 from launcher.engine.validating.validation import Validation
 from launcher.errors import TrainingError
 
@@ -72,6 +73,7 @@ class Trainer:
         self._log = TrainLog(parts, self.state, self._pace, self._listeners, recorder)
         self._batchnorm = BatchNormRecompute(parts, recorder)
         self._validation = Validation(parts)
+        self._noise = Noise(recorder)
         self._features = Features(parts, recorder, stop=stop_requested, poll=self._poll, on_disk=memory_kills > 0)
         self._feed: Feed | None = None
         self.outcome: Outcome = "preempted"
@@ -206,7 +208,10 @@ class Trainer:
             raise TrainingError(f"training diverged: the validation loss is {values['loss']} {where}; {CURE}")
         epoch = state.epoch
         watched = {f"val/{k}": v for k, v in values.items()} | {"train/loss": totals["loss"]}
+        former, answers = state.best.best, self._validation.take_answers()
         is_best = state.best.take(watched, epoch=epoch, step=state.step)
+        if is_best and self.best:
+            self._noise.judge(former, self.best, answers[-1 if "weights" in self.best else 0])
         state.epoch, state.offset = epoch + 1, 0
         state.epoch_totals.reset()
         self._listeners.tell("validation", epoch=epoch, step=state.step, values=values, best=is_best)

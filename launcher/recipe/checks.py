@@ -34,7 +34,9 @@ def find_problems(recipe: Recipe, source: Source, refused: Collection[str] = ())
         refused: keys whose values were: what follows from their defaults would only confuse.
     """
     findings = [
-        found for group in (_training, _placement, _model, _augmentation, _cache, _data) for found in group(recipe)
+        found
+        for group in (_training, _task, _placement, _model, _augmentation, _cache, _data)
+        for found in group(recipe)
     ]
     findings += user_code.find_problems(recipe, source)
     return [
@@ -82,6 +84,22 @@ def _training(recipe: Recipe) -> Iterator[Finding]:
         yield keys, "the gradient is clipped by its norm already; give clip_grad_norm or clip_grad_value, not both"
     if "onnx_int8" in recipe.post.quantize and "onnx" not in recipe.post.export:
         yield ("post.quantize", "post.export"), "onnx_int8 is made from the onnx export; add onnx to post.export"
+
+
+def _task(recipe: Recipe) -> Iterator[Finding]:
+    """What goes with several classes an image."""
+    data, train = recipe.data, recipe.train
+    if data.task != "multi_label":
+        return
+    if train.loss in ("cross_entropy", "focal"):
+        text = f"found {train.loss}, which chooses one class an image; with data.task: multi_label use "
+        yield ("train.loss", "data.task"), f"{text}binary_cross_entropy, or a loss of your own that takes N x C targets"
+    if not data.dataset:
+        text = "folders give an image one class; with multi_label name your own data.dataset (docs/extending.md)"
+        yield ("data.task", "data.dataset"), text
+    if data.balance == "sampler":
+        text = "found sampler; images of several classes cannot be dealt to one of them: use weights or none"
+        yield ("data.balance", "data.task"), text
 
 
 def _placement(recipe: Recipe) -> Iterator[Finding]:

@@ -33,6 +33,7 @@ FIXED = {
     "data.background": "the best checkpoint so far was chosen, and would be exported, on the other background",
     "data.channels": "the checkpoint's first layer takes the other number",
     "data.grey_range": "the best checkpoint so far was chosen, and would be exported, with other grey values",
+    "data.task": "the checkpoint's outputs mean something else",
     "data.balance": "the order of the samples and what their losses count follow from it",
     "optim.name": "the checkpoint holds the other's state",
 }
@@ -72,6 +73,7 @@ OPEN = {
     "data.mixup": "",
     "data.cutmix": "",
     "data.workers": "",
+    "data.threshold": "a best checkpoint by F1 was chosen at the other threshold",
     "data.on_bad_image": "",
     "data.missing_val_classes": "",
     "batch.size": SAME_GLOBAL_BATCH,

@@ -57,6 +57,8 @@ DERIVED = {
     "_step._micro_batch.largest_that_fits": "what becomes state.batch_limits, once all ranks know",
     "_agreement": "what is on its way between the ranks at this moment",
     "_batchnorm._told": "a line is said once an attempt",
+    "_noise": "answers of the best epoch, for a line; after a resume the next best one is compared with nothing",
+    "_validation._answers": "taken at the end of the epoch",
     "_pace": "clocks, for the speed since the last line",
     "_saving": "files, where the last checkpoint is, and the clock",
     "_recorder": "files",

@@ -56,6 +56,11 @@ class Recorder:
         self._task: TaskID | None = None
         self._epochs = recipe.train.epochs
         self._table = recipe_metrics.of(recipe.metrics)
+        watched = recipe.train.early_stopping.metric.partition("/")[2]
+        self._said = [
+            name for name, metric in self._table.items() if metric.at_terminal or not metric.value or name == watched
+        ]
+        """Metrics that the line of a validation has; the files have all."""
         self._hidden: set[str] = set()
         """Metrics that say nothing with so few classes."""
         self._writing = threading.Lock()
@@ -142,7 +147,7 @@ class Recorder:
     def validation(self, *, epoch: int, step: int, values: dict[str, Any], best: bool) -> None:
         """The counts over the validation set after an epoch."""
         self._metrics("val", epoch, step, values)
-        shown = [name for name in self._table if name not in self._hidden]
+        shown = [name for name in self._said if name not in self._hidden]
         shown += [f"ema_{name}" for name in shown if f"ema_{name}" in values]
         text = "  ".join(f"{name} {values[name]:.4f}" for name in shown)
         self.say(f"epoch {epoch + 1}/{self._epochs}  val  {text}{'  best so far' if best else ''}")
