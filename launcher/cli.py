@@ -77,6 +77,12 @@ def _check() -> _Module:
     return check
 
 
+def _watch() -> _Module:
+    from launcher.commands import watch
+
+    return watch
+
+
 def _compare() -> _Module:
     from launcher.commands import compare
 
@@ -173,6 +179,9 @@ COMMANDS = {
     "ps": Command("[FOLDER]", "the runs below a folder: state, job, progress", _ps),
     "cancel": Command(
         "RUN", "stop a run (or a sweep's folder), wherever it runs; a checkpoint is saved first", _cancel
+    ),
+    "watch": Command(
+        "RUN …", "how runs get on, from their files: progress, curves, speed, queue; here or on a login node", _watch
     ),
     "compare": Command("RUN …", "runs or folders of runs side by side, the best first", _compare),
     "export": Command("RUN", "export, quantize and measure a run's best checkpoint again", _export),

@@ -51,6 +51,7 @@ FLOORS = (
 )
 SCHEMAS = {
     "launcher.recipe.schema",
+    "launcher.recipe.schema_data",
     "launcher.recipe.schema_model",
     "launcher.recipe.schema_post",
     "launcher.recipe.schema_train",

@@ -23,6 +23,7 @@ from launcher.engine.network.fitting import load_state
 from launcher.errors import EXIT_OK, UsageError, exit_code_of
 from launcher.images import folder as image_folder
 from launcher.recipe import load as recipes
+from launcher.recipe.images import source_of
 from launcher.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -56,6 +57,11 @@ class BestModel:
     left_out: frozenset[str]
     """Paths of the images that the run does without, relative to its data folder."""
 
+    @property
+    def threshold(self) -> float | None:
+        """The probability from which on an image has a class, of which it has any number; None: an image has one."""
+        return self.recipe.data.threshold if self.recipe.data.task == "multi_label" else None
+
     def dataset(self, split: str) -> Samples:
         """One split, as validation sees it."""
         return data.open_split(self.recipe, split, self.preprocessing, left_out=self.left_out, classes=self.classes)
@@ -64,13 +70,16 @@ class BestModel:
         """Why there is nothing of ``split`` to measure or calibrate with; None: there is."""
         if self.recipe.data.dataset:
             return self._missing_of_own(split)
-        folder = data.prepare(self.recipe.data) / split
-        if not folder.is_dir():
-            return f"no images at {folder}"
-        unknown = sorted(set(image_folder.find_classes(folder)) - set(self.classes))
+        try:
+            part = data.listing_of(self.recipe).part(split)
+        except UsageError as error:
+            return str(error)
+        if part is None or not part.place.exists():
+            return f"no images at {source_of(self.recipe).root / split}"
+        unknown = sorted(set(part.class_names) - set(self.classes))
         if unknown:
-            return f"{folder}: holds classes that the model does not know, as {unknown[0]!r}"
-        return None if len(self.dataset(split)) else f"no images at {folder}"
+            return f"{part.place}: holds classes that the model does not know, as {unknown[0]!r}"
+        return None if len(self.dataset(split)) else f"no images at {part.place}"
 
     def _missing_of_own(self, split: str) -> str | None:
         """The same of a data set of the user's own, whose images may be gone."""
@@ -140,15 +149,30 @@ def predict(predictors: Mapping[str, Predictor], best: BestModel) -> tuple[dict[
     """Run every predictor over all validation images, which are decoded once.
 
     Returns:
-        The class each predicts, int64 N by name, and the true classes, int64 N.
+        The class each predicts, int64 N by name, and the true classes, int64 N; of several classes an image, a number
+        for the set of them.
     """
     predicted: dict[str, list[torch.Tensor]] = {name: [] for name in predictors}
     true = []
     for images, labels in best.batches("val"):
         for name, predictor in predictors.items():
-            predicted[name].append(predictor(images).argmax(dim=1))
-        true.append(labels)
+            predicted[name].append(answers_of(best, predictor(images)))
+        true.append(set_numbers(labels > 0) if labels.dim() > 1 else labels)
     return {name: torch.cat(parts) for name, parts in predicted.items()}, torch.cat(true)
+
+
+def answers_of(best: BestModel, logits: torch.Tensor) -> torch.Tensor:
+    """What logits (N x C) answer, as a number an image."""
+    if best.recipe.data.task == "multi_label":
+        return set_numbers(logits.sigmoid() >= best.recipe.data.threshold)
+    return logits.argmax(dim=1)
+
+
+def set_numbers(sets: torch.Tensor) -> torch.Tensor:
+    """A number for each set of classes (bool N x C), the same for the same set."""
+    generator = torch.Generator().manual_seed(0)
+    of_class = torch.randint(1 << 60, (sets.shape[1],), generator=generator)
+    return (sets.long() * of_class).sum(dim=1)
 
 
 def size_mb(path: Path) -> float:

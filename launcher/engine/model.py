@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from launcher.recipe.phases import Freezing
-    from launcher.recipe.schema import DataConfig, Recipe
+    from launcher.recipe.schema import Recipe
+    from launcher.recipe.schema_data import DataConfig
     from launcher.recipe.schema_model import ModelConfig
 
 AUXILIARY_WEIGHT = {"googlenet": 0.3, "inception_v3": 0.4}  # of each auxiliary loss, as their papers have it
@@ -51,6 +52,7 @@ def build_preprocessing(model: ModelConfig, data: DataConfig, *, num_classes: in
         interpolation=facts.interpolation if data.interpolation == "auto" else data.interpolation,
         background=data.background_rgb,
         grey_range=data.grey_limits,
+        channels=data.channels,
         own_transform=data.transform and as_in_run(data.transform),
         decode=data.decode,
     )

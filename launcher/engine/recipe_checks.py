@@ -29,8 +29,10 @@ from launcher.engine.user import trial
 from launcher.engine.weights_file import read_weights_file
 from launcher.errors import Problem, RecipeError, UsageError
 from launcher.images import folder as image_folder
+from launcher.images.datasets import DATASETS
 from launcher.recipe import metrics as recipe_metrics
 from launcher.recipe import phases
+from launcher.recipe.checks import find_image_problems
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -112,11 +114,21 @@ def _find(recipe: Recipe, *, is_new: bool) -> Iterator[tuple[str, str]]:
     try:
         names = data.find_classes(recipe)
     except UsageError as error:
-        yield "data.dataset", str(error)
+        yield "data.dataset" if recipe.data.dataset else "data.name", str(error)
         return
+    if not recipe.data.dataset and DATASETS[recipe.data.name].is_written:  # only now is it there to be looked at
+        found = [(keys[0], text) for keys, text in find_image_problems(recipe)]
+        yield from found
+        if found:
+            return
     classes = num_classes(recipe, names)
     if len(names) > classes:
         yield "model.num_classes", f"found {classes}, but data.dataset has {len(names)} classes"
+    elif recipe.data.task == "multi_label" and len(names) != classes:
+        yield (
+            "model.num_classes",
+            f"found {classes}; with data.task=multi_label auto, or the {len(names)} that there are",
+        )
     watched = recipe.train.early_stopping.metric
     if watched.removeprefix("val/") in recipe_metrics.trivial(classes):
         text = f"found {watched!r}, which is the same for every model with {classes} classes; use val/top1"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections import Counter
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from launcher.engine import data, numerics, optim
 from launcher.engine.augmenting.mixing import is_mixing
 from launcher.engine.distributed import are_everywhere_the_same, broadcast_buffers
-from launcher.engine.loading.balance import class_weights
+from launcher.engine.loading.class_counts import count_classes, weigh
 from launcher.engine.loading.data_sets import full_classes, num_classes, open_data_sets
 from launcher.engine.losses import Loss, build_loss
 from launcher.engine.model import FineTunedModel, build_model
@@ -100,8 +99,15 @@ class Parts:
     def images_per_class(self) -> dict[str, int]:
         """Training images of each class that take part."""
         left_out = self.schedule.excluded
-        labels = Counter(label for index, (_, label) in enumerate(self.train_set.samples) if index not in left_out)
+        labels = count_classes(self.train_set, left_out)
         return {name: labels[index] for index, name in enumerate(self.train_set.classes)}
+
+    def made_up_targets(self, num: int) -> torch.Tensor:
+        """Targets as those of samples, for steps of which only the time is looked at."""
+        classes = len(self.classes)
+        if self.recipe.data.task == "multi_label":
+            return torch.randint(0, 2, (num, classes)).float()
+        return torch.randint(0, classes, (num,))
 
     @property
     def num_steps(self) -> int:
@@ -273,13 +279,6 @@ def _place(model: FineTunedModel, device: Device, agreed: Numerics) -> Numerics:
     return settled
 
 
-def _weigh(images: DataSets, classes: int) -> list[float]:
-    """What the loss of a sample of each class counts, by the samples that take part."""
-    excluded = images.train.find(images.left_out)
-    counts = Counter(label for index, label in enumerate(images.train.labels) if index not in excluded)
-    return class_weights([counts[label] for label in range(classes)])
-
-
 def _schedule(recipe: Recipe, images: DataSets, dealt: Batching, *, together: bool) -> Schedule:
     return Schedule(
         seed=recipe.seed,
@@ -326,11 +325,10 @@ def build_parts(
         with_weights=ranks.rank == 0 if with_weights is None else with_weights,
         classes=full_classes(recipe, images.train.classes),
     )
-    together = recipe.model.sync_batchnorm and ranks.world_size > 1
-    if together:
-        synchronise(model.module)
+    together = recipe.model.sync_batchnorm and ranks.world_size > 1 and synchronise(model.module)
     dealt = batching or fixed_batching(recipe.batch, ranks, full_size=full_world_size(run), debug=debug)
-    weights = _weigh(images, classes) if recipe.data.balance == "weights" else None
+    several = recipe.data.task == "multi_label"
+    weights = weigh(images, classes, several=several) if recipe.data.balance == "weights" else None
     agreed = _place(model, device, agreed)
     workers = data.num_loader_workers(recipe.data, ranks) if loader_workers is None else loader_workers
     return Parts(

@@ -34,7 +34,8 @@ class EarlyStoppingConfig:
     __pydantic_config__ = STRICT
 
     metric: str = "val/loss"
-    """train/loss or val/NAME: val/loss, val/top1, val/top5 (with more than five classes), val/f1, or of metrics."""
+    """train/loss, val/loss, val/top1, val/top5 (with more than five classes), val/f1, val/f1_micro, val/f1_weighted,
+    val/precision, val/balanced_accuracy, val/auroc, val/average_precision, val/ece, or val/NAME of metrics."""
     mode: Literal["min", "max"] = "min"
     """Whether less or more of it is better."""
     patience: Count | None = 5

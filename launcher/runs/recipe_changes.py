@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.errors import Problem, RecipeError, UsageError
-from launcher.images import datasets
-from launcher.images import folder as image_folder
+from launcher.images.listing import Listing
 from launcher.recipe import catalog, user_code
+from launcher.recipe import images as recipe_images
 from launcher.recipe import load as recipes
 from launcher.recipe import paths as recipe_paths
 from launcher.recipe.keys import flat, show
@@ -32,7 +32,9 @@ FIXED = {
     "data.std": "the best checkpoint so far was chosen, and would be exported, with the other values",
     "data.interpolation": "the best checkpoint so far was chosen, and would be exported, with the other",
     "data.background": "the best checkpoint so far was chosen, and would be exported, on the other background",
+    "data.channels": "the checkpoint's first layer takes the other number",
     "data.grey_range": "the best checkpoint so far was chosen, and would be exported, with other grey values",
+    "data.task": "the checkpoint's outputs mean something else",
     "data.balance": "the order of the samples and what their losses count follow from it",
     "optim.name": "the checkpoint holds the other's state",
 }
@@ -51,6 +53,12 @@ OPEN = {
     "model.sync_batchnorm": "",
     "data.name": SAME_IMAGES,
     "data.path": SAME_IMAGES,
+    "data.train": SAME_IMAGES,
+    "data.val": "",
+    "data.val_fraction": SAME_IMAGES,
+    "data.group": SAME_IMAGES,
+    "data.columns": SAME_IMAGES,
+    "data.classes": SAME_IMAGES,
     "data.dataset": SAME_IMAGES,
     "data.dataset_args": SAME_IMAGES,
     "data.transform": "the best checkpoint is chosen anew from the next validation on",
@@ -68,6 +76,7 @@ OPEN = {
     "data.mixup": "",
     "data.cutmix": "",
     "data.workers": "",
+    "data.threshold": "a best checkpoint by F1 was chosen at the other threshold",
     "data.on_bad_image": "",
     "data.missing_val_classes": "",
     "batch.size": SAME_GLOBAL_BATCH,
@@ -165,7 +174,7 @@ TUNED = (
 """Beginnings of keys that measured batch sizes and shares of cores depend on: a change has them measured again."""
 
 _REFERENCES = {seam.key for seam in user_code.SEAMS}
-_SAME_PLACE = ("data.path", "launch.profile", "post.profile")
+_SAME_PLACE = ("data.path", "data.classes", "launch.profile", "post.profile")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,7 +258,7 @@ def _meaning(key: str, value: Any, recipe: Recipe, num_classes: int) -> Any:
     if key == "data.image_size" and value == "auto" and not recipe.model.factory:
         return catalog.image_size(recipe.model.arch, recipe.model.weights)
     if key == "model.num_classes" and value == "auto":
-        return _num_folders(recipe) or num_classes
+        return _num_classes(recipe) or num_classes
     if key in _REFERENCES:
         return user_code.get(user_code.rewrite(recipe, lambda _, text: user_code.as_in_run(text)), key)
     if key in _SAME_PLACE and value is not None:
@@ -278,8 +287,10 @@ def _has_moved(before: Recipe, now: Recipe) -> bool:
     return old is not None and new is not None and old.name == new.name
 
 
-def _num_folders(recipe: Recipe) -> int | None:
+def _num_classes(recipe: Recipe) -> int | None:
     if recipe.data.dataset:
         return None
-    folder = datasets.data_path(recipe.data.name, recipe.data.path) / "train"
-    return len(image_folder.find_classes(folder)) if folder.is_dir() else None
+    try:
+        return len(Listing(recipe_images.source_of(recipe)).classes)
+    except UsageError:  # they are gone
+        return None

@@ -21,7 +21,8 @@ from launcher.engine.model import (
 from launcher.engine.network.fitting import fit_weights, load_weights
 from launcher.engine.weights_file import read_weights_file
 from launcher.errors import UsageError
-from launcher.recipe.schema import DataConfig, ModelConfig, Recipe
+from launcher.recipe.schema import ModelConfig, Recipe
+from launcher.recipe.schema_data import DataConfig
 from launcher.recipe.schema_train import EarlyStoppingConfig, TrainConfig
 
 ARCHS = models.list_models(module=models)

@@ -28,7 +28,7 @@ from launcher.engine.train_step import TrainStep
 from launcher.recipe import phases
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Generator, Sequence
 
     from launcher.engine.device import Device
     from launcher.engine.schedule import Batching
@@ -123,7 +123,7 @@ def _sweep(parts: Parts, bounds: tuple[float, float], num_steps: int | None) -> 
     return rates, found
 
 
-def _losses(parts: Parts) -> Iterator[float]:
+def _losses(parts: Parts) -> Generator[float, float, None]:
     """A generator that takes a step at each rate that is sent, and gives its mean loss."""
     state = TrainingState(parts)
     train_step = TrainStep(parts, state)

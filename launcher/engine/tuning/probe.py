@@ -179,7 +179,7 @@ class _Training:
         indices = tuple(range(batch_size))
         step = Step(epoch=0, offset=0, end=0, num_samples=batch_size, micro_batches=(indices,), lone=False)
         images = torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8)
-        labels = torch.randint(0, len(parts.classes), (batch_size,))
+        labels = parts.made_up_targets(batch_size)
         if parts.device.pin_memory:
             images, labels = images.pin_memory(), labels.pin_memory()
         parts.device.synchronize()
