@@ -83,7 +83,7 @@ def test_its_header_says_what_it_is_the_command_and_the_hardware(file):
 
 
 @pytest.mark.slow
-def test_it_runs_a_few_steps_in_this_process(file, data_of, launch):
+def test_it_runs_a_few_steps_in_this_process(file, data_of, warm_launch):
     # What cannot be had here (a download) or would take long (ImageNet's size) is put aside; all else is the recipe's.
     small = ("model.weights=null", "data.image_size=32", "batch.size=4", *data_of(file))
     done = warm_launch(file, "--debug", *small, "--run-dir", "run")
