@@ -20,6 +20,9 @@ Rules = tuple[tuple[str, str], ...]
 """Regular expressions for whole names, each with what takes its place; the first that matches counts."""
 END = r"\.(weight|bias|running_mean|running_var|num_batches_tracked)"
 
+MADE = ("relative_position_index", "relative_coords_table")
+"""Swin's buffers that follow from the architecture: the model's own are right."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
@@ -51,7 +54,8 @@ def to_torchvision(state: State, wanted: Mapping[str, torch.Tensor]) -> State:
             own = family.change(own)
             rules = [(re.compile(old), new) for old, new in family.rules(own)]
             named = {_renamed(key, rules): value for key, value in own.items()}
-            return {key: _shaped(value, wanted.get(key)) for key, value in named.items()}
+            made = {key: value for key, value in wanted.items() if key.endswith(MADE)}
+            return {**made, **{key: _shaped(value, wanted.get(key)) for key, value in named.items()}}
     return state
 
 
@@ -163,8 +167,7 @@ def _swin(state: State) -> Rules:
 
 def _change_swin(state: State) -> State:
     """What follows from the architecture is left out; version 2 has biases of queries and values alone."""
-    made = ("relative_position_index", "relative_coords_table", "attn_mask")
-    found = {key: value for key, value in state.items() if not key.endswith(made)}
+    found = {key: value for key, value in state.items() if not key.endswith((*MADE, "attn_mask"))}
     for key in [key for key in found if key.endswith(".q_bias")]:
         query, value = found.pop(key), found.pop(key.replace("q_bias", "v_bias"))
         found[key.replace("q_bias", "qkv.bias")] = torch.cat([query, torch.zeros_like(query), value])
