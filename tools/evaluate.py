@@ -18,7 +18,8 @@ from launcher.engine import data
 from launcher.engine.checkpoints import checkpoint
 from launcher.engine.data import Preprocessing, build_loader
 from launcher.engine.device import Device
-from launcher.engine.model import build_module, build_preprocessing, load_state
+from launcher.engine.model import build_module, build_preprocessing
+from launcher.engine.network.fitting import load_state
 from launcher.errors import EXIT_OK, UsageError, exit_code_of
 from launcher.images import folder as image_folder
 from launcher.recipe import load as recipes
