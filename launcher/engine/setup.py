@@ -271,15 +271,6 @@ def fixed_batching(config: BatchConfig, ranks: Ranks, *, full_size: int = 0, deb
     )
 
 
-def _place(model: FineTunedModel, device: Device, agreed: Numerics) -> Numerics:
-    """Move a model to its device, in the memory layout that is agreed or that suits it; return what it computes in."""
-    model.module.to(device.torch_device)
-    settled = agreed.settle(model.module)
-    if settled.channels_last:
-        model.module.to(memory_format=torch.channels_last)
-    return settled
-
-
 def build_parts(
     run: RunDir,
     ranks: Ranks,
@@ -322,7 +313,7 @@ def build_parts(
         weights = weights_in_loss(
             images.train.labels, excluded, num_classes=classes, several=recipe.data.task == "multi_label"
         )
-    agreed = _place(model, device, agreed)
+    agreed = agreed.place(model.module, device)
     workers = data.num_loader_workers(recipe.data, ranks) if loader_workers is None else loader_workers
     return Parts(
         recipe=recipe,
