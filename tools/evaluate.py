@@ -18,7 +18,8 @@ from launcher.engine import data
 from launcher.engine.checkpoints import checkpoint
 from launcher.engine.data import Preprocessing, build_loader
 from launcher.engine.device import Device
-from launcher.engine.model import build_module, build_preprocessing, load_state
+from launcher.engine.model import build_module, build_preprocessing
+from launcher.engine.network.fitting import load_state
 from launcher.errors import EXIT_OK, UsageError, exit_code_of
 from launcher.images import folder as image_folder
 from launcher.recipe import load as recipes
@@ -55,6 +56,11 @@ class BestModel:
     """The checkpoint."""
     left_out: frozenset[str]
     """Paths of the images that the run does without, relative to its data folder."""
+
+    @property
+    def threshold(self) -> float | None:
+        """The probability from which on an image has a class, of which it has any number; None: an image has one."""
+        return self.recipe.data.threshold if self.recipe.data.task == "multi_label" else None
 
     def dataset(self, split: str) -> Samples:
         """One split, as validation sees it."""
@@ -143,15 +149,30 @@ def predict(predictors: Mapping[str, Predictor], best: BestModel) -> tuple[dict[
     """Run every predictor over all validation images, which are decoded once.
 
     Returns:
-        The class each predicts, int64 N by name, and the true classes, int64 N.
+        The class each predicts, int64 N by name, and the true classes, int64 N; of several classes an image, a number
+        for the set of them.
     """
     predicted: dict[str, list[torch.Tensor]] = {name: [] for name in predictors}
     true = []
     for images, labels in best.batches("val"):
         for name, predictor in predictors.items():
-            predicted[name].append(predictor(images).argmax(dim=1))
-        true.append(labels)
+            predicted[name].append(answers_of(best, predictor(images)))
+        true.append(set_numbers(labels > 0) if labels.dim() > 1 else labels)
     return {name: torch.cat(parts) for name, parts in predicted.items()}, torch.cat(true)
+
+
+def answers_of(best: BestModel, logits: torch.Tensor) -> torch.Tensor:
+    """What logits (N x C) answer, as a number an image."""
+    if best.recipe.data.task == "multi_label":
+        return set_numbers(logits.sigmoid() >= best.recipe.data.threshold)
+    return logits.argmax(dim=1)
+
+
+def set_numbers(sets: torch.Tensor) -> torch.Tensor:
+    """A number for each set of classes (bool N x C), the same for the same set."""
+    generator = torch.Generator().manual_seed(0)
+    of_class = torch.randint(1 << 60, (sets.shape[1],), generator=generator)
+    return (sets.long() * of_class).sum(dim=1)
 
 
 def size_mb(path: Path) -> float:

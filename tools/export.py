@@ -192,8 +192,10 @@ def export_onnx(target: Path, best: BestModel) -> None:
     metadata = {
         "classes": best.classes,
         "preprocessing": best.preprocessing.describe(),
-        onnx_model.INDEPENDENT: best.recipe.train.loss in losses.INDEPENDENT,
+        onnx_model.INDEPENDENT: best.threshold is not None or best.recipe.train.loss in losses.INDEPENDENT,
     }
+    if best.threshold is not None:
+        metadata[onnx_model.THRESHOLD] = best.threshold
     onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in metadata.items()})
     onnx.save(model, target)
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from launcher.engine.device import Device
 from launcher.engine.distributed import Ranks, init_process_group
 from launcher.engine.losses import build_loss
-from launcher.engine.metrics import ValidationTotals
+from launcher.engine.validating.build import build_totals, build_user_metrics
 from launcher.errors import UsageError
 from launcher.images.listing import Listing
 from launcher.recipe.images import source_of
@@ -48,7 +48,8 @@ def score(run: RunDir, *, folder: Path | None = None, split: str = "val") -> dic
     loss = build_loss(best.recipe.train, num_classes=len(best.classes), device=CPU.torch_device)
     init_process_group(CPU, Ranks())  # counts are added up over ranks, of which there is one
     try:
-        totals = ValidationTotals(best.classes, CPU.torch_device, loss, _own_metrics(best))
+        own = build_user_metrics(best.recipe, len(best.classes), CPU.torch_device)
+        totals = build_totals(best.recipe, best.classes, CPU.torch_device, loss, own)
         with torch.inference_mode():
             for images, labels in best.batches(split):
                 totals.add(best.module(images), labels)
@@ -79,12 +80,3 @@ def _on(best: BestModel, place: Path) -> BestModel:
     if not len(moved.dataset("val")):
         raise UsageError(f"--data {place}: no images in it")
     return moved
-
-
-def _own_metrics(best: BestModel) -> Any:
-    """The recipe's own metrics; None: it has none."""
-    if not best.recipe.metrics:
-        return None
-    from launcher.engine.user.metrics import UserMetrics
-
-    return UserMetrics(best.recipe, num_classes=len(best.classes), device=CPU.torch_device)

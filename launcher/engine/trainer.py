@@ -20,6 +20,7 @@ from launcher.engine.non_finite import CURE, report
 from launcher.engine.state import TrainingState
 from launcher.engine.stopping import Redeal, RollBack, StopTraining
 from launcher.engine.train_step import TrainStep
+from launcher.engine.validating.noise import Noise
 from launcher.engine.validating.validation import Validation
 from launcher.errors import TrainingError
 
@@ -72,6 +73,7 @@ class Trainer:
         self._log = TrainLog(parts, self.state, self._pace, self._listeners, recorder)
         self._batchnorm = BatchNormRecompute(parts, recorder)
         self._validation = Validation(parts)
+        self._noise = Noise(recorder)
         self._features = Features(parts, recorder, stop=stop_requested, poll=self._poll, on_disk=memory_kills > 0)
         self._feed: Feed | None = None
         self.outcome: Outcome = "preempted"
@@ -160,9 +162,11 @@ class Trainer:
         state.offset = step.end
         self._pace.took(step.num_samples)
         if self._recorder:
-            self._recorder.progress(state.step)
+            part = state.offset / parts.schedule.num_samples
+            self._recorder.progress(epoch=state.epoch, step=state.step, part=part)
             if state.step == 1:
                 self._recorder.event("first_step")
+                self._log.first_step()
         if state.step % self.recipe.tracking.log_every == 0:
             self._log.end_window(self._step.gradient_norm)
         if state.offset >= parts.schedule.num_samples or self._finished():
@@ -195,6 +199,8 @@ class Trainer:
         self._check_numbers()
         state = self.state
         totals = means(state.epoch_totals.reduce())
+        if self._recorder and totals["samples"]:
+            self._recorder.epoch(epoch=state.epoch, values=totals | {"images_per_s": self._pace.epoch_speed})
         recompute = functools.partial(self._batchnorm.run, epoch=state.epoch, step=state.step, poll=self._poll)
         values = state.average.beside(recompute, self._validate)
         if not math.isfinite(values["loss"]):
@@ -202,7 +208,10 @@ class Trainer:
             raise TrainingError(f"training diverged: the validation loss is {values['loss']} {where}; {CURE}")
         epoch = state.epoch
         watched = {f"val/{k}": v for k, v in values.items()} | {"train/loss": totals["loss"]}
+        former, answers = state.best.best, self._validation.take_answers()
         is_best = state.best.take(watched, epoch=epoch, step=state.step)
+        if is_best and self.best:
+            self._noise.judge(former, self.best, answers[-1 if "weights" in self.best else 0])
         state.epoch, state.offset = epoch + 1, 0
         state.epoch_totals.reset()
         self._listeners.tell("validation", epoch=epoch, step=state.step, values=values, best=is_best)
@@ -217,9 +226,9 @@ class Trainer:
         self._save(best=is_best)
 
     def _prepare_epoch(self) -> None:
-        """Freeze what this epoch freezes; DDP is made anew where that changed which gradients there are."""
+        """Have learn what learns in this epoch; DDP is made anew where that changed which gradients there are."""
         self._features.leave(self.state.epoch)
-        if self.parts.model.freeze(self.state.epoch) or not self._wrapped:
+        if self.parts.enter(self.state.epoch) or not self._wrapped:
             self.parts.wrap()
             optim.prepare_momentum(self.parts.optimizer)
             self._wrapped = True

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from launcher.recipe.schema_data import DataConfig
+from launcher.recipe.schema_model import ModelConfig
 from launcher.recipe.schema_post import PostConfig
-from launcher.recipe.schema_train import MetricConfig, TrainConfig
+from launcher.recipe.schema_train import MetricConfig, Schedule, TrainConfig
 from launcher.recipe.types import (
     STRICT,
-    Argument,
     Auto,
     Count,
     CountOrZero,
@@ -22,53 +21,6 @@ from launcher.recipe.types import (
     NonNegative,
     Positive,
 )
-
-WEIGHT_NAMES = ("DEFAULT", "IMAGENET1K_")
-"""How torchvision's names of weights begin."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Which network, from which weights, and what of it learns."""
-
-    __pydantic_config__ = STRICT
-
-    arch: str = "resnet50"
-    """A torchvision classification model by name; `launch models` lists them."""
-    weights: str | None = "DEFAULT"
-    """Where training starts: DEFAULT (torchvision's best), a name such as IMAGENET1K_V2, a file that torch or
-    safetensors wrote, also another trainer's checkpoint, or null (random)."""
-    num_classes: Count | Auto = "auto"
-    """Outputs of the head; auto: the number of class folders."""
-    freeze: list[str] = field(default_factory=list)
-    """Layers that do not learn, by name or glob (`layer1`, `features.[0-4]`); `backbone` is all but the head.
-    They run in eval mode: frozen BatchNorm keeps its statistics."""
-    factory: str | None = None
-    """Your own model, `file.py:name` or `package.module:name`: what is called with num_classes=… and returns an
-    nn.Module. null: model.arch. weights may then be a file; DEFAULT and null mean what factory returns."""
-    factory_args: dict[str, Argument] = field(default_factory=dict)
-    """Further arguments of factory by name, as in {model_name: resnet18}."""
-    head: list[str] | Auto = "auto"
-    """With factory: the layers that are new for a new number of classes, by name. auto: as the model says (timm), else
-    its fc, classifier, head or heads, else its last linear layer."""
-    unfreeze: Annotated[
-        dict[CountOrZero, list[str] | str], Field(json_schema_extra={"propertyNames": {"pattern": "^[0-9]+$"}})
-    ] = field(default_factory=dict)
-    """From which epoch (from 0) which layers learn again, as in {3: layer1}; the same patterns as freeze."""
-
-    @property
-    def label(self) -> str:
-        """The model in words: its architecture, or the user's own factory."""
-        return self.factory or self.arch
-
-    @property
-    def weights_file(self) -> Path | None:
-        """The local file that weights names, or None where it names torchvision weights or nothing."""
-        if self.weights is None:
-            return None
-        path, is_path = Path(self.weights).expanduser(), bool(set("/.") & set(self.weights))
-        is_file = is_path or (not self.weights.startswith(WEIGHT_NAMES) and path.is_file())
-        return path if is_file else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +62,7 @@ class OptimConfig:
     decoupled from it (Loshchilov & Hutter 2019)."""
     decay_norms: bool = True
     """Whether weight decay is also of what has one dimension: normalisations, biases, layer scales, a class token."""
-    schedule: Literal["cosine", "linear", "step", "one_cycle", "polynomial", "constant", "cosine_restarts"] = "cosine"
+    schedule: Schedule = "cosine"
     """After warm-up, counted in optimizer steps. cosine: down by a half cosine; linear: by a line; polynomial: by a
     power of it; step: by step_factor at step_epochs; cosine_restarts: by cycles half cosines (SGDR); constant.
     one_cycle: up and down by a half cosine, up from 1/25 over warmup_epochs, or 30 % of training where these are 0."""

@@ -117,6 +117,13 @@ class DataConfig:
     """Which values are black and white in grey images of more than 8 bits, as in [0, 4095]; what is beyond is cut off.
     auto: 0 and 65535 of 16 bits, 0 and 1 of floats; where the images' values do not fit that, they are refused."""
 
+    task: Literal["single_label", "multi_label"] = "single_label"
+    """single_label: an image has one class. multi_label: an image has any number of them, each with a probability of
+    its own (train.loss: binary_cross_entropy); so far of your own dataset, whose label() gives a list of numbers."""
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """With task: multi_label: the probability from which on an image is said to have a class, in validation's F1 and in
+    predictions."""
+
     @property
     def background_rgb(self) -> tuple[int, int, int]:
         """Red, green and blue of background."""

@@ -24,6 +24,7 @@ FIXED = {
     "seed": "the order of the samples follows from it: some would come twice in an epoch, others never",
     "model.arch": "the checkpoint's weights are those of the other",
     "model.weights": "training began from the other, and goes on from the checkpoint's weights",
+    "model.head": "the checkpoint's head is of the other kind",
     "model.num_classes": "the checkpoint's head has the other number of outputs",
     "data.image_size": "the best checkpoint so far was chosen, and would be exported, at the other size",
     "data.crop_pct": "the best checkpoint so far was chosen, and would be exported, with the other crop",
@@ -33,6 +34,7 @@ FIXED = {
     "data.background": "the best checkpoint so far was chosen, and would be exported, on the other background",
     "data.channels": "the checkpoint's first layer takes the other number",
     "data.grey_range": "the best checkpoint so far was chosen, and would be exported, with other grey values",
+    "data.task": "the checkpoint's outputs mean something else",
     "data.balance": "the order of the samples and what their losses count follow from it",
     "optim.name": "the checkpoint holds the other's state",
 }
@@ -46,7 +48,9 @@ OPEN = {
     "model.unfreeze": "",
     "model.factory": "",
     "model.factory_args": "",
-    "model.head": "",
+    "model.dropout": "",
+    "model.stochastic_depth": "",
+    "model.sync_batchnorm": "",
     "data.name": SAME_IMAGES,
     "data.path": SAME_IMAGES,
     "data.train": SAME_IMAGES,
@@ -72,6 +76,7 @@ OPEN = {
     "data.mixup": "",
     "data.cutmix": "",
     "data.workers": "",
+    "data.threshold": "a best checkpoint by F1 was chosen at the other threshold",
     "data.on_bad_image": "",
     "data.missing_val_classes": "",
     "batch.size": SAME_GLOBAL_BATCH,
@@ -96,6 +101,7 @@ OPEN = {
     "optim.layer_decay": "",
     "precision": "",
     "train.epochs": "",
+    "train.phases": "what has begun goes on in the phase that its epoch is in now",
     "train.channels_last": "",
     "train.compile": "",
     "train.batchnorm_recompute": "",
@@ -146,6 +152,7 @@ TUNED = (
         "model.",
         "batch.",
         "precision",
+        "train.phases",
         "train.loss",
         "train.ema",
         "train.channels_last",
@@ -246,8 +253,8 @@ def _compare(before: Recipe, now: Recipe, num_classes: int) -> Iterator[Change]:
 
 def _meaning(key: str, value: Any, recipe: Recipe, num_classes: int) -> Any:
     """What a value means, so that two ways to write the same value are not a change."""
-    if key == "model.weights":
-        return _weights(recipe)
+    if key in ("model.weights", "model.head"):
+        return _weights(recipe) if key == "model.weights" else _kind_of_head(recipe)
     if key == "data.image_size" and value == "auto" and not recipe.model.factory:
         return catalog.image_size(recipe.model.arch, recipe.model.weights)
     if key == "model.num_classes" and value == "auto":
@@ -266,6 +273,12 @@ def _weights(recipe: Recipe) -> Any:
     if model.factory:
         return None
     return model.weights and catalog.find_model(model.arch).find_weights(model.weights).name
+
+
+def _kind_of_head(recipe: Recipe) -> str:
+    """A list says which layers the head is, and not of what kind."""
+    head = recipe.model.head
+    return "auto" if isinstance(head, list) or head == "linear" else head
 
 
 def _has_moved(before: Recipe, now: Recipe) -> bool:

@@ -16,10 +16,9 @@ from launcher.engine.model import (
     FineTunedModel,
     build_model,
     build_module,
-    fit_weights,
-    load_weights,
     split_outputs,
 )
+from launcher.engine.network.fitting import fit_weights, load_weights
 from launcher.engine.weights_file import read_weights_file
 from launcher.errors import UsageError
 from launcher.recipe.schema import ModelConfig, Recipe

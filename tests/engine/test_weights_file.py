@@ -21,7 +21,7 @@ from torchvision import models
 from launcher.engine import recipe_checks as checks
 from launcher.engine.checkpoints import checkpoint
 from launcher.engine.checkpoints.checkpoint import Checkpoint, CheckpointError
-from launcher.engine.model import load_weights
+from launcher.engine.network.fitting import load_weights
 from launcher.engine.weights_file import read_weights_file
 from launcher.errors import RecipeError, UsageError
 from launcher.recipe.schema import ModelConfig, Recipe

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,17 +21,6 @@ if TYPE_CHECKING:
 
 LAG = 2
 """On a GPU a window is read so many steps later. It has been computed by then, and the GPU never runs out of work."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Window:
-    epoch: int
-    step: int
-    offset: int
-    rates: dict[str, float]
-    pace: dict[str, float]
-    numbers: Callable[[], torch.Tensor]
-    """Waits for the device; float64: the sums of :class:`launcher.engine.metrics.TrainTotals`, the gradient's norm."""
 
 
 class TrainLog:
@@ -54,7 +42,22 @@ class TrainLog:
         self._pace = pace
         self._listeners = listeners
         self._recorder = recorder
-        self._windows: deque[_Window] = deque()
+        self._due: deque[tuple[int, Callable[[], None]]] = deque()
+
+    def first_step(self) -> None:
+        """The first step was taken: rank 0 tells the loss of its own images, for which it waits for no other rank."""
+        state, recorder = self._state, self._recorder
+        if not recorder or self._parts.recipe.tracking.log_every == 1:
+            return
+        position = {"epoch": state.epoch, "step": state.step}
+        sums = self._parts.device.to_host_later(state.window_totals.of_rank())
+
+        def tell() -> None:
+            found = means(sums().tolist())
+            if found["samples"]:  # else it was left out
+                recorder.first_step(**position, loss=found["loss"])
+
+        self._later(tell)
 
     def end_window(self, gradient_norm: torch.Tensor) -> None:
         """A window ends with the step that was just taken. Every rank must call it.
@@ -62,37 +65,30 @@ class TrainLog:
         Args:
             gradient_norm: of that step, on the device.
         """
-        state, parts = self._state, self._parts
+        state, recorder = self._state, self._recorder
         sums = state.window_totals.over_ranks()
         state.window_totals.reset()
-        pace, rates = self._pace.window(), optim.rates(parts.optimizer)
-        if not self._recorder:
+        values: dict[str, Any] = {**self._pace.window(), **optim.rates(self._parts.optimizer), "offset": state.offset}
+        if not recorder:
             return
-        numbers = torch.cat([sums, gradient_norm.double().reshape(1)])
-        window = _Window(
-            epoch=state.epoch,
-            step=state.step,
-            offset=state.offset,
-            rates=rates,
-            pace=pace,
-            numbers=parts.device.to_host_later(numbers),
-        )
-        self._windows.append(window)
-        if not parts.device.runs_ahead:
-            self.tell()
+        position = {"epoch": state.epoch, "step": state.step}
+        numbers = self._parts.device.to_host_later(torch.cat([sums, gradient_norm.double().reshape(1)]))
+
+        def tell() -> None:
+            *of_window, norm = numbers().tolist()
+            found = means(of_window)
+            if found["samples"]:  # else all its steps were left out
+                self._listeners.tell("step", **position, values={**found, **values, "grad_norm": norm})
+                recorder.status(epoch=position["epoch"], step=position["step"], best=state.best.best)
+
+        self._later(tell)
 
     def tell(self, step: int | None = None) -> None:
-        """Tell of the windows that are due before ``step``; None: of all."""
-        while self._windows and (step is None or self._windows[0].step <= step - LAG):
-            self._tell(self._windows.popleft())
+        """Tell what is due before ``step``; None: all."""
+        while self._due and (step is None or self._due[0][0] <= step - LAG):
+            self._due.popleft()[1]()
 
-    def _tell(self, window: _Window) -> None:
-        *sums, gradient_norm = window.numbers().tolist()
-        found = means(sums)
-        if not found["samples"]:  # all its steps were left out
-            return
-        values: dict[str, Any] = {**found, **window.pace, **window.rates}
-        values |= {"grad_norm": gradient_norm, "offset": window.offset}
-        self._listeners.tell("step", epoch=window.epoch, step=window.step, values=values)
-        if self._recorder:
-            self._recorder.status(epoch=window.epoch, step=window.step, best=self._state.best.best)
+    def _later(self, tell: Callable[[], None]) -> None:
+        self._due.append((self._state.step, tell))
+        if not self._parts.device.runs_ahead:
+            self.tell()

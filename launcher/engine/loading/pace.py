@@ -74,6 +74,12 @@ class Pace:
         self._window_since, self._window_samples, self._window_waited = time.monotonic(), 0, 0.0
         return found
 
+    @property
+    def epoch_speed(self) -> float:
+        """Images per second of all ranks in the epoch, or in what of it was trained without a stop, until its end."""
+        now = time.monotonic() if self._paused_at is None else self._paused_at
+        return self._epoch_samples / max(1e-9, now - self._epoch_since)
+
     def explain_wait(self, config: DataConfig) -> str | None:
         """At the end of an epoch: that the model waited for images, and what to do; None: it did not, or it is told."""
         seconds, waited = time.monotonic() - self._epoch_since, self._epoch_waited

@@ -26,6 +26,12 @@ NUM, LARGE = 24, 5000
 """Images, and bytes of a file of the large ones."""
 
 
+@pytest.fixture(autouse=True)
+def no_margin(monkeypatch):
+    """A few small images fit wherever there is any room: how full this machine's disk is shall not matter."""
+    monkeypatch.setattr(keep_pixels, "MOST_MARGIN", 0)
+
+
 @pytest.fixture
 def images(tmp_path):
     """JPEG files of two classes; some are small, some large."""
