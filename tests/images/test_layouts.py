@@ -197,6 +197,30 @@ def test_a_list_is_divided_by_its_column_of_groups(classes, dry_run):
     assert groups["val"]
 
 
+def test_a_group_may_be_a_column_of_another_name(classes, dry_run):
+    file = write_list(classes, ".csv", ("path", "label", "group"))
+    file.write_text(file.read_text().replace("group", "patient", 1))
+    assert dry_run(f"data.path={file}", "data.val_fraction=0.2", "data.group=patient")[0] == 0
+    found = Listing(Source(path=str(file), val_fraction=0.2, group="patient"))
+    groups = {split: {int(path[-6:-4]) // 2 for path, _ in found.samples(split)} for split in ("train", "val")}
+    assert not groups["train"] & groups["val"]
+
+
+def test_lists_beside_folders_of_classes_are_not_read(tmp_path, dry_run):
+    folder = split_folder(tmp_path / "photos")
+    for name in ("train", "val", "test"):
+        (folder / f"{name}.csv").write_text("id,size\n1,2\n")
+    assert dry_run(f"data.path={folder}")[0] == 0
+
+
+def test_splits_are_no_classes_and_are_two(tmp_path, dry_run):
+    folder = split_folder(tmp_path / "photos", "training", "dev")
+    code, shown = dry_run(f"data.path={folder}", "data.val_fraction=0.2")
+    assert (code, "dev and training are no classes" in shown) == (2, True)
+    code, shown = dry_run(f"data.path={folder}", "data.train=dev", "data.val=dev")
+    assert (code, "data.train and data.val are both dev" in shown) == (2, True)
+
+
 def test_the_order_of_the_rows_means_nothing(classes):
     file = write_list(classes, ".csv")
     before = Listing(Source(path=str(file))).samples("train")
