@@ -317,10 +317,12 @@ def test_a_file_of_classes_fixes_their_order(tmp_path, dry_run):
 
 def test_what_is_seen_in_one_split_only_is_told(tmp_path, capsys):
     folder, names = split_folder(tmp_path / "photos"), tmp_path / "names.txt"
-    names.write_text("cat\ndog\n")
+    names.write_text("cat\ndog\nelk\n")
     shutil.rmtree(folder / "train/dog")
     assert cli.main(["check", str(folder), f"data.classes={names}"]) == 0
-    assert "train/: no image of 'dog', which are seen in validation only" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "train/: no image of 'dog', which are seen in validation only" in shown
+    assert "names.txt: no image of 'elk' anywhere" in shown
 
 
 # --- what is none of them
