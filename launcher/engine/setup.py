@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections import Counter
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from launcher.engine import data, numerics, optim
 from launcher.engine.augmenting.mixing import is_mixing
 from launcher.engine.distributed import are_everywhere_the_same, broadcast_buffers
-from launcher.engine.loading.balance import class_weights
+from launcher.engine.loading.balance import class_weights, count_classes, positive_weights
 from launcher.engine.loading.data_sets import num_classes, open_data_sets
 from launcher.engine.losses import Loss, build_loss
 from launcher.engine.model import FineTunedModel, build_model
@@ -99,7 +98,7 @@ class Parts:
     def images_per_class(self) -> dict[str, int]:
         """Training images of each class that take part."""
         left_out = self.schedule.excluded
-        labels = _count_classes(self.train_set, left_out)
+        labels = count_classes(self.train_set.labels, left_out)
         return {name: labels[index] for index, name in enumerate(self.train_set.classes)}
 
     def made_up_targets(self, num: int) -> torch.Tensor:
@@ -269,24 +268,19 @@ def _place(model: FineTunedModel, device: Device, agreed: Numerics) -> Numerics:
     return settled
 
 
-def _weigh(images: DataSets, classes: int, *, several: bool) -> list[float]:
-    """What the loss of a sample of each class counts, by the samples that take part.
+def _weigh(recipe: Recipe, images: DataSets, classes: int) -> list[float] | None:
+    """What the loss counts of a sample of each class, by the samples that take part; None: all the same.
 
-    With ``several`` classes a sample: what having the class counts beside not having it, so that both count alike.
+    Where an image has several classes: what having one counts beside not having it.
     """
+    if recipe.data.balance != "weights":
+        return None
     excluded = images.train.find(images.left_out)
-    counts = _count_classes(images.train, excluded)
+    counts = count_classes(images.train.labels, excluded)
     of_class = [counts[label] for label in range(classes)]
-    if several:
-        num = len(images.train) - len(excluded)
-        return [(num - count) / count if count else 1.0 for count in of_class]
+    if recipe.data.task == "multi_label":
+        return positive_weights(of_class, len(images.train) - len(excluded))
     return class_weights(of_class)
-
-
-def _count_classes(samples: Samples, left_out: frozenset[int]) -> Counter[int]:
-    """Samples of each class, of several each."""
-    labels = (label for index, label in enumerate(samples.labels) if index not in left_out)
-    return Counter(one for label in labels for one in ([label] if isinstance(label, int) else label))
 
 
 def build_parts(
@@ -322,8 +316,7 @@ def build_parts(
         image_size=images.preprocessing.image_size,
         with_weights=ranks.rank == 0 if with_weights is None else with_weights,
     )
-    several = recipe.data.task == "multi_label"
-    weights = _weigh(images, classes, several=several) if recipe.data.balance == "weights" else None
+    weights = _weigh(recipe, images, classes)
     agreed = _place(model, device, agreed)
     workers = data.num_loader_workers(recipe.data, ranks) if loader_workers is None else loader_workers
     return Parts(

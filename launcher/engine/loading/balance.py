@@ -9,7 +9,7 @@ epoch: over all epochs every sample of a class is seen as often as any other of 
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +25,17 @@ def class_weights(counts: Sequence[int]) -> list[float]:
     """What the loss of a sample of each class counts: one over its class's size, the mean over all samples is 1."""
     present = sum(count > 0 for count in counts)
     return [sum(counts) / (present * count) if count else 0.0 for count in counts]
+
+
+def positive_weights(counts: Sequence[int], num: int) -> list[float]:
+    """Of ``num`` samples with several classes each: what having a class counts beside not having it."""
+    return [(num - count) / count if count else 1.0 for count in counts]
+
+
+def count_classes(labels: Sequence[Any], left_out: frozenset[int]) -> Counter[int]:
+    """Samples of each class, by the class of each, or the tuple of them, but for those with some indices."""
+    used = (label for index, label in enumerate(labels) if index not in left_out)
+    return Counter(one for label in used for one in ([label] if isinstance(label, int) else label))
 
 
 def balanced_order(seed: int, epoch: int, labels: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
