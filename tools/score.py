@@ -26,13 +26,14 @@ if TYPE_CHECKING:
 CPU = Device(type="cpu")
 
 
-def score(run: RunDir, *, folder: Path | None = None, split: str = "val") -> dict[str, Any]:
+def score(run: RunDir, *, folder: Path | None = None, split: str = "val", mirrored: bool = False) -> dict[str, Any]:
     """What validation writes into metrics.jsonl, of the best checkpoint, on the CPU in float32.
 
     Args:
         run: the run directory.
         folder: labelled images, ``folder/CLASS/*.jpg`` or a list; None: those of the run.
         split: which of the run's splits, where ``folder`` is None.
+        mirrored: test-time augmentation: the logits of each image are the mean of its own and its mirror image's.
 
     Returns:
         ``samples``, the value of each metric, ``per_class`` and ``confusion``; ``images``: what was measured on.
@@ -52,7 +53,10 @@ def score(run: RunDir, *, folder: Path | None = None, split: str = "val") -> dic
         totals = build_totals(best.recipe, best.classes, CPU.torch_device, loss, own)
         with torch.inference_mode():
             for images, labels in best.batches(split):
-                totals.add(best.module(images), labels)
+                logits = best.module(images)
+                if mirrored:
+                    logits = (logits + best.module(images.flip(-1))) / 2
+                totals.add(logits, labels)
         found = totals.compute()
     finally:
         dist.destroy_process_group()

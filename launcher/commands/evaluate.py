@@ -24,6 +24,7 @@ def main(argv: Sequence[str]) -> int:
     images = parser.add_mutually_exclusive_group()
     images.add_argument("--data", metavar="FOLDER", help="labelled images: FOLDER/CLASS/*.jpg, or a list of them")
     images.add_argument("--split", default="val", metavar="NAME", help="of the run's images (val)")
+    parser.add_argument("--tta", action="store_true", help="each image and its mirror image: the mean of their logits")
     parser.add_argument("--json", action="store_true", dest="as_json", help="for programs")
     args = parser.parse_args(argv)
     run = RunDir.existing(args.run_dir)
@@ -31,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     from launcher.recipe import metrics as recipe_metrics
     from launcher.tools import score
 
-    found = score.score(run, folder=Path(args.data) if args.data else None, split=args.split)
+    found = score.score(run, folder=Path(args.data) if args.data else None, split=args.split, mirrored=args.tta)
     table = recipe_metrics.of(recipes.to_dict(recipes.read_resolved(run.recipe))["metrics"])
     found = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in found.items()

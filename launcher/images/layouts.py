@@ -55,6 +55,11 @@ class Source:
     """The recipe's."""
 
     @property
+    def list_columns(self) -> dict[str, str]:
+        """The columns of lists; ``data.group`` may name one of them."""
+        return {**self.columns, **({"group": self.group} if self.group else {})}
+
+    @property
     def place(self) -> Path:
         """The folder or the list."""
         return Path(self.path).expanduser()
@@ -109,6 +114,11 @@ def find(source: Source) -> Layout:
         )
     else:
         layout.undivided = train or _whole(source)
+        names = set() if train or not layout.undivided else {name.lower() for name in layout.undivided.class_names}
+        if names and names <= {*TRAIN, *VAL, *TEST, *OTHER_NAMES["train"], *OTHER_NAMES["val"]}:
+            layout.problems.append(f"{source.path}: {' and '.join(sorted(names))} are no classes{explain(source)}")
+    if train is not None and train == val:
+        layout.problems.append(f"{source.path}: data.train and data.val are both {train.place.name}")
     return layout
 
 
@@ -131,23 +141,21 @@ def _test_note(source: Source) -> str:
 def _whole(source: Source) -> Part | None:
     """All of a folder or a list."""
     if lists.is_list(source.place):
-        rows = lists.read(source.place, source.columns)
-        return None if rows[0].split else ListRows(source.place, rows)
+        rows = lists.read(source.place, source.list_columns)
+        return None if rows[0].split else ListRows(source.place, source.list_columns)
     return ClassFolders(source.place) if class_folders(source.place) else None
 
 
 def _of_list(source: Source) -> dict[str, Part]:
     """The parts of a list by its column split; and a list or folder beside it that ``data.val`` names."""
-    rows = lists.read(source.place, source.columns)
+    rows = lists.read(source.place, source.list_columns)
     splits = dict.fromkeys(row.split for row in rows if row.split)
-    found: dict[str, Part] = {
-        name: ListRows(source.place, tuple(row for row in rows if row.split == name)) for name in splits
-    }
-    beside = source.val and source.val not in found and _open(source.root / source.val, source.columns)
+    found: dict[str, Part] = {name: ListRows(source.place, source.list_columns, name) for name in splits}
+    beside = source.val and source.val not in found and _open(source.root / source.val, source.list_columns)
     if beside and source.val:
         found |= {source.val: beside}
         if not splits:
-            found["train"] = ListRows(source.place, rows)
+            found["train"] = ListRows(source.place, source.list_columns)
     return found
 
 
@@ -157,11 +165,11 @@ def _of_folder(folder: Path, source: Source) -> dict[str, Part]:
     found: dict[str, Part] = {}
     for entry in sorted(folder.iterdir()):
         name = entry.name if entry.is_dir() else entry.stem
-        part = _open(entry, source.columns) if name.lower() in known else None
+        part = _open(entry, source.list_columns) if name.lower() in known else None
         if part and (name not in found or isinstance(part, ListRows)) and not _holds_classes(found.get(name)):
             found[name] = part
     for wanted in filter(None, (source.train, source.val)):
-        if part := _open(folder / wanted, source.columns):
+        if part := _open(folder / wanted, source.list_columns):
             found[wanted] = part
     return found
 
@@ -172,7 +180,7 @@ def _holds_classes(part: Part | None) -> bool:
 
 def _open(place: Path, columns: Mapping[str, str]) -> Part | None:
     if lists.is_list(place):
-        return ListRows(place, lists.read(place, columns))
+        return ListRows(place, columns)
     return ClassFolders(place) if place.is_dir() else None
 
 

@@ -116,10 +116,7 @@ class Listing:
 
     def _groups(self, found: Sequence[Found]) -> list[str]:
         """What each image belongs to; empty: nothing says so."""
-        if any(image.group for image in found) and self.source.group in (
-            None,
-            self.source.columns.get("group", "group"),
-        ):
+        if any(image.group for image in found):
             return [image.group for image in found]
         if self.source.group is None:
             return []

@@ -76,12 +76,12 @@ def _read(file: Path, renamed: tuple[tuple[str, str], ...], _changed: int, _size
     """Once a process, while the file stays as it is: a list may have a million rows."""
     names = {column: column for column in COLUMNS} | dict(renamed)
     readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    rows: list[Row] = []
+    where, rows = str(file), list[Row]()
     problems: list[str] = []
     lines: dict[str, int] = {}
     try:
         for line, values in readers.get(file.suffix.lower(), _read_csv)(file, names):
-            row = _row(file, line, values, names)
+            row = _row(where, line, values, names)
             if isinstance(row, Row) and lines.setdefault(row.path, line) != line:
                 row = f"{file}:{line}: {values[names['path']]} is in line {lines[row.path]} too; an image has one row"
             if isinstance(row, Row):
@@ -100,7 +100,7 @@ def _read(file: Path, renamed: tuple[tuple[str, str], ...], _changed: int, _size
     return tuple(rows)
 
 
-def _row(file: Path, line: int, values: Mapping[str, Any], names: Mapping[str, str]) -> Row | str:
+def _row(file: str, line: int, values: Mapping[str, Any], names: Mapping[str, str]) -> Row | str:
     """A row; text: what is wrong with it."""
     said = {column: values.get(name) for column, name in names.items()}
     texts = {column: "" if value is None else str(value).strip() for column, value in said.items()}
@@ -110,7 +110,7 @@ def _row(file: Path, line: int, values: Mapping[str, Any], names: Mapping[str, s
         return f"{file}:{line}: no {' and no '.join(empty)} in this row"
     if isinstance(said["label"], dict | list):
         return f"{file}:{line}: {names['label']} is {said['label']!r}; an image has one class, a text or a number"
-    path = os.path.normpath(os.path.join(file.parent, texts["path"]))  # noqa: PTH118  as often as there are rows
+    path = os.path.normpath(os.path.join(os.path.dirname(file), texts["path"]))  # noqa: PTH118, PTH120  as often as there are rows
     return Row(path, composed(texts["label"]), texts["split"], texts["group"], line)
 
 

@@ -9,7 +9,7 @@ from launcher.images import folder as image_folder
 from launcher.images import left_out, lists
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from launcher.images.lists import Row
@@ -48,11 +48,24 @@ class ClassFolders:
 
 @dataclass(frozen=True)
 class ListRows:
-    """Rows of a list."""
+    """Rows of a list, which is read when it is needed."""
 
     place: Path
     """The list."""
-    rows: tuple[Row, ...]
+    columns: Mapping[str, str]
+    """What it calls its columns."""
+    split: str | None = None
+    """The value of its column split; None: all rows."""
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """In the order of the list.
+
+        Raises:
+            ListError: it cannot be read.
+        """
+        found = lists.read(self.place, self.columns)
+        return found if self.split is None else tuple(row for row in found if row.split == self.split)
 
     @property
     def class_names(self) -> list[str]:

@@ -226,6 +226,9 @@ def _list(listing: Listing) -> tuple[list[tuple[str, str, str]], list[str]]:
         left_out.append(f"val/: no image of {image_folder.few(unmeasured)}; what is learned of them is not measured")
     if unlearned := sorted(seen["val"] - seen["train"]) if seen["train"] else []:
         left_out.append(f"train/: no image of {image_folder.few(unlearned)}, which are seen in validation only")
+    named = listing.classes if listing.source.classes else []
+    if absent := [name for name in named if name not in seen["train"] | seen["val"]]:
+        left_out.append(f"{listing.source.classes}: no image of {image_folder.few(absent)} anywhere")
     return images, left_out
 
 

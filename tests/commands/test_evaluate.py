@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
+import torch
 
 from launcher import cli
 from launcher.runs.run_dir import RunDir
 from tests.nets import FACTORY
 
 SETTINGS = [FACTORY, "data.image_size=32", "batch.size=5", "train.epochs=2", "launch.device=cpu", "post.enabled=false"]
+
+
+def mean_of_both_ways(run):
+    """The loss of the mean of each image's logits and its mirror image's, by hand."""
+    from launcher.tools.evaluate import load_best
+
+    best = load_best(run)
+    ((images, labels),) = best.batches("val")
+    with torch.inference_mode():
+        logits = torch.stack([best.module(images), best.module(images.flip(3))]).mean(0)
+    return float(torch.nn.functional.cross_entropy(logits, labels))
 
 
 @pytest.mark.slow
@@ -35,13 +48,18 @@ def test_the_best_checkpoint_is_measured_on_its_own_images_and_on_others(
     code, shown = evaluate("--json")
     found = json.loads(shown.out)
     assert code == 0
-    for name in ("samples", "top1", "top5", "f1", "accuracy", "per_class", "confusion"):
+    for name in ("samples", "top1", "top5", "f1", "auroc", "accuracy", "per_class", "confusion"):
         assert found[name] == own[name], name
     assert found["loss"] == pytest.approx(own["loss"], rel=1e-5)  # of batches of another size
 
+    mirrored = json.loads(evaluate("--tta", "--json")[1].out)
+    assert mirrored["samples"] == own["samples"]
+    assert mirrored["loss"] == pytest.approx(mean_of_both_ways(run), rel=1e-4)
+    assert mirrored["loss"] != pytest.approx(own["loss"], rel=1e-6)
+
     code, shown = evaluate()
     assert "6 images of" in shown.out
-    assert f"top-1                    {own['top1']:.4f}  (95 % interval" in shown.out
+    assert re.search(rf"top-1 +{own['top1']:.4f}  \(95 % interval", shown.out)
     assert "top-5" not in shown.out  # three classes
 
     other = shutil.copytree(images / "val", tmp_path / "other")

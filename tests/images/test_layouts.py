@@ -197,6 +197,30 @@ def test_a_list_is_divided_by_its_column_of_groups(classes, dry_run):
     assert groups["val"]
 
 
+def test_a_group_may_be_a_column_of_another_name(classes, dry_run):
+    file = write_list(classes, ".csv", ("path", "label", "group"))
+    file.write_text(file.read_text().replace("group", "patient", 1))
+    assert dry_run(f"data.path={file}", "data.val_fraction=0.2", "data.group=patient")[0] == 0
+    found = Listing(Source(path=str(file), val_fraction=0.2, group="patient"))
+    groups = {split: {int(path[-6:-4]) // 2 for path, _ in found.samples(split)} for split in ("train", "val")}
+    assert not groups["train"] & groups["val"]
+
+
+def test_lists_beside_folders_of_classes_are_not_read(tmp_path, dry_run):
+    folder = split_folder(tmp_path / "photos")
+    for name in ("train", "val", "test"):
+        (folder / f"{name}.csv").write_text("id,size\n1,2\n")
+    assert dry_run(f"data.path={folder}")[0] == 0
+
+
+def test_splits_are_no_classes_and_are_two(tmp_path, dry_run):
+    folder = split_folder(tmp_path / "photos", "training", "dev")
+    code, shown = dry_run(f"data.path={folder}", "data.val_fraction=0.2")
+    assert (code, "dev and training are no classes" in shown) == (2, True)
+    code, shown = dry_run(f"data.path={folder}", "data.train=dev", "data.val=dev")
+    assert (code, "data.train and data.val are both dev" in shown) == (2, True)
+
+
 def test_the_order_of_the_rows_means_nothing(classes):
     file = write_list(classes, ".csv")
     before = Listing(Source(path=str(file))).samples("train")
@@ -293,10 +317,12 @@ def test_a_file_of_classes_fixes_their_order(tmp_path, dry_run):
 
 def test_what_is_seen_in_one_split_only_is_told(tmp_path, capsys):
     folder, names = split_folder(tmp_path / "photos"), tmp_path / "names.txt"
-    names.write_text("cat\ndog\n")
+    names.write_text("cat\ndog\nelk\n")
     shutil.rmtree(folder / "train/dog")
     assert cli.main(["check", str(folder), f"data.classes={names}"]) == 0
-    assert "train/: no image of 'dog', which are seen in validation only" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "train/: no image of 'dog', which are seen in validation only" in shown
+    assert "names.txt: no image of 'elk' anywhere" in shown
 
 
 # --- what is none of them

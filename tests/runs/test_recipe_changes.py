@@ -137,6 +137,11 @@ def test_the_order_of_groups_counts(begun, file):
     assert list(new) == ["head", "*"]
 
 
+def test_the_task_cannot_change(begun, file):
+    with pytest.raises(RecipeError, match=r"data\.task: found single_label, but .*outputs mean something else"):
+        found(begun(data={"task": "multi_label"}), file)
+
+
 def test_all_that_cannot_change_is_named_at_once_with_old_value_new_value_and_reason(begun, file):
     changed = ("model.arch=resnet18", "model.num_classes=7", "optim.name=adamw", "seed=3", "data.image_size=64")
     with pytest.raises(RecipeError) as caught:
@@ -154,8 +159,11 @@ def test_all_that_cannot_change_is_named_at_once_with_old_value_new_value_and_re
             "data.std=[0.5, 0.5, 0.5]",
             "data.interpolation=bicubic",
             "data.balance=sampler",
+            "data.channels=1",
         )
-    assert {problem.key for problem in caught.value.problems} == set(FIXED)
+    assert {problem.key for problem in caught.value.problems} == set(FIXED) - {
+        "data.task"
+    }  # with a data set of its own
     text = str(caught.value)
     for key, old, new in (
         ("model.arch", "squeezenet1_1", "resnet18"),
