@@ -77,6 +77,12 @@ def _check() -> _Module:
     return check
 
 
+def _watch() -> _Module:
+    from launcher.commands import watch
+
+    return watch
+
+
 def _compare() -> _Module:
     from launcher.commands import compare
 
@@ -105,6 +111,12 @@ def _logs() -> _Module:
     from launcher.commands import logs
 
     return logs
+
+
+def _lr_find() -> _Module:
+    from launcher.commands import lr_find
+
+    return lr_find
 
 
 def _models() -> _Module:
@@ -168,6 +180,9 @@ COMMANDS = {
     "cancel": Command(
         "RUN", "stop a run (or a sweep's folder), wherever it runs; a checkpoint is saved first", _cancel
     ),
+    "watch": Command(
+        "RUN …", "how runs get on, from their files: progress, curves, speed, queue; here or on a login node", _watch
+    ),
     "compare": Command("RUN …", "runs or folders of runs side by side, the best first", _compare),
     "export": Command("RUN", "export, quantize and measure a run's best checkpoint again", _export),
     "evaluate": Command("RUN", "measure a run's best checkpoint on its validation images, or on others", _evaluate),
@@ -179,6 +194,7 @@ COMMANDS = {
     ),
     "recipes": Command("[NAME]", "the recipes that come with this package; NAME: print one", _recipes),
     "tune": Command("RECIPE", "measure batch sizes on this machine, and show what was measured", _tune),
+    "lr-find": Command("RECIPE", "a learning rate to begin with, by a short training that is thrown away", _lr_find),
     "augment": Command("RECIPE", "a picture of training images before and after augmentation", _augment),
     "check": Command("DATA", "look through an image folder: bad files, classes, images that are there twice", _check),
     "doctor": Command("", "check this machine; --nodes N: nodes of a cluster and their network", _doctor),

@@ -1,11 +1,7 @@
-"""Opens a run's best checkpoint and its images: what exports are made of and measured by.
-
-``python -m launcher.tools.evaluate RUN`` prints the checkpoint's own top-1 once more.
-"""
+"""Opens a run's best checkpoint and its images: what exports are made of and measured by."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 import traceback
 from dataclasses import dataclass, replace
@@ -18,17 +14,19 @@ from launcher.engine import data
 from launcher.engine.checkpoints import checkpoint
 from launcher.engine.data import Preprocessing, build_loader
 from launcher.engine.device import Device
-from launcher.engine.model import build_module, build_preprocessing, load_state
-from launcher.errors import EXIT_OK, UsageError, exit_code_of
+from launcher.engine.model import build_module, build_preprocessing
+from launcher.engine.network.fitting import load_state
+from launcher.errors import UsageError
 from launcher.images import folder as image_folder
 from launcher.recipe import load as recipes
-from launcher.runs.run_dir import RunDir
+from launcher.recipe.images import source_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from launcher.engine.loading.samples import Samples
     from launcher.recipe.schema import Recipe
+    from launcher.runs.run_dir import RunDir
 
     Predictor = Callable[[torch.Tensor], torch.Tensor]
     """From normalised images, float32 N x 3 x S x S, to logits, float32 N x C."""
@@ -57,6 +55,11 @@ class BestModel:
     left_out: frozenset[str]
     """Paths of the images that the run does without, relative to its data folder."""
 
+    @property
+    def threshold(self) -> float | None:
+        """The probability from which on an image has a class, of which it has any number; None: an image has one."""
+        return self.recipe.data.threshold if self.recipe.data.task == "multi_label" else None
+
     def dataset(self, split: str) -> Samples:
         """One split, as validation sees it."""
         return data.open_split(self.recipe, split, self.preprocessing, left_out=self.left_out, classes=self.classes)
@@ -65,13 +68,16 @@ class BestModel:
         """Why there is nothing of ``split`` to measure or calibrate with; None: there is."""
         if self.recipe.data.dataset:
             return self._missing_of_own(split)
-        folder = data.prepare(self.recipe.data) / split
-        if not folder.is_dir():
-            return f"no images at {folder}"
-        unknown = sorted(set(image_folder.find_classes(folder)) - set(self.classes))
+        try:
+            part = data.listing_of(self.recipe).part(split)
+        except UsageError as error:
+            return str(error)
+        if part is None or not part.place.exists():
+            return f"no images at {source_of(self.recipe).root / split}"
+        unknown = sorted(set(part.class_names) - set(self.classes))
         if unknown:
-            return f"{folder}: holds classes that the model does not know, as {unknown[0]!r}"
-        return None if len(self.dataset(split)) else f"no images at {folder}"
+            return f"{part.place}: holds classes that the model does not know, as {unknown[0]!r}"
+        return None if len(self.dataset(split)) else f"no images at {part.place}"
 
     def _missing_of_own(self, split: str) -> str | None:
         """The same of a data set of the user's own, whose images may be gone."""
@@ -189,24 +195,3 @@ def _best_folder(run: RunDir) -> Path:
 def size_mb(path: Path) -> float:
     """Size of a file, with the weights that ONNX keeps beside a large one."""
     return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")) / 1e6
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the best checkpoint's top-1 on all validation images."""
-    parser = argparse.ArgumentParser(prog="python -m launcher.tools.evaluate", description=__doc__)
-    parser.add_argument("run_dir", metavar="RUN")
-    best = load_best(RunDir.existing(parser.parse_args(argv).run_dir))
-    missing = best.missing("val")
-    if missing:
-        raise UsageError(missing)
-    right = num = 0
-    with torch.inference_mode():
-        for images, labels in best.batches("val"):
-            right += int((best.module(images).argmax(dim=1) == labels).sum())
-            num += len(labels)
-    print(f"{best.folder}: top1 {right / num:.4f} on {num} validation images")
-    return EXIT_OK
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code_of(main))

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from launcher.engine import losses
-from launcher.engine.model import build_module, load_state
+from launcher.engine.model import build_module
+from launcher.engine.network.fitting import load_state
 from launcher.recipe import load as recipes
 from launcher.tools import onnx_model
 
@@ -48,11 +49,13 @@ def facts(best: BestModel) -> dict[str, str]:
     found = {
         "classes": best.classes,
         "preprocessing": best.preprocessing.describe(),
-        onnx_model.INDEPENDENT: best.recipe.train.loss in losses.INDEPENDENT,
+        onnx_model.INDEPENDENT: best.threshold is not None or best.recipe.train.loss in losses.INDEPENDENT,
         "recipe": recipes.to_dict(best.recipe),
         "checkpoint": {"step": best.state["step"], "sha256": weights_hash(best)},
         "weights": {"started_from": best.recipe.model.weights, "licence": licence(best)},
     }
+    if best.threshold is not None:
+        found[onnx_model.THRESHOLD] = best.threshold
     return {key: json.dumps(value) for key, value in found.items()}
 
 

@@ -28,7 +28,7 @@ class Answer:
     """What a model says of all validation images."""
 
     chosen: torch.Tensor
-    """Bool N x C: the likeliest class, or where an image may be of several, each that is likelier than not."""
+    """Bool N x C: the likeliest class, or where an image may be of several, each above the threshold."""
     max_logit_diff: float
     """The greatest distance of a logit from the checkpoint's."""
     images_per_s: float
@@ -77,10 +77,17 @@ class Answers:
                 self._logits.append(logits)
                 true.append(_as_rows(labels, logits))
             greatest = max(greatest, (logits - self._logits[number]).abs().max().item())
-            chosen.append(logits > 0 if labels.dim() > 1 else _one_hot(logits.argmax(dim=1), logits.shape[1]))
+            chosen.append(self._choose(logits))
         if is_first:
             self._true = torch.cat(true)
         return Answer(chosen=torch.cat(chosen), max_logit_diff=greatest, images_per_s=self.num / max(seconds, 1e-9))
+
+    def _choose(self, logits: torch.Tensor) -> torch.Tensor:
+        """Bool N x C."""
+        threshold = self._best.threshold
+        if threshold is not None:
+            return logits.sigmoid() >= threshold
+        return _one_hot(logits.argmax(dim=1), logits.shape[1])
 
     def verdict(self, name: str, *, is_quantized: bool) -> str | None:
         """Why a model that was asked is not accepted; None: it is, or there is nothing to judge it by."""

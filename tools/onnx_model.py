@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 INDEPENDENT = "independent"
 """Key of a file's metadata: true as JSON if the logits are of sigmoids, each class by itself; else of a softmax."""
+THRESHOLD = "threshold"
+"""Key of a file's metadata, where an image has any number of classes: the probability from which on it has one."""
 QUANTIZATION = "quantization"
 """Key of a quantized file's metadata: its rung and, of int8, ``{target, weight_bits, activation_bits, …}`` as JSON."""
 EXACT_SUMS = "session.x64quantprecision"

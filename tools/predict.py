@@ -58,7 +58,8 @@ def write_text(predictions: Iterable[Prediction], file: TextIO) -> None:
     """A line for each image: its path and its classes, for people."""
     for found in predictions:
         classes = "  ".join(f"{name} {probability:.3f}" for name, probability in found.top)
-        print(f"{found.name}  {classes or f'cannot be read: {found.problem}'}", file=file)
+        none = f"cannot be read: {found.problem}" if found.problem else "none of the classes"
+        print(f"{found.name}  {classes or none}", file=file)
 
 
 def write_json(predictions: Iterable[Prediction], file: TextIO) -> None:

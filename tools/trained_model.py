@@ -50,18 +50,19 @@ class Prediction:
     name: str
     """The image's path as it was given; of what has none, its number from 0."""
     top: tuple[tuple[str, float], ...] = ()
-    """The likeliest classes, the first one first, each with its probability from 0 to 1; empty if ``problem``."""
+    """The likeliest classes, the first one first, each with its probability from 0 to 1; empty if ``problem``. Where an
+    image has several, those that reach the model's threshold, which may be none."""
     problem: str | None = None
     """Why the image could not be read; None: it was."""
 
     @property
     def label(self) -> str | None:
-        """The likeliest class; None: the image could not be read."""
+        """The likeliest class; None: the image could not be read, or has none of several."""
         return self.top[0][0] if self.top else None
 
     @property
     def probability(self) -> float | None:
-        """Of the likeliest class, from 0 to 1; None: the image could not be read."""
+        """Of the likeliest class, from 0 to 1; None: there is none."""
         return self.top[0][1] if self.top else None
 
 
@@ -72,6 +73,7 @@ class TrainedModel:
         file: what it was loaded from.
         classes: names in the order of the logits.
         facts: the preprocessing, as exports carry it.
+        threshold: the probability from which on an image has a class, of which it has any number; None: it has one.
         independent: each class has a probability of its own (a sigmoid); else they add up to 1 (softmax).
         logits: from normalised images, float32 N x 3 x S x S, to float32 N x C.
         read: from an open image to the model's input of it, float32 3 x S x S; None: as ``facts`` say.
@@ -86,8 +88,10 @@ class TrainedModel:
         independent: bool,
         logits: Callable[[Floats], Floats],
         read: Callable[[PillowImage], Floats] | None = None,
+        threshold: float | None = None,
     ) -> None:
         self.file = file
+        self.threshold = threshold
         self.classes = classes
         self.facts = facts
         self._independent = independent
@@ -137,6 +141,8 @@ class TrainedModel:
                 continue
             row = next(rows)
             likeliest = np.argsort(-row, kind="stable")[:top]
+            if self.threshold is not None:
+                likeliest = likeliest[row[likeliest] >= self.threshold]
             yield Prediction(name=name, top=tuple((self.classes[i], float(row[i])) for i in likeliest))
 
     def _open(self, source: Source) -> Floats:
@@ -153,6 +159,8 @@ class TrainedModel:
         facts = self.facts
         rgb = pixels.to_rgb(image, facts.get("background", pixels.WHITE), facts.get("grey_range"))
         cropped = pixels.centre_crop(rgb, facts["resize_size"], facts["image_size"], facts["interpolation"])
+        if facts.get("channels") == 1:
+            cropped = cropped.convert("L").convert("RGB")
         values = np.asarray(cropped, dtype=np.float32) / 255
         normalised = (values - np.float32(facts["mean"])) / np.float32(facts["std"])
         return np.ascontiguousarray(normalised.transpose(2, 0, 1))
@@ -211,6 +219,7 @@ def _load_onnx(file: Path) -> TrainedModel:
         classes=json.loads(said["classes"]),
         facts=facts,
         independent=json.loads(said.get(onnx_model.INDEPENDENT, "false")),
+        threshold=json.loads(said.get(onnx_model.THRESHOLD, "null")),
         logits=lambda images: np.asarray(session.run(["logits"], {"images": images})[0]),
     )
 
@@ -237,7 +246,8 @@ def _load_checkpoint(run: RunDir) -> TrainedModel:
         file=best.folder,
         classes=best.classes,
         facts=best.preprocessing.describe(),
-        independent=best.recipe.train.loss in losses.INDEPENDENT,
+        independent=best.threshold is not None or best.recipe.train.loss in losses.INDEPENDENT,
+        threshold=best.threshold,
         logits=logits,
         read=_own_transform(best) if best.recipe.data.transform else None,
     )

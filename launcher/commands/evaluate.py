@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.commands.parser import parser_of
 from launcher.errors import EXIT_OK
-from launcher.report.model_card import wilson_interval
 from launcher.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> int:
     parser = parser_of("evaluate", "Measure a run's best checkpoint on its validation images, or on others.")
     parser.add_argument("run_dir", metavar="RUN")
     images = parser.add_mutually_exclusive_group()
-    images.add_argument("--data", metavar="FOLDER", help="labelled images: FOLDER/CLASS/*.jpg")
+    images.add_argument("--data", metavar="FOLDER", help="labelled images: FOLDER/CLASS/*.jpg, or a list of them")
     images.add_argument("--split", default="val", metavar="NAME", help="of the run's images (val)")
     parser.add_argument("--json", action="store_true", dest="as_json", help="for programs")
     args = parser.parse_args(argv)
@@ -33,6 +33,9 @@ def main(argv: Sequence[str]) -> int:
 
     found = score.score(run, folder=Path(args.data) if args.data else None, split=args.split)
     table = recipe_metrics.of(recipes.to_dict(recipes.read_resolved(run.recipe))["metrics"])
+    found = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in found.items()
+    }
     print(json.dumps(found, indent=2)) if args.as_json else _show(run, found, table)
     return EXIT_OK
 
@@ -41,19 +44,24 @@ def _show(run: RunDir, found: dict[str, Any], table: dict[str, Metric]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from launcher.report import intervals
+
     console = Console()
     samples, num_classes = found["samples"], len(found.get("per_class") or ())
     console.print(f"{run}: {samples} images of {found['images']}", highlight=False)
-    for name, metric in table.items():
+    shown = {name: metric for name, metric in table.items() if found.get(name) is not None}
+    width, known = max(24, *(len(metric.title) for metric in shown.values())), intervals.of_validation(found, table)
+    for name, metric in shown.items():
         if num_classes and num_classes <= metric.more_classes_than:
             continue
-        low, high = wilson_interval(found[name], samples) if name in ("top1", "top5") else (None, None)
-        interval = "" if low is None else f"  (95 % interval {low:.4f} to {high:.4f})"
-        console.print(f"  {metric.title:<24} {found[name]:.4f}{interval}", highlight=False)
+        notes = [f"95 % interval {known[name][0]:.4f} to {known[name][1]:.4f}"] if name in known else []
+        notes += [f"from {found['ranking']}"] if metric.ranked and found["ranking"] != "exact" else []
+        note = f"  ({'; '.join(notes)})" if notes else ""
+        console.print(f"  {metric.title:<{width}} {found[name]:.4f}{note}", highlight=False)
     if not num_classes:
         return
     rows = Table("class", "recall", "precision", "F1", "images")
     for name, row in found["per_class"].items():
-        shown = [f"{row[key]:.4f}" if row["samples"] else "-" for key in ("recall", "precision", "f1")]
-        rows.add_row(name, *shown, str(row["samples"]))
+        cells = [f"{row[key]:.4f}" if row["samples"] else "-" for key in ("recall", "precision", "f1")]
+        rows.add_row(name, *cells, str(row["samples"]))
     console.print(rows)

@@ -19,7 +19,9 @@ def main(argv: Sequence[str]) -> int:
     parser = parser_of("predict", "Classify images with a run's model or an exported ONNX file (which needs no torch).")
     parser.add_argument("model", metavar="RUN|FILE", help="a run directory, or an ONNX file of its exports")
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="files, folders, patterns, or - (paths by line)")
-    parser.add_argument("--top", type=int, default=5, metavar="K", help="classes of each image (5)")
+    parser.add_argument(
+        "--top", type=int, metavar="K", help="classes of each image (5; all of a model of several classes)"
+    )
     parser.add_argument("--batch", default="auto", metavar="N", help="images that are computed at once (auto: 32)")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", dest="as_json", help="a JSON object in each line")
@@ -35,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UsageError: a number is none, the model or an image is not there.
     """
-    if args.top < 1:
+    if args.top is not None and args.top < 1:
         raise UsageError(f"--top: found {args.top}; valid: a whole number >= 1")
     if args.batch != "auto" and not (args.batch.isdigit() and int(args.batch)):
         raise UsageError(f"--batch: found {args.batch!r}; valid: a whole number >= 1, or auto")
@@ -46,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
 
     model = trained_model.load(args.model)
     images = list(predict.find_images(args.images, sys.stdin))
-    top = min(args.top, len(model.classes))
+    most = 5 if model.threshold is None else len(model.classes)
+    top = min(args.top or most, len(model.classes))
     batch_size = trained_model.BATCH_SIZE if args.batch == "auto" else int(args.batch)
     counts = {"read": 0, "unread": 0}
     is_shown = sys.stderr.isatty() and not sys.stdout.isatty()  # else the answers themselves show how far it is

@@ -139,6 +139,11 @@ class Device:
         if self.is_cuda:
             torch.cuda.synchronize(self.index)
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether this process goes on while the device computes, so that reading a result may wait."""
+        return self.is_cuda
+
     def is_idle(self) -> bool:
         """Whether all that was begun is computed; asking waits for nothing."""
         return not self.is_cuda or torch.cuda.current_stream(self.index).query()

@@ -197,6 +197,33 @@ def max_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def count_over_ranks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values (int64) of all ranks that occur, ascending, and how often each does."""
+    own, counts = torch.unique(values, return_counts=True)
+    longest = int(max_over_ranks(torch.tensor(len(own), device=own.device)))
+    padded = torch.stack([torch.nn.functional.pad(each, (0, longest - len(own))) for each in (own, counts)])
+    gathered = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, padded)
+    every, times = torch.cat(gathered, dim=1)
+    every, times = every[times > 0], times[times > 0]
+    found, places = torch.unique(every, return_inverse=True)
+    return found, torch.zeros_like(found).index_add_(0, places, times)
+
+
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """The rows of all ranks, each of which may have another number of them, in the order of the ranks."""
+    num = torch.tensor([len(rows)], device=rows.device)
+    every = [torch.empty_like(num) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, num)
+    sizes = [int(size) for size in every]
+    padded = (
+        rows if len(rows) == max(sizes) else torch.cat([rows, rows.new_zeros(max(sizes) - len(rows), *rows.shape[1:])])
+    )
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(gathered, padded.contiguous())
+    return torch.cat([found[:size] for found, size in zip(gathered, sizes, strict=True)])
+
+
 def broadcast_buffers(module: torch.nn.Module) -> None:
     """Give every rank the buffers (BatchNorm statistics) of rank 0, which are the ones a checkpoint holds."""
     if buffers := list(module.buffers()):  # in a few exchanges, as DDP does it; resnet50 has 161 of them

@@ -66,6 +66,9 @@ LOADER_TRACEBACK = "Original Traceback"
 LOADER_KILLED = ("by signal: Killed", "by signal: Terminated", "exited unexpectedly")
 """How torch says that somebody else, such as the out-of-memory killer, ended a loader process. What ends one by its own
 fault (an exception, a segmentation fault) would come again."""
+HANDOVER = "multiprocessing/resource_sharer.py"
+"""In the traceback of an error from a loader process that was ended while it handed over a batch. Torch then asks
+whether it is alive, which it still is for a moment after its connections are closed."""
 FRAMES = re.compile(r"\n?(Exception raised from .* \(most recent call first\):|frame #\d+: .*)")
 """Lines of C++ within torch's errors: of use to torch's authors, and in the traceback."""
 
@@ -87,6 +90,8 @@ def _message(error: BaseException) -> str:
     text = str(error)
     if _is_communication(error):
         return " ".join(FRAMES.sub("", text).split())
+    if _is_broken_handover(error):
+        return f"a loader process ended while it handed over a batch ({text or type(error).__name__})"
     if not text.startswith("Caught ") or LOADER_TRACEBACK not in text:
         return text
     said: list[str] = []
@@ -110,12 +115,21 @@ def error_kind(error: BaseException) -> str:
     if is_out_of_memory(error):
         in_collective = isinstance(error, ExchangeMemoryError | dist.DistError)
         return "memory_kill" if in_collective else "out_of_memory"
+    if _is_broken_handover(error):
+        return "lost_worker"
     if kind := _environment_kind(error):
         return kind
     text = str(error)
     if text.startswith("DataLoader worker") and any(sign in text for sign in LOADER_KILLED):
         return "lost_worker"
     return _network_kind(error) if _is_communication(error) else "bug"
+
+
+def _is_broken_handover(error: BaseException) -> bool:
+    """Whether a loader process ended while it handed over a batch."""
+    if not isinstance(error, ConnectionError | EOFError | FileNotFoundError):
+        return False
+    return any(frame.filename.endswith(HANDOVER) for frame in traceback.extract_tb(error.__traceback__))
 
 
 def _is_communication(error: BaseException) -> bool:

@@ -29,11 +29,23 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, *, label_smoothin
     return functional.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
 
 
-def binary_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, *, label_smoothing: float = 0.0) -> torch.Tensor:
-    """Each class against all others, by a sigmoid, summed over the classes (Wightman et al. 2021, arXiv 2110.00476)."""
-    wanted = functional.one_hot(targets, logits.shape[1]).to(logits)
-    wanted = wanted * (1 - label_smoothing) + label_smoothing / logits.shape[1]
-    return functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none").sum(dim=1)
+def binary_cross_entropy(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    pos_weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Each class against all others, by a sigmoid, summed over the classes (Wightman et al. 2021, arXiv 2110.00476).
+
+    Targets may also say which classes are true, N x C; ``pos_weight`` (C) is what having a class counts.
+    """
+    is_set = targets.dim() > 1
+    wanted = targets.to(logits) if is_set else functional.one_hot(targets, logits.shape[1]).to(logits)
+    wanted = wanted * (1 - label_smoothing) + label_smoothing / (2 if is_set else logits.shape[1])
+    weight = None if pos_weight is None else pos_weight.to(logits)
+    losses = functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none", pos_weight=weight)
+    return losses.sum(dim=1)
 
 
 def focal(logits: torch.Tensor, targets: torch.Tensor, *, gamma: float = 2.0) -> torch.Tensor:
@@ -67,6 +79,7 @@ class Loss:
         function: called with logits and targets; an ``nn.Module`` is told whether it trains.
         in_training: further arguments, by name, which validation does without.
         weights: what the loss of a sample of each class counts in training; None: all the same.
+        independent: whether each class has a probability of its own (a sigmoid); else they add up to 1 (softmax).
     """
 
     def __init__(
@@ -75,17 +88,29 @@ class Loss:
         function: Callable[..., Any],
         in_training: dict[str, Any],
         weights: torch.Tensor | None = None,
+        *,
+        independent: bool = False,
     ) -> None:
         self.name = name
         self.function = function
+        self.gives_means = False
+        """Whether the function was seen to give the mean of a batch, not the loss of each sample."""
         self._in_training = in_training
         self._weights = weights
+        self._independent = independent
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """Of each class, float32 N x C."""
+        return sigmoids(logits) if self._independent else logits.float().softmax(dim=1)
 
     def call(self, logits: torch.Tensor, targets: torch.Tensor, *, training: bool) -> Any:
         """What the function gives."""
         if isinstance(self.function, nn.Module):
             self.function.train(training)
-        return self.function(at_least_float32(logits), targets, **(self._in_training if training else {}))
+        further = dict(self._in_training) if training else {}
+        if training and targets.dim() > 1 and self._weights is not None:
+            further["pos_weight"] = self._weights
+        return self.function(at_least_float32(logits), targets, **further)
 
     def sum(self, logits: torch.Tensor, targets: torch.Tensor, *, training: bool) -> torch.Tensor:
         """The sum over samples, a scalar: float32 in training (float64 of such logits), float64 in validation.
@@ -96,16 +121,35 @@ class Loss:
         num = len(targets)
         if not num:
             return at_least_float32(logits).sum()  # of nothing, which DDP can still differentiate
-        found = self.call(logits, targets, training=training)
-        if problem := find_problem(found, num, needs_gradient=training and logits.requires_grad):
-            raise TrainingError(f"train.loss: {self.name} {problem}")
-        if training and self._weights is not None:
+        found = self._checked(logits, targets, training=training)
+        if training and self._weights is not None and targets.dim() == 1:
             if not found.dim():
                 raise TrainingError(f"train.loss: {self.name} {NO_WEIGHTS}")
             found = found * self._weights.to(found.dtype)[targets]
         dtype = torch.promote_types(logits.dtype, torch.float32) if training else torch.float64
         total: torch.Tensor = found.sum(dtype=dtype) if found.dim() else found.to(dtype) * num
         return total
+
+    def each(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """In validation the losses of the samples, float64 N; where the function gives their mean, that of each.
+
+        Raises:
+            TrainingError: the function gave something else than a loss.
+        """
+        found = self._checked(logits, targets, training=False)
+        self.gives_means = not found.dim()
+        return found.double().expand(len(targets))
+
+    def _checked(self, logits: torch.Tensor, targets: torch.Tensor, *, training: bool) -> torch.Tensor:
+        found: torch.Tensor = self.call(logits, targets, training=training)
+        if problem := find_problem(found, len(targets), needs_gradient=training and logits.requires_grad):
+            raise TrainingError(f"train.loss: {self.name} {problem}")
+        return found
+
+
+def sigmoids(logits: torch.Tensor) -> torch.Tensor:
+    """Probabilities, float32. Computed in float64: float32's last bit depends on an image's place in its batch."""
+    return logits.double().sigmoid().float()
 
 
 def at_least_float32(logits: torch.Tensor) -> torch.Tensor:
@@ -132,7 +176,7 @@ def build_loss(
     if isinstance(function, nn.Module):
         function.to(device)
     weighing = None if weights is None else torch.tensor(weights, dtype=torch.float64, device=device)
-    return Loss(user_code.shown(config.loss), function, smoothing, weighing)
+    return Loss(user_code.shown(config.loss), function, smoothing, weighing, independent=config.loss in INDEPENDENT)
 
 
 def find_problem(found: Any, num: int, *, needs_gradient: bool) -> str | None:

@@ -1,30 +1,21 @@
-"""What is counted in training and validation: integers over real samples, so that any world size agrees on them."""
+"""What is counted in training, and the best value so far."""
 
 from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
-from torch import nn
 
-from launcher.engine.distributed import max_over_ranks, sum_over_ranks
+from launcher.engine.distributed import sum_over_ranks
 from launcher.engine.optimizing.averaging import PREFIX, WEIGHTS
-from launcher.recipe.metrics import METRICS, TOP_K, Counts
+from launcher.recipe.metrics import TOP_K
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from launcher.engine.augmenting.mixing import Mix
-    from launcher.engine.losses import Loss
-    from launcher.engine.setup import Parts
-    from launcher.engine.user.metrics import UserMetrics
-
-MAX_DETAILED_CLASSES = 100
-NUM_MISTAKES = 10
 
 
 class TrainTotals:
@@ -42,9 +33,17 @@ class TrainTotals:
         """Go on from sums over all ranks, which one rank takes over."""
         self._sums += torch.tensor(sums, dtype=torch.float64, device=self._sums.device)
 
+    def of_rank(self) -> torch.Tensor:
+        """This rank's sums: loss, top-1 hits, top-5 hits, samples; float64, on the device."""
+        return self._sums
+
+    def over_ranks(self) -> torch.Tensor:
+        """The sums over all ranks."""
+        return sum_over_ranks(self._sums.clone())
+
     def reduce(self) -> tuple[float, ...]:
-        """Sums over all ranks: (loss, top-1 hits, top-5 hits, samples). Waits for the device."""
-        return tuple(sum_over_ranks(self._sums.clone()).tolist())
+        """The same as numbers. Waits for the device."""
+        return tuple(self.over_ranks().tolist())
 
     def reset(self) -> None:
         """Start again from nothing."""
@@ -57,8 +56,8 @@ def count(loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, mi
     Of an image that is mixed of two, each of their classes is right by its share.
     A batch whose loss is NaN or infinite is not counted; its step is left out (:mod:`launcher.engine.non_finite`).
     """
-    hits = mix.mean(functools.partial(_hits, logits), labels) if mix else _hits(logits, labels)
-    counts = torch.stack([loss_sum.double(), hits[:, 0].sum(), hits.sum(), hits.new_full((), len(labels))])
+    hits = mix.mean(functools.partial(hits_of, logits), labels) if mix else hits_of(logits, labels)
+    counts = torch.stack([loss_sum.double(), *hits.sum(dim=0), hits.new_full((), len(labels))])
     # With a number in its place torch.where would copy that to the GPU, and wait for it.
     return counts.masked_fill(loss_sum.isfinite().logical_not(), 0.0)
 
@@ -70,141 +69,16 @@ def means(sums: Sequence[float]) -> dict[str, Any]:
     return {"samples": int(samples), "loss": loss / num, "top1": top1 / num, "top5": top5 / num}
 
 
-def _hits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Float64 N x k: in column j, 1 where the label is the class of rank j."""
-    top = logits.topk(min(TOP_K, logits.shape[1]), dim=1).indices
-    return (top == labels[:, None]).double()
-
-
-class ValidationTotals:
-    """Counts of a rank over its share of the validation set; all ranks' together on :meth:`compute`.
-
-    Integers of single classes, and the pairs of true and predicted class that occur: time and memory grow with images
-    plus classes. (A confusion matrix, and torchmetrics' F1, which makes one, grow with the square of the classes.)
+def hits_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Float64 N x 2: 1 where the likeliest class is right, and where one of the TOP_K likeliest is.
 
     Args:
-        classes: names, in the order of the logits.
-        device: where logits will be.
-        loss: of the run.
-        own: the recipe's own metrics.
+        logits: N x C.
+        labels: the true classes, int64 N, or which are true, N x C.
     """
-
-    def __init__(
-        self, classes: Sequence[str], device: torch.device, loss: Loss, own: UserMetrics | None = None
-    ) -> None:
-        self._classes = list(classes)
-        self._of_run = loss
-        self._own = own
-        if own:
-            own.reset()  # a validation that was broken off left something
-        self._loss = torch.zeros((), dtype=torch.float64, device=device)
-        self._top_k = torch.zeros((), dtype=torch.int64, device=device)
-        self._pairs = [torch.empty(0, dtype=torch.int64, device=device)]
-        """Of each image, true class * number of classes + predicted class."""
-
-    def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Count a batch of logits (N x C) and labels (int64 N)."""
-        self._loss += self._of_run.sum(logits, labels, training=False)
-        self._top_k += _hits(logits, labels).sum().long()
-        self._pairs.append(labels * len(self._classes) + logits.argmax(dim=1))
-        if self._own:
-            self._own.add(logits, labels)
-
-    def compute(self) -> dict[str, Any]:
-        """``samples`` of all ranks, and the value of every metric.
-
-        Up to 100 classes with ``per_class`` and ``confusion`` (rows true, columns predicted), beyond with ``mistakes``,
-        the most frequent confusions, and ``answers`` (:func:`answers`).
-        """
-        loss, top_k = float(sum_over_ranks(self._loss.clone())), int(sum_over_ranks(self._top_k.clone()))
-        pairs, counts = (found.cpu() for found in _count_over_ranks(torch.cat(self._pairs)))
-        num, samples = len(self._classes), int(counts.sum())
-        true, predicted = pairs // num, pairs % num
-        right = true == predicted
-        totals = ClassTotals(
-            hits=_sum_by(true[right], counts[right], num),
-            true=_sum_by(true, counts, num),
-            predicted=_sum_by(predicted, counts, num),
-        )
-        counted = Counts(
-            samples=samples,
-            loss=loss,
-            top_k=top_k,
-            hits=totals.hits.tolist(),
-            true=totals.true.tolist(),
-            predicted=totals.predicted.tolist(),
-        )
-        result: dict[str, Any] = {"samples": samples}
-        result |= {name: float(metric.value(counted)) for name, metric in METRICS.items() if metric.value}
-        result |= self._own.compute() if self._own else {}
-        if num > MAX_DETAILED_CLASSES:
-            mistakes = self._mistakes(true[~right], predicted[~right], counts[~right])
-            return result | {"mistakes": mistakes, "answers": answers(totals, self._classes)}
-        confusion = _sum_by(pairs, counts, num * num).view(num, num).tolist()
-        return result | {"per_class": per_class(totals, self._classes), "confusion": confusion}
-
-    def _mistakes(self, true: torch.Tensor, predicted: torch.Tensor, counts: torch.Tensor) -> list[dict[str, Any]]:
-        """The most frequent, of pairs in their order."""
-        most = counts.argsort(descending=True, stable=True)[:NUM_MISTAKES]
-        rows = zip(true[most].tolist(), predicted[most].tolist(), counts[most].tolist(), strict=True)
-        return [{"true": self._classes[t], "predicted": self._classes[p], "count": count} for t, p, count in rows]
-
-
-def _count_over_ranks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The values (int64, not negative) of all ranks that occur, ascending, and how often each does."""
-    own, counts = torch.unique(values, return_counts=True)
-    longest = int(max_over_ranks(torch.tensor(len(own), device=own.device)))
-    padded = torch.stack([nn.functional.pad(each, (0, longest - len(own))) for each in (own, counts)])
-    gathered = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, padded)
-    every, times = torch.cat(gathered, dim=1)
-    every, times = every[times > 0], times[times > 0]
-    found, places = torch.unique(every, return_inverse=True)
-    return found, torch.zeros_like(found).index_add_(0, places, times)
-
-
-def _sum_by(places: torch.Tensor, counts: torch.Tensor, num: int) -> torch.Tensor:
-    """Counts (int64) added up by their place of ``num``."""
-    return torch.zeros(num, dtype=torch.int64).index_add_(0, places, counts)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassTotals:
-    """Images of each class, int64 C."""
-
-    hits: torch.Tensor
-    """Predicted rightly."""
-    true: torch.Tensor
-    """Of the class."""
-    predicted: torch.Tensor
-    """Taken for the class."""
-
-
-def answers(totals: ClassTotals, classes: Sequence[str]) -> dict[str, Any]:
-    """What :mod:`launcher.runs.findings` needs where there are too many classes for their confusion matrix.
-
-    Returns:
-        ``chance``: top-1 of these answers, had they been given at random; ``most``: the class that is predicted most
-        often, ``count``: how often, ``true``: how many images are of it, ``hits``: of these, those predicted so.
-    """
-    most = int(totals.predicted.argmax())
-    chance = float((totals.true.double() * totals.predicted.double()).sum() / totals.true.sum().double() ** 2)
-    counts = {name: int(found[most]) for name, found in (("count", totals.predicted), ("true", totals.true))}
-    return {"chance": chance, "most": classes[most], **counts, "hits": int(totals.hits[most])}
-
-
-def per_class(totals: ClassTotals, classes: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Recall, precision, F1 (fractions) and samples of each class."""
-    rows = zip(classes, totals.hits.tolist(), totals.true.tolist(), totals.predicted.tolist(), strict=True)
-    return {
-        name: {
-            "recall": hits / true if true else 0.0,
-            "precision": hits / predicted if predicted else 0.0,
-            "f1": 2 * hits / (true + predicted) if true + predicted else 0.0,
-            "samples": true,
-        }
-        for name, hits, true, predicted in rows
-    }
+    top = logits.topk(min(TOP_K, logits.shape[1]), dim=1).indices
+    right = top == labels[:, None] if labels.dim() == 1 else labels.gather(1, top) > 0
+    return torch.stack([right[:, 0], right.any(dim=1)], dim=1).double()
 
 
 class BestMetric:
@@ -263,12 +137,3 @@ class BestMetric:
             self.best, self.waited = state["best"], state["waited"]
         else:
             self.best, self.waited = None, 0
-
-
-def build_user_metrics(parts: Parts) -> UserMetrics | None:
-    """The recipe's own metrics; torchmetrics, which takes a second, is imported only where there are some."""
-    if not parts.recipe.metrics:
-        return None
-    from launcher.engine.user.metrics import UserMetrics
-
-    return UserMetrics(parts.recipe, num_classes=len(parts.classes), device=parts.device.torch_device)

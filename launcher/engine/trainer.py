@@ -12,6 +12,7 @@ from launcher.engine.batchnorm_recompute import BatchNormRecompute
 from launcher.engine.checkpoints.saving import Saving
 from launcher.engine.features.features import Features
 from launcher.engine.listeners.listeners import build_listeners, start_values
+from launcher.engine.listeners.train_log import TrainLog
 from launcher.engine.loading.handover import Feed, end_loaders
 from launcher.engine.loading.pace import Pace
 from launcher.engine.metrics import means
@@ -19,6 +20,7 @@ from launcher.engine.non_finite import CURE, report
 from launcher.engine.state import TrainingState
 from launcher.engine.stopping import Redeal, RollBack, StopTraining
 from launcher.engine.train_step import TrainStep
+from launcher.engine.validating.noise import Noise
 from launcher.engine.validating.validation import Validation
 from launcher.errors import TrainingError
 
@@ -68,8 +70,10 @@ class Trainer:
         self._pace = Pace(parts.device)
         self._wrapped = False
         self._step = TrainStep(parts, self.state)
+        self._log = TrainLog(parts, self.state, self._pace, self._listeners, recorder)
         self._batchnorm = BatchNormRecompute(parts, recorder)
         self._validation = Validation(parts)
+        self._noise = Noise(recorder)
         self._features = Features(parts, recorder, stop=stop_requested, poll=self._poll, on_disk=memory_kills > 0)
         self._feed: Feed | None = None
         self.outcome: Outcome = "preempted"
@@ -158,11 +162,13 @@ class Trainer:
         state.offset = step.end
         self._pace.took(step.num_samples)
         if self._recorder:
-            self._recorder.progress(state.step)
+            part = state.offset / parts.schedule.num_samples
+            self._recorder.progress(epoch=state.epoch, step=state.step, part=part)
             if state.step == 1:
                 self._recorder.event("first_step")
+                self._log.first_step()
         if state.step % self.recipe.tracking.log_every == 0:
-            self._log_window()
+            self._log.end_window(self._step.gradient_norm)
         if state.offset >= parts.schedule.num_samples or self._finished():
             if self._recorder and (text := self._pace.explain_wait(self.recipe.data)):
                 self._recorder.say(f"epoch {state.epoch + 1}: {text}")
@@ -193,6 +199,8 @@ class Trainer:
         self._check_numbers()
         state = self.state
         totals = means(state.epoch_totals.reduce())
+        if self._recorder and totals["samples"]:
+            self._recorder.epoch(epoch=state.epoch, values=totals | {"images_per_s": self._pace.epoch_speed})
         recompute = functools.partial(self._batchnorm.run, epoch=state.epoch, step=state.step, poll=self._poll)
         values = state.average.beside(recompute, self._validate)
         if not math.isfinite(values["loss"]):
@@ -200,7 +208,10 @@ class Trainer:
             raise TrainingError(f"training diverged: the validation loss is {values['loss']} {where}; {CURE}")
         epoch = state.epoch
         watched = {f"val/{k}": v for k, v in values.items()} | {"train/loss": totals["loss"]}
+        former, answers = state.best.best, self._validation.take_answers()
         is_best = state.best.take(watched, epoch=epoch, step=state.step)
+        if is_best and self.best:
+            self._noise.judge(former, self.best, answers[-1 if "weights" in self.best else 0])
         state.epoch, state.offset = epoch + 1, 0
         state.epoch_totals.reset()
         self._listeners.tell("validation", epoch=epoch, step=state.step, values=values, best=is_best)
@@ -215,9 +226,9 @@ class Trainer:
         self._save(best=is_best)
 
     def _prepare_epoch(self) -> None:
-        """Freeze what this epoch freezes; DDP is made anew where that changed which gradients there are."""
+        """Have learn what learns in this epoch; DDP is made anew where that changed which gradients there are."""
         self._features.leave(self.state.epoch)
-        if self.parts.model.freeze(self.state.epoch) or not self._wrapped:
+        if self.parts.enter(self.state.epoch) or not self._wrapped:
             self.parts.wrap()
             optim.prepare_momentum(self.parts.optimizer)
             self._wrapped = True
@@ -249,23 +260,12 @@ class Trainer:
         stop = self._stop_requested() if asked else feed is not None and feed.starved
         self._agreement.propose(stop, self._saving.wish, self._fitting_size < self._batch_size)
 
-    def _log_window(self) -> None:
-        state, sums = self.state, means(self.state.window_totals.reduce())
-        state.window_totals.reset()
-        values = {
-            **sums,
-            **self._pace.window(),
-            **optim.rates(self.parts.optimizer),
-            "grad_norm": float(self._step.gradient_norm),
-            "offset": state.offset,
-        }
-        if sums["samples"]:  # none where all its steps were left out
-            self._listeners.tell("step", epoch=state.epoch, step=state.step, values=values)
-            if self._recorder:
-                self._recorder.status(epoch=state.epoch, step=state.step, best=self.best)
-
     def _check_numbers(self, step: int | None = None) -> None:
-        """Act upon the steps that were left out, of those before ``step`` that are due; None: of all."""
+        """Act upon the steps that were left out, of those before ``step`` that are due; None: of all.
+
+        What these steps have to log is told before.
+        """
+        self._log.tell(step)
         for found in self.state.numbers.read(step):
             self._on_non_finite(found)
 
@@ -285,6 +285,7 @@ class Trainer:
                 f"went back {MAX_ROLLBACKS} times already, and now step {bad + 1} is NaN or infinite; {CURE}"
             )
         self._saving.wait()
+        self._log.tell()
         self.state.numbers.forget()
         self._saving.restore()
         self.state.skipped = skipped

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from launcher.engine.device import Device
 from launcher.engine.distributed import Ranks, init_process_group, record_collectives
 from launcher.engine.error_kinds import error_kind, error_record
+from launcher.engine.listeners import header
 from launcher.engine.listeners.recorder import Recorder
-from launcher.engine.loading import balance
 from launcher.engine.loading.data_sets import open_data_sets
 from launcher.engine.loading.handover import heed_stop_signal
 from launcher.engine.optimizing import compiling
@@ -256,12 +256,13 @@ def _begin_record(run: RunDir, parts: Parts, spec: WorkerSpec, terminal: IO[str]
         console=terminal,
         num_steps=parts.num_steps,
         tracked=not spec.debug,
+        bar=not spec.debug,
     )
-    recorder.status(epoch=0, step=0)
+    recorder.status(epoch=0, step=0, num_steps=parts.num_steps, epochs=parts.recipe.train.epochs)
     recorder.numerics(parts.numerics)
-    counts = parts.images_per_class
-    recorder.say(balance.describe(counts, parts.recipe.data.balance))
-    recorder.classes(len(parts.classes), findings.rare_classes(counts))
+    for line in header.lines(parts):
+        recorder.say(line)
+    recorder.classes(len(parts.classes), findings.rare_classes(parts.images_per_class))
     return recorder
 
 

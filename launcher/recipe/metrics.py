@@ -6,7 +6,8 @@ a new metric of ours needs. A recipe adds its own rows (``metrics``), which are 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ TOP_K = 5
 """Of val/top5."""
 RESERVED = {
     *("time", "split", "attempt", "epoch", "step", "samples", "offset", "lr", "grad_norm", "images_per_s"),
-    *("per_class", "confusion", "mistakes", "answers", "best"),
+    *("per_class", "confusion", "mistakes", "answers", "best", "ranking"),
 }
 """Other names in a line of metrics.jsonl."""
 
@@ -42,6 +43,10 @@ class Counts:
     """Of each class, images."""
     predicted: Sequence[int]
     """Of each class, images that were taken for it."""
+    first: int | None = None
+    """Images whose likeliest class is right; None: as many as there are hits, each image having one class."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """What probabilities say, not answers: auroc, average_precision and ece."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,15 +65,51 @@ class Metric:
     """Whether the report draws its curve."""
     in_training: bool = False
     """Whether windows of training are measured by it too, and say so at the terminal."""
+    at_terminal: bool = False
+    """Whether each validation's line at the terminal has it; another one is said where it is watched."""
+    ranked: bool = False
+    """Whether it follows from all probabilities, which are counted in bins where there are very many."""
+    of_answers: bool = False
+    """Whether it follows from each image's true and predicted class alone, so that images can be drawn anew."""
     more_classes_than: int = 0
     """With no more classes it is the same for every model: metrics.jsonl has it, and nothing shows it."""
 
 
-def _f1(counts: Counts) -> float:
-    """The mean over the classes that occur or are predicted."""
+def _f1s(counts: Counts) -> list[tuple[float, int]]:
+    """F1 and images of each class that occurs or is predicted."""
     rows = zip(counts.hits, counts.true, counts.predicted, strict=True)
-    values = [2.0 * hits / (true + predicted) for hits, true, predicted in rows if true + predicted]
+    return [(2.0 * hits / (true + predicted), true) for hits, true, predicted in rows if true + predicted]
+
+
+def _f1(counts: Counts) -> float:
+    values = [value for value, _ in _f1s(counts)]
     return sum(values) / len(values)
+
+
+def _f1_micro(counts: Counts) -> float:
+    return 2.0 * sum(counts.hits) / (sum(counts.true) + sum(counts.predicted))
+
+
+def _f1_weighted(counts: Counts) -> float:
+    rows = _f1s(counts)
+    return sum(value * true for value, true in rows) / sum(true for _, true in rows)
+
+
+def _precision(counts: Counts) -> float:
+    """The mean over the classes that occur or are predicted; 0 of one that is never predicted."""
+    rows = zip(counts.hits, counts.true, counts.predicted, strict=True)
+    values = [hits / predicted if predicted else 0.0 for hits, true, predicted in rows if true + predicted]
+    return sum(values) / len(values)
+
+
+def _recall(counts: Counts) -> float:
+    """The mean over the classes that occur."""
+    values = [hits / true for hits, true in zip(counts.hits, counts.true, strict=True) if true]
+    return sum(values) / len(values)
+
+
+def _score(name: str) -> Callable[[Counts], float]:
+    return lambda counts: counts.scores.get(name, math.nan)
 
 
 METRICS: dict[str, Metric] = {
@@ -78,23 +119,42 @@ METRICS: dict[str, Metric] = {
         value=lambda counts: counts.loss / counts.samples,
         charted=True,
         in_training=True,
+        at_terminal=True,
     ),
     "top1": Metric(
         title="top-1",
         mode="max",
-        value=lambda counts: sum(counts.hits) / counts.samples,
+        value=lambda counts: (sum(counts.hits) if counts.first is None else counts.first) / counts.samples,
         fraction=True,
         charted=True,
         in_training=True,
+        at_terminal=True,
+        of_answers=True,
     ),
     "top5": Metric(
         title="top-5",
         mode="max",
         value=lambda counts: counts.top_k / counts.samples,
         fraction=True,
+        at_terminal=True,
         more_classes_than=TOP_K,
     ),
-    "f1": Metric(title="F1 (mean over classes)", mode="max", value=_f1, fraction=True),
+    "f1": Metric(
+        title="F1 (mean over classes)", mode="max", value=_f1, fraction=True, at_terminal=True, of_answers=True
+    ),
+    "f1_micro": Metric(title="F1 (all answers)", mode="max", value=_f1_micro, fraction=True, of_answers=True),
+    "f1_weighted": Metric(title="F1 (by class size)", mode="max", value=_f1_weighted, fraction=True, of_answers=True),
+    "precision": Metric(
+        title="precision (mean over classes)", mode="max", value=_precision, fraction=True, of_answers=True
+    ),
+    "balanced_accuracy": Metric(
+        title="balanced accuracy (mean recall)", mode="max", value=_recall, fraction=True, of_answers=True
+    ),
+    "auroc": Metric(title="AUROC (mean over classes)", mode="max", value=_score("auroc"), fraction=True, ranked=True),
+    "average_precision": Metric(
+        title="average precision (mAP)", mode="max", value=_score("average_precision"), fraction=True, ranked=True
+    ),
+    "ece": Metric(title="calibration error (ECE)", mode="min", value=_score("ece"), fraction=True),
 }
 """Ours, by their names in metrics.jsonl, in the order in which they are shown."""
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.errors import UsageError
 from launcher.recipe import load as recipes
 from launcher.recipe import metrics as recipe_metrics
+from launcher.report import intervals
 from launcher.runs import findings
 from launcher.system.files import write_json_atomic, write_text_atomic
 from launcher.tracking import wandb_folder
@@ -92,6 +93,9 @@ def build_report(run: RunDir) -> Json:
             "attempts": attempts,
             "best": best,
             **_measured(table, best_val, train, val),
+            "intervals": intervals.of_validation(best_val, table),
+            "ranking": best_val.get("ranking"),
+            "noise": _noise(events, best),
             "classes": list(best_val.get("per_class") or manifest.get("classes", [])),
             "per_class": best_val.get("per_class"),
             "confusion": best_val.get("confusion"),
@@ -225,6 +229,13 @@ def _best_validation(val: list[Json], best: Json | None) -> Json:
     if best and best.get("weights") == "ema":
         return found | {name.removeprefix("ema_"): found[name] for name in found if name.startswith("ema_")}
     return found
+
+
+def _noise(events: list[Json], best: Json | None) -> Json | None:
+    """Where the best checkpoint beats the one before by no more than chance: by how much, and what chance makes."""
+    found = [event for event in events if event.get("kind") == "best_within_noise"]
+    last = next((event for event in reversed(found) if best and event.get("step") == best["step"]), None)
+    return last and _take(last, ("metric", "value", "former", "former_epoch", "gain", "noise", "samples"))
 
 
 def _exports(manifest: Json, best: Json | None) -> Json | None:

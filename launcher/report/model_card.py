@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from launcher.images import pixels
 from launcher.images.datasets import DATASETS
 from launcher.report import templating
+from launcher.report.intervals import wilson_interval
 
 FEW_SAMPLES = 30
 """With fewer validation images, the card warns of a class's figures."""
 MAX_CONFUSION_CLASSES = 20
 """With more classes, the card has no confusion matrix."""
-Z_95 = 1.959964
-"""A 95 % interval reaches this many standard deviations to either side."""
 
 Json = dict[str, Any]
 
@@ -38,11 +36,3 @@ def render(report: Json, recipe_yaml: str) -> str:
             wilson_interval(val["top1"], val["samples"]) if val.get("samples") and val["top1"] is not None else None
         ),
     )
-
-
-def wilson_interval(fraction: float, samples: int) -> tuple[float, float]:
-    """95 % interval of a fraction measured on ``samples`` images (score interval: Wilson, JASA 22, 1927)."""
-    squared = Z_95 * Z_95
-    centre = (fraction + squared / (2 * samples)) / (1 + squared / samples)
-    half = Z_95 / (1 + squared / samples) * math.sqrt(fraction * (1 - fraction) / samples + squared / (4 * samples**2))
-    return centre - half, centre + half

@@ -39,6 +39,8 @@ class JobState:
     """Why it waits or has ended, in SLURM's word."""
     nodes: str = ""
     """Node list, as in n[1-2]."""
+    expected: str = ""
+    """When SLURM means to start it, where it waits and that is known; local time, as in 2026-01-31T12:00:00."""
 
     @property
     def over(self) -> bool:

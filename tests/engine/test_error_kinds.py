@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import time
+from multiprocessing.resource_sharer import DupFd
+from pathlib import Path
+
 import pytest
 from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
 
@@ -116,3 +123,32 @@ def test_the_message_of_nccl_is_one_line_without_frames_of_cpp():
     found = error_kinds.error_record(nccl_id(f"Broken pipe\n{frames}\nframe #1: <unknown function>\n"))
     assert found["message"] == str(nccl_id("Broken pipe "))
     assert "frame #1" in found["traceback"]
+
+
+@pytest.mark.parametrize("stage", ["before", "within"])
+def test_a_loader_process_that_is_killed_while_it_hands_over_a_batch_is_a_lost_worker(stage):
+    ours, theirs = multiprocessing.Pipe()
+
+    def hand_over():
+        theirs.send(DupFd(os.open(os.devnull, os.O_RDONLY)))
+        if stage == "within":
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(100)
+
+    process = multiprocessing.get_context("fork").Process(target=hand_over)
+    process.start()
+    file = ours.recv()
+    if stage == "before":
+        process.kill()
+        process.join()
+    else:
+        while "T (stopped)" not in Path(f"/proc/{process.pid}/status").read_text():
+            time.sleep(0.01)
+        killer = multiprocessing.get_context("fork").Process(target=lambda: (time.sleep(0.3), process.kill()))
+        killer.start()
+    with pytest.raises((ConnectionError, EOFError, FileNotFoundError)) as error:
+        file.detach()
+    record = error_kinds.error_record(error.value)
+    assert record["kind"] == "lost_worker"
+    assert record["message"].startswith("a loader process ended while it handed over a batch")

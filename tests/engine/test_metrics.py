@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from launcher.engine.losses import Loss, cross_entropy
-from launcher.engine.metrics import BestMetric, TrainTotals, ValidationTotals, count, means
+from launcher.engine.metrics import BestMetric, TrainTotals, count, means
+from launcher.engine.validating.totals import ValidationTotals
 
 CPU = torch.device("cpu")
 LOSS = Loss("cross_entropy", cross_entropy, {})
@@ -162,7 +163,7 @@ def test_all_ranks_come_to_the_integers_of_one(in_ranks, num_classes):
     (one,), many = in_ranks(1, work), in_ranks(3, work)
     for found in [one, *many]:
         assert found.pop("loss") == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)
-    assert many == [one] * 3
+    assert str(many) == str([one] * 3)  # NaN, as of AUROC where all images are of one class, equals nothing
 
 
 def test_ten_thousand_classes_cost_no_square_of_them(one_rank):

@@ -57,6 +57,8 @@ DERIVED = {
     "_step._micro_batch.largest_that_fits": "what becomes state.batch_limits, once all ranks know",
     "_agreement": "what is on its way between the ranks at this moment",
     "_batchnorm._told": "a line is said once an attempt",
+    "_noise": "answers of the best epoch, for a line; after a resume the next best one is compared with nothing",
+    "_validation._answers": "taken at the end of the epoch",
     "_pace": "clocks, for the speed since the last line",
     "_saving": "files, where the last checkpoint is, and the clock",
     "_recorder": "files",
@@ -79,7 +81,9 @@ def leaves(value, path, seen):
     elif id(value) not in seen:
         seen.add(id(value))
         if isinstance(value, Mapping):
-            items = ((str(key), item) for key, item in value.items())
+            # An optimizer's state is by parameter, whose text would be all its numbers.
+            keys = (str(place if isinstance(key, torch.Tensor) else key) for place, key in enumerate(value))
+            items = zip(keys, value.values(), strict=True)
         elif isinstance(value, list | tuple | set | frozenset | deque):
             items = ((str(number), item) for number, item in enumerate(value))
         elif hasattr(value, "__dict__") and (
@@ -90,10 +94,8 @@ def leaves(value, path, seen):
         else:
             yield path, type(value).__name__
             return
-        names = {id(p): str(n) for n, p in enumerate(value)} if path == "parts.optimizer.state" else {}
-        by_id = dict(zip(map(str, value), map(id, value), strict=True)) if names else {}
         for name, item in items:
-            yield from leaves(item, f"{path}.{names[by_id[name]] if names else name}".lstrip("."), seen)
+            yield from leaves(item, f"{path}.{name}".lstrip("."), seen)
 
 
 def snapshot(trainer):

@@ -11,7 +11,7 @@ import torch
 from launcher.commands import compare
 from launcher.engine.listeners.recorder import Recorder
 from launcher.engine.losses import Loss, cross_entropy
-from launcher.engine.metrics import ValidationTotals
+from launcher.engine.validating.totals import ValidationTotals
 from launcher.errors import RecipeError
 from launcher.recipe import load as recipes
 from launcher.recipe import metrics as recipe_metrics

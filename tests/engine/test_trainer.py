@@ -153,6 +153,9 @@ def test_also_with(make_run, engine, in_ranks, changes, world_size, size, accumu
         assert engine.largest_difference(expected[0], reference(base, engine, global_size=18)[0]) > 1e-4
 
 
+SEVERAL = {"task": "multi_label", "dataset": "tests.several_labels:Photos"}
+
+
 def in_double(parts):
     """Compute in float64: the model and what it is given."""
     parts.model.module.double()
@@ -168,8 +171,9 @@ def in_double(parts):
         {"data": {"cutmix": 1.0}, "train": {"loss": "binary_cross_entropy"}},
         {"data": {"balance": "weights", "mixup": 0.4, "cutmix": 1.0}, "train": {"loss": "focal"}},
         {"data": {"balance": "sampler"}},
+        {"data": SEVERAL | {"balance": "weights", "mixup": 0.4}, "train": {"loss": "binary_cross_entropy"}},
     ],
-    ids=["plain", "mixup and smoothing", "cutmix", "all of it", "seen evenly"],
+    ids=["plain", "mixup and smoothing", "cutmix", "all of it", "seen evenly", "several labels"],
 )
 def test_batches_of_24_and_8_give_the_gradient_of_32_in_double_precision(make_run, engine, in_ranks, changes):
     """37 images: steps of 19 and 18. Without momentum and decay the weights have moved by gradients only."""

@@ -50,14 +50,18 @@ def test_each_metric_has_the_mode_that_means_better(metric, mode, problems):
 
 @pytest.mark.parametrize(
     ("metric", "hint"),
-    [("val/accuracy", ""), ("top1", "did you mean 'val/top1'? "), ("", "")],
+    [("val/accuracy", "did you mean 'val/balanced_accuracy'? "), ("top1", "did you mean 'val/top1'? "), ("", "")],
     ids=["other", "half", ""],
 )
 def test_early_stopping_on_a_metric_that_does_not_exist(metric, hint, problems):
     assert problems(train={"early_stopping": {"metric": metric}}) == [
         (
             "train.early_stopping.metric",
-            f"found {metric!r}; no such metric; {hint}valid: train/loss, val/loss, val/top1, val/top5, val/f1",
+            (
+                f"found {metric!r}; no such metric; {hint}valid: train/loss, val/loss, val/top1, val/top5, val/f1, "
+                "val/f1_micro, val/f1_weighted, val/precision, val/balanced_accuracy, val/auroc, "
+                "val/average_precision, val/ece"
+            ),
         )
     ]
 

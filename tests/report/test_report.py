@@ -16,10 +16,10 @@ import pytest
 from launcher.errors import UsageError
 from launcher.node import supervisor
 from launcher.recipe import load as recipes
+from launcher.recipe.metrics import METRICS as METRIC_NAMES
 from launcher.report import build as report
 from launcher.report import charts as report_charts
-from launcher.report import model_card as report_model_card
-from launcher.report import templating
+from launcher.report import intervals, templating
 from launcher.runs.run_dir import RunDir
 
 NASTY = '<b>&"'
@@ -249,7 +249,7 @@ def test_a_step_that_came_again_after_a_resume_counts_once_and_the_last_line_win
     ]
     assert [point["step"] for point in data["curves"]["val"]] == [4, 8, 12]
     assert data["images_per_s"] == 100.0  # the median of 50, 100, 100, 100, 110, 120
-    assert set(data["curves"]["val"][0]) == {"epoch", "step", "samples", "loss", "top1", "top5", "f1"}
+    assert set(data["curves"]["val"][0]) == {"epoch", "step", "samples", *METRIC_NAMES}
 
 
 def test_attempts_have_their_cause_and_what_they_did(write_run):
@@ -687,7 +687,7 @@ def test_no_name_breaks_a_table_of_the_model_card(write_run):
     report.write_report(run)
     rows = [line for line in run.model_card.read_text().splitlines() if line.startswith("| ") and "fox" not in line]
     columns = {len(re.findall(r"(?<!\\)\|", line)) - 1 for line in rows}
-    assert columns == {2, 5, 7}
+    assert columns == {3, 5, 7}
     assert r"| cat\|dog | 0.3333 |" in run.model_card.read_text()
     assert "<b>" not in run.model_card.read_text()
 
@@ -746,7 +746,7 @@ def test_random_weights_and_a_watched_training_loss_are_told_as_they_are(write_r
     ("fraction", "samples", "low", "high"), [(0.5, 100, 0.4038, 0.5962), (0.0, 10, 0.0, 0.2775), (1.0, 10, 0.7225, 1.0)]
 )
 def test_the_interval_is_wilsons(fraction, samples, low, high):
-    assert report_model_card.wilson_interval(fraction, samples) == pytest.approx((low, high), abs=5e-5)
+    assert intervals.wilson_interval(fraction, samples) == pytest.approx((low, high), abs=5e-5)
 
 
 def test_the_code_of_the_model_card_runs_and_names_the_class(write_run, monkeypatch, capsys):

@@ -77,10 +77,11 @@ def job_states(job_ids: Sequence[str]) -> dict[str, JobState]:
         return {}
     found: dict[str, JobState] = {}
     # All of a user's jobs in one question: one that is over is no error then.
-    for line in run("squeue", "--noheader", "--me", "--states=all", "--array", "--format=%i|%T|%r|%N").splitlines():
-        job_id, state, reason, nodes = line.strip().split("|", 3)
+    for line in run("squeue", "--noheader", "--me", "--states=all", "--array", "--format=%i|%T|%r|%S|%N").splitlines():
+        job_id, state, reason, begin, nodes = line.strip().split("|", 4)
         if job_id in job_ids:
-            found[job_id] = JobState(job_id=job_id, state=state, reason=reason, nodes=nodes)
+            expected = begin if state == "PENDING" and begin[:1].isdigit() else ""
+            found[job_id] = JobState(job_id=job_id, state=state, reason=reason, nodes=nodes, expected=expected)
     return {job_id: found.get(job_id) or _remembered(job_id) for job_id in job_ids}
 
 

@@ -36,7 +36,7 @@ class Kept:
         self.filled: set[int] = set()
         """Views that are there."""
         self._device = device
-        self._labels = torch.tensor([label for _, label in samples.samples])
+        self._labels = torch.stack([samples.target(index) for index in range(len(samples))])
 
     @property
     def rest(self) -> Rest:

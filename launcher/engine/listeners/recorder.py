@@ -34,10 +34,19 @@ class Recorder:
         console: the terminal or pipe that `launch` was started from.
         num_steps: optimizer steps of the whole training.
         tracked: whether wandb hears of it.
+        bar: show a progress bar on a terminal; it would overwrite a debugger's prompt.
     """
 
     def __init__(
-        self, run: RunDir, recipe: Recipe, *, attempt: int, console: IO[str], num_steps: int, tracked: bool
+        self,
+        run: RunDir,
+        recipe: Recipe,
+        *,
+        attempt: int,
+        console: IO[str],
+        num_steps: int,
+        tracked: bool,
+        bar: bool = True,
     ) -> None:
         self._run = run
         self._attempt = attempt
@@ -47,12 +56,17 @@ class Recorder:
         self._task: TaskID | None = None
         self._epochs = recipe.train.epochs
         self._table = recipe_metrics.of(recipe.metrics)
+        watched = recipe.train.early_stopping.metric.partition("/")[2]
+        self._said = [
+            name for name, metric in self._table.items() if metric.at_terminal or not metric.value or name == watched
+        ]
+        """Metrics that the line of a validation has; the files have all."""
         self._hidden: set[str] = set()
         """Metrics that say nothing with so few classes."""
         self._writing = threading.Lock()
         self._unwritten: list[Callable[[], object]] = []
         self._tracker = Tracker(run, recipe, run.read_plan(), self.say) if tracked else None
-        if console.isatty():
+        if bar and console.isatty():
             self._start_progress()
 
     def say(self, line: str) -> None:
@@ -74,8 +88,7 @@ class Recorder:
         """Training goes on from a checkpoint; the number of steps may have changed with the number of ranks."""
         self._num_steps = num_steps
         self.event("resumed", step=step, epoch=epoch, offset=offset)
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, total=num_steps, completed=step)
+        self.status(epoch=epoch, step=step, num_steps=num_steps)
         self.say(f"resumed at epoch {epoch + 1}, step {step}")
 
     def classes(self, num: int, rare: dict[str, int]) -> None:
@@ -95,26 +108,46 @@ class Recorder:
         """Write status.json."""
         self._write(lambda: states.move(self._run, state, attempt=self._attempt, **fields))
 
-    def progress(self, step: int) -> None:
-        """An optimizer step was taken; costs nothing off a terminal."""
+    def progress(self, *, epoch: int, step: int, part: float) -> None:
+        """An optimizer step was taken; costs nothing off a terminal.
+
+        Args:
+            epoch: that it belongs to.
+            step: steps taken in the whole training.
+            part: of the epoch that is done, from 0 to 1.
+        """
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=step)
+            steps = self._num_steps // self._epochs
+            of_epoch = f"epoch {epoch + 1}/{self._epochs}  step {round(part * steps)}/{steps}"
+            self._progress.update(self._task, total=self._num_steps, completed=step, of_epoch=of_epoch)
+
+    def first_step(self, *, epoch: int, step: int, loss: float) -> None:
+        """The loss of this rank's images in the first step: what the whole log waits for much longer."""
+        self.say(f"epoch {epoch + 1}/{self._epochs}  step {step}/{self._num_steps}  loss {loss:.4f} of rank 0's images")
 
     def step(self, *, epoch: int, step: int, values: dict[str, Any]) -> None:
         """The means over a window of steps."""
         self._metrics("train", epoch, step, values)
-        measured = {name: metric for name, metric in self._table.items() if metric.in_training}
-        shown = [f"{name} {values[name]:{'.3f' if metric.fraction else '.4f'}}" for name, metric in measured.items()]
-        text = "  ".join([*shown, f"{values['images_per_s']:.0f} images/s"])
+        text = self._shown(values)
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, epoch=epoch + 1, text=text)
+            self._progress.update(self._task, text=text)
         else:
             self.say(f"epoch {epoch + 1}/{self._epochs}  step {step}/{self._num_steps}  {text}  lr {values['lr']:.2g}")
+
+    def epoch(self, *, epoch: int, values: dict[str, Any]) -> None:
+        """The means over the training images of an epoch, before its validation."""
+        self.say(f"epoch {epoch + 1}/{self._epochs}  train  {self._shown(values)}")
+
+    def _shown(self, values: dict[str, Any]) -> str:
+        """Of training: what is measured, and the speed."""
+        measured = {name: metric for name, metric in self._table.items() if metric.in_training}
+        shown = [f"{name} {values[name]:{'.3f' if metric.fraction else '.4f'}}" for name, metric in measured.items()]
+        return "  ".join([*shown, f"{values['images_per_s']:.0f} images/s"])
 
     def validation(self, *, epoch: int, step: int, values: dict[str, Any], best: bool) -> None:
         """The counts over the validation set after an epoch."""
         self._metrics("val", epoch, step, values)
-        shown = [name for name in self._table if name not in self._hidden]
+        shown = [name for name in self._said if name not in self._hidden]
         shown += [f"ema_{name}" for name in shown if f"ema_{name}" in values]
         text = "  ".join(f"{name} {values[name]:.4f}" for name in shown)
         self.say(f"epoch {epoch + 1}/{self._epochs}  val  {text}{'  best so far' if best else ''}")
@@ -168,19 +201,19 @@ class Recorder:
 
     def _start_progress(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._progress = Progress(
-            TextColumn("epoch {task.fields[epoch]}/" + str(self._epochs)),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[of_epoch]}"),
+            BarColumn(bar_width=12),
+            TextColumn("{task.percentage:>3.0f}%"),
             TextColumn("{task.fields[text]}"),
             TimeRemainingColumn(),
             console=Console(file=self._console),
             redirect_stdout=False,
             redirect_stderr=False,
         )
-        self._task = self._progress.add_task("train", total=self._num_steps, epoch=1, text="")
+        self._task = self._progress.add_task("train", total=self._num_steps, of_epoch="first batch", text="")
         self._progress.start()
 
 

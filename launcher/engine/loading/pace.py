@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from launcher.engine.device import Device
-    from launcher.recipe.schema import DataConfig
+    from launcher.recipe.schema_data import DataConfig
 
 LARGE_SHARE, LEAST_S = 0.2, 10.0
 """An epoch in which a rank has waited for this fraction of the time, and for so many seconds, is worth a line."""
@@ -73,6 +73,12 @@ class Pace:
         }
         self._window_since, self._window_samples, self._window_waited = time.monotonic(), 0, 0.0
         return found
+
+    @property
+    def epoch_speed(self) -> float:
+        """Images per second of all ranks in the epoch, or in what of it was trained without a stop, until its end."""
+        now = time.monotonic() if self._paused_at is None else self._paused_at
+        return self._epoch_samples / max(1e-9, now - self._epoch_since)
 
     def explain_wait(self, config: DataConfig) -> str | None:
         """At the end of an epoch: that the model waited for images, and what to do; None: it did not, or it is told."""

@@ -28,8 +28,8 @@ class Samples(Dataset[Batch]):
 
     classes: list[str]
     """Names in the order of the logits."""
-    samples: list[tuple[str, int]]
-    """Path, or another key, and class of each."""
+    samples: list[tuple[str, Any]]
+    """Path, or another key, and class of each; with data.task: multi_label a tuple of classes."""
 
     def __init__(self, transform: Callable[[Any], torch.Tensor], *, seed: int) -> None:
         self._transform = transform
@@ -47,9 +47,18 @@ class Samples(Dataset[Batch]):
         return len(self.samples)
 
     @property
-    def labels(self) -> tuple[int, ...]:
-        """The class of each."""
+    def labels(self) -> tuple[Any, ...]:
+        """The class of each; with data.task: multi_label a tuple of classes."""
         return tuple(label for _, label in self.samples)
+
+    def target(self, index: int) -> torch.Tensor:
+        """The class of a sample, int64; of several which they are, float32 C."""
+        label = self.samples[index][1]
+        if isinstance(label, int):
+            return torch.tensor(label)
+        found = torch.zeros(len(self.classes))
+        found[list(label)] = 1.0
+        return found
 
     @functools.cached_property
     def digest(self) -> str:
@@ -64,10 +73,10 @@ class Samples(Dataset[Batch]):
         return frozenset(index for index in range(len(self)) if self.key(index) in keys) if keys else frozenset()
 
     def __getitem__(self, position: tuple[int, int]) -> Batch:
-        """The image at (epoch, index), uint8 or, of the user's own transform, float 3 x S x S; its class, int64."""
+        """The image at (epoch, index), uint8 or, of the user's own transform, float 3 x S x S; its :meth:`target`."""
         epoch, index = position
         seed_generators(derive_seed(self._seed, epoch, index))
-        return self._transform(self.load(index)), torch.tensor(self.samples[index][1])
+        return self._transform(self.load(index)), self.target(index)
 
 
 def seed_generators(seed: int) -> None:

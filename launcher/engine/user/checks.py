@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -40,8 +40,8 @@ def find(recipe: Recipe, num_classes: int) -> Iterator[tuple[str, str]]:
         recipe: its references lead to code that can be imported.
         num_classes: outputs of the model.
     """
-    config = recipe.train
-    if problem := _told(functools.partial(_loss_problem, config, num_classes, weighs=recipe.data.balance == "weights")):
+    config, weighs, several = recipe.train, recipe.data.balance == "weights", recipe.data.task == "multi_label"
+    if problem := _told(functools.partial(_loss_problem, config, num_classes, weighs=weighs, several=several)):
         yield "train.loss", problem
     for index, row in enumerate(listeners.rows(config.listeners)):
         if problem := _told(functools.partial(_listener_problem, row.listener)):
@@ -51,7 +51,7 @@ def find(recipe: Recipe, num_classes: int) -> Iterator[tuple[str, str]]:
     from launcher.engine.user import metrics
 
     for index, metric in enumerate(recipe_metrics.configs(recipe.metrics).values()):
-        if problem := _told(functools.partial(metrics.find_problem, metric, num_classes)):
+        if problem := _told(functools.partial(metrics.find_problem, metric, num_classes, several=several)):
             yield f"metrics.{index}", problem
 
 
@@ -63,7 +63,7 @@ def _told(look: Callable[[], str | None]) -> str | None:
         return str(error)
 
 
-def _loss_problem(config: TrainConfig, num_classes: int, *, weighs: bool) -> str | None:
+def _loss_problem(config: TrainConfig, num_classes: int, *, weighs: bool, several: bool) -> str | None:
     loss = losses.build_loss(config, num_classes=num_classes, device=torch.device("cpu"))
     if isinstance(loss.function, nn.Module):
         learned = [name for name, value in loss.function.named_parameters() if value.requires_grad]
@@ -71,12 +71,13 @@ def _loss_problem(config: TrainConfig, num_classes: int, *, weighs: bool) -> str
             return (
                 f"{loss.name} has parameters ({', '.join(learned[:4])}), which nothing would train; make them buffers"
             )
-    if config.label_smoothing and not objects.takes(loss.function, "label_smoothing"):
-        return f"{loss.name} takes no label_smoothing, and train.label_smoothing is {config.label_smoothing:g}"
+    if problem := _lacking_argument(loss.function, config, by_class=several and weighs):
+        return f"{loss.name} {problem}"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         logits = torch.randn(NUM_TRIED, num_classes).requires_grad_()
-        targets = torch.randint(num_classes, (NUM_TRIED,))
+        sets = torch.randint(2, (NUM_TRIED, num_classes)).float() if several else None
+        targets = torch.randint(num_classes, (NUM_TRIED,)) if sets is None else sets
         try:
             found = loss.call(logits, targets, training=True)
         except (TypeError, ValueError) as error:
@@ -84,7 +85,7 @@ def _loss_problem(config: TrainConfig, num_classes: int, *, weighs: bool) -> str
                 raise
             raise UsageError(f"{config.loss} with {config.loss_args}: {type(error).__name__}: {error}") from error
         problem = losses.find_problem(found, NUM_TRIED, needs_gradient=True)
-        if weighs and not problem and not found.dim():
+        if weighs and not several and not problem and not found.dim():
             problem = losses.NO_WEIGHTS
         if problem:
             return f"{loss.name} {problem}"
@@ -100,6 +101,15 @@ def _loss_problem(config: TrainConfig, num_classes: int, *, weighs: bool) -> str
             "for the same in two parts: what is learned would depend on how a step is spread over ranks and batches; "
             "return the loss of each sample, which depends on no other one, or their plain mean"
         )
+    return None
+
+
+def _lacking_argument(function: Callable[..., Any], config: TrainConfig, *, by_class: bool) -> str | None:
+    """What a loss does not take and the recipe needs; words that follow its name."""
+    if config.label_smoothing and not objects.takes(function, "label_smoothing"):
+        return f"takes no label_smoothing, and train.label_smoothing is {config.label_smoothing:g}"
+    if by_class and not objects.takes(function, "pos_weight"):
+        return "takes no pos_weight (C), by which data.balance=weights weighs the classes of data.task=multi_label"
     return None
 
 

@@ -18,7 +18,7 @@ from launcher.runs import user_code
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from launcher.recipe.schema import DataConfig
+    from launcher.recipe.schema_data import DataConfig
 
 NEEDS = {
     "classes": "a list of the classes' names",
@@ -86,7 +86,7 @@ class UserDataset(Samples):
         except Exception as error:
             error.add_note(f"in sample {place} ({key}) of {self._name}")
             raise
-        if _as_int(found) != label:
+        if self._as_label(found) != label:
             raise UsageError(
                 f"{self._name}: sample {place} ({key}) has the class {found} and label({place}) is {label}"
             )
@@ -121,23 +121,35 @@ class UserDataset(Samples):
             lacks = "; ".join(f"{name} ({NEEDS[name]})" for name in missing)
             raise UsageError(f"{self._name} returned a {type(made).__name__}, which lacks {lacks}")
 
-    def _describe(self, index: int) -> tuple[str, int]:
+    def _as_label(self, label: Any) -> Any:
+        """A class as a number, or several as a sorted tuple; None: it is neither."""
+        if self._config.task != "multi_label":
+            return _as_int(label)
+        try:
+            found = [_as_int(one) for one in label]
+        except TypeError:
+            return None
+        return None if None in found else tuple(sorted({one for one in found if one is not None}))
+
+    def _describe(self, index: int) -> tuple[str, Any]:
         made = self._made
         key = made.key(index) if hasattr(made, "key") else made.samples[index][0]
         if hasattr(made, "label"):
             label = made.label(index)
         else:
             label = made.targets[index] if hasattr(made, "targets") else made.samples[index][1]
-        number = _as_int(label)
-        if number is None or not 0 <= number < len(self.classes):
+        number = self._as_label(label)
+        several = self._config.task == "multi_label"
+        if number is None or not all(0 <= one < len(self.classes) for one in (number if several else [number])):
+            valid = "a list of numbers (data.task: multi_label)" if several else "a number"
             raise UsageError(
-                f"{self._name}: the class of sample {index} ({key}) is {label!r}; it must be a number from 0 to "
+                f"{self._name}: the class of sample {index} ({key}) is {label!r}; it must be {valid} from 0 to "
                 f"{len(self.classes) - 1}, of {len(self.classes)} classes"
             )
         inside, split = str(key).removeprefix(f"{self._config.path}/"), f"{self._split}/"
         return inside if inside.startswith(split) else f"{split}{inside}", number  # the same in both is another sample
 
-    def _check_samples(self, listed: list[tuple[str, int]]) -> None:
+    def _check_samples(self, listed: list[tuple[str, Any]]) -> None:
         if not listed:
             raise UsageError(f"{self._name} has no samples: its __len__ is 0")
         seen: dict[str, int] = {}

@@ -70,12 +70,15 @@ class UserMetrics:
     """
 
     def __init__(self, recipe: Recipe, *, num_classes: int, device: torch.device) -> None:
+        self._several = recipe.data.task == "multi_label"
         self._metrics = {
             name: build(row, num_classes=num_classes).to(device)
             for name, row in recipe_metrics.configs(recipe.metrics).items()
         }
         for metric in self._metrics.values():
-            _value_of_whole(metric, num_classes, device)  # an error in it comes now, not after an epoch
+            _value_of_whole(
+                metric, num_classes, device, several=self._several
+            )  # an error in it comes now, not after an epoch
             for part in _parts(metric):
                 if hasattr(part, "validate_args"):  # torchmetrics would look at every batch, and wait for a GPU
                     part.validate_args = False
@@ -86,8 +89,9 @@ class UserMetrics:
             metric.reset()
 
     def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Count a batch: logits (N x C) and labels (int64 N)."""
-        probabilities = logits.float().softmax(dim=1)
+        """Count a batch: logits (N x C) and labels (int64 N; of several classes an image N x C, 0 or 1)."""
+        probabilities = logits.float().sigmoid() if self._several else logits.float().softmax(dim=1)
+        labels = labels.long()
         for metric in self._metrics.values():
             metric.update(probabilities, labels)
 
@@ -194,7 +198,7 @@ def find_value_problem(value: Any) -> str | None:
     return f"gives {found}; a metric is one number: take a mean (as average: macro), or a function that picks one"
 
 
-def find_problem(row: MetricConfig, num_classes: int) -> str | None:
+def find_problem(row: MetricConfig, num_classes: int, *, several: bool = False) -> str | None:
     """What is wrong with a row of the recipe, tried with made-up answers on one rank and on several.
 
     Raises:
@@ -204,10 +208,11 @@ def find_problem(row: MetricConfig, num_classes: int) -> str | None:
     better = getattr(metric, "higher_is_better", None)
     if better is not None and better != (row.mode == "max"):
         return f"{name}: {'more' if better else 'less'} of it is better; write mode: {'max' if better else 'min'}"
-    whole = _value_of_whole(metric, num_classes)
+    whole = _value_of_whole(metric, num_classes, several=several)
     if problem := find_value_problem(whole):
         return f"{name} {problem}"
-    spread, again = _value_of_spread(metric, num_classes), _value_of_whole(metric, num_classes)
+    spread = _value_of_spread(metric, num_classes, several=several)
+    again = _value_of_whole(metric, num_classes, several=several)
     if _is_near(whole, again) and not _is_near(whole, spread):
         return (
             f"{name} is {_shown(whole)} of some answers on one rank and {_shown(spread)} of the same on three: its "
@@ -228,17 +233,20 @@ def _shown(value: Any) -> str:
     return "several numbers" if find_value_problem(value) else f"{float(value):.6g}"
 
 
-def _answers(num_classes: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Made-up probabilities, and true classes of which each occurs where there are few."""
+def _answers(num_classes: int, device: torch.device, *, several: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Made-up probabilities, and true classes of which each occurs where there are few; ``several``: sets of them."""
     num = max(TRIAL_IMAGES, 2 * num_classes if num_classes <= FEW_CLASSES else 0)
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(num, num_classes, generator=generator)
+    if several:
+        sets = torch.randint(2, (num, num_classes), generator=generator)
+        return logits.sigmoid().to(device), sets.to(device)
     return logits.softmax(dim=1).to(device), (torch.randperm(num, generator=generator) % num_classes).to(device)
 
 
-def _value_of_whole(metric: Metric, num_classes: int, device: torch.device | None = None) -> Any:
+def _value_of_whole(metric: Metric, num_classes: int, device: torch.device | None = None, *, several: bool) -> Any:
     """A metric's value of made-up answers; the metric itself stays as it is."""
-    probabilities, targets = _answers(num_classes, device or torch.device("cpu"))
+    probabilities, targets = _answers(num_classes, device or torch.device("cpu"), several=several)
     tried = metric.clone()
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -246,9 +254,9 @@ def _value_of_whole(metric: Metric, num_classes: int, device: torch.device | Non
         return tried.compute()
 
 
-def _value_of_spread(metric: Metric, num_classes: int) -> Any:
+def _value_of_spread(metric: Metric, num_classes: int, *, several: bool) -> Any:
     """The same of answers that three ranks have in uneven parts, one of them none."""
-    probabilities, targets = _answers(num_classes, torch.device("cpu"))
+    probabilities, targets = _answers(num_classes, torch.device("cpu"), several=several)
     owners, bounds = (0, 0, 1), (0, 5, 7, len(targets))
     ranks = [metric.clone() for _ in range(3)]
     with warnings.catch_warnings(), torch.no_grad():

@@ -50,7 +50,7 @@ def _scan(recipe: Recipe) -> Scan:
                 ScannedImage(
                     path=key,
                     split=split,
-                    class_name=samples.classes[label],
+                    class_name=";".join(samples.classes[one] for one in ([label] if isinstance(label, int) else label)),
                     digest=f"{split}/{key}",
                     kind="raises" if problem else None,
                     message=problem,

@@ -8,7 +8,7 @@ import torch
 
 from launcher.engine import distributed
 from launcher.engine.device import is_out_of_memory
-from launcher.engine.metrics import ValidationTotals, build_user_metrics
+from launcher.engine.validating.build import build_totals, build_user_metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from launcher.engine.features.kept import Kept
     from launcher.engine.loading.handover import Batch
     from launcher.engine.setup import Parts
+    from launcher.engine.validating.build import Totals
+    from launcher.engine.validating.noise import Answers
 
 
 class Validation:
@@ -29,8 +31,9 @@ class Validation:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._user_metrics = build_user_metrics(parts)
+        self._user_metrics = build_user_metrics(parts.recipe, len(parts.classes), parts.device.torch_device)
         self._network: nn.Module = parts.model.module
+        self._answers: list[Answers] = []
 
     @torch.no_grad()
     def run(
@@ -46,7 +49,8 @@ class Validation:
         parts = self._parts
         distributed.broadcast_buffers(parts.model.module)
         parts.model.eval()
-        totals = ValidationTotals(parts.classes, parts.device.torch_device, parts.loss, self._user_metrics)
+        to = parts.device.torch_device
+        totals = build_totals(parts.recipe, parts.classes, to, parts.loss, self._user_metrics)
         kept = keep()
         self._network = kept.rest if kept else parts.model.module
         loaded = iter(parts.val_loader(kept))
@@ -65,9 +69,17 @@ class Validation:
                 self._count(held, totals)
         self._count(held, totals)
         poll(asked=False)  # what ranks said at their last batch must reach all before they add up
-        return totals.compute()
+        found = totals.compute()
+        del self._answers[:-1]  # those of the weights before the average's; others were never taken
+        self._answers.append(totals.answers(parts.schedule.batching, found["samples"]))
+        return found
 
-    def _count(self, held: list[Batch], totals: ValidationTotals) -> None:
+    def take_answers(self) -> list[Answers]:
+        """Those of the validations since the last call, oldest first."""
+        found, self._answers = self._answers, []
+        return found
+
+    def _count(self, held: list[Batch], totals: Totals) -> None:
         """Take what is held through the model, in one go where there is the memory, and hold it no longer."""
         if not held:
             return

@@ -106,7 +106,7 @@ def test_a_stop_signal_ends_the_following_and_not_the_job(number, slow, make_run
     """Commands that answer as SLURM's do; tests/slurm has the cluster."""
     commands = {
         "sbatch": "echo 7",
-        "squeue": "echo '7|RUNNING|None|n1'",
+        "squeue": "echo '7|RUNNING|None|N/A|n1'",
         "scancel": f'echo "$@" > {tmp_path}/cancelled',
     }
     if slow == "sbatch":

@@ -44,3 +44,48 @@ def test_without_rare_classes_nothing_is_said(recorder):
     recorder.classes(3, {})
     assert recorder._console.getvalue() == ""
     assert not recorder._run.events.exists()
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def on_terminal(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    run = RunDir(tmp_path / "run")
+    run.create()
+    made = []
+
+    def make(**options):
+        made.append(Recorder(run, Recipe(), attempt=1, console=Terminal(), num_steps=200, tracked=False, **options))
+        return made[-1]
+
+    yield make
+    for recorder in made:
+        recorder.close()
+
+
+def test_the_bar_counts_the_steps_of_the_epoch_and_shows_the_part_of_the_run(on_terminal):
+    recorder = on_terminal()  # 20 epochs of 10 steps
+    recorder.resumed(epoch=4, step=43, offset=30, num_steps=200)
+    recorder.progress(epoch=4, step=44, part=0.4)
+    recorder.step(epoch=4, step=44, values=VALUES | {"images_per_s": 12.0, "lr": 0.1})
+    recorder._progress.refresh()
+    shown = recorder._console.getvalue().splitlines()[-1]
+    assert "epoch 5/20  step 4/10" in shown
+    assert "22%" in shown
+    assert "loss 1.0000" in shown
+
+
+def test_a_debugger_has_the_terminal_for_itself(on_terminal):
+    recorder = on_terminal(bar=False)
+    recorder.step(epoch=0, step=1, values=VALUES | {"images_per_s": 12.0, "lr": 0.1})
+    assert recorder._progress is None
+    assert recorder._console.getvalue() == "epoch 1/20  step 1/200  loss 1.0000  top1 0.500  12 images/s  lr 0.1\n"
+
+
+def test_the_end_of_an_epoch_has_the_means_over_its_images(recorder):
+    recorder.epoch(epoch=1, values=VALUES | {"images_per_s": 12.0})
+    assert recorder._console.getvalue() == "epoch 2/20  train  loss 1.0000  top1 0.500  12 images/s\n"

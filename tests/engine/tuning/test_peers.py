@@ -90,7 +90,7 @@ def meet(make_run, in_ranks, monkeypatch, tmp_path):
         port = str(free.getsockname()[1])
 
     def call(num, measure, *, devices=None, stop=lambda rank: False, then=lambda who, own: own):
-        def made_up(run, device, data_sets, batch_size, *, beside=None, numerics=None):
+        def made_up(run, device, data_sets, batch_size, *, beside=None, numerics=None, budget=None):
             rank = int(os.environ["RANK"])
             with log.open("a") as file:
                 file.write(json.dumps([rank, batch_size, numerics.precision]) + "\n")

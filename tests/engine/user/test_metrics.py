@@ -15,8 +15,8 @@ from torch.nn import functional
 from torchmetrics import Metric
 
 from launcher.engine.losses import Loss, cross_entropy
-from launcher.engine.metrics import ValidationTotals
 from launcher.engine.user import metrics as user_metrics
+from launcher.engine.validating.totals import ValidationTotals
 from launcher.errors import TrainingError, UsageError
 from launcher.recipe import load as recipes
 from launcher.recipe import metrics as recipe_metrics

@@ -1,0 +1,57 @@
+"""What a run is about to do, in a few lines before its first step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from launcher.engine import optim
+from launcher.engine.loading import balance
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from launcher.engine.setup import Parts
+
+
+def lines(parts: Parts) -> Iterator[str]:
+    """Model, images, steps, learning and what is best; each a line for people."""
+    recipe = parts.recipe
+    yield f"model: {_model(parts)}"
+    yield balance.describe(parts.images_per_class, recipe.data.balance)
+    size = parts.preprocessing.image_size
+    yield f"{len(parts.val_set):,} validation images; the model sees {size} x {size} px"
+    yield f"steps: {_steps(parts)}"
+    config, batching = recipe.optim, parts.schedule.batching
+    rate = config.lr * optim.lr_scale(config, batching.global_batch_size)
+    device = parts.device.torch_device.type
+    yield f"learning: {config.name}, rate {rate:.3g}, {config.schedule} schedule; {parts.precision} on {device}"
+    stopping = recipe.train.early_stopping
+    waits = (
+        "" if stopping.patience is None else f"; stops {_count(stopping.patience, 'epoch')} after the last better one"
+    )
+    yield f"best by {stopping.metric}{waits}"
+
+
+def _model(parts: Parts) -> str:
+    config, module = parts.recipe.model, parts.model.module
+    sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
+    total = sum(sizes.values())
+    frozen = sum(sizes[name] for name in parts.model.frozen_parameters(epoch=0))
+    learn = "all learn" if not frozen else f"{total - frozen:,} of them learn"
+    if frozen and config.unfreeze:
+        learn += " at first (model.unfreeze)"
+    weights = f"weights {config.weights}" if config.weights else "random weights"
+    return f"{config.factory or config.arch}, {weights}, {_count(total, 'parameter')}, {learn}"
+
+
+def _steps(parts: Parts) -> str:
+    batching, epochs = parts.schedule.batching, parts.recipe.train.epochs
+    least, most = min(batching.batch_sizes), max(batching.batch_sizes)
+    each = f"{least}" if least == most else f"{least} to {most}"
+    ranks = _count(len(batching.batch_sizes), "rank")
+    whole = f"{batching.global_batch_size} images each, {each} at once on {ranks}"
+    return f"{parts.num_steps:,} of {whole}; {parts.schedule.steps_per_epoch:,} an epoch, {_count(epochs, 'epoch')}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

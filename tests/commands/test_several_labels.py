@@ -1,0 +1,60 @@
+"""Several classes an image, from the recipe to evaluate and predict."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launcher import cli
+from launcher.runs.run_dir import RunDir
+from tests.nets import FACTORY
+
+DATASET = f"{Path(__file__).parents[1] / 'several_labels.py'}:Photos"
+SETTINGS = [FACTORY, "data.image_size=32", "batch.size=5", "launch.device=cpu", "train.epochs=1"]
+
+
+@pytest.mark.slow
+def test_a_run_is_measured_and_predicts_all_classes_above_the_threshold(
+    launch, recipe_file, images, monkeypatch, capsys
+):
+    recipe = recipe_file(
+        f"data: {{path: {images}, dataset: '{DATASET}', task: multi_label, threshold: 0.3, balance: weights}}\n"
+        "train: {loss: binary_cross_entropy, early_stopping: {metric: val/average_precision, mode: max}}\n"
+    )
+    done = launch(str(recipe), *SETTINGS, "--procs", "2", "--run-dir", "run")
+    assert done.returncode == 0, done.stderr + done.stdout
+    monkeypatch.chdir(launch.cwd)
+    run = RunDir("run")
+    (own,) = [line for line in map(json.loads, run.metrics.read_text().splitlines()) if line["split"] == "val"]
+    assert run.read_status()["best"]["metric"] == "val/average_precision"
+
+    assert cli.main(["evaluate", "run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    for name in ("samples", "top1", "f1", "f1_micro", "average_precision", "per_class"):
+        assert found[name] == own[name], name
+    assert cli.main(["evaluate", "run"]) == 0
+    assert "average precision (mAP)" in capsys.readouterr().out
+
+    assert cli.main(["predict", "run", "--json", str(images / "val")]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == own["samples"]
+    assert all(each["probability"] >= 0.3 for row in rows for each in row["top"])
+    assert max(len(row["top"]) for row in rows) > 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["data.dataset=null"], "folders give an image one class"),
+        (["train.loss=cross_entropy"], "found cross_entropy, which chooses one class an image"),
+        (["data.balance=sampler"], "use weights or none"),
+    ],
+)
+def test_what_does_not_go_with_it_is_said(changes, said, recipe_file, images, capsys):
+    recipe = recipe_file(
+        f"data: {{path: {images}, dataset: '{DATASET}', task: multi_label}}\ntrain: {{loss: binary_cross_entropy}}\n"
+    )
+    assert cli.main([str(recipe), *SETTINGS, *changes, "--dry-run"]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())

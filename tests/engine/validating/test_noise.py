@@ -1,0 +1,88 @@
+"""A best epoch that beats the former one by chance, it may be, is called so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from launcher.engine.validating.noise import Answers, Noise
+
+CLASSES = 3
+
+
+class Recorder:
+    def __init__(self):
+        self.events, self.lines = [], []
+
+    def event(self, kind, **fields):
+        self.events.append({"kind": kind, **fields})
+
+    def say(self, line):
+        self.lines.append(line)
+
+
+def answers(right, num=200, *, losses=None, share="same"):
+    """Images of three classes in turn, of which the first ``right`` are answered rightly."""
+    true = torch.arange(num) % CLASSES
+    predicted = torch.where(torch.arange(num) < right, true, (true + 1) % CLASSES)
+    return Answers(share=share, samples=num, num_classes=CLASSES, pairs=true * CLASSES + predicted, losses=losses)
+
+
+def best_of(metric, value, epoch):
+    return {"metric": f"val/{metric}", "value": value, "epoch": epoch, "step": 10 * epoch}
+
+
+def judged(metric, before, now, values):
+    recorder = Recorder()
+    noise = Noise(recorder)
+    former = best_of(metric, values[0], 1)
+    noise.judge(None, former, before)
+    noise.judge(former, best_of(metric, values[1], 4), now)
+    return recorder
+
+
+@pytest.mark.parametrize("metric", ["top1", "f1", "balanced_accuracy"])
+@pytest.mark.parametrize(("more", "is_noise"), [(1, True), (3, True), (12, False)])
+def test_one_image_of_200_is_noise_and_twelve_are_not(one_rank, metric, more, is_noise):
+    found = judged(metric, answers(160), answers(160 + more), (0.8, 0.8 + more / 200))
+    assert len(found.events) == len(found.lines) == is_noise
+    if is_noise:
+        (event,) = found.events
+        assert (event["kind"], event["epoch"], event["former_epoch"]) == ("best_within_noise", 4, 1)
+        assert event["gain"] == pytest.approx(more / 200)
+        assert "is the best so far, but no better than the 0.8000 of epoch 2 by more than chance" in found.lines[0]
+        assert "200 images" in found.lines[0]
+
+
+@pytest.mark.parametrize(("shift", "is_noise"), [(0.001, True), (0.1, False)])
+def test_losses_are_compared_image_by_image(one_rank, shift, is_noise):
+    generator = torch.Generator().manual_seed(0)
+    before = torch.rand(200, generator=generator).double() * 3
+    now = before - shift + 0.2 * torch.randn(200, generator=generator).double()
+    means = (before.mean().item(), before.mean().item() - shift)
+    found = judged("loss", answers(160, losses=before), answers(160, losses=now), means)
+    assert len(found.events) == is_noise
+
+
+def test_nothing_is_said_where_nothing_is_known(one_rank):
+    values = (0.8, 0.805)
+    assert not judged("auroc", answers(160), answers(161), values).events
+    assert not judged("loss", answers(160), answers(161), values).events  # of a loss that gives means
+    assert not judged("top1", answers(160), answers(161, share="other"), values).events
+
+
+def test_ranks_say_what_one_says(in_ranks):
+    def work(ranks):
+        recorder = Recorder()
+        noise = Noise(recorder)
+        start, end = {1: [(0, 200)], 3: [(0, 50), (50, 50), (50, 200)]}[ranks.world_size][ranks.rank]
+        for number, right in enumerate((160, 161)):
+            whole = answers(right)
+            own = Answers(share=0, samples=200, num_classes=CLASSES, pairs=whole.pairs[start:end], losses=None)
+            former = best_of("f1", 0.8, 0) if number else None
+            noise.judge(former, best_of("f1", 0.8 + number / 200, number), own)
+        return recorder.events
+
+    (one,), many = in_ranks(1, work), in_ranks(3, work)
+    assert len(one) == 1
+    assert many[0] == one
