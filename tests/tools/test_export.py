@@ -177,6 +177,19 @@ def test_the_file_alone_says_its_classes_and_preprocessing(exported, file):
     assert found["preprocessing"] == manifest(exported)["preprocessing"]
 
 
+def test_benchmark_times_the_files_beside_eager_pytorch_or_one_alone(exported, capsys):
+    assert cli.main(["benchmark", str(exported.path), "--threads", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = {row["model"]: row for row in found["models"]}
+    assert list(rows) == ["eager PyTorch", "onnx", "torchscript", "int8"]
+    assert all(row["latency_p50_ms"] > 0 and row["throughput_batch"] > 1 for row in rows.values())
+    assert rows["int8"]["size_mb"] < rows["onnx"]["size_mb"]
+    assert cli.main(["benchmark", str(exported.exports / "model.int8.onnx"), "--threads", "1"]) == 0
+    assert "model.int8.onnx is 1" in capsys.readouterr().out
+    assert cli.main(["benchmark", str(exported.exports / "model.ts")]) == 2
+    assert "not an ONNX file" in capsys.readouterr().err
+
+
 def test_nothing_half_made_is_left(exported):
     assert sorted(p.name for p in exported.exports.iterdir()) == ["manifest.json", *sorted(FILES.values())]
 
