@@ -22,7 +22,7 @@ INDEPENDENT = "independent"
 THRESHOLD = "threshold"
 """Key of a file's metadata, where an image has any number of classes: the probability from which on it has one."""
 QUANTIZATION = "quantization"
-"""Key of an int8 file's metadata: ``{target, weight_bits, activation_bits, calibration_images}`` as JSON."""
+"""Key of a quantized file's metadata: its rung and, of int8, ``{target, weight_bits, activation_bits, …}`` as JSON."""
 EXACT_SUMS = "session.x64quantprecision"
 """ONNX Runtime's own option for x86 without VNNI: int8 weights become uint8, whose products it adds in 32 bits."""
 
@@ -78,7 +78,7 @@ def overflows_here(path: Path, metadata: dict[str, str]) -> bool:
     if not host_cpu.saturates_int8():
         return False
     said = json.loads(metadata.get(QUANTIZATION, "{}"))
-    bits = said["weight_bits"] if said else weight_bits(path)
+    bits = said.get("weight_bits") if said else weight_bits(path)
     return bits is not None and bits > PORTABLE_BITS
 
 

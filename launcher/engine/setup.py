@@ -14,11 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from launcher.engine import data, numerics, optim
 from launcher.engine.augmenting.mixing import is_mixing
 from launcher.engine.distributed import are_everywhere_the_same, broadcast_buffers
-<<<<<<< HEAD
 from launcher.engine.loading.balance import count_classes, weights_in_loss
-=======
-from launcher.engine.loading.class_counts import count_classes, weigh
->>>>>>> model15
 from launcher.engine.loading.data_sets import full_classes, num_classes, open_data_sets
 from launcher.engine.losses import Loss, build_loss
 from launcher.engine.model import FineTunedModel, build_model
@@ -103,11 +99,7 @@ class Parts:
     def images_per_class(self) -> dict[str, int]:
         """Training images of each class that take part."""
         left_out = self.schedule.excluded
-<<<<<<< HEAD
         labels = count_classes(self.train_set.labels, left_out)
-=======
-        labels = count_classes(self.train_set, left_out)
->>>>>>> model15
         return {name: labels[index] for index, name in enumerate(self.train_set.classes)}
 
     def made_up_targets(self, num: int) -> torch.Tensor:
@@ -278,17 +270,6 @@ def fixed_batching(config: BatchConfig, ranks: Ranks, *, full_size: int = 0, deb
     )
 
 
-<<<<<<< HEAD
-=======
-def _place(model: FineTunedModel, device: Device, agreed: Numerics) -> Numerics:
-    """Move a model to its device, in the memory layout that is agreed or that suits it; return what it computes in."""
-    model.module.to(device.torch_device)
-    settled = agreed.settle(model.module)
-    if settled.channels_last:
-        model.module.to(memory_format=torch.channels_last)
-    return settled
-
-
 def _schedule(recipe: Recipe, images: DataSets, dealt: Batching, *, together: bool) -> Schedule:
     return Schedule(
         seed=recipe.seed,
@@ -301,7 +282,6 @@ def _schedule(recipe: Recipe, images: DataSets, dealt: Batching, *, together: bo
     )
 
 
->>>>>>> model15
 def build_parts(
     run: RunDir,
     ranks: Ranks,
@@ -336,23 +316,13 @@ def build_parts(
         with_weights=ranks.rank == 0 if with_weights is None else with_weights,
         classes=full_classes(recipe, images.train.classes),
     )
-<<<<<<< HEAD
-    together = recipe.model.sync_batchnorm and ranks.world_size > 1
-    if together:
-        synchronise(model.module)
-    excluded, weights = images.train.find(images.left_out), None
-    if recipe.data.balance == "weights":
-        weights = weights_in_loss(
-            images.train.labels, excluded, num_classes=classes, several=recipe.data.task == "multi_label"
-        )
-    agreed = agreed.place(model.module, device)
-=======
     together = recipe.model.sync_batchnorm and ranks.world_size > 1 and synchronise(model.module)
     dealt = batching or fixed_batching(recipe.batch, ranks, full_size=full_world_size(run), debug=debug)
-    several = recipe.data.task == "multi_label"
-    weights = weigh(images, classes, several=several) if recipe.data.balance == "weights" else None
-    agreed = _place(model, device, agreed)
->>>>>>> model15
+    excluded, weights = images.train.find(images.left_out), None
+    if recipe.data.balance == "weights":
+        several = recipe.data.task == "multi_label"
+        weights = weights_in_loss(images.train.labels, excluded, num_classes=classes, several=several)
+    agreed = agreed.place(model.module, device)
     workers = data.num_loader_workers(recipe.data, ranks) if loader_workers is None else loader_workers
     return Parts(
         recipe=recipe,
@@ -363,19 +333,7 @@ def build_parts(
         model=model,
         loss=build_loss(recipe.train, num_classes=classes, device=device.torch_device, weights=weights),
         optimizer=optim.build_optimizer(model, phases.phase_at(recipe, 0).optim),
-<<<<<<< HEAD
-        schedule=Schedule(
-            seed=recipe.seed,
-            num_samples=len(images.train),
-            batching=batching or fixed_batching(recipe.batch, ranks, full_size=full_world_size(run), debug=debug),
-            excluded=excluded,
-            labels=images.train.labels if recipe.data.balance == "sampler" else None,
-            pairs=is_mixing(recipe.data),
-            together=together,
-        ),
-=======
         schedule=_schedule(recipe, images, dealt, together=together),
->>>>>>> model15
         train_set=images.train,
         val_set=images.val,
         preprocessing=images.preprocessing,
