@@ -14,18 +14,19 @@ import shutil
 import sys
 import tempfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from launcher.engine import losses
 from launcher.engine.device import cpu_name, num_cores
 from launcher.errors import EXIT_OK, UsageError, exit_code_of
 from launcher.runs.run_dir import RunDir
 from launcher.system import cpu as host_cpu
 from launcher.system.files import write_json_atomic
 from launcher.tools import evaluate, latency, onnx_model
+from launcher.tools.calibrate import calibrate
 from launcher.tools.gate import REFERENCE, Answers
 from launcher.tools.quantize import quantize_onnx
 from launcher.tracking import wandb as tracking
@@ -71,6 +72,7 @@ def _export_run(run: RunDir, data_path: str | None, say: Say) -> None:
     if missing:
         say(f"not measured: {missing}; where they are now: launch export {run} data.path=FOLDER")
     run.exports.mkdir(exist_ok=True)
+    best, calibration = _calibrate(best, missing, say)
     post = best.recipe.post
     not_made: list[str] = [*post.quantize] if uncalibrated else []
     for name in not_made:
@@ -99,8 +101,21 @@ def _export_run(run: RunDir, data_path: str | None, say: Say) -> None:
         numbers = "" if missing else f"top1 {row['top1']:.4f}, agreement {row['agreement']:.4f}, "
         say(f"{row['file']}: {numbers}accepted {row['accepted']}{f' ({missing})' if missing else ''}")
     manifest["exports"] += kept
+    manifest["calibration"] = calibration
     write_json_atomic(run.export_manifest, manifest)
     tracking.log_exports(run, warn=say)
+
+
+def _calibrate(best: BestModel, missing: str | None, say: Say) -> tuple[BestModel, dict[str, Any] | None]:
+    """The model with the temperature that ``post.calibrate`` asks for, and what there is to say of it."""
+    if best.recipe.post.calibrate == "none" or missing:
+        return best, None
+    found = calibrate(best)
+    say(
+        f"temperature {found['temperature']:.3f}: calibration error {found['ece_before']:.4f} before and "
+        f"{found['ece_after']:.4f} after, on the {found['images']} validation images that it was fitted on"
+    )
+    return replace(best, temperature=found["temperature"]), found
 
 
 @contextlib.contextmanager
@@ -192,10 +207,12 @@ def export_onnx(target: Path, best: BestModel) -> None:
     metadata = {
         "classes": best.classes,
         "preprocessing": best.preprocessing.describe(),
-        onnx_model.INDEPENDENT: best.threshold is not None or best.recipe.train.loss in losses.INDEPENDENT,
+        onnx_model.INDEPENDENT: best.independent,
     }
     if best.threshold is not None:
         metadata[onnx_model.THRESHOLD] = best.threshold
+    if best.temperature != 1.0:
+        metadata[onnx_model.TEMPERATURE] = best.temperature
     onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in metadata.items()})
     onnx.save(model, target)
 

@@ -20,6 +20,9 @@ class PostConfig:
     """Formats; torchscript is deprecated by torch itself."""
     quantize: list[Literal["onnx_int8"]] = field(default_factory=lambda: ["onnx_int8"])
     """Quantized formats; onnx_int8 is made from onnx."""
+    calibrate: Literal["none", "temperature"] = "none"
+    """temperature: one number is fitted on the validation images, by which predictions divide logits so that their
+    probabilities are as often right as they say; it stands in the exports' metadata. The likeliest class stays."""
     profile: str | None = None
     """On SLURM: a profile on which the exports are made by a job of their own, after the training; null: in the same
     job, by its first node. Elsewhere it means nothing."""
