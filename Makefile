@@ -1,4 +1,5 @@
-# demo: from nothing to a measured model.  test: all tests.  lint: style and types.
+# demo: from nothing to a measured model.  lint: style and types.
+# test: all tests, on two cores; three processes, since one of them mostly waits for clusters (tests/conftest.py).
 # bench: start-up and speed against the others, checkpoints, batch sizes, loaders.
 # faults: provoke every fault that a run is to survive, and write docs/faults.md.
 # test-gpu: what only a GPU can show (one will do, eight are used), and images per second against the plain loop.
@@ -21,7 +22,7 @@ demo: $(VENV)/installed
 	$(BIN)/launch recipes/quickstart.yaml --run-dir $(RUN)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest tests/gpu

@@ -113,6 +113,12 @@ def _logs() -> _Module:
     return logs
 
 
+def _lr_find() -> _Module:
+    from launcher.commands import lr_find
+
+    return lr_find
+
+
 def _models() -> _Module:
     from launcher.commands import models
 
@@ -188,6 +194,7 @@ COMMANDS = {
     ),
     "recipes": Command("[NAME]", "the recipes that come with this package; NAME: print one", _recipes),
     "tune": Command("RECIPE", "measure batch sizes on this machine, and show what was measured", _tune),
+    "lr-find": Command("RECIPE", "a learning rate to begin with, by a short training that is thrown away", _lr_find),
     "augment": Command("RECIPE", "a picture of training images before and after augmentation", _augment),
     "check": Command("DATA", "look through an image folder: bad files, classes, images that are there twice", _check),
     "doctor": Command("", "check this machine; --nodes N: nodes of a cluster and their network", _doctor),

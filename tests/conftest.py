@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import os
 import subprocess
 import sys
@@ -23,29 +24,39 @@ hypothesis.settings.register_profile("launcher", deadline=None)
 hypothesis.settings.load_profile("launcher")
 
 
-def pytest_configure():
-    """Runs that tests start take the stop signals that tests send."""
+def pytest_configure(config):
+    """Runs that tests start take the stop signals that tests send, and find our modules compiled."""
     signals.heed()
+    if not hasattr(config, "workerinput"):  # once, where xdist has several processes
+        for folder in ("launcher", "tools"):
+            compileall.compile_dir(ROOT / folder, quiet=1)
 
 
 LONGEST_FIRST = (
-    "slurm/test_runs.py",  # on one process; the faults, which mostly wait, too, on the other
-    "faults/test_matrix.py",
-    "node/elastic/test_nodes_come_and_go.py",
-    "slurm/test_submission.py",
-    "slurm/test_dev_cluster.py",
+    "slurm/test_runs.py",  # waits for a cluster, nearly all of its time
+    "faults/test_matrix.py",  # waits half of it
     "engine/test_trainer.py",
-    "engine/user/test_runs.py",
     "engine/tuning/test_autotune.py",
     "commands/test_launch.py",
-    "node/test_waits.py",
-    "seams/test_resume.py",
+    "node/test_meeting.py",
+    "engine/user/test_runs.py",
     "tools/test_export.py",
+    "node/elastic/test_nodes_come_and_go.py",  # waits half of it
+    "engine/test_state.py",
+    "node/test_waits.py",  # waits
+    "engine/loading/test_faults.py",
+    "slurm/test_submission.py",  # waits
+    "seams/test_resume.py",
+    "engine/test_out_of_memory.py",
+    "engine/test_batchnorm_recompute.py",
+    "slurm/test_dev_cluster.py",  # waits
+    "seams/test_errors.py",
+    "commands/test_detach.py",  # waits
     "tracking/test_wandb.py",
     "system/test_console.py",
     "test_cli.py",
 )
-"""Two processes take file after file: of many short ones at the end neither waits long for the other."""
+"""Processes take file after file in this order (make test): all the while one of three waits, and two compute."""
 
 
 def pytest_collection_modifyitems(items):
@@ -130,7 +141,7 @@ def make_run(tmp_path):
 def launch(tmp_path):
     """Run `launch …` in an empty folder of its own, on a machine without SLURM; return the finished process."""
     folder = tmp_path / "cwd"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
 
     def _launch(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -142,6 +153,22 @@ def launch(tmp_path):
             check=False,
             timeout=240,
         )
+
+    _launch.cwd = folder
+    return _launch
+
+
+@pytest.fixture
+def warm_launch(tmp_path):
+    """The same in a process that has torch imported already: for tests of what a run does, not of how it starts."""
+    from tests import warm
+
+    folder = tmp_path / "cwd"
+    folder.mkdir(exist_ok=True)
+    own = {"PATH": "", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+    def _launch(*arguments):
+        return warm.launch(arguments, cwd=folder, env=os.environ | own)
 
     _launch.cwd = folder
     return _launch

@@ -62,12 +62,12 @@ def test_its_header_says_what_it_is_the_command_and_the_hardware(file):
 
 
 @pytest.mark.slow
-def test_it_runs_a_few_steps_in_this_process(file, images, launch):
+def test_it_runs_a_few_steps_in_this_process(file, images, warm_launch):
     # What cannot be had here (a download) or would take long (ImageNet's size) is put aside; all else is the recipe's.
     small = ("model.weights=null", "data.image_size=64", "batch.size=4", *data_of(file, images))
-    done = launch(str(file), "--debug", *small, "--run-dir", "run", env={"OMP_NUM_THREADS": "1"})
+    done = warm_launch(file, "--debug", *small, "--run-dir", "run")
     assert done.returncode == 0, done.stdout + done.stderr
-    run = RunDir(launch.cwd / "run")
+    run = RunDir(warm_launch.cwd / "run")
     metrics = list(read_jsonl(run.metrics))
     assert any(line["split"] == "val" and line["samples"] > 0 for line in metrics)
     assert len(events(run, "attempt_started")) == 1

@@ -306,14 +306,14 @@ def test_a_checkpoint_with_code_in_it_is_passed_over_and_not_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_whose_newest_checkpoint_has_code_in_it_goes_on_from_the_one_before(launch, small_recipe, tmp_path):
+def test_a_run_whose_newest_checkpoint_has_code_in_it_goes_on_from_the_one_before(warm_launch, small_recipe, tmp_path):
     command = (small_recipe, "post.enabled=false", "tracking.wandb.mode=disabled", "--run-dir", "run")
-    done = launch(*command)
+    done = warm_launch(*command)
     assert done.returncode == 0, done.stderr
-    run, sign = RunDir(launch.cwd / "run"), tmp_path / "sign"
+    run, sign = RunDir(warm_launch.cwd / "run"), tmp_path / "sign"
     older, newest = sorted(run.checkpoints.glob("step-*"))[-2:]
     poison(newest, sign)
-    done = launch(*command, "train.epochs=4", "--resume")
+    done = warm_launch(*command, "train.epochs=4", "--resume")
     assert done.returncode == 0, done.stderr
     assert [event["path"] for event in events(run, "checkpoint_rejected")] == [str(newest)]
     assert [event["step"] for event in events(run, "resumed")] == [int(older.name.removeprefix("step-"))]

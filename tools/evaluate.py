@@ -18,10 +18,12 @@ from launcher.engine import data, losses
 from launcher.engine.checkpoints import checkpoint
 from launcher.engine.data import Preprocessing, build_loader
 from launcher.engine.device import Device
-from launcher.engine.model import build_module, build_preprocessing, load_state
+from launcher.engine.model import build_module, build_preprocessing
+from launcher.engine.network.fitting import load_state
 from launcher.errors import EXIT_OK, UsageError, exit_code_of
 from launcher.images import folder as image_folder
 from launcher.recipe import load as recipes
+from launcher.recipe.images import source_of
 from launcher.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -75,13 +77,16 @@ class BestModel:
         """Why there is nothing of ``split`` to measure or calibrate with; None: there is."""
         if self.recipe.data.dataset:
             return self._missing_of_own(split)
-        folder = data.prepare(self.recipe.data) / split
-        if not folder.is_dir():
-            return f"no images at {folder}"
-        unknown = sorted(set(image_folder.find_classes(folder)) - set(self.classes))
+        try:
+            part = data.listing_of(self.recipe).part(split)
+        except UsageError as error:
+            return str(error)
+        if part is None or not part.place.exists():
+            return f"no images at {source_of(self.recipe).root / split}"
+        unknown = sorted(set(part.class_names) - set(self.classes))
         if unknown:
-            return f"{folder}: holds classes that the model does not know, as {unknown[0]!r}"
-        return None if len(self.dataset(split)) else f"no images at {folder}"
+            return f"{part.place}: holds classes that the model does not know, as {unknown[0]!r}"
+        return None if len(self.dataset(split)) else f"no images at {part.place}"
 
     def _missing_of_own(self, split: str) -> str | None:
         """The same of a data set of the user's own, whose images may be gone."""

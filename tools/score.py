@@ -13,7 +13,8 @@ from launcher.engine.distributed import Ranks, init_process_group
 from launcher.engine.losses import build_loss
 from launcher.engine.validating.build import build_totals, build_user_metrics
 from launcher.errors import UsageError
-from launcher.images import folder as image_folder
+from launcher.images.listing import Listing
+from launcher.recipe.images import source_of
 from launcher.tools import evaluate
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def score(run: RunDir, *, folder: Path | None = None, split: str = "val", mirror
 
     Args:
         run: the run directory.
-        folder: labelled images, ``folder/CLASS/*.jpg``; None: those of the run.
+        folder: labelled images, ``folder/CLASS/*.jpg`` or a list; None: those of the run.
         split: which of the run's splits, where ``folder`` is None.
         mirrored: test-time augmentation: the logits of each image are the mean of its own and its mirror image's.
 
@@ -42,7 +43,7 @@ def score(run: RunDir, *, folder: Path | None = None, split: str = "val", mirror
     """
     best = evaluate.load_best(run)
     if folder is not None:
-        best, split = _on(best, folder), folder.absolute().name
+        best, split = _on(best, folder), "val"
     elif missing := best.missing(split):
         raise UsageError(f"{missing}; labelled images elsewhere: launch evaluate {run} --data FOLDER")
     loss = build_loss(best.recipe.train, num_classes=len(best.classes), device=CPU.torch_device)
@@ -64,22 +65,22 @@ def score(run: RunDir, *, folder: Path | None = None, split: str = "val", mirror
     return {"images": where, **found}
 
 
-def _on(best: BestModel, folder: Path) -> BestModel:
-    """The same model, with a folder of class folders as one of its splits."""
-    folder = folder.expanduser().absolute()
-    if not folder.is_dir():
-        raise UsageError(f"--data {folder}: no such folder; it must hold CLASS/*.jpg")
-    classes = image_folder.find_classes(folder)
+def _on(best: BestModel, place: Path) -> BestModel:
+    """The same model, with a folder of class folders, or all rows of a list, as its validation."""
+    place = place.expanduser().absolute()
+    data = replace(best.recipe.data, name="imagefolder", path=str(place.parent), dataset=None, val=place.name)
+    recipe = replace(best.recipe, data=replace(data, train=None, val_fraction=None, group=None))
+    part = Listing(source_of(recipe), best.classes).part("val")
+    if part is None:
+        raise UsageError(f"--data {place}: no such folder or list; a folder must hold CLASS/*.jpg")
+    classes = part.class_names
     unknown = sorted(set(classes) - set(best.classes))
     if unknown or not classes:
         problem = f"holds {unknown[0]!r}, which is no class of the model" if unknown else "has no class folders in it"
-        splits = [name for name in ("val", "test", "train") if (folder / name).is_dir()]
-        hint = (
-            f"; name one of its splits: --data {folder / splits[0]}" if splits else f": {', '.join(best.classes[:8])}"
-        )
-        raise UsageError(f"--data {folder}: {problem}{hint}")
-    data = replace(best.recipe.data, name="imagefolder", path=str(folder.parent), dataset=None)
-    moved = replace(best, recipe=replace(best.recipe, data=data), left_out=frozenset())
-    if not len(moved.dataset(folder.name)):
-        raise UsageError(f"--data {folder}: no images in it")
+        splits = [name for name in ("val", "test", "train") if (place / name).is_dir()]
+        hint = f"; name one of its splits: --data {place / splits[0]}" if splits else f": {', '.join(best.classes[:8])}"
+        raise UsageError(f"--data {place}: {problem}{hint}")
+    moved = replace(best, recipe=recipe, left_out=frozenset())
+    if not len(moved.dataset("val")):
+        raise UsageError(f"--data {place}: no images in it")
     return moved

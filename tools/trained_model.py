@@ -162,6 +162,8 @@ class TrainedModel:
         facts = self.facts
         rgb = pixels.to_rgb(image, facts.get("background", pixels.WHITE), facts.get("grey_range"))
         cropped = pixels.centre_crop(rgb, facts["resize_size"], facts["image_size"], facts["interpolation"])
+        if facts.get("channels") == 1:
+            cropped = cropped.convert("L").convert("RGB")
         values = np.asarray(cropped, dtype=np.float32) / 255
         normalised = (values - np.float32(facts["mean"])) / np.float32(facts["std"])
         return np.ascontiguousarray(normalised.transpose(2, 0, 1))

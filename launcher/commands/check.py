@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.commands.parser import parser_of
 from launcher.errors import EXIT_OK, EXIT_PREFLIGHT, RecipeError, UsageError
 from launcher.images import folder as image_folder
+from launcher.images import layouts
+from launcher.images import listing as listings
 from launcher.images import scan as image_scan
 from launcher.images.folder import printable
+from launcher.images.listing import Listing
+from launcher.recipe import images as recipe_images
 from launcher.runs.findings import FEW_IMAGES, IMBALANCE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from launcher.images.scan import Scan
-    from launcher.recipe.schema import DataConfig
+    from launcher.recipe.schema import Recipe
 
 NUM_SHOWN = 20
 NUM_PAIRS_SHOWN = 5
@@ -28,7 +31,7 @@ NUM_PAIRS_SHOWN = 5
 def main(argv: Sequence[str]) -> int:
     """Run ``launch check``; return its exit code."""
     parser = parser_of("check", "Look through an image folder: bad files, classes, images that are there twice.")
-    parser.add_argument("data", metavar="DATA", help="the folder that holds train/ and val/")
+    parser.add_argument("data", metavar="DATA", help="a folder of images, or a list of them")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="as the recipe has it: data.background=black")
     parser.add_argument("--json", action="store_true", dest="as_json", help="for programs; lists every file")
     args = parser.parse_intermixed_args(argv)
@@ -39,7 +42,7 @@ def run(path: str, overrides: Sequence[str] = (), *, as_json: bool) -> int:
     """Scan an image folder and print what was found.
 
     Args:
-        path: holds train/ and val/.
+        path: a folder or a list.
         overrides: keys of the recipe's ``data``, as in ``data.grey_range=[0, 4095]``.
         as_json: print :func:`describe` instead of lines for people.
 
@@ -49,14 +52,20 @@ def run(path: str, overrides: Sequence[str] = (), *, as_json: bool) -> int:
     Raises:
         UsageError: there is no such folder, or an override is wrong.
     """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise UsageError(image_folder.find_problems(folder)[0])
-    config = _data_config(overrides) if overrides else None
+    source, config = layouts.Source(path=path), None
+    if overrides:
+        recipe = _recipe([*overrides, f"data.path={path}"])
+        source, config = recipe_images.source_of(recipe), recipe.data
     allowed = config.missing_val_classes if config else "error"
-    problems = image_folder.find_problems(folder, missing_val_classes=allowed)
+    problems = listings.find_problems(source, missing_val_classes=allowed)
+    if not source.place.exists():
+        raise UsageError(problems[0])
+    try:
+        listing = Listing(source)
+    except UsageError:  # a list that cannot be read
+        raise UsageError("\n".join(problems)) from None
     grey_range = config.grey_limits if config else None
-    found = image_scan.scan(folder, grey_range=grey_range, progress=image_scan.show_progress())
+    found = image_scan.scan(listing, grey_range=grey_range, progress=image_scan.show_progress())
     for warning in found.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if as_json:
@@ -66,7 +75,7 @@ def run(path: str, overrides: Sequence[str] = (), *, as_json: bool) -> int:
     return EXIT_PREFLIGHT if problems or found.bad else EXIT_OK
 
 
-def _data_config(overrides: Sequence[str]) -> DataConfig:
+def _recipe(overrides: Sequence[str]) -> Recipe:
     from pydantic import ValidationError
 
     from launcher.recipe import load as recipes
@@ -76,19 +85,19 @@ def _data_config(overrides: Sequence[str]) -> DataConfig:
 
     source = recipe_source.from_values("command line", {}, overrides, schema=Recipe)
     try:
-        config = recipes.from_dict(source.values).data
+        recipe = recipes.from_dict(source.values)
         problems = list(source.problems)
     except ValidationError as error:
         problems = [*source.problems, *schema_errors.explain(error, source, Recipe)]
     if problems:
         raise RecipeError(problems, of="overrides")
-    return config
+    return recipe
 
 
 def describe(found: Scan, problems: list[str]) -> dict[str, Any]:
     """All that was found, for programs; paths are relative to the folder."""
     return {
-        "folder": str(found.folder),
+        "folder": str(found.place),
         "ok": not (problems or found.bad),
         "problems": problems,
         "classes": {split: dict(found.class_counts(split)) for split in _splits(found)},
@@ -105,7 +114,7 @@ def describe(found: Scan, problems: list[str]) -> dict[str, Any]:
 
 
 def _splits(found: Scan) -> list[str]:
-    return [split for split in image_folder.SPLITS if (found.folder / split).is_dir()]
+    return [split for split in image_folder.SPLITS if found.listing and found.listing.part(split)]
 
 
 def _print(found: Scan, problems: list[str]) -> None:
@@ -134,7 +143,7 @@ def _print(found: Scan, problems: list[str]) -> None:
         _print_some([f"{image}; {image.cure}" for image in found.bad], NUM_SHOWN)
     known = len(found.images) - found.num_read
     seen = f"{found.num_read:,} were read, {known:,} have not changed since they were"
-    print(f"\n{_images(len(found.images))} in {printable(str(found.folder))}: {seen}")
+    print(f"\n{_images(len(found.images))} in {printable(str(found.place))}: {seen}")
 
 
 def _print_split(split: str, found: Scan) -> None:

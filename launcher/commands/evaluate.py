@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> int:
     parser = parser_of("evaluate", "Measure a run's best checkpoint on its validation images, or on others.")
     parser.add_argument("run_dir", metavar="RUN")
     images = parser.add_mutually_exclusive_group()
-    images.add_argument("--data", metavar="FOLDER", help="labelled images: FOLDER/CLASS/*.jpg")
+    images.add_argument("--data", metavar="FOLDER", help="labelled images: FOLDER/CLASS/*.jpg, or a list of them")
     images.add_argument("--split", default="val", metavar="NAME", help="of the run's images (val)")
     parser.add_argument("--tta", action="store_true", help="each image and its mirror image: the mean of their logits")
     parser.add_argument("--json", action="store_true", dest="as_json", help="for programs")

@@ -6,28 +6,17 @@ import json
 import signal
 import sys
 import time
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.backends import living
 from launcher.commands.parser import parser_of
 from launcher.commands.ps import find_runs
-from launcher.commands.run_end import Ending
+from launcher.commands.watched import LOOK_S, View, Watched, state_text
 from launcher.errors import EXIT_OK, UsageError
-from launcher.runs import whereabouts
-from launcher.runs.progress import Progress, Snapshot
 from launcher.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from launcher.runs.whereabouts import JobState
-
-LOOK_S = 1.0
-"""Seconds between two looks at the files."""
-ASK_S = 15.0
-"""Seconds between two questions to SLURM."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -63,49 +52,6 @@ def _existing(names: Sequence[str]) -> list[RunDir]:
     return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class View:
-    """What is shown of a run."""
-
-    snapshot: Snapshot
-    """From its files."""
-    job: JobState | None
-    """As SLURM sees its job; None: it has none, or SLURM does not answer."""
-
-
-class Watched:
-    """A run that is watched.
-
-    Args:
-        run: its directory.
-    """
-
-    def __init__(self, run: RunDir) -> None:
-        self._run = run
-        self._progress = Progress(run)
-        self._ending = Ending(run)
-        self._asked: float | None = None
-        self._job: JobState | None = None
-
-    def look(self) -> View:
-        """It now."""
-        if self._asked is None or time.monotonic() - self._asked >= ASK_S:
-            self._job, self._asked = living.job_state(self._run), time.monotonic()
-        snapshot = self._progress.look()
-        state = whereabouts.settled(snapshot.state, self._job)  # type: ignore[arg-type]  # as written in status.json
-        return View(snapshot=replace(snapshot, state=state), job=self._job)
-
-    def has_ended(self) -> bool:
-        """Whether nothing more will come."""
-        return self._ending.has_come()
-
-    def to_dict(self) -> dict[str, object]:
-        """For programs."""
-        view = self.look()
-        job = view.job and {"job_id": view.job.job_id, "state": view.job.state, "reason": view.job.reason}
-        return view.snapshot.to_dict() | {"job": job}
-
-
 def _print_lines(watched: Sequence[Watched], *, once: bool) -> None:
     """A line for each run, and another one each time that something of it has changed."""
     shown: dict[int, str] = {}
@@ -131,14 +77,6 @@ def line(view: View) -> str:
     if snapshot.best:
         parts.append(f"best {snapshot.best['metric']} {snapshot.best['value']:.4f}")
     return "  ".join(parts)
-
-
-def state_text(view: View) -> str:
-    """The state, and why a job waits."""
-    job = view.job
-    if job and job.state == "PENDING":
-        return f"queued ({job.reason})" if job.reason not in ("", "None") else "queued"
-    return view.snapshot.state
 
 
 def _of(number: int | None) -> str:

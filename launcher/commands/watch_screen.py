@@ -12,13 +12,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from launcher.commands.watch import LOOK_S, View, state_text
+from launcher.commands.watched import LOOK_S, View, state_text
 from launcher.report.templating import duration
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from launcher.commands.watch import Watched
+    from launcher.commands.watched import Watched
     from launcher.runs.progress import Snapshot
 
 BLOCKS = "▁▂▃▄▅▆▇█"

@@ -18,6 +18,8 @@ import torch
 
 from launcher.engine.distributed import sum_over_ranks
 from launcher.engine.layers import batch_norms
+from launcher.engine.network.sync_batchnorm import SyncBatchNorm
+from launcher.recipe import phases
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -81,7 +83,7 @@ class BatchNormRecompute:
         if recipe.train.batchnorm_recompute != "auto":
             wanted = recipe.train.batchnorm_recompute
         else:
-            began = max((start for start in recipe.model.unfreeze if start <= epoch), default=0)
+            began = phases.phase_at(recipe, epoch).start
             steps = (epoch + 1 - began) * self._parts.schedule.steps_per_epoch
             few = any(layer.momentum is None or steps * layer.momentum < AUTO_PASSES for layer in layers)
             wanted = AUTO_BATCHES if few else 0
@@ -93,6 +95,8 @@ class _Sums:
 
     def __init__(self, layers: Sequence[BatchNorm], device: torch.device) -> None:
         # For each layer: means, variances, and the passes that they are of (a head that only training has sees none).
+        # Where training takes all ranks' images together, a rank's part is too small for its variance to be theirs:
+        # there what is summed up is the mean square, so that what the parts' means differ by counts.
         self._of = {
             layer: torch.zeros(2 * layer.num_features + 1, dtype=torch.float64, device=device) for layer in layers
         }
@@ -101,7 +105,10 @@ class _Sums:
         """Count a batch (N x C x ...)."""
         values = inputs[0].float()
         variance, mean = torch.var_mean(values, dim=[d for d in range(values.dim()) if d != 1])
-        self._of[layer] += torch.cat([mean, variance, mean.new_ones(1)]).double()
+        mean, variance = mean.double(), variance.double()
+        if isinstance(layer, SyncBatchNorm):
+            variance += mean**2
+        self._of[layer] += torch.cat([mean, variance, mean.new_ones(1)])
 
     def hand_over(self) -> int:
         """Make the means over all ranks the layers' running statistics; return of how many batches they are."""
@@ -109,9 +116,10 @@ class _Sums:
         parts = torch.split(every, [len(sums) for sums in self._of.values()])
         for layer, sums in zip(self._of, parts, strict=True):
             if sums[-1] > 0:
-                buffers = [layer.get_buffer(name) for name in ("running_mean", "running_var")]
-                for buffer, values in zip(buffers, (sums[:-1] / sums[-1]).chunk(2), strict=True):
-                    buffer.copy_(values)
+                mean, variance = (sums[:-1] / sums[-1]).chunk(2)
+                layer.get_buffer("running_mean").copy_(mean)
+                is_square = isinstance(layer, SyncBatchNorm)
+                layer.get_buffer("running_var").copy_(variance - mean**2 if is_square else variance)
         return int(max(sums[-1] for sums in parts))
 
 

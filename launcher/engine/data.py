@@ -19,22 +19,24 @@ from launcher.engine.device import num_cores
 from launcher.engine.loading.crops import CentreCrop, Picture, RandomCrop
 from launcher.engine.loading.decode import open_image, read_image
 from launcher.engine.loading.handover import Batch, Loader
-from launcher.engine.loading.kept_pixels import Keeping, KeptPixels
-from launcher.engine.loading.samples import Samples
+from launcher.engine.loading.image_files import ImageDataset
+from launcher.engine.loading.kept_pixels import Keeping
 from launcher.engine.user.dataset import UserDataset
 from launcher.engine.user.transform import UserTransform
 from launcher.images import datasets, pixels
-from launcher.images import folder as image_folder
+from launcher.images.listing import Listing
+from launcher.recipe.images import source_of
 from launcher.system.numa import Place
 from launcher.system.processes import STOP_SIGNALS, die_with_parent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-    from pathlib import Path
 
     from launcher.engine.device import Device
     from launcher.engine.distributed import Ranks
-    from launcher.recipe.schema import DataConfig, Recipe
+    from launcher.engine.loading.samples import Samples
+    from launcher.recipe.schema import Recipe
+    from launcher.recipe.schema_data import DataConfig
 
 PREFETCH = 4
 """Batches that each loader process makes ahead."""
@@ -61,6 +63,8 @@ class Preprocessing:
     """Red, green and blue of what transparency shows."""
     grey_range: tuple[float, float] | None = None
     """What is black and white in grey of more than 8 bits; None: as the kind of number says."""
+    channels: int = 3
+    """3, or 1: what is cut out is made grey, the same in all three channels."""
     own_transform: str | None = None
     """The user's own transform, which does all of it instead."""
     decode: str = "fast"
@@ -96,7 +100,7 @@ class Preprocessing:
         Args:
             augment: a preset, as ``data.augment`` names it, or all of the recipe's ``data``.
         """
-        from launcher.recipe.schema import DataConfig
+        from launcher.recipe.schema_data import DataConfig
 
         config = DataConfig(augment=augment) if isinstance(augment, str) else augment  # type: ignore[arg-type]
         scale = augmentation.crop_scale(config)
@@ -106,6 +110,8 @@ class Preprocessing:
         else:
             crop = RandomCrop(image_size=self.image_size, scale=scale, interpolation=self.interpolation)
         steps = augmentation.build_steps(config, self.mean)
+        if self.channels == 1:
+            steps.append(augmentation.to_grey)
         return v2.Compose([crop, *steps]) if steps else crop
 
     def keeping(self, config: DataConfig | None = None) -> Keeping:
@@ -138,6 +144,7 @@ class Preprocessing:
             "train_decode": "exact" if self.own_transform else self.decode,
             "background": list(self.background),
             "grey_range": self.grey_range and list(self.grey_range),
+            "channels": self.channels,
         }
         if self.own_transform:
             words = (
@@ -172,53 +179,6 @@ class BothSplits(Dataset[Batch]):
         return self._of[is_train][epoch, index]
 
 
-class ImageDataset(Samples):
-    """One split of an image folder.
-
-    Args:
-        folder: holds train/ and val/.
-        split: train or val.
-        transform: what ``read`` gives to uint8 3 x S x S.
-        seed: the recipe's; the randomness of a sample's transform follows from (seed, epoch, index).
-        left_out: paths relative to ``folder`` that are no samples. Of training images the schedule leaves them out,
-            so that the others keep their indices.
-        classes: names in the order of the logits; None: those of the folders in train/.
-        read: from a path to what ``transform`` takes.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        split: str,
-        transform: Callable[[torch.Tensor], torch.Tensor],
-        *,
-        seed: int,
-        left_out: frozenset[str] = frozenset(),
-        classes: list[str] | None = None,
-        read: Callable[[str], Any] = read_image,
-    ) -> None:
-        super().__init__(transform, seed=seed)
-        self.classes = image_folder.find_classes(folder / "train") if classes is None else classes
-        self._folder = folder
-        listed = image_folder.list_images(folder / split, self.classes)
-        self.samples = [sample for sample in listed if image_folder.relative(sample[0], folder) not in left_out]
-        self._read = read
-        self._kept: KeptPixels | None = None
-
-    def key(self, index: int) -> str:
-        """Its path below the folder."""
-        return image_folder.relative(self.samples[index][0], self._folder)
-
-    def load(self, index: int) -> Any:
-        """The image as the transform takes it."""
-        kept = self._kept.get(index) if self._kept else None
-        return self._read(self.samples[index][0]) if kept is None else kept
-
-    def use_kept(self, split: str, keeping: Keeping) -> None:
-        """Take pixels that were prepared for this process, if there are any."""
-        self._kept = KeptPixels.find(keeping, self._folder, split, lambda: self.digest)
-
-
 def open_split(
     recipe: Recipe,
     split: str,
@@ -251,26 +211,26 @@ def open_split(
         )
     if config.dataset:
         return UserDataset(config, split, transform, seed=recipe.seed, left_out=left_out, classes=classes)
-    folder = prepare(config)
     crops = is_train and augmentation.crop_scale(config) is not None and not config.transform
     read = preprocessing.open if crops and config.decode == "fast" else preprocessing.read
     options: dict[str, Any] = {"seed": recipe.seed, "left_out": left_out, "classes": classes}
-    dataset = ImageDataset(folder, split, transform, read=read, **options)
+    dataset = ImageDataset(listing_of(recipe), split, transform, read=read, **options)
     if config.cache != "none":
         dataset.use_kept(split, preprocessing.keeping(config if is_train else None))
     return dataset
 
 
-def prepare(config: DataConfig) -> Path:
-    """The folder with train/ and val/; a data set that is written here is written first where it is missing."""
-    return datasets.prepare(config.name, config.path)
+def listing_of(recipe: Recipe) -> Listing:
+    """The images that a recipe names, listed; a data set that is written here is written first where it is missing."""
+    datasets.prepare(recipe.data.name, recipe.data.path)
+    return Listing(source_of(recipe))
 
 
 def find_classes(recipe: Recipe) -> list[str]:
     """Names of the classes of a recipe's data set, in the order of the logits."""
     if recipe.data.dataset:
         return UserDataset(recipe.data, "train", lambda image: image, seed=recipe.seed).classes
-    return image_folder.find_classes(prepare(recipe.data) / "train")
+    return listing_of(recipe).classes
 
 
 def build_loader(

@@ -3,7 +3,8 @@
 Where memory runs out, in the forward or the backward pass, on one rank or on all, the micro-batch is done again in
 smaller pieces. The other ranks notice nothing but the time: they wait in DDP's exchange of gradients, as ever. Only
 where it runs out within DDP itself nothing can be done again: its reducer is left in the middle of a change, and with
-NCCL a collective may have begun. That ends the attempt.
+NCCL a collective may have begun. So it is with SyncBatchNorm, for which all ranks make every pass together. That ends
+the attempt.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from launcher.engine.device import is_out_of_memory
 from launcher.engine.loading.samples import seed_generators
 from launcher.engine.metrics import count
 from launcher.engine.model import split_outputs
+from launcher.engine.network import sync_batchnorm
 from launcher.engine.schedule import derive_seed
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 
 
 class ExchangeMemoryError(torch.OutOfMemoryError):
-    """Memory ran out within DDP; the run goes on from its last checkpoint, with smaller batches."""
+    """Memory ran out where ranks wait for each other; the run goes on from its last checkpoint, in smaller batches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +211,8 @@ class MicroBatch:
         except Exception as error:
             if is_out_of_memory(error) and self._pass.broke_in_ddp:
                 raise _in_exchange(error) from error
+            if is_out_of_memory(error) and self._parts.schedule.together:
+                raise _in_exchange(error, "all ranks made a pass together (model.sync_batchnorm)") from error
             if not _can_be_smaller(error, batch):
                 raise
             return None
@@ -275,7 +279,7 @@ class MicroBatch:
         inputs, num = mix.images(inputs), len(labels)
         if not num:  # a rank with no sample left still takes part in DDP; the output is not used
             inputs = inputs.new_zeros(1, *inputs.shape[1:])
-        fixed = parts.model.fixed_statistics() if len(inputs) == 1 else contextlib.nullcontext()
+        fixed = contextlib.nullcontext() if len(inputs) > 1 else self._of_one_image(num)
         through = self._pass.forward_of(parts.ddp) if module is parts.ddp else contextlib.nullcontext()
         with fixed, parts.autocast():
             with through:
@@ -290,6 +294,13 @@ class MicroBatch:
         total = loss + sum(weight * loss_of(o[:num]) for weight, o in auxiliary)
         weighted = self._state.scaler.scale(total * (parts.ranks.world_size / num_samples))
         return _Forward(weighted=weighted, loss=loss, logits=logits, labels=labels, mix=mix)
+
+    def _of_one_image(self, num: int) -> AbstractContextManager[None]:
+        """How the model takes a lone image, or what stands in for none."""
+        model = self._parts.model
+        if not self._parts.schedule.together:
+            return model.fixed_statistics()
+        return contextlib.nullcontext() if num else sync_batchnorm.standing_in(model.module)
 
     def _count(self, found: _Forward) -> torch.Tensor:
         loss = found.loss.detach()
@@ -313,9 +324,9 @@ def _halves(num: int) -> list[int]:
     return [num - rest, rest]
 
 
-def _in_exchange(error: Exception) -> ExchangeMemoryError:
+def _in_exchange(error: Exception, during: str = "DDP exchanged gradients") -> ExchangeMemoryError:
     said = " ".join(str(error).split())
-    return ExchangeMemoryError(f"memory ran out while DDP exchanged gradients, which cannot be done again: {said}")
+    return ExchangeMemoryError(f"memory ran out while {during}, which cannot be done again: {said}")
 
 
 def _can_be_smaller(error: Exception, batch: Batch) -> bool:

@@ -3,38 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torchvision import models
-from torchvision.models.vision_transformer import interpolate_embeddings
 
 from launcher.engine.data import Preprocessing
 from launcher.engine.layers import batch_norms, head_modules, keep_inputs, match_parameters
 from launcher.engine.loading.samples import seed_generators
-from launcher.engine.non_finite import non_finite_names
+from launcher.engine.network.fitting import AUXILIARY, load_weights, torchvision_weights
+from launcher.engine.network.shape import is_shaped, shape
 from launcher.engine.user import model as user_model
 from launcher.engine.user.model import IMAGENET_MEAN, IMAGENET_STD, InputFacts
-from launcher.engine.weights_file import present_name, read_weights_file
 from launcher.errors import UsageError
+from launcher.recipe import phases
 from launcher.recipe.user_code import as_in_run
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from launcher.recipe.schema import DataConfig, ModelConfig, Recipe
+    from launcher.recipe.phases import Freezing
+    from launcher.recipe.schema import Recipe
+    from launcher.recipe.schema_data import DataConfig
+    from launcher.recipe.schema_model import ModelConfig
 
-AUXILIARY = ("googlenet", "inception_v3")
 AUXILIARY_WEIGHT = {"googlenet": 0.3, "inception_v3": 0.4}  # of each auxiliary loss, as their papers have it
-
-
-def torchvision_weights(config: ModelConfig) -> Any:
-    """The member of torchvision's weights enumeration that ``model.weights`` names; for a file or null, DEFAULT."""
-    name = "DEFAULT" if config.weights is None or config.weights_file else config.weights
-    return models.get_model_weights(config.arch)[name]
 
 
 def build_preprocessing(model: ModelConfig, data: DataConfig, *, num_classes: int | None = None) -> Preprocessing:
@@ -58,6 +52,7 @@ def build_preprocessing(model: ModelConfig, data: DataConfig, *, num_classes: in
         interpolation=facts.interpolation if data.interpolation == "auto" else data.interpolation,
         background=data.background_rgb,
         grey_range=data.grey_limits,
+        channels=data.channels,
         own_transform=data.transform and as_in_run(data.transform),
         decode=data.decode,
     )
@@ -75,6 +70,23 @@ def _torchvision_facts(model: ModelConfig) -> InputFacts:
 
 def build_module(config: ModelConfig, *, num_classes: int, image_size: int) -> nn.Module:
     """The network with new weights from torch's generator; logits N x num_classes from float32 N x 3 x S x S."""
+    module = _architecture(config, num_classes=num_classes, image_size=image_size)
+    if is_shaped(config):
+        of_user = user_model.head_of(module, config, num_classes=num_classes) if config.factory else None
+        shape(module, config, of_user or head_modules(config.arch))
+    return module
+
+
+def head_of(module: nn.Module, config: ModelConfig, *, num_classes: int) -> tuple[str, ...]:
+    """Dotted names of the layers, of a module that :func:`build_module` made, that are new for new classes."""
+    if not config.factory:
+        return head_modules(config.arch)
+    found = user_model.head_of(module, config, num_classes=num_classes)
+    is_inside = str(config.head).startswith("mlp")  # the last layer was found, of several that are new
+    return tuple(name.rpartition(".")[0] for name in found) if is_inside else found
+
+
+def _architecture(config: ModelConfig, *, num_classes: int, image_size: int) -> nn.Module:
     if config.factory:
         return user_model.build(config, num_classes=num_classes)
     options: dict[str, Any] = {}
@@ -91,104 +103,6 @@ def build_module(config: ModelConfig, *, num_classes: int, image_size: int) -> n
     return module
 
 
-def load_weights(module: nn.Module, config: ModelConfig, *, image_size: int, head: Sequence[str] | None = None) -> None:
-    """Give ``module`` the weights the recipe names; a head for other classes keeps its new ones.
-
-    Raises:
-        UsageError: the file does not fit the model, and says which keys; or it holds NaN or infinite values.
-    """
-    if config.weights is None or (config.factory and config.weights_file is None):
-        return
-    if config.weights_file is not None:
-        state = read_weights_file(config.weights_file, module.state_dict()).state
-    else:
-        options = {"aux_logits": True} if config.arch in AUXILIARY else {}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torchvision warns of its own arguments
-            source = models.get_model(config.arch, weights=torchvision_weights(config), progress=False, **options)
-        state = source.state_dict()
-    state = fit_weights(state, module, config, image_size=image_size, head=head)
-    check_finite(state, config)
-    load_state(module, state, strict=False)
-
-
-def check_finite(state: dict[str, torch.Tensor], config: ModelConfig) -> None:
-    """From NaN or infinite weights nothing is learned; training would seem to diverge.
-
-    Raises:
-        UsageError: there are such values; names the tensors.
-    """
-    names = non_finite_names(state)
-    if names:
-        raise UsageError(
-            f"{config.weights}: NaN or infinite values in {_listed(names)}: the training that made it has diverged, or "
-            "the file is damaged; take an earlier one"
-        )
-
-
-def load_state(module: nn.Module, state: dict[str, torch.Tensor], *, strict: bool = True) -> None:
-    """Load a state dict that has lost its version numbers in a file; MNASNet refuses one without."""
-    versioned = OrderedDict(state)
-    versioned._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]  # noqa: SLF001  torch's own place
-    module.load_state_dict(versioned, strict=strict)
-
-
-def fit_weights(
-    state: dict[str, torch.Tensor],
-    module: nn.Module,
-    config: ModelConfig,
-    *,
-    image_size: int,
-    head: Sequence[str] | None = None,
-) -> dict[str, torch.Tensor]:
-    """Those entries of ``state`` that ``module`` takes: all but a head of another shape.
-
-    Raises:
-        UsageError: anything but the head is missing, left over or of another shape.
-    """
-    expected = module.state_dict()
-    state = {present_name(k): v for k, v in state.items()}
-    head = tuple(f"{name}." for name in (head_modules(config.arch) if head is None else head))
-    if not config.factory and config.arch.startswith("vit_") and "encoder.pos_embedding" in state:
-        state = _resize_positions(state, expected, image_size)
-    fitting = {k: v for k, v in state.items() if k in expected and v.shape == expected[k].shape}
-    missing = [
-        k for k in expected if k not in state and not k.startswith(head) and not k.endswith("num_batches_tracked")
-    ]
-    foreign = [k for k in state if k not in expected]
-    reshaped = [
-        f"{k} ({'x'.join(map(str, state[k].shape))}, needs {'x'.join(map(str, expected[k].shape))})"
-        for k in expected
-        if k in state and k not in fitting and not k.startswith(head)
-    ]
-    problems = [
-        f"{len(keys)} {what}: {_listed(keys)}"
-        for what, keys in (("keys missing", missing), ("keys unknown", foreign), ("of another shape", reshaped))
-        if keys
-    ]
-    if problems:
-        raise UsageError(f"{config.weights} does not fit {config.label}: {'; '.join(problems)}")
-    return fitting
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join([*names[:4], *(["…"] if len(names) > 4 else [])])  # noqa: PLR2004
-
-
-def _resize_positions(
-    state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], image_size: int
-) -> dict[str, torch.Tensor]:
-    """Interpolate a vision transformer's position embeddings to another image size, as torchvision does."""
-    name = "encoder.pos_embedding"
-    if state[name].shape == expected[name].shape:
-        return state
-    patch = expected["conv_proj.weight"].shape[-1]
-    if state[name].device.type == "meta":
-        return {**state, name: expected[name]}
-    resized: dict[str, torch.Tensor] = interpolate_embeddings(image_size, patch, OrderedDict(state))
-    return resized
-
-
 class FineTunedModel:
     """A network, where its head is, and what of it is frozen in an epoch.
 
@@ -196,12 +110,19 @@ class FineTunedModel:
         module: the network.
         config: the recipe's ``model``.
         head: dotted names of its layers that are new for a new number of classes; None: as the architecture has it.
+        freezings: what learns from which epoch on (the recipe's phases); None: as ``config`` says.
     """
 
-    def __init__(self, module: nn.Module, config: ModelConfig, head: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        config: ModelConfig,
+        head: Sequence[str] | None = None,
+        freezings: Sequence[Freezing] | None = None,
+    ) -> None:
         self.module = module
         self.head = head_modules(config.arch) if head is None else tuple(head)
-        self._config = config
+        self._freezings = freezings or phases.freezings(config)
         self._frozen_by_factory = frozenset(name for name, p in module.named_parameters() if not p.requires_grad)
 
     def matching(self, patterns: Iterable[str]) -> set[str]:
@@ -226,12 +147,22 @@ class FineTunedModel:
 
     def frozen_parameters(self, epoch: int) -> set[str]:
         """Names of the parameters that do not learn in ``epoch``."""
-        frozen = self.matching(self._config.freeze) | self._frozen_by_factory
-        for start, patterns in self._config.unfreeze.items():
-            if start <= epoch:
-                names = [patterns] if isinstance(patterns, str) else patterns
-                frozen -= self.matching(names)
-        return frozen
+        now = phases.at(self._freezings, epoch)
+        return (self.matching(now.freeze) | self._frozen_by_factory) - self.matching(now.learn)
+
+    def hungriest_epoch(self) -> int:
+        """An epoch whose steps take the most memory: the backward pass reaches the lowest layer, the most learns.
+
+        What an activation takes grows with the batch, and is kept from the lowest layer on that learns.
+        """
+        parameters = dict(self.module.named_parameters())
+
+        def hunger(start: int) -> tuple[int, int]:
+            frozen = self.frozen_parameters(start)
+            depth = next((place for place, name in enumerate(parameters) if name not in frozen), len(parameters))
+            return -depth, sum(parameter.numel() for name, parameter in parameters.items() if name not in frozen)
+
+        return max((one.start for one in self._freezings), key=hunger)
 
     def train(self) -> None:
         """Training mode, but for modules that are frozen as a whole: their BatchNorm statistics must not move."""
@@ -268,7 +199,9 @@ def split_outputs(arch: str, outputs: Any) -> tuple[torch.Tensor, list[tuple[flo
     return outputs.logits, [(weight, o) for name, o in outputs._asdict().items() if name != "logits" and o is not None]
 
 
-def build_model(recipe: Recipe, *, num_classes: int, image_size: int, with_weights: bool) -> FineTunedModel:
+def build_model(
+    recipe: Recipe, *, num_classes: int, image_size: int, with_weights: bool, classes: Sequence[str] | None = None
+) -> FineTunedModel:
     """The model of a recipe on the host.
 
     Args:
@@ -276,11 +209,12 @@ def build_model(recipe: Recipe, *, num_classes: int, image_size: int, with_weigh
         num_classes: outputs.
         image_size: pixels.
         with_weights: read the starting weights; only rank 0 needs to, DDP hands them on.
+        classes: in the order of the outputs; the head of an earlier run is kept where it was for the very same.
     """
     torch.manual_seed(recipe.seed)
     seed_generators(recipe.seed)
     module = build_module(recipe.model, num_classes=num_classes, image_size=image_size)
-    head = user_model.head_of(module, recipe.model, num_classes=num_classes) if recipe.model.factory else None
+    head = head_of(module, recipe.model, num_classes=num_classes)
     if with_weights:
-        load_weights(module, recipe.model, image_size=image_size, head=head)
-    return FineTunedModel(module, recipe.model, head)
+        load_weights(module, recipe.model, image_size=image_size, head=head, classes=classes)
+    return FineTunedModel(module, recipe.model, head, phases.phases(recipe))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 
 from launcher.engine.layers import prefers_channels_last
@@ -47,6 +48,14 @@ class Numerics:
         """What was another when ``state.json`` was written: ``{name: [then, now]}``."""
         now = self.saved()
         return {name: [state[name], now[name]] for name in now if name in state and state[name] != now[name]}
+
+    def place(self, module: nn.Module, device: Device) -> Numerics:
+        """Move a model to its device, in the memory layout that is agreed or that suits it; return these, settled."""
+        module.to(device.torch_device)
+        settled = self.settle(module)
+        if settled.channels_last:
+            module.to(memory_format=torch.channels_last)
+        return settled
 
     def saved(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

@@ -10,8 +10,11 @@ import torch
 from launcher.engine.optimizing.groups import REST, deal_names, group_parameters
 from launcher.engine.optimizing.kinds import OPTIMIZERS
 from launcher.engine.optimizing.rates import lr_factor
+from launcher.recipe import phases
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from launcher.engine.model import FineTunedModel
     from launcher.recipe.schema import OptimConfig, Recipe
 
@@ -19,6 +22,45 @@ if TYPE_CHECKING:
 def build_optimizer(model: FineTunedModel, config: OptimConfig) -> torch.optim.Optimizer:
     """What ``optim.name`` names; learning rates are set by :func:`set_lr` before each step."""
     return OPTIMIZERS[config.name].build(group_parameters(model, config), config)
+
+
+def regroup(optimizer: torch.optim.Optimizer, model: FineTunedModel, config: OptimConfig) -> None:
+    """Give an optimizer the groups and settings of ``config``, where they differ; what it knows of weights stays."""
+    new = build_optimizer(model, config)
+    if [_settings(group) for group in new.param_groups] == [_settings(group) for group in optimizer.param_groups]:
+        return
+    optimizer.param_groups[:] = new.param_groups
+    optimizer.defaults = new.defaults
+    for parameter in _all_parameters(optimizer, lambda group: not group.get("momentum")):
+        optimizer.state.get(parameter, {}).pop("momentum_buffer", None)
+    _complete_momentum(optimizer)
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """What a group was made with."""
+    return {key: value for key, value in group.items() if key not in ("params", "lr", "initial_lr")}
+
+
+def forget_frozen(optimizer: torch.optim.Optimizer) -> None:
+    """Let go of what is known of weights that do not learn."""
+    for parameter in _all_parameters(optimizer):
+        if not parameter.requires_grad:
+            optimizer.state.pop(parameter, None)
+
+
+def _all_parameters(
+    optimizer: torch.optim.Optimizer, of: Callable[[dict[str, Any]], bool] = lambda _: True
+) -> Iterator[torch.Tensor]:
+    """The parameters of some groups."""
+    return (parameter for group in optimizer.param_groups if of(group) for parameter in group["params"])
+
+
+def _complete_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Give RMSprop the momentum that it makes with the rest of a weight's state, or never."""
+    if isinstance(optimizer, torch.optim.RMSprop):
+        for parameter in _all_parameters(optimizer, lambda group: bool(group["momentum"])):
+            if state := optimizer.state.get(parameter):
+                state.setdefault("momentum_buffer", torch.zeros_like(parameter))
 
 
 def step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, flag: torch.Tensor) -> None:
@@ -67,11 +109,7 @@ def restore(optimizer: torch.optim.Optimizer, model: FineTunedModel, saved: dict
                 own["state"][place] = states[name]
     optimizer.load_state_dict(own)
     _follow_layout(optimizer)
-    if isinstance(optimizer, torch.optim.RMSprop):  # it makes its momentum with the rest of its state, or never
-        for group in optimizer.param_groups:
-            for parameter in group["params"] if group["momentum"] else ():
-                if state := optimizer.state.get(parameter):
-                    state.setdefault("momentum_buffer", torch.zeros_like(parameter))
+    _complete_momentum(optimizer)
 
 
 def _follow_layout(optimizer: torch.optim.Optimizer) -> None:
@@ -118,8 +156,9 @@ def lr_scale(config: OptimConfig, global_batch_size: int) -> float:
 
 def set_lr(optimizer: torch.optim.Optimizer, recipe: Recipe, progress: float, global_batch_size: int) -> float:
     """Set every group's rate for the step around ``progress`` (epochs done); return the highest."""
-    scale = lr_scale(recipe.optim, global_batch_size)
-    factor = scale * lr_factor(progress, recipe.optim, epochs=recipe.train.epochs)
+    phase = phases.phase_at(recipe, int(progress))
+    begin, epochs = phase.course
+    factor = lr_scale(phase.optim, global_batch_size) * lr_factor(progress - begin, phase.optim, epochs=epochs)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
     return float(max(group["lr"] for group in optimizer.param_groups))

@@ -13,23 +13,26 @@ import torch
 import torchvision
 
 from launcher.engine import data, state
-from launcher.engine.layers import build_meta, head_modules, on_meta
-from launcher.engine.loading.data_sets import num_classes
+from launcher.engine.layers import batch_norms, build_meta, head_modules, on_meta
+from launcher.engine.loading.data_sets import full_classes, num_classes
 from launcher.engine.model import (
     FineTunedModel,
     build_module,
     build_preprocessing,
-    check_finite,
-    fit_weights,
-    torchvision_weights,
+    head_of,
 )
+from launcher.engine.network import shape
+from launcher.engine.network.fitting import check_finite, fit_weights, is_for_others, torchvision_weights
 from launcher.engine.user import checks as user_checks
 from launcher.engine.user import model as user_model
 from launcher.engine.user import trial
 from launcher.engine.weights_file import read_weights_file
 from launcher.errors import Problem, RecipeError, UsageError
 from launcher.images import folder as image_folder
+from launcher.images.datasets import DATASETS
 from launcher.recipe import metrics as recipe_metrics
+from launcher.recipe import phases
+from launcher.recipe.checks import find_image_problems
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +40,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from launcher.engine.weights_file import Weights
-    from launcher.recipe.schema import ModelConfig, Recipe
+    from launcher.recipe.schema import Recipe
+    from launcher.recipe.schema_model import ModelConfig
     from launcher.runs.run_dir import RunDir
     from launcher.runs.user_code import Code
 
@@ -110,8 +114,13 @@ def _find(recipe: Recipe, *, is_new: bool) -> Iterator[tuple[str, str]]:
     try:
         names = data.find_classes(recipe)
     except UsageError as error:
-        yield "data.dataset", str(error)
+        yield "data.dataset" if recipe.data.dataset else "data.name", str(error)
         return
+    if not recipe.data.dataset and DATASETS[recipe.data.name].is_written:  # only now is it there to be looked at
+        found = [(keys[0], text) for keys, text in find_image_problems(recipe)]
+        yield from found
+        if found:
+            return
     classes = num_classes(recipe, names)
     if len(names) > classes:
         yield "model.num_classes", f"found {classes}, but data.dataset has {len(names)} classes"
@@ -128,12 +137,21 @@ def _find(recipe: Recipe, *, is_new: bool) -> Iterator[tuple[str, str]]:
     if recipe.data.dataset or recipe.data.transform:
         yield from _samples(recipe, classes)
     if recipe.model.factory:
-        yield from _own_model(recipe, classes, is_new=is_new)
+        yield from _own_model(recipe, names, is_new=is_new)
         return
-    size = build_preprocessing(recipe.model, recipe.data).image_size
-    yield from _patterns(recipe, FineTunedModel(build_meta(recipe.model.arch, classes), recipe.model))
-    yield from _image_size(recipe, classes, size)
-    yield from _weights(recipe, build_meta(recipe.model.arch, classes), size, is_new=is_new)
+    size, head = build_preprocessing(recipe.model, recipe.data).image_size, head_modules(recipe.model.arch)
+    module = build_meta(recipe.model.arch, classes)
+    refused = list(shape.problems(module, recipe.model, head))
+    yield from [*refused, *_batchnorm(recipe, module)]
+    yield from _patterns(recipe, FineTunedModel(module, recipe.model, head, phases.phases(recipe)))
+    if not refused:
+        yield from _image_size(recipe, classes, size)
+    yield from _weights(recipe, module, size, is_new=is_new, head=head, classes=full_classes(recipe, names))
+
+
+def _batchnorm(recipe: Recipe, module: nn.Module) -> Iterator[tuple[str, str]]:
+    if recipe.model.sync_batchnorm and not batch_norms(module):
+        yield "model.sync_batchnorm", f"found true, but {recipe.model.label} has no BatchNorm; leave it out"
 
 
 def _samples(recipe: Recipe, classes: int) -> Iterator[tuple[str, str]]:
@@ -154,9 +172,9 @@ def _samples(recipe: Recipe, classes: int) -> Iterator[tuple[str, str]]:
         yield key, str(error)
 
 
-def _own_model(recipe: Recipe, classes: int, *, is_new: bool) -> Iterator[tuple[str, str]]:
+def _own_model(recipe: Recipe, names: list[str], *, is_new: bool) -> Iterator[tuple[str, str]]:
     """The user's own model, made as training makes it."""
-    config = recipe.model
+    config, classes = recipe.model, num_classes(recipe, names)
     try:
         module = user_model.build(config, num_classes=classes)
     except UsageError as error:
@@ -167,26 +185,24 @@ def _own_model(recipe: Recipe, classes: int, *, is_new: bool) -> Iterator[tuple[
     except UsageError as error:
         yield "model.head", str(error)
         return
+    if refused := list(shape.problems(module, config, head)):
+        yield from refused
+        return
+    yield from _batchnorm(recipe, module)
+    head = head_of(module, config, num_classes=classes)
     size = user_model.facts_of(module).image_size if recipe.data.image_size == "auto" else recipe.data.image_size
     try:
         user_model.try_forward(module, config, num_classes=classes, image_size=size)
     except UsageError as error:
         yield "model.factory", str(error)
-    model = FineTunedModel(module, config, head)
-    yield from _patterns(recipe, model)
+    yield from _patterns(recipe, FineTunedModel(module, config, head, phases.phases(recipe)))
     if config.weights_file is not None:
-        yield from _weights(recipe, module, size, is_new=is_new, head=head)
+        yield from _weights(recipe, module, size, is_new=is_new, head=head, classes=full_classes(recipe, names))
 
 
 def _patterns(recipe: Recipe, model: FineTunedModel) -> Iterator[tuple[str, str]]:
-    thaw = {
-        f"model.unfreeze.{epoch}": [names] if isinstance(names, str) else names
-        for epoch, names in recipe.model.unfreeze.items()
-    }
-    patterns = {"model.freeze": recipe.model.freeze, **thaw}
-    patterns |= {f"optim.groups.{name}": [name] for name in recipe.optim.groups}
     bad = False
-    for key, names in patterns.items():
+    for key, names in _named_layers(recipe):
         for name in names:
             try:
                 model.matching([name])
@@ -195,10 +211,24 @@ def _patterns(recipe: Recipe, model: FineTunedModel) -> Iterator[tuple[str, str]
                 yield key, str(error)
     if not bad:
         every = {name for name, _ in model.module.named_parameters()}
-        epochs = range(recipe.train.epochs)
-        idle = next((epoch for epoch in epochs if model.frozen_parameters(epoch) == every), None)
+        begun = phases.phases(recipe)
+        idle = next((number for number, one in enumerate(begun) if model.frozen_parameters(one.start) == every), None)
         if idle is not None:
-            yield "model.freeze", f"freezes all of {recipe.model.label} in epoch {idle}; leave something to learn"
+            key = f"train.phases.{idle}.freeze" if recipe.train.phases else "model.freeze"
+            yield key, f"freezes all of {recipe.model.label} in epoch {begun[idle].start}; leave something to learn"
+
+
+def _named_layers(recipe: Recipe) -> Iterator[tuple[str, list[str]]]:
+    """The keys that name layers by pattern, and the patterns."""
+    yield "model.freeze", recipe.model.freeze
+    for epoch, names in recipe.model.unfreeze.items():
+        yield f"model.unfreeze.{epoch}", [names] if isinstance(names, str) else names
+    for name in recipe.optim.groups:
+        yield f"optim.groups.{name}", [name]
+    for number, one in enumerate(recipe.train.phases):
+        yield f"train.phases.{number}.freeze", one.freeze
+        for name in one.optim.groups or {}:
+            yield f"train.phases.{number}.optim.groups.{name}", [name]
 
 
 def _image_size(recipe: Recipe, classes: int, size: int) -> Iterator[tuple[str, str]]:
@@ -234,7 +264,7 @@ def _accepted_size(config: ModelConfig, classes: int, size: int) -> Path | None:
 
 
 def _weights(
-    recipe: Recipe, module: nn.Module, size: int, *, is_new: bool, head: Sequence[str] | None = None
+    recipe: Recipe, module: nn.Module, size: int, *, is_new: bool, head: Sequence[str], classes: Sequence[str]
 ) -> Iterator[tuple[str, str]]:
     config = recipe.model
     if config.weights is None:
@@ -245,30 +275,35 @@ def _weights(
     wanted = module.state_dict()
     try:
         found = read_weights_file(config.weights_file, wanted, device="meta")
-        taken = fit_weights(found.state, module, config, image_size=size, head=head)
+        taken = fit_weights(found.state, module, config, image_size=size, head=head, classes=classes)
         values = read_weights_file(config.weights_file, wanted).state
         check_finite({name: values[name] for name in taken}, config)
     except UsageError as error:
         yield "model.weights", str(error)
     else:
         if is_new:
-            _tell_of_weights(config, found, wanted, head_modules(config.arch) if head is None else head)
+            _tell_of_weights(config, found, [name for name in wanted if name not in taken], classes)
 
 
 def _tell_of_weights(
-    config: ModelConfig, found: Weights, wanted: dict[str, torch.Tensor], parts: Sequence[str]
+    config: ModelConfig,
+    found: Weights,
+    not_taken: Sequence[str],
+    classes: Sequence[str],
 ) -> None:
     """What is not taken as it is in the file; all that is would be no news."""
     if found.also:
         place = found.place or "the file itself"
         print(f"{config.weights}: the weights are those in {place}; {', '.join(found.also)} would fit too", flush=True)
-    head = [name for part in parts for name in wanted if name.startswith(f"{part}.")]
-    new = [name for name in head if name not in found.state or found.state[name].shape != wanted[name].shape]
+    new = [name for name in not_taken if not name.endswith("num_batches_tracked")]
     if new:
         there = next((found.state[name].shape[0] for name in new if name in found.state), None)
         why = "it has none" if there is None else f"its own is for {there} classes"
-        classes = wanted[new[-1]].shape[0]
-        print(f"{config.weights}: a new head is put on for {classes} classes ({', '.join(new)}): {why}", flush=True)
+        if there is not None and is_for_others(config, classes):
+            why = "its own is for other classes, or in another order"
+        print(
+            f"{config.weights}: a new head is put on for {len(classes)} classes ({', '.join(new)}): {why}", flush=True
+        )
 
 
 def _download(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -26,7 +26,7 @@ import numpy as np
 from launcher.engine.loading import balance
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -90,7 +90,7 @@ def split_by_shares(
     return list(pairwise(bounds))
 
 
-def _batch_sizes(share: int, size: int, *, pairs: bool) -> list[int]:
+def _batch_sizes(share: int, size: int, *, pairs: bool, at_least: int = 1) -> list[int]:
     """Sizes of a rank's micro-batches of its share of a step: as few as its size allows, as even as can be.
 
     There is one at least. None is a single sample if the size is not one: of size two, an odd one goes with a pair.
@@ -99,12 +99,13 @@ def _batch_sizes(share: int, size: int, *, pairs: bool) -> list[int]:
         share: its samples of the step.
         size: what it takes at once.
         pairs: whether only the first may be of an odd number, so that neighbours stay together.
+        at_least: so many there are, of which some may be empty then, or of a single sample.
     """
     if not pairs or size == 1:
         fewest = -(-share // size)
-        num = max(1, fewest if size == 1 else min(fewest, share // 2))
+        num = max(at_least, fewest if size == 1 else min(fewest, share // 2))
         return [share // num + (place < share % num) for place in range(num)]
-    num = max(1, share // 2 if size // 2 == 1 else -(-((share + 1) // 2) // (size // 2)))
+    num = max(at_least, share // 2 if size // 2 == 1 else -(-((share + 1) // 2) // (size // 2)))
     sizes = [2 * (share // 2 // num + (place >= num - share // 2 % num)) for place in range(num)]
     return [sizes[0] + share % 2, *sizes[1:]]
 
@@ -183,6 +184,8 @@ class Schedule:
     sample once."""
     pairs: bool = False
     """Whether neighbours of a step go together to one rank and micro-batch, where they are mixed."""
+    together: bool = False
+    """Whether all ranks take a step in as many micro-batches, as they wait for each other in each (SyncBatchNorm)."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -241,9 +244,16 @@ class Schedule:
 
     def _micro_batches(self, indices: NDArray[np.int64], rank: int) -> tuple[tuple[int, ...], ...]:
         dealt = self.batching
-        start, end = split_by_shares(len(indices), dealt.shares, dealt.batch_sizes, pairs=self.pairs)[rank]
-        bounds = [0, *accumulate(_batch_sizes(end - start, dealt.batch_sizes[rank], pairs=self.pairs))]
+        slices = split_by_shares(len(indices), dealt.shares, dealt.batch_sizes, pairs=self.pairs)
+        start, end = slices[rank]
+        most = self._most_parts(slices) if self.together else 1
+        bounds = [0, *accumulate(_batch_sizes(end - start, dealt.batch_sizes[rank], pairs=self.pairs, at_least=most))]
         return tuple(tuple(indices[start:end][a:b].tolist()) for a, b in pairwise(bounds))
+
+    def _most_parts(self, slices: Sequence[tuple[int, int]]) -> int:
+        """The micro-batches of the rank that needs the most of them."""
+        both = zip(slices, self.batching.batch_sizes, strict=True)
+        return max(len(_batch_sizes(end - start, size, pairs=self.pairs)) for (start, end), size in both)
 
 
 def validation_batches(num_samples: int, *, rank: int, batching: Batching) -> list[list[int]]:

@@ -14,12 +14,14 @@ from torch.nn.parallel import DistributedDataParallel
 from launcher.engine import data, numerics, optim
 from launcher.engine.augmenting.mixing import is_mixing
 from launcher.engine.distributed import are_everywhere_the_same, broadcast_buffers
-from launcher.engine.loading.balance import class_weights, count_classes, positive_weights
-from launcher.engine.loading.data_sets import num_classes, open_data_sets
+from launcher.engine.loading.balance import count_classes, weights_in_loss
+from launcher.engine.loading.data_sets import full_classes, num_classes, open_data_sets
 from launcher.engine.losses import Loss, build_loss
 from launcher.engine.model import FineTunedModel, build_model
+from launcher.engine.network.sync_batchnorm import synchronise
 from launcher.engine.schedule import Batching, Schedule, validation_batches
 from launcher.recipe import load as recipes
+from launcher.recipe import phases
 from launcher.system import loader_room
 from launcher.system.loader_room import Loading
 
@@ -91,8 +93,7 @@ class Parts:
     @property
     def classes(self) -> list[str]:
         """Class names in the order of the logits; a head wider than the data set has outputs without a name."""
-        known = self.train_set.classes
-        return known + [f"unused-{i}" for i in range(len(known), num_classes(self.recipe, known))]
+        return full_classes(self.recipe, self.train_set.classes)
 
     @property
     def images_per_class(self) -> dict[str, int]:
@@ -129,6 +130,17 @@ class Parts:
         self.numerics = agreed = agreed.settle(self.model.module)
         layout = torch.channels_last if agreed.channels_last else torch.contiguous_format
         self.model.module.to(memory_format=layout)
+
+    def enter(self, epoch: int) -> bool:
+        """Have learn what learns in an epoch, as it does then; return whether that changed which gradients there are.
+
+        What an optimizer knew of layers that do not learn now is forgotten: it would be of long ago when they learn
+        again, and a checkpoint need not hold it.
+        """
+        optim.regroup(self.optimizer, self.model, phases.phase_at(self.recipe, epoch).optim)
+        changed = self.model.freeze(epoch)
+        optim.forget_frozen(self.optimizer)
+        return changed
 
     def wrap(self) -> None:
         """Have DDP average the gradients of what learns now. Every rank must, at the same point."""
@@ -259,30 +271,6 @@ def fixed_batching(config: BatchConfig, ranks: Ranks, *, full_size: int = 0, deb
     )
 
 
-def _place(model: FineTunedModel, device: Device, agreed: Numerics) -> Numerics:
-    """Move a model to its device, in the memory layout that is agreed or that suits it; return what it computes in."""
-    model.module.to(device.torch_device)
-    settled = agreed.settle(model.module)
-    if settled.channels_last:
-        model.module.to(memory_format=torch.channels_last)
-    return settled
-
-
-def _weigh(recipe: Recipe, images: DataSets, classes: int) -> list[float] | None:
-    """What the loss counts of a sample of each class, by the samples that take part; None: all the same.
-
-    Where an image has several classes: what having one counts beside not having it.
-    """
-    if recipe.data.balance != "weights":
-        return None
-    excluded = images.train.find(images.left_out)
-    counts = count_classes(images.train.labels, excluded)
-    of_class = [counts[label] for label in range(classes)]
-    if recipe.data.task == "multi_label":
-        return positive_weights(of_class, len(images.train) - len(excluded))
-    return class_weights(of_class)
-
-
 def build_parts(
     run: RunDir,
     ranks: Ranks,
@@ -315,9 +303,17 @@ def build_parts(
         num_classes=classes,
         image_size=images.preprocessing.image_size,
         with_weights=ranks.rank == 0 if with_weights is None else with_weights,
+        classes=full_classes(recipe, images.train.classes),
     )
-    weights = _weigh(recipe, images, classes)
-    agreed = _place(model, device, agreed)
+    together = recipe.model.sync_batchnorm and ranks.world_size > 1
+    if together:
+        synchronise(model.module)
+    excluded, weights = images.train.find(images.left_out), None
+    if recipe.data.balance == "weights":
+        weights = weights_in_loss(
+            images.train.labels, excluded, num_classes=classes, several=recipe.data.task == "multi_label"
+        )
+    agreed = agreed.place(model.module, device)
     workers = data.num_loader_workers(recipe.data, ranks) if loader_workers is None else loader_workers
     return Parts(
         recipe=recipe,
@@ -327,14 +323,15 @@ def build_parts(
         numerics=agreed,
         model=model,
         loss=build_loss(recipe.train, num_classes=classes, device=device.torch_device, weights=weights),
-        optimizer=optim.build_optimizer(model, recipe.optim),
+        optimizer=optim.build_optimizer(model, phases.phase_at(recipe, 0).optim),
         schedule=Schedule(
             seed=recipe.seed,
             num_samples=len(images.train),
             batching=batching or fixed_batching(recipe.batch, ranks, full_size=full_world_size(run), debug=debug),
-            excluded=images.train.find(images.left_out),
+            excluded=excluded,
             labels=images.train.labels if recipe.data.balance == "sampler" else None,
             pairs=is_mixing(recipe.data),
+            together=together,
         ),
         train_set=images.train,
         val_set=images.val,

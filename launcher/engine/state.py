@@ -9,12 +9,13 @@ from launcher.engine import optim
 from launcher.engine.checkpoints import checkpoint as checkpoints
 from launcher.engine.checkpoints.host_copies import HostCopies
 from launcher.engine.metrics import BestMetric, TrainTotals
-from launcher.engine.model import load_state
+from launcher.engine.network.fitting import load_state
 from launcher.engine.non_finite import NonFiniteMonitor
 from launcher.engine.optimizing.averaging import WeightAverage
 from launcher.errors import UsageError
 from launcher.recipe import load as recipes
 from launcher.recipe import metrics as recipe_metrics
+from launcher.recipe import phases
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -136,6 +137,7 @@ class TrainingState:
             check_train_set(parts.run, parts.train_set, state)
         load_state(parts.model.module, checkpoint.model)
         self.average.restore(checkpoint.average)
+        optim.regroup(parts.optimizer, parts.model, phases.phase_at(parts.recipe, state["epoch"]).optim)
         optim.restore(parts.optimizer, parts.model, checkpoint.optimizer["optimizer"])
         self.scaler = parts.device.grad_scaler(parts.precision)
         if checkpoint.optimizer["scaler"]:  # empty where the precision of then needed none: the scale begins anew

@@ -226,9 +226,9 @@ class Trainer:
         self._save(best=is_best)
 
     def _prepare_epoch(self) -> None:
-        """Freeze what this epoch freezes; DDP is made anew where that changed which gradients there are."""
+        """Have learn what learns in this epoch; DDP is made anew where that changed which gradients there are."""
         self._features.leave(self.state.epoch)
-        if self.parts.model.freeze(self.state.epoch) or not self._wrapped:
+        if self.parts.enter(self.state.epoch) or not self._wrapped:
             self.parts.wrap()
             optim.prepare_momentum(self.parts.optimizer)
             self._wrapped = True

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from launcher.engine.network.timm_names import to_torchvision
 from launcher.errors import UsageError
 
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ def read_weights_file(path: Path, wanted: Mapping[str, torch.Tensor], *, device:
     """The state dict in a file of torch.save or safetensors that fits a model best.
 
     It may lie in a checkpoint beside other things, and its names may have a prefix in common (``module.`` of DDP,
-    ``model.`` of Lightning, …), which is taken off where the rest then fits. The content decides, not the name.
+    ``model.`` of Lightning, …), which is taken off where the rest then fits. timm's names become torchvision's. The
+    content decides, not the name.
 
     Args:
         path: the file.
@@ -71,7 +73,7 @@ def read_weights_file(path: Path, wanted: Mapping[str, torch.Tensor], *, device:
     states = dict(_states(found, ()))
     if not states:
         raise UsageError(f"{path}: holds no state dict (a mapping of names to tensors); {SAVE}")
-    fitted = {place: _without_prefix(state, wanted) for place, state in states.items()}
+    fitted = {place: _without_prefix(to_torchvision(state, wanted), wanted) for place, state in states.items()}
     num_fitting = {place: _num_fitting(state, wanted) for place, state in fitted.items()}
     most = max(num_fitting.values())
     first, *others = sorted((place for place, num in num_fitting.items() if num == most), key=_likelihood)

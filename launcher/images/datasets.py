@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import functools
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.errors import UsageError
+from launcher.images import torchvision_sets
 from launcher.images.digits import write_digits
 from launcher.images.folder import CACHE_CURE, cache_dir
 
@@ -30,6 +34,13 @@ class NamedDataset:
     """How: as pip names it."""
     title: str = ""
     """What it is, in words, for the model card."""
+    is_torchvision: bool = False
+    """Written from what torchvision's class of that name reads at data.path, or downloads."""
+
+    @property
+    def is_written(self) -> bool:
+        """Whether its folder is made here, in the cache."""
+        return self.write is not None or self.is_torchvision
 
 
 DATASETS = {
@@ -37,41 +48,80 @@ DATASETS = {
     "digits": NamedDataset(
         write=write_digits, module="sklearn", install="scikit-learn", title="scikit-learn's images of digits"
     ),
+    **{
+        name: NamedDataset(
+            is_torchvision=True, module=one.needs, install=one.needs or "", title=f"torchvision's {name}"
+        )
+        for name, one in torchvision_sets.SETS.items()
+    },
 }
 
 
 def data_path(name: str, path: str | None) -> Path:
-    """The folder with train/ and val/ of a recipe's data set."""
-    return cache_dir() / name if DATASETS[name].write else Path(str(path)).expanduser()
+    """The folder, or the list, of a recipe's data set."""
+    row = DATASETS[name]
+    if not row.is_written:
+        return Path(str(path)).expanduser()
+    if path is None or row.write:
+        return cache_dir() / name
+    where = hashlib.blake2b(str(_absolute(path)).encode(errors="surrogateescape"), digest_size=6).hexdigest()
+    return cache_dir() / f"{name}-{where}"
 
 
-def find_problem(name: str) -> str | None:
+def find_problem(name: str, path: str | None = None) -> str | None:
     """Why a data set that is written here cannot be; None: it can, or it is there."""
     row = DATASETS[name]
-    if row.module is None or data_path(name, None).is_dir() or importlib.util.find_spec(row.module):
+    if row.module is None or data_path(name, path).is_dir() or importlib.util.find_spec(row.module):
         return None
     return f"{name} come from {row.install}, which is not installed: pip install {row.install}"
 
 
 def prepare(name: str, path: str | None) -> Path:
-    """The folder with train/ and val/; what is written here is written first where it is missing.
+    """The folder of a data set; what is written here is written first where it is missing, by one process of a node.
 
     Raises:
         UsageError: it cannot be written.
     """
-    target, write = data_path(name, path), DATASETS[name].write
+    row, target = DATASETS[name], data_path(name, path)
+    write = functools.partial(_write_torchvision, name=name, path=path) if row.is_torchvision else row.write
     if write is None or target.is_dir():
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Beside it and renamed: another run that starts at this moment sees the whole folder or none.
-        beside = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
+        lock = (target.parent / f".{target.name}.lock").open("w")
     except OSError as error:
         raise UsageError(f"the {name} cannot be written to {target.parent}: {error.strerror}; {CACHE_CURE}") from None
-    write(beside)
-    beside.chmod(0o755)
-    try:
-        os.rename(beside, target)  # noqa: PTH104  Path.rename would do the same; the error below is os's
-    except OSError:  # another run was quicker
-        shutil.rmtree(beside)
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait, and find it written
+        try:
+            if not target.is_dir():
+                _write(write, target)
+        finally:
+            Path(lock.name).unlink(missing_ok=True)
     return target
+
+
+def _write(write: Callable[[Path], None], target: Path) -> None:
+    # Beside it and renamed: another run that starts at this moment sees the whole folder or none.
+    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        write(beside)
+        beside.chmod(0o755)
+        os.rename(beside, target)  # noqa: PTH104  Path.rename would do the same; the error below is os's
+    except OSError as error:
+        if not target.is_dir():  # else another node was quicker
+            raise UsageError(f"{target}: cannot be written: {error.strerror}; {CACHE_CURE}") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _write_torchvision(target: Path, *, name: str, path: str | None) -> None:
+    root = cache_dir() / "torchvision" / name if path is None else _absolute(path)
+    if path is None:
+        print(f"{name} is looked for in {root}, and downloaded where it is not there", flush=True)
+        root.mkdir(parents=True, exist_ok=True)
+    torchvision_sets.write(target, name=name, root=root, download=path is None)
+
+
+def _absolute(path: str) -> Path:
+    return Path(path).expanduser().absolute()

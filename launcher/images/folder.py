@@ -49,49 +49,52 @@ def walk(split: Path, classes: list[str]) -> tuple[list[tuple[str, int]], LeftOu
     return [(path, index) for index, paths in enumerate(by_class) for path in paths], found.left_out
 
 
-def find_problems(path: Path, *, missing_val_classes: str = "error") -> list[str]:
+def find_problems(path: Path, *, missing_val_classes: str = "error", splits: tuple[str, str] = SPLITS) -> list[str]:
     """The reasons why ``path`` cannot be trained on, each with what to do.
 
     Args:
         path: holds train/ and val/.
         missing_val_classes: ``allow``: validation may lack some of the classes.
+        splits: what the folders for training and for validation are called.
     """
     if not path.is_dir():
         return [f"{path}: no such folder; it must hold train/CLASS/*.jpg and val/CLASS/*.jpg"]
-    missing = [s for s in SPLITS if not (path / s).is_dir()]
+    missing = [s for s in splits if not (path / s).is_dir()]
     if missing:
         found = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir())[:8]) or "no folders"
         return [f"{path}: no {' and no '.join(f'{s}/' for s in missing)} in it (found {found})"]
-    folders = {s: class_folders(path / s) for s in SPLITS}
+    folders = {s: class_folders(path / s) for s in splits}
     problems = [
         f"{path / s}: no class folders in it; put each class's images into train/CLASS/"
-        for s in SPLITS
+        for s in splits
         if not folders[s]
     ]
     if problems:
         return problems
-    shared = [text for s in SPLITS for text in _shared_folders(path / s, folders[s])]
+    shared = [text for s in splits for text in _shared_folders(path / s, folders[s])]
     lacking = [*_lacking(path, folders, missing_val_classes), *_alone(path, folders)]
     return [*lacking, *shared, *([] if shared else _empty(path, folders, missing_val_classes))]
 
 
 def _lacking(path: Path, folders: dict[str, dict[str, list[str]]], missing_val_classes: str) -> Iterator[str]:
     """Classes that only one of the splits has."""
-    for here, there in (SPLITS, SPLITS[::-1]):
+    train, val = folders
+    for here, there in ((train, val), (val, train)):
         extra = sorted(names[0] for key, names in folders[here].items() if key not in folders[there])
-        if not extra or (here == "train" and missing_val_classes == "allow"):
+        if not extra or (here == train and missing_val_classes == "allow"):
             continue
         text = f"{path}: {few(extra)} in {here}/ but not in {there}/; both must have the same class folders"
-        yield text + ("; data.missing_val_classes=allow learns them unmeasured" if here == "train" else "")
+        yield text + ("; data.missing_val_classes=allow learns them unmeasured" if here == train else "")
 
 
 def _alone(path: Path, folders: dict[str, dict[str, list[str]]]) -> Iterator[str]:
     """A single class: there is nothing to tell it from."""
-    if len({*folders["train"], *folders["val"]}) == 1:
-        (names,) = folders["train"].values()
+    train, val = folders
+    if len({*folders[train], *folders[val]}) == 1:
+        (names,) = folders[train].values()
         yield (
-            f"{path / 'train'}: one class folder, {names[0]!r}; a classifier tells two or more apart: put images of "
-            "something else into a second one (train/other/, val/other/)"
+            f"{path / train}: one class folder, {names[0]!r}; a classifier tells two or more apart: put images of "
+            f"something else into a second one ({train}/other/, {val}/other/)"
         )
 
 
@@ -113,17 +116,16 @@ def _shared_folders(split: Path, folders: dict[str, list[str]]) -> Iterator[str]
 
 def _empty(path: Path, folders: dict[str, dict[str, list[str]]], missing_val_classes: str) -> Iterator[str]:
     """Classes without an image."""
-    for split in SPLITS:
+    train = next(iter(folders))
+    for split, classes in folders.items():
         suspects = [
-            names[0]
-            for names in folders[split].values()
-            if not any(has_image(str(path / split / name)) for name in names)
+            names[0] for names in classes.values() if not any(has_image(str(path / split / name)) for name in names)
         ]
         if not suspects:
             continue
         listed, left_out = walk(path / split, suspects)  # follows links too
         empty = [name for index, name in enumerate(suspects) if index not in {label for _, label in listed}]
-        if split == "val" and missing_val_classes == "allow" and len(empty) < len(folders[split]):
+        if split != train and missing_val_classes == "allow" and len(empty) < len(classes):
             continue
         if empty:
             looked = f"looked for {', '.join(EXTENSIONS)} and what else Pillow opens"

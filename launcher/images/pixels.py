@@ -127,10 +127,11 @@ def describe(facts: dict[str, Any]) -> str:
     else:
         deep = "0 to 65535 of 16 bits and 0 to 1 of floats become 0 to 255, and other ranges are refused"
     size = facts["image_size"]
+    grey = ", it is made grey (Pillow's L, in all three channels)" if facts.get("channels") == 1 else ""
     return (
         "An image (of an animation, the first frame) is turned upright as its EXIF orientation says, composited on "
         f"{colour} where it is transparent, and turned into RGB of 8 bits. Of grey with more than 8 bits, {deep}; of "
         f"colours with 16 bits the upper 8 count. The short side is resized to {facts['resize_size']} "
-        f"({facts['interpolation']}, antialiased), the centre {size} x {size} cut out, its values divided by 255, then "
-        f"normalised with the mean {facts['mean']} and the standard deviation {facts['std']}."
+        f"({facts['interpolation']}, antialiased), the centre {size} x {size} cut out{grey}, its values divided by "
+        f"255, then normalised with the mean {facts['mean']} and the standard deviation {facts['std']}."
     )

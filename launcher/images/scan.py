@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.images import cache as image_scan_cache
@@ -16,12 +17,12 @@ from launcher.images import left_out as image_left_out
 from launcher.images import levels as image_levels
 from launcher.images import walk as image_walk
 from launcher.images.folder import printable
+from launcher.images.listing import Listing
 from launcher.images.pool import ProbePool
 from launcher.system import cores as host_cores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
-    from pathlib import Path
 
     from launcher.images.cache import Entries, Stamp
     from launcher.images.probe import Answer
@@ -102,8 +103,15 @@ class Scan:
     """What lies in the folder and is not trained on, a sentence each."""
     levels: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Kinds of images with more than 8 bits, each with the lowest and the highest value of them all."""
-    classes: list[str] | None = None
-    """Of a data set that is no folder; None: the class folders."""
+    listing: Listing | None = None
+    """What was looked through; None: a data set of the user's own."""
+    classes: list[str] = field(default_factory=list)
+    """Of a data set of the user's own."""
+
+    @property
+    def place(self) -> Path:
+        """The folder or the list that was named."""
+        return self.listing.source.place if self.listing else self.folder
 
     @property
     def bad(self) -> list[ScannedImage]:
@@ -112,7 +120,7 @@ class Scan:
 
     def class_counts(self, split: str) -> Counter[str]:
         """Good images of each class, 0 too, in the order of the classes."""
-        names = image_folder.find_classes(self.folder / split) if self.classes is None else self.classes
+        names = self.listing.class_names(split) if self.listing else self.classes
         counts = Counter(dict.fromkeys(names, 0))
         counts.update(image.class_name for image in self.images if image.split == split and not image.kind)
         return counts
@@ -141,24 +149,26 @@ class Scan:
 
 
 def scan(
-    folder: Path,
+    data: Path | Listing,
     *,
     grey_range: Sequence[float] | None = None,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scan:
-    """Scan both splits of ``folder``; a file that was read before and has not changed is not read again.
+    """Scan both splits; a file that was read before and has not changed is not read again.
 
     Args:
-        folder: holds train/ and val/; a split that is missing has no images.
+        data: a listing, or the folder that holds train/ and val/; a split that is missing has no images.
         grey_range: the recipe's ``data.grey_range``; None: auto.
         workers: processes that decode; None: one a core, fewer where there is little to do.
         progress: called at least twice a second with the number of files read and of all. If it raises, the scan ends
             and remembers what it has found.
     """
-    listed, left_out = _list(folder)
+    listing = Listing.of_folder(data) if isinstance(data, Path) else data
+    listed, left_out = _list(listing)
+    folder = listing.root
     entries = image_scan_cache.load(folder)
-    stamps = {path: _stamp(f"{folder}/{path}") for path, _, _ in listed}
+    stamps = {path: _stamp(str(folder / path)) for path, _, _ in listed}
     new = [path for path, stamp in stamps.items() if path not in entries or entries[path][0] != stamp]
     warnings: list[str] = []
     try:
@@ -185,6 +195,7 @@ def scan(
         num_read=len(new),
         warnings=warnings,
         left_out=left_out,
+        listing=listing,
         levels=image_levels.span(levels.values()),
     )
 
@@ -202,18 +213,22 @@ def show_progress() -> Callable[[int, int], None]:
     return show
 
 
-def _list(folder: Path) -> tuple[list[tuple[str, str, str]], list[str]]:
+def _list(listing: Listing) -> tuple[list[tuple[str, str, str]], list[str]]:
     """Relative path, split and class of every image; and what was left out, in words."""
-    images, left_out = [], image_left_out.describe_spellings(folder)
+    images, left_out = [], [*image_left_out.describe_spellings(listing.root), *listing.left_out()]
     for split in image_folder.SPLITS:
-        if (folder / split).is_dir():
-            classes = image_folder.find_classes(folder / split)
-            found, others = image_folder.walk(folder / split, classes)
-            images += [(image_folder.relative(path, folder), split, classes[label]) for path, label in found]
-            left_out += image_left_out.describe_left_out(folder / split, others)
+        if listing.part(split):
+            names = listing.class_names(split)
+            found = listing.with_classes(names).samples(split)
+            images += [(listing.key(path), split, names[label]) for path, label in found]
     seen = {split: {image_walk.composed(name) for _, s, name in images if s == split} for split in image_folder.SPLITS}
     if unmeasured := sorted(seen["train"] - seen["val"]) if seen["val"] else []:
         left_out.append(f"val/: no image of {image_folder.few(unmeasured)}; what is learned of them is not measured")
+    if unlearned := sorted(seen["val"] - seen["train"]) if seen["train"] else []:
+        left_out.append(f"train/: no image of {image_folder.few(unlearned)}, which are seen in validation only")
+    named = listing.classes if listing.source.classes else []
+    if absent := [name for name in named if name not in seen["train"] | seen["val"]]:
+        left_out.append(f"{listing.source.classes}: no image of {image_folder.few(absent)} anywhere")
     return images, left_out
 
 
@@ -231,7 +246,7 @@ def _read(
     if not paths:
         return
     num = workers or max(1, min(host_cores.num_cores(), len(paths) // FILES_PER_WORKER))
-    absolute = {f"{folder}/{path}": path for path in paths}
+    absolute = {str(folder / path): path for path in paths}
     done = 0
     with ProbePool(absolute, workers=num) as pool:
         for answers in pool.answers():

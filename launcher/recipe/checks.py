@@ -5,16 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from launcher.errors import Problem, UsageError, did_you_mean
-from launcher.images import datasets
-from launcher.images import folder as image_folder
-from launcher.recipe import catalog, user_code
+from launcher.images import datasets, lists
+from launcher.images import listing as listings
+from launcher.images.listing import Listing
+from launcher.recipe import catalog, phases, run_weights, user_code
+from launcher.recipe import images as recipe_images
 from launcher.recipe import metrics as recipe_metrics
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
     from pathlib import Path
 
-    from launcher.recipe.schema import ModelConfig, Recipe
+    from launcher.recipe.schema import Recipe
+    from launcher.recipe.schema_data import DataConfig
+    from launcher.recipe.schema_model import ModelConfig
     from launcher.recipe.source import Source
 
 
@@ -32,7 +36,7 @@ def find_problems(recipe: Recipe, source: Source, refused: Collection[str] = ())
     """
     findings = [
         found
-        for group in (_training, _task, _placement, _model, _augmentation, _cache, _data)
+        for group in (_training, _phases, _task, _placement, _model, _augmentation, _cache, _data)
         for found in group(recipe)
     ]
     findings += user_code.find_problems(recipe, source)
@@ -53,8 +57,38 @@ def find_notes(recipe: Recipe) -> Iterator[tuple[str, str]]:
         reached = f"{epochs / warmup:.0%} of theirs"
         text = f"{warmup:g} epochs are more than train.epochs ({epochs}): the rates end at {reached}"
         yield "optim.warmup_epochs", text
+    yield from _phases_cut_off(recipe)
     for late in sorted(epoch for epoch in recipe.model.unfreeze if epoch >= epochs):
         yield "model.unfreeze", f"epoch {late} never comes: train.epochs is {epochs}, counted from 0"
+
+
+def _phases_cut_off(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Phases that training ends in, or before."""
+    begun = phases.phases(recipe)
+    for number, one in enumerate(recipe.train.phases):
+        key, epochs = f"train.phases.{number}", recipe.train.epochs
+        if number >= len(begun):
+            yield key, f"it never begins: train.epochs is {epochs}"
+        elif one.epochs and one.epochs > begun[number].course[1]:
+            yield key, f"{begun[number].course[1]} of its {one.epochs} epochs come: train.epochs is {epochs}"
+
+
+def _phases(recipe: Recipe) -> Iterator[Finding]:
+    """Phases that contradict each other or other keys."""
+    named, key = recipe.train.phases, "train.phases"
+    for other in ("freeze", "unfreeze"):
+        if named and getattr(recipe.model, other):
+            text = f"{key} says what learns when; give freeze in each phase, or leave {key} out"
+            yield (f"model.{other}", key), text
+    for number, one in enumerate(named[:-1]):
+        if one.epochs is None:
+            text = "missing: how many epochs it has; only the last phase may leave that out"
+            yield (f"{key}.{number}.epochs", key), text
+    lengths = [one.epochs for one in named]
+    total = sum(length or 0 for length in lengths)
+    if named and None not in lengths and total < recipe.train.epochs:
+        found = f"found {recipe.train.epochs}, but the phases are {total} epochs long"
+        yield ("train.epochs", key), f"{found}; make the last one longer, or leave out its epochs: it has the rest then"
 
 
 def _training(recipe: Recipe) -> Iterator[Finding]:
@@ -139,8 +173,9 @@ def _model(recipe: Recipe) -> Iterator[Finding]:
 
 def _architecture(model: ModelConfig) -> Iterator[Finding]:
     """A model of torchvision's, and its weights by name."""
-    if model.head != "auto":
-        yield ("model.head", "model.factory"), "goes with model.factory; of torchvision's models the head is known"
+    if isinstance(model.head, list):
+        keys, kinds = ("model.head", "model.factory"), "auto, linear, mlp(256) or dropout(0.2)"
+        yield keys, f"names of layers go with model.factory; of torchvision's models the head is known: give {kinds}"
     try:
         entry = catalog.find_model(model.arch)
     except UsageError as error:
@@ -158,7 +193,9 @@ def _architecture(model: ModelConfig) -> Iterator[Finding]:
 
 
 def _weights_file(file: Path) -> Iterator[Finding]:
-    if file.is_dir():
+    if run_weights.is_run(file):
+        yield ("model.weights",), f"{file}: this run has no best checkpoint yet: the first validation makes one"
+    elif file.is_dir():
         inside = ", ".join(sorted(each.name for each in file.iterdir() if each.is_file())[:8]) or "none"
         yield ("model.weights",), f"{file}: is a folder; name the file with the weights (files in it: {inside})"
     elif not file.is_file():
@@ -187,26 +224,53 @@ def _augmentation(recipe: Recipe) -> Iterator[Finding]:
 
 def _data(recipe: Recipe) -> Iterator[Finding]:
     data = recipe.data
+    if data.transform and data.channels == 1:
+        text = "found 1; what data.transform makes of an image is used as it is: have it do this, and leave the key out"
+        yield ("data.channels", "data.transform"), text
     if data.grey_limits and data.grey_limits[0] >= data.grey_limits[1]:
         yield ("data.grey_range",), f"found {data.grey_range}; the first, which is black, must be less than the second"
     if data.dataset:
         return
-    if datasets.DATASETS[data.name].write:
-        if problem := datasets.find_problem(data.name):
-            yield ("data.name",), problem
-        if data.path is not None:
-            text = f"{data.name} are not read from a folder; for the images in {data.path} add data.name=imagefolder"
-            yield ("data.path", "data.name"), text
+    yield from _layout_keys(data)
+    row = datasets.DATASETS[data.name]
+    if row.write and data.path is not None:
+        text = f"{data.name} are not read from a folder; for the images in {data.path} add data.name=imagefolder"
+        yield ("data.path", "data.name"), text
+        return
+    if row.is_written and (problem := datasets.find_problem(data.name, data.path)):
+        yield ("data.name",), problem
         return
     keys = ("data.path", "data.name")
-    if data.path is None:
+    if not row.is_written and data.path is None:
         yield keys, "missing: the folder that holds train/ and val/; give it here or as data.path=/my/photos"
-        return
-    path = datasets.data_path(data.name, data.path)
-    problems = image_folder.find_problems(path, missing_val_classes=data.missing_val_classes)
-    yield from ((keys, text) for text in problems)
+    elif not row.is_written:  # else when it is written: engine.recipe_checks
+        yield from find_image_problems(recipe)
+
+
+def find_image_problems(recipe: Recipe) -> Iterator[Finding]:
+    """Why the images that a recipe names, which are there, cannot be trained on."""
+    source = recipe_images.source_of(recipe)
+    problems = listings.find_problems(
+        source,
+        missing_val_classes=recipe.data.missing_val_classes,
+        need_files=recipe.data.on_bad_image == "error",
+    )
+    yield from ((("data.path", "data.name"), text) for text in problems)
     if not problems and recipe.model.num_classes != "auto":
-        found = len(image_folder.find_classes(path / "train"))
+        listing = Listing(source)
+        found, kind = len(listing.classes), "classes" if source.classes else "class folders"
         if found > recipe.model.num_classes:
             keys = ("model.num_classes", "data.path")
-            yield keys, f"found {recipe.model.num_classes}, but {path}/train has {found} class folders"
+            where = source.classes or listing.trained.place
+            yield keys, f"found {recipe.model.num_classes}, but {where} has {found} {kind}"
+
+
+def _layout_keys(data: DataConfig) -> Iterator[Finding]:
+    """Keys that say how images are laid out."""
+    unknown = sorted(set(data.columns) - set(lists.COLUMNS))
+    if unknown:
+        hint = " ".join(filter(None, [did_you_mean(unknown[0], lists.COLUMNS), f"valid: {', '.join(lists.COLUMNS)}"]))
+        yield ("data.columns",), f"found {unknown[0]!r}; no such column of a list; {hint}"
+    if data.group is not None and data.val_fraction is None:
+        text = "goes with data.val_fraction: it keeps what belongs together on one side where images are divided"
+        yield ("data.group", "data.val_fraction"), text

@@ -49,6 +49,7 @@ def load(
     from launcher.recipe import source as recipe_source
 
     source = recipe_source.read(path, [*_earlier(path), *overrides], flags or {}, schema=Recipe)
+    _take_epochs_of_phases(source.values)
     problems = list(source.problems)
     try:
         recipe = from_dict(source.values)
@@ -59,6 +60,17 @@ def load(
     if problems:
         raise RecipeError(problems)
     return recipe, source
+
+
+def _take_epochs_of_phases(values: dict[str, Any]) -> None:
+    """Make ``train.epochs`` what the phases take together, where it is not given and each says how long it is."""
+    train = values.get("train")
+    if not isinstance(train, dict) or "epochs" in train or not isinstance(named := train.get("phases"), list):
+        return
+    lengths = [one.get("epochs") for one in named if isinstance(one, dict)]
+    known = [length for length in lengths if type(length) is int]
+    if known and len(known) == len(named):
+        train["epochs"] = sum(known)
 
 
 def from_dict(values: dict[str, Any]) -> Recipe:

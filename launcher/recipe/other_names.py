@@ -43,7 +43,7 @@ ELSEWHERE = {
     "train.checkpoint.keep": ("save_total_limit", "save_top_k"),
     "model.arch": ("model_name", "architecture", "backbone", "network"),
     "model.weights": ("pretrained", "checkpoint_path", "weights_path"),
-    "model.num_classes": ("classes", "num_labels", "nclasses"),
+    "model.num_classes": ("num_labels", "nclasses"),
     "model.freeze": ("freeze_layers", "frozen"),
     "data.path": ("data_dir", "data_path", "dataset_dir", "root", "data_root"),
     "data.name": ("dataset_name",),

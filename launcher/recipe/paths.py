@@ -17,6 +17,8 @@ def absolute(recipe: Recipe) -> Recipe:
         model = replace(model, weights=str(model.weights_file.absolute()))
     if data.path is not None:
         data = replace(data, path=_absolute(data.path))
+    if data.classes is not None:
+        data = replace(data, classes=_absolute(data.classes))
     if launch.profile is not None:
         launch = replace(launch, profile=_profile(launch.profile))
     if post.profile is not None:

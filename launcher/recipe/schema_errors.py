@@ -65,7 +65,10 @@ def _locate(location: tuple[int | str, ...], schema: type) -> tuple[str, Any, li
                 break
         elif typing.get_origin(_strip(annotation)) in (dict, list) and len(names) < len(location):
             names.append(str(part))
-            break
+            items = typing.get_args(_strip(annotation))[-1]
+            if not dataclasses.is_dataclass(items):
+                break
+            annotation = items
         else:
             break
     return ".".join(names), annotation, siblings

@@ -9,6 +9,9 @@ from pydantic import Field
 
 from launcher.recipe.types import STRICT, Argument, Auto, Count, CountOrZero, Fraction, NonNegative, Positive
 
+Schedule = Literal["cosine", "linear", "step", "one_cycle", "polynomial", "constant", "cosine_restarts"]
+"""How learning rates go after warm-up."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
@@ -70,13 +73,55 @@ class ListenerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PhaseOptimConfig:
+    """What of optim is another in a phase; null: as optim says."""
+
+    __pydantic_config__ = STRICT
+
+    lr: Positive | None = None
+    """Peak learning rate of what no group names."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Of sgd and rmsprop."""
+    weight_decay: NonNegative | None = None
+    """Weight decay of every parameter that learns."""
+    schedule: Schedule | None = None
+    """How the rates go over the phase."""
+    end_factor: Fraction | None = None
+    """Fraction of the peak rates that the phase ends at."""
+    warmup_epochs: NonNegative | None = None
+    """Epochs, from the phase's beginning, over which the rate rises."""
+    groups: dict[str, NonNegative] | None = None
+    """Peak learning rates by layer pattern, instead of those of optim."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """What a layer's rate is multiplied by for each layer between it and the head; 1: all alike."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseConfig:
+    """A part of training in which the same layers learn in the same way."""
+
+    __pydantic_config__ = STRICT
+
+    epochs: Count | None = None
+    """How long it is; null, of the last phase only: what is left of train.epochs."""
+    freeze: list[str] = field(default_factory=list)
+    """Layers that do not learn in it: patterns as in model.freeze."""
+    optim: PhaseOptimConfig = field(default_factory=PhaseOptimConfig)
+    """What of optim is another in it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The training loop."""
 
     __pydantic_config__ = STRICT
 
     epochs: Count = 20
-    """Passes over the training images."""
+    """Passes over the training images; where it is not given and all train.phases say how long they are, their sum."""
+    phases: list[PhaseConfig] = field(default_factory=list)
+    """Parts of training, one after the other, as in [{epochs: 2, freeze: [backbone], optim: {lr: 1e-2}}, {epochs: 8}],
+    in place of model.freeze and model.unfreeze. Each has a course of learning rates of its own, warm-up included;
+    weights, EMA, early stopping and the order of the images go on."""
     loss: str = "cross_entropy"
     """cross_entropy, binary_cross_entropy (each class by a sigmoid), focal, or your own: `file.py:name` or
     `package.module:name` (docs/extending.md)."""

@@ -16,6 +16,8 @@ from launcher.images import datasets
 from launcher.images import folder as image_folder
 from launcher.images import scan as image_scan
 from launcher.images.folder import printable
+from launcher.images.listing import Listing
+from launcher.recipe import images as recipe_images
 from launcher.runs import states
 from launcher.system.files import write_json_atomic
 from launcher.system.waiting import is_listed, wait_until
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from launcher.images.scan import Scan
-    from launcher.recipe.schema import DataConfig, Recipe
+    from launcher.recipe.schema import Recipe
+    from launcher.recipe.schema_data import DataConfig
     from launcher.runs.run_dir import RunDir
 
 VERSION = 1
@@ -32,19 +35,20 @@ NUM_NAMED = 10
 WAIT_S = 7200
 
 
-def scan(config: DataConfig, progress: Callable[[int, int], None] | None = None) -> Scan:
+def scan(recipe: Recipe, progress: Callable[[int, int], None] | None = None) -> Scan:
     """Look through a recipe's images, but not through those that the launcher or the user's own code has made."""
+    config = recipe.data
     if config.dataset or datasets.DATASETS[config.name].write:
         return image_scan.Scan(folder=Path(config.path or "."), images=[], num_read=0, warnings=[])
-    folder = datasets.data_path(config.name, config.path)
-    found = image_scan.scan(folder, grey_range=config.grey_limits, progress=progress or image_scan.show_progress())
+    listing = Listing(recipe_images.source_of(recipe))
+    found = image_scan.scan(listing, grey_range=config.grey_limits, progress=progress or image_scan.show_progress())
     for warning in (*found.warnings, *map(printable, found.left_out)):
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     leaks = found.leaks()
     if leaks:
         print(
             f"warning: {len(leaks)} of the validation images are training images too, byte for byte, as "
-            f"{printable(leaks[0][1])}: what is measured will flatter; all of them: {_command(folder)}",
+            f"{printable(leaks[0][1])}: what is measured will flatter; all of them: {_command(listing.source.place)}",
             file=sys.stderr,
             flush=True,
         )
@@ -68,7 +72,7 @@ def check(recipe: Recipe, where: Callable[[str], str]) -> Scan | None:
     """
     if is_read_by_own_code(recipe):
         return None
-    found = scan(recipe.data)
+    found = scan(recipe)
     problem = _refusal(found, recipe.data)
     if problem:
         raise RecipeError([Problem(key="data.path", where=where("data.path"), message=problem)])
@@ -113,7 +117,7 @@ def prepare(
         progress()
         show(done, total)
 
-    found = scan_own(run, progress) if scan_own and is_read_by_own_code(recipe) else scan(recipe.data, watch)
+    found = scan_own(run, progress) if scan_own and is_read_by_own_code(recipe) else scan(recipe, watch)
     record(run, recipe, found, attempt=attempt)
     problem = _refusal(found, recipe.data)
     if problem:
@@ -190,7 +194,7 @@ def _refusal(found: Scan, config: DataConfig) -> str | None:
         named += f"\n    and {more} more" if more > 0 else ""
         return (
             f"{count} {what} in {folder}; repair or remove what is listed, or leave it out by "
-            f"data.on_bad_image=quarantine; the whole list with cures: {_command(found.folder)}{named}"
+            f"data.on_bad_image=quarantine; the whole list with cures: {_command(found.place)}{named}"
         )
     counts = {split: found.class_counts(split) for split in dict.fromkeys(image.split for image in found.bad)}
     lost = [

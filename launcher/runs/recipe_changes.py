@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.errors import Problem, RecipeError, UsageError
-from launcher.images import datasets
-from launcher.images import folder as image_folder
+from launcher.images.listing import Listing
 from launcher.recipe import catalog, user_code
+from launcher.recipe import images as recipe_images
 from launcher.recipe import load as recipes
 from launcher.recipe import paths as recipe_paths
 from launcher.recipe.keys import flat, show
@@ -24,6 +24,7 @@ FIXED = {
     "seed": "the order of the samples follows from it: some would come twice in an epoch, others never",
     "model.arch": "the checkpoint's weights are those of the other",
     "model.weights": "training began from the other, and goes on from the checkpoint's weights",
+    "model.head": "the checkpoint's head is of the other kind",
     "model.num_classes": "the checkpoint's head has the other number of outputs",
     "data.image_size": "the best checkpoint so far was chosen, and would be exported, at the other size",
     "data.crop_pct": "the best checkpoint so far was chosen, and would be exported, with the other crop",
@@ -31,6 +32,7 @@ FIXED = {
     "data.std": "the best checkpoint so far was chosen, and would be exported, with the other values",
     "data.interpolation": "the best checkpoint so far was chosen, and would be exported, with the other",
     "data.background": "the best checkpoint so far was chosen, and would be exported, on the other background",
+    "data.channels": "the checkpoint's first layer takes the other number",
     "data.grey_range": "the best checkpoint so far was chosen, and would be exported, with other grey values",
     "data.task": "the checkpoint's outputs mean something else",
     "data.balance": "the order of the samples and what their losses count follow from it",
@@ -46,9 +48,17 @@ OPEN = {
     "model.unfreeze": "",
     "model.factory": "",
     "model.factory_args": "",
-    "model.head": "",
+    "model.dropout": "",
+    "model.stochastic_depth": "",
+    "model.sync_batchnorm": "",
     "data.name": SAME_IMAGES,
     "data.path": SAME_IMAGES,
+    "data.train": SAME_IMAGES,
+    "data.val": "",
+    "data.val_fraction": SAME_IMAGES,
+    "data.group": SAME_IMAGES,
+    "data.columns": SAME_IMAGES,
+    "data.classes": SAME_IMAGES,
     "data.dataset": SAME_IMAGES,
     "data.dataset_args": SAME_IMAGES,
     "data.transform": "the best checkpoint is chosen anew from the next validation on",
@@ -91,6 +101,7 @@ OPEN = {
     "optim.layer_decay": "",
     "precision": "",
     "train.epochs": "",
+    "train.phases": "what has begun goes on in the phase that its epoch is in now",
     "train.channels_last": "",
     "train.compile": "",
     "train.batchnorm_recompute": "",
@@ -142,6 +153,7 @@ TUNED = (
         "model.",
         "batch.",
         "precision",
+        "train.phases",
         "train.loss",
         "train.ema",
         "train.channels_last",
@@ -163,7 +175,7 @@ TUNED = (
 """Beginnings of keys that measured batch sizes and shares of cores depend on: a change has them measured again."""
 
 _REFERENCES = {seam.key for seam in user_code.SEAMS}
-_SAME_PLACE = ("data.path", "launch.profile", "post.profile")
+_SAME_PLACE = ("data.path", "data.classes", "launch.profile", "post.profile")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,12 +254,12 @@ def _compare(before: Recipe, now: Recipe, num_classes: int) -> Iterator[Change]:
 
 def _meaning(key: str, value: Any, recipe: Recipe, num_classes: int) -> Any:
     """What a value means, so that two ways to write the same value are not a change."""
-    if key == "model.weights":
-        return _weights(recipe)
+    if key in ("model.weights", "model.head"):
+        return _weights(recipe) if key == "model.weights" else _kind_of_head(recipe)
     if key == "data.image_size" and value == "auto" and not recipe.model.factory:
         return catalog.image_size(recipe.model.arch, recipe.model.weights)
     if key == "model.num_classes" and value == "auto":
-        return _num_folders(recipe) or num_classes
+        return _num_classes(recipe) or num_classes
     if key in _REFERENCES:
         return user_code.get(user_code.rewrite(recipe, lambda _, text: user_code.as_in_run(text)), key)
     if key in _SAME_PLACE and value is not None:
@@ -264,14 +276,22 @@ def _weights(recipe: Recipe) -> Any:
     return model.weights and catalog.find_model(model.arch).find_weights(model.weights).name
 
 
+def _kind_of_head(recipe: Recipe) -> str:
+    """A list says which layers the head is, and not of what kind."""
+    head = recipe.model.head
+    return "auto" if isinstance(head, list) or head == "linear" else head
+
+
 def _has_moved(before: Recipe, now: Recipe) -> bool:
     """Whether both start from a file of one name, which is not read any more."""
     old, new = before.model.weights_file, now.model.weights_file
     return old is not None and new is not None and old.name == new.name
 
 
-def _num_folders(recipe: Recipe) -> int | None:
+def _num_classes(recipe: Recipe) -> int | None:
     if recipe.data.dataset:
         return None
-    folder = datasets.data_path(recipe.data.name, recipe.data.path) / "train"
-    return len(image_folder.find_classes(folder)) if folder.is_dir() else None
+    try:
+        return len(Listing(recipe_images.source_of(recipe)).classes)
+    except UsageError:  # they are gone
+        return None

@@ -30,7 +30,7 @@ from torchvision.transforms import v2
 
 from launcher.engine.data import ImageDataset, Preprocessing
 from launcher.engine.loading import keep_pixels, kept_pixels
-from launcher.recipe.schema import DataConfig
+from launcher.recipe.schema_data import DataConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -29,13 +29,13 @@ def mean_of_both_ways(run):
 
 @pytest.mark.slow
 def test_the_best_checkpoint_is_measured_on_its_own_images_and_on_others(
-    launch, recipe_file, images, tmp_path, monkeypatch, capsys
+    warm_launch, recipe_file, images, tmp_path, monkeypatch, capsys
 ):
     own = "{metric: torchmetrics.classification:MulticlassAccuracy, name: accuracy, args: {num_classes: auto}}"
     recipe = recipe_file(f"data: {{path: {images}}}\nmetrics: [{own}]\n")
-    done = launch(str(recipe), *SETTINGS, "--procs", "2", "--run-dir", "run")
+    done = warm_launch(recipe, *SETTINGS, "--procs", "2", "--run-dir", "run")
     assert done.returncode == 0, done.stderr
-    monkeypatch.chdir(launch.cwd)
+    monkeypatch.chdir(warm_launch.cwd)
     run = RunDir("run")
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     best = run.read_status()["best"]

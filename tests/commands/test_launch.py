@@ -138,8 +138,9 @@ def test_bad_images_are_refused_before_anything_is_written(start, tmp_path, phot
 @pytest.mark.parametrize("debug", [False, True])
 def test_bad_images_are_left_out_on_every_rank_and_listed(start, tmp_path, photos, debug):
     bad = spoil(photos)
-    data = (FACTORY, "data.name=imagefolder", f"data.path={photos}", "data.on_bad_image=quarantine")
-    process = start(RECIPE, *data, "--run-dir", "run", *(["--debug", "batch.size=auto"] if debug else []))
+    data = ("data.name=imagefolder", f"data.path={photos}", "data.on_bad_image=quarantine")
+    small = (FACTORY, "post.quantize=[]")
+    process = start(RECIPE, *small, *data, "--run-dir", "run", *(["--debug", "batch.size=auto"] if debug else []))
     output, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0, output
     assert "3 images are left out" in output
@@ -237,16 +238,16 @@ def test_a_local_sweep_runs_in_turn_and_a_failed_run_stops_no_other(start, tmp_p
     assert session_of(process) == []
 
 
-def test_a_rare_class_is_named_and_top_5_of_three_classes_is_not_shown(launch, recipe_file, images):
+def test_a_rare_class_is_named_and_top_5_of_three_classes_is_not_shown(warm_launch, recipe_file, images):
     recipe = recipe_file(
         f"model: {{arch: shufflenet_v2_x0_5, weights: null}}\ndata: {{path: {images}, image_size: 32}}\n"
         "batch: {size: 6}\ntrain: {epochs: 1}\noptim: {warmup_epochs: 0}\nlaunch: {device: cpu}\n"
     )
-    done = launch(str(recipe), "--run-dir", "run", NO_POST, "tracking.wandb.mode=disabled")
+    done = warm_launch(recipe, "--run-dir", "run", NO_POST, "tracking.wandb.mode=disabled")
     assert done.returncode == 0, done.stderr
     assert "warning: few training images of cat (6), dog (6), fox (6): expect little" in done.stdout
     assert "top5" not in done.stdout
-    run = RunDir(launch.cwd / "run")
+    run = RunDir(warm_launch.cwd / "run")
     assert [event["classes"] for event in events(run, "rare_classes")] == [{"cat": 6, "dog": 6, "fox": 6}]
     card = run.model_card.read_text()
     assert "expect little of these classes: cat (6), dog (6), fox (6)." in card

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -245,14 +246,16 @@ def _wait(processes):
 
 
 @pytest.fixture
-def in_ranks(tmp_path_factory):
+def in_ranks(tmp_path):
     """Call a function of Ranks in as many forked processes with a real gloo group; return what each of them returned.
 
     With ``failing`` their exit codes are returned instead, as they ended.
     """
+    numbers = itertools.count()
 
     def call(world_size, function, *, failing=False):
-        folder = tmp_path_factory.mktemp("ranks")
+        folder = tmp_path / f"ranks-{next(numbers)}"
+        folder.mkdir()
         fork = multiprocessing.get_context("fork")
         ranks = [
             Ranks(rank=r, local_rank=r, world_size=world_size, local_world_size=world_size) for r in range(world_size)

@@ -14,7 +14,8 @@ from launcher.engine.distributed import Ranks
 from launcher.engine.model import build_preprocessing
 from launcher.errors import TrainingError
 from launcher.images import folder as image_folder
-from launcher.recipe.schema import DataConfig, ModelConfig
+from launcher.recipe.schema import ModelConfig
+from launcher.recipe.schema_data import DataConfig
 
 ORIENTATION = 0x0112
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

@@ -16,13 +16,13 @@ from launcher.engine.model import (
     FineTunedModel,
     build_model,
     build_module,
-    fit_weights,
-    load_weights,
     split_outputs,
 )
+from launcher.engine.network.fitting import fit_weights, load_weights
 from launcher.engine.weights_file import read_weights_file
 from launcher.errors import UsageError
-from launcher.recipe.schema import DataConfig, ModelConfig, Recipe
+from launcher.recipe.schema import ModelConfig, Recipe
+from launcher.recipe.schema_data import DataConfig
 from launcher.recipe.schema_train import EarlyStoppingConfig, TrainConfig
 
 ARCHS = models.list_models(module=models)

@@ -274,7 +274,7 @@ def make(num_classes):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_smaller_batches_after_memory_ran_out_within_ddp(launch, photos, tmp_path):
+def test_a_run_goes_on_with_smaller_batches_after_memory_ran_out_within_ddp(warm_launch, photos, tmp_path):
     (tmp_path / "model.py").write_text(MODEL)
     (tmp_path / "recipe.yaml").write_text(
         f"""
@@ -290,7 +290,7 @@ launch: {{device: cpu, procs: 2, threads: 1, max_restarts: 1}}
 """
     )
     run = RunDir(tmp_path / "run")
-    done = launch(str(tmp_path / "recipe.yaml"), "--run-dir", str(run.path))
+    done = warm_launch(str(tmp_path / "recipe.yaml"), "--run-dir", str(run.path))
     assert done.returncode == 0, done.stderr
     assert "attempt 1 ended: memory ran out while DDP exchanged gradients" in done.stderr
     (event,) = events(run, "memory_kill")

@@ -81,7 +81,9 @@ def leaves(value, path, seen):
     elif id(value) not in seen:
         seen.add(id(value))
         if isinstance(value, Mapping):
-            items = ((str(key), item) for key, item in value.items())
+            # An optimizer's state is by parameter, whose text would be all its numbers.
+            keys = (str(place if isinstance(key, torch.Tensor) else key) for place, key in enumerate(value))
+            items = zip(keys, value.values(), strict=True)
         elif isinstance(value, list | tuple | set | frozenset | deque):
             items = ((str(number), item) for number, item in enumerate(value))
         elif hasattr(value, "__dict__") and (
@@ -92,10 +94,8 @@ def leaves(value, path, seen):
         else:
             yield path, type(value).__name__
             return
-        names = {id(p): str(n) for n, p in enumerate(value)} if path == "parts.optimizer.state" else {}
-        by_id = dict(zip(map(str, value), map(id, value), strict=True)) if names else {}
         for name, item in items:
-            yield from leaves(item, f"{path}.{names[by_id[name]] if names else name}".lstrip("."), seen)
+            yield from leaves(item, f"{path}.{name}".lstrip("."), seen)
 
 
 def snapshot(trainer):

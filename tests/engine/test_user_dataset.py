@@ -11,7 +11,7 @@ from launcher.engine.user import dataset, transform
 from launcher.engine.user.dataset import UserDataset
 from launcher.engine.user.transform import UserTransform
 from launcher.errors import UsageError
-from launcher.recipe.schema import DataConfig
+from launcher.recipe.schema_data import DataConfig
 
 
 class Minimal:

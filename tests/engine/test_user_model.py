@@ -9,7 +9,8 @@ from torch import nn
 from launcher.engine.model import FineTunedModel, build_preprocessing
 from launcher.engine.user import model as user_model
 from launcher.errors import UsageError
-from launcher.recipe.schema import DataConfig, ModelConfig
+from launcher.recipe.schema import ModelConfig
+from launcher.recipe.schema_data import DataConfig
 
 CONFIG = ModelConfig(factory="code/net.py:build")
 

@@ -21,10 +21,11 @@ from torchvision import models
 from launcher.engine import recipe_checks as checks
 from launcher.engine.checkpoints import checkpoint
 from launcher.engine.checkpoints.checkpoint import Checkpoint, CheckpointError
-from launcher.engine.model import load_weights
+from launcher.engine.network.fitting import load_weights
 from launcher.engine.weights_file import read_weights_file
 from launcher.errors import RecipeError, UsageError
-from launcher.recipe.schema import DataConfig, ModelConfig, Recipe
+from launcher.recipe.schema import ModelConfig, Recipe
+from launcher.recipe.schema_data import DataConfig
 from launcher.runs.run_dir import RunDir
 
 ARCH = "shufflenet_v2_x0_5"  # small, and with BatchNorm's counters

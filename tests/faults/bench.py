@@ -19,6 +19,7 @@ from PIL import Image
 from launcher.runs.history import events
 from launcher.runs.run_dir import RunDir
 from launcher.system.files import read_jsonl
+from tests import warm
 
 if TYPE_CHECKING:
     import signal
@@ -70,13 +71,19 @@ class Launched:
         env: dict[str, str],
         module: str,
         enter: tuple[str, ...] = (),
+        *,
+        is_warm: bool = False,
     ) -> None:
         self._log = log
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **env}
+        if is_warm and module == "launcher" and not enter:
+            self.process = warm.Started(arguments, cwd=folder, env=env, files=(log, log))
+            return
         with log.open("w") as stream:
             self.process = subprocess.Popen(
                 [*enter, sys.executable, "-m", module, *arguments],
                 cwd=folder,
-                env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **env},
+                env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
@@ -160,6 +167,8 @@ class Bench:
     """How many disks that keep what chance has them keep are tried at each point."""
     seed: int = 0
     """Of all chance."""
+    is_warm: bool = False
+    """Whether runs are forked from a process that has imported torch: for the suite, which has little time."""
     _started: list[Launched] = field(default_factory=list)
     _undisturbed: dict[tuple[str, ...], RunDir] = field(default_factory=dict)
 
@@ -203,7 +212,8 @@ class Bench:
         self, run: Path, arguments: tuple[str, ...], env: dict[str, str], module: str, enter: tuple[str, ...] = ()
     ) -> Launched:
         log = self.folder / f"output-{len(self._started)}-{run.name}.txt"
-        started = Launched(self.folder, log, arguments, {"OMP_NUM_THREADS": "1", **env}, module, enter)
+        env = {"OMP_NUM_THREADS": "1", **env}
+        started = Launched(self.folder, log, arguments, env, module, enter, is_warm=self.is_warm)
         self._started.append(started)
         return started
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from launcher.images import scan as image_scan
 from launcher.images.levels import judge
-from launcher.recipe.schema import DataConfig
+from launcher.recipe.schema_data import DataConfig
 
 GREY, COLOURS = "16 bits", "colours of 16 bits"
 

@@ -17,6 +17,7 @@ from launcher.node.preflight import Facts, find_bad, find_problems
 from launcher.node.speeds import Speeds
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.system import processes
+from tests import warm
 
 NODE = Facts(
     host="n1",
@@ -94,10 +95,10 @@ def heed():
 
 
 def as_node(folder, rank, nodes, fault, answers):
-    preflight.REDUCE_S, preflight.WAIT_S = 20.0, 60.0
+    preflight.REDUCE_S, preflight.WAIT_S, preflight.MIN_FREE_GB = 20.0, 60.0, 0.0
     from launcher.engine import allreduce
 
-    allreduce.SIZES_MIB, allreduce.MEASURE_S = {"cpu": (1, 64)}, 0.1
+    allreduce.SIZES_MIB, allreduce.MEASURE_S = {"cpu": (1, 8)}, 0.05
     if fault == rank:
         allreduce.all_reduce = lambda *_: 1 / 0
     plan = LaunchPlan(run_id="a", nodes=nodes, node_rank=rank, procs_per_node=9, device="cpu", address="127.0.0.1")
@@ -112,9 +113,11 @@ def check(tmp_path):
     """Check nodes of two workers each, for each of which a process stands, with real gloo groups between them."""
 
     def call(num, *, fault=None):
-        fork = multiprocessing.get_context("spawn")
-        answers = fork.Queue()
-        nodes = [fork.Process(target=as_node, args=(tmp_path / "p", rank, num, fault, answers)) for rank in range(num)]
+        answers = warm.context.Queue()
+        nodes = [
+            warm.context.Process(target=as_node, args=(tmp_path / "p", rank, num, fault, answers))
+            for rank in range(num)
+        ]
         for node in nodes:
             node.start()
         found = dict(answers.get(timeout=200) for _ in nodes)

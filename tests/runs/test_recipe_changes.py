@@ -158,6 +158,7 @@ def test_all_that_cannot_change_is_named_at_once_with_old_value_new_value_and_re
             "data.std=[0.5, 0.5, 0.5]",
             "data.interpolation=bicubic",
             "data.balance=sampler",
+            "data.channels=1",
         )
     assert {problem.key for problem in caught.value.problems} == set(FIXED) - {
         "data.task"

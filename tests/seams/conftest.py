@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from launcher.runs.run_dir import RunDir
+from tests import warm
 
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {"PATH": "", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 FILES = {
     "blocks.py": """
@@ -132,12 +134,11 @@ class Project:
     def run_dir(self, name):
         return RunDir(self.folder.parent / name)
 
-    def start(self, *arguments, cwd=None, slow_s=0.0):
-        environment = {"PATH": "", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    def start(self, *arguments, slow_s=0.0):
         return subprocess.Popen(
             [sys.executable, "-m", "launcher", *map(str, arguments)],
-            cwd=cwd or self.folder,
-            env={**os.environ, **environment, "SLOW_S": str(slow_s)},
+            cwd=self.folder,
+            env={**os.environ, **ENVIRONMENT, "SLOW_S": str(slow_s)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -146,10 +147,9 @@ class Project:
 
     def launch(self, *arguments, code=0, cwd=None):
         """What `launch …` printed; it ended with this exit code."""
-        process = self.start(*arguments, cwd=cwd)
-        told, _ = process.communicate(timeout=280)
-        assert process.returncode == code, told
-        return told
+        done = warm.launch(arguments, cwd=cwd or self.folder, env=os.environ | ENVIRONMENT, merged=True)
+        assert done.returncode == code, done.stdout
+        return done.stdout
 
 
 @pytest.fixture

@@ -24,7 +24,8 @@ from launcher.engine.checkpoints import checkpoint
 from launcher.engine.device import num_cores
 from launcher.errors import UsageError
 from launcher.recipe import load as recipes
-from launcher.recipe.schema import DataConfig, LaunchConfig, ModelConfig, PostConfig, Recipe
+from launcher.recipe.schema import LaunchConfig, ModelConfig, PostConfig, Recipe
+from launcher.recipe.schema_data import DataConfig
 from launcher.runs.history import events
 from launcher.runs.run_dir import RunDir
 from launcher.system import cpu as host_cpu

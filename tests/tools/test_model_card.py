@@ -15,7 +15,8 @@ from PIL import Image
 from launcher.engine.checkpoints import checkpoint
 from launcher.engine.model import build_model, build_preprocessing
 from launcher.recipe import load as recipes
-from launcher.recipe.schema import DataConfig, LaunchConfig, ModelConfig, PostConfig, Recipe
+from launcher.recipe.schema import LaunchConfig, ModelConfig, PostConfig, Recipe
+from launcher.recipe.schema_data import DataConfig
 from launcher.report import build as report
 from launcher.runs.run_dir import RunDir
 from launcher.system.files import write_json_atomic

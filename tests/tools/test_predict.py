@@ -7,6 +7,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -278,3 +279,19 @@ def test_what_cannot_be_classified_is_refused(arguments, words, predict, model_f
 
 def test_if_no_image_can_be_read_it_has_failed(predict, model_file, photos):
     assert predict(model_file, photos / "more" / "broken.jpg").code == 1
+
+
+def test_grey_and_background_are_those_of_validation(tmp_path):
+    settings = replace(PREPROCESSING, channels=1, background=(0, 90, 255))
+    file = tmp_path / "half.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 30, 4), dtype=np.uint8)
+    Image.fromarray(pixels, "RGBA").save(file)
+    model = launcher.load(write_model(tmp_path / "m.onnx", preprocessing=settings.describe()))
+    assert "#005aff where it is transparent" in model.facts["description"]
+    assert "it is made grey" in model.facts["description"]
+    with Image.open(file) as image:
+        found = model._read(image)
+    seen = settings.normalize(settings.transform()(settings.read(str(file)))[None])[0].numpy()
+    assert np.abs(found - seen).max() <= MOST_DIFFERENT / 0.2
+    grey = found * np.float32(settings.std).reshape(3, 1, 1) + np.float32(settings.mean).reshape(3, 1, 1)
+    assert np.allclose(grey[0], grey[1], atol=1e-5)

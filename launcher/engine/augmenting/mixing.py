@@ -20,7 +20,7 @@ from launcher.engine.schedule import derive_seed
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from launcher.recipe.schema import DataConfig
+    from launcher.recipe.schema_data import DataConfig
 
 SALT = 0x6D6978
 """Apart from what else is seeded by (seed, step)."""

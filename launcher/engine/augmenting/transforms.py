@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torchvision.transforms import InterpolationMode, v2
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from launcher.recipe.schema import DataConfig
+    from launcher.recipe.schema_data import DataConfig
 
 PRESETS: dict[str, tuple[tuple[float, float] | None, float]] = {
     "none": (None, 0.0),
@@ -52,6 +53,13 @@ def build_steps(config: DataConfig, mean: Sequence[float]) -> list[Callable[...,
     if config.erase:
         found.append(v2.RandomErasing(config.erase, value=fill))  # type: ignore[arg-type]  # which takes a list too
     return found
+
+
+def to_grey(image: torch.Tensor) -> torch.Tensor:
+    """uint8 3 x H x W to grey, three times: the very values of Pillow's convert("L"), which exports are used with."""
+    red, green, blue = image.to(torch.int32)
+    grey: torch.Tensor = (19595 * red + 38470 * green + 7471 * blue + (1 << 15)) >> 16
+    return grey.to(torch.uint8).expand(3, -1, -1)
 
 
 def _automatic(config: DataConfig, fill: list[int]) -> Callable[..., Any]:

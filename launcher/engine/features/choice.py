@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from launcher.engine.augmenting import transforms as augmentation
 from launcher.engine.augmenting.mixing import is_mixing
+from launcher.recipe import phases
 
 if TYPE_CHECKING:
     from launcher.engine.model import FineTunedModel
@@ -17,7 +18,7 @@ def frozen_epochs(recipe: Recipe, model: FineTunedModel) -> int:
     first = model.frozen_parameters(0)
     if not first:
         return 0
-    later = sorted(epoch for epoch in recipe.model.unfreeze if 0 < epoch < recipe.train.epochs)
+    later = [phase.start for phase in phases.phases(recipe)[1:]]
     return next((epoch for epoch in later if model.frozen_parameters(epoch) != first), recipe.train.epochs)
 
 

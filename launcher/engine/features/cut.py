@@ -15,6 +15,8 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
+from launcher.engine.layers import BatchNorm
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from contextlib import AbstractContextManager
@@ -124,7 +126,7 @@ def find(
         NoCutError: there is no place to cut it.
     """
     try:
-        graph = fx.Tracer().trace(module, _other_arguments(module))
+        graph = _Tracer().trace(module, _other_arguments(module))
     except Exception as error:  # whatever a network does that is none of torch's operations
         raise NoCutError(f"{type(module).__name__} cannot be traced by torch.fx ({_short(error)})") from error
     fixed = _fixed(module, graph, moving)
@@ -147,6 +149,14 @@ def find(
         for buffer, before in buffers:
             buffer.copy_(before)
     return cut
+
+
+class _Tracer(fx.Tracer):
+    """Takes BatchNorm of our own for one layer, as torch's."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module is not looked into."""
+        return isinstance(m, BatchNorm) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _other_arguments(module: nn.Module) -> dict[str, Any] | None:

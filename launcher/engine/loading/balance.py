@@ -9,7 +9,7 @@ epoch: over all epochs every sample of a class is seen as often as any other of 
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,15 +27,30 @@ def class_weights(counts: Sequence[int]) -> list[float]:
     return [sum(counts) / (present * count) if count else 0.0 for count in counts]
 
 
-def positive_weights(counts: Sequence[int], num: int) -> list[float]:
-    """Of ``num`` samples with several classes each: what having a class counts beside not having it."""
-    return [(num - count) / count if count else 1.0 for count in counts]
+def count_classes(labels: Sequence[int | tuple[int, ...]], left_out: frozenset[int]) -> Counter[int]:
+    """Samples of each class, of several each where they have several.
+
+    Args:
+        labels: class of each sample, or its classes.
+        left_out: indices of samples that take no part.
+    """
+    found = (label for index, label in enumerate(labels) if index not in left_out)
+    return Counter(one for label in found for one in ([label] if isinstance(label, int) else label))
 
 
-def count_classes(labels: Sequence[Any], left_out: frozenset[int]) -> Counter[int]:
-    """Samples of each class, by the class of each, or the tuple of them, but for those with some indices."""
-    used = (label for index, label in enumerate(labels) if index not in left_out)
-    return Counter(one for label in used for one in ([label] if isinstance(label, int) else label))
+def weights_in_loss(
+    labels: Sequence[int | tuple[int, ...]], left_out: frozenset[int], *, num_classes: int, several: bool
+) -> list[float]:
+    """What the loss of a sample of each class counts, by the samples that take part.
+
+    With ``several`` classes a sample: what having the class counts beside not having it, so that both count alike.
+    """
+    counts = count_classes(labels, left_out)
+    of_class = [counts[label] for label in range(num_classes)]
+    if several:
+        num = len(labels) - len(left_out)
+        return [(num - count) / count if count else 1.0 for count in of_class]
+    return class_weights(of_class)
 
 
 def balanced_order(seed: int, epoch: int, labels: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

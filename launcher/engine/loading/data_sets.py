@@ -50,3 +50,8 @@ def open_images(recipe: Recipe, left_out: frozenset[str] = frozenset()) -> DataS
 def num_classes(recipe: Recipe, classes: list[str]) -> int:
     """Outputs of the head: the recipe's number, or one for each class folder."""
     return len(classes) if recipe.model.num_classes == "auto" else recipe.model.num_classes
+
+
+def full_classes(recipe: Recipe, classes: list[str]) -> list[str]:
+    """Names of the outputs in their order; a head wider than the data set has some without a name."""
+    return classes + [f"unused-{i}" for i in range(len(classes), num_classes(recipe, classes))]

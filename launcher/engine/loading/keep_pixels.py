@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from launcher.engine import data
 from launcher.engine.loading import kept_pixels
 from launcher.engine.loading.data_sets import open_data_sets
 from launcher.engine.loading.kept_pixels import MISSING, PIECE, SIZE, Index, index_file, known_rows, used_pieces
 from launcher.errors import TrainingError
 from launcher.images import folder as image_folder
 from launcher.recipe import load as recipes
+from launcher.recipe.images import source_of
 from launcher.system import cores as host_cores
 from launcher.system import loader_room, memory
 from launcher.system.files import fsync
@@ -77,7 +77,7 @@ def prepare(run: RunDir) -> bool:
         keeping = sets.preprocessing.keeping(recipe.data if is_train else None)
         try:
             _own_folder(root)
-            folder = keeping.folder(root, data.prepare(recipe.data), split)
+            folder = keeping.folder(root, source_of(recipe).root, split)
             folder.mkdir(exist_ok=True)
             began = time.monotonic()
             num_bytes, num_new = keep(samples, keeping, folder, in_ram=recipe.data.cache == "ram", what=split)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from launcher.engine.device import Device
-    from launcher.recipe.schema import DataConfig
+    from launcher.recipe.schema_data import DataConfig
 
 LARGE_SHARE, LEAST_S = 0.2, 10.0
 """An epoch in which a rank has waited for this fraction of the time, and for so many seconds, is worth a line."""

@@ -42,6 +42,8 @@ class WeightAverage:
         """The average, by the names of the parameters; empty until the first step."""
         self._buffers: dict[str, torch.Tensor] = {}
         """Those that it was last validated with; empty until then: the model's own."""
+        self._apart: set[str] = set()
+        """Parameters whose average may differ from them: what has learned, also where it does no more."""
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -51,9 +53,11 @@ class WeightAverage:
         if not self._weights:
             self._weights = {name: p.detach().clone() for name, p in self._module.named_parameters()}
             return
-        learning = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
-        averages = [self._weights[name] for name in learning]
-        torch._foreach_lerp_(averages, list(learning.values()), 1.0 - decay_at(step, self._decay))
+        own = dict(self._module.named_parameters())
+        self._apart.update(name for name, parameter in own.items() if parameter.requires_grad)
+        following = [name for name in own if name in self._apart]
+        averages, weights = ([of[name] for name in following] for of in (self._weights, own))
+        torch._foreach_lerp_(averages, weights, 1.0 - decay_at(step, self._decay))
 
     def beside(self, recompute: Callable[[], None], validate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What ``validate`` gives for the weights, and what it gives for the average as ``ema_NAME``.
@@ -82,12 +86,13 @@ class WeightAverage:
     @torch.no_grad()
     def restore(self, saved: dict[str, torch.Tensor] | None) -> None:
         """Go on from :meth:`saved`; of a run that had none the average begins with the next step."""
-        self._weights, self._buffers = {}, {}
+        self._weights, self._buffers, self._apart = {}, {}, set()
         if self._decay is None or saved is None:
             return
         state = self._module.state_dict()
         tensors = {name: torch.empty_like(state[name]).copy_(value) for name, value in saved.items() if name in state}
         names = {name for name, _ in self._module.named_parameters()}
+        self._apart = {name for name in names & tensors.keys() if not torch.equal(tensors[name], state[name])}
         self._weights = {name: value for name, value in tensors.items() if name in names}
         self._buffers = {name: value for name, value in tensors.items() if name not in names}
 

@@ -13,7 +13,7 @@ import torch
 import torchvision
 
 from launcher.images import folder as image_folder
-from launcher.recipe import user_code
+from launcher.recipe import phases, user_code
 from launcher.runs.user_code import digest_of
 from launcher.system.files import write_json_atomic
 
@@ -34,7 +34,8 @@ def key(recipe: Recipe, facts: DeviceFacts, data_sets: DataSets, ranks: Ranks, m
     code = digest_of(recipe)
     recipe = user_code.rewrite(recipe, lambda _, text: user_code.as_in_run(text))  # wherever the run is
     model = asdict(recipe.model)
-    del model["weights"]
+    for key in ("weights", "freeze", "unfreeze"):
+        del model[key]
     values = {
         "device": [facts.name, facts.total_bytes],
         "model": model,
@@ -42,13 +43,13 @@ def key(recipe: Recipe, facts: DeviceFacts, data_sets: DataSets, ranks: Ranks, m
         "image_size": data_sets.preprocessing.image_size,
         "precision": facts.precision,
         "channels_last": [recipe.train.channels_last, facts.channels_last],
-        "optimizer": [recipe.optim.name, recipe.optim.momentum > 0],
+        "optimizer": [recipe.optim.name, *(phase.optim.momentum > 0 for phase in phases.phases(recipe))],
         "loss": [recipe.train.loss, recipe.train.loss_args],
         "code": code,
         "clip": [recipe.train.clip_grad_norm is not None, recipe.train.clip_grad_value is not None],
         "average": recipe.train.ema is not None,
         "mix": [recipe.data.mixup > 0, recipe.data.cutmix > 0],
-        "last_epoch": recipe.train.epochs if recipe.model.unfreeze else None,
+        "freezings": [[*phase.freeze, "but", *phase.learn] for phase in phases.phases(recipe)],
         "batch": [recipe.batch.objective, max_size],
         "role": [ranks.rank == 0, ranks.world_size > 1, ranks.local_world_size],
         "cores": [recipe.data.workers, recipe.launch.threads],

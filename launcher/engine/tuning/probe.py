@@ -71,8 +71,8 @@ def measure(
     """Train a few steps with ``batch_size`` on random images; to be called in a child process.
 
     It is the very step of training (:class:`TrainStep`), under DDP in a process group of this process alone, so that
-    DDP's buckets are counted as they are and nobody waits for anybody. The layers learn that learn in the last epoch,
-    when the most do.
+    DDP's buckets are counted as they are and nobody waits for anybody. The layers learn that learn in the phase that
+    takes the most memory.
 
     Args:
         run: its recipe says what is trained.
@@ -208,7 +208,7 @@ def _training(
         parts = build_parts(run, Ranks(), device, data_sets=data_sets, batching=batching, with_weights=False)
         if numerics:
             parts.take(numerics)
-        parts.model.freeze(parts.recipe.train.epochs - 1)
+        parts.enter(parts.model.hungriest_epoch())
         parts.wrap()
         optim.prepare_momentum(parts.optimizer)
         parts.model.train()

@@ -18,7 +18,7 @@ from launcher.runs import user_code
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from launcher.recipe.schema import DataConfig
+    from launcher.recipe.schema_data import DataConfig
 
 NEEDS = {
     "classes": "a list of the classes' names",

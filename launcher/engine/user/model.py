@@ -15,7 +15,7 @@ from launcher.recipe.user_code import as_in_run
 from launcher.runs import user_code
 
 if TYPE_CHECKING:
-    from launcher.recipe.schema import ModelConfig
+    from launcher.recipe.schema_model import ModelConfig
 
 HEADS = ("fc", "classifier", "head", "heads")
 """What models call their last part."""
@@ -68,7 +68,7 @@ def head_of(module: nn.Module, config: ModelConfig, *, num_classes: int) -> tupl
         UsageError: the recipe names one that the model does not have.
     """
     modules = dict(module.named_modules())
-    if config.head != "auto":
+    if isinstance(config.head, list):
         unknown = [name for name in config.head if name not in modules or not name]
         if unknown:
             top = ", ".join(name for name in modules if name and "." not in name)
@@ -116,7 +116,7 @@ def facts(config: ModelConfig, *, num_classes: int) -> InputFacts:
 
 @functools.cache
 def _facts(factory: str, args: str, num_classes: int) -> InputFacts:
-    from launcher.recipe.schema import ModelConfig
+    from launcher.recipe.schema_model import ModelConfig
 
     with torch.random.fork_rng(devices=[]):
         config = ModelConfig(factory=factory, factory_args=json.loads(args))

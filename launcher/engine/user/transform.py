@@ -12,7 +12,7 @@ from launcher.recipe.user_code import as_in_run
 from launcher.runs import user_code
 
 if TYPE_CHECKING:
-    from launcher.recipe.schema import DataConfig
+    from launcher.recipe.schema_data import DataConfig
 
 
 class UserTransform:

@@ -12,7 +12,7 @@ from launcher.engine.augmenting.mixing import Mix, choose_mix, with_partners
 from launcher.engine.metrics import TrainTotals, count, means
 from launcher.engine.micro_batch import _halves
 from launcher.engine.schedule import Batching, Schedule
-from launcher.recipe.schema import DataConfig
+from launcher.recipe.schema_data import DataConfig
 
 
 def of(step, **config):

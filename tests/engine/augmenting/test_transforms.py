@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from PIL import Image
+from torchvision.transforms import v2
 
-from launcher.engine.augmenting.transforms import build_steps, crop_scale
+from launcher.engine.augmenting.transforms import build_steps, crop_scale, to_grey
 from launcher.engine.data import Preprocessing
-from launcher.recipe.schema import DataConfig
+from launcher.recipe.schema_data import DataConfig
 
 FACTS = Preprocessing(
     image_size=32, resize_size=36, mean=(0.5, 0.25, 0.0), std=(0.2, 0.2, 0.2), interpolation="bilinear"
@@ -86,3 +90,17 @@ def test_validation_has_none_of_it(make_run, engine, one_rank, photos):
     strong = build_parts(make_run("strong", data={**STRONG["all"], "mixup": 1.0}), Ranks(), engine.cpu)
     assert torch.equal(plain.val_set[0, 3][0], strong.val_set[0, 3][0])
     assert not torch.equal(plain.train_set[0, 3][0], strong.train_set[0, 3][0])
+
+
+def test_with_one_channel_an_image_is_grey_as_pillow_makes_it_whatever_else_happens_to_it():
+    colours = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    wanted = Image.fromarray(colours.permute(1, 2, 0).numpy()).convert("L")
+    assert torch.equal(to_grey(colours), v2.functional.pil_to_tensor(wanted).expand(3, -1, -1))
+    sizes = {"image_size": 32, "resize_size": 36, "interpolation": "bilinear"}
+    settings = Preprocessing(**sizes, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2), channels=1)
+    plain = settings.transform()(colours)
+    changed = settings.transform(DataConfig(channels=1, color_jitter=0.5, auto_augment="trivialaugment"))(colours)
+    for image in (plain, changed):
+        assert image.shape == (3, 32, 32)
+        assert torch.equal(image[:1].expand(3, -1, -1), image)
+    assert not torch.equal(plain, replace(settings, channels=3).transform()(colours))

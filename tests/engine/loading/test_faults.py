@@ -33,6 +33,12 @@ TINY = (
 
 
 @pytest.fixture
+def few(images):
+    """What has a run take few images, in five steps."""
+    return ("data.name=imagefolder", f"data.path={images}", "batch.size=2")
+
+
+@pytest.fixture
 def start(tmp_path, recipe_file):
     """Start a training on two ranks; whatever it leaves is ended."""
     started = []
@@ -63,18 +69,18 @@ def output(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_temporary_folder_with_a_long_path_is_no_matter(start, tmp_path):
+def test_a_temporary_folder_with_a_long_path_is_no_matter(start, few, tmp_path):
     folder = tmp_path / ("x" * 110)
     folder.mkdir()
-    process = start(env={"TMPDIR": str(folder)})
+    process = start(*few, env={"TMPDIR": str(folder)})
     assert process.wait(END_S) == 0, output(tmp_path)
     assert "loader processes" not in output(tmp_path)
     assert not list(folder.glob("pymp-*"))
 
 
 @pytest.mark.slow
-def test_with_few_open_files_a_run_takes_fewer_loader_processes_and_says_so(start, tmp_path):
-    process = start(within=("sh", "-c", 'ulimit -n 64 && exec "$@"', "sh"))
+def test_with_few_open_files_a_run_takes_fewer_loader_processes_and_says_so(start, few, tmp_path):
+    process = start(*few, within=("sh", "-c", 'ulimit -n 64 && exec "$@"', "sh"))
     assert process.wait(END_S) == 0, output(tmp_path)
     assert "files can be opened" in output(tmp_path)
     assert "raise the hard limit (ulimit -n)" in output(tmp_path)
@@ -83,8 +89,8 @@ def test_with_few_open_files_a_run_takes_fewer_loader_processes_and_says_so(star
 
 
 @pytest.mark.slow
-def test_a_low_limit_that_may_be_raised_is_raised(start, tmp_path):
-    process = start(within=("sh", "-c", 'ulimit -Sn 64 && exec "$@"', "sh"))
+def test_a_low_limit_that_may_be_raised_is_raised(start, few, tmp_path):
+    process = start(*few, within=("sh", "-c", 'ulimit -Sn 64 && exec "$@"', "sh"))
     assert process.wait(END_S) == 0, output(tmp_path)
     assert "loader processes" not in output(tmp_path)
 

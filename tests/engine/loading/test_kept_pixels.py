@@ -18,12 +18,18 @@ from launcher.engine.data import ImageDataset, Preprocessing
 from launcher.engine.loading import keep_pixels, kept_pixels
 from launcher.engine.loading.keep_pixels import DoWithoutError, keep
 from launcher.engine.loading.kept_pixels import Index, index_file
-from launcher.recipe.schema import DataConfig
+from launcher.recipe.schema_data import DataConfig
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 PREPROCESSING = Preprocessing(image_size=32, resize_size=36, interpolation="bilinear", **IMAGENET)
 NUM, LARGE = 24, 5000
 """Images, and bytes of a file of the large ones."""
+
+
+@pytest.fixture(autouse=True)
+def no_margin(monkeypatch):
+    """A few small images fit wherever there is any room: how full this machine's disk is shall not matter."""
+    monkeypatch.setattr(keep_pixels, "MOST_MARGIN", 0)
 
 
 @pytest.fixture

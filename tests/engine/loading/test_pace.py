@@ -9,7 +9,7 @@ import pytest
 from launcher.engine.device import Device
 from launcher.engine.loading import pace
 from launcher.engine.loading.pace import Pace
-from launcher.recipe.schema import DataConfig
+from launcher.recipe.schema_data import DataConfig
 
 
 @pytest.fixture

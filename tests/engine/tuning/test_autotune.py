@@ -6,7 +6,6 @@ import functools
 import json
 import multiprocessing
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -26,10 +25,13 @@ from launcher.errors import TrainingError, UsageError
 from launcher.recipe.load import read_resolved
 from launcher.system import memory as host_memory
 from launcher.system.memory import FreeMemory
+from tests import warm
 from tests.cgroups import MemoryGroup
+from tests.nets import FACTORY
 
 ROOT = Path(__file__).parents[3]
 GB = 10**9
+TINY = (FACTORY, "data.image_size=32")
 
 
 @pytest.fixture(autouse=True)
@@ -201,12 +203,11 @@ def test_shares_reach_the_schedule(make_run, engine):
 # Whole runs, from the command line
 
 
-def launch(*arguments, group=None, **env):
-    command = [sys.executable, "-m", "launcher", *arguments]
-    options = {"env": os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}, "capture_output": True}
+def launch(*arguments, group=None):
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     if group:
-        return group.run(command, **options)
-    return subprocess.run(command, text=True, check=False, **options)
+        return group.run([sys.executable, "-m", "launcher", *arguments], env=env, capture_output=True)
+    return warm.launch(arguments, cwd=ROOT, env=env)
 
 
 @pytest.fixture
@@ -231,12 +232,12 @@ launch: {{device: cpu, procs: 2}}
 @pytest.mark.slow
 def test_a_run_tunes_itself_trains_and_goes_on_with_the_same_sizes(recipe, tmp_path):
     path = tmp_path / "run"
-    done = launch(str(recipe), "train.epochs=1", "--run-dir", str(path))
+    done = launch(recipe, *TINY, "train.epochs=1", "--run-dir", path)
     assert done.returncode == 0, done.stderr
     first = json.loads((path / "tuning.json").read_text())
     assert first["batching"]["global_batch_size"] == 24
     assert [rank["from"] for rank in first["ranks"]] == ["probes"] * 2
-    done = launch(str(recipe), "train.epochs=2", "--run-dir", str(path), "--resume")
+    done = launch(recipe, *TINY, "train.epochs=2", "--run-dir", path, "--resume")
     assert done.returncode == 0, done.stderr
     assert json.loads((path / "tuning.json").read_text()) == first
     kinds = [json.loads(line)["kind"] for line in (path / "events.jsonl").read_text().splitlines()]
@@ -246,13 +247,13 @@ def test_a_run_tunes_itself_trains_and_goes_on_with_the_same_sizes(recipe, tmp_p
 
 @pytest.mark.slow
 def test_launch_tune_prints_what_it_measured_and_leaves_nothing(recipe, tmp_path):
-    done = launch("tune", str(recipe), "--json", "--procs", "1")
+    done = launch("tune", recipe, *TINY, "--json", "--procs", "1")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert [rank["rank"] for rank in found["ranks"]] == [0]
     assert found["ranks"][0]["attempts"][0]["batch_size"] == 8
     assert "batch 8: " in done.stderr
-    shown = launch("tune", str(recipe), "--procs", "1")
+    shown = launch("tune", recipe, *TINY, "--procs", "1")
     assert "to fix it: batch.size=" in shown.stdout
     assert list(tmp_path.glob("run*")) == []
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchmetrics.classification  # noqa: F401  once here, and not in each process that tests fork
 import yaml
 from safetensors.torch import load_file
 
@@ -135,12 +136,12 @@ def recipe(recipe_file, images):
 
 
 @pytest.fixture
-def start(launch, recipe, tmp_path):
+def start(warm_launch, recipe, tmp_path):
     """Run a recipe beside the user's file; return the finished process and the run."""
 
     def call(*arguments, name="run", code=CODE, **changes):
         path = recipe(code, **changes)
-        done = launch(path, "--run-dir", str(tmp_path / name), *arguments, env={"OMP_NUM_THREADS": "1"})
+        done = warm_launch(path, "--run-dir", str(tmp_path / name), *arguments)
         return done, RunDir(tmp_path / name)
 
     return call
@@ -208,7 +209,7 @@ def test_one_and_two_ranks_learn_and_measure_the_same(make_run, engine, in_ranks
 
 @pytest.mark.slow
 @pytest.mark.parametrize("procs", [1, 2])
-def test_a_resumed_run_ends_with_the_same_bits(start, launch, procs):
+def test_a_resumed_run_ends_with_the_same_bits(start, procs):
     flags = ("--procs", str(procs))
     done, whole = start(*flags, name="whole", **OWN)
     assert done.returncode == 0, done.stderr
@@ -273,11 +274,11 @@ def test_an_exception_of_theirs_is_shown_and_not_tried_again(start, changes):
     ],
     ids=str,
 )
-def test_what_is_wrong_is_said_with_its_place_before_torch_is_imported(start, changes, words):
-    done, run = start("--dry-run", **changes)
+def test_what_is_wrong_is_said_with_its_place_before_torch_is_imported(recipe, launch, changes, words):
+    done = launch(recipe(**changes), "--run-dir", "run", "--dry-run")
     assert done.returncode == 2
     assert re.search(words, done.stderr), done.stderr
-    assert not run.path.exists()
+    assert not (launch.cwd / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -327,9 +328,10 @@ def test_an_example_of_the_documentation_runs(start, recipe_file, part, file, co
 
 
 @pytest.mark.slow
-def test_torchmetrics_is_not_imported_where_no_recipe_names_metrics(start):
+def test_torchmetrics_is_not_imported_where_no_recipe_names_metrics(recipe, launch):
     code = (
         CODE + "\nimport sys\n\n\nclass Look:\n    def end(self):\n        assert 'torchmetrics' not in sys.modules\n"
     )
-    done, _ = start(code=code, train={"epochs": 1, "listeners": ["my.py:Look"]})
+    path = recipe(code, train={"epochs": 1, "listeners": ["my.py:Look"]})
+    done = launch(path, "--run-dir", "run", env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr

@@ -32,7 +32,7 @@ class Slow:
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    made = Bench(folder=tmp_path_factory.mktemp("elastic"))
+    made = Bench(folder=tmp_path_factory.mktemp("elastic"), is_warm=True)
     (made.folder / "slow.py").write_text(SLOW)
     yield made
     made.close()

@@ -1,0 +1,257 @@
+"""The images of a data set, listed by split, however they are laid out; the one road for all who ask for them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher.errors import UsageError
+from launcher.images import division, layouts, lists
+from launcher.images import folder as image_folder
+from launcher.images.parts import ClassFolders, ListRows
+from launcher.images.walk import composed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from launcher.images.layouts import Source
+    from launcher.images.parts import Found, Part
+
+SPLITS = image_folder.SPLITS
+
+
+class Listing:
+    """The images of a data set.
+
+    Args:
+        source: where they are.
+        classes: names in the order of the logits; None: as ``data.classes`` says, or those of the training images.
+
+    Raises:
+        UsageError: nothing can be read there.
+    """
+
+    def __init__(self, source: Source, classes: Sequence[str] | None = None) -> None:
+        self.source = source
+        self.root = source.root
+        self.layout = layouts.find(source)
+        self._classes = None if classes is None else list(classes)
+
+    @classmethod
+    def of_folder(cls, folder: Path, classes: Sequence[str] | None = None) -> Listing:
+        """Of a folder that holds train/ and val/."""
+        return cls(layouts.Source(path=str(folder)), classes)
+
+    def with_classes(self, classes: Sequence[str]) -> Listing:
+        """The same with other classes, or their order."""
+        return Listing(self.source, classes)
+
+    @cached_property
+    def classes(self) -> list[str]:
+        """Names in the order of the logits."""
+        if self._classes is not None:
+            return self._classes
+        if self.source.classes:
+            return read_classes(Path(self.source.classes).expanduser())
+        return self.trained.class_names
+
+    @property
+    def trained(self) -> Part:
+        """What training images are, or are taken from."""
+        part = self.layout.undivided or self.layout.parts.get("train")
+        if part is None:
+            raise UsageError(self.why_not("train"))
+        return part
+
+    def why_not(self, split: str) -> str:
+        """Why there is nothing of a split."""
+        found = self.layout.problems or [f"{self.source.path}: no {split}/ in it"]
+        return "; ".join(found)
+
+    def part(self, split: str) -> Part | None:
+        """What a split is, or is taken from; None: there is none."""
+        if self.layout.undivided and split in SPLITS:
+            return self.layout.undivided
+        found = self.layout.parts.get(split)
+        folder = self.root / split
+        return found or (ClassFolders(folder) if split not in SPLITS and folder.is_dir() else None)
+
+    @property
+    def used(self) -> list[Part]:
+        """What training and validation are, or are taken from."""
+        parts = [part for split in SPLITS if (part := self.part(split))]
+        return parts if len(parts) < len(SPLITS) or parts[0] is not parts[1] else parts[:1]
+
+    def samples(self, split: str) -> list[tuple[str, int]]:
+        """Path and class of each image of a split, in the same order on every machine; of unknown classes none.
+
+        Raises:
+            UsageError: there is no such split.
+        """
+        part = self.part(split)
+        if part is None:
+            raise UsageError(self.why_not(split))
+        places = {composed(name): place for place, name in enumerate(self.classes)}
+        found = part.images(self.classes)
+        if part is self.layout.undivided:
+            found = [image for image in found if (image.path in self._validated) == (split == "val")]
+        return [(image.path, places[composed(image.label)]) for image in found]
+
+    @cached_property
+    def _validated(self) -> frozenset[str]:
+        """Paths of what is taken for validation of what is not divided."""
+        assert self.layout.undivided  # noqa: S101
+        found = self.layout.undivided.images(self.layout.undivided.class_names)
+        chosen = division.divide(
+            [self.key(image.path) for image in found],
+            [image.label for image in found],
+            self._groups(found),
+            fraction=self.source.val_fraction or 0.0,
+            seed=self.source.seed,
+        )
+        return frozenset(found[index].path for index in chosen)
+
+    def _groups(self, found: Sequence[Found]) -> list[str]:
+        """What each image belongs to; empty: nothing says so."""
+        if any(image.group for image in found):
+            return [image.group for image in found]
+        if self.source.group is None:
+            return []
+        try:
+            pattern = re.compile(self.source.group)
+        except re.error as error:
+            text = f"data.group: found {self.source.group!r}; no regular expression: {error}"
+            raise UsageError(text) from None
+        matches = [(self.key(image.path), pattern.search(self.key(image.path))) for image in found]
+        lost = [key for key, match in matches if match is None]
+        if lost:
+            raise UsageError(
+                f"data.group: {self.source.group!r} is in the path of {len(matches) - len(lost)} of {len(matches)} "
+                f"images, and not in {image_folder.printable(lost[0])}; each image needs its group"
+            )
+        return ["/".join(map(str, match.groups())) or match[0] for _, match in matches if match]
+
+    def key(self, path: str) -> str:
+        """What an image is known by: its path below the folder."""
+        return image_folder.relative(path, self.root)
+
+    def class_names(self, split: str) -> list[str]:
+        """The classes that a split has folders or rows of; of what is divided here, all."""
+        part = self.part(split)
+        return part.class_names if part else []
+
+    def left_out(self) -> Iterator[str]:
+        """What lies in the folders and is no image, and what else the user should know, a sentence each."""
+        yield from self.layout.notes
+        for part in self.used:
+            yield from part.left_out(part.class_names)
+
+
+def read_classes(file: Path) -> list[str]:
+    """Names of classes from a file, one a line.
+
+    Raises:
+        UsageError: it cannot be read, or a name is there twice.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        raise UsageError(f"{file}: {why}; it must hold the names of the classes, one a line") from None
+    names: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        name = composed(line.strip())
+        if name and names.setdefault(name, number) != number:
+            raise UsageError(f"{file}:{number}: {name!r} is in line {names[name]} too")
+    if len(names) < 2:  # noqa: PLR2004
+        raise UsageError(f"{file}: {len(names)} class{'' if names else 'es'}; a classifier tells two or more apart")
+    return list(names)
+
+
+def find_problems(source: Source, *, missing_val_classes: str = "error", need_files: bool = True) -> list[str]:
+    """The reasons why images cannot be trained on, each with what to do.
+
+    Args:
+        source: where they are.
+        missing_val_classes: ``allow``: validation may lack some of the classes.
+        need_files: whether each file that a list names has to be there.
+    """
+    try:
+        listing = Listing(source)
+        return list(_find_problems(listing, missing_val_classes, need_files=need_files))
+    except lists.ListError as error:
+        return error.problems
+    except UsageError as error:
+        return [str(error)]
+
+
+def _find_problems(listing: Listing, missing_val_classes: str, *, need_files: bool) -> Iterator[str]:
+    source, layout = listing.source, listing.layout
+    parts = [layout.parts.get(split) for split in SPLITS]
+    if source.place.is_file() and layout.problems == [layouts.nothing_at(source)]:
+        yield f"{source.path}: is no folder and no list ({', '.join(lists.ENDINGS)}){layouts.explain(source)}"
+        return
+    if not source.place.exists():
+        yield from (f"{text}{layouts.explain(source)}" for text in image_folder.find_problems(source.place))
+        return
+    if layout.problems:
+        yield from layout.problems
+        return
+    folders = [part for part in parts if isinstance(part, ClassFolders)]
+    if not layout.undivided and not source.classes and not any(isinstance(part, ListRows) for part in parts):
+        names = [part.place.relative_to(listing.root).as_posix() for part in folders]
+        splits = (names[0], names[1]) if len(folders) == len(SPLITS) else SPLITS
+        problems = image_folder.find_problems(source.place, missing_val_classes=missing_val_classes, splits=splits)
+        unknown = len(folders) < len(SPLITS)
+        yield from (f"{text}{layouts.explain(source)}" if unknown else text for text in problems)
+        return
+    if layout.undivided is None and None in parts:
+        what = " and ".join(split for split, part in zip(SPLITS, parts, strict=True) if part is None)
+        found = layouts.shown(source, layout.parts)
+        yield f"{source.path}: nothing in it is {what} (found {found}){layouts.explain(source)}"
+        return
+    yield from _missing_files(listing) if need_files else ()
+    yield from _classes_that_do_not_fit(listing, missing_val_classes)
+
+
+def _missing_files(listing: Listing) -> Iterator[str]:
+    """Files that a list names and that are not there."""
+    for part in listing.used:
+        if not isinstance(part, ListRows):
+            continue
+        gone = [row for row in part.rows if not Path(row.path).is_file()]
+        if gone:
+            shown = "".join(f"\n    {part.place}:{row.line}: no file {row.path}" for row in gone[:5])
+            yield (
+                f"{part.place}: {len(gone)} of {len(part.rows)} files are not there; paths are relative to the list's "
+                f"folder, {part.place.parent}{shown}"
+            )
+
+
+def _classes_that_do_not_fit(listing: Listing, missing_val_classes: str) -> Iterator[str]:
+    path, classes = listing.source.path, listing.classes
+    for part in listing.used:
+        names = {composed(name) for name in part.class_names}
+        unknown = sorted(names - {composed(name) for name in classes})
+        if unknown and listing.source.classes:
+            yield f"{part.place}: {image_folder.few(unknown)} not in {listing.source.classes}, which data.classes names"
+        elif unknown:
+            few = image_folder.few(unknown)
+            yield f"{path}: {few} in validation but not in training; both must have the same classes"
+    counts = {split: Counter(label for _, label in listing.samples(split)) for split in SPLITS}
+    if len(counts["train"]) < 2 and not listing.source.classes:  # noqa: PLR2004
+        yield f"{path}: {len(counts['train'])} class in it; a classifier tells two or more apart"
+        return
+    for split, count in counts.items():
+        if not count:
+            yield f"{path}: no images for {'training' if split == 'train' else 'validation'}"
+    unmeasured = [name for label, name in enumerate(classes) if counts["train"][label] and not counts["val"][label]]
+    if counts["val"] and unmeasured and missing_val_classes != "allow":
+        why = "; a class with one image or one group has none to spare" if listing.layout.undivided else ""
+        yield (
+            f"{path}: no validation image of {image_folder.few(unmeasured)}{why}; data.missing_val_classes=allow "
+            "learns them unmeasured"
+        )

@@ -1,0 +1,86 @@
+"""What holds images with their classes: a folder of class folders, or rows of a list."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from launcher.images import folder as image_folder
+from launcher.images import left_out, lists
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from launcher.images.lists import Row
+
+
+class Found(NamedTuple):
+    """An image that was found."""
+
+    path: str
+    label: str
+    """The name of its class."""
+    group: str = ""
+    """What a list says of it."""
+
+
+@dataclass(frozen=True)
+class ClassFolders:
+    """A folder with a folder for each class."""
+
+    place: Path
+
+    @property
+    def class_names(self) -> list[str]:
+        """Sorted."""
+        return image_folder.find_classes(self.place)
+
+    def images(self, classes: Sequence[str]) -> list[Found]:
+        """Those of some classes, by class and path; the others are left out."""
+        names = list(classes)
+        return [Found(path, names[label]) for path, label in image_folder.list_images(self.place, names)]
+
+    def left_out(self, classes: Sequence[str]) -> list[str]:
+        """What of it is no image, in words."""
+        return left_out.describe_left_out(self.place, image_folder.walk(self.place, list(classes))[1])
+
+
+@dataclass(frozen=True)
+class ListRows:
+    """Rows of a list, which is read when it is needed."""
+
+    place: Path
+    """The list."""
+    columns: Mapping[str, str]
+    """What it calls its columns."""
+    split: str | None = None
+    """The value of its column split; None: all rows."""
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """In the order of the list.
+
+        Raises:
+            ListError: it cannot be read.
+        """
+        found = lists.read(self.place, self.columns)
+        return found if self.split is None else tuple(row for row in found if row.split == self.split)
+
+    @property
+    def class_names(self) -> list[str]:
+        """In their order."""
+        return lists.sorted_labels({row.label for row in self.rows})
+
+    def images(self, classes: Sequence[str]) -> list[Found]:
+        """Those of some classes, by class and path, whatever the order of the rows."""
+        places = {name: place for place, name in enumerate(classes)}
+        known = (row for row in self.rows if row.label in places)
+        return [Found(row.path, row.label, row.group) for row in sorted(known, key=lambda r: (places[r.label], r.path))]
+
+    def left_out(self, classes: Sequence[str]) -> list[str]:  # noqa: ARG002  as of a folder
+        """Nothing: a list says what is meant."""
+        return []
+
+
+Part = ClassFolders | ListRows

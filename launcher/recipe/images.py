@@ -1,0 +1,26 @@
+"""Where a recipe's images are, in the words of :mod:`launcher.images`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from launcher.images import datasets
+from launcher.images.layouts import Source
+
+if TYPE_CHECKING:
+    from launcher.recipe.schema import Recipe
+
+
+def source_of(recipe: Recipe) -> Source:
+    """Where they are, or will be when :func:`launcher.images.datasets.prepare` has written them."""
+    data = recipe.data
+    return Source(
+        path=str(datasets.data_path(data.name, data.path)),
+        train=data.train,
+        val=data.val,
+        val_fraction=data.val_fraction,
+        group=data.group,
+        columns=data.columns,
+        classes=data.classes,
+        seed=recipe.seed,
+    )

@@ -1,0 +1,138 @@
+"""timm's weights in torchvision's architectures: the same logits, where timm is installed; else the rules alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torchvision import models
+
+from launcher.engine.layers import build_meta
+from launcher.engine.network.fitting import fit_weights, load_weights
+from launcher.engine.weights_file import read_weights_file
+from launcher.errors import UsageError
+from launcher.recipe.schema import ModelConfig
+
+PAIRS = {  # torchvision's name, timm's, image size
+    "resnet18": ("resnet18", 64),
+    "resnext50_32x4d": ("resnext50_32x4d", 64),
+    "convnext_tiny": ("convnext_tiny", 64),
+    "vit_b_32": ("vit_base_patch32_224", 224),
+    "efficientnet_b0": ("efficientnet_b0", 64),
+    "efficientnet_v2_s": ("efficientnetv2_s", 64),
+    "swin_t": ("swin_tiny_patch4_window7_224", 224),
+    "swin_v2_t": ("swinv2_cr_tiny_224", 224),
+}
+
+
+def random_state(net):
+    """Weights and statistics of no special values: an error of the order would be seen."""
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in net.state_dict().items():
+        if tensor.is_floating_point():
+            low, high = (0.5, 1.5) if "running_var" in name else (-0.1, 0.1)
+            tensor.copy_(torch.empty(tensor.shape).uniform_(low, high, generator=generator))
+    return net.eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [arch for arch in PAIRS if arch != "swin_v2_t"])
+@torch.no_grad()
+def test_the_logits_are_timms(arch, tmp_path):
+    timm = pytest.importorskip("timm", exc_type=ImportError)
+    name, size = PAIRS[arch]
+    theirs = random_state(timm.create_model(name, num_classes=7))
+    torch.save({"state_dict": {f"module.{k}": v for k, v in theirs.state_dict().items()}}, tmp_path / "w.pth")
+    options = {"image_size": size} if arch.startswith("vit") else {}
+    ours = models.get_model(arch, weights=None, num_classes=7, **options).eval()
+    load_weights(ours, ModelConfig(arch=arch, weights=str(tmp_path / "w.pth")), image_size=size)
+    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    for layers in (ours.modules(), theirs.modules()):  # whose epsilon is the architecture's, not the weights'
+        for layer in layers:
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                layer.eps = 1e-5
+    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-3, atol=1e-4)
+
+
+VIT = {
+    "cls_token": "class_token",
+    "pos_embed": "encoder.pos_embedding",
+    "patch_embed.proj": "conv_proj",
+    "norm": "encoder.ln",
+    "head": "heads.head",
+    **{
+        f"blocks.{n}.{timm}": f"encoder.layers.encoder_layer_{n}.{ours}"
+        for n in range(12)
+        for timm, ours in {
+            "norm1": "ln_1",
+            "norm2": "ln_2",
+            "attn.qkv": "self_attention.in_proj",
+            "attn.proj": "self_attention.out_proj",
+            "mlp.fc1": "mlp.0",
+            "mlp.fc2": "mlp.3",
+        }.items()
+    },
+}
+
+
+def as_timm(state):
+    """A state of torchvision's ViT as timm writes it, by a table that is independent of the rules."""
+    back = {ours: timm for timm, ours in VIT.items()}
+    for key, value in state.items():
+        module, _, kind = key.rpartition(".")
+        if key in back:
+            yield back[key], value
+        elif module.endswith("self_attention") and kind.startswith("in_proj_"):
+            yield f"{back[f'{module}.in_proj']}.{kind.removeprefix('in_proj_')}", value
+        else:
+            yield f"{back[module]}.{kind}", value
+
+
+@pytest.fixture(scope="module")
+def vit():
+    torch.manual_seed(0)
+    return models.vit_b_32(weights=None, num_classes=7, image_size=64)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model.backbone."])
+def test_every_weight_of_a_vision_transformer_finds_its_place(vit, tmp_path, prefix):
+    state = vit.state_dict()
+    save_file({f"{prefix}{k}": v.clone() for k, v in as_timm(state)}, tmp_path / "w.safetensors")
+    found = read_weights_file(tmp_path / "w.safetensors", build_meta("vit_b_32", 7).state_dict()).state
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[key], value) for key, value in state.items())
+
+
+def test_its_positions_are_interpolated_to_another_size_of_images(vit, tmp_path):
+    save_file({k: v.clone() for k, v in as_timm(vit.state_dict())}, tmp_path / "w.safetensors")
+    other = models.vit_b_32(weights=None, num_classes=7, image_size=96)
+    load_weights(other, ModelConfig(arch="vit_b_32", weights=str(tmp_path / "w.safetensors")), image_size=96)
+    positions = other.encoder.pos_embedding
+    assert positions.shape == (1, 1 + 3 * 3, 768)
+    assert torch.equal(positions[:, 0], vit.encoder.pos_embedding[:, 0])
+    assert torch.isfinite(other.eval()(torch.rand(1, 3, 96, 96))).all()
+
+
+def test_what_does_not_fit_is_listed(vit, tmp_path):
+    state = dict(as_timm(vit.state_dict()))
+    state["blocks.3.ls1.gamma"] = torch.ones(768)  # of DeiT III, which torchvision has not
+    del state["blocks.4.mlp.fc1.weight"]
+    state["blocks.5.mlp.fc2.weight"] = torch.ones(3, 2)
+    torch.save(state, tmp_path / "w.pth")
+    module, config = build_meta("vit_b_32", 7), ModelConfig(arch="vit_b_32", weights=str(tmp_path / "w.pth"))
+    with pytest.raises(UsageError) as caught:
+        fit_weights(read_weights_file(tmp_path / "w.pth", module.state_dict()).state, module, config, image_size=224)
+    assert str(caught.value).endswith(
+        "does not fit vit_b_32: 1 keys missing: encoder.layers.encoder_layer_4.mlp.0.weight; 1 keys unknown: "
+        "blocks.3.ls1.gamma; 1 of another shape: encoder.layers.encoder_layer_5.mlp.3.weight (3x2, needs 768x3072)"
+    )
+
+
+def test_torchvisions_own_names_stay(vit):
+    from launcher.engine.network.timm_names import to_torchvision
+
+    for state, wanted in (
+        (vit.state_dict(), vit.state_dict()),
+        ({"conv_stem.weight": torch.ones(1)}, vit.state_dict()),
+    ):
+        assert to_torchvision(state, wanted) is state

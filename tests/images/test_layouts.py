@@ -1,0 +1,369 @@
+"""Every layout of images through the command line: folders of splits, one folder to be divided, lists."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import pytest
+from PIL import Image
+
+from launcher import cli
+from launcher.images import listing as listings
+from launcher.images import lists
+from launcher.images.layouts import Source
+from launcher.images.listing import Listing
+
+COLOURS = {"cat": (200, 30, 30), "dog": (30, 200, 30)}
+
+
+def paint(folder, name, number, split=None):
+    file = folder / (split or "") / name / f"{number:02d}.png"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    red, green, blue = COLOURS[name]
+    Image.new("RGB", (20, 18), (red + number, green, blue)).save(file)
+    return file
+
+
+@pytest.fixture
+def classes(tmp_path):
+    """A folder of two classes, ten images in each."""
+    for name in COLOURS:
+        for number in range(10):
+            paint(tmp_path / "photos", name, number)
+    return tmp_path / "photos"
+
+
+def split_folder(folder, train="train", val="val", nums=(3, 2)):
+    for split, num in ((train, nums[0]), (val, nums[1])):
+        for name in COLOURS:
+            for number in range(num):
+                paint(folder, name, number, split)
+    return folder
+
+
+@pytest.fixture
+def dry_run(recipe_file, capsys):
+    """Exit code and what is printed of `launch RECIPE key=value … --dry-run`."""
+    recipe = recipe_file("model: {arch: shufflenet_v2_x0_5, weights: null}\nlaunch: {device: cpu}\n")
+
+    def run(*overrides):
+        code = cli.main([str(recipe), *overrides, "--dry-run"])
+        shown = capsys.readouterr()
+        return code, shown.out + shown.err
+
+    return run
+
+
+def counts(source):
+    found = Listing(source)
+    return {split: [label for _, label in found.samples(split)] for split in ("train", "val")}
+
+
+@pytest.mark.parametrize("val", ["valid", "validation", "test", "Val"])
+def test_the_folder_of_validation_is_found_by_its_usual_names(val, tmp_path, dry_run):
+    folder = split_folder(tmp_path / "photos", val=val)
+    assert dry_run(f"data.path={folder}")[0] == 0
+    source = Source(path=str(folder))
+    assert counts(source) == {"train": [0, 0, 0, 1, 1, 1], "val": [0, 0, 1, 1]}
+    notes = list(Listing(source).left_out())
+    assert ("validation is test" in "".join(notes)) == (val == "test")
+
+
+def test_other_names_are_said_by_keys_and_two_at_once_are_refused(tmp_path, dry_run):
+    folder = split_folder(tmp_path / "photos", "learn", "measure")
+    code, shown = dry_run(f"data.path={folder}")
+    assert code == 2
+    assert "no train/ and no val/ in it (found learn, measure)" in shown
+    assert dry_run(f"data.path={folder}", "data.train=learn", "data.val=measure")[0] == 0
+    assert "data.val: " in dry_run(f"data.path={folder}", "data.train=learn", "data.val=none")[1]
+    both = split_folder(split_folder(tmp_path / "both"), val="valid")
+    code, shown = dry_run(f"data.path={both}")
+    assert (code, "holds val and valid; say which is meant: data.val=val" in shown) == (2, True)
+    assert dry_run(f"data.path={both}", "data.val=valid")[0] == 0
+
+
+def test_one_folder_of_classes_is_divided_where_a_fraction_is_said(classes, dry_run):
+    code, shown = dry_run(f"data.path={classes}")
+    assert code == 2
+    assert "known layouts:" in shown
+    assert "2 folders (cat, dog)" in shown
+    assert f"launch RECIPE data.path={classes} data.val_fraction=0.2" in shown
+    assert dry_run(f"data.path={classes}", "data.val_fraction=0.2")[0] == 0
+    found = counts(Source(path=str(classes), val_fraction=0.2))
+    assert found == {"train": [0] * 8 + [1] * 8, "val": [0] * 2 + [1] * 2}
+
+
+def test_the_division_follows_from_seed_and_paths_below_the_folder(classes, tmp_path):
+    def val(folder, seed=0):
+        found = Listing(Source(path=str(folder), val_fraction=0.3, seed=seed))
+        return {found.key(path) for path, _ in found.samples("val")}
+
+    moved = shutil.copytree(classes, tmp_path / "elsewhere")
+    assert val(moved) == val(classes)
+    assert val(classes, seed=1) != val(classes)
+    before = val(classes)
+    paint(classes, "cat", 90)
+    assert len(val(classes) ^ before) <= 2  # an image more moves few others
+    source = Source(path=str(classes), val_fraction=0.3)
+    train, held = (set(Listing(source).samples(split)) for split in ("train", "val"))
+    assert not train & held
+    assert len(train | held) == 21
+
+
+def test_what_belongs_together_stays_on_one_side(tmp_path, dry_run):
+    for name in COLOURS:
+        for number in range(30):
+            file = paint(tmp_path / "photos", name, number)
+            file.rename(file.with_name(f"patient{number // 5}_{number}.png"))
+    keys = f"data.path={tmp_path / 'photos'}", "data.val_fraction=0.2", r"data.group=(patient\d+)_"
+    assert dry_run(*keys)[0] == 0
+    found = Listing(Source(path=str(tmp_path / "photos"), val_fraction=0.2, group=r"(patient\d+)_"))
+    patients = {
+        split: {path.split("/")[-1].split("_")[0] for path, _ in found.samples(split)} for split in ("train", "val")
+    }
+    assert not patients["train"] & patients["val"]
+    assert [label for _, label in found.samples("val")] == [0] * 5 + [1] * 5  # one patient of six, in both classes
+    code, shown = dry_run(*keys[:2], r"data.group=(doctor\d+)_")
+    assert (code, "is in the path of 0 of 60 images, and not in cat/patient0_0.png" in shown) == (2, True)
+    assert "no regular expression" in dry_run(*keys[:2], "data.group=(")[1]
+    assert "goes with data.val_fraction" in dry_run(keys[0], keys[2])[1]
+
+
+def test_a_class_with_one_image_has_none_for_validation(classes, dry_run):
+    for number in range(1, 10):
+        (classes / "dog" / f"{number:02d}.png").unlink()
+    code, shown = dry_run(f"data.path={classes}", "data.val_fraction=0.2")
+    assert (code, "no validation image of 'dog'; a class with one image" in shown) == (2, True)
+    assert dry_run(f"data.path={classes}", "data.val_fraction=0.2", "data.missing_val_classes=allow")[0] == 0
+
+
+def test_a_fraction_of_what_is_divided_already_is_refused(tmp_path, dry_run):
+    folder = split_folder(tmp_path / "photos")
+    code, shown = dry_run(f"data.path={folder}", "data.val_fraction=0.2")
+    assert (code, "val is there for validation: leave data.val_fraction out" in shown) == (2, True)
+    shutil.rmtree(folder / "val")
+    code, shown = dry_run(f"data.path={folder}")
+    assert (code, f"launch RECIPE data.path={folder} data.val_fraction=0.2" in shown) == (2, True)
+    assert dry_run(f"data.path={folder}", "data.val_fraction=0.4")[0] == 0
+
+
+# --- lists
+
+
+def write_list(folder, ending, columns=("path", "label", "split")):
+    rows = [
+        {
+            "path": f"{name}/{number:02d}.png",
+            "label": name,
+            "split": "train" if number < 7 else "val",
+            "group": number // 2,
+        }
+        for number in range(10)
+        for name in COLOURS
+    ]
+    rows = [{column: row[column] for column in columns} for row in rows]
+    file = folder / f"images{ending}"
+    if ending == ".jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif ending == ".parquet":
+        pa = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pa.Table.from_pylist(rows), file)
+    else:
+        lines = [columns, *([str(row[column]) for column in columns] for row in rows)]
+        file.write_text("".join(("\t" if ending == ".tsv" else ",").join(line) + "\n" for line in lines))
+    return file
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_a_list_says_path_label_and_split(ending, classes, dry_run):
+    file = write_list(classes, ending)
+    code, shown = dry_run(f"data.path={file}")
+    assert code == 0, shown
+    assert counts(Source(path=str(file))) == {"train": [0] * 7 + [1] * 7, "val": [0] * 3 + [1] * 3}
+
+
+def test_a_list_is_divided_by_its_column_of_groups(classes, dry_run):
+    file = write_list(classes, ".csv", ("path", "label", "group"))
+    code, shown = dry_run(f"data.path={file}")
+    assert (code, "data.val_fraction=0.2" in shown) == (2, True)
+    assert dry_run(f"data.path={file}", "data.val_fraction=0.2")[0] == 0
+    found = Listing(Source(path=str(file), val_fraction=0.2))
+    groups = {split: {int(path[-6:-4]) // 2 for path, _ in found.samples(split)} for split in ("train", "val")}
+    assert not groups["train"] & groups["val"]
+    assert groups["val"]
+
+
+def test_a_group_may_be_a_column_of_another_name(classes, dry_run):
+    file = write_list(classes, ".csv", ("path", "label", "group"))
+    file.write_text(file.read_text().replace("group", "patient", 1))
+    assert dry_run(f"data.path={file}", "data.val_fraction=0.2", "data.group=patient")[0] == 0
+    found = Listing(Source(path=str(file), val_fraction=0.2, group="patient"))
+    groups = {split: {int(path[-6:-4]) // 2 for path, _ in found.samples(split)} for split in ("train", "val")}
+    assert not groups["train"] & groups["val"]
+
+
+def test_lists_beside_folders_of_classes_are_not_read(tmp_path, dry_run):
+    folder = split_folder(tmp_path / "photos")
+    for name in ("train", "val", "test"):
+        (folder / f"{name}.csv").write_text("id,size\n1,2\n")
+    assert dry_run(f"data.path={folder}")[0] == 0
+
+
+def test_splits_are_no_classes_and_are_two(tmp_path, dry_run):
+    folder = split_folder(tmp_path / "photos", "training", "dev")
+    code, shown = dry_run(f"data.path={folder}", "data.val_fraction=0.2")
+    assert (code, "dev and training are no classes" in shown) == (2, True)
+    code, shown = dry_run(f"data.path={folder}", "data.train=dev", "data.val=dev")
+    assert (code, "data.train and data.val are both dev" in shown) == (2, True)
+
+
+def test_the_order_of_the_rows_means_nothing(classes):
+    file = write_list(classes, ".csv")
+    before = Listing(Source(path=str(file))).samples("train")
+    first, *rest = file.read_text().splitlines()
+    file.write_text("\n".join([first, *rest[::-1]]))
+    assert Listing(Source(path=str(file))).samples("train") == before
+
+
+def test_columns_of_other_names_are_said_by_a_key(classes, dry_run):
+    file = write_list(classes, ".csv")
+    file.write_text(file.read_text().replace("path,label", "image,breed", 1))
+    code, shown = dry_run(f"data.path={file}")
+    assert code == 2
+    assert f"{file}:1: no column 'path' and no column 'label' (there are: image, breed, split)" in shown
+    assert "'data.columns={path: image, label: COLUMN}'" in shown
+    assert dry_run(f"data.path={file}", "data.columns={path: image, label: breed}")[0] == 0
+    assert (
+        "no such column of a list; did you mean 'label'?" in dry_run(f"data.path={file}", "data.columns={lable: a}")[1]
+    )
+
+
+@pytest.mark.parametrize(
+    ("ending", "text", "said"),
+    [
+        (".csv", "path,label,split\na.png,,train\n", ":2: no label in this row"),
+        (".csv", "path,label,split\na.png,cat,train\nb.png\n", ":3: no label and no split in this row"),
+        (".csv", "path,label,split\na.png,cat,train,more\n", ":2: 1 more fields than the first line names"),
+        (".csv", "path,label\na.png,cat\n./a.png,dog\n", ":3: ./a.png is in line 2 too"),
+        (".csv", "path,label,split\n", ": has no rows"),
+        (".csv", "path,label\ncat/00.png,caf\xe9\n", ": is not UTF-8 text"),
+        (".jsonl", '{"path": "a.png", "label": "cat"}\n{"path": \n', ":2: is no JSON"),
+        (".jsonl", '{"path": "a.png", "label": ["cat"]}\n', ":1: label is ['cat']; an image has one class"),
+        (".jsonl", '["a.png"]\n', ":1: is no JSON object"),
+        (".parquet", "PAR", ": is no Parquet"),
+    ],
+)
+def test_what_is_wrong_with_a_list_has_its_file_and_line(ending, text, said, classes, dry_run):
+    file = classes / f"images{ending}"
+    file.write_bytes(text.encode("latin-1"))
+    code, shown = dry_run(f"data.path={file}", "data.val_fraction=0.5")
+    assert code == 2
+    assert f"{file}{said}" in shown
+
+
+def test_files_that_a_list_names_and_that_are_not_there_have_their_lines(classes, dry_run):
+    file = write_list(classes, ".csv")
+    (classes / "dog/03.png").unlink()
+    code, shown = dry_run(f"data.path={file}")
+    assert code == 2
+    assert f"1 of 14 files are not there; paths are relative to the list's folder, {classes}" in shown
+    assert f"{file}:9: no file {classes}/dog/03.png" in shown
+
+
+def test_parquet_without_pyarrow_says_what_to_install(classes, dry_run, monkeypatch):
+    file = write_list(classes, ".parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    lists._read.cache_clear()
+    code, shown = dry_run(f"data.path={file}")
+    assert (code, "Parquet needs pyarrow: pip install pyarrow" in shown) == (2, True)
+
+
+def test_classes_are_sorted_as_numbers_where_they_are(tmp_path):
+    for name in COLOURS:
+        paint(tmp_path, name, 0)
+    file = tmp_path / "a.csv"
+    file.write_text("path,label,split\ncat/00.png,10,train\ndog/00.png,9,train\n")
+    assert Listing(Source(path=str(file))).classes == ["9", "10"]
+
+
+def test_lists_of_their_own_for_training_and_validation(classes, dry_run):
+    for split, numbers in (("train", range(6)), ("val", range(6, 10))):
+        rows = [f"{name}/{number:02d}.png,{name}" for name in COLOURS for number in numbers]
+        (classes / f"{split}.csv").write_text("\n".join(["path,label", *rows]))
+    assert dry_run(f"data.path={classes}")[0] == 0
+    assert counts(Source(path=str(classes))) == {"train": [0] * 6 + [1] * 6, "val": [0] * 4 + [1] * 4}
+    assert dry_run(f"data.path={classes / 'train.csv'}", "data.val=val.csv")[0] == 0
+
+
+# --- classes
+
+
+def test_a_file_of_classes_fixes_their_order(tmp_path, dry_run):
+    folder, names = split_folder(tmp_path / "photos"), tmp_path / "names.txt"
+    names.write_text("dog\nelk\ncat\n")
+    assert dry_run(f"data.path={folder}", f"data.classes={names}")[0] == 0
+    assert counts(Source(path=str(folder), classes=str(names)))["val"] == [0, 0, 2, 2]
+    names.write_text("dog\nelk\n")
+    code, shown = dry_run(f"data.path={folder}", f"data.classes={names}")
+    assert (code, f"'cat' not in {names}, which data.classes names" in shown) == (2, True)
+    names.write_text("dog\ndog\n")
+    assert f"{names}:2: 'dog' is in line 1 too" in dry_run(f"data.path={folder}", f"data.classes={names}")[1]
+    assert "No such file" in dry_run(f"data.path={folder}", "data.classes=/no/file")[1]
+
+
+def test_what_is_seen_in_one_split_only_is_told(tmp_path, capsys):
+    folder, names = split_folder(tmp_path / "photos"), tmp_path / "names.txt"
+    names.write_text("cat\ndog\nelk\n")
+    shutil.rmtree(folder / "train/dog")
+    assert cli.main(["check", str(folder), f"data.classes={names}"]) == 0
+    shown = capsys.readouterr().out
+    assert "train/: no image of 'dog', which are seen in validation only" in shown
+    assert "names.txt: no image of 'elk' anywhere" in shown
+
+
+# --- what is none of them
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda p: split_folder(p / "inner"), "launch RECIPE data.path={p}/inner"),
+        (lambda p: split_folder(p, "training", "dev"), "launch RECIPE data.path={p} data.train=training data.val=dev"),
+        (lambda p: Image.new("RGB", (8, 8)).save(p / "cat.png"), "write a list of them"),
+        (lambda p: (p / "photos.zip").write_bytes(b""), "unpack photos.zip"),
+        (lambda p: (p / "labels.csv").write_text("path,label\n"), "launch RECIPE data.path={p}/labels.csv"),
+    ],
+)
+def test_a_first_wrong_layout_ends_in_the_keys_that_would_work(make, said, tmp_path, dry_run):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    make(folder)
+    code, shown = dry_run(f"data.path={folder}")
+    assert code == 2
+    assert "known layouts:" in shown
+    assert said.format(p=folder) in shown
+
+
+def test_a_file_that_is_no_list_and_a_folder_that_is_not_there(tmp_path, dry_run):
+    (tmp_path / "photos.zip").write_bytes(b"")
+    code, shown = dry_run(f"data.path={tmp_path / 'photos.zip'}")
+    assert (code, "is no folder and no list (.csv" in shown, "unpack" in shown) == (2, True, True)
+    code, shown = dry_run(f"data.path={tmp_path / 'none'}")
+    assert (code, "no such folder" in shown, "known layouts:" in shown) == (2, True, True)
+
+
+def test_check_reads_every_layout(classes, capsys):
+    file = write_list(classes, ".csv")
+    (classes / "cat/01.png").write_bytes(b"")
+    assert cli.main(["check", str(file)]) == 3
+    shown = capsys.readouterr().out
+    assert "cat/01.png: empty: 0 bytes" in shown
+    assert "train/   13 images in 2 classes" in shown
+    assert cli.main(["check", str(classes), "data.val_fraction=0.2", "--json"]) == 3
+    found = json.loads(capsys.readouterr().out)
+    assert sum(found["classes"]["val"].values()) + sum(found["classes"]["train"].values()) == 19
+    assert not listings.find_problems(Source(path=str(file)))
