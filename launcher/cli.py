@@ -65,6 +65,12 @@ def _augment() -> _Module:
     return augment
 
 
+def _benchmark() -> _Module:
+    from launcher.commands import benchmark
+
+    return benchmark
+
+
 def _cancel() -> _Module:
     from launcher.commands import cancel
 
@@ -185,6 +191,7 @@ COMMANDS = {
     ),
     "compare": Command("RUN …", "runs or folders of runs side by side, the best first", _compare),
     "export": Command("RUN", "export, quantize and measure a run's best checkpoint again", _export),
+    "benchmark": Command("RUN|FILE", "time exported models on this machine, beside eager PyTorch", _benchmark),
     "evaluate": Command("RUN", "measure a run's best checkpoint on its validation images, or on others", _evaluate),
     "predict": Command("RUN IMAGE …", "classify images, folders or patterns; an ONNX file needs no torch", _predict),
     "report": Command("RUN", "write report.html, report.json and model_card.md again", _report),

@@ -14,6 +14,7 @@ from launcher.recipe import load as recipes
 from launcher.runs.history import events
 from launcher.runs.run_dir import RunDir
 from launcher.system.files import read_jsonl
+from tests.conftest import CLASSES
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 FILES = sorted(FOLDER.rglob("*.yaml"))
@@ -21,13 +22,33 @@ FILES = sorted(FOLDER.rglob("*.yaml"))
 pytestmark = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 
 
-def data_of(file, images):
-    """Where the images are, for a recipe that leaves that to its user."""
-    return [f"data.path={images}"] if "???" in file.read_text() else []
+@pytest.fixture
+def lists(images, tmp_path):
+    """The same images in a list, and in tables in which an image has several classes."""
+    rows = [(path, path.parts[-3], path.parent.name) for path in sorted(images.rglob("*.png"))]
+    (tmp_path / "images.csv").write_text("path,label\n" + "".join(f"{path},{name}\n" for path, _, name in rows))
+    for split in ("train", "val"):
+        found = [f"{path},{name};{CLASSES[0]}\n" for path, of, name in rows if of == split]
+        (tmp_path / f"{split}.csv").write_text("file,labels\n" + "".join(found))
+    return tmp_path
 
 
-def test_it_loads_and_plans_on_a_laptop_and_on_a_server(file, images):
-    recipe, _ = recipes.load(str(file), data_of(file, images))
+@pytest.fixture
+def data_of(images, lists):
+    """Where the images are, for a recipe that leaves that to its user or would download them."""
+
+    def find(file):
+        places = {"from_csv": lists / "images.csv", "multi_label": lists}
+        if file.stem == "cifar10":
+            return ["data.name=imagefolder", f"data.path={images}"]
+        needs_one = "???" in file.read_text() or file.stem in places
+        return [f"data.path={places.get(file.stem, images)}"] if needs_one else []
+
+    return find
+
+
+def test_it_loads_and_plans_on_a_laptop_and_on_a_server(file, data_of):
+    recipe, _ = recipes.load(str(file), data_of(file))
     assert recipe.name == file.stem
     for machine in (
         Topology(num_cores=2, num_gpus=0, host="laptop"),
@@ -38,8 +59,8 @@ def test_it_loads_and_plans_on_a_laptop_and_on_a_server(file, images):
         assert plan.recipe == recipes.to_dict(recipe)
 
 
-def test_it_can_be_tried_for_one_epoch(file, images):
-    recipe, _ = recipes.load(str(file), [*data_of(file, images), "train.epochs=1"])
+def test_it_can_be_tried_for_one_epoch(file, data_of):
+    recipe, _ = recipes.load(str(file), [*data_of(file), "train.epochs=1"])
     assert recipe.train.epochs == 1
 
 
@@ -57,14 +78,14 @@ def test_its_header_says_what_it_is_the_command_and_the_hardware(file):
     header = lines[: next(n for n, line in enumerate(lines) if not line.startswith("#"))]
     assert header[0] == "# yaml-language-server: $schema=../recipe.schema.json"
     assert len(header[1]) > 30
-    for word in (f"command:  launch recipes/{file.name}", "hardware: "):
+    for word in (f"command:  launch recipes/{file.name}", "hardware: ", "time: ", "metric: "):
         assert any(line.strip("# ").startswith(word) for line in header), word
 
 
 @pytest.mark.slow
-def test_it_runs_a_few_steps_in_this_process(file, images, warm_launch):
+def test_it_runs_a_few_steps_in_this_process(file, data_of, warm_launch):
     # What cannot be had here (a download) or would take long (ImageNet's size) is put aside; all else is the recipe's.
-    small = ("model.weights=null", "data.image_size=64", "batch.size=4", *data_of(file, images))
+    small = ("model.weights=null", "data.image_size=32", "batch.size=4", *data_of(file))
     done = warm_launch(file, "--debug", *small, "--run-dir", "run")
     assert done.returncode == 0, done.stdout + done.stderr
     run = RunDir(warm_launch.cwd / "run")

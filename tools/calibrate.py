@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,13 +16,32 @@ from launcher.engine.validating.ranking import Calibration
 
 if TYPE_CHECKING:
     from launcher.tools.evaluate import BestModel
+    from launcher.tools.formats import Say
 
 CPU = Device(type="cpu")
 STEPS = 100
 """Of L-BFGS over a single number, which needs about ten."""
 
 
-def calibrate(best: BestModel) -> dict[str, Any]:
+def apply(best: BestModel, missing: str | None, say: Say) -> tuple[BestModel, dict[str, Any] | None]:
+    """The model with the temperature that ``post.calibrate`` asks for, and what there is to say of it.
+
+    Args:
+        best: of a run.
+        missing: why there are no validation images; None: there are.
+        say: tells the user a line.
+    """
+    if best.recipe.post.calibrate == "none" or missing:
+        return best, None
+    found = measure(best)
+    say(
+        f"temperature {found['temperature']:.3f}: calibration error {found['ece_before']:.4f} before and "
+        f"{found['ece_after']:.4f} after, on the {found['images']} validation images that it was fitted on"
+    )
+    return replace(best, temperature=found["temperature"]), found
+
+
+def measure(best: BestModel) -> dict[str, Any]:
     """Temperature scaling (Guo et al. 2017, arXiv 1706.04599) on the validation images.
 
     Returns:

@@ -1,11 +1,7 @@
-"""Measures a checkpoint and its exports, side by side, on the validation images.
-
-``python -m launcher.tools.evaluate RUN`` prints the checkpoint's own top-1 once more.
-"""
+"""Opens a run's best checkpoint and its images: what exports are made of and measured by."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 import traceback
 from dataclasses import dataclass, replace
@@ -20,22 +16,24 @@ from launcher.engine.data import Preprocessing, build_loader
 from launcher.engine.device import Device
 from launcher.engine.model import build_module, build_preprocessing
 from launcher.engine.network.fitting import load_state
-from launcher.errors import EXIT_OK, UsageError, exit_code_of
+from launcher.errors import UsageError
 from launcher.images import folder as image_folder
 from launcher.recipe import load as recipes
 from launcher.recipe.images import source_of
-from launcher.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from launcher.engine.loading.samples import Samples
     from launcher.recipe.schema import Recipe
+    from launcher.runs.run_dir import RunDir
 
     Predictor = Callable[[torch.Tensor], torch.Tensor]
     """From normalised images, float32 N x 3 x S x S, to logits, float32 N x C."""
 
 BATCH_SIZE = 32
+MAX_KEPT_BYTES = 1 << 29
+"""Of decoded images in memory: 3,500 of 224 px. More are decoded each time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,25 +97,64 @@ class BestModel:
 
     def batches(self, split: str, indices: Sequence[int] | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Normalised images (float32 N x 3 x S x S) and labels (int64 N) of a split, or of some of its indices."""
+        for images, labels in self.decoded(split, indices):
+            yield self.preprocessing.normalize(images), labels
+
+    def decoded(self, split: str, indices: Sequence[int] | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The same before they are normalised: mostly uint8."""
         dataset = self.dataset(split)
         chosen = [(0, i) for i in (range(len(dataset)) if indices is None else indices)]
         parts = [chosen[i : i + BATCH_SIZE] for i in range(0, len(chosen), BATCH_SIZE)]
         threads = torch.get_num_threads()
         workers = threads - 1 if len(parts) > threads else 0
-        for images, labels in build_loader(dataset, parts, workers=workers, device=Device(type="cpu")):
-            yield self.preprocessing.normalize(images), labels
+        yield from build_loader(dataset, parts, workers=workers, device=Device(type="cpu"))
 
 
-def load_best(run: RunDir, data_path: str | None = None) -> BestModel:
-    """Read and verify the best checkpoint of ``run``.
+class KeptBatches:
+    """The batches of a split, each time it is gone through; decoded only once if they fit into MAX_KEPT_BYTES.
+
+    Args:
+        best: whose images.
+        split: train or val.
+        indices: of the split; None: all.
+    """
+
+    def __init__(self, best: BestModel, split: str, indices: Sequence[int] | None = None) -> None:
+        self._best, self._split, self._indices = best, split, indices
+        self._kept: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Normalised images and labels."""
+        normalize = self._best.preprocessing.normalize
+        if self._kept is not None:
+            yield from ((normalize(images), labels) for images, labels in self._kept)
+            return
+        kept, size = [], 0
+        for images, labels in self._best.decoded(self._split, self._indices):
+            size += images.nbytes
+            if size <= MAX_KEPT_BYTES:
+                kept.append((images, labels))
+            yield normalize(images), labels
+        if size <= MAX_KEPT_BYTES:
+            self._kept = kept
+
+
+def _warn(line: str) -> None:
+    """Beside what a command prints."""
+    print(line, file=sys.stderr)
+
+
+def load_best(run: RunDir, data_path: str | None = None, warn: Callable[[str], None] = _warn) -> BestModel:
+    """Read and verify the best checkpoint of ``run``; where it is damaged, the newest one that is whole.
 
     Args:
         run: the run directory.
         data_path: folder with the images; None: where the run had them.
+        warn: gets a line if it is not the best one.
 
     Raises:
         UsageError: there is none yet.
-        CheckpointError: it is damaged.
+        CheckpointError: it is damaged, and there is no other.
     """
     folder = _best_folder(run)
     if not folder.is_dir():
@@ -128,7 +165,7 @@ def load_best(run: RunDir, data_path: str | None = None) -> BestModel:
     if data_path is not None:
         path = str(Path(data_path).expanduser().absolute())
         recipe = replace(recipe, data=replace(recipe.data, name="imagefolder", path=path))
-    loaded = checkpoint.load(folder)
+    folder, loaded = _load_or_newest(run, folder, warn)
     classes = loaded.state["classes"]
     preprocessing = build_preprocessing(recipe.model, recipe.data, num_classes=len(classes))
     module = build_module(recipe.model, num_classes=len(classes), image_size=preprocessing.image_size)
@@ -144,6 +181,17 @@ def load_best(run: RunDir, data_path: str | None = None) -> BestModel:
     )
 
 
+def _load_or_newest(run: RunDir, folder: Path, warn: Callable[[str], None]) -> tuple[Path, checkpoint.Checkpoint]:
+    try:
+        return folder, checkpoint.load(folder)
+    except checkpoint.CheckpointError as error:
+        newest = checkpoint.load_newest(run)
+        if newest is None:
+            raise
+        warn(f"{error}; the newest whole checkpoint is taken instead of the best one: step {newest.step}")
+        return run.checkpoint(newest.step), newest
+
+
 def _best_folder(run: RunDir) -> Path:
     """The checkpoint that ``best`` links to; a copy of a run directory may lack the link."""
     best = run.read_status().get("best")
@@ -151,55 +199,6 @@ def _best_folder(run: RunDir) -> Path:
     return linked if linked.is_dir() or not best else run.checkpoint(best["step"])
 
 
-@torch.inference_mode()
-def predict(predictors: Mapping[str, Predictor], best: BestModel) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Run every predictor over all validation images, which are decoded once.
-
-    Returns:
-        The class each predicts, int64 N by name, and the true classes, int64 N; of several classes an image, a number
-        for the set of them.
-    """
-    predicted: dict[str, list[torch.Tensor]] = {name: [] for name in predictors}
-    true = []
-    for images, labels in best.batches("val"):
-        for name, predictor in predictors.items():
-            predicted[name].append(answers_of(best, predictor(images)))
-        true.append(set_numbers(labels > 0) if labels.dim() > 1 else labels)
-    return {name: torch.cat(parts) for name, parts in predicted.items()}, torch.cat(true)
-
-
-def answers_of(best: BestModel, logits: torch.Tensor) -> torch.Tensor:
-    """What logits (N x C) answer, as a number an image."""
-    if best.recipe.data.task == "multi_label":
-        return set_numbers(logits.sigmoid() >= best.recipe.data.threshold)
-    return logits.argmax(dim=1)
-
-
-def set_numbers(sets: torch.Tensor) -> torch.Tensor:
-    """A number for each set of classes (bool N x C), the same for the same set."""
-    generator = torch.Generator().manual_seed(0)
-    of_class = torch.randint(1 << 60, (sets.shape[1],), generator=generator)
-    return (sets.long() * of_class).sum(dim=1)
-
-
 def size_mb(path: Path) -> float:
     """Size of a file, with the weights that ONNX keeps beside a large one."""
     return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")) / 1e6
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the best checkpoint's top-1 on all validation images."""
-    parser = argparse.ArgumentParser(prog="python -m launcher.tools.evaluate", description=__doc__)
-    parser.add_argument("run_dir", metavar="RUN")
-    best = load_best(RunDir.existing(parser.parse_args(argv).run_dir))
-    missing = best.missing("val")
-    if missing:
-        raise UsageError(missing)
-    predicted, true = predict({"pytorch": best.module}, best)
-    top1 = (predicted["pytorch"] == true).double().mean().item()
-    print(f"{best.folder}: top1 {top1:.4f} on {len(true)} validation images")
-    return EXIT_OK
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code_of(main))

@@ -24,7 +24,7 @@ THRESHOLD = "threshold"
 TEMPERATURE = "temperature"
 """Key of a file's metadata, where it was calibrated: what logits are divided by before they become probabilities."""
 QUANTIZATION = "quantization"
-"""Key of an int8 file's metadata: ``{target, weight_bits, activation_bits, calibration_images}`` as JSON."""
+"""Key of a quantized file's metadata: its rung and, of int8, ``{target, weight_bits, activation_bits, …}`` as JSON."""
 EXACT_SUMS = "session.x64quantprecision"
 """ONNX Runtime's own option for x86 without VNNI: int8 weights become uint8, whose products it adds in 32 bits."""
 
@@ -80,7 +80,7 @@ def overflows_here(path: Path, metadata: dict[str, str]) -> bool:
     if not host_cpu.saturates_int8():
         return False
     said = json.loads(metadata.get(QUANTIZATION, "{}"))
-    bits = said["weight_bits"] if said else weight_bits(path)
+    bits = said.get("weight_bits") if said else weight_bits(path)
     return bits is not None and bits > PORTABLE_BITS
 
 

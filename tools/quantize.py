@@ -1,11 +1,13 @@
-"""int8 by ONNX Runtime: static, per channel, calibrated on training images; the first layers in float if need be."""
+"""Quantized models as a ladder: one way after the other is tried until one is accepted; each is told."""
 
 from __future__ import annotations
 
 import json
-import tempfile
-from pathlib import Path
+import traceback
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from launcher.engine.schedule import epoch_order
 from launcher.system import cpu as host_cpu
@@ -13,108 +15,169 @@ from launcher.system.cpu import PORTABLE_BITS
 from launcher.tools.onnx_model import QUANTIZATION, read_metadata
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
-    import numpy as np
-    from numpy.typing import NDArray
+    from onnx import ModelProto
 
     from launcher.tools.evaluate import BestModel
 
-    Images = dict[str, NDArray[np.float32]]
+    Judge = Callable[[str, Path], tuple[str | None, dict[str, Any]]]
+    """Of a format and a file: why it is not accepted (None: it is), and what it measured."""
+    Say = Callable[[str], None]
+    Rung = tuple[str, ModelProto, dict[str, Any]]
+    """Its name, the model, and what the file's metadata say of it."""
 
-NUM_CALIBRATION_IMAGES = 256
-NUM_IN_FLOAT = (0, 5, 12, 20)
-"""First layers that stay in float, tried one after the other until the model is accepted: what they round off goes
-through the whole network (docs/exports.md)."""
-LAYERS = ("Conv", "Gemm", "MatMul")
+NUM_CALIBRATION_IMAGES = 128
+"""A fixed random choice of training images, seen as validation sees them."""
+CALIBRATION_BATCH = 8
+"""Images that are computed at once while all values of the network are looked at."""
+FILES = {"int8": "model.int8.onnx", "fp16": "model.fp16.onnx", "int8_dynamic": "model.int8_dynamic.onnx"}
+CALIBRATED = frozenset({"int8"})
+"""Formats that need training images."""
 
 
-def quantize_onnx(source: Path, target: Path, best: BestModel, judge: Callable[[Path], str | None]) -> None:
-    """Make an int8 model (QDQ: uint8 activations, int8 weights per channel) of an exported one.
+@dataclass(frozen=True, kw_only=True)
+class Ladder:
+    """What is needed to make quantized models of an exported one.
 
-    The activations' ranges are the least and greatest values over a fixed random choice of training images, seen as
-    validation sees them. ``post.target`` says whether its weights may use all 8 bits. Where the model is not accepted,
-    its first layers stay in float. The metadata say what was done and what was tried.
-
-    Args:
+    Attributes:
         source: an ONNX file of float32.
-        target: where the int8 model goes.
+        folder: where files are made.
         best: the checkpoint that ``source`` was made of.
-        judge: why a file is not accepted; None: it is.
+        threads: of the CPU.
     """
-    from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    target_cpus = best.recipe.post.target
-    bits = weight_bits(target_cpus)
-    indices = epoch_order(best.recipe.seed, 0, len(best.dataset("train")))[:NUM_CALIBRATION_IMAGES].tolist()
-    calibration: list[Images] = [{"images": images.numpy()} for images, _ in best.batches("train", indices)]
-    made: dict[str, Any] = {"target": target_cpus, "weight_bits": bits, "activation_bits": 8}
-    made |= {"calibration_images": len(indices)}
-    tried: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".quantize-") as folder:
-        prepared = Path(folder) / "prepared.onnx"
-        # folds BatchNorm into the convolutions first, so that ranges are those of the values that are computed
-        quant_pre_process(source, prepared, skip_symbolic_shape=True)
-        layers = _layers(prepared)
-        for num in NUM_IN_FLOAT:
-            in_float = layers[:num]
-            _quantize(prepared, target, calibration, bits=bits, in_float=in_float)
-            tried.append({"float_layers": len(in_float), "reason": judge(target)})
-            if tried[-1]["reason"] is None:
-                break
-    _write_metadata(source, target, {QUANTIZATION: json.dumps(made | {"float_layers": in_float, "tried": tried})})
+    source: Path
+    folder: Path
+    best: BestModel
+    threads: int
+
+    def climb(self, formats: Sequence[str], judge: Judge, say: Say) -> tuple[str | None, list[dict[str, Any]]]:
+        """Make one model after the other, of one format after the other, until one is accepted.
+
+        Returns:
+            The format that was, whose file then lies in the folder (None: there is none), and a row for each try.
+        """
+        rows: list[dict[str, Any]] = []
+        for name in formats:
+            for row in self._try(name, judge):
+                rows.append(row)
+                numbers = "" if row["agreement"] is None else f" agreement {row['agreement']:.4f}"
+                say(f"{row['file']}: {row['rung']}:{numbers} {row['reason'] or 'accepted'}")
+                if row["accepted"]:
+                    return name, rows
+        return None, rows
+
+    def _try(self, name: str, judge: Judge) -> Iterator[dict[str, Any]]:
+        file = self.folder / FILES[name]
+        rungs = iter(self._rungs(name))
+        while True:
+            row = {"file": file.name, "format": name, "rung": name, "agreement": None}
+            try:
+                rung, model, settings = next(rungs)
+                row["rung"] = rung
+                _write(model, file, self.source, settings | {"rung": rung})
+                reason, measured = judge(name, file)
+            except StopIteration:
+                return
+            except Exception as error:  # of a network that ONNX Runtime cannot quantize in this way
+                traceback.print_exc()
+                yield row | {"reason": f"cannot be made: {_first_line(error)}", "accepted": False}
+                continue  # a generator that has raised is at its end
+            yield row | measured | {"reason": reason, "accepted": reason is None}
+
+    def _rungs(self, name: str) -> Iterator[Rung]:
+        return {"int8": self._int8, "fp16": self._fp16, "int8_dynamic": self._int8_dynamic}[name]()
+
+    def _int8(self) -> Iterator[Rung]:
+        from launcher.tools.int8.rungs import Rungs
+
+        best, bits = self.best, weight_bits(self.best.recipe.post.target)
+        indices = epoch_order(best.recipe.seed, 0, len(best.dataset("train")))[:NUM_CALIBRATION_IMAGES].tolist()
+        batches = [
+            part
+            for images, _ in best.batches("train", indices)
+            for part in np.array_split(images.numpy(), -(-len(images) // CALIBRATION_BATCH))
+        ]
+        common = {"target": best.recipe.post.target, "weight_bits": bits, "activation_bits": 8}
+        common |= {"calibration_images": len(indices)}
+        for made in Rungs(self._prepared(), batches, bits=bits, threads=self.threads):
+            yield made.rung, made.model, common | made.settings
+
+    def _fp16(self) -> Iterator[Rung]:
+        import onnx
+
+        model = onnx.load(self.source)
+        _halve_weights(model)
+        yield "weights", model, {"weights": "float16"}
+
+    def _int8_dynamic(self) -> Iterator[Rung]:
+        import onnx
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        bits, file = weight_bits(self.best.recipe.post.target), self.folder / ".dynamic.onnx"
+        quantize_dynamic(
+            self._prepared(),
+            file,
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            reduce_range=bits == PORTABLE_BITS,
+            weight_type=QuantType.QInt8,
+        )
+        model = onnx.load(file)
+        file.unlink()
+        if not any(node.op_type == "MatMulInteger" for node in model.graph.node):
+            raise ValueError("it has no matrix products, as transformers have")
+        yield "dynamic", model, {"target": self.best.recipe.post.target, "weight_bits": bits}
+
+    def _prepared(self) -> ModelProto:
+        """The float model with BatchNorm folded into its layers and the shapes of its tensors inferred."""
+        import onnx
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+
+        file = self.folder / ".prepared.onnx"
+        quant_pre_process(self.source, file, skip_symbolic_shape=True)
+        model = onnx.load(file)
+        file.unlink()
+        return model
 
 
-def _quantize(source: Path, target: Path, calibration: Sequence[Images], *, bits: int, in_float: Sequence[str]) -> None:
-    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
-
-    quantize_static(
-        source,
-        target,
-        _reader(calibration),
-        quant_format=QuantFormat.QDQ,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-        per_channel=True,
-        reduce_range=bits == PORTABLE_BITS,
-        nodes_to_exclude=list(in_float),
-        calibrate_method=CalibrationMethod.MinMax,
-    )
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
-def _reader(batches: Iterable[Images]) -> Any:
-    """Feeds batches one by one, as ONNX Runtime wants them."""
-    from onnxruntime.quantization import CalibrationDataReader
+def _halve_weights(model: Any) -> None:
+    """Keep weights as float16; they become float32 when the file is opened, so that it computes as fast as before."""
+    from onnx import TensorProto, helper, numpy_helper
 
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self._batches = iter(batches)
-
-        def get_next(self) -> Images | None:  # type: ignore[override]  # None ends it
-            return next(self._batches, None)
-
-    return Reader()
-
-
-def _layers(source: Path) -> list[str]:
-    """Names of a model's convolutions and products, in the order in which they are computed."""
-    import onnx
-
-    return [node.name for node in onnx.load(source, load_external_data=False).graph.node if node.op_type in LAYERS]
+    casts = []
+    for tensor in model.graph.initializer:
+        if tensor.data_type != TensorProto.FLOAT or len(tensor.dims) <= 1:
+            continue
+        with np.errstate(over="ignore"):
+            half = numpy_helper.to_array(tensor).astype(np.float16)
+        if not np.isfinite(half).all():
+            continue
+        name = tensor.name
+        tensor.CopyFrom(numpy_helper.from_array(half, f"{name}_half"))
+        casts.append(helper.make_node("Cast", [tensor.name], [name], to=TensorProto.FLOAT, name=f"{name}_cast"))
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 def weight_bits(target_cpus: str) -> int:
     """Bits of the weights for ``post.target``: 7 where the CPUs meant may add products in 16 bits."""
     if target_cpus == "this":
         return PORTABLE_BITS if host_cpu.saturates_int8() else 8
-    return {"portable": PORTABLE_BITS, "vnni": 8}[target_cpus]
+    return {"portable": PORTABLE_BITS, "vnni": 8, "arm": 8}[target_cpus]
 
 
-def _write_metadata(source: Path, target: Path, more: dict[str, str]) -> None:
-    """Give ``target`` the metadata of ``source``, and ``more``."""
+def _write(model: ModelProto, target: Path, source: Path, settings: dict[str, Any]) -> None:
+    """Save a model with the metadata of the one it was made of, and how it was made."""
     import onnx
 
     known = read_metadata(onnx.load(source, load_external_data=False))
-    model: Any = onnx.load(target)
-    onnx.helper.set_model_props(model, known | more)
+    onnx.helper.set_model_props(model, known | {QUANTIZATION: json.dumps(settings)})
     onnx.save(model, target)

@@ -132,10 +132,9 @@ class Parts:
         self.model.module.to(memory_format=layout)
 
     def enter(self, epoch: int) -> bool:
-        """Have learn what learns in an epoch, as it does then; return whether that changed which gradients there are.
+        """Have learn what learns in an epoch, as its phase says; return whether other gradients are exchanged now.
 
-        What an optimizer knew of layers that do not learn now is forgotten: it would be of long ago when they learn
-        again, and a checkpoint need not hold it.
+        What the optimizer knew of layers that do not learn is forgotten: it would be of long ago when they do again.
         """
         optim.regroup(self.optimizer, self.model, phases.phase_at(self.recipe, epoch).optim)
         changed = self.model.freeze(epoch)
@@ -271,6 +270,18 @@ def fixed_batching(config: BatchConfig, ranks: Ranks, *, full_size: int = 0, deb
     )
 
 
+def _schedule(recipe: Recipe, images: DataSets, dealt: Batching, *, together: bool) -> Schedule:
+    return Schedule(
+        seed=recipe.seed,
+        num_samples=len(images.train),
+        batching=dealt,
+        excluded=images.train.find(images.left_out),
+        labels=images.train.labels if recipe.data.balance == "sampler" else None,
+        pairs=is_mixing(recipe.data),
+        together=together,
+    )
+
+
 def build_parts(
     run: RunDir,
     ranks: Ranks,
@@ -305,14 +316,12 @@ def build_parts(
         with_weights=ranks.rank == 0 if with_weights is None else with_weights,
         classes=full_classes(recipe, images.train.classes),
     )
-    together = recipe.model.sync_batchnorm and ranks.world_size > 1
-    if together:
-        synchronise(model.module)
+    together = recipe.model.sync_batchnorm and ranks.world_size > 1 and synchronise(model.module)
+    dealt = batching or fixed_batching(recipe.batch, ranks, full_size=full_world_size(run), debug=debug)
     excluded, weights = images.train.find(images.left_out), None
     if recipe.data.balance == "weights":
-        weights = weights_in_loss(
-            images.train.labels, excluded, num_classes=classes, several=recipe.data.task == "multi_label"
-        )
+        several = recipe.data.task == "multi_label"
+        weights = weights_in_loss(images.train.labels, excluded, num_classes=classes, several=several)
     agreed = agreed.place(model.module, device)
     workers = data.num_loader_workers(recipe.data, ranks) if loader_workers is None else loader_workers
     return Parts(
@@ -324,15 +333,7 @@ def build_parts(
         model=model,
         loss=build_loss(recipe.train, num_classes=classes, device=device.torch_device, weights=weights),
         optimizer=optim.build_optimizer(model, phases.phase_at(recipe, 0).optim),
-        schedule=Schedule(
-            seed=recipe.seed,
-            num_samples=len(images.train),
-            batching=batching or fixed_batching(recipe.batch, ranks, full_size=full_world_size(run), debug=debug),
-            excluded=excluded,
-            labels=images.train.labels if recipe.data.balance == "sampler" else None,
-            pairs=is_mixing(recipe.data),
-            together=together,
-        ),
+        schedule=_schedule(recipe, images, dealt, together=together),
         train_set=images.train,
         val_set=images.val,
         preprocessing=images.preprocessing,

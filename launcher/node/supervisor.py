@@ -333,9 +333,11 @@ def summary(run: RunDir) -> str:
                     f"top1 {row['top1']:.4f} ({row['top1_drop']:+.2f} points lost)  agrees on {row['agreement']:.1%}  "
                 )
             )
-            lines.append(
-                f"  {row['file']:<20} {measured}{row['size_mb']:.1f} MB  {row['latency_p50_ms']:.2f} ms{verdict}"
-            )
+            size = "" if row["size_mb"] is None else f"{row['size_mb']:.1f} MB  "
+            time_ms = f"{row['latency_p50_ms']:.2f} ms" if row.get("latency_p50_ms") else ""
+            lines.append(f"  {row['file']:<20} {measured}{size}{time_ms}{verdict}")
+            if row.get("doubt"):
+                lines.append(f"  {'':<20} {row['doubt']}")
         lines += [f"  {row['file']:<20} not made: {row['reason']}" for row in manifest.get("not_made", [])]
     lines += [f"run:    {run}", f"report: {Path(str(run)) / run.report_html.name}"]
     model = run.exports / "model.onnx"

@@ -113,8 +113,9 @@ def _training(recipe: Recipe) -> Iterator[Finding]:
     if recipe.train.clip_grad_norm is not None and recipe.train.clip_grad_value is not None:
         keys = ("train.clip_grad_value", "train.clip_grad_norm")
         yield keys, "the gradient is clipped by its norm already; give clip_grad_norm or clip_grad_value, not both"
-    if "onnx_int8" in recipe.post.quantize and "onnx" not in recipe.post.export:
-        yield ("post.quantize", "post.export"), "onnx_int8 is made from the onnx export; add onnx to post.export"
+    if recipe.post.quantize and "onnx" not in recipe.post.export:
+        names = ", ".join(recipe.post.quantize)
+        yield ("post.quantize", "post.export"), f"{names}: made from the onnx export; add onnx to post.export"
 
 
 def _task(recipe: Recipe) -> Iterator[Finding]:

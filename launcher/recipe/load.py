@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 EARLIER = {("data", "decode"): "exact"}
 """What a run did whose recipe was written before there was a key, where that is not the key's default."""
+RENAMED = {("post", "quantize"): {"onnx_int8": "int8"}}
+"""Values in lists of a recorded recipe that have another name now."""
 
 
 def load(
@@ -84,10 +86,20 @@ def from_dict(values: dict[str, Any]) -> Recipe:
 
 def from_recorded(values: dict[str, Any]) -> Recipe:
     """Make a recipe of what a run has recorded, perhaps by an earlier version."""
-    lacking = _lacking(values)
-    return from_dict(
-        {name: {**lacking.get(name, {}), **values[name]} if name in lacking else values[name] for name in values}
-    )
+    changed = _lacking(values)
+    for section, found in _renamed(values).items():
+        changed.setdefault(section, {}).update(found)
+    return from_dict({name: {**values[name], **changed[name]} if name in changed else values[name] for name in values})
+
+
+def _renamed(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a recorded recipe calls by a name of RENAMED, section by section."""
+    found: dict[str, dict[str, Any]] = {}
+    for (section, key), names in RENAMED.items():
+        value = values.get(section, {}).get(key)
+        if isinstance(value, list) and names.keys() & {*value}:
+            found.setdefault(section, {})[key] = [names.get(each, each) for each in value]
+    return found
 
 
 def _lacking(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -106,9 +118,8 @@ def _earlier(path: str) -> list[str]:
         return []
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
-        return [
-            f"{section}.{key}={value}" for section, found in _lacking(values).items() for key, value in found.items()
-        ]
+        changed = [*_lacking(values).items(), *_renamed(values).items()]
+        return [f"{section}.{key}={value}" for section, found in changed for key, value in found.items()]
     except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError):  # which is told when it is read
         return []
 

@@ -15,7 +15,7 @@ from launcher.runs.run_dir import RunDir
 ROOT = Path(__file__).parents[2]
 START = 1_795_000_000.0
 ONNX = {"file": "model.onnx", "format": "onnx", "top1": 0.75, "accepted": True, "reason": None}
-INT8 = {"file": "model.int8.onnx", "format": "onnx_int8", "top1": 0.5, "accepted": False, "reason": "loses 25 points"}
+INT8 = {"file": "model.int8.onnx", "format": "int8", "top1": 0.5, "accepted": False, "reason": "loses 25 points"}
 
 
 def recipe(*, name="r", lr=0.1, arch="resnet18", freeze=(), groups=None, metric="val/top1", procs=1, log_every=10):

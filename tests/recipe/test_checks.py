@@ -113,7 +113,7 @@ def test_accumulation_is_given_or_follows_from_the_global_size(problems):
 def test_int8_is_made_from_onnx(problems):
     assert problems(post={"export": ["torchscript"], "quantize": []}) == []
     assert problems(post={"export": ["torchscript"]}) == [
-        ("post.quantize", "onnx_int8 is made from the onnx export; add onnx to post.export")
+        ("post.quantize", "int8, fp16: made from the onnx export; add onnx to post.export")
     ]
 
 

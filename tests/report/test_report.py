@@ -73,7 +73,7 @@ MANIFEST = {
     "exports": [
         {"file": "model.onnx", "format": "onnx", "top1": 0.7, "agreement": 1.0, "top1_drop": 0.0, "size_mb": 8.9}
         | {"latency_p50_ms": 4.11, "latency_p95_ms": 4.62, "accepted": True, "reason": None},
-        {"file": "model.int8.onnx", "format": "onnx_int8", "top1": 0.6, "agreement": 0.9, "top1_drop": 10.0}
+        {"file": "model.int8.onnx", "format": "int8", "top1": 0.6, "agreement": 0.9, "top1_drop": 10.0}
         | {"size_mb": 2.4, "latency_p50_ms": 3.05, "latency_p95_ms": 3.6, "accepted": False}
         | {"reason": "loses 10.00 points > 1.0 & more"},
     ],
@@ -548,7 +548,7 @@ def test_the_table_of_exports_has_the_reference_first_and_says_why_not(write_run
         ["file", "verdict", "format", "top-1", "points lost", "agreement", "MB", "p50 ms", "p95 ms", "why not"],
         ["the checkpoint", "reference", "pytorch", "70.00%", "-", "-", "9.20", "14.20", "16.80", ""],
         ["model.onnx", "accepted", "onnx", "70.00%", "+0.00", "100.00%", "8.90", "4.11", "4.62", ""],
-        ["model.int8.onnx", "not accepted", "onnx_int8", "60.00%", "+10.00", "90.00%", "2.40", "3.05", "3.60", why],
+        ["model.int8.onnx", "not accepted", "int8", "60.00%", "+10.00", "90.00%", "2.40", "3.05", "3.60", why],
     ]
 
 

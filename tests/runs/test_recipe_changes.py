@@ -150,6 +150,7 @@ def test_all_that_cannot_change_is_named_at_once_with_old_value_new_value_and_re
             file,
             *changed,
             "optim.lr=1",
+            "model.head=mlp(64)",
             "data.crop_pct=0.5",
             "model.weights=DEFAULT",
             "data.background=black",

@@ -83,7 +83,7 @@ def test_a_run_that_was_moved_goes_on_and_exports_without_the_originals(project)
     assert moved.read_status()["epoch"] == 2
     project.launch("export", moved.path, cwd=elsewhere)
     manifest = json.loads(moved.export_manifest.read_text())
-    assert [row["format"] for row in manifest["exports"]] == ["onnx", "onnx_int8"]
+    assert [row["format"] for row in manifest["exports"]] == ["onnx", "int8"]
     assert all(row["agreement"] > 0.9 for row in manifest["exports"])
     assert manifest["preprocessing"]["transform"] == "code/augment.py:make"
     assert "the user's own, code/net.py:Net" in moved.model_card.read_text()

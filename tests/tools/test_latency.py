@@ -17,19 +17,35 @@ def sleeper(seconds, calls, name):
     return predict
 
 
-def test_turns_are_short_and_each_model_is_run_equally_often():
+def test_each_model_follows_each_other_one_and_quick_ones_are_run_equally_often():
     calls: list[str] = []
     names = ("pytorch", "onnx", "int8")
     found = latency.measure({name: sleeper(lambda: 0.0, calls, name) for name in names}, 8)
     assert set(found) == set(names)
-    num = latency.WARM_UP_RUNS + latency.NUM_TURNS * (1 + latency.RUNS_A_TURN)
+    num = latency.WARM_UP_RUNS + latency.NUM_TURNS * (1 + latency.MAX_RUNS_A_TURN)
     assert Counter(calls) == dict.fromkeys(names, num)
     timed = calls[len(names) * latency.WARM_UP_RUNS :]
     turns = [name for name, _ in itertools.groupby(timed)]
-    assert (
-        len(turns) > (len(names) - 1) * latency.NUM_TURNS
-    )  # where two rounds meet a model may have two turns in a row
     assert {*itertools.pairwise(turns)} > {("pytorch", "onnx"), ("onnx", "int8"), ("int8", "pytorch")}
+
+
+def test_a_slow_model_is_timed_a_few_times_only(monkeypatch):
+    monkeypatch.setattr(latency, "MODEL_S", 0.2)
+    calls: list[str] = []
+    seconds = {"pytorch": 0.15, "onnx": 0.001}
+    found = latency.measure({name: sleeper(lambda s=s: s, calls, name) for name, s in seconds.items()}, 8)
+    assert Counter(calls)["pytorch"] == latency.WARM_UP_RUNS + 2 * latency.MIN_TURNS
+    assert found["pytorch"]["latency_runs"] == latency.MIN_TURNS
+    assert found["onnx"]["latency_runs"] > 50
+
+
+def test_the_throughput_is_that_of_the_best_batch():
+    def predict(images):
+        time.sleep(0.004 + (0.05 if len(images) > 16 else 0))
+
+    (found,) = latency.throughput({"onnx": predict}, 8).values()
+    assert found["throughput_batch"] == 16
+    assert 1000 < found["throughput_images_per_s"] < 4000
 
 
 def test_a_load_that_comes_and_goes_does_not_decide_which_is_faster():
@@ -37,7 +53,7 @@ def test_a_load_that_comes_and_goes_does_not_decide_which_is_faster():
     calls: list[str] = []
 
     def load():
-        return 4.0 if len(calls) > latency.NUM_TURNS * (1 + latency.RUNS_A_TURN) else 1.0
+        return 4.0 if len(calls) > latency.NUM_TURNS * latency.MAX_RUNS_A_TURN else 1.0
 
     found = latency.measure(
         {
