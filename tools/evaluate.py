@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from launcher.engine import data
+from launcher.engine import data, losses
 from launcher.engine.checkpoints import checkpoint
 from launcher.engine.data import Preprocessing, build_loader
 from launcher.engine.device import Device
@@ -54,6 +54,13 @@ class BestModel:
     """The checkpoint."""
     left_out: frozenset[str]
     """Paths of the images that the run does without, relative to its data folder."""
+    temperature: float = 1.0
+    """What logits are divided by before they become probabilities (post.calibrate)."""
+
+    @property
+    def independent(self) -> bool:
+        """Whether each class has a probability of its own (a sigmoid); else they add up to 1 (softmax)."""
+        return self.threshold is not None or self.recipe.train.loss in losses.INDEPENDENT
 
     @property
     def threshold(self) -> float | None:

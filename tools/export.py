@@ -20,7 +20,7 @@ from launcher.engine.device import cpu_name, num_cores
 from launcher.errors import EXIT_OK, TrainingError, UsageError, exit_code_of
 from launcher.runs.run_dir import RunDir
 from launcher.system import cpu as host_cpu
-from launcher.tools import evaluate, formats, latency, onnx_model, probe, publish, quantize
+from launcher.tools import calibrate, evaluate, formats, latency, onnx_model, probe, publish, quantize
 from launcher.tools.gate import REFERENCE, Answers, doubt
 from launcher.tools.quantize import Ladder
 from launcher.tracking import wandb as tracking
@@ -63,11 +63,12 @@ def export_run(run: RunDir, data_path: str | None = None, names: Sequence[str] |
             say(f"not measured: {missing}; where they are now: launch export {run} data.path=FOLDER")
         torch.set_num_threads(num_threads(best.recipe.launch))
         run.exports.mkdir(exist_ok=True)
+        best, calibration = calibrate.apply(best, missing, say)
         publish.remove_abandoned(run.exports)
         with tempfile.TemporaryDirectory(dir=run.exports, prefix=publish.prefix()) as folder:
             making = _Making(run, best, Path(folder), Answers(best, missing), say)
             wanted = [*best.recipe.post.export, *best.recipe.post.quantize] if names is None else list(names)
-            manifest = making.make(wanted)
+            manifest = making.make(wanted) | {"calibration": calibration}
             publish.publish(run, Path(folder), manifest, list(FILES.values()))
         tracking.log_exports(run, warn=say)
         if not missing and manifest["exports"] and not any(row["accepted"] for row in manifest["exports"]):

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from launcher.engine import losses
 from launcher.engine.model import build_module
 from launcher.engine.network.fitting import load_state
 from launcher.recipe import load as recipes
@@ -49,13 +48,15 @@ def facts(best: BestModel) -> dict[str, str]:
     found = {
         "classes": best.classes,
         "preprocessing": best.preprocessing.describe(),
-        onnx_model.INDEPENDENT: best.threshold is not None or best.recipe.train.loss in losses.INDEPENDENT,
+        onnx_model.INDEPENDENT: best.independent,
         "recipe": recipes.to_dict(best.recipe),
         "checkpoint": {"step": best.state["step"], "sha256": weights_hash(best)},
         "weights": {"started_from": best.recipe.model.weights, "licence": licence(best)},
     }
     if best.threshold is not None:
         found[onnx_model.THRESHOLD] = best.threshold
+    if best.temperature != 1.0:
+        found[onnx_model.TEMPERATURE] = best.temperature
     return {key: json.dumps(value) for key, value in found.items()}
 
 

@@ -76,6 +76,7 @@ class TrainedModel:
         threshold: the probability from which on an image has a class, of which it has any number; None: it has one.
         independent: each class has a probability of its own (a sigmoid); else they add up to 1 (softmax).
         logits: from normalised images, float32 N x 3 x S x S, to float32 N x C.
+        temperature: what logits are divided by before they become probabilities.
         read: from an open image to the model's input of it, float32 3 x S x S; None: as ``facts`` say.
     """
 
@@ -89,6 +90,7 @@ class TrainedModel:
         logits: Callable[[Floats], Floats],
         read: Callable[[PillowImage], Floats] | None = None,
         threshold: float | None = None,
+        temperature: float = 1.0,
     ) -> None:
         self.file = file
         self.threshold = threshold
@@ -96,6 +98,7 @@ class TrainedModel:
         self.facts = facts
         self._independent = independent
         self._logits = logits
+        self._temperature = temperature
         self._read = read or self._as_described
 
     def predict(self, images: Iterable[Source], *, top: int = 5, batch_size: int = BATCH_SIZE) -> list[Prediction]:
@@ -123,7 +126,7 @@ class TrainedModel:
 
     def probabilities(self, images: Floats) -> Floats:
         """Of normalised images, float32 N x 3 x S x S, float32 N x C."""
-        logits = self._logits(images)
+        logits: Floats = self._logits(images) / np.float32(self._temperature)
         if self._independent:
             parts, whole = 1 / (1 + np.exp(-logits)), np.ones(1, np.float32)
         else:
@@ -220,6 +223,7 @@ def _load_onnx(file: Path) -> TrainedModel:
         facts=facts,
         independent=json.loads(said.get(onnx_model.INDEPENDENT, "false")),
         threshold=json.loads(said.get(onnx_model.THRESHOLD, "null")),
+        temperature=json.loads(said.get(onnx_model.TEMPERATURE, "1.0")),
         logits=lambda images: np.asarray(session.run(["logits"], {"images": images})[0]),
     )
 
@@ -232,7 +236,6 @@ def _warn(line: str) -> None:
 def _load_checkpoint(run: RunDir) -> TrainedModel:
     import torch
 
-    from launcher.engine import losses
     from launcher.tools import evaluate
 
     best = evaluate.load_best(run)
@@ -246,11 +249,22 @@ def _load_checkpoint(run: RunDir) -> TrainedModel:
         file=best.folder,
         classes=best.classes,
         facts=best.preprocessing.describe(),
-        independent=best.threshold is not None or best.recipe.train.loss in losses.INDEPENDENT,
+        independent=best.independent,
         threshold=best.threshold,
+        temperature=_temperature(run, best),
         logits=logits,
         read=_own_transform(best) if best.recipe.data.transform else None,
     )
+
+
+def _temperature(run: RunDir, best: BestModel) -> float:
+    """What the exports of this checkpoint were calibrated to; 1: they were not."""
+    try:
+        manifest = json.loads(run.export_manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 1.0
+    is_same = manifest["checkpoint"]["step"] == best.state["step"]
+    return float((manifest.get("calibration") or {}).get("temperature", 1.0)) if is_same else 1.0
 
 
 def _own_transform(best: BestModel) -> Callable[[PillowImage], Floats]:

@@ -24,6 +24,9 @@ class PostConfig:
     quantize: list[Literal["int8", "fp16", "int8_dynamic"]] = field(default_factory=lambda: ["int8", "fp16"])
     """Quantized formats, made from onnx: they are tried in this order, each in several ways, until one is accepted.
     fp16: weights alone, half the size; int8_dynamic: for transformers."""
+    calibrate: Literal["none", "temperature"] = "none"
+    """temperature: one number is fitted on the validation images, by which predictions divide logits so that their
+    probabilities are as often right as they say; it stands in the exports' metadata. The likeliest class stays."""
     profile: str | None = None
     """On SLURM: a profile on which the exports are made by a job of their own, after the training; null: in the same
     job, by its first node. Elsewhere it means nothing."""

@@ -128,6 +128,7 @@ OPEN = {
     "tracking.wandb.entity": "",
     "tracking.log_every": "",
     "post.enabled": "",
+    "post.calibrate": "",
     "post.export": "",
     "post.quantize": "",
     "post.profile": "",
