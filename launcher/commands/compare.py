@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 from launcher.commands import ps as jobs
 from launcher.commands.parser import parser_of
-from launcher.errors import EXIT_OK, UsageError, did_you_mean
+from launcher.errors import EXIT_OK, UsageError
 from launcher.recipe import metrics as recipe_metrics
 from launcher.report.build import AFTER_TRAINING
 from launcher.runs.run_dir import RunDir
@@ -76,7 +76,7 @@ def run(paths: Sequence[str], *, metric: str | None, as_json: bool) -> None:
     modes = _modes(recipes)
     if metric is not None and metric not in modes:
         valid = f"--metric {metric}: no such metric; valid are {', '.join(modes)}"
-        raise UsageError("; ".join(filter(None, [valid, did_you_mean(metric, modes)])))
+        raise UsageError("; ".join(filter(None, [valid, recipe_metrics.nearest(metric, modes)])))
     metric = metric or _watched(recipes, modes)
     mode = modes[metric]
     rows = [_row(run, recipe, metric, mode) for run, recipe in zip(runs, recipes, strict=True)]

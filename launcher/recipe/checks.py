@@ -97,7 +97,7 @@ def _training(recipe: Recipe) -> Iterator[Finding]:
     better = valid.get(stop.metric)
     metric, mode = "train.early_stopping.metric", "train.early_stopping.mode"
     if better is None:
-        hint = did_you_mean(stop.metric, valid)
+        hint = recipe_metrics.nearest(stop.metric, valid)
         yield (
             (metric, "metrics"),
             " ".join(filter(None, [f"found {stop.metric!r}; no such metric;", hint, f"valid: {', '.join(valid)}"])),

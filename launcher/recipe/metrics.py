@@ -10,8 +10,10 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from launcher.errors import did_you_mean
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from launcher.recipe.schema import Recipe
     from launcher.recipe.schema_train import MetricConfig
@@ -25,6 +27,9 @@ RESERVED = {
 """Other names in a line of metrics.jsonl."""
 
 Mode = Literal["min", "max"]
+
+ELSEWHERE = dict.fromkeys(("acc", "accuracy", "acc1", "top1_accuracy", "top_1"), "val/top1")
+"""What other tools call a metric that can be watched."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +204,12 @@ def of(rows: Any) -> dict[str, Metric]:
 def watchable(rows: Any) -> dict[str, Mode]:
     """What early stopping can watch, each with the mode that means better."""
     return {"train/loss": METRICS["loss"].mode, **{f"val/{name}": metric.mode for name, metric in of(rows).items()}}
+
+
+def nearest(found: str, valid: Collection[str]) -> str:
+    """``did you mean 'val/top1'?`` for a metric that is not among the ``valid`` ones; empty where none is near."""
+    known = ELSEWHERE.get(found.rpartition("/")[2].lower())
+    return f"did you mean {known!r}?" if known in valid else did_you_mean(found, valid)
 
 
 def trivial(num_classes: int) -> set[str]:

@@ -250,7 +250,7 @@ def test_top_5_of_five_classes_or_fewer_is_no_value(make, as_json, num, value):
 
 def test_an_unknown_metric_names_the_nearest(make):
     make("a")
-    with pytest.raises(UsageError, match=r"valid are .*val/f1; did you mean .*'val/top1'"):
+    with pytest.raises(UsageError, match=r"valid are .*val/f1.*; did you mean .*'val/top1'"):
         compare.run(["a"], metric="val/top", as_json=False)
 
 

@@ -50,7 +50,7 @@ def test_each_metric_has_the_mode_that_means_better(metric, mode, problems):
 
 @pytest.mark.parametrize(
     ("metric", "hint"),
-    [("val/accuracy", "did you mean 'val/balanced_accuracy'? "), ("top1", "did you mean 'val/top1'? "), ("", "")],
+    [("val/accuracy", "did you mean 'val/top1'? "), ("top1", "did you mean 'val/top1'? "), ("", "")],
     ids=["other", "half", ""],
 )
 def test_early_stopping_on_a_metric_that_does_not_exist(metric, hint, problems):

@@ -110,7 +110,7 @@ RECIPE = {
     "launch": {"device": "cpu"},
 }
 AUROC = "torchmetrics.classification:MulticlassAUROC"
-ECE = {"name": "ece", "metric": "torchmetrics.classification:MulticlassCalibrationError", "mode": "min"}
+ECE = {"name": "calibration", "metric": "torchmetrics.classification:MulticlassCalibrationError", "mode": "min"}
 
 
 def merge(base, changes):
@@ -149,7 +149,7 @@ def start(warm_launch, recipe, tmp_path):
 
 OWN = {
     "train": {"loss": "my.py:loss", "loss_args": {"gamma": 1.0}, "listeners": ["my.py:Told"]}
-    | {"early_stopping": {"metric": "val/ece", "mode": "min", "patience": None}},
+    | {"early_stopping": {"metric": "val/calibration", "mode": "min", "patience": None}},
     "metrics": [ECE, AUROC, "my.py:margin"],
 }
 
@@ -161,19 +161,19 @@ def test_they_train_measure_and_hear_and_are_shown_wherever_top_1_is(start, laun
     assert done.returncode == 0, done.stderr
     lines = [line for line in read_jsonl(run.metrics) if line["split"] == "val"]
     assert len(lines) == 2
-    assert all({"ece", "MulticlassAUROC", "margin"} <= set(line) for line in lines)
-    assert re.search(r"val  loss .*top1 .*ece .*MulticlassAUROC .*margin", done.stdout)
+    assert all({"calibration", "MulticlassAUROC", "margin"} <= set(line) for line in lines)
+    assert re.search(r"val  loss .*top1 .*calibration .*MulticlassAUROC .*margin", done.stdout)
     best = run.read_status()["best"]
-    assert (best["metric"], best["value"]) == ("val/ece", min(line["ece"] for line in lines))
+    assert (best["metric"], best["value"]) == ("val/calibration", min(line["calibration"] for line in lines))
     report = json.loads(run.report_json.read_text())
-    assert report["best_val"]["ece"] == best["value"]
+    assert report["best_val"]["calibration"] == best["value"]
     page, card = run.report_html.read_text(), run.model_card.read_text()
-    assert "ece over" in page
+    assert "calibration over" in page
     assert "MulticlassAUROC" in page
-    assert f"| ece | {best['value']:.4f} |" in card
+    assert f"| calibration | {best['value']:.4f} |" in card
     (record,) = run.wandb.rglob("run-*.wandb")
-    assert b"val/ece" in record.read_bytes()
-    compared = launch("compare", str(run.path), "--metric", "val/ece")
+    assert b"val/calibration" in record.read_bytes()
+    compared = launch("compare", str(run.path), "--metric", "val/calibration")
     assert compared.returncode == 0, compared.stderr
     assert f"{best['value']:.4f}" in compared.stdout
     told = list(read_jsonl(run.path / "told.jsonl"))
@@ -201,7 +201,7 @@ def test_one_and_two_ranks_learn_and_measure_the_same(make_run, engine, in_ranks
     one, two = (in_ranks(size, lambda who: engine.train(runs[who.world_size], who))[0] for size in runs)
     measured = [[line for line in found.lines if line["split"] == "val"] for found in (one, two)]
     for first, second in zip(*measured, strict=True):
-        for name in ("loss", "ece", "margin", "top1"):
+        for name in ("loss", "calibration", "margin", "top1"):
             assert second[name] == pytest.approx(first[name], rel=1e-4), name
     assert engine.largest_difference(one.state, two.state) < 1e-5
     assert not engine.identical(one.state, one.initial)
@@ -267,8 +267,11 @@ def test_an_exception_of_theirs_is_shown_and_not_tried_again(start, changes):
         ({"metrics": [{"metric": AUROC, "name": "top1"}]}, r"metrics\.0: the name 'top1' is taken"),
         ({"metrics": [AUROC, AUROC]}, r"mine\.yaml:\d+: metrics\.1: the name 'MulticlassAUROC' is taken by another"),
         ({"metrics": ["torchmetrics.classification:MulticlassAUROK"]}, "did you mean 'MulticlassAUROC'"),
-        ({"train": {"early_stopping": {"metric": "val/ecee"}}, "metrics": [ECE]}, "did you mean 'val/ece'"),
-        ({"train": {"early_stopping": {"metric": "val/ece", "mode": "max"}}, "metrics": [ECE]}, "valid: min"),
+        (
+            {"train": {"early_stopping": {"metric": "val/calibrationn"}}, "metrics": [ECE]},
+            "did you mean 'val/calibration'",
+        ),
+        ({"train": {"early_stopping": {"metric": "val/calibration", "mode": "max"}}, "metrics": [ECE]}, "valid: min"),
         ({"train": {"listeners": ["my.py:Tolds"]}}, r"train\.listeners\.0: .*did you mean 'Told'"),
         ({"train": {"listeners": [{"listener": "my.py:Told", "args": {"a": 1}}]}}, "does not take 'a'|takes no"),
     ],
