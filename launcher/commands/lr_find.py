@@ -52,13 +52,15 @@ def run(args: argparse.Namespace) -> int:
             run_dir=place,
         )
         (reading,) = start.read(request)
+        (asked,) = start.read(replace(request, nodes=None, spares=None, backend=None))
         file = Path(args.out or f"{reading.recipe.name}-lr-find.svg")
         if not file.parent.is_dir():
             raise UsageError(f"--out: there is no folder {file.parent}; make it, or name a file elsewhere")
         draft = start.plan(reading)
         (found,) = start.admit([draft], [])
         start.record(draft, found)
-        measured = _measure(draft, bounds, args.steps, threads)
+        batching = _batching(draft, num_nodes=asked.recipe.launch.max_nodes)
+        measured = _measure(draft, batching, bounds, args.steps, threads)
     if len(measured.rates) < FEWEST:
         lowest = measured.rates[0] if measured.rates else bounds[0] if bounds else "the lowest rate"
         print(f"the loss rises, or is NaN or infinite, almost from the beginning ({lowest:g}): give a lower --start")
@@ -79,7 +81,11 @@ def _bounds(args: argparse.Namespace) -> tuple[float, float] | None:
 
 
 def _measure(
-    draft: start.Draft, bounds: tuple[float, float] | None, num_steps: int | None, threads: str | None
+    draft: start.Draft,
+    batching: Batching,
+    bounds: tuple[float, float] | None,
+    num_steps: int | None,
+    threads: str | None,
 ) -> RangeTest:
     import torch
 
@@ -90,21 +96,21 @@ def _measure(
     if threads is None:  # one process has all the cores
         torch.set_num_threads(num_cores())
     return rate_range.measure(
-        draft.run, Device(type=draft.plan.device, index=0), _batching(draft), bounds=bounds, num_steps=num_steps
+        draft.run, Device(type=draft.plan.device, index=0), batching, bounds=bounds, num_steps=num_steps
     )
 
 
-def _batching(draft: start.Draft) -> Batching:
+def _batching(draft: start.Draft, *, num_nodes: int) -> Batching:
     """The recipe's global batch in one process: as many parts, one after the other, as its ranks would take."""
     from launcher.engine.schedule import Batching
 
-    config, recipe = draft.recipe.batch, draft.recipe
+    config = draft.recipe.batch
     if config.size == "auto":
         config = replace(config, size=AUTO_SIZE)
     assert config.size != "auto"  # noqa: S101
-    ranks = draft.plan.world_size * recipe.launch.max_nodes
+    ranks = draft.plan.world_size * num_nodes
     total = config.global_size or config.size * ranks * config.accumulate
-    if recipe.batch.size == "auto":
+    if draft.recipe.batch.size == "auto":
         print(f"batch.size is auto, which a run measures: here {config.size} at once, {total} a step", flush=True)
     return Batching.even(config.size, world_size=1, global_size=total, accumulate=1)
 

@@ -270,12 +270,14 @@ def fixed_batching(config: BatchConfig, ranks: Ranks, *, full_size: int = 0, deb
     )
 
 
-def _schedule(recipe: Recipe, images: DataSets, dealt: Batching, *, together: bool) -> Schedule:
+def _schedule(
+    recipe: Recipe, images: DataSets, dealt: Batching, excluded: frozenset[int], *, together: bool
+) -> Schedule:
     return Schedule(
         seed=recipe.seed,
         num_samples=len(images.train),
         batching=dealt,
-        excluded=images.train.find(images.left_out),
+        excluded=excluded,
         labels=images.train.labels if recipe.data.balance == "sampler" else None,
         pairs=is_mixing(recipe.data),
         together=together,
@@ -333,7 +335,7 @@ def build_parts(
         model=model,
         loss=build_loss(recipe.train, num_classes=classes, device=device.torch_device, weights=weights),
         optimizer=optim.build_optimizer(model, phases.phase_at(recipe, 0).optim),
-        schedule=_schedule(recipe, images, dealt, together=together),
+        schedule=_schedule(recipe, images, dealt, excluded, together=together),
         train_set=images.train,
         val_set=images.val,
         preprocessing=images.preprocessing,

@@ -70,7 +70,7 @@ class OptimConfig:
     """Fraction of the peak rates that cosine, linear, polynomial, one_cycle and cosine_restarts end at."""
     step_epochs: Positive | Annotated[list[Positive], Field(min_length=1)] | Auto = "auto"
     """With schedule: step: after how many epochs the rates drop, again and again, or a list of the epochs at which they
-    do, counted from the beginning of training; auto: after each third of it."""
+    do, counted from the beginning of training or of the phase; auto: after each third of it."""
     step_factor: Annotated[float, Field(gt=0, le=1)] = 0.1
     """With schedule: step: what the rates are multiplied by at each drop."""
     power: Positive = 2.0

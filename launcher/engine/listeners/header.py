@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from launcher.engine import optim
 from launcher.engine.loading import balance
+from launcher.recipe import phases
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,7 +22,7 @@ def lines(parts: Parts) -> Iterator[str]:
     size = parts.preprocessing.image_size
     yield f"{len(parts.val_set):,} validation images; the model sees {size} x {size} px"
     yield f"steps: {_steps(parts)}"
-    config, batching = recipe.optim, parts.schedule.batching
+    config, batching = phases.phase_at(recipe, 0).optim, parts.schedule.batching
     rate = config.lr * optim.lr_scale(config, batching.global_batch_size)
     device = parts.device.torch_device.type
     yield f"learning: {config.name}, rate {rate:.3g}, {config.schedule} schedule; {parts.precision} on {device}"
@@ -38,8 +39,9 @@ def _model(parts: Parts) -> str:
     total = sum(sizes.values())
     frozen = sum(sizes[name] for name in parts.model.frozen_parameters(epoch=0))
     learn = "all learn" if not frozen else f"{total - frozen:,} of them learn"
-    if frozen and config.unfreeze:
-        learn += " at first (model.unfreeze)"
+    every = phases.phases(parts.recipe)
+    if len(every) > 1:
+        learn += f" in the first of {len(every)} phases (epochs 1 to {every[1].start})"
     weights = f"weights {config.weights}" if config.weights else "random weights"
     return f"{config.factory or config.arch}, {weights}, {_count(total, 'parameter')}, {learn}"
 

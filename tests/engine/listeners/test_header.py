@@ -26,7 +26,7 @@ def test_it_says_what_is_trained_by_what_on_what(lines):
 
 def test_what_is_frozen_does_not_learn(lines):
     found = lines(model={"freeze": ["backbone"], "unfreeze": {1: "backbone"}}, train={"epochs": 2})
-    assert "of them learn at first (model.unfreeze)" in found
+    assert "of them learn in the first of 2 phases (epochs 1 to 1)" in found
     total, learn = (
         int(text.split()[-1].replace(",", ""))
         for text in found.partition("\n")[0].split(" of them")[0].split(" parameters, ")
@@ -45,3 +45,10 @@ def test_it_says_what_is_best_and_when_training_stops(lines, patience, said):
     found = lines(train={"early_stopping": {"metric": "val/f1", "patience": patience}})
     assert said in found
     assert ("stops" in found) == (patience is not None)
+
+
+def test_with_phases_it_is_the_first_ones_rate(lines):
+    phases = [{"epochs": 2, "freeze": ["backbone"], "optim": {"lr": 0.05, "schedule": "constant"}}, {"epochs": 1}]
+    found = lines(train={"epochs": 3, "phases": phases}, optim={"lr": 0.001})
+    assert "rate 0.05, constant schedule" in found
+    assert "in the first of 2 phases (epochs 1 to 2)" in found
