@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from launcher.images.datasets import DATASETS
-from launcher.recipe.types import STRICT, Argument, Auto, CountOrZero, Fraction, NonNegative, Positive
+from launcher.recipe.types import STRICT, Argument, Auto, Channels, CountOrZero, Fraction, NonNegative, Positive
 
 COLOURS = {"white": "#ffffff", "black": "#000000", "grey": "#808080"}
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class DataConfig:
     """Classes without an image in val/. error: nothing is started; allow: they are learned and not measured."""
     background: Annotated[str, Field(pattern=r"^(white|black|grey|#[0-9A-Fa-f]{6})$")] = "white"
     """Colour behind what is transparent, in training, validation and exports: white, black, grey or "#rrggbb"."""
-    channels: Literal[1, 3] = 3
+    channels: Channels = 3
     """3: colours; 1: all images are made grey (ITU-R 601), in training, validation and exports. The model keeps its
     three inputs, which get the same values, so that its weights fit."""
     grey_range: Annotated[list[float], Field(min_length=2, max_length=2)] | Auto = "auto"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
+from pydantic_core import PydanticKnownError
 
 Schema = TypeVar("Schema")
 
@@ -21,6 +22,16 @@ Argument = bool | int | float | str | list[bool | int | float | str] | None
 """What a recipe can pass to the user's own code."""
 NodeRange = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,5}:[1-9][0-9]{0,5}$", description="MIN:MAX, as in 2:4")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _no_boolean(value: object) -> object:
+    """To Python, and so to Literal, true is 1."""
+    if isinstance(value, bool):
+        raise PydanticKnownError("literal_error", {"expected": "1 or 3"})
+    return value
+
+
+Channels = Annotated[Literal[1, 3], BeforeValidator(_no_boolean)]
 
 _ADAPTERS: dict[type, TypeAdapter[Any]] = {}
 """To make one takes a tenth of a second."""
