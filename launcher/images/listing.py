@@ -135,7 +135,7 @@ class Listing:
         return ["/".join(map(str, match.groups())) or match[0] for _, match in matches if match]
 
     def key(self, path: str) -> str:
-        """What an image is known by: its path below the folder."""
+        """What an image is known by: its path from the folder, the same wherever the folder is named from."""
         return image_folder.relative(path, self.root)
 
     def class_names(self, split: str) -> list[str]:
