@@ -68,7 +68,7 @@ class ScannedImage:
     split: str
     """train or val."""
     class_name: str
-    """Its class folder."""
+    """Its class folder; of several classes their names, joined."""
     digest: str
     """Hash of its content; empty where it cannot be read."""
     kind: str | None
@@ -77,6 +77,13 @@ class ScannedImage:
     """The same in words."""
     notes: tuple[str, ...]
     """What is unusual about it, keys of NOTES."""
+    several: tuple[str, ...] | None = None
+    """Its classes, where an image may have several or none."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Its class, or each of its classes."""
+        return (self.class_name,) if self.several is None else self.several
 
     @property
     def cure(self) -> str:
@@ -122,7 +129,8 @@ class Scan:
         """Good images of each class, 0 too, in the order of the classes."""
         names = self.listing.class_names(split) if self.listing else self.classes
         counts = Counter(dict.fromkeys(names, 0))
-        counts.update(image.class_name for image in self.images if image.split == split and not image.kind)
+        good = (image for image in self.images if image.split == split and not image.kind)
+        counts.update(name for image in good for name in image.class_names)
         return counts
 
     def noted(self) -> dict[str, list[str]]:
