@@ -46,8 +46,11 @@ class Listing:
         return cls(layouts.Source(path=str(folder)), classes)
 
     def with_classes(self, classes: Sequence[str]) -> Listing:
-        """The same with other classes, or their order."""
-        return Listing(self.source, classes)
+        """The same with other classes, or their order; it is divided once for both."""
+        made = Listing(self.source, classes)
+        if self.layout.undivided:
+            made._validated = self._validated
+        return made
 
     @cached_property
     def classes(self) -> list[str]:

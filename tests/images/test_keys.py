@@ -7,6 +7,7 @@ import os
 import pytest
 from PIL import Image
 
+from launcher.images import division, lists
 from launcher.images import folder as image_folder
 from launcher.images.layouts import Source
 from launcher.images.listing import Listing
@@ -72,3 +73,20 @@ def test_images_of_folders_keep_the_keys_that_runs_know(here):
         f"val/{name}/{i}..{place}.png" for place, name in enumerate(NAMES) for i in range(4)
     }
     assert image_folder.relative("/a/b/train/cat/1.jpg", here.__class__("/a/b")) == "train/cat/1.jpg"
+
+
+def test_a_list_with_an_index_without_a_name_is_read(here):
+    """As pandas' to_csv() writes it."""
+    (here / "list.csv").write_text(",path,label\n0,a.png,cat\n1,b.png,dog\n")
+    assert [row.label for row in lists.read(here / "list.csv", {})] == ["cat", "dog"]
+    (here / "list.csv").write_text(",path,label\n0,a.png,cat,5\n")
+    with pytest.raises(lists.ListError, match=r":2: 1 more fields than the first line names"):
+        lists.read(here / "list.csv", {})
+
+
+def test_other_classes_are_of_the_same_division(here, monkeypatch):
+    paint(here)
+    listing = Listing(Source(path=".", val_fraction=0.25))
+    val = listing.samples("val")
+    monkeypatch.setattr(division, "divide", None)
+    assert sorted(path for path, _ in listing.with_classes(["dog", "cat"]).samples("val")) == [path for path, _ in val]
