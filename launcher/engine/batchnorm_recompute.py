@@ -104,9 +104,11 @@ class _Sums:
     def add(self, layer: BatchNorm, inputs: tuple[torch.Tensor]) -> None:
         """Count a batch (N x C x ...)."""
         values = inputs[0].float()
-        variance, mean = torch.var_mean(values, dim=[d for d in range(values.dim()) if d != 1])
+        is_square = isinstance(layer, SyncBatchNorm)
+        others = [d for d in range(values.dim()) if d != 1]
+        variance, mean = torch.var_mean(values, dim=others, correction=0 if is_square else 1)
         mean, variance = mean.double(), variance.double()
-        if isinstance(layer, SyncBatchNorm):
+        if is_square:
             variance += mean**2
         self._of[layer] += torch.cat([mean, variance, mean.new_ones(1)])
 

@@ -197,6 +197,11 @@ def max_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def any_rank(said: bool, device: torch.device) -> bool:  # noqa: FBT001
+    """Whether any rank says so."""
+    return bool(max_over_ranks(torch.tensor(int(said), device=device)))
+
+
 def count_over_ranks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The values (int64) of all ranks that occur, ascending, and how often each does."""
     own, counts = torch.unique(values, return_counts=True)

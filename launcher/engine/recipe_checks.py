@@ -21,7 +21,7 @@ from launcher.engine.model import (
     build_preprocessing,
     head_of,
 )
-from launcher.engine.network import shape
+from launcher.engine.network import shape, sync_batchnorm
 from launcher.engine.network.fitting import check_finite, fit_weights, is_for_others, torchvision_weights
 from launcher.engine.user import checks as user_checks
 from launcher.engine.user import model as user_model
@@ -150,8 +150,18 @@ def _find(recipe: Recipe, *, is_new: bool) -> Iterator[tuple[str, str]]:
 
 
 def _batchnorm(recipe: Recipe, module: nn.Module) -> Iterator[tuple[str, str]]:
-    if recipe.model.sync_batchnorm and not batch_norms(module):
-        yield "model.sync_batchnorm", f"found true, but {recipe.model.label} has no BatchNorm; leave it out"
+    if not recipe.model.sync_batchnorm:
+        return
+    key = "model.sync_batchnorm"
+    if not batch_norms(module):
+        yield key, f"found true, but {recipe.model.label} has no BatchNorm; leave it out"
+    elif names := sync_batchnorm.others(module):
+        kind = type(module.get_submodule(names[0])).__name__
+        text = f"found true, but {image_folder.few(names)} of {recipe.model.label} is no plain BatchNorm (a {kind})"
+        yield (
+            key,
+            f"{text}, and what its class adds would be lost; leave it out, or take nn.BatchNorm1d, 2d or 3d there",
+        )
 
 
 def _samples(recipe: Recipe, classes: int) -> Iterator[tuple[str, str]]:

@@ -50,14 +50,14 @@ def divide(
     for name in order:
         if gain(name) > 0 and leaves_some(name):
             chosen.add(name)
-            taken += counts[name]
+            taken.update(counts[name])
     for label in sorted(totals):
         if not taken[label] and num_groups[label] > 1:
             able = [name for name in order if name not in chosen and label in counts[name] and leaves_some(name)]
             if able:
                 smallest = min(able, key=lambda name: sum(counts[name].values()))
                 chosen.add(smallest)
-                taken += counts[smallest]
+                taken.update(counts[smallest])
     return {index for name in chosen for index in members[name]}
 
 

@@ -149,8 +149,11 @@ def read_quarantine(bad_images: Path) -> frozenset[str]:
 
 
 def relative(path: str, folder: Path) -> str:
-    """A listed path, relative to its data folder."""
-    return path.removeprefix(f"{folder}/")
+    """A listed path, relative to its data folder by its text: the same whether either of them is absolute or not."""
+    inside = path.removeprefix(f"{folder}/")
+    if inside != path and ".." not in inside:  # of nearly all, and as it would come out below
+        return inside
+    return os.path.relpath(os.path.abspath(path), os.path.abspath(folder))  # noqa: PTH100
 
 
 def printable(path: str) -> str:

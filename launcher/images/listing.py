@@ -46,8 +46,11 @@ class Listing:
         return cls(layouts.Source(path=str(folder)), classes)
 
     def with_classes(self, classes: Sequence[str]) -> Listing:
-        """The same with other classes, or their order."""
-        return Listing(self.source, classes)
+        """The same with other classes, or their order; it is divided once for both."""
+        made = Listing(self.source, classes)
+        if self.layout.undivided:
+            made._validated = self._validated
+        return made
 
     @cached_property
     def classes(self) -> list[str]:
@@ -135,7 +138,7 @@ class Listing:
         return ["/".join(map(str, match.groups())) or match[0] for _, match in matches if match]
 
     def key(self, path: str) -> str:
-        """What an image is known by: its path below the folder."""
+        """What an image is known by: its path from the folder, the same wherever the folder is named from."""
         return image_folder.relative(path, self.root)
 
     def class_names(self, split: str) -> list[str]:

@@ -130,12 +130,12 @@ def _read_csv(file: Path, names: Mapping[str, str]) -> Iterator[tuple[int, Mappi
         first = stream.readline()
         stream.seek(0)
         delimiter = max(",;\t", key=first.count)
-        reader = csv.DictReader(stream, delimiter=delimiter, restkey="")
+        reader = csv.DictReader(stream, delimiter=delimiter, restkey=None)  # "" may be a column, as of pandas' index
         try:
             _check_columns(file, reader.fieldnames or [], names)
             for row in reader:
-                if row.get(""):
-                    what = f"{len(row[''])} more fields than the first line names"
+                if row.get(None):
+                    what = f"{len(row[None])} more fields than the first line names"
                     raise ListError([f"{file}:{reader.line_num}: {what}; put what holds a {delimiter!r} into quotes"])
                 yield reader.line_num, row
         except csv.Error as error:

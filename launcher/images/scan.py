@@ -68,7 +68,7 @@ class ScannedImage:
     split: str
     """train or val."""
     class_name: str
-    """Its class folder."""
+    """Its class folder; of several classes their names, joined."""
     digest: str
     """Hash of its content; empty where it cannot be read."""
     kind: str | None
@@ -77,6 +77,13 @@ class ScannedImage:
     """The same in words."""
     notes: tuple[str, ...]
     """What is unusual about it, keys of NOTES."""
+    several: tuple[str, ...] | None = None
+    """Its classes, where an image may have several or none."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Its class, or each of its classes."""
+        return (self.class_name,) if self.several is None else self.several
 
     @property
     def cure(self) -> str:
@@ -122,7 +129,8 @@ class Scan:
         """Good images of each class, 0 too, in the order of the classes."""
         names = self.listing.class_names(split) if self.listing else self.classes
         counts = Counter(dict.fromkeys(names, 0))
-        counts.update(image.class_name for image in self.images if image.split == split and not image.kind)
+        good = (image for image in self.images if image.split == split and not image.kind)
+        counts.update(name for image in good for name in image.class_names)
         return counts
 
     def noted(self) -> dict[str, list[str]]:
@@ -168,20 +176,21 @@ def scan(
     listed, left_out = _list(listing)
     folder = listing.root
     entries = image_scan_cache.load(folder)
-    stamps = {path: _stamp(str(folder / path)) for path, _, _ in listed}
+    files = {path: file for path, file, _, _ in listed}
+    stamps = {path: _stamp(file) for path, file in files.items()}
     new = [path for path, stamp in stamps.items() if path not in entries or entries[path][0] != stamp]
     warnings: list[str] = []
     try:
-        with contextlib.closing(_read(folder, new, workers, progress)) as found:
+        with contextlib.closing(_read({files[path]: path for path in new}, workers, progress)) as found:
             for path, answer in found:
                 entries[path] = stamps[path], answer
     finally:
         if new:
             warnings += _save(folder, {path: entries[path] for path in stamps if path in entries})
-    levels = {path: entries[path][1][4] for path, _, _ in listed}
+    levels = {path: entries[path][1][4] for path in files}
     problem = image_levels.judge(levels.values(), grey_range)
     images = []
-    for path, split, class_name in listed:
+    for path, _, split, class_name in listed:
         digest, kind, message, notes, _ = entries[path][1]
         if unfit := problem(levels[path]):
             kind, message = "grey_range", unfit
@@ -213,15 +222,17 @@ def show_progress() -> Callable[[int, int], None]:
     return show
 
 
-def _list(listing: Listing) -> tuple[list[tuple[str, str, str]], list[str]]:
-    """Relative path, split and class of every image; and what was left out, in words."""
+def _list(listing: Listing) -> tuple[list[tuple[str, str, str, str]], list[str]]:
+    """Relative path, path, split and class of every image; and what was left out, in words."""
     images, left_out = [], [*image_left_out.describe_spellings(listing.root), *listing.left_out()]
     for split in image_folder.SPLITS:
         if listing.part(split):
             names = listing.class_names(split)
             found = listing.with_classes(names).samples(split)
-            images += [(listing.key(path), split, names[label]) for path, label in found]
-    seen = {split: {image_walk.composed(name) for _, s, name in images if s == split} for split in image_folder.SPLITS}
+            images += [(listing.key(path), path, split, names[label]) for path, label in found]
+    seen = {
+        split: {image_walk.composed(name) for _, _, s, name in images if s == split} for split in image_folder.SPLITS
+    }
     if unmeasured := sorted(seen["train"] - seen["val"]) if seen["val"] else []:
         left_out.append(f"val/: no image of {image_folder.few(unmeasured)}; what is learned of them is not measured")
     if unlearned := sorted(seen["val"] - seen["train"]) if seen["train"] else []:
@@ -240,20 +251,19 @@ def _stamp(file: str) -> Stamp:
 
 
 def _read(
-    folder: Path, paths: list[str], workers: int | None, progress: Callable[[int, int], None] | None
+    files: dict[str, str], workers: int | None, progress: Callable[[int, int], None] | None
 ) -> Generator[tuple[str, Answer]]:
-    """Have processes read the files; yield answers in the order in which they come."""
-    if not paths:
+    """Have processes read files; yield the relative path of each and its answer in the order in which they come."""
+    if not files:
         return
-    num = workers or max(1, min(host_cores.num_cores(), len(paths) // FILES_PER_WORKER))
-    absolute = {str(folder / path): path for path in paths}
+    num = workers or max(1, min(host_cores.num_cores(), len(files) // FILES_PER_WORKER))
     done = 0
-    with ProbePool(absolute, workers=num) as pool:
+    with ProbePool(files, workers=num) as pool:
         for answers in pool.answers():
-            yield from ((absolute[path], answer) for path, answer in answers)
+            yield from ((files[path], answer) for path, answer in answers)
             done += len(answers)
             if progress:
-                progress(done, len(paths))
+                progress(done, len(files))
 
 
 def _save(folder: Path, entries: Entries) -> list[str]:

@@ -80,6 +80,11 @@ class Metric:
     """With no more classes it is the same for every model: metrics.jsonl has it, and nothing shows it."""
 
 
+def _part(some: float, all_of_it: float) -> float:
+    """A quotient; 0 where there is nothing: no image has a class, which is so where images may have none."""
+    return some / all_of_it if all_of_it else 0.0
+
+
 def _f1s(counts: Counts) -> list[tuple[float, int]]:
     """F1 and images of each class that occurs or is predicted."""
     rows = zip(counts.hits, counts.true, counts.predicted, strict=True)
@@ -88,29 +93,29 @@ def _f1s(counts: Counts) -> list[tuple[float, int]]:
 
 def _f1(counts: Counts) -> float:
     values = [value for value, _ in _f1s(counts)]
-    return sum(values) / len(values)
+    return _part(sum(values), len(values))
 
 
 def _f1_micro(counts: Counts) -> float:
-    return 2.0 * sum(counts.hits) / (sum(counts.true) + sum(counts.predicted))
+    return _part(2.0 * sum(counts.hits), sum(counts.true) + sum(counts.predicted))
 
 
 def _f1_weighted(counts: Counts) -> float:
     rows = _f1s(counts)
-    return sum(value * true for value, true in rows) / sum(true for _, true in rows)
+    return _part(sum(value * true for value, true in rows), sum(true for _, true in rows))
 
 
 def _precision(counts: Counts) -> float:
     """The mean over the classes that occur or are predicted; 0 of one that is never predicted."""
     rows = zip(counts.hits, counts.true, counts.predicted, strict=True)
     values = [hits / predicted if predicted else 0.0 for hits, true, predicted in rows if true + predicted]
-    return sum(values) / len(values)
+    return _part(sum(values), len(values))
 
 
 def _recall(counts: Counts) -> float:
     """The mean over the classes that occur."""
     values = [hits / true for hits, true in zip(counts.hits, counts.true, strict=True) if true]
-    return sum(values) / len(values)
+    return _part(sum(values), len(values))
 
 
 def _score(name: str) -> Callable[[Counts], float]:

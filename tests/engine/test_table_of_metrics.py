@@ -15,7 +15,7 @@ from launcher.engine.validating.totals import ValidationTotals
 from launcher.errors import RecipeError
 from launcher.recipe import load as recipes
 from launcher.recipe import metrics as recipe_metrics
-from launcher.recipe.metrics import METRICS, Metric
+from launcher.recipe.metrics import METRICS, Counts, Metric
 from launcher.report import build as report
 from launcher.runs.run_dir import RunDir
 from launcher.system.files import read_jsonl
@@ -101,3 +101,10 @@ def test_a_value_that_is_no_number_is_recorded_as_null_and_named(tmp_path):
     (line,) = read_jsonl(run.metrics)
     assert line["odd"] is None
     assert "odd nan" in recorder._console.getvalue()
+
+
+def test_where_no_image_has_a_class_and_none_is_predicted_there_is_nothing_right():
+    counts = Counts(samples=4, loss=2.0, top_k=0, hits=[0, 0], true=[0, 0], predicted=[0, 0], first=0)
+    found = {name: metric.value(counts) for name, metric in METRICS.items() if not metric.ranked and name != "ece"}
+    assert found.pop("loss") == 0.5
+    assert set(found.values()) == {0.0}

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from launcher.engine.user import dataset, transform
+from launcher.engine.user import dataset, scan, transform
 from launcher.engine.user.dataset import UserDataset
 from launcher.engine.user.transform import UserTransform
 from launcher.errors import UsageError
 from launcher.recipe.schema_data import DataConfig
+from launcher.runs import quarantine
 
 
 class Minimal:
@@ -48,9 +51,9 @@ class LikeTorchvision:
 
 @pytest.fixture
 def opened(monkeypatch):
-    def open_one(made, *, own_transform=None, **options):
+    def open_one(made, *, own_transform=None, task="single_label", **options):
         monkeypatch.setattr(dataset.user_code, "load", lambda _: made)
-        config = DataConfig(dataset="code/data.py:D", path="/photos", transform=own_transform)
+        config = DataConfig(dataset="code/data.py:D", path="/photos", transform=own_transform, task=task)
         return UserDataset(config, "train", lambda image: image, seed=0, **options)
 
     return open_one
@@ -121,3 +124,39 @@ def test_a_transform_gets_what_it_names_and_an_image_of_pillow(monkeypatch):
     found = made(torch.zeros(3, 4, 6, dtype=torch.uint8))
     assert found.dtype == torch.float32
     assert found[0, 0, 0] == 6
+
+
+@pytest.mark.parametrize("label", [[0, 0, 1], [False, True], np.array([True, False]), torch.tensor([True]), [1, 1]])
+def test_a_0_or_1_for_each_class_is_not_taken_for_the_numbers_of_classes(opened, label):
+    changed = type("Changed", (Minimal,), {"label": lambda _, i: label})
+    with pytest.raises(UsageError, match=r"must be a list of numbers .*, those of its classes, each once, from 0 to 1"):
+        opened(changed, task="multi_label")
+
+
+@pytest.mark.parametrize("label", [[1, 0], (0, 1), np.array([0, 1]), torch.tensor([1, 0])])
+def test_several_classes_are_a_sorted_tuple(opened, label):
+    found = opened(type("Changed", (Minimal,), {"label": lambda _, i: label}), task="multi_label")
+    assert found.samples[0][1] == (0, 1)
+
+
+def test_each_class_of_an_image_counts_in_what_is_left_of_it(monkeypatch):
+    class Samples:
+        classes = ("a", "b", "c")
+        samples = (("1", (0, 1)), ("2", ()), ("3", (1, 2)))
+
+        def __init__(self, *args, **options):
+            pass
+
+        def __len__(self):
+            return 3
+
+        def load(self, index):
+            if index == 2:
+                raise OSError("damaged")
+
+    monkeypatch.setattr(scan, "UserDataset", Samples)
+    monkeypatch.setattr(scan, "num_cores", lambda: 0)  # in this process
+    config = DataConfig(dataset="code/data.py:D", task="multi_label", on_bad_image="quarantine")
+    found = scan._scan(SimpleNamespace(data=config, seed=0))
+    assert found.class_counts("train") == {"a": 1, "b": 1, "c": 0}
+    assert quarantine._refusal(found, config).endswith("is left in train/c, val/c; add some")

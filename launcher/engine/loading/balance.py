@@ -43,13 +43,14 @@ def weights_in_loss(
 ) -> list[float]:
     """What the loss of a sample of each class counts, by the samples that take part.
 
-    With ``several`` classes a sample: what having the class counts beside not having it, so that both count alike.
+    With ``several`` classes a sample: what having the class counts beside not having it, so that both count alike;
+    1 where all samples have it, or none.
     """
     counts = count_classes(labels, left_out)
     of_class = [counts[label] for label in range(num_classes)]
     if several:
         num = len(labels) - len(left_out)
-        return [(num - count) / count if count else 1.0 for count in of_class]
+        return [(num - count) / count if 0 < count < num else 1.0 for count in of_class]
     return class_weights(of_class)
 
 

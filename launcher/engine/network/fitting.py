@@ -62,10 +62,12 @@ def load_weights(
 def check_finite(state: dict[str, torch.Tensor], config: ModelConfig) -> None:
     """From NaN or infinite weights nothing is learned; training would seem to diverge.
 
+    What has no values, a buffer of a model on the meta device, is passed over.
+
     Raises:
         UsageError: there are such values; names the tensors.
     """
-    names = non_finite_names(state)
+    names = non_finite_names({name: value for name, value in state.items() if not value.is_meta})
     if names:
         raise UsageError(
             f"{config.weights}: NaN or infinite values in {_listed(names)}: the training that made it has diverged, or "

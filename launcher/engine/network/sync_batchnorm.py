@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+REPLACED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+"""The very classes that ours takes the place of: what a class made from them adds would be lost."""
+
+
 class SyncBatchNorm(BatchNorm):
     """As the layer that it takes the place of, but that in training all ranks' values count.
 
@@ -118,16 +122,23 @@ def _but_channels(values: torch.Tensor) -> list[int]:
 
 def synchronise(module: nn.Module) -> bool:
     """Put such layers in the place of a network's BatchNorm layers; return whether there are any."""
-    if isinstance(module, BatchNorm):
+    if type(module) in REPLACED:
         raise TypeError("a network that is one BatchNorm layer has nothing to hold another")
     found = False
     for name, child in module.named_children():
-        if isinstance(child, BatchNorm):
+        if isinstance(child, BatchNorm) and type(child) in REPLACED:
             setattr(module, name, SyncBatchNorm.of(child))
             found = True
         else:
             found |= synchronise(child)
     return found
+
+
+def others(module: nn.Module) -> list[str]:
+    """Names of the BatchNorm layers of a network that cannot be synchronised, being of a class of their own."""
+    return [
+        name for name, layer in module.named_modules() if isinstance(layer, BatchNorm) and type(layer) not in REPLACED
+    ]
 
 
 def is_synchronised(module: nn.Module) -> bool:

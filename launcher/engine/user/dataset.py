@@ -122,14 +122,15 @@ class UserDataset(Samples):
             raise UsageError(f"{self._name} returned a {type(made).__name__}, which lacks {lacks}")
 
     def _as_label(self, label: Any) -> Any:
-        """A class as a number, or several as a sorted tuple; None: it is neither."""
+        """A class as a number, or several, each once, as a sorted tuple; None: it is neither."""
         if self._config.task != "multi_label":
             return _as_int(label)
         try:
-            found = [_as_int(one) for one in label]
+            found = [None if _is_bool(one) else _as_int(one) for one in label]
         except TypeError:
             return None
-        return None if None in found else tuple(sorted({one for one in found if one is not None}))
+        numbers = sorted({one for one in found if one is not None})
+        return tuple(numbers) if len(numbers) == len(found) else None  # else it may be a 0 or 1 for each class
 
     def _describe(self, index: int) -> tuple[str, Any]:
         made = self._made
@@ -141,7 +142,11 @@ class UserDataset(Samples):
         number = self._as_label(label)
         several = self._config.task == "multi_label"
         if number is None or not all(0 <= one < len(self.classes) for one in (number if several else [number])):
-            valid = "a list of numbers (data.task: multi_label)" if several else "a number"
+            valid = (
+                "a list of numbers (data.task: multi_label), those of its classes, each once,"
+                if several
+                else "a number"
+            )
             raise UsageError(
                 f"{self._name}: the class of sample {index} ({key}) is {label!r}; it must be {valid} from 0 to "
                 f"{len(self.classes) - 1}, of {len(self.classes)} classes"
@@ -156,6 +161,11 @@ class UserDataset(Samples):
         for index, (key, _) in enumerate(listed):
             if seen.setdefault(key, index) != index:
                 raise UsageError(f"{self._name}: samples {seen[key]} and {index} have the same key, {key!r}")
+
+
+def _is_bool(one: Any) -> bool:
+    """Of Python, NumPy or torch."""
+    return isinstance(one, bool) or str(getattr(one, "dtype", "")) in ("bool", "torch.bool")
 
 
 def _as_int(label: Any) -> int | None:

@@ -46,15 +46,17 @@ def _scan(recipe: Recipe) -> Scan:
         classes = classes or samples.classes
         readings = DataLoader(_Readings(samples), batch_size=None, num_workers=min(num_cores(), 8))
         for (key, label), problem in zip(samples.samples, readings, strict=True):
+            names = tuple(samples.classes[one] for one in ([label] if isinstance(label, int) else label))
             images.append(
                 ScannedImage(
                     path=key,
                     split=split,
-                    class_name=";".join(samples.classes[one] for one in ([label] if isinstance(label, int) else label)),
+                    class_name=";".join(names),
                     digest=f"{split}/{key}",
                     kind="raises" if problem else None,
                     message=problem,
                     notes=(),
+                    several=names,
                 )
             )
     folder = Path(recipe.data.path or ".")

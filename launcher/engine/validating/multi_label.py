@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from launcher.engine.distributed import sum_over_ranks
+from launcher.engine.distributed import any_rank, sum_over_ranks
 from launcher.engine.losses import sigmoids
 from launcher.engine.metrics import hits_of
 from launcher.engine.validating.noise import Answers
@@ -45,6 +45,8 @@ class MultiLabelTotals:
     ) -> None:
         self._classes = list(classes)
         self._of_run = loss
+        self._gives_means = False
+        """Whether the loss does on any rank, which one without images cannot see; known after :meth:`compute`."""
         self._own = own
         if own:
             own.reset()
@@ -72,12 +74,13 @@ class MultiLabelTotals:
 
     def answers(self, share: Any, samples: int) -> Answers:
         """The losses of this rank's images, image by image, as of one class an image."""
-        losses = None if self._of_run.gives_means else torch.cat(self._losses)
+        losses = None if self._gives_means else torch.cat(self._losses)
         none = torch.empty(0, dtype=torch.int64)
         return Answers(share=share, samples=samples, num_classes=0, pairs=none, losses=losses)
 
     def compute(self) -> dict[str, Any]:
         """``samples`` of all ranks, the value of every metric, and up to 100 classes ``per_class``."""
+        self._gives_means = any_rank(self._of_run.gives_means, self._images.device)
         loss = float(sum_over_ranks(torch.cat(self._losses).sum()))
         samples, first, top_k = sum_over_ranks(self._images.clone()).tolist()
         hits, true, predicted = sum_over_ranks(self._counts.clone()).cpu()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from launcher.engine.distributed import count_over_ranks, sum_over_ranks
+from launcher.engine.distributed import any_rank, count_over_ranks, sum_over_ranks
 from launcher.engine.metrics import hits_of
 from launcher.engine.validating.noise import Answers
 from launcher.engine.validating.ranking import Calibration, Ranking, mean_of
@@ -41,6 +41,8 @@ class ValidationTotals:
     ) -> None:
         self._classes = list(classes)
         self._of_run = loss
+        self._gives_means = False
+        """Whether the loss does on any rank, which one without images cannot see; known after :meth:`compute`."""
         self._own = own
         if own:
             own.reset()  # a validation that was broken off left something
@@ -78,7 +80,7 @@ class ValidationTotals:
             samples=samples,
             num_classes=len(self._classes),
             pairs=torch.cat(self._pairs),
-            losses=None if self._of_run.gives_means else torch.cat(self._losses),
+            losses=None if self._gives_means else torch.cat(self._losses),
         )
 
     def compute(self) -> dict[str, Any]:
@@ -87,6 +89,7 @@ class ValidationTotals:
         Up to 100 classes with ``per_class`` and ``confusion`` (rows true, columns predicted), beyond with ``mistakes``,
         the most frequent confusions, and ``answers`` (:func:`answers`).
         """
+        self._gives_means = any_rank(self._of_run.gives_means, self._loss.device)
         loss, top_k = float(sum_over_ranks(self._loss.clone())), int(sum_over_ranks(self._top_k.clone()))
         pairs, counts = (found.cpu() for found in count_over_ranks(torch.cat(self._pairs)))
         num, samples = len(self._classes), int(counts.sum())

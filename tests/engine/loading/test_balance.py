@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from launcher.engine import losses
 from launcher.engine.distributed import Ranks
-from launcher.engine.loading.balance import balanced_order, class_weights, describe
+from launcher.engine.loading.balance import balanced_order, class_weights, describe, weights_in_loss
 from launcher.engine.schedule import Batching, Schedule
 from launcher.engine.setup import build_parts
 from launcher.errors import TrainingError
@@ -85,6 +85,11 @@ def test_weights_make_classes_count_alike_and_all_samples_as_much_as_before():
     assert [count * weight for count, weight in zip([6, 3, 0, 1], weights, strict=True)] == pytest.approx(
         [10 / 3, 10 / 3, 0, 10 / 3]
     )
+
+
+def test_a_class_that_every_image_has_counts_as_it_is():
+    labels = [(0, 1), (0,), (0, 1), (0, 1)]
+    assert weights_in_loss(labels, frozenset(), num_classes=3, several=True) == pytest.approx([1, 1 / 3, 1])
 
 
 def test_a_loss_is_weighed_in_training_only_and_a_mean_cannot_be():

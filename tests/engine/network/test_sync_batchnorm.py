@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from launcher.engine import batchnorm_recompute, recipe_checks
 from launcher.engine.distributed import Ranks
 from launcher.engine.micro_batch import ExchangeMemoryError
 from launcher.engine.network.sync_batchnorm import SyncBatchNorm, is_synchronised, standing_in, synchronise
@@ -65,6 +67,34 @@ def test_names_parameters_and_evaluation_stay_those_of_the_layers_that_were_ther
     assert [type(layer) for layer in other if isinstance(layer, SyncBatchNorm)]
     images = torch.rand(3, 3, 8, 8).double()
     assert torch.equal(net.eval()(images), other.eval()(images))
+
+
+class Shifted(nn.BatchNorm2d):
+    """Adds something of its own, as timm's BatchNormAct2d does."""
+
+    def forward(self, images):
+        return super().forward(images) + 1
+
+
+def test_layers_of_a_class_of_their_own_are_refused_and_stay():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Shifted(4), nn.SyncBatchNorm(4))
+    model = SimpleNamespace(sync_batchnorm=True, label="net.py:Net")
+    ((key, text),) = recipe_checks._batchnorm(SimpleNamespace(model=model), net)
+    assert key == "model.sync_batchnorm"
+    assert "'2' of net.py:Net is no plain BatchNorm (a Shifted)" in text
+    synchronise(net)
+    assert [type(layer) for layer in net[1:]] == [SyncBatchNorm, Shifted, SyncBatchNorm]
+    assert not list(recipe_checks._batchnorm(SimpleNamespace(model=model), network()))
+
+
+def test_statistics_computed_anew_are_those_of_a_rank_of_single_values(one_rank):
+    layer = SyncBatchNorm(2)
+    sums = batchnorm_recompute._Sums([layer], torch.device("cpu"))
+    for values in ((1.0, 4.0), (3.0, 8.0)):
+        sums.add(layer, (torch.tensor([values]),))
+    sums.hand_over()
+    assert layer.running_mean.tolist() == [2, 6]
+    assert layer.running_var.tolist() == [1, 4]
 
 
 NET = {

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import save_file
 from torchvision import models
 
 from launcher.engine.layers import build_meta
-from launcher.engine.network.fitting import fit_weights, load_weights
+from launcher.engine.network.fitting import check_finite, fit_weights, load_weights
+from launcher.engine.network.timm_names import MADE
 from launcher.engine.weights_file import read_weights_file
 from launcher.errors import UsageError
 from launcher.recipe.schema import ModelConfig
@@ -135,3 +138,30 @@ def test_torchvisions_own_names_stay(vit):
         ({"conv_stem.weight": torch.ones(1)}, vit.state_dict()),
     ):
         assert to_torchvision(state, wanted) is state
+
+
+SWIN = (  # torchvision's, and timm's of before 0.9
+    (r"features\.0\.0\.", "patch_embed.proj."),
+    (r"features\.0\.2\.", "patch_embed.norm."),
+    *((rf"features\.{2 * stage + 1}\.(\d+)\.", rf"layers.{stage}.blocks.\1.") for stage in range(4)),
+    *((rf"features\.{2 * stage + 2}\.", f"layers.{stage}.downsample.") for stage in range(3)),
+    (r"(.*)\.mlp\.0\.", r"\1.mlp.fc1."),
+    (r"(.*)\.mlp\.3\.", r"\1.mlp.fc2."),
+)
+
+
+def test_buffers_that_a_model_on_the_meta_device_makes_are_no_bad_weights(tmp_path):
+    module, state = build_meta("swin_v2_t", 7), {}
+    for name, value in module.state_dict().items():
+        for ours, timms in SWIN:
+            name = re.sub(f"^{ours}", timms, name)  # noqa: PLW2901
+        if not name.endswith(MADE):
+            state[name] = torch.zeros(value.shape)
+    save_file(state, tmp_path / "w.safetensors")
+    config = ModelConfig(arch="swin_v2_t", weights=str(tmp_path / "w.safetensors"))
+    found = read_weights_file(tmp_path / "w.safetensors", module.state_dict()).state
+    assert fit_weights(found, module, config, image_size=256).keys() == module.state_dict().keys()
+    check_finite(found, config)
+    found["norm.weight"][3] = float("nan")
+    with pytest.raises(UsageError, match=r"NaN or infinite values in norm\.weight"):
+        check_finite(found, config)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional
 
+from launcher.engine.losses import Loss
+from launcher.engine.validating.multi_label import MultiLabelTotals
 from launcher.engine.validating.noise import Answers, Noise
+from launcher.engine.validating.totals import ValidationTotals
 
 CLASSES = 3
 
@@ -86,3 +90,20 @@ def test_ranks_say_what_one_says(in_ranks):
     (one,), many = in_ranks(1, work), in_ranks(3, work)
     assert len(one) == 1
     assert many[0] == one
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_rank_without_images_agrees_that_a_loss_gives_means(in_ranks, several):
+    """Else it alone would add up differences of losses, and wait for the others for ever."""
+
+    def work(ranks):
+        loss = Loss("mean", functional.binary_cross_entropy_with_logits if several else functional.cross_entropy, {})
+        names, cpu = ["a", "b", "c"], torch.device("cpu")
+        totals = MultiLabelTotals(names, cpu, loss, threshold=0.5) if several else ValidationTotals(names, cpu, loss)
+        if ranks.rank == 0:
+            totals.add(torch.eye(3), torch.eye(3) if several else torch.arange(3))
+        found = totals.compute()
+        assert found["samples"] == 3
+        return totals.answers(0, 3).losses
+
+    assert in_ranks(2, work) == [None, None]
