@@ -148,7 +148,7 @@ class _Making:
         found["doubt"] = (
             doubt(found, post, num=self._answers.num) if is_quantized and not self._answers.missing else None
         )
-        return self._answers.verdict(name, is_quantized=is_quantized), found
+        return self._answers.verdict(found, is_quantized=is_quantized), found
 
     def _quantize(self, names: Sequence[str], rows: Sequence[Json]) -> list[Json]:
         """A row for each way that was tried."""
