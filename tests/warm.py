@@ -95,7 +95,8 @@ def launch(arguments, *, cwd, env, merged=False):
             started.wait(TIMEOUT_S)
         finally:
             for pid in processes.descendants(started.pid):
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                    os.kill(pid, signal.SIGKILL)
             started.kill()
         told = [file.read_text(encoding="utf-8", errors="replace") for file in files]
     return subprocess.CompletedProcess(arguments, started.returncode, told[0], "" if merged else told[1])

@@ -11,18 +11,19 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from launcher.engine.device import cpu_name, num_cores
-from launcher.errors import EXIT_OK, TrainingError, UsageError, exit_code_of
+from launcher.errors import EXIT_OK, LaunchError, TrainingError, UsageError, exit_code_of
 from launcher.runs.run_dir import RunDir
 from launcher.system import cpu as host_cpu
 from launcher.tools import calibrate, evaluate, formats, latency, onnx_model, probe, publish, quantize
 from launcher.tools.gate import REFERENCE, Answers, doubt
-from launcher.tools.quantize import Ladder
+from launcher.tools.quantize import Ladder, first_line
 from launcher.tracking import wandb as tracking
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def export_run(run: RunDir, data_path: str | None = None, names: Sequence[str] |
     Raises:
         UsageError: the run has no best checkpoint, or ``data_path`` holds no such images.
         CheckpointError: no checkpoint of it is whole.
-        TrainingError: nothing was accepted.
+        TrainingError: nothing could be made, or nothing that was made now was accepted.
     """
     with _noise_to(run.post_log) as say:
         best = evaluate.load_best(run, data_path, warn=say)
@@ -69,13 +70,17 @@ def export_run(run: RunDir, data_path: str | None = None, names: Sequence[str] |
             making = _Making(run, best, Path(folder), Answers(best, missing), say)
             wanted = [*best.recipe.post.export, *best.recipe.post.quantize] if names is None else list(names)
             manifest = making.make(wanted) | {"calibration": calibration}
+            made, not_made = list(manifest["exports"]), list(manifest["not_made"])
             publish.publish(run, Path(folder), manifest, list(FILES.values()))
         tracking.log_exports(run, warn=say)
-        if not missing and manifest["exports"] and not any(row["accepted"] for row in manifest["exports"]):
-            raise TrainingError(
-                "no export was accepted, so none was kept: "
-                + "; ".join(f"{row['file']}: {row['reason']}" for row in manifest["exports"])
-            )
+        if not missing and made and not any(row["accepted"] for row in made):
+            raise TrainingError(f"no export was accepted, so none was kept: {_reasons(made)}")
+        if not_made and not made:
+            raise TrainingError(f"no export could be made: {_reasons(not_made)}")
+
+
+def _reasons(rows: Sequence[Json]) -> str:
+    return "; ".join(f"{row['file']}: {row['reason']}" for row in rows)
 
 
 class _Making:
@@ -104,20 +109,29 @@ class _Making:
         """The manifest, whose files lie in the folder."""
         quantized = [name for name in names if name in quantize.FILES]
         plain = [name for name in names if name in formats.FORMATS]
-        rows = [self._export(name) for name in plain]
+        rows = [row for name in plain if (row := self._export(name))]
         ladder = self._quantize(quantized, rows)
         accepted = [row for row in ladder if row["accepted"]]
-        last = {row["format"]: row for row in ladder}
-        rows += [dict(row) for row in accepted or last.values()]
+        judged = {row["format"]: row for row in ladder if row["is_made"]}
+        failed = {row["format"]: row["reason"] for row in ladder if row["format"] not in judged}
+        self._not_made += [_not_made(name, reason) for name, reason in failed.items()]
+        rows += [dict(row) for row in accepted or judged.values()]
         self._say("measuring")
         return self._manifest(rows, ladder)
 
-    def _export(self, name: str) -> Json:
+    def _export(self, name: str) -> Json | None:
+        """What a format measures; None: it cannot be made."""
         row = formats.FORMATS[name]
         self._tell(f"making {row.file}{f' ({row.deprecated})' if row.deprecated else ''}")
         file = self._folder / row.file
-        row.write(file, self._best)
-        reason, measured = self._judge(name, file)
+        try:
+            row.write(file, self._best)
+            reason, measured = self._judge(name, file)
+        except LaunchError:  # of the run or its images: it says what to do
+            raise
+        except Exception as error:  # whatever a library raises of a network that it cannot write, or of no compiler
+            self._failed(name, error)
+            return None
         return {"file": row.file, "format": name, "quantization": None} | measured | self._accepted(reason)
 
     def _accepted(self, reason: str | None) -> Json:
@@ -127,14 +141,14 @@ class _Making:
     def _judge(self, name: str, file: Path) -> tuple[str | None, Json]:
         """Why a file is not accepted (None: it is, or nothing can be measured), and what it measures."""
         predictor = formats.open_export(name, file, self._best, threads=self._threads, warn=self._say)
-        self._predictors[name] = predictor
         self._answers.ask(name, predictor)
+        self._predictors[name] = predictor
         found = self._answers.compare(name)
         is_quantized, post = name in quantize.FILES, self._best.recipe.post
         found["doubt"] = (
             doubt(found, post, num=self._answers.num) if is_quantized and not self._answers.missing else None
         )
-        return self._answers.verdict(name, is_quantized=is_quantized), found
+        return self._answers.verdict(found, is_quantized=is_quantized), found
 
     def _quantize(self, names: Sequence[str], rows: Sequence[Json]) -> list[Json]:
         """A row for each way that was tried."""
@@ -151,8 +165,14 @@ class _Making:
             return []
         if not names:
             return []
-        if not source.exists():
-            formats.write_onnx(source, self._best)
+        try:
+            if not source.exists():
+                formats.write_onnx(source, self._best)
+        except Exception as error:  # as for any format
+            traceback.print_exc()
+            for name in names:
+                self._skip(name, f"it is made from {source.name}, which cannot be made: {first_line(error)}")
+            return []
         self._tell(f"quantizing: {', '.join(names)}")
         ladder = Ladder(source=source, folder=self._folder, best=self._best, threads=self._threads)
         _, tried = ladder.climb(names, self._judge, self._say)
@@ -164,7 +184,12 @@ class _Making:
 
     def _skip(self, name: str, reason: str) -> None:
         self._say(f"{FILES[name]}: not made: {reason}")
-        self._not_made.append({"file": FILES[name], "format": name, "reason": reason})
+        self._not_made.append(_not_made(name, reason))
+
+    def _failed(self, name: str, error: Exception) -> None:
+        traceback.print_exc()  # to the log
+        (self._folder / FILES[name]).unlink(missing_ok=True)
+        self._skip(name, f"cannot be made: {first_line(error)}")
 
     def _tell(self, line: str) -> None:
         self._say(f"{line} ({time.monotonic() - self._start:.0f} s)")
@@ -209,6 +234,10 @@ class _Making:
             "not_made": self._not_made,
             "seconds": time.monotonic() - self._start,
         }
+
+
+def _not_made(name: str, reason: str) -> Json:
+    return {"file": FILES[name], "format": name, "reason": reason}
 
 
 @contextlib.contextmanager

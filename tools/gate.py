@@ -89,11 +89,11 @@ class Answers:
             return logits.sigmoid() >= threshold
         return _one_hot(logits.argmax(dim=1), logits.shape[1])
 
-    def verdict(self, name: str, *, is_quantized: bool) -> str | None:
-        """Why a model that was asked is not accepted; None: it is, or there is nothing to judge it by."""
+    def verdict(self, found: Mapping[str, Any], *, is_quantized: bool) -> str | None:
+        """Why a model that compares like this is not accepted; None: it is, or there is nothing to judge it by."""
         if self.missing:
             return None
-        return rejection(self.compare(name), self._best.recipe.post, is_quantized=is_quantized, num=self.num)
+        return rejection(found, self._best.recipe.post, is_quantized=is_quantized, num=self.num)
 
     def measured(self, name: str) -> dict[str, Any]:
         """A model by itself, as the manifest has it; all None where it is not measured."""

@@ -62,5 +62,8 @@ def _bisect(is_outside: Callable[[float], bool], *, outside: float, inside: floa
 def mcnemar_p(lost: int, gained: int) -> float:
     """How likely so uneven counts are if both models are equally good: the exact, two-sided test of McNemar."""
     changed = lost + gained
-    tail = sum(math.comb(changed, k) for k in range(min(lost, gained) + 1))
-    return float(min(1.0, 2 * tail / 2**changed))
+    constant = math.lgamma(changed + 1) - changed * math.log(2)
+    tail = math.fsum(
+        math.exp(constant - math.lgamma(k + 1) - math.lgamma(changed - k + 1)) for k in range(min(lost, gained) + 1)
+    )
+    return min(1.0, 2 * tail)

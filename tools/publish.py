@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import socket
+import time
 from typing import TYPE_CHECKING, Any
 
 from launcher.system.files import write_json_atomic
@@ -20,21 +21,32 @@ if TYPE_CHECKING:
 
     Json = dict[str, Any]
 
-PREFIX = f".export-{socket.gethostname()}-"
-"""Of folders in exports/ where this machine's processes make files; their number follows."""
+PREFIX = ".export-"
+"""Of folders in exports/ where files are made: the machine's name, the process's number and a random word follow."""
+OLD_S = 24 * 3600
+"""A folder of another machine, whose processes cannot be looked at, is abandoned where nothing changed for so long."""
 
 
 def prefix() -> str:
     """Of the folder where this process makes files."""
-    return f"{PREFIX}{os.getpid()}-"
+    return f"{PREFIX}{socket.gethostname()}-{os.getpid()}-"
 
 
 def remove_abandoned(exports: Path) -> None:
-    """Remove what exports that were killed on this machine have left; others may be under way."""
+    """Remove what exports that were killed have left; others may be under way."""
     for left in exports.glob(f"{PREFIX}*"):
-        process = left.name.removeprefix(PREFIX).partition("-")[0]
-        if not process.isdigit() or not _lives(int(process)):
+        if _is_abandoned(left):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_abandoned(folder: Path) -> bool:
+    host, process, *_ = [*folder.name.removeprefix(PREFIX).rsplit("-", 2), ""]  # a host's name may have dashes
+    if host == socket.gethostname() and process.isdigit():
+        return not _lives(int(process))
+    try:
+        return time.time() - folder.stat().st_mtime > OLD_S
+    except OSError:  # it is gone
+        return False
 
 
 def _lives(process: int) -> bool:
@@ -56,41 +68,48 @@ def checkpoint_of(state: Json) -> Json:
 
 
 def publish(run: RunDir, made: Path, manifest: Json, known: Sequence[str]) -> None:
-    """Move accepted files, and those that nothing could be measured of, from the folder to exports/.
+    """Move this export's accepted files, and those that nothing could be measured of, from the folder to exports/.
 
-    Rows of an earlier export of the same checkpoint stay where nothing new was made under their name; every other file
-    of ours is removed, so that each file in exports/ is of the checkpoint that the manifest names.
+    Rows of an earlier export of the same checkpoint stay, with their files, where this one judged nothing under their
+    name; every other file of ours is removed, so that each file in exports/ is of the checkpoint and of the row that
+    the manifest names. What was accepted does not give way to what could not be measured.
 
     Args:
         run: the run directory.
-        made: the folder.
+        made: the folder. It may hold files without a row, or refused ones.
         manifest: of the new files; it is completed and written.
         known: names that exports give to files.
     """
     with _alone(run.exports):
-        tried = {row["file"] for row in manifest["exports"]}
-        kept = [row for row in _earlier(run, manifest) if row["file"] not in tried]
+        earlier = _earlier(run, manifest)
+        if manifest["not_measured"] is not None:
+            better = {row["file"] for row in earlier if row["accepted"]}
+            manifest["exports"] = [row for row in manifest["exports"] if row["file"] not in better]
+        own = {row["file"] for row in manifest["exports"] if row["accepted"] or row["agreement"] is None}
+        tried = [*manifest["exports"], *manifest.get("ladder", ())]
+        judged = {row["file"] for row in tried if row["agreement"] is not None}
+        kept = [row for row in earlier if row["file"] not in own | judged]
         manifest["exports"] += kept
         has_row = {row["file"] for row in kept}
         manifest["not_made"] = [row for row in manifest["not_made"] if row["file"] not in has_row]
-        is_measured = manifest["not_measured"] is None
-        published = {row["file"] for row in manifest["exports"] if row["accepted"] or not is_measured}
         for name in known:
-            if name not in published:
+            if name not in own | has_row:
                 for file in (run.exports / name, run.exports / f"{name}.data"):
                     file.unlink(missing_ok=True)
         for file in made.iterdir():
-            if file.name.removesuffix(".data") in published:
+            if file.name.removesuffix(".data") in own:
                 file.replace(run.exports / file.name)
         write_json_atomic(run.export_manifest, manifest)
 
 
 def _earlier(run: RunDir, manifest: Json) -> list[Json]:
-    """Rows of the last manifest whose files are there, if it was of the same checkpoint."""
+    """Rows of the last manifest whose files are there, if it was of the same checkpoint; none that was refused."""
     try:
         before = json.loads(run.export_manifest.read_text(encoding="utf-8"))
-        is_same = before["checkpoint"] == manifest["checkpoint"]
-        return [row for row in before["exports"] if is_same and (run.exports / row["file"]).is_file()]
+        if before["checkpoint"] != manifest["checkpoint"]:
+            return []
+        rows = [row for row in before["exports"] if row["accepted"] or row["agreement"] is None]
+        return [row for row in rows if (run.exports / row["file"]).is_file()]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 

@@ -73,7 +73,7 @@ class Ladder:
         file = self.folder / FILES[name]
         rungs = iter(self._rungs(name))
         while True:
-            row = {"file": file.name, "format": name, "rung": name, "agreement": None}
+            row = {"file": file.name, "format": name, "rung": name, "agreement": None, "is_made": False}
             try:
                 rung, model, settings = next(rungs)
                 row["rung"] = rung
@@ -83,9 +83,10 @@ class Ladder:
                 return
             except Exception as error:  # of a network that ONNX Runtime cannot quantize in this way
                 traceback.print_exc()
-                yield row | {"reason": f"cannot be made: {_first_line(error)}", "accepted": False}
+                file.unlink(missing_ok=True)
+                yield row | {"reason": f"cannot be made: {first_line(error)}", "accepted": False}
                 continue  # a generator that has raised is at its end
-            yield row | measured | {"reason": reason, "accepted": reason is None}
+            yield row | measured | {"is_made": True, "reason": reason, "accepted": reason is None}
 
     def _rungs(self, name: str) -> Iterator[Rung]:
         return {"int8": self._int8, "fp16": self._fp16, "int8_dynamic": self._int8_dynamic}[name]()
@@ -143,7 +144,8 @@ class Ladder:
         return model
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, in short."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 

@@ -51,7 +51,7 @@ class Prediction:
     """The image's path as it was given; of what has none, its number from 0."""
     top: tuple[tuple[str, float], ...] = ()
     """The likeliest classes, the first one first, each with its probability from 0 to 1; empty if ``problem``. Where an
-    image has several, those that reach the model's threshold, which may be none."""
+    image has several, those that reach the model's threshold before calibration, which may be none."""
     problem: str | None = None
     """Why the image could not be read; None: it was."""
 
@@ -73,7 +73,8 @@ class TrainedModel:
         file: what it was loaded from.
         classes: names in the order of the logits.
         facts: the preprocessing, as exports carry it.
-        threshold: the probability from which on an image has a class, of which it has any number; None: it has one.
+        threshold: the probability, before ``temperature``, from which on an image has a class, of which it has any
+            number; None: it has one.
         independent: each class has a probability of its own (a sigmoid); else they add up to 1 (softmax).
         logits: from normalised images, float32 N x 3 x S x S, to float32 N x C.
         temperature: what logits are divided by before they become probabilities.
@@ -126,7 +127,11 @@ class TrainedModel:
 
     def probabilities(self, images: Floats) -> Floats:
         """Of normalised images, float32 N x 3 x S x S, float32 N x C."""
-        logits: Floats = self._logits(images) / np.float32(self._temperature)
+        return self._shown(self._logits(images))
+
+    def _shown(self, logits: Floats) -> Floats:
+        """Calibrated probabilities."""
+        logits = logits / np.float32(self._temperature)
         if self._independent:
             parts, whole = 1 / (1 + np.exp(-logits)), np.ones(1, np.float32)
         else:
@@ -137,16 +142,22 @@ class TrainedModel:
     def _compute(self, batch: list[tuple[str, Future[Floats]]], top: int) -> Iterator[Prediction]:
         problems = [_problem(future) for _, future in batch]
         images = [future.result() for (_, future), problem in zip(batch, problems, strict=True) if not problem]
-        rows: Iterator[Floats] = iter(self.probabilities(np.stack(images)) if images else ())
+        logits = self._logits(np.stack(images)) if images else np.empty((0, len(self.classes)), np.float32)
+        rows = zip(self._shown(logits), self._reach_threshold(logits), strict=True)
         for (name, _), problem in zip(batch, problems, strict=True):
             if problem:
                 yield Prediction(name=name, problem=problem)
                 continue
-            row = next(rows)
+            row, reach = next(rows)
             likeliest = np.argsort(-row, kind="stable")[:top]
-            if self.threshold is not None:
-                likeliest = likeliest[row[likeliest] >= self.threshold]
+            likeliest = likeliest[reach[likeliest]]
             yield Prediction(name=name, top=tuple((self.classes[i], float(row[i])) for i in likeliest))
+
+    def _reach_threshold(self, logits: Floats) -> NDArray[np.bool_]:
+        """Which classes an image may have: by the probability before calibration, as validation judged it."""
+        if self.threshold is None:
+            return np.ones(logits.shape, np.bool_)
+        return np.asarray(1 / (1 + np.exp(-logits)) >= self.threshold)
 
     def _open(self, source: Source) -> Floats:
         from PIL import Image

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -33,6 +35,16 @@ def test_it_holds_the_truth_about_19_times_in_20():
         low, high = paired.difference_interval(b, c, total)
         held += low <= lost - gained <= high
     assert 0.92 < held / tries < 0.985
+
+
+def test_mcnemar_of_many_images_is_as_exact_and_quick():
+    exact = 2 * sum(math.comb(1000, k) for k in range(461)) / 2**1000
+    assert paired.mcnemar_p(460, 540) == pytest.approx(exact, rel=1e-9)
+    z = 400 / math.sqrt(100_000)  # of the normal distribution, with its correction by one
+    assert paired.mcnemar_p(49_800, 50_200) == pytest.approx(
+        math.erfc((z - 1 / math.sqrt(1e5)) / math.sqrt(2)), rel=0.01
+    )
+    assert paired.mcnemar_p(0, 50_000) == 0
 
 
 def test_mcnemar_is_exact():

@@ -1,0 +1,87 @@
+"""What is done to a model before it is quantized, on a small graph like a mobile network's."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from launcher.tools.int8 import calibration, equalize, qdq
+from launcher.tools.int8.graph import Graph
+
+CHANNELS, CLASSES, SIZE = 8, 5, 6
+BITS = 7
+
+
+@pytest.fixture
+def images():
+    generator = np.random.default_rng(1)
+    return [generator.uniform(0, 1, (8, 3, SIZE, SIZE)).astype(np.float32) for _ in range(4)]
+
+
+@pytest.fixture
+def model():
+    """A convolution whose channels are of very different width, a clip, a depthwise convolution and a product."""
+    rng = np.random.default_rng(0)
+    widths = np.geomspace(0.06, 2, CHANNELS)
+    pixels = CHANNELS * SIZE * SIZE
+    constants = {
+        "w1": rng.uniform(-0.3, 1, (CHANNELS, 3, 1, 1)) * widths[:, None, None, None],
+        "b1": rng.uniform(0, 0.1, CHANNELS) * widths,
+        "zero": np.array(0),
+        "six": np.array(6),
+        "w2": rng.normal(size=(CHANNELS, 1, 3, 3)),
+        "b2": rng.normal(size=CHANNELS),
+        "w3": rng.normal(size=(CLASSES, pixels)),
+        "b3": rng.normal(size=CLASSES),
+    }
+    nodes = [
+        helper.make_node("Conv", ["images", "w1", "b1"], ["first"]),
+        helper.make_node("Clip", ["first", "zero", "six"], ["clipped"]),
+        helper.make_node("Conv", ["clipped", "w2", "b2"], ["second"], group=CHANNELS, pads=[1, 1, 1, 1]),
+        helper.make_node("Flatten", ["second"], ["flat"]),
+        helper.make_node("Gemm", ["flat", "w3", "b3"], ["logits"], transB=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "mobile",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["N", 3, SIZE, SIZE])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", CLASSES])],
+        [numpy_helper.from_array(value.astype(np.float32), name) for name, value in constants.items()],
+    )
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    return onnx.shape_inference.infer_shapes(made)
+
+
+def run(model, images):
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(["logits"], {"images": np.concatenate(images)})[0]
+
+
+def test_equalizing_makes_channels_equally_wide_and_changes_no_answer(model, images):
+    graph = Graph(model)
+    before = calibration.measure(model, images, threads=1)
+    after = equalize.equalize(graph, before)
+    np.testing.assert_allclose(run(graph.model, images), run(model, images), rtol=1e-4, atol=1e-4)
+    widths = [ranges["clipped"].high.max() / ranges["clipped"].high.min() for ranges in (before, after)]
+    assert widths[0] > 10
+    assert widths[1] < 2
+    measured = calibration.measure(graph.model, images, threads=1)["clipped"].high
+    np.testing.assert_allclose(after["clipped"].high, measured, rtol=1e-4)
+    assert not np.array_equal(Graph(model).constant("w1"), graph.constant("w1"))  # the model itself is as it was
+
+
+def test_corrected_biases_make_up_for_much_of_what_rounding_costs(model, images):
+    ranges = calibration.measure(model, images, threads=1)
+    expected = run(model, images)
+    errors = []
+    for is_corrected in (False, True):
+        graph = Graph(model)
+        if is_corrected:
+            qdq.correct_biases(graph, ranges, bits=BITS)
+        for node in graph.layers:
+            graph.set_constant(node.input[1], qdq._rounded(graph.constant(node.input[1]), BITS))
+        errors.append(np.square(run(graph.model, images) - expected).mean())
+    assert 0 < errors[1] < 0.7 * errors[0]

@@ -1,0 +1,90 @@
+"""Which files of an export get a name in exports/, by rows and files that are made up."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+
+import pytest
+
+from launcher.runs.run_dir import RunDir
+from launcher.tools import export, publish
+
+
+def row(name, content="new", *, accepted=True, measured=True):
+    agreement = 1.0 if measured else None
+    return {"file": export.FILES[name], "format": name, "accepted": accepted, "agreement": agreement, "of": content}
+
+
+@pytest.fixture
+def run(tmp_path):
+    made = RunDir(tmp_path / "run")
+    made.exports.mkdir(parents=True)
+    return made
+
+
+@pytest.fixture
+def give(run, tmp_path):
+    """Publish rows and files, and return what each file in exports/ then holds and whose row each has."""
+
+    def give(rows, formats, *, content="new", ladder=(), missing=None, step=3):
+        folder = tmp_path / content
+        folder.mkdir()
+        for name in formats:
+            (folder / export.FILES[name]).write_text(content)
+        manifest = {"checkpoint": {"step": step}, "not_measured": missing, "not_made": [], "ladder": [*ladder]}
+        publish.publish(run, folder, manifest | {"exports": rows}, list(export.FILES.values()))
+        found = json.loads(run.export_manifest.read_text())["exports"]
+        files = {file.name: file.read_text() for file in run.exports.iterdir() if file != run.export_manifest}
+        return files, {one["file"]: one["of"] for one in found}
+
+    return give
+
+
+def test_what_was_made_only_to_be_quantized_does_not_replace_what_was_compared(give):
+    give([row("onnx", "old"), row("int8", "old")], ["onnx", "int8"], content="old")
+    files, rows = give([row("int8")], ["onnx", "int8"], ladder=[row("int8")])
+    assert files == rows == {"model.onnx": "old", "model.int8.onnx": "new"}
+
+
+def test_a_refused_rung_takes_the_name_from_the_earlier_file_and_gets_none(give):
+    give([row("onnx", "old"), row("int8", "old")], ["onnx", "int8"], content="old")
+    refused = row("int8", accepted=False)
+    files, rows = give([row("fp16")], ["onnx", "int8", "fp16"], ladder=[refused, row("fp16")])
+    assert files == rows == {"model.onnx": "old", "model.fp16.onnx": "new"}
+
+
+def test_what_could_not_be_made_leaves_the_earlier_file(give):
+    give([row("int8", "old")], ["int8"], content="old")
+    files, rows = give([row("onnx")], ["onnx"], ladder=[row("int8", accepted=False, measured=False)])
+    assert files == rows == {"model.onnx": "new", "model.int8.onnx": "old"}
+
+
+def test_an_accepted_file_does_not_give_way_to_one_that_could_not_be_measured(give):
+    give([row("onnx", "old")], ["onnx"], content="old")
+    unmeasured = [row(name, accepted=False, measured=False) for name in ("onnx", "fp16")]
+    files, rows = give(unmeasured, ["onnx", "fp16"], missing="no images")
+    assert files == rows == {"model.onnx": "old", "model.fp16.onnx": "new"}
+
+
+def test_nothing_stays_of_another_checkpoint_nor_a_row_without_its_file(give, run):
+    give([row("onnx", "old"), row("int8", "old")], ["onnx", "int8"], content="old")
+    (run.exports / "model.onnx").unlink()
+    files, rows = give([row("fp16")], ["fp16"])
+    assert files == rows == {"model.int8.onnx": "old", "model.fp16.onnx": "new"}
+    files, rows = give([row("fp16", "newer")], ["fp16"], content="newer", step=4)
+    assert files == rows == {"model.fp16.onnx": "newer"}
+
+
+def test_folders_of_killed_exports_are_removed_and_those_under_way_stay(tmp_path):
+    here, dead = socket.gethostname(), 2**22 + 1
+    stay = [f".export-{here}-{os.getpid()}-a_b", f".export-{here}-more-{dead}-x"]
+    go = [f".export-{here}-{dead}-x", ".export-elsewhere-1-x", ".export-"]
+    for name in (*stay, *go):
+        (tmp_path / name).mkdir()
+    for name in go[1:]:
+        os.utime(tmp_path / name, (0, time.time() - 2 * publish.OLD_S))
+    publish.remove_abandoned(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(stay)
