@@ -420,8 +420,11 @@ def test_validation_counts_are_the_same_for_any_world_size_and_batch_size(make_r
             assert found["top5"] == pytest.approx(top5 / 23, abs=1e-7)
             if number == 0:
                 first = found
-            assert found["loss"] == pytest.approx(first["loss"], rel=1e-5)
-            assert {k: v for k, v in found.items() if k != "loss"} == {k: v for k, v in first.items() if k != "loss"}
+            rounded = ("loss", "ece")  # sums of what a network gives, which is rounded by the size of its batch
+            assert all(found[name] == pytest.approx(first[name], rel=1e-5) for name in rounded)
+            assert {k: v for k, v in found.items() if k not in rounded} == {
+                k: v for k, v in first.items() if k not in rounded
+            }
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
