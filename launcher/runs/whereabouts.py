@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from launcher.runs import history, states
@@ -39,8 +39,9 @@ class JobState:
     """Why it waits or has ended, in SLURM's word."""
     nodes: str = ""
     """Node list, as in n[1-2]."""
-    expected: str = ""
-    """When SLURM means to start it, where it waits and that is known; local time, as in 2026-01-31T12:00:00."""
+    expected: str = field(default="", compare=False)
+    """When SLURM means to start it, where it waits and that is known; local time, as in 2026-01-31T12:00:00. SLURM
+    thinks anew all the time: it is no other state."""
 
     @property
     def over(self) -> bool:

@@ -65,7 +65,7 @@ def session_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 def test_a_run_leaves_everything_the_contract_names(start, tmp_path):
-    process = start(RECIPE, "train.epochs=2", "--run-dir", "run")
+    process = start(RECIPE, "train.epochs=2", "post.min_agreement=0.5", "--run-dir", "run")
     output, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0, output
     run = RunDir(tmp_path / "run")

@@ -92,3 +92,10 @@ def test_a_trained_run_has_something_left_only_where_the_recipe_asks_for_more(st
     assert start.has_nothing_left(run, recipe(**train)) != left
     said = capsys.readouterr().out
     assert (f"{state} already" in said and "launch export" in said and "launch report" in said) != left
+
+
+def test_when_a_job_is_expected_to_start_is_no_part_of_its_state():
+    """SLURM thinks anew all the time; who follows the job acts upon changes, among others by having it start early."""
+    assert JobState(state="PENDING", expected="2026-01-31T12:00:00") == JobState(
+        state="PENDING", expected="2026-01-31T12:00:10"
+    )
