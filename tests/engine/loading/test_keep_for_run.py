@@ -59,17 +59,20 @@ def test_without_room_a_line_says_so_and_the_run_goes_on_without(run, tmp_path, 
 
 def test_a_stop_ends_all_processes_that_decode(run, monkeypatch):
     monkeypatch.setattr(kept_pixels.Keeping, "make", lambda *_: time.sleep(1000))
-    calls = []
+    before, calls = {*processes.descendants(os.getpid())}, []  # what other tests keep warm
+
+    def own():
+        return {*processes.descendants(os.getpid())} - before
 
     def heed():
-        calls.append(len(processes.descendants(os.getpid())))
+        calls.append(len(own()))
         if calls[-1] > 1:
             raise InterruptedRunError("stop")
 
     with pytest.raises(InterruptedRunError):
         pixels.keep(run, heed)
     deadline = time.monotonic() + 20
-    while processes.descendants(os.getpid()) and time.monotonic() < deadline:
+    while own() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert processes.descendants(os.getpid()) == []
+    assert own() == set()
     assert kept_pixels.FOLDER_VARIABLE not in os.environ
