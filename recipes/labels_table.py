@@ -27,7 +27,7 @@ class LabelsTable:
 
     @staticmethod
     def _names(row: dict[str, str]) -> list[str]:
-        return [name.strip() for name in row["labels"].split(";") if name.strip()]
+        return list(dict.fromkeys(name.strip() for name in row["labels"].split(";") if name.strip()))  # each once
 
     def __len__(self) -> int:
         """How many images."""

@@ -33,6 +33,7 @@ def pytest_configure(config):
 
 
 LONGEST_FIRST = (
+    "engine/optimizing/test_compiling.py",  # its children compile, and must inherit no threads of other tests
     "slurm/test_runs.py",  # waits for a cluster, nearly all of its time
     "faults/test_matrix.py",  # waits half of it
     "engine/test_trainer.py",

@@ -223,7 +223,7 @@ def test_a_limit_on_data_leaves_what_is_not_taken_yet():
     def limited():
         set_limit(resource.RLIMIT_DATA, "VmData", 300 * MIB)
         before = host_memory.process_limit()
-        taken = bytearray(100 * MIB)
+        taken = mmap.mmap(-1, 100 * MIB, mmap.MAP_PRIVATE)  # not of what other tests gave back to the heap
         return before, host_memory.process_limit(), len(taken)
 
     before, after, taken = in_child(limited)

@@ -57,8 +57,8 @@ def test_a_load_that_comes_and_goes_does_not_decide_which_is_faster():
 
     found = latency.measure(
         {
-            "slow": sleeper(lambda: 0.004 * load(), calls, "slow"),
-            "fast": sleeper(lambda: 0.002 * load(), calls, "fast"),
+            "slow": sleeper(lambda: 0.012 * load(), calls, "slow"),
+            "fast": sleeper(lambda: 0.006 * load(), calls, "fast"),
         },
         8,
     )
