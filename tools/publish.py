@@ -81,7 +81,7 @@ def publish(run: RunDir, made: Path, manifest: Json, known: Sequence[str]) -> No
         known: names that exports give to files.
     """
     with _alone(run.exports):
-        earlier = _earlier(run, manifest)
+        earlier, calibration = _earlier(run, manifest)
         if manifest["not_measured"] is not None:
             better = {row["file"] for row in earlier if row["accepted"]}
             manifest["exports"] = [row for row in manifest["exports"] if row["file"] not in better]
@@ -90,6 +90,8 @@ def publish(run: RunDir, made: Path, manifest: Json, known: Sequence[str]) -> No
         judged = {row["file"] for row in tried if row["agreement"] is not None}
         kept = [row for row in earlier if row["file"] not in own | judged]
         manifest["exports"] += kept
+        if kept and manifest.get("calibration") is None:  # theirs is in their metadata, and of the same checkpoint
+            manifest["calibration"] = calibration
         has_row = {row["file"] for row in kept}
         manifest["not_made"] = [row for row in manifest["not_made"] if row["file"] not in has_row]
         for name in known:
@@ -102,16 +104,19 @@ def publish(run: RunDir, made: Path, manifest: Json, known: Sequence[str]) -> No
         write_json_atomic(run.export_manifest, manifest)
 
 
-def _earlier(run: RunDir, manifest: Json) -> list[Json]:
-    """Rows of the last manifest whose files are there, if it was of the same checkpoint; none that was refused."""
+def _earlier(run: RunDir, manifest: Json) -> tuple[list[Json], Json | None]:
+    """Of the last manifest, if it was of the same checkpoint: rows of files that are there, and its calibration.
+
+    A row that was refused is not among them.
+    """
     try:
         before = json.loads(run.export_manifest.read_text(encoding="utf-8"))
         if before["checkpoint"] != manifest["checkpoint"]:
-            return []
+            return [], None
         rows = [row for row in before["exports"] if row["accepted"] or row["agreement"] is None]
-        return [row for row in rows if (run.exports / row["file"]).is_file()]
+        return [row for row in rows if (run.exports / row["file"]).is_file()], before.get("calibration")
     except (OSError, ValueError, KeyError, TypeError):
-        return []
+        return [], None
 
 
 @contextlib.contextmanager

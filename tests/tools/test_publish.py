@@ -29,12 +29,13 @@ def run(tmp_path):
 def give(run, tmp_path):
     """Publish rows and files, and return what each file in exports/ then holds and whose row each has."""
 
-    def give(rows, formats, *, content="new", ladder=(), missing=None, step=3):
+    def give(rows, formats, *, content="new", ladder=(), missing=None, step=3, calibration=None):
         folder = tmp_path / content
         folder.mkdir()
         for name in formats:
             (folder / export.FILES[name]).write_text(content)
         manifest = {"checkpoint": {"step": step}, "not_measured": missing, "not_made": [], "ladder": [*ladder]}
+        manifest["calibration"] = calibration
         publish.publish(run, folder, manifest | {"exports": rows}, list(export.FILES.values()))
         found = json.loads(run.export_manifest.read_text())["exports"]
         files = {file.name: file.read_text() for file in run.exports.iterdir() if file != run.export_manifest}
@@ -88,3 +89,11 @@ def test_folders_of_killed_exports_are_removed_and_those_under_way_stay(tmp_path
         os.utime(tmp_path / name, (0, time.time() - 2 * publish.OLD_S))
     publish.remove_abandoned(tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(stay)
+
+
+def test_the_calibration_of_files_that_stay_stays(give, run):
+    give([row("onnx", "old")], ["onnx"], content="old", calibration={"temperature": 1.5})
+    give([row("safetensors")], ["safetensors"])
+    assert json.loads(run.export_manifest.read_text())["calibration"] == {"temperature": 1.5}
+    give([row("onnx")], ["onnx"], content="other", step=4)
+    assert json.loads(run.export_manifest.read_text())["calibration"] is None

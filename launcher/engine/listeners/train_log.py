@@ -9,6 +9,7 @@ import torch
 
 from launcher.engine import optim
 from launcher.engine.metrics import means
+from launcher.engine.non_finite import LAG
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,12 +20,12 @@ if TYPE_CHECKING:
     from launcher.engine.setup import Parts
     from launcher.engine.state import TrainingState
 
-LAG = 2
-"""On a GPU a window is read so many steps later. It has been computed by then, and the GPU never runs out of work."""
-
 
 class TrainLog:
     """Tells the listeners of a window's loss and speed, in the order of the windows.
+
+    On a GPU each is read when the flags of its last step are (:data:`launcher.engine.non_finite.LAG`), so that the GPU
+    never runs out of work.
 
     Args:
         parts: model, data, optimizer and who we are.

@@ -141,11 +141,6 @@ def others(module: nn.Module) -> list[str]:
     ]
 
 
-def is_synchronised(module: nn.Module) -> bool:
-    """Whether a network has such layers."""
-    return any(isinstance(layer, SyncBatchNorm) for layer in module.modules())
-
-
 @contextlib.contextmanager
 def standing_in(module: nn.Module) -> Iterator[None]:
     """While a rank without images takes part in a pass with something that stands in for them."""

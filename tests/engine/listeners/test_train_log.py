@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from launcher.engine.device import Device
-from launcher.engine.listeners.train_log import LAG
+from launcher.engine.non_finite import LAG
 
 
 @dataclass(frozen=True, kw_only=True)
