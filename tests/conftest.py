@@ -89,6 +89,15 @@ def same_environment():
             os.environ[name] = before[name]
 
 
+@pytest.fixture(autouse=True)
+def same_threads():
+    """Leave as many threads to torch as it had: processes that later tests fork from this one lack OpenMP's."""
+    before = torch.get_num_threads() if (torch := sys.modules.get("torch")) else None
+    yield
+    if torch and torch.get_num_threads() != before:
+        torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     """An image folder: three classes, each with 6 training and 2 validation PNGs of noise, 40 x 36 px. Only to read."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import traceback
 from typing import TYPE_CHECKING, Any
@@ -83,6 +84,13 @@ def _main(sender: Connection, function: Callable[[], Any]) -> None:
     offer_to_kernel(1000)
     for name in GROUP_VARIABLES:
         os.environ.pop(name, None)
+    # OpenMP keeps a pool for each thread that computes: this one's, if any, stayed in the process that was forked.
+    computing = threading.Thread(target=_answer, args=(sender, function))
+    computing.start()
+    computing.join()
+
+
+def _answer(sender: Connection, function: Callable[[], Any]) -> None:
     try:
         sender.send(("value", function()))
         code = EXIT_OK

@@ -40,8 +40,12 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def tune(engine):
-    """What one rank finds, of a data set without steps enough for large batches unless they are allowed."""
+def tune(engine, monkeypatch):
+    """What one rank finds with 8 GB, of a data set without steps enough for large batches unless they are allowed.
+
+    What is free in truth changes with the tests beside these.
+    """
+    monkeypatch.setattr(host_memory, "free", lambda: FreeMemory(num_bytes=8 * GB, limit="the machine's memory"))
 
     def call(run, ranks=None, *, device=engine.cpu, fresh=False, stop=engine.never, say=lambda _: None):
         recipe, data_sets = read_resolved(run.recipe), open_data_sets(run)

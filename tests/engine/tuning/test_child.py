@@ -248,14 +248,26 @@ def test_this_process_keeps_its_signals_threads_memory_and_place_in_the_kernels_
     assert host_memory.status_bytes("VmRSS") - taken < 100 * MIB
 
 
+def test_a_child_computes_with_several_threads_though_this_process_has():
+    def add():
+        return torch.ones(1 << 20).sum().item(), torch.get_num_threads()
+
+    torch.set_num_threads(2)
+    assert add() == (1 << 20, 2)  # it has a pool of threads now, which a fork does not have
+    assert call(add) == (1 << 20, 2)
+
+
 def test_a_signal_that_the_child_gets_does_not_wake_this_process():
     ours, other = socket.socketpair()
     with ours, other:
         ours.setblocking(False)
         other.setblocking(False)
-        before = signal.set_wakeup_fd(other.fileno())
+        before = signal.set_wakeup_fd(other.fileno()), signal.signal(signal.SIGUSR1, lambda *_: None)
         try:
-            assert call(lambda: signal.set_wakeup_fd(-1)) == -1
+            call(lambda: (os.kill(os.getpid(), signal.SIGUSR1), time.sleep(0.5)))
+            with pytest.raises(BlockingIOError):
+                ours.recv(1)
             assert signal.set_wakeup_fd(other.fileno()) == other.fileno()
         finally:
-            signal.set_wakeup_fd(before)
+            signal.set_wakeup_fd(before[0])
+            signal.signal(signal.SIGUSR1, before[1])
