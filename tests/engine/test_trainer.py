@@ -177,7 +177,15 @@ def in_double(parts):
             "train": {"loss": "binary_cross_entropy", "label_smoothing": 0.1},
         },
     ],
-    ids=["plain", "mixup and smoothing", "cutmix", "all of it", "seen evenly", "weights and smoothing", "several labels"],
+    ids=[
+        "plain",
+        "mixup and smoothing",
+        "cutmix",
+        "all of it",
+        "seen evenly",
+        "weights and smoothing",
+        "several labels",
+    ],
 )
 def test_batches_of_24_and_8_give_the_gradient_of_32_in_double_precision(make_run, engine, in_ranks, changes):
     """37 images: steps of 19 and 18. Without momentum and decay the weights have moved by gradients only."""
