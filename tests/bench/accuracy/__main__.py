@@ -2,10 +2,10 @@
 
     python -m tests.bench.accuracy --photos FOLDER --weights FILE [--only NAME …] [--seeds 0 1 2] [--folder RUNS]
 
-Photos are a folder with train/CLASS and val/CLASS, weights those of mobilenet_v2. Each side is trained once a seed, by 2
-ranks of a thread each on the CPU. Of each study a table is printed: the metric of the best epoch of each seed, its mean
-and standard deviation, the same of the last epoch, and by how much the best epochs are above those of the first side,
-seed by seed. ``--folder`` keeps runs; those that are there are not trained again.
+Photos are a folder with train/CLASS and val/CLASS, weights those of mobilenet_v2. Each side is trained once a seed, by
+2 ranks of a thread each on the CPU. Of each study a table is printed: the metric of the best epoch of each seed, its
+mean and standard deviation, the same of the last epoch, and by how much the best epochs are above those of the first
+side, seed by seed. ``--folder`` keeps runs; those that are there are not trained again.
 """
 
 from __future__ import annotations
