@@ -22,6 +22,7 @@ from launcher.errors import UsageError
 from launcher.images import pixels
 from launcher.runs.run_dir import RunDir
 from launcher.system.cores import num_cores
+from launcher.tools import publish
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -200,9 +201,8 @@ def load(path: str | os.PathLike[str]) -> TrainedModel:
 
 def _accepted_onnx(run: RunDir) -> Path | None:
     """The run's ONNX file, if it is of the best checkpoint and computes the same; None: there is none."""
-    try:
-        manifest = json.loads(run.export_manifest.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    manifest = publish.read_manifest(run)
+    if manifest is None:
         return None
     best, made_of = run.read_status().get("best"), manifest["checkpoint"]
     is_current = not best or best["step"] == made_of["step"]  # a run that was trained on may have a better one
@@ -270,9 +270,8 @@ def _load_checkpoint(run: RunDir) -> TrainedModel:
 
 def _temperature(run: RunDir, best: BestModel) -> float:
     """What the exports of this checkpoint were calibrated to; 1: they were not."""
-    try:
-        manifest = json.loads(run.export_manifest.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    manifest = publish.read_manifest(run)
+    if manifest is None:
         return 1.0
     is_same = manifest["checkpoint"]["step"] == best.state["step"]
     return float((manifest.get("calibration") or {}).get("temperature", 1.0)) if is_same else 1.0
