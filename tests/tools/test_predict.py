@@ -140,6 +140,13 @@ def test_a_stream_without_end_is_read_no_further_than_is_needed(model_file, phot
     assert taken <= 9 + 4 * (trained_model.AHEAD + 1)
 
 
+def test_with_a_core_for_each_batch_the_answers_are_the_same_and_in_order(model_file, photos):
+    names = [photos / "red.png", photos / "more" / "broken.jpg", photos / "green.png"] * 30
+    several = launcher.load(model_file, many=True).predict(names)
+    assert several == launcher.load(model_file).predict(names)
+    assert [Path(one.name) for one in several] == names
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
