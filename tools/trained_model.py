@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     """A file by its path, its content, or an image that is open."""
     Floats = NDArray[np.float32]
 
+USUAL_TOP = 5
 BATCH_SIZE = 32
 """Images that are computed at once. More were not faster on a CPU, and take memory."""
 AHEAD = 3
@@ -119,15 +120,47 @@ class TrainedModel:
             ahead: deque[tuple[str, Future[Floats]]] = deque()
             while True:
                 for number, image in islice(numbered, batch_size * (AHEAD + 1) - len(ahead)):
-                    ahead.append((_name(image, number), pool.submit(self._open, image)))
+                    ahead.append((_name(image, number), pool.submit(self.read, image)))
                 if not ahead:
                     return
                 batch = [ahead.popleft() for _ in range(min(batch_size, len(ahead)))]
                 yield from self._compute(batch, top)
 
+    @property
+    def usual_top(self) -> int:
+        """How many classes of an image are told where nobody says it: of a model of several classes, all."""
+        return min(USUAL_TOP, len(self.classes)) if self.threshold is None else len(self.classes)
+
+    def read(self, source: Source, check: Callable[[PillowImage], None] | None = None) -> Floats:
+        """The model's input of an image, float32 3 x S x S.
+
+        Args:
+            source: a path, the content of a file, an image opened by Pillow, or an array.
+            check: looks at a file's image before its pixels are decoded; it raises what is wrong with it.
+        """
+        from PIL import Image
+
+        if isinstance(source, np.ndarray):
+            return self._read(Image.fromarray(source))
+        if isinstance(source, Image.Image):
+            return self._read(source)
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if check:
+                check(image)
+            return self._read(image)
+
+    def ranked(self, images: Floats, top: int) -> list[tuple[tuple[str, float], ...]]:
+        """The likeliest classes of each image of a batch (float32 N x 3 x S x S), as a prediction's ``top``."""
+        logits = self._logits(images)
+        return [self._rank(*row, top) for row in zip(self._shown(logits), self._reach_threshold(logits), strict=True)]
+
     def probabilities(self, images: Floats) -> Floats:
         """Of normalised images, float32 N x 3 x S x S, float32 N x C."""
         return self._shown(self._logits(images))
+
+    def _rank(self, row: Floats, reach: NDArray[np.bool_], top: int) -> tuple[tuple[str, float], ...]:
+        likeliest = np.argsort(-row, kind="stable")[:top]
+        return tuple((self.classes[i], float(row[i])) for i in likeliest[reach[likeliest]])
 
     def _shown(self, logits: Floats) -> Floats:
         """Calibrated probabilities."""
@@ -140,34 +173,17 @@ class TrainedModel:
         return (parts / whole).astype(np.float32)
 
     def _compute(self, batch: list[tuple[str, Future[Floats]]], top: int) -> Iterator[Prediction]:
-        problems = [_problem(future) for _, future in batch]
+        problems = [problem_of(error) if (error := future.exception()) else None for _, future in batch]
         images = [future.result() for (_, future), problem in zip(batch, problems, strict=True) if not problem]
-        logits = self._logits(np.stack(images)) if images else np.empty((0, len(self.classes)), np.float32)
-        rows = zip(self._shown(logits), self._reach_threshold(logits), strict=True)
+        rows = iter(self.ranked(np.stack(images), top) if images else ())
         for (name, _), problem in zip(batch, problems, strict=True):
-            if problem:
-                yield Prediction(name=name, problem=problem)
-                continue
-            row, reach = next(rows)
-            likeliest = np.argsort(-row, kind="stable")[:top]
-            likeliest = likeliest[reach[likeliest]]
-            yield Prediction(name=name, top=tuple((self.classes[i], float(row[i])) for i in likeliest))
+            yield Prediction(name=name, problem=problem, top=() if problem else next(rows))
 
     def _reach_threshold(self, logits: Floats) -> NDArray[np.bool_]:
         """Which classes an image may have: by the probability before calibration, as validation judged it."""
         if self.threshold is None:
             return np.ones(logits.shape, np.bool_)
         return np.asarray(1 / (1 + np.exp(-logits)) >= self.threshold)
-
-    def _open(self, source: Source) -> Floats:
-        from PIL import Image
-
-        if isinstance(source, np.ndarray):
-            return self._read(Image.fromarray(source))
-        if isinstance(source, Image.Image):
-            return self._read(source)
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return self._read(image)
 
     def _as_described(self, image: PillowImage) -> Floats:
         facts = self.facts
@@ -180,44 +196,46 @@ class TrainedModel:
         return np.ascontiguousarray(normalised.transpose(2, 0, 1))
 
 
-def load(path: str | os.PathLike[str]) -> TrainedModel:
+def load(path: str | os.PathLike[str], *, threads: int | None = None) -> TrainedModel:
     """Open a trained model.
 
     Args:
         path: a run directory, or an ONNX file that was exported from one. Of a run, its accepted ``model.onnx`` is
             taken, or its best checkpoint (which needs torch) where there is none.
+        threads: of the CPU; None: all cores.
 
     Raises:
         UsageError: there is neither, or the file is not an export of ours.
     """
     file = Path(path)
     if file.suffix == ONNX or file.is_file():
-        return _load_onnx(file)
+        return _load_onnx(file, threads or num_cores())
     run = RunDir.existing(path)
-    accepted = _accepted_onnx(run)
-    return _load_onnx(accepted) if accepted else _load_checkpoint(run)
+    exact = [row["file"] for row in accepted_onnx(run) if row["format"] == MANIFEST_FORMAT]
+    return _load_onnx(run.exports / exact[0], threads or num_cores()) if exact else _load_checkpoint(run, threads)
 
 
-def _accepted_onnx(run: RunDir) -> Path | None:
-    """The run's ONNX file, if it is of the best checkpoint and computes the same; None: there is none."""
+def accepted_onnx(run: RunDir) -> list[dict[str, Any]]:
+    """Rows of the manifest: ONNX files of the best checkpoint that passed their gate and need no code of a user."""
     try:
         manifest = json.loads(run.export_manifest.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
+        return []
     best, made_of = run.read_status().get("best"), manifest["checkpoint"]
     is_current = not best or best["step"] == made_of["step"]  # a run that was trained on may have a better one
-    rows = [row for row in manifest["exports"] if row["format"] == MANIFEST_FORMAT and row["accepted"]]
-    file = run.exports / rows[0]["file"] if rows and is_current else None
-    return file if file and file.is_file() and "transform" not in manifest["preprocessing"] else None
+    if not is_current or "transform" in manifest["preprocessing"]:
+        return []
+    files = [row for row in manifest["exports"] if row["file"].endswith(ONNX) and row["accepted"]]
+    return [row for row in files if (run.exports / row["file"]).is_file()]
 
 
-def _load_onnx(file: Path) -> TrainedModel:
+def _load_onnx(file: Path, threads: int) -> TrainedModel:
     from launcher.tools import onnx_model
 
     if not file.is_file():
         raise UsageError(f"{file}: no such file")
     try:
-        session = onnx_model.open_session(file, threads=num_cores(), warn=_warn, spinning=False)
+        session = onnx_model.open_session(file, threads=threads, warn=_warn, spinning=False)
     except Exception as error:  # whatever ONNX Runtime raises of a foreign file
         raise UsageError(f"{file}: cannot be opened as ONNX: {error}") from None
     said = session.get_modelmeta().custom_metadata_map
@@ -244,11 +262,13 @@ def _warn(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _load_checkpoint(run: RunDir) -> TrainedModel:
+def _load_checkpoint(run: RunDir, threads: int | None) -> TrainedModel:
     import torch
 
     from launcher.tools import evaluate
 
+    if threads:
+        torch.set_num_threads(threads)
     best = evaluate.load_best(run)
 
     def logits(images: Floats) -> Floats:
@@ -302,11 +322,8 @@ def _name(image: Source, number: int) -> str:
     return str(getattr(image, "filename", "") or number)
 
 
-def _problem(future: Future[Floats]) -> str | None:
-    """Why an image could not be read; None: it was."""
-    error = future.exception()
-    if error is None:
-        return None
+def problem_of(error: BaseException) -> str:
+    """Why an image could not be read, in a prediction's words."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error) or type(error).__name__
+    return str(error).partition(" <_io.BytesIO ")[0] or type(error).__name__  # where it lay in memory helps nobody
