@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import launcher
 from launcher.errors import UsageError
 from launcher.system.files import write_json_atomic
-from launcher.tools import trained_model
+from launcher.tools import publish, trained_model
 
 if TYPE_CHECKING:
     from launcher.runs.run_dir import RunDir
@@ -90,6 +90,8 @@ def package(run: RunDir, target: Path | None = None, name: str | None = None) ->
         UsageError: there is no such model, or the folder holds something else.
     """
     row = _chosen(run, name)
+    manifest = publish.read_manifest(run)
+    assert manifest  # noqa: S101  it has the row
     target = (target or run.path / FOLDER).absolute()
     if target.exists() and not _may_be_replaced(target):
         raise UsageError(f"{target}: holds something else than a package; name an empty or a new folder with --to")
@@ -97,7 +99,7 @@ def package(run: RunDir, target: Path | None = None, name: str | None = None) ->
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as made:
         folder = Path(made) / target.name
         folder.mkdir()
-        _fill(folder, run, row)
+        _fill(folder, run, manifest, row)
         if target.exists():
             target.rename(Path(made) / "earlier")
         folder.rename(target)
@@ -125,8 +127,7 @@ def _may_be_replaced(target: Path) -> bool:
         return not any(target.iterdir())
 
 
-def _fill(folder: Path, run: RunDir, row: Json) -> None:
-    manifest = json.loads(run.export_manifest.read_text(encoding="utf-8"))
+def _fill(folder: Path, run: RunDir, manifest: Json, row: Json) -> None:
     for file in run.exports.glob(f"{row['file']}*"):
         if file.name in (row["file"], f"{row['file']}.data"):  # weights of more than 2 GB lie beside the model
             shutil.copyfile(file, folder / file.name)

@@ -22,6 +22,7 @@ from launcher.errors import UsageError
 from launcher.images import pixels
 from launcher.runs.run_dir import RunDir
 from launcher.system.cores import num_cores
+from launcher.tools import publish
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -217,9 +218,8 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Trained
 
 def accepted_onnx(run: RunDir) -> list[dict[str, Any]]:
     """Rows of the manifest: ONNX files of the best checkpoint that passed their gate and need no code of a user."""
-    try:
-        manifest = json.loads(run.export_manifest.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    manifest = publish.read_manifest(run)
+    if manifest is None:
         return []
     best, made_of = run.read_status().get("best"), manifest["checkpoint"]
     is_current = not best or best["step"] == made_of["step"]  # a run that was trained on may have a better one
@@ -290,9 +290,8 @@ def _load_checkpoint(run: RunDir, threads: int | None) -> TrainedModel:
 
 def _temperature(run: RunDir, best: BestModel) -> float:
     """What the exports of this checkpoint were calibrated to; 1: they were not."""
-    try:
-        manifest = json.loads(run.export_manifest.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    manifest = publish.read_manifest(run)
+    if manifest is None:
         return 1.0
     is_same = manifest["checkpoint"]["step"] == best.state["step"]
     return float((manifest.get("calibration") or {}).get("temperature", 1.0)) if is_same else 1.0
