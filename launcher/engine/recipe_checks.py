@@ -133,7 +133,8 @@ def _find(recipe: Recipe, *, is_new: bool) -> Iterator[tuple[str, str]]:
     if watched.removeprefix("val/") in recipe_metrics.trivial(classes):
         text = f"found {watched!r}, which is the same for every model with {classes} classes; use val/top1"
         yield "train.early_stopping.metric", text
-    yield from user_checks.find(recipe, classes)
+    weighed = not recipe.data.dataset and data.listing_of(recipe).weights("train") is not None
+    yield from user_checks.find(recipe, classes, weighed=weighed)
     if recipe.data.dataset or recipe.data.transform:
         yield from _samples(recipe, classes)
     if recipe.model.factory:

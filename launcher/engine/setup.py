@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from launcher.engine import data, numerics, optim
 from launcher.engine.augmenting.mixing import is_mixing
 from launcher.engine.distributed import are_everywhere_the_same, broadcast_buffers
-from launcher.engine.loading.balance import count_classes, weights_in_loss
+from launcher.engine.loading.balance import SampleWeights, count_classes, weights_in_loss
 from launcher.engine.loading.data_sets import full_classes, num_classes, open_data_sets
 from launcher.engine.losses import Loss, build_loss
 from launcher.engine.model import FineTunedModel, build_model
@@ -78,6 +78,8 @@ class Parts:
     """How many processes load images, and how far ahead."""
     max_steps: int | None
     """Where debugging ends."""
+    weights: SampleWeights | None = None
+    """What the loss of each training image counts; None: all the same."""
     ddp: DistributedDataParallel = field(init=False)
     """What steps compute as DDP wraps it; :meth:`wrap` makes it."""
     kept: Kept | None = field(init=False, default=None)
@@ -342,4 +344,5 @@ def build_parts(
         # Breakpoints work in this process only.
         loading=Loading(workers=0 if debug else workers, prefetch=data.num_ahead(workers)),
         max_steps=DEBUG_STEPS if debug else None,
+        weights=images.train.weights and SampleWeights(images.train.weights, excluded, device),
     )

@@ -51,13 +51,17 @@ class Source:
     group: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     classes: str | None = None
+    several: bool = False
+    """Whether an image has any number of classes (``data.task: multi_label``)."""
+    separator: str | None = None
     seed: int = 0
     """The recipe's."""
 
     @property
-    def list_columns(self) -> dict[str, str]:
-        """The columns of lists; ``data.group`` may name one of them."""
-        return {**self.columns, **({"group": self.group} if self.group else {})}
+    def form(self) -> lists.Form:
+        """How lists are read; ``data.group`` may name a column."""
+        columns = {**self.columns, **({"group": self.group} if self.group else {})}
+        return lists.Form(columns=columns, several=self.several, separator=self.separator)
 
     @property
     def place(self) -> Path:
@@ -141,21 +145,21 @@ def _test_note(source: Source) -> str:
 def _whole(source: Source) -> Part | None:
     """All of a folder or a list."""
     if lists.is_list(source.place):
-        rows = lists.read(source.place, source.list_columns)
-        return None if rows[0].split else ListRows(source.place, source.list_columns)
+        rows = lists.read(source.place, source.form)
+        return None if rows[0].split else ListRows(source.place, source.form)
     return ClassFolders(source.place) if class_folders(source.place) else None
 
 
 def _of_list(source: Source) -> dict[str, Part]:
     """The parts of a list by its column split; and a list or folder beside it that ``data.val`` names."""
-    rows = lists.read(source.place, source.list_columns)
+    rows = lists.read(source.place, source.form)
     splits = dict.fromkeys(row.split for row in rows if row.split)
-    found: dict[str, Part] = {name: ListRows(source.place, source.list_columns, name) for name in splits}
-    beside = source.val and source.val not in found and _open(source.root / source.val, source.list_columns)
+    found: dict[str, Part] = {name: ListRows(source.place, source.form, name) for name in splits}
+    beside = source.val and source.val not in found and _open(source.root / source.val, source.form)
     if beside and source.val:
         found |= {source.val: beside}
         if not splits:
-            found["train"] = ListRows(source.place, source.list_columns)
+            found["train"] = ListRows(source.place, source.form)
     return found
 
 
@@ -165,11 +169,11 @@ def _of_folder(folder: Path, source: Source) -> dict[str, Part]:
     found: dict[str, Part] = {}
     for entry in sorted(folder.iterdir()):
         name = entry.name if entry.is_dir() else entry.stem
-        part = _open(entry, source.list_columns) if name.lower() in known else None
+        part = _open(entry, source.form) if name.lower() in known else None
         if part and (name not in found or isinstance(part, ListRows)) and not _holds_classes(found.get(name)):
             found[name] = part
     for wanted in filter(None, (source.train, source.val)):
-        if part := _open(folder / wanted, source.list_columns):
+        if part := _open(folder / wanted, source.form):
             found[wanted] = part
     return found
 
@@ -178,9 +182,9 @@ def _holds_classes(part: Part | None) -> bool:
     return isinstance(part, ClassFolders) and bool(part.class_names)
 
 
-def _open(place: Path, columns: Mapping[str, str]) -> Part | None:
+def _open(place: Path, form: lists.Form) -> Part | None:
     if lists.is_list(place):
-        return ListRows(place, columns)
+        return ListRows(place, form)
     return ClassFolders(place) if place.is_dir() else None
 
 

@@ -22,5 +22,7 @@ def source_of(recipe: Recipe) -> Source:
         group=data.group,
         columns=data.columns,
         classes=data.classes,
+        several=data.task == "multi_label",
+        separator=data.separator,
         seed=recipe.seed,
     )

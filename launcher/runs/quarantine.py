@@ -196,11 +196,16 @@ def _refusal(found: Scan, config: DataConfig) -> str | None:
             f"{count} {what} in {folder}; repair or remove what is listed, or leave it out by "
             f"data.on_bad_image=quarantine; the whole list with cures: {_command(found.place)}{named}"
         )
-    counts = {split: found.class_counts(split) for split in dict.fromkeys(image.split for image in found.bad)}
-    lost = [
-        f"{split}/{name}"
-        for split, classes in counts.items()
-        for name, count in classes.items()
-        if not count and not (split == "val" and config.missing_val_classes == "allow" and classes.total())
-    ]
+    lost = [name for split in dict.fromkeys(image.split for image in found.bad) for name in _lost(found, split, config)]
     return f"{folder}: no image that can be decoded is left in {', '.join(lost)}; add some" if lost else None
+
+
+def _lost(found: Scan, split: str, config: DataConfig) -> list[str]:
+    """What of a split has images, and none that can be decoded; a class that has none at all is no matter of these."""
+    of_split = [image for image in found.images if image.split == split]
+    good = [image for image in of_split if not image.kind]
+    if good and split != "train" and config.missing_val_classes == "allow":
+        return []
+    left = {name for image in good for name in image.class_names}
+    lost = [name for name in dict.fromkeys(n for image in of_split for n in image.class_names) if name not in left]
+    return [f"{split}/{name}" for name in lost] if good or lost else [f"{split}/"]

@@ -58,6 +58,7 @@ OPEN = {
     "data.val_fraction": SAME_IMAGES,
     "data.group": SAME_IMAGES,
     "data.columns": SAME_IMAGES,
+    "data.separator": SAME_IMAGES,
     "data.classes": SAME_IMAGES,
     "data.dataset": SAME_IMAGES,
     "data.dataset_args": SAME_IMAGES,
