@@ -114,7 +114,7 @@ def describe(found: Scan, problems: list[str]) -> dict[str, Any]:
 
 
 def _splits(found: Scan) -> list[str]:
-    return [split for split in image_folder.SPLITS if found.listing and found.listing.part(split)]
+    return [split for split in found.listing.splits if found.listing.part(split)] if found.listing else []
 
 
 def _print(found: Scan, problems: list[str]) -> None:
@@ -128,7 +128,7 @@ def _print(found: Scan, problems: list[str]) -> None:
         print(f"warning  {printable(line)}")
     leaks, contradictions = found.leaks(), found.contradictions()
     if leaks:
-        print(f"warning  {_images(len(leaks))} of val/ also in train/, byte for byte; what is measured will flatter:")
+        print(f"warning  {_images(len(leaks))} of val/ {'or test/ ' if found.listing and found.listing.source.test else ''}also in train/, byte for byte; what is measured will flatter:")
         _print_some([f"{printable(val)} is {printable(train)}" for train, val in leaks], NUM_PAIRS_SHOWN)
     if contradictions:
         print(f"warning  {_images(len(contradictions))} of train/ in more than one class, byte for byte:")

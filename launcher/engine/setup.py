@@ -344,5 +344,5 @@ def build_parts(
         # Breakpoints work in this process only.
         loading=Loading(workers=0 if debug else workers, prefetch=data.num_ahead(workers)),
         max_steps=DEBUG_STEPS if debug else None,
-        weights=images.train.weights and SampleWeights(images.train.weights, excluded, device),
+        weights=SampleWeights(given, excluded, device) if (given := images.train.weights) else None,
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,7 @@ class Source:
     train: str | None = None
     """As ``data.train``, and so on."""
     val: str | None = None
+    test: str | None = None
     val_fraction: float | None = None
     group: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -105,9 +107,10 @@ def find(source: Source) -> Layout:
     layout.parts = named
     train = _choose(named, source.train, TRAIN, "data.train", source, layout)
     val = _choose(named, source.val, VAL, "data.val", source, layout)
+    test = _choose(named, source.test, (), "data.test", source, layout)
     if source.val_fraction is None:
         if val is None and source.val is None and not layout.problems:
-            val = _choose(named, None, TEST, "data.val", source, layout)
+            val = _choose({name: part for name, part in named.items() if part != test}, None, TEST, "data.val", source, layout)
             if val is not None and train is not None:
                 layout.notes.append(_test_note(source))
         layout.parts = named | _there(train=train, val=val)
@@ -121,8 +124,12 @@ def find(source: Source) -> Layout:
         names = set() if train or not layout.undivided else {name.lower() for name in layout.undivided.class_names}
         if names and names <= {*TRAIN, *VAL, *TEST, *OTHER_NAMES["train"], *OTHER_NAMES["val"]}:
             layout.problems.append(f"{source.path}: {' and '.join(sorted(names))} are no classes{explain(source)}")
-    if train is not None and train == val:
-        layout.problems.append(f"{source.path}: data.train and data.val are both {train.place.name}")
+    layout.parts |= _there(test=test)
+    chosen = {"data.train": train, "data.val": val, "data.test": test}
+    for one, other in combinations([key for key, part in chosen.items() if part is not None], 2):
+        if chosen[one] == chosen[other]:
+            name = getattr(chosen[one], "split", None) or chosen[one].place.name
+            layout.problems.append(f"{source.path}: {one} and {other} are both {name}")
     return layout
 
 
@@ -155,11 +162,12 @@ def _of_list(source: Source) -> dict[str, Part]:
     rows = lists.read(source.place, source.form)
     splits = dict.fromkeys(row.split for row in rows if row.split)
     found: dict[str, Part] = {name: ListRows(source.place, source.form, name) for name in splits}
-    beside = source.val and source.val not in found and _open(source.root / source.val, source.form)
-    if beside and source.val:
-        found |= {source.val: beside}
-        if not splits:
-            found["train"] = ListRows(source.place, source.form)
+    for key in ("val", "test"):
+        name = getattr(source, key)
+        if name and name not in found and (beside := _open(source.root / name, source.form)):
+            found[name] = beside
+            if key == "val" and not splits:
+                found["train"] = ListRows(source.place, source.form)
     return found
 
 
@@ -172,7 +180,7 @@ def _of_folder(folder: Path, source: Source) -> dict[str, Part]:
         part = _open(entry, source.form) if name.lower() in known else None
         if part and (name not in found or isinstance(part, ListRows)) and not _holds_classes(found.get(name)):
             found[name] = part
-    for wanted in filter(None, (source.train, source.val)):
+    for wanted in filter(None, (source.train, source.val, source.test)):
         if part := _open(folder / wanted, source.form):
             found[wanted] = part
     return found

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from launcher.images.layouts import Source
     from launcher.images.parts import Found, Part
 
-SPLITS = image_folder.SPLITS
+SPLITS, TEST = image_folder.SPLITS, "test"
 Label = int | tuple[int, ...]
 """The class of an image by its place; where it has any number of them, a sorted tuple."""
 
@@ -83,6 +83,11 @@ class Listing:
         found = self.layout.parts.get(split)
         folder = self.root / split
         return found or (ClassFolders(folder) if split not in SPLITS and folder.is_dir() else None)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Those that a run looks at."""
+        return (*SPLITS, TEST) if self.source.test else SPLITS
 
     @property
     def used(self) -> list[Part]:
@@ -216,7 +221,8 @@ def find_problems(source: Source, *, missing_val_classes: str = "error", need_fi
     """
     try:
         listing = Listing(source)
-        return list(_find_problems(listing, missing_val_classes, need_files=need_files))
+        problems = list(_find_problems(listing, missing_val_classes, need_files=need_files))
+        return problems or list(_problems_of_test(listing, need_files=need_files))
     except lists.ListError as error:
         return error.problems
     except UsageError as error:
@@ -255,22 +261,34 @@ def _find_problems(listing: Listing, missing_val_classes: str, *, need_files: bo
         found = layouts.shown(source, layout.parts)
         yield f"{source.path}: nothing in it is {what} (found {found}){layouts.explain(source)}"
         return
-    yield from _missing_files(listing) if need_files else ()
+    if need_files:
+        yield from (text for part in listing.used for text in _missing_files(part))
     yield from _classes_that_do_not_fit(listing, missing_val_classes)
 
 
-def _missing_files(listing: Listing) -> Iterator[str]:
+def _problems_of_test(listing: Listing, *, need_files: bool) -> Iterator[str]:
+    """Why the test set, where there is one, cannot be measured."""
+    part = listing.part(TEST) if listing.source.test else None
+    if part is None:
+        return
+    unknown = sorted({composed(name) for name in part.class_names} - {composed(name) for name in listing.classes})
+    if unknown:
+        yield f"{part.place}: {image_folder.few(unknown)} in the test set (data.test) but not in training"
+    elif not listing.samples(TEST):
+        yield f"{part.place}: no images in the test set (data.test)"
+    elif need_files:
+        yield from _missing_files(part)
+
+
+def _missing_files(part: Part) -> Iterator[str]:
     """Files that a list names and that are not there."""
-    for part in listing.used:
-        if not isinstance(part, ListRows):
-            continue
-        gone = [row for row in part.rows if not Path(row.path).is_file()]
-        if gone:
-            shown = "".join(f"\n    {part.place}:{row.line}: no file {row.path}" for row in gone[:5])
-            yield (
-                f"{part.place}: {len(gone)} of {len(part.rows)} files are not there; paths are relative to the list's "
-                f"folder, {part.place.parent}{shown}"
-            )
+    gone = [row for row in part.rows if not Path(row.path).is_file()] if isinstance(part, ListRows) else []
+    if gone and isinstance(part, ListRows):
+        shown = "".join(f"\n    {part.place}:{row.line}: no file {row.path}" for row in gone[:5])
+        yield (
+            f"{part.place}: {len(gone)} of {len(part.rows)} files are not there; paths are relative to the list's "
+            f"folder, {part.place.parent}{shown}"
+        )
 
 
 def _classes_that_do_not_fit(listing: Listing, missing_val_classes: str) -> Iterator[str]:

@@ -142,9 +142,9 @@ class Scan:
         return {note: found[note] for note in NOTES if note in found}
 
     def leaks(self) -> list[tuple[str, str]]:
-        """Validation images whose very bytes are a training image too: (training path, validation path)."""
+        """Images to measure with whose very bytes are a training image too: (training path, their path)."""
         train = {image.digest: image.path for image in self.images if image.split == "train" and not image.kind}
-        val = (image for image in self.images if image.split == "val" and not image.kind)
+        val = (image for image in self.images if image.split != "train" and not image.kind)
         return [(train[image.digest], image.path) for image in val if image.digest in train]
 
     def contradictions(self) -> list[list[str]]:
@@ -233,7 +233,7 @@ def _list(listing: Listing) -> tuple[list[tuple[str, str, str, tuple[str, ...]]]
     """Relative path, path, split and classes of every image; and what was left out, in words."""
     images: list[tuple[str, str, str, tuple[str, ...]]] = []
     left_out = [*image_left_out.describe_spellings(listing.root), *listing.left_out()]
-    for split in image_folder.SPLITS:
+    for split in listing.splits:
         if listing.part(split):
             names = listing.class_names(split)
             found = listing.with_classes(names).samples(split)

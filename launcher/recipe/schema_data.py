@@ -33,6 +33,9 @@ class DataConfig:
     """The folder of the training images in path, or the list of them; null: train."""
     val: str | None = None
     """The same of validation; null: val, valid or validation, and where there is none of these, test."""
+    test: str | None = None
+    """The same of a test set, as test or holdout; null: none. It is measured once, when training is over, with the best
+    checkpoint, and has no part in what is chosen. Your own dataset is called with split=test."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Of images that are not divided: the part of each class that is for validation. Which images follows from seed and
     their paths, on every machine alike."""

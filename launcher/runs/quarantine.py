@@ -46,8 +46,9 @@ def scan(recipe: Recipe, progress: Callable[[int, int], None] | None = None) -> 
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     leaks = found.leaks()
     if leaks:
+        measured = "validation and test images" if config.test else "validation images"
         print(
-            f"warning: {len(leaks)} of the validation images are training images too, byte for byte, as "
+            f"warning: {len(leaks)} of the {measured} are training images too, byte for byte, as "
             f"{printable(leaks[0][1])}: what is measured will flatter; all of them: {_command(listing.source.place)}",
             file=sys.stderr,
             flush=True,

@@ -55,6 +55,7 @@ OPEN = {
     "data.path": SAME_IMAGES,
     "data.train": SAME_IMAGES,
     "data.val": "the best checkpoint so far was chosen on the other images",
+    "data.test": "it is measured when training is over, if it was not",
     "data.val_fraction": SAME_IMAGES,
     "data.group": SAME_IMAGES,
     "data.columns": SAME_IMAGES,
