@@ -110,7 +110,9 @@ def find(source: Source) -> Layout:
     test = _choose(named, source.test, (), "data.test", source, layout)
     if source.val_fraction is None:
         if val is None and source.val is None and not layout.problems:
-            val = _choose({name: part for name, part in named.items() if part != test}, None, TEST, "data.val", source, layout)
+            val = _choose(
+                {name: part for name, part in named.items() if part != test}, None, TEST, "data.val", source, layout
+            )
             if val is not None and train is not None:
                 layout.notes.append(_test_note(source))
         layout.parts = named | _there(train=train, val=val)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -10,10 +11,11 @@ from launcher.engine import data
 from launcher.engine.checkpoints import checkpoint
 from launcher.engine.network.fitting import load_state
 from launcher.engine.schedule import validation_batches
+from launcher.images.folder import read_quarantine
+from launcher.images.listing import TEST
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from itertools import islice
 
     from launcher.engine.listeners.recorder import Recorder
     from launcher.engine.loading.handover import Loader
@@ -30,7 +32,9 @@ def measure(
     stop: Callable[[], bool],
     poll: Callable[..., None],
 ) -> None:
-    """Measure it, unless that was done of this checkpoint. Every rank must, at the same point; the model stays the best.
+    """Measure it, unless that was done with this checkpoint. Every rank must, at the same point.
+
+    The model has the weights of the best checkpoint from then on.
 
     Args:
         parts: of a training that is over, and its checkpoints written.
@@ -41,13 +45,20 @@ def measure(
         poll: as of the trainer.
     """
     split = parts.recipe.data.test
+    assert split  # noqa: S101
     known = [recorder is not None and recorder.has_tested(split, best)]
     dist.broadcast_object_list(known, src=0)
     if known[0]:
         return
     loaded = checkpoint.load(parts.run.checkpoint(best["step"]))
     load_state(parts.model.module, loaded.best_weights)
-    samples = data.open_test(parts.recipe, parts.preprocessing, left_out=parts.left_out, classes=parts.train_set.classes)
+    samples = data.open_split(
+        parts.recipe,
+        split if parts.recipe.data.dataset else TEST,
+        parts.preprocessing,
+        left_out=read_quarantine(parts.run.bad_images),
+        classes=parts.train_set.classes,
+    )
     numbers = validation_batches(len(samples), rank=parts.ranks.rank, batching=parts.schedule.batching)
 
     def load(_: object) -> Loader:
