@@ -18,6 +18,7 @@ from launcher.engine.loading.balance import SampleWeights, count_classes, weight
 from launcher.engine.loading.data_sets import full_classes, num_classes, open_data_sets
 from launcher.engine.losses import Loss, build_loss
 from launcher.engine.model import FineTunedModel, build_model
+from launcher.engine.network.fitting import are_needed
 from launcher.engine.network.sync_batchnorm import synchronise
 from launcher.engine.schedule import Batching, Schedule, validation_batches
 from launcher.recipe import load as recipes
@@ -317,7 +318,7 @@ def build_parts(
         recipe,
         num_classes=classes,
         image_size=images.preprocessing.image_size,
-        with_weights=ranks.rank == 0 if with_weights is None else with_weights,
+        with_weights=ranks.rank == 0 and are_needed(recipe.model, run) if with_weights is None else with_weights,
         classes=full_classes(recipe, images.train.classes),
     )
     together = recipe.model.sync_batchnorm and ranks.world_size > 1 and synchronise(model.module)

@@ -127,10 +127,10 @@ def find(source: Source) -> Layout:
         if names and names <= {*TRAIN, *VAL, *TEST, *OTHER_NAMES["train"], *OTHER_NAMES["val"]}:
             layout.problems.append(f"{source.path}: {' and '.join(sorted(names))} are no classes{explain(source)}")
     layout.parts |= _there(test=test)
-    chosen = {"data.train": train, "data.val": val, "data.test": test}
-    for one, other in combinations([key for key, part in chosen.items() if part is not None], 2):
-        if chosen[one] == chosen[other]:
-            name = getattr(chosen[one], "split", None) or chosen[one].place.name
+    chosen = [(key, part) for key, part in (("data.train", train), ("data.val", val), ("data.test", test)) if part]
+    for (one, part), (other, same) in combinations(chosen, 2):
+        if part == same:
+            name = getattr(part, "split", None) or part.place.name
             layout.problems.append(f"{source.path}: {one} and {other} are both {name}")
     return layout
 

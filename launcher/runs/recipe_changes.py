@@ -285,9 +285,9 @@ def _kind_of_head(recipe: Recipe) -> str:
 
 
 def _has_moved(before: Recipe, now: Recipe) -> bool:
-    """Whether both start from a file of one name, which is not read any more."""
+    """Whether both start from a file of one name, or of one run, which is not read any more."""
     old, new = before.model.weights_file, now.model.weights_file
-    return old is not None and new is not None and old.name == new.name
+    return old is not None and new is not None and (old.name == new.name or new in old.parents)
 
 
 def _num_classes(recipe: Recipe) -> int | None:
