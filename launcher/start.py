@@ -92,7 +92,11 @@ def read(*requests: Request) -> list[Reading]:
     found, problems = [], {}
     for request in requests:
         try:
-            recipe, source = recipes.load(find_recipe(request.recipe), request.overrides, request.flags())
+            has_begun = (
+                bool(request.run_id and request.run_dir) and RunDir(str(request.run_dir)).newest_state() is not None
+            )
+            file, flags = find_recipe(request.recipe), request.flags()
+            recipe, source = recipes.load(file, request.overrides, flags, has_begun=has_begun)
             found.append(Reading(request=request, recipe=recipe, source=source))
         except RecipeError as error:
             problems.update({str(problem): problem for problem in error.problems})
