@@ -84,7 +84,9 @@ def serving(*arguments, cwd=ROOT, env=None):
         watch = threading.Timer(WAIT_S, process.kill)
         watch.start()
         try:
-            yield Server(process)
+            found = Server(process)
+            watch.cancel()
+            yield found
         finally:
             watch.cancel()
             if process.poll() is None:
