@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.errors import EXIT_OK, RecipeError, TrainingError, UsageError
 from launcher.runs import history, states
-from launcher.runs.run_dir import RunDir, new_run_id
+from launcher.runs.identity import new_run_id
+from launcher.runs.run_dir import RunDir
 from launcher.system import lazy_dynamo, lazy_meta, network, processes
 from launcher.system.redact import redact
 
@@ -217,6 +218,7 @@ def record_failure(run: RunDir, record: dict[str, Any]) -> TrainingError:
     """Leave in a run that the user's code raised before its workers were started; return what to tell."""
     import time
 
+    from launcher.node import finish
     from launcher.runs import diagnose
     from launcher.system.files import write_json_atomic
 
@@ -232,6 +234,7 @@ def record_failure(run: RunDir, record: dict[str, Any]) -> TrainingError:
     states.move(run, "failed", attempt=attempt)
     return TrainingError(
         f"your own code failed, before training began\n{diagnose.explain(run)}\nmore: launch why {run}"
+        f"{finish.report_of_failure(run)}"
     )
 
 
@@ -288,7 +291,7 @@ def write_run(plan: LaunchPlan, recipe: Recipe, code: Code | None = None) -> Non
     from launcher.plan.launch_plan import Launched
     from launcher.recipe import load as recipes
     from launcher.recipe import paths as recipe_paths
-    from launcher.runs.run_dir import code_digest
+    from launcher.runs.identity import code_digest
     from launcher.system.files import write_text_atomic
 
     run = RunDir(plan.run_dir)
