@@ -22,6 +22,7 @@ from launcher.errors import UsageError
 from launcher.images import pixels
 from launcher.runs.run_dir import RunDir
 from launcher.system.cores import num_cores
+from launcher.tools import publish
 from launcher.tools.meaning import Meaning
 
 if TYPE_CHECKING:
@@ -189,9 +190,8 @@ def load(path: str | os.PathLike[str], *, many: bool = False) -> TrainedModel:
 
 def _accepted_onnx(run: RunDir) -> Path | None:
     """The run's ONNX file, if it is of the best checkpoint and computes the same; None: there is none."""
-    try:
-        manifest = json.loads(run.export_manifest.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    manifest = publish.read_manifest(run)
+    if manifest is None:
         return None
     best, made_of = run.read_status().get("best"), manifest["checkpoint"]
     is_current = not best or best["step"] == made_of["step"]  # a run that was trained on may have a better one
@@ -203,7 +203,7 @@ def _accepted_onnx(run: RunDir) -> Path | None:
 def _normalised_levels(facts: dict[str, Any]) -> list[Floats]:
     """What each of the 256 levels of a colour becomes, for each channel: quicker to look up than to compute."""
     levels = np.arange(256, dtype=np.float32)[:, None] / 255
-    found: Floats = (levels - np.asarray(facts["mean"], np.float32)) / np.asarray(facts["std"], np.float32)
+    found = np.asarray((levels - np.float32(facts["mean"])) / np.float32(facts["std"]), np.float32)
     return [np.ascontiguousarray(found[:, channel]) for channel in range(found.shape[1])]
 
 
@@ -261,7 +261,7 @@ def _load_checkpoint(run: RunDir) -> TrainedModel:
             classes=best.classes,
             independent=best.independent,
             threshold=best.threshold,
-            temperature=_temperature(run, best),
+            temperature=temperature_of(run, best.state["step"]),
         ),
         facts=best.preprocessing.describe(),
         logits=logits,
@@ -269,13 +269,12 @@ def _load_checkpoint(run: RunDir) -> TrainedModel:
     )
 
 
-def _temperature(run: RunDir, best: BestModel) -> float:
-    """What the exports of this checkpoint were calibrated to; 1: they were not."""
-    try:
-        manifest = json.loads(run.export_manifest.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+def temperature_of(run: RunDir, step: int) -> float:
+    """What the exports of the checkpoint of a step were calibrated to; 1: they were not."""
+    manifest = publish.read_manifest(run)
+    if manifest is None:
         return 1.0
-    is_same = manifest["checkpoint"]["step"] == best.state["step"]
+    is_same = manifest["checkpoint"]["step"] == step
     return float((manifest.get("calibration") or {}).get("temperature", 1.0)) if is_same else 1.0
 
 

@@ -316,7 +316,7 @@ def test_a_file_that_was_killed_while_it_was_made_leaves_the_old_ones_whole(expo
     left = {file.name: file.read_bytes() for file in run.exports.iterdir() if file.is_file()}
     assert left == before
     assert len(list(run.exports.glob(".export-*"))) == 1
-    publish.remove_abandoned(run.exports)
+    publish.remove_abandoned(run)
     assert not list(run.exports.glob(".export-*"))
 
 
@@ -353,6 +353,15 @@ def test_other_formats_agree_with_the_checkpoint_and_a_wrong_one_is_refused_with
     assert cli.main(["export", str(run.path), "--format", "onxx"]) == 2
     assert "--format onxx: no such format; did you mean 'onnx'" in capsys.readouterr().err
     assert run.export_manifest.read_bytes() == before
+
+
+def test_each_quantized_format_that_is_named_is_made(exported, tmp_path):
+    run = RunDir(shutil.copytree(exported.path, tmp_path / "run", symlinks=True))
+    (run.exports / "model.int8.onnx").unlink()
+    export.export_run(run, names=["int8", "fp16"])
+    accepted = {row["format"] for row in manifest(run)["exports"] if row["accepted"]}
+    assert {"int8", "fp16"} <= accepted
+    assert {"model.int8.onnx", "model.fp16.onnx"} <= {file.name for file in run.exports.iterdir()}
 
 
 def test_calibration_images_are_the_same_every_time(exported, tmp_path, monkeypatch):
