@@ -9,23 +9,19 @@ import argparse
 import contextlib
 import functools
 import json
-import os
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.errors import EXIT_FAILED, EXIT_OK, InterruptedRunError, TrainingError
-from launcher.node import agent, agent_thread, meeting, pixels
+from launcher.errors import EXIT_OK, InterruptedRunError, TrainingError
+from launcher.node import agent, agent_thread, finish, meeting, pixels
 from launcher.node.elastic.course import Course, EndedError, LeaderLostError, StoppedError
 from launcher.node.elastic.part import ElasticPart
 from launcher.node.signals import StopSignals
-from launcher.runs import diagnose, findings, history, quarantine, states, whereabouts
+from launcher.runs import diagnose, history, quarantine, states, whereabouts
 from launcher.runs.generations import Generations
 from launcher.runs.run_dir import RunDir
-from launcher.system import allocator, console, loader_room, network, numa, processes
-from launcher.system import cpu as host_cpu
-from launcher.system.redact import redact
+from launcher.system import allocator, console, loader_room, network, processes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -73,7 +69,11 @@ def supervise(plan: LaunchPlan, *, first_attempt: int | None = None, start: str 
     loader_room.make()
     processes.adopt_orphans()
     elastic = plan.is_elastic
-    with _nothing_left(run, plan), StopSignals(run, node_rank=plan.node_rank, outlives_loss=elastic) as stop:
+    with (
+        finish.failure_reported(run, plan),
+        _nothing_left(run, plan),
+        StopSignals(run, node_rank=plan.node_rank, outlives_loss=elastic) as stop,
+    ):
         if plan.backend != "slurm" and plan.nodes > 1:
             heed_stop = functools.partial(_heed_stop, run, plan.node_rank, stop, " while the nodes meet")
             plan = meeting.meet(run, plan, heed_stop=heed_stop)
@@ -88,7 +88,7 @@ def supervise(plan: LaunchPlan, *, first_attempt: int | None = None, start: str 
             if "preempted" in outcomes.values():
                 raise _interrupted(run, plan, stop, attempt)
         if 0 in outcomes and not plan.tune:  # the node that holds rank 0 finishes the run
-            _finish(run, plan, stop)
+            finish.finish(run, plan, stop)
     return EXIT_OK
 
 
@@ -248,102 +248,3 @@ def _interrupted(
     kept = f"the checkpoint {last.resolve().name} is saved" if last.exists() else "it had not begun to train"
     told = "" if node_rank == 0 and plan.nodes == 1 else f" ({reason})"
     return InterruptedRunError(f"interrupted{told}; {kept}; go on with: {whereabouts.resume_command(run)}")
-
-
-def _finish(run: RunDir, plan: LaunchPlan, stop: StopSignals) -> None:
-    """Export and measure, report, and say where everything is."""
-    from launcher.recipe import load as recipes
-    from launcher.report import build as report
-
-    recipe = recipes.read_resolved(run.recipe)
-    problem = None
-    here = recipe.post.enabled and not plan.debug and not plan.post_job
-    if here and (recipe.post.export or recipe.post.quantize):
-        print(f"exporting and measuring on the validation images (log: {run.post_log})", flush=True)
-        problem = run_post_step(run)
-        if stop.requested:
-            raise InterruptedRunError(f"training is complete, its exports are not; make them with: launch export {run}")
-    try:
-        report.write_report(run)
-        run.append_event("completed", exported=here and problem is None)
-    except OSError as error:
-        raise TrainingError(
-            f"training is complete, but {run}: cannot be written to: {error.strerror}; after making room: "
-            f"launch report {run}"
-        ) from None
-    print(summary(run), flush=True)
-    if problem:
-        raise TrainingError(f"training is complete, but {problem}\nafter repairing it: launch export {run}")
-
-
-def run_post_step(run: RunDir) -> str | None:
-    """Make the exports in a process of their own, forked with torch imported; return what went wrong, or None."""
-    import multiprocessing
-
-    process = multiprocessing.get_context("fork").Process(target=_post_step, args=(run,), name="post-step")
-    process.start()
-    process.join()
-    if process.exitcode == EXIT_OK:
-        return None
-    lines = (
-        run.post_log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if run.post_log.exists() else []
-    )
-    return (
-        f"the export failed (exit code {process.exitcode}): {lines[-1] if lines else 'no output'} (log: {run.post_log})"
-    )
-
-
-def _post_step(run: RunDir) -> None:
-    import signal
-    import traceback
-
-    for number in processes.heeded():
-        signal.signal(number, signal.SIG_DFL)
-    processes.die_with_parent()
-    os.environ.pop(numa.PLACES_VARIABLE, None)  # the workers'
-    if run.read_plan().export_threads is None:
-        os.environ.pop("OMP_NUM_THREADS", None)  # a worker's share of the cores; nothing else computes now
-    console.redirect(run.post_log)
-    try:
-        from launcher.tools import export
-
-        export.export_run(run)
-    except Exception:  # whatever it is, its text goes to a file
-        print(redact(traceback.format_exc()), file=sys.stderr, flush=True)
-        sys.exit(EXIT_FAILED)
-
-
-def summary(run: RunDir) -> str:
-    """The last lines of a run: what came out, where it is, what to do next."""
-    best = run.read_status().get("best")
-    lines = []
-    if best:
-        lines.append(f"best {best['metric']} {best['value']:.4f} (epoch {best['epoch'] + 1}, step {best['step']})")
-    lines += [f"WARNING: {finding}" for finding in findings.of_run(run)]
-    if run.export_manifest.exists():
-        manifest = json.loads(run.export_manifest.read_text(encoding="utf-8"))
-        for row in manifest["exports"]:
-            cpus = host_cpu.only_for(row.get("quantization"))
-            verdict = f"  only for {cpus}" if cpus else ""
-            verdict += "" if row["accepted"] else f"  NOT ACCEPTED: {row['reason']}"
-            measured = (
-                ""
-                if row["top1"] is None
-                else (
-                    f"top1 {row['top1']:.4f} ({row['top1_drop']:+.2f} points lost)  agrees on {row['agreement']:.1%}  "
-                )
-            )
-            size = "" if row["size_mb"] is None else f"{row['size_mb']:.1f} MB  "
-            time_ms = f"{row['latency_p50_ms']:.2f} ms" if row.get("latency_p50_ms") else ""
-            lines.append(f"  {row['file']:<20} {measured}{size}{time_ms}{verdict}")
-            if row.get("doubt"):
-                lines.append(f"  {'':<20} {row['doubt']}")
-        lines += [f"  {row['file']:<20} not made: {row['reason']}" for row in manifest.get("not_made", [])]
-    lines += [f"run:    {run}", f"report: {Path(str(run)) / run.report_html.name}"]
-    model = run.exports / "model.onnx"
-    lines.append(
-        f"next:   open the report; use {Path(str(run)) / 'exports' / model.name}"
-        if model.exists()
-        else f"next:   launch export {run}"
-    )
-    return "\n".join(lines)
