@@ -13,7 +13,7 @@ from launcher.errors import EXIT_OK, RecipeError, TrainingError, UsageError
 from launcher.runs import history, states
 from launcher.runs.identity import new_run_id
 from launcher.runs.run_dir import RunDir
-from launcher.system import lazy_dynamo, lazy_meta, network, processes
+from launcher.system import git, lazy_dynamo, lazy_meta, network, processes
 from launcher.system.redact import redact
 
 if TYPE_CHECKING:
@@ -314,6 +314,7 @@ def write_run(plan: LaunchPlan, recipe: Recipe, code: Code | None = None) -> Non
         process_started=processes.start_time(os.getpid()),
         variables=sorted(set(variables.read_by_runs(os.environ)) - plan.env.keys()) if plan.script else [],
         launched_by=redact(shlex.join(["launch", *sys.argv[1:]])),
+        commit=git.commit(),
     )
     try:
         run.write_plan(plan, launched)
