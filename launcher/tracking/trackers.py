@@ -173,10 +173,10 @@ class _Tracker(threading.Thread):
             if self._is_over:
                 self._tell()
         assert self._process.stdout  # noqa: S101  as asked for
-        with self._process.stdout as lines:
-            for line in lines:
+        with self._process:  # which waits for its end
+            for line in self._process.stdout:
                 self._say(line.rstrip("\n"))
-        return self._process.wait()
+        return self._process.returncode
 
     def _tell(self) -> None:
         """By a byte: the pipe's end may be held open by processes that were forked meanwhile."""

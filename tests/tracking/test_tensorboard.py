@@ -25,6 +25,6 @@ def test_event_files_have_a_run_across_a_resume(tmp_path):
     assert {(step, value) for step, tag, value in rows if tag == "val/top1"} == {(30, 0.5)}
     assert {tag for _, tag, _ in rows} >= {"train/lr/head", "train/grad_norm", "train/data_wait", "epoch"}
     shown = EventAccumulator(str(run.sink_folder("tensorboard"))).Reload()
-    (text,) = shown.Tensors("recipe/text_summary")
+    (text,) = shown.Tensors("recipe")
     assert b"batch:" in text.tensor_proto.string_val[0]
-    assert b"val/top1 0.5000 (epoch 1" in shown.Tensors("best/text_summary")[0].tensor_proto.string_val[0]
+    assert b"val/top1 0.5000 (epoch 1" in shown.Tensors("best")[0].tensor_proto.string_val[0]

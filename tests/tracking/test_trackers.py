@@ -28,6 +28,11 @@ def wait_until(condition):
         time.sleep(0.05)
 
 
+@pytest.fixture(autouse=True)
+def not_chatty(monkeypatch):
+    monkeypatch.setattr(trackers, "SILENT_S", ENDED_S)
+
+
 @pytest.fixture
 def no_process(monkeypatch):
     def fail(*_, **__):
@@ -81,8 +86,7 @@ def test_a_tracker_that_is_killed_is_started_again_and_goes_on(tmp_path):
 
 
 @pytest.mark.slow
-def test_one_that_hangs_is_given_up_at_the_end_and_goes_on_later(tmp_path, monkeypatch):
-    monkeypatch.setattr(trackers, "FINISH_S", 0.5)
+def test_one_that_hangs_is_given_up_at_the_end_and_goes_on_later(tmp_path):
     run, said = make_run(tmp_path), []
     train(run, 1, 2)
     found = Trackers(run, ["wandb"], say=said.append, beside=True)
