@@ -191,7 +191,7 @@ class _Tracker(threading.Thread):
 
 def beside(run: RunDir, recipe: Recipe, *, say: Callable[[str], None], stop: Callable[[], bool]) -> Trackers:
     """The trackers that a recipe asks for, beside its training; what cannot be is said in a line."""
-    names = [name for name in recipe.tracking.backends if _is_possible(name, recipe, say)]
+    names = [name for name in dict.fromkeys(recipe.tracking.backends) if _is_possible(name, recipe, say)]
     return Trackers(run, names, say=say, beside=True, stop=stop)
 
 

@@ -38,6 +38,7 @@ def test_a_local_store_has_a_run_across_a_kill_and_a_resume(tmp_path, monkeypatc
     losses = client.get_metric_history(found.info.run_id, "train/loss")
     assert [(metric.step, metric.value) for metric in losses] == [(10, 2.5), (20, 2.5), (30, 2.5)]
     assert [metric.step for metric in client.get_metric_history(found.info.run_id, "val/f1")] == [30]
+    assert client.get_metric_history(found.info.run_id, "train/lr.head")[0].value == 0.1
     assert found.data.params["optim.lr"] == "0.01"
     assert found.data.tags["small"] == "true"
     assert found.data.tags["mlflow.note.content"] == "a try"
