@@ -167,6 +167,18 @@ def _schema() -> _Module:
     return schema
 
 
+def _serve() -> _Module:
+    from launcher.commands import serve
+
+    return serve
+
+
+def _package() -> _Module:
+    from launcher.commands import package
+
+    return package
+
+
 def _track() -> _Module:
     from launcher.commands import track
 
@@ -203,6 +215,8 @@ COMMANDS = {
     "benchmark": Command("RUN|FILE", "time exported models on this machine, beside eager PyTorch", _benchmark),
     "evaluate": Command("RUN", "measure a run's best checkpoint on its validation images, or on others", _evaluate),
     "predict": Command("RUN IMAGE …", "classify images, folders or patterns; an ONNX file needs no torch", _predict),
+    "serve": Command("RUN|FILE", "answer requests over HTTP with a run's model; an ONNX file needs no torch", _serve),
+    "package": Command("RUN", "a folder with the model, its server and a Dockerfile, which needs no torch", _package),
     "report": Command("RUN", "write report.html, report.json and model_card.md again", _report),
     "why": Command("RUN", "the first failure of a run, and its cure", _why),
     "models": Command(

@@ -218,6 +218,7 @@ def record_failure(run: RunDir, record: dict[str, Any]) -> TrainingError:
     """Leave in a run that the user's code raised before its workers were started; return what to tell."""
     import time
 
+    from launcher.node import finish
     from launcher.runs import diagnose
     from launcher.system.files import write_json_atomic
 
@@ -233,6 +234,7 @@ def record_failure(run: RunDir, record: dict[str, Any]) -> TrainingError:
     states.move(run, "failed", attempt=attempt)
     return TrainingError(
         f"your own code failed, before training began\n{diagnose.explain(run)}\nmore: launch why {run}"
+        f"{finish.report_of_failure(run)}"
     )
 
 

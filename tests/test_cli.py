@@ -409,7 +409,7 @@ def test_a_path_without_a_run(command, path, found, launch):
     (launch.cwd / "folder").mkdir()
     done = launch(command, path)
     assert done.returncode == 2
-    assert done.stderr == f"error: {path}: not a run directory (found {found}); runs are made by `launch RECIPE`\n"
+    assert done.stderr == f"error: {path}: not a run directory (found {found}); `launch ps` lists the runs there are\n"
     assert content_of(launch.cwd) == {"folder": None}
 
 

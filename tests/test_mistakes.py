@@ -53,6 +53,10 @@ MISTAKES = {
     "why": "the following arguments are required: RUN\n",
     "resume": "the following arguments are required: RUN\n",
     "why one two": "two: no such argument",
+    "why runs/none": "`launch ps` lists the runs",
+    "predict": "the following arguments are required: RUN|FILE, IMAGE\n",
+    "predict runs/none a.jpg": "runs/none",
+    "recipes --all": "--all: no such option",
     "resume runs/none --epochs 3": "go without dashes: train.epochs=3",
     # values
     "quickstart train.epochs=five": "train.epochs: found 'five'; valid: a whole number >= 1",

@@ -67,7 +67,7 @@ def export_run(run: RunDir, data_path: str | None = None, names: Sequence[str] |
         torch.set_num_threads(num_threads(best.recipe.launch))
         run.exports.mkdir(exist_ok=True)
         best, calibration = calibrate.apply(best, missing, say)
-        publish.remove_abandoned(run.exports)
+        publish.remove_abandoned(run)
         with tempfile.TemporaryDirectory(dir=run.exports, prefix=publish.prefix()) as folder:
             making = _Making(run, best, Path(folder), Answers(best, missing), say)
             wanted = [*best.recipe.post.export, *best.recipe.post.quantize] if names is None else list(names)

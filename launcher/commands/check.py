@@ -17,6 +17,7 @@ from launcher.images.folder import printable
 from launcher.images.listing import Listing
 from launcher.recipe import images as recipe_images
 from launcher.runs.findings import FEW_IMAGES, IMBALANCE
+from launcher.system.words import plural
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -128,27 +129,26 @@ def _print(found: Scan, problems: list[str]) -> None:
         print(f"warning  {printable(line)}")
     leaks, contradictions = found.leaks(), found.contradictions()
     if leaks:
-        print(f"warning  {_images(len(leaks))} of val/ also in train/, byte for byte; what is measured will flatter:")
+        num = plural(len(leaks), "image")
+        print(f"warning  {num} of val/ also in train/, byte for byte; what is measured will flatter:")
         _print_some([f"{printable(val)} is {printable(train)}" for train, val in leaks], NUM_PAIRS_SHOWN)
     if contradictions:
-        print(f"warning  {_images(len(contradictions))} of train/ in more than one class, byte for byte:")
+        print(f"warning  {plural(len(contradictions), 'image')} of train/ in more than one class, byte for byte:")
         _print_some([printable(", ".join(paths)) for paths in contradictions], NUM_PAIRS_SHOWN)
     for problem in problems:
         print(f"problem  {printable(problem)}")
     if found.bad:
-        print(
-            f"problem  {_images(len(found.bad))} that cannot be {_done(found)}; data.on_bad_image=quarantine would "
-            "leave out:"
-        )
+        num = plural(len(found.bad), "image")
+        print(f"problem  {num} that cannot be {_done(found)}; data.on_bad_image=quarantine would leave out:")
         _print_some([f"{image}; {image.cure}" for image in found.bad], NUM_SHOWN)
     known = len(found.images) - found.num_read
     seen = f"{found.num_read:,} were read, {known:,} have not changed since they were"
-    print(f"\n{_images(len(found.images))} in {printable(str(found.place))}: {seen}")
+    print(f"\n{plural(len(found.images), 'image')} in {printable(str(found.place))}: {seen}")
 
 
 def _print_split(split: str, found: Scan) -> None:
     counts = found.class_counts(split)
-    total = f"{split + '/':<8} {_images(counts.total())} in {len(counts)} class{'' if len(counts) == 1 else 'es'}"
+    total = f"{split + '/':<8} {plural(counts.total(), 'image')} in {plural(len(counts), 'class')}"
     if not counts:
         print(total)
         return
@@ -169,10 +169,6 @@ def _print_split(split: str, found: Scan) -> None:
 
 def _done(found: Scan) -> str:
     return "used with the values they have" if any(image.kind == "grey_range" for image in found.bad) else "decoded"
-
-
-def _images(num: int) -> str:
-    return f"{num:,} image{'' if num == 1 else 's'}"
 
 
 def _print_some(lines: Sequence[str], limit: int) -> None:

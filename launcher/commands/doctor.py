@@ -25,6 +25,7 @@ from launcher.images import walk as image_walk
 from launcher.plan import topology
 from launcher.system import allocator, loader_room
 from launcher.system import cores as host_cores
+from launcher.system.words import plural
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -334,4 +335,4 @@ def _print(verdicts: Mapping[str, Verdict]) -> None:
         table.add_row(Text(verdict.status, style=_STYLES[verdict.status]), Text(name), found)
     Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table)
     counts = {status: sum(v.status == status for v in verdicts.values()) for status in ("problem", "warning")}
-    print("\n" + ", ".join(f"{count} {status}{'' if count == 1 else 's'}" for status, count in counts.items()))
+    print("\n" + ", ".join(plural(count, status) for status, count in counts.items()))

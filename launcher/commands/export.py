@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
         key, _, data_path = item.partition("=")
         if key != "data.path" or not data_path:
             raise UsageError(f"{item}: a checkpoint is exported as its run says; only data.path=FOLDER can change")
-    from launcher.node import supervisor
+    from launcher.node import finish
     from launcher.report import build as report
     from launcher.system import console
     from launcher.tools import export
@@ -39,5 +39,5 @@ def main(argv: Sequence[str]) -> int:
     finally:
         if run.export_manifest.exists():
             report.write_report(run)
-    print(supervisor.summary(run))
+    print(finish.summary(run))
     return EXIT_OK

@@ -91,7 +91,8 @@ def _row(run: RunDir, status: dict[str, Any], asked: str | None, job: JobState |
         "job_id": exports or whereabouts.job_of(run),
         "job_state": job.state if job and (exports or not is_trained) else None,
         "job_makes": "exports" if exports else None,
-        "state": whereabouts.settled(status["state"], None if is_trained else job),
+        "state": (state := whereabouts.settled(status["state"], None if is_trained else job)),
+        "state_in_words": whereabouts.shown(run, state),
         "nodes": status.get("nodes"),
         "nodes_left": whereabouts.nodes_left(run),
         **{key: status.get(key) for key in ("attempt", "epoch", "step", "best", "updated")},
@@ -103,7 +104,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     job = " ".join(filter(None, [row["job_id"], row["job_state"], row["job_makes"]]))
     numbers = (str(row[key]) if row[key] is not None else "-" for key in ("attempt", "epoch", "step"))
     value = f"{best['metric']} {best['value']:.4f}" if best else "-"
-    state = row["state"] + (f" on {row['nodes_left']}" if row["nodes_left"] else "")
+    state = row["state_in_words"] + (f" on {row['nodes_left']}" if row["nodes_left"] else "")
     return (row["run"], state, job or "-", *numbers, value, _age(row["updated"]))
 
 

@@ -29,6 +29,8 @@ class View:
     """From its files."""
     job: JobState | None
     """As SLURM sees its job; None: it has none, or SLURM does not answer."""
+    shown: str
+    """Its state in people's word."""
 
 
 class Watched:
@@ -51,7 +53,8 @@ class Watched:
             self._job, self._asked = living.job_state(self._run), time.monotonic()
         snapshot = self._progress.look()
         state = whereabouts.settled(snapshot.state, self._job)  # type: ignore[arg-type]  # as written in status.json
-        return View(snapshot=replace(snapshot, state=state), job=self._job)
+        shown = whereabouts.shown(self._run, state)
+        return View(snapshot=replace(snapshot, state=state), job=self._job, shown=shown)
 
     def has_ended(self) -> bool:
         """Whether nothing more will come."""
@@ -69,4 +72,4 @@ def state_text(view: View) -> str:
     job = view.job
     if job and job.state == "PENDING":
         return f"queued ({job.reason})" if job.reason not in ("", "None") else "queued"
-    return view.snapshot.state
+    return view.shown

@@ -7,6 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from launcher.images.walk import class_folders, is_image
+from launcher.system.words import plural
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,25 +42,25 @@ def describe_left_out(split: Path, left_out: LeftOut) -> list[str]:
     if followed:
         link, target = followed[0]
         lines.append(
-            f"{name}/: {_count(len(followed), 'link')} to folders whose images are read elsewhere, or that hold the "
+            f"{name}/: {plural(len(followed), 'link')} to folders whose images are read elsewhere, or that hold the "
             f"class folders, left out, as {_relative(link, split)} -> {target}"
         )
     broken = [link for link, target in left_out.links if not target]
     if broken:
-        lines.append(f"{name}/: {_count(len(broken), 'link')} that lead nowhere, as {_relative(broken[0], split)}")
+        lines.append(f"{name}/: {plural(len(broken), 'link')} that lead nowhere, as {_relative(broken[0], split)}")
     if left_out.unreadable:
         folder = _relative(left_out.unreadable[0], split)
-        lines.append(f"{name}/: {_count(len(left_out.unreadable), 'folder')} that cannot be listed, as {folder}")
+        lines.append(f"{name}/: {plural(len(left_out.unreadable), 'folder')} that cannot be listed, as {folder}")
     if left_out.loose:
         file = _relative(left_out.loose[0], split)
         lines.append(
-            f"{name}/: {_count(len(left_out.loose), 'image')} in no class folder, as {file}; they have no class"
+            f"{name}/: {plural(len(left_out.loose), 'image')} in no class folder, as {file}; they have no class"
         )
     if left_out.hidden:
         kinds = Counter(_kind_of_hidden(path) for path in left_out.hidden)
         images = sum(_images_in(path) for path in left_out.hidden)
         named = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(NUM_KINDS))
-        lines.append(f"{name}/: hidden and system files and folders left out, with {_count(images, 'image')}: {named}")
+        lines.append(f"{name}/: hidden and system files and folders left out, with {plural(images, 'image')}: {named}")
     return lines
 
 
@@ -78,7 +79,7 @@ def describe_spellings(path: Path) -> list[str]:
 def describe_endings(left_out: LeftOut) -> Iterator[str]:
     """Files whose ending is not an image's, most first, with the classes that have most of them and the cure."""
     for ending, classes in sorted(left_out.endings.items(), key=lambda item: -item[1].total()):
-        what = f"{_count(classes.total(), 'file')} {ending or 'without an ending'}"
+        what = f"{plural(classes.total(), 'file')} {ending or 'without an ending'}"
         where = ", ".join(f"{name} {count:,}" for name, count in classes.most_common(NUM_KINDS))
         cure = CURES.get(ending, "Pillow does not open them here")
         yield f"{what} left out ({where}{', …' if len(classes) > NUM_KINDS else ''}): {cure}"
@@ -96,10 +97,6 @@ def _images_in(path: str) -> int:
     if not os.path.isdir(path):  # noqa: PTH112
         return int(is_image(path))
     return sum(is_image(name) for _, _, files in os.walk(path) for name in files)
-
-
-def _count(num: int, what: str) -> str:
-    return f"{num:,} {what}{'' if num == 1 else 's'}"
 
 
 def _relative(path: str, split: Path) -> str:

@@ -11,20 +11,17 @@ import functools
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.errors import EXIT_OK, InterruptedRunError, TrainingError
-from launcher.node import agent, agent_thread, meeting, pixels
+from launcher.node import agent, agent_thread, finish, meeting, pixels
 from launcher.node.elastic.course import Course, EndedError, LeaderLostError, StoppedError
 from launcher.node.elastic.part import ElasticPart
-from launcher.node.post_step import run_post_step
 from launcher.node.signals import StopSignals
-from launcher.runs import diagnose, findings, history, quarantine, states, whereabouts
+from launcher.runs import diagnose, history, quarantine, states, whereabouts
 from launcher.runs.generations import Generations
 from launcher.runs.run_dir import RunDir
 from launcher.system import allocator, console, loader_room, network, processes
-from launcher.system import cpu as host_cpu
 from launcher.tracking import trackers as tracking
 
 if TYPE_CHECKING:
@@ -75,6 +72,7 @@ def supervise(plan: LaunchPlan, *, first_attempt: int | None = None, start: str 
     processes.adopt_orphans()
     elastic = plan.is_elastic
     with (
+        finish.failure_reported(run, plan),
         _nothing_left(run, plan),
         StopSignals(run, node_rank=plan.node_rank, outlives_loss=elastic) as stop,
         _tracked(run, plan, stop) as trackers,
@@ -93,7 +91,7 @@ def supervise(plan: LaunchPlan, *, first_attempt: int | None = None, start: str 
             if "preempted" in outcomes.values():
                 raise _interrupted(run, plan, stop, attempt)
         if 0 in outcomes and not plan.tune:  # the node that holds rank 0 finishes the run
-            _finish(run, plan, stop, trackers)
+            finish.finish(run, plan, stop, trackers)
     return EXIT_OK
 
 
@@ -265,66 +263,3 @@ def _interrupted(
     kept = f"the checkpoint {last.resolve().name} is saved" if last.exists() else "it had not begun to train"
     told = "" if node_rank == 0 and plan.nodes == 1 else f" ({reason})"
     return InterruptedRunError(f"interrupted{told}; {kept}; go on with: {whereabouts.resume_command(run)}")
-
-
-def _finish(run: RunDir, plan: LaunchPlan, stop: StopSignals, trackers: Trackers) -> None:
-    """Export and measure, report, and say where everything is."""
-    from launcher.recipe import load as recipes
-    from launcher.report import build as report
-
-    recipe = recipes.read_resolved(run.recipe)
-    problem = None
-    here = recipe.post.enabled and not plan.debug and not plan.post_job
-    if here and (recipe.post.export or recipe.post.quantize):
-        print(f"exporting and measuring on the validation images (log: {run.post_log})", flush=True)
-        problem = run_post_step(run)
-        if stop.requested:
-            raise InterruptedRunError(f"training is complete, its exports are not; make them with: launch export {run}")
-    trackers.finish()
-    try:
-        report.write_report(run)
-        run.append_event("completed", exported=here and problem is None)
-    except OSError as error:
-        raise TrainingError(
-            f"training is complete, but {run}: cannot be written to: {error.strerror}; after making room: "
-            f"launch report {run}"
-        ) from None
-    print(summary(run), flush=True)
-    if problem:
-        raise TrainingError(f"training is complete, but {problem}\nafter repairing it: launch export {run}")
-
-
-def summary(run: RunDir) -> str:
-    """The last lines of a run: what came out, where it is, what to do next."""
-    best = run.read_status().get("best")
-    lines = []
-    if best:
-        lines.append(f"best {best['metric']} {best['value']:.4f} (epoch {best['epoch'] + 1}, step {best['step']})")
-    lines += [f"WARNING: {finding}" for finding in findings.of_run(run)]
-    if run.export_manifest.exists():
-        manifest = json.loads(run.export_manifest.read_text(encoding="utf-8"))
-        for row in manifest["exports"]:
-            cpus = host_cpu.only_for(row.get("quantization"))
-            verdict = f"  only for {cpus}" if cpus else ""
-            verdict += "" if row["accepted"] else f"  NOT ACCEPTED: {row['reason']}"
-            measured = (
-                ""
-                if row["top1"] is None
-                else (
-                    f"top1 {row['top1']:.4f} ({row['top1_drop']:+.2f} points lost)  agrees on {row['agreement']:.1%}  "
-                )
-            )
-            size = "" if row["size_mb"] is None else f"{row['size_mb']:.1f} MB  "
-            time_ms = f"{row['latency_p50_ms']:.2f} ms" if row.get("latency_p50_ms") else ""
-            lines.append(f"  {row['file']:<20} {measured}{size}{time_ms}{verdict}")
-            if row.get("doubt"):
-                lines.append(f"  {'':<20} {row['doubt']}")
-        lines += [f"  {row['file']:<20} not made: {row['reason']}" for row in manifest.get("not_made", [])]
-    lines += [f"run:    {run}", f"report: {Path(str(run)) / run.report_html.name}"]
-    model = run.exports / "model.onnx"
-    lines.append(
-        f"next:   open the report; use {Path(str(run)) / 'exports' / model.name}"
-        if model.exists()
-        else f"next:   launch export {run}"
-    )
-    return "\n".join(lines)

@@ -18,6 +18,7 @@ from launcher.images import pixels
 from launcher.images.folder import printable
 from launcher.recipe.user_code import as_in_run
 from launcher.system import cpu as host_cpu
+from launcher.system.words import plural
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,11 +96,6 @@ def duration(seconds: float | None) -> str:
 def moment(seconds: float | None) -> str:
     """Seconds since 1970 as date and time; "-" where they are not known."""
     return "-" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
-
-
-def plural(count: int, noun: str) -> str:
-    """How many there are: "1 node", "2 nodes"."""
-    return f"{count} {noun}{'s' if count > 1 else ''}"
 
 
 def setting(value: Any) -> str:

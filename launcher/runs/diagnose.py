@@ -143,7 +143,8 @@ def explain(
     status = run.read_status()
     attempt, state = int(status.get("attempt", 1)), whereabouts.settled(status["state"], job)
     left = f" on {found}" if (found := whereabouts.nodes_left(run)) and state == "running" else ""
-    head = f"{run}: {state}{left}, attempt {attempt}, epoch {status.get('epoch', 0)}, step {status.get('step', 0)}"
+    shown = whereabouts.shown(run, state)
+    head = f"{run}: {shown}{left}, attempt {attempt}, epoch {status.get('epoch', 0)}, step {status.get('step', 0)}"
     if job and not history.since_launched(run, "attempt_started"):
         return "\n".join([head, *_before(run, attempt + 1), *explain_job(run, job), *_refused(run)])
     lines = [*_before(run, attempt), *(_lost_nodes(run) if left else [])]
@@ -179,8 +180,10 @@ def _shown(failure: dict[str, Any]) -> list[str]:
     lines = [line for line in text.rstrip().splitlines() if not line.startswith(CPP_FRAMES)]
     file, _, number = (failure.get("own_line") or "").rpartition(":")
     own = [index for index, line in enumerate(lines) if line.strip().startswith(f'File "{file}", line {number},')]
-    if not own or own[-1] >= len(lines) - TRACEBACK_LINES:
+    if not own:
         return lines[-TRACEBACK_LINES:]
+    if own[-1] >= len(lines) - TRACEBACK_LINES:
+        return lines[own[-1] :]
     return [*lines[own[-1] : own[-1] + OWN_LINES], "  …", *lines[OWN_LINES + 1 - TRACEBACK_LINES :]]
 
 

@@ -67,7 +67,7 @@ class RunDir:
         if not run.exists:
             missing = run.plan.name if run.recipe.is_file() else run.recipe.name
             found = f"a folder without {missing}" if run.path.is_dir() else "nothing"
-            raise UsageError(f"{path}: not a run directory (found {found}); runs are made by `launch RECIPE`")
+            raise UsageError(f"{path}: not a run directory (found {found}); `launch ps` lists the runs there are")
         return run
 
     def __str__(self) -> str:

@@ -75,6 +75,12 @@ def settled(state: State, job: JobState | None) -> State:
     return "failed" if state in UNSETTLED else state
 
 
+def shown(run: RunDir, state: State) -> str:
+    """A state in the word that people use: ``preempted`` is ``interrupted`` where somebody stopped the run (Ctrl-C)."""
+    ended = history.since_launched(run, "attempt_ended") if state == "preempted" else []
+    return "interrupted" if ended and ended[-1].get("cause") == "interrupted" else state
+
+
 def settle(run: RunDir, job: JobState) -> State:
     """Record the state of a run whose job is over; return it."""
     before: State = run.read_status()["state"]

@@ -134,6 +134,6 @@ class Mlflow:
 
 
 def _name(name: str) -> str:
-    """Of a metric, in characters that MLflow allows; in its folders ``train/lr`` and ``train/lr/head`` would collide."""
+    """Of a metric, in characters that MLflow allows; ``train/lr`` and ``train/lr/head`` would collide as files."""
     split, _, rest = name.partition("/")
     return re.sub(r"[^\w\-. :/]", "_", f"{split}/{rest.replace('/', '.')}" if rest else split)

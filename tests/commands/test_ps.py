@@ -9,7 +9,9 @@ import pytest
 
 from launcher.backends.slurm import client as slurm_client
 from launcher.commands import ps as jobs
+from launcher.commands.watched import Watched
 from launcher.errors import UsageError
+from launcher.runs import diagnose
 from launcher.runs.whereabouts import JobState
 
 BEST = {"metric": "val/top1", "value": 0.98765, "epoch": 1, "step": 10}
@@ -50,6 +52,18 @@ def test_ps_says_where_a_run_goes_on_with_fewer_nodes(make_run, tmp_path, monkey
     jobs.ps(str(tmp_path / "runs"), as_json=False)
     lines = sorted(line.split("  ")[1].strip() for line in capsys.readouterr().out.splitlines()[1:])
     assert lines == ["completed", "running", "running on 2 of 3 nodes"]
+
+
+@pytest.mark.parametrize(("cause", "word"), [("interrupted", "interrupted"), ("preempted", "preempted")])
+def test_a_run_that_somebody_stopped_is_interrupted_and_not_preempted(cause, word, make_run, tmp_path, capsys):
+    run = make_run("a", state="preempted", attempt=1)
+    run.append_event("attempt_ended", attempt=1, node=0, cause=cause, message="stopped")
+    jobs.ps(str(tmp_path / "runs"), as_json=False)
+    assert capsys.readouterr().out.splitlines()[1].split()[1] == word
+    assert diagnose.explain(run).startswith(f"{run}: {word}, attempt 1")
+    assert Watched(run).look().shown == word
+    jobs.ps(str(tmp_path / "runs"), as_json=True)
+    assert json.loads(capsys.readouterr().out)[0]["state"] == "preempted"  # as in status.json
 
 
 def test_ps_without_an_answer_of_slurm_shows_the_rest(make_run, tmp_path, monkeypatch, capsys):

@@ -58,7 +58,7 @@ def test_a_run_that_trains(training):
     assert snapshot.losses == [1.75, 1.5, 1.25, 1.0, 0.75]
     assert snapshot.metrics == [0.625, 0.75]
     assert snapshot.last_event["kind"] == "checkpoint"
-    text = line(View(snapshot=snapshot, job=None))
+    text = line(View(snapshot=snapshot, job=None, shown=snapshot.state))
     assert text.startswith(str(training))
     assert "epoch 3/5  step 25/50  loss 0.75  images_per_s 32  best val/top1 0.7500" in text
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from launcher.errors import UsageError
-from launcher.node import supervisor
+from launcher.node import finish
 from launcher.recipe import load as recipes
 from launcher.recipe.metrics import METRICS as METRIC_NAMES
 from launcher.report import build as report
@@ -718,7 +718,7 @@ def test_an_int8_model_that_is_not_for_every_cpu_is_said_to_be_one(write_run, bi
     exports = [MANIFEST["exports"][0], MANIFEST["exports"][1] | {"quantization": {"weight_bits": bits}}]
     run = write_run(manifest=MANIFEST | {"exports": exports})
     report.write_report(run)
-    for text in (run.report_html.read_text(), run.model_card.read_text(), supervisor.summary(run)):
+    for text in (run.report_html.read_text(), run.model_card.read_text(), finish.summary(run)):
         assert ("only for x86 CPUs with VNNI and for ARM" in text) == told
 
 

@@ -118,6 +118,17 @@ def test_why_names_rank_host_message_traceback_log_and_cure_of_the_last_attempt(
     assert shown[0] == '    File "m.py", line 19'
 
 
+def test_a_traceback_begins_at_the_users_own_line_where_that_is_known(run):
+    frames = [f'  File "lib.py", line {n}, in f\n    g()' for n in range(4)]
+    trace = "\n".join(
+        ["Traceback:", *frames, '  File "/own.py", line 9, in f', "    raise ValueError", "ValueError: 3"]
+    )
+    fail(run, rank=0, time=1.0, attempt=1, traceback=trace, own_line="/own.py:9")
+    run.update_status(state="failed", attempt=1)
+    shown = [line for line in diagnose.explain(run).splitlines() if line.startswith("  ")]
+    assert shown == ['    File "/own.py", line 9, in f', "      raise ValueError", "  ValueError: 3"]
+
+
 @pytest.mark.parametrize(
     ("kind", "cure"),
     [

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from launcher.node import supervisor
+from launcher.node import finish
 from launcher.recipe import load as recipes
 from launcher.recipe import schema as recipe_schema
 from launcher.report import build as report
@@ -199,7 +199,7 @@ def write_run(tmp_path):
 def test_terminal_report_card_and_why_say_the_same(write_run):
     run = write_run([train_line(0.975), val_line(one_column([10] * 10))])
     (found,) = findings.of_run(run)
-    assert f"WARNING: {found}" in supervisor.summary(run)
+    assert f"WARNING: {found}" in finish.summary(run)
     report.write_report(run)
     assert json.loads(run.report_json.read_text())["findings"] == [
         {"kind": "one_class", "message": found.message, "cause": found.cause}
@@ -215,7 +215,7 @@ def test_a_good_model_and_a_debugged_one_are_told_nothing(write_run, debug):
     confusion = one_column([10] * 10) if debug else diagonal([10] * 10, 0.9)
     run = write_run([train_line(0.9), val_line(confusion)], debug=debug)
     assert findings.of_run(run) == []
-    assert "WARNING" not in supervisor.summary(run)
+    assert "WARNING" not in finish.summary(run)
 
 
 def test_the_best_checkpoint_is_judged_by_its_own_validation(write_run):

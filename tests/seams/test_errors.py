@@ -134,6 +134,7 @@ def test_what_the_constructor_raises_is_shown_with_its_line(bad, arguments):
         assert 'bad.py", line 12, in raises' in told
         assert "ValueError: no such width" in told
     assert f"look at {bad.folder / 'bad.py'}:12" in why
+    assert run.report_html.exists() == ("--debug" not in arguments)
     assert run.read_status()["state"] == "failed"
 
 
@@ -143,6 +144,8 @@ def test_what_a_sample_raises_is_shown_and_nothing_is_tried_again(bad):
     for told in (output, bad.launch("why", run.path)):
         assert 'in __getitem__\n      raise KeyError("seven")' in told
         assert "in sample 7 (train/007) of code/bad.py:At7(split='train')" in told
+    assert f"report: {run.report_html}" in output
+    assert "in sample 7 (train/007)" in run.report_html.read_text()
     events = [json.loads(line) for line in run.events.read_text().splitlines()]
     assert [event["kind"] for event in events].count("attempt_started") == 1
 

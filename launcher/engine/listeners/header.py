@@ -12,6 +12,7 @@ from launcher.engine import optim
 from launcher.engine.device import cpu_name
 from launcher.engine.loading import balance
 from launcher.recipe import phases
+from launcher.system.words import plural
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,7 +34,7 @@ def lines(parts: Parts) -> Iterator[str]:
     yield f"learning: {config.name}, rate {rate:.3g}, {config.schedule} schedule; {parts.precision} on {device}"
     stopping = recipe.train.early_stopping
     waits = (
-        "" if stopping.patience is None else f"; stops {_count(stopping.patience, 'epoch')} after the last better one"
+        "" if stopping.patience is None else f"; stops {plural(stopping.patience, 'epoch')} after the last better one"
     )
     yield f"best by {stopping.metric}{waits}"
 
@@ -74,17 +75,13 @@ def _model(parts: Parts) -> str:
     if len(every) > 1:
         learn += f" in the first of {len(every)} phases (epochs 1 to {every[1].start})"
     weights = f"weights {config.weights}" if config.weights else "random weights"
-    return f"{config.factory or config.arch}, {weights}, {_count(total, 'parameter')}, {learn}"
+    return f"{config.factory or config.arch}, {weights}, {plural(total, 'parameter')}, {learn}"
 
 
 def _steps(parts: Parts) -> str:
     batching, epochs = parts.schedule.batching, parts.recipe.train.epochs
     least, most = min(batching.batch_sizes), max(batching.batch_sizes)
     each = f"{least}" if least == most else f"{least} to {most}"
-    ranks = _count(len(batching.batch_sizes), "rank")
+    ranks = plural(len(batching.batch_sizes), "rank")
     whole = f"{batching.global_batch_size} images each, {each} at once on {ranks}"
-    return f"{parts.num_steps:,} of {whole}; {parts.schedule.steps_per_epoch:,} an epoch, {_count(epochs, 'epoch')}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    return f"{parts.num_steps:,} of {whole}; {parts.schedule.steps_per_epoch:,} an epoch, {plural(epochs, 'epoch')}"
