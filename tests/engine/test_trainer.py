@@ -890,7 +890,7 @@ def test_the_scale_is_resumed_too(make_run, engine, one_rank):
 def recorded(make_run, engine, **changes):
     run = make_run(batch={"size": 4}, **changes)
     parts, console = build_parts(run, Ranks(), engine.cpu), io.StringIO()
-    recorder = Recorder(run, parts.recipe, attempt=1, console=console, num_steps=parts.num_steps, tracked=False)
+    recorder = Recorder(run, parts.recipe, attempt=1, console=console, num_steps=parts.num_steps)
     try:
         trainer = Trainer(parts, recorder=recorder, stop_requested=engine.never)
         trainer.run()
