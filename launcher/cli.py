@@ -125,6 +125,12 @@ def _lr_find() -> _Module:
     return lr_find
 
 
+def _new() -> _Module:
+    from launcher.commands import new
+
+    return new
+
+
 def _models() -> _Module:
     from launcher.commands import models
 
@@ -200,6 +206,7 @@ COMMANDS = {
         "[PATTERN]", "torchvision's classification models; --layers ARCH: names for freeze and groups", _models
     ),
     "recipes": Command("[NAME]", "the recipes that come with this package; NAME: print one", _recipes),
+    "new": Command("NAME --data PATH", "a recipe for your images, chosen and explained; --from RECIPE: a copy", _new),
     "tune": Command("RECIPE", "measure batch sizes on this machine, and show what was measured", _tune),
     "lr-find": Command("RECIPE", "a learning rate to begin with, by a short training that is thrown away", _lr_find),
     "augment": Command("RECIPE", "a picture of training images before and after augmentation", _augment),
