@@ -125,6 +125,12 @@ def _lr_find() -> _Module:
     return lr_find
 
 
+def _init_profile() -> _Module:
+    from launcher.commands import init_profile
+
+    return init_profile
+
+
 def _new() -> _Module:
     from launcher.commands import new
 
@@ -207,6 +213,7 @@ COMMANDS = {
     ),
     "recipes": Command("[NAME]", "the recipes that come with this package; NAME: print one", _recipes),
     "new": Command("NAME --data PATH", "a recipe for your images, chosen and explained; --from RECIPE: a copy", _new),
+    "init-profile": Command("[NAME]", "ask this SLURM cluster what it has, and write a profile for it", _init_profile),
     "tune": Command("RECIPE", "measure batch sizes on this machine, and show what was measured", _tune),
     "lr-find": Command("RECIPE", "a learning rate to begin with, by a short training that is thrown away", _lr_find),
     "augment": Command("RECIPE", "a picture of training images before and after augmentation", _augment),
