@@ -89,6 +89,12 @@ def _watch() -> _Module:
     return watch
 
 
+def _completion() -> _Module:
+    from launcher.commands.completion import Completion
+
+    return Completion(COMMANDS)
+
+
 def _compare() -> _Module:
     from launcher.commands import compare
 
@@ -219,6 +225,7 @@ COMMANDS = {
     "augment": Command("RECIPE", "a picture of training images before and after augmentation", _augment),
     "check": Command("DATA", "look through an image folder: bad files, classes, images that are there twice", _check),
     "doctor": Command("", "check this machine; --nodes N: nodes of a cluster and their network", _doctor),
+    "completion": Command("bash|zsh|fish", "what your shell needs to complete commands, recipes and keys", _completion),
     "schema": Command("", "the JSON Schema of a recipe, for editors", _schema),
 }
 
