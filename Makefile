@@ -2,13 +2,14 @@
 # test: all tests, on two cores; three processes, since one of them mostly waits for clusters (tests/conftest.py).
 # bench: start-up and speed against the others, checkpoints, batch sizes, loaders.
 # faults: provoke every fault that a run is to survive, and write docs/faults.md.
+# docs: the documentation as a site, in site/.
 # test-gpu: what only a GPU can show (one will do, eight are used), and images per second against the plain loop.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: demo test test-gpu lint bench faults clean
+.PHONY: demo test test-gpu lint docs bench faults clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12 …")'
@@ -32,6 +33,9 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/installed
+	$(BIN)/mkdocs build
 
 bench: $(VENV)/installed
 	$(BIN)/python -m tests.bench.startup

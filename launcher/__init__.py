@@ -15,8 +15,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(path: str | os.PathLike[str]) -> TrainedModel:
-    """Open a trained model: a run directory, or an ONNX file that was exported from one."""
+def load(path: str | os.PathLike[str], *, many: bool = False) -> TrainedModel:
+    """Open a trained model: a run directory, or an ONNX file that was exported from one.
+
+    Args:
+        path: of either.
+        many: each core computes images of its own: quicker for many images, slower for one.
+    """
     from launcher.tools import trained_model
 
-    return trained_model.load(path)
+    return trained_model.load(path, many=many)

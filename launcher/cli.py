@@ -185,6 +185,24 @@ def _schema() -> _Module:
     return schema
 
 
+def _serve() -> _Module:
+    from launcher.commands import serve
+
+    return serve
+
+
+def _package() -> _Module:
+    from launcher.commands import package
+
+    return package
+
+
+def _track() -> _Module:
+    from launcher.commands import track
+
+    return track
+
+
 def _tune() -> _Module:
     from launcher.commands import tune
 
@@ -207,11 +225,16 @@ COMMANDS = {
     "watch": Command(
         "RUN …", "how runs get on, from their files: progress, curves, speed, queue; here or on a login node", _watch
     ),
+    "track": Command(
+        "RUN", "send a run's records to wandb, TensorBoard or MLflow, live from a login node, or afterwards", _track
+    ),
     "compare": Command("RUN …", "runs or folders of runs side by side, the best first", _compare),
     "export": Command("RUN", "export, quantize and measure a run's best checkpoint again", _export),
     "benchmark": Command("RUN|FILE", "time exported models on this machine, beside eager PyTorch", _benchmark),
     "evaluate": Command("RUN", "measure a run's best checkpoint on its validation images, or on others", _evaluate),
     "predict": Command("RUN IMAGE …", "classify images, folders or patterns; an ONNX file needs no torch", _predict),
+    "serve": Command("RUN|FILE", "answer requests over HTTP with a run's model; an ONNX file needs no torch", _serve),
+    "package": Command("RUN", "a folder with the model, its server and a Dockerfile, which needs no torch", _package),
     "report": Command("RUN", "write report.html, report.json and model_card.md again", _report),
     "why": Command("RUN", "the first failure of a run, and its cure", _why),
     "models": Command(

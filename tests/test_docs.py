@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,43 @@ def test_the_table_of_recipe_keys_is_that_of_the_schema():
         RECIPES.write_text(TABLE.sub(lambda _: table, text), encoding="utf-8")
         text = RECIPES.read_text(encoding="utf-8")
     assert TABLE.findall(text) == [table], "if the schema has changed: UPDATE_GOLDEN=1 pytest tests/test_docs.py"
+
+
+def test_the_site_builds_and_each_link_on_it_leads_somewhere(tmp_path):
+    done = build_site(ROOT, tmp_path / "site")
+    assert done.returncode == 0, done.stdout + done.stderr
+    recipe = (tmp_path / "site/files/recipes/quickstart.yaml/index.html").read_text(encoding="utf-8")
+    assert "resnet18" in recipe, "a file outside of docs/ that a page links to has a page"
+    pages = [file.read_text(encoding="utf-8") for file in (tmp_path / "site").rglob("*.html")]
+    loaded = {url for page in pages for url in re.findall(r'(?:src|<link[^>]* href)="(https?://[^"]*)"', page)}
+    assert loaded == set(), "a page loads nothing from elsewhere"
+
+
+def test_a_link_that_leads_nowhere_fails_the_build(tmp_path):
+    for name in (
+        "docs",
+        "mkdocs.yml",
+        *(page.name for page in PAGES if page.parent == ROOT),
+        "recipes",
+        "slurm",
+        "tests",
+    ):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "docs").unlink()
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    with (tmp_path / "docs" / "images.md").open("a", encoding="utf-8") as page:
+        page.write("[gone](recipes.md#no-such-heading)")
+    done = build_site(tmp_path, tmp_path / "site")
+    assert done.returncode == 1
+    assert "no-such-heading" in done.stdout + done.stderr
+
+
+def build_site(root, target):
+    """`make docs`, into another folder."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(target)]
+    return subprocess.run(
+        command, cwd=root, capture_output=True, text=True, check=False, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    )
 
 
 def split(text):

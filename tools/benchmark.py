@@ -10,7 +10,7 @@ import torch
 from launcher.engine.device import cpu_name
 from launcher.errors import UsageError
 from launcher.runs.run_dir import RunDir
-from launcher.tools import evaluate, formats, latency, onnx_model, probe
+from launcher.tools import evaluate, formats, latency, onnx_model, probe, publish
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,10 +61,7 @@ def benchmark(place: Path, *, threads: int, warn: Callable[[str], None]) -> dict
 
 def _programs(run: RunDir) -> dict[str, Path]:
     """The exported files that compute by themselves, by format."""
-    try:
-        rows = json.loads(run.export_manifest.read_text(encoding="utf-8"))["exports"]
-    except (OSError, ValueError, KeyError):
-        return {}
+    rows = (publish.read_manifest(run) or {"exports": []})["exports"]
     files = {row["format"]: run.exports / row["file"] for row in rows}
     weights = {name for name, row in formats.FORMATS.items() if row.is_weights}
     return {name: file for name, file in files.items() if file.is_file() and name not in weights}

@@ -24,7 +24,7 @@ from launcher.system import cpu as host_cpu
 from launcher.tools import calibrate, evaluate, formats, latency, onnx_model, probe, publish, quantize
 from launcher.tools.gate import REFERENCE, Answers, doubt
 from launcher.tools.quantize import Ladder, first_line
-from launcher.tracking import wandb as tracking
+from launcher.tracking import trackers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 FILES = {name: row.file for name, row in formats.FORMATS.items()} | quantize.FILES
 """Names in exports/, by format."""
+UPLOAD_S = 600.0
+"""Seconds that sending the exports to a tracking server may take."""
 NO_CALIBRATION = "calibration needs training images"
 
 
@@ -65,14 +67,14 @@ def export_run(run: RunDir, data_path: str | None = None, names: Sequence[str] |
         torch.set_num_threads(num_threads(best.recipe.launch))
         run.exports.mkdir(exist_ok=True)
         best, calibration = calibrate.apply(best, missing, say)
-        publish.remove_abandoned(run.exports)
+        publish.remove_abandoned(run)
         with tempfile.TemporaryDirectory(dir=run.exports, prefix=publish.prefix()) as folder:
             making = _Making(run, best, Path(folder), Answers(best, missing), say)
             wanted = [*best.recipe.post.export, *best.recipe.post.quantize] if names is None else list(names)
             manifest = making.make(wanted) | {"calibration": calibration}
             made, not_made = list(manifest["exports"]), list(manifest["not_made"])
             publish.publish(run, Path(folder), manifest, list(FILES.values()))
-        tracking.log_exports(run, warn=say)
+        trackers.send_once(run, best.recipe, say=say, timeout_s=UPLOAD_S)
         if not missing and made and not any(row["accepted"] for row in made):
             raise TrainingError(f"no export was accepted, so none was kept: {_reasons(made)}")
         if not_made and not made:

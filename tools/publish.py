@@ -1,4 +1,7 @@
-"""Gives the files of an export their names in exports/, all at once; what was made before stays whole until then."""
+"""Gives the files of an export their names in exports/; what was made before stays whole until then.
+
+What is to be moved and removed is written down first, so that the next who looks finishes what a kill interrupted.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 
 PREFIX = ".export-"
 """Of folders in exports/ where files are made: the machine's name, the process's number and a random word follow."""
+PLAN = "publish.json"
+"""In such a folder, beside the new manifest, once all of its files are made and chosen: ``{own, removed}``."""
 OLD_S = 24 * 3600
 """A folder of another machine, whose processes cannot be looked at, is abandoned where nothing changed for so long."""
 
@@ -32,11 +37,46 @@ def prefix() -> str:
     return f"{PREFIX}{socket.gethostname()}-{os.getpid()}-"
 
 
-def remove_abandoned(exports: Path) -> None:
-    """Remove what exports that were killed have left; others may be under way."""
-    for left in exports.glob(f"{PREFIX}*"):
+def remove_abandoned(run: RunDir) -> None:
+    """Finish what exports that were killed had begun to publish, and remove what they left; others may be under way."""
+    with _alone(run.exports):
+        _finish_abandoned(run)
+    for left in run.exports.glob(f"{PREFIX}*"):
         if _is_abandoned(left):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def read_manifest(run: RunDir) -> Json | None:
+    """What the run's exports are, as the manifest says; None: it has none that can be read."""
+    if any(run.exports.glob(f"{PREFIX}*/{PLAN}")):
+        with contextlib.suppress(OSError), _alone(run.exports):  # somebody else's run may not be written
+            _finish_abandoned(run)
+    try:
+        found = json.loads(run.export_manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _finish_abandoned(run: RunDir) -> None:
+    for plan in run.exports.glob(f"{PREFIX}*/{PLAN}"):
+        if _is_abandoned(plan.parent):
+            _carry_out(run, plan)
+
+
+def _carry_out(run: RunDir, plan: Path) -> None:
+    """Move and remove as the plan says, the manifest last. It may have been done in part; it takes no space on disk."""
+    content = json.loads(plan.read_text(encoding="utf-8"))
+    for name in content["removed"]:
+        for file in (run.exports / name, run.exports / f"{name}.data"):
+            file.unlink(missing_ok=True)
+    for file in plan.parent.iterdir():
+        if file.name.removesuffix(".data") in content["own"]:
+            file.replace(run.exports / file.name)
+    manifest = plan.with_name(run.export_manifest.name)
+    if manifest.exists():
+        manifest.replace(run.export_manifest)
+    plan.unlink()
 
 
 def _is_abandoned(folder: Path) -> bool:
@@ -81,6 +121,7 @@ def publish(run: RunDir, made: Path, manifest: Json, known: Sequence[str]) -> No
         known: names that exports give to files.
     """
     with _alone(run.exports):
+        _finish_abandoned(run)
         earlier, calibration = _earlier(run, manifest)
         if manifest["not_measured"] is not None:
             better = {row["file"] for row in earlier if row["accepted"]}
@@ -94,14 +135,10 @@ def publish(run: RunDir, made: Path, manifest: Json, known: Sequence[str]) -> No
             manifest["calibration"] = calibration
         has_row = {row["file"] for row in kept}
         manifest["not_made"] = [row for row in manifest["not_made"] if row["file"] not in has_row]
-        for name in known:
-            if name not in own | has_row:
-                for file in (run.exports / name, run.exports / f"{name}.data"):
-                    file.unlink(missing_ok=True)
-        for file in made.iterdir():
-            if file.name.removesuffix(".data") in own:
-                file.replace(run.exports / file.name)
-        write_json_atomic(run.export_manifest, manifest)
+        write_json_atomic(made / run.export_manifest.name, manifest, durable=True)
+        plan = {"own": sorted(own), "removed": sorted({*known} - own - has_row)}
+        write_json_atomic(made / PLAN, plan, durable=True)
+        _carry_out(run, made / PLAN)
 
 
 def _earlier(run: RunDir, manifest: Json) -> tuple[list[Json], Json | None]:

@@ -22,6 +22,8 @@ from launcher.errors import UsageError
 from launcher.images import pixels
 from launcher.runs.run_dir import RunDir
 from launcher.system.cores import num_cores
+from launcher.tools import publish
+from launcher.tools.meaning import Meaning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -36,10 +38,13 @@ if TYPE_CHECKING:
     """A file by its path, its content, or an image that is open."""
     Floats = NDArray[np.float32]
 
+USUAL_TOP = 5
 BATCH_SIZE = 32
-"""Images that are computed at once. More were not faster on a CPU, and take memory."""
+"""Images that all cores compute at once. More were not faster on a CPU, and take memory."""
+BATCH_OF_A_CORE = 4
+"""Images at once where each core computes a batch of its own: more leave its caches (tests/bench/predict.py)."""
 AHEAD = 3
-"""Batches that are decoded ahead of the one that is computed."""
+"""Batches that are decoded ahead of those that are computed."""
 ONNX, MANIFEST_FORMAT = ".onnx", "onnx"
 
 
@@ -71,13 +76,10 @@ class TrainedModel:
 
     Args:
         file: what it was loaded from.
-        classes: names in the order of the logits.
+        meaning: of the logits.
         facts: the preprocessing, as exports carry it.
-        threshold: the probability, before ``temperature``, from which on an image has a class, of which it has any
-            number; None: it has one.
-        independent: each class has a probability of its own (a sigmoid); else they add up to 1 (softmax).
         logits: from normalised images, float32 N x 3 x S x S, to float32 N x C.
-        temperature: what logits are divided by before they become probabilities.
+        at_once: batches that are computed at the same time, each by one thread; 1: all threads compute one.
         read: from an open image to the model's input of it, float32 3 x S x S; None: as ``facts`` say.
     """
 
@@ -85,81 +87,61 @@ class TrainedModel:
         self,
         *,
         file: Path,
-        classes: list[str],
+        meaning: Meaning,
         facts: dict[str, Any],
-        independent: bool,
         logits: Callable[[Floats], Floats],
+        at_once: int = 1,
         read: Callable[[PillowImage], Floats] | None = None,
-        threshold: float | None = None,
-        temperature: float = 1.0,
     ) -> None:
         self.file = file
-        self.threshold = threshold
-        self.classes = classes
+        self.classes = meaning.classes
+        self.threshold = meaning.threshold
         self.facts = facts
-        self._independent = independent
+        self._meaning = meaning
         self._logits = logits
-        self._temperature = temperature
+        self._at_once = at_once
+        self._levels = [] if read else _normalised_levels(facts)
         self._read = read or self._as_described
 
-    def predict(self, images: Iterable[Source], *, top: int = 5, batch_size: int = BATCH_SIZE) -> list[Prediction]:
+    def predict(self, images: Iterable[Source], *, top: int = 5, batch_size: int | None = None) -> list[Prediction]:
         """What the model says of each image, in their order.
 
         Args:
             images: paths, contents of files (bytes), images opened by Pillow, or uint8 arrays H x W x 3 (RGB).
             top: how many of the likeliest classes.
-            batch_size: images that are computed at once.
+            batch_size: images that are computed at once; None: as many as is quick on a CPU.
         """
         return list(self.stream(images, top=top, batch_size=batch_size))
 
-    def stream(self, images: Iterable[Source], *, top: int = 5, batch_size: int = BATCH_SIZE) -> Iterator[Prediction]:
+    def stream(self, images: Iterable[Source], *, top: int = 5, batch_size: int | None = None) -> Iterator[Prediction]:
         """As :meth:`predict`, one by one while the next images are decoded, in threads: of a million images a few."""
-        with ThreadPoolExecutor(num_cores(), thread_name_prefix="decode") as pool:
-            numbered = enumerate(images)
-            ahead: deque[tuple[str, Future[Floats]]] = deque()
+        size = batch_size or (BATCH_SIZE if self._at_once == 1 else BATCH_OF_A_CORE)
+        numbered = enumerate(images)
+        with (
+            ThreadPoolExecutor(num_cores(), thread_name_prefix="decode") as decoders,
+            ThreadPoolExecutor(self._at_once, thread_name_prefix="compute") as computers,
+        ):
+            ahead: deque[Future[list[Prediction]]] = deque()
             while True:
-                for number, image in islice(numbered, batch_size * (AHEAD + 1) - len(ahead)):
-                    ahead.append((_name(image, number), pool.submit(self._open, image)))
+                while len(ahead) < self._at_once + AHEAD and (part := list(islice(numbered, size))):
+                    decoded = [(_name(image, number), decoders.submit(self.read, image)) for number, image in part]
+                    ahead.append(computers.submit(self._compute, decoded, top))
                 if not ahead:
                     return
-                batch = [ahead.popleft() for _ in range(min(batch_size, len(ahead)))]
-                yield from self._compute(batch, top)
+                yield from ahead.popleft().result()
 
-    def probabilities(self, images: Floats) -> Floats:
-        """Of normalised images, float32 N x 3 x S x S, float32 N x C."""
-        return self._shown(self._logits(images))
+    @property
+    def usual_top(self) -> int:
+        """How many classes of an image are told where nobody says it: of a model of several classes, all."""
+        return min(USUAL_TOP, len(self.classes)) if self.threshold is None else len(self.classes)
 
-    def _shown(self, logits: Floats) -> Floats:
-        """Calibrated probabilities."""
-        logits = logits / np.float32(self._temperature)
-        if self._independent:
-            parts, whole = 1 / (1 + np.exp(-logits)), np.ones(1, np.float32)
-        else:
-            parts = np.exp(logits - logits.max(axis=1, keepdims=True))
-            whole = parts.sum(axis=1, keepdims=True)
-        return (parts / whole).astype(np.float32)
+    def read(self, source: Source, check: Callable[[PillowImage], None] | None = None) -> Floats:
+        """The model's input of an image, float32 3 x S x S.
 
-    def _compute(self, batch: list[tuple[str, Future[Floats]]], top: int) -> Iterator[Prediction]:
-        problems = [_problem(future) for _, future in batch]
-        images = [future.result() for (_, future), problem in zip(batch, problems, strict=True) if not problem]
-        logits = self._logits(np.stack(images)) if images else np.empty((0, len(self.classes)), np.float32)
-        rows = zip(self._shown(logits), self._reach_threshold(logits), strict=True)
-        for (name, _), problem in zip(batch, problems, strict=True):
-            if problem:
-                yield Prediction(name=name, problem=problem)
-                continue
-            row, reach = next(rows)
-            likeliest = np.argsort(-row, kind="stable")[:top]
-            likeliest = likeliest[reach[likeliest]]
-            yield Prediction(name=name, top=tuple((self.classes[i], float(row[i])) for i in likeliest))
-
-    def _reach_threshold(self, logits: Floats) -> NDArray[np.bool_]:
-        """Which classes an image may have: by the probability before calibration, as validation judged it."""
-        if self.threshold is None:
-            return np.ones(logits.shape, np.bool_)
-        return np.asarray(1 / (1 + np.exp(-logits)) >= self.threshold)
-
-    def _open(self, source: Source) -> Floats:
+        Args:
+            source: a path, the content of a file, an image opened by Pillow, or an array.
+            check: looks at a file's image before its pixels are decoded; it raises what is wrong with it.
+        """
         from PIL import Image
 
         if isinstance(source, np.ndarray):
@@ -167,7 +149,26 @@ class TrainedModel:
         if isinstance(source, Image.Image):
             return self._read(source)
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if check:
+                check(image)
             return self._read(image)
+
+    def ranked(self, images: Floats, top: int) -> list[tuple[tuple[str, float], ...]]:
+        """The likeliest classes of each image of a batch (float32 N x 3 x S x S), as a prediction's ``top``."""
+        return self._meaning.likeliest(self._logits(images), top)
+
+    def probabilities(self, images: Floats) -> Floats:
+        """Of normalised images, float32 N x 3 x S x S, float32 N x C."""
+        return self._meaning.probabilities(self._logits(images))
+
+    def _compute(self, batch: list[tuple[str, Future[Floats]]], top: int) -> list[Prediction]:
+        problems = [problem_of(error) if (error := future.exception()) else None for _, future in batch]
+        images = [future.result() for (_, future), problem in zip(batch, problems, strict=True) if not problem]
+        found = iter(self.ranked(np.stack(images), top) if images else ())
+        return [
+            Prediction(name=name, problem=problem) if problem else Prediction(name=name, top=next(found))
+            for (name, _), problem in zip(batch, problems, strict=True)
+        ]
 
     def _as_described(self, image: PillowImage) -> Floats:
         facts = self.facts
@@ -175,49 +176,64 @@ class TrainedModel:
         cropped = pixels.centre_crop(rgb, facts["resize_size"], facts["image_size"], facts["interpolation"])
         if facts.get("channels") == 1:
             cropped = cropped.convert("L").convert("RGB")
-        values = np.asarray(cropped, dtype=np.float32) / 255
-        normalised = (values - np.float32(facts["mean"])) / np.float32(facts["std"])
-        return np.ascontiguousarray(normalised.transpose(2, 0, 1))
+        values = np.asarray(cropped)
+        normalised = np.empty((3, *values.shape[:2]), np.float32)
+        for channel, levels in enumerate(self._levels):
+            np.take(levels, values[..., channel], out=normalised[channel], mode="clip")
+        return normalised
 
 
-def load(path: str | os.PathLike[str]) -> TrainedModel:
+def load(path: str | os.PathLike[str], *, threads: int | None = None, many: bool = False) -> TrainedModel:
     """Open a trained model.
 
     Args:
         path: a run directory, or an ONNX file that was exported from one. Of a run, its accepted ``model.onnx`` is
             taken, or its best checkpoint (which needs torch) where there is none.
+        threads: of the CPU; None: all cores.
+        many: each thread computes batches of its own: quicker for many images, slower for one. Of ONNX files.
 
     Raises:
         UsageError: there is neither, or the file is not an export of ours.
     """
     file = Path(path)
     if file.suffix == ONNX or file.is_file():
-        return _load_onnx(file)
+        return _load_onnx(file, threads or num_cores(), many=many)
     run = RunDir.existing(path)
-    accepted = _accepted_onnx(run)
-    return _load_onnx(accepted) if accepted else _load_checkpoint(run)
+    exact = [row["file"] for row in accepted_onnx(run) if row["format"] == MANIFEST_FORMAT]
+    if exact:
+        return _load_onnx(run.exports / exact[0], threads or num_cores(), many=many)
+    return _load_checkpoint(run, threads)
 
 
-def _accepted_onnx(run: RunDir) -> Path | None:
-    """The run's ONNX file, if it is of the best checkpoint and computes the same; None: there is none."""
-    try:
-        manifest = json.loads(run.export_manifest.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+def accepted_onnx(run: RunDir) -> list[dict[str, Any]]:
+    """Rows of the manifest: ONNX files of the best checkpoint that passed their gate and need no code of a user."""
+    manifest = publish.read_manifest(run)
+    if manifest is None:
+        return []
     best, made_of = run.read_status().get("best"), manifest["checkpoint"]
     is_current = not best or best["step"] == made_of["step"]  # a run that was trained on may have a better one
-    rows = [row for row in manifest["exports"] if row["format"] == MANIFEST_FORMAT and row["accepted"]]
-    file = run.exports / rows[0]["file"] if rows and is_current else None
-    return file if file and file.is_file() and "transform" not in manifest["preprocessing"] else None
+    if not is_current or "transform" in manifest["preprocessing"]:
+        return []
+    files = [row for row in manifest["exports"] if row["file"].endswith(ONNX) and row["accepted"]]
+    return [row for row in files if (run.exports / row["file"]).is_file()]
 
 
-def _load_onnx(file: Path) -> TrainedModel:
+def _normalised_levels(facts: dict[str, Any]) -> list[Floats]:
+    """What each of the 256 levels of a colour becomes, for each channel: quicker to look up than to compute."""
+    levels = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
+    found: Floats = ((levels - np.asarray(facts["mean"], np.float32)) / np.asarray(facts["std"], np.float32)).astype(
+        np.float32
+    )
+    return [np.ascontiguousarray(found[:, channel]) for channel in range(found.shape[1])]
+
+
+def _load_onnx(file: Path, threads: int, *, many: bool) -> TrainedModel:
     from launcher.tools import onnx_model
 
     if not file.is_file():
         raise UsageError(f"{file}: no such file")
     try:
-        session = onnx_model.open_session(file, threads=num_cores(), warn=_warn, spinning=False)
+        session = onnx_model.open_session(file, threads=1 if many else threads, warn=_warn, spinning=False)
     except Exception as error:  # whatever ONNX Runtime raises of a foreign file
         raise UsageError(f"{file}: cannot be opened as ONNX: {error}") from None
     said = session.get_modelmeta().custom_metadata_map
@@ -230,12 +246,15 @@ def _load_onnx(file: Path) -> TrainedModel:
         )
     return TrainedModel(
         file=file,
-        classes=json.loads(said["classes"]),
+        meaning=Meaning(
+            classes=json.loads(said["classes"]),
+            independent=json.loads(said.get(onnx_model.INDEPENDENT, "false")),
+            threshold=json.loads(said.get(onnx_model.THRESHOLD, "null")),
+            temperature=json.loads(said.get(onnx_model.TEMPERATURE, "1.0")),
+        ),
         facts=facts,
-        independent=json.loads(said.get(onnx_model.INDEPENDENT, "false")),
-        threshold=json.loads(said.get(onnx_model.THRESHOLD, "null")),
-        temperature=json.loads(said.get(onnx_model.TEMPERATURE, "1.0")),
         logits=lambda images: np.asarray(session.run(["logits"], {"images": images})[0]),
+        at_once=threads if many else 1,
     )
 
 
@@ -244,11 +263,13 @@ def _warn(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _load_checkpoint(run: RunDir) -> TrainedModel:
+def _load_checkpoint(run: RunDir, threads: int | None) -> TrainedModel:
     import torch
 
     from launcher.tools import evaluate
 
+    if threads:
+        torch.set_num_threads(threads)
     best = evaluate.load_best(run)
 
     def logits(images: Floats) -> Floats:
@@ -258,11 +279,13 @@ def _load_checkpoint(run: RunDir) -> TrainedModel:
 
     return TrainedModel(
         file=best.folder,
-        classes=best.classes,
+        meaning=Meaning(
+            classes=best.classes,
+            independent=best.independent,
+            threshold=best.threshold,
+            temperature=_temperature(run, best),
+        ),
         facts=best.preprocessing.describe(),
-        independent=best.independent,
-        threshold=best.threshold,
-        temperature=_temperature(run, best),
         logits=logits,
         read=_own_transform(best) if best.recipe.data.transform else None,
     )
@@ -270,9 +293,8 @@ def _load_checkpoint(run: RunDir) -> TrainedModel:
 
 def _temperature(run: RunDir, best: BestModel) -> float:
     """What the exports of this checkpoint were calibrated to; 1: they were not."""
-    try:
-        manifest = json.loads(run.export_manifest.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    manifest = publish.read_manifest(run)
+    if manifest is None:
         return 1.0
     is_same = manifest["checkpoint"]["step"] == best.state["step"]
     return float((manifest.get("calibration") or {}).get("temperature", 1.0)) if is_same else 1.0
@@ -302,11 +324,8 @@ def _name(image: Source, number: int) -> str:
     return str(getattr(image, "filename", "") or number)
 
 
-def _problem(future: Future[Floats]) -> str | None:
-    """Why an image could not be read; None: it was."""
-    error = future.exception()
-    if error is None:
-        return None
+def problem_of(error: BaseException) -> str:
+    """Why an image could not be read, in a prediction's words."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error) or type(error).__name__
+    return str(error).partition(" <_io.BytesIO ")[0] or type(error).__name__  # where it lay in memory helps nobody

@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--top", type=int, metavar="K", help="classes of each image (5; all of a model of several classes)"
     )
-    parser.add_argument("--batch", default="auto", metavar="N", help="images that are computed at once (auto: 32)")
+    parser.add_argument("--batch", default="auto", metavar="N", help="images that are computed at once (auto)")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", dest="as_json", help="a JSON object in each line")
     form.add_argument("--csv", action="store_true", help="a table")
@@ -46,11 +46,10 @@ def run(args: argparse.Namespace) -> int:
 
     from launcher.tools import predict, trained_model
 
-    model = trained_model.load(args.model)
     images = list(predict.find_images(args.images, sys.stdin))
-    most = 5 if model.threshold is None else len(model.classes)
-    top = min(args.top or most, len(model.classes))
-    batch_size = trained_model.BATCH_SIZE if args.batch == "auto" else int(args.batch)
+    model = trained_model.load(args.model, many=len(images) > 1)
+    top = min(args.top or model.usual_top, len(model.classes))
+    batch_size = None if args.batch == "auto" else int(args.batch)
     counts = {"read": 0, "unread": 0}
     is_shown = sys.stderr.isatty() and not sys.stdout.isatty()  # else the answers themselves show how far it is
     watched = track(images, "images", console=Console(stderr=True), disable=not is_shown)

@@ -217,24 +217,33 @@ CRAFT = {
     },
     "optim": {"name": "adamw", "lr": 1e-3, "schedule": "one_cycle", "layer_decay": 0.9, "decay_norms": False},
     "batch": {"size": 5},
-    "train": {"epochs": 2, "ema": 0.9, "clip_grad_value": 0.5, "early_stopping": {"metric": "val/top1", "mode": "max"}},
+    "train": {
+        "epochs": 3,
+        "phases": [{"epochs": 1, "freeze": ["backbone"], "optim": {"lr": 1e-2}}, {"freeze": ["conv1"]}],
+        "ema": 0.9,
+        "clip_grad_value": 0.5,
+        "early_stopping": {"metric": "val/top1", "mode": "max"},
+    },
 }
 
 
 @pytest.mark.slow
 def test_the_whole_craft_of_fine_tuning_is_resumed_to_the_same_bits(make_run, engine, in_ranks):
-    """Two ranks of two loader processes, stopped in training and in the validation of either weights."""
+    """Two ranks of two loader processes, stopped in either phase and in the validation of either weights."""
 
     def train(run, stop=engine.never):
         return in_ranks(2, lambda who: engine.train(run, who, stop=stop))[0]
 
-    undisturbed, run, lines, outcomes = make_run("whole", **CRAFT), make_run("stopped", **CRAFT), [], []
+    undisturbed, run = make_run("whole", **CRAFT), make_run("stopped", **CRAFT)
+    lines, outcomes, stops = [], [], []
     whole = train(undisturbed)
-    for polls in (3, 15, 21, 10**6):
+    for polls in (3, 15, 16, 10**6):
         found = train(run, engine.at_poll(polls))
         outcomes.append(found.outcome)
         lines += found.lines
-    assert outcomes[:2] == ["preempted"] * 2
+        stops.append(checkpoints.load(run.last_checkpoint).state["step"])
+    assert outcomes[:3] == ["preempted"] * 3
+    assert 0 < stops[0] < 4 < stops[1] < 12  # in the middle of either phase's course
     assert outcomes[-1] == whole.outcome
     for part in ("state", "optimizer", "best", "step"):
         assert engine.identical(getattr(found, part), getattr(whole, part)), part

@@ -20,6 +20,20 @@ VICTIMS = ("rank", "rank", "loader", "supervisor", "everything")
 STEPS_A_KILL = 4
 """Steps that an attempt may get on before it is killed, so that the run is long enough for all its kills."""
 START_UP_S = 3.0
+CRAFT_KILLS = 5
+CRAFT = (
+    "optim.name=adamw",
+    "optim.schedule=one_cycle",
+    "optim.layer_decay=0.9",
+    "train.phases=[{epochs: 2, freeze: [backbone], optim: {lr: 0.01}}, {freeze: [conv1]}]",
+    "train.ema=0.9",
+    "train.label_smoothing=0.1",
+    "data.mixup=0.4",
+    "data.cutmix=1.0",
+    "data.erase=0.5",
+    "data.balance=sampler",
+)
+"""What the recipe has besides: phases, rates in mid-cycle, EMA, mixed images and balanced classes are killed too."""
 
 
 class Killer:
@@ -118,11 +132,20 @@ class Killer:
 
 
 def at_random_moments(bench: Bench) -> Outcome:
-    epochs = 3 + bench.kills * STEPS_A_KILL // STEPS_PER_EPOCH
-    changes = (f"train.epochs={epochs}", "data.workers=1", "launch.max_restarts=1000")
-    expected = bench.undisturbed(f"train.epochs={epochs}")
+    return _killed(bench, bench.kills)
+
+
+def of_the_whole_craft(bench: Bench) -> Outcome:
+    """With all at once that a step, its images and its rates may depend on."""
+    return _killed(bench, CRAFT_KILLS, *CRAFT)
+
+
+def _killed(bench: Bench, kills: int, *craft: str) -> Outcome:
+    epochs = 3 + kills * STEPS_A_KILL // STEPS_PER_EPOCH
+    own = (*craft, f"train.epochs={epochs}")
+    expected = bench.undisturbed(*own)
     run = RunDir(bench.place(f"kills-seed-{bench.seed}") / "run")
-    killer = Killer(bench, run, changes, bench.kills)
+    killer = Killer(bench, run, (*own, "data.workers=1", "launch.max_restarts=1000"), kills)
     killer.go()
     lost = records.went_on(run, expected, epochs=epochs)
     attempts = len(events(run, "attempt_started"))

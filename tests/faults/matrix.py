@@ -56,6 +56,11 @@ FAULTS = (
         provoke=kills.at_random_moments,
     ),
     Fault(
+        name="the same with phases, a one-cycle schedule, EMA, mixup, CutMix and data.balance",
+        promise="the same bits, also of the EMA; no sample repeated or missed",
+        provoke=kills.of_the_whole_craft,
+    ),
+    Fault(
         name="SIGTERM",
         promise="saves, exit 75; resumed: the same bits, no step lost",
         provoke=processes.sigterm,

@@ -72,17 +72,20 @@ def every_sample_once(run: RunDir, *, epochs: int, left_out: int = 0) -> Record:
 
 
 def same_bits(run: RunDir, expected: RunDir) -> None:
-    """Assert that weights, optimizer and the rest of the state are those of another run, also of the best one."""
+    """Assert that weights, EMA, optimizer and the rest of the state are those of another run, also of the best one."""
     for ours, theirs in (
         (run.last_checkpoint, expected.last_checkpoint),
         (run.best_checkpoint, expected.best_checkpoint),
     ):
         assert ours.resolve().name == theirs.resolve().name, f"{ours.resolve()} is not of {theirs.resolve()}'s step"
-        weights = [(folder / "model.safetensors").read_bytes() for folder in (ours, theirs)]
+        folders = (ours, theirs)
+        weights = [(folder / "model.safetensors").read_bytes() for folder in folders]
         assert weights[0] == weights[1], f"the weights of {ours.resolve()} are others"
-        optimizers = [torch.load(folder / "optimizer.pt", weights_only=True) for folder in (ours, theirs)]
+        averages = [file.read_bytes() if (file := folder / "ema.safetensors").exists() else b"" for folder in folders]
+        assert averages[0] == averages[1], f"the moving average of {ours.resolve()} is another"
+        optimizers = [torch.load(folder / "optimizer.pt", weights_only=True) for folder in folders]
         assert identical(*optimizers), f"the optimizer's state of {ours.resolve()} is another"
-        states = [json.loads((folder / "state.json").read_text()) for folder in (ours, theirs)]
+        states = [json.loads((folder / "state.json").read_text()) for folder in folders]
         for state in states:
             del state["run_id"], state["recipe"]  # a fault may need settings of its own
         assert states[0] == states[1], f"state.json of {ours.resolve()} is another"

@@ -316,7 +316,7 @@ def test_a_file_that_was_killed_while_it_was_made_leaves_the_old_ones_whole(expo
     left = {file.name: file.read_bytes() for file in run.exports.iterdir() if file.is_file()}
     assert left == before
     assert len(list(run.exports.glob(".export-*"))) == 1
-    publish.remove_abandoned(run.exports)
+    publish.remove_abandoned(run)
     assert not list(run.exports.glob(".export-*"))
 
 

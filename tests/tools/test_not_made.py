@@ -9,6 +9,7 @@ import pytest
 
 from launcher.errors import UsageError
 from launcher.tools import export, formats, trained_model
+from launcher.tools.meaning import Meaning
 
 
 @pytest.fixture
@@ -72,11 +73,8 @@ def test_classes_are_chosen_before_calibration_and_shown_after_it(tmp_path):
     logits = np.array([[3.0, 0.5, -0.5]], np.float32)
     model = trained_model.TrainedModel(
         file=tmp_path,
-        classes=["a", "b", "c"],
+        meaning=Meaning(classes=["a", "b", "c"], independent=True, threshold=0.6, temperature=10.0),
         facts={},
-        independent=True,
-        threshold=0.6,
-        temperature=10.0,
         logits=lambda images: logits,
         read=lambda image: np.zeros((3, 1, 1), np.float32),
     )

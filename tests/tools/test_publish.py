@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import socket
 import time
+from pathlib import Path
 
 import pytest
 
@@ -79,16 +82,55 @@ def test_nothing_stays_of_another_checkpoint_nor_a_row_without_its_file(give, ru
     assert files == rows == {"model.fp16.onnx": "newer"}
 
 
-def test_folders_of_killed_exports_are_removed_and_those_under_way_stay(tmp_path):
+class KilledError(BaseException):
+    """Nothing catches it."""
+
+
+@pytest.mark.parametrize("survived", range(9), ids="{} files later".format)
+@pytest.mark.parametrize("look", [publish.read_manifest, publish.remove_abandoned], ids=["read", "export again"])
+def test_a_kill_while_names_are_given_leaves_the_old_export_or_the_new_one(give, run, monkeypatch, survived, look):
+    give([row("onnx", "old"), row("int8", "old")], ["onnx", "int8"], content="old")
+    folder = run.exports / f".export-{socket.gethostname()}-{2**22 + 1}-x"  # of a process that is no more
+    folder.mkdir()
+    for name in ("model.onnx", "model.onnx.data", "model.fp16.onnx"):
+        (folder / name).write_text("new")
+    calls = itertools.count()
+
+    def at_last(call):
+        def counted(*arguments, **options):
+            if next(calls) == survived:
+                raise KilledError
+            return call(*arguments, **options)
+
+        return counted
+
+    manifest = {"checkpoint": {"step": 4}, "not_measured": None, "not_made": [], "calibration": None}
+    manifest["exports"] = [row("onnx"), row("fp16")]
+    with contextlib.suppress(KilledError), monkeypatch.context() as patch:
+        for name in ("replace", "unlink"):
+            patch.setattr(Path, name, at_last(getattr(Path, name)))
+        publish.publish(run, folder, manifest, [export.FILES[name] for name in ("onnx", "int8", "fp16")])
+    assert next(calls) == survived + 1
+    look(run)
+    found = publish.read_manifest(run)["exports"]
+    files = {file.name: file.read_text() for file in run.exports.glob("model*")}
+    assert {one["file"]: one["of"] for one in found} == {k: v for k, v in files.items() if not k.endswith(".data")}
+    assert sorted(files.items()) in (
+        [("model.int8.onnx", "old"), ("model.onnx", "old")],
+        [("model.fp16.onnx", "new"), ("model.onnx", "new"), ("model.onnx.data", "new")],
+    )
+
+
+def test_folders_of_killed_exports_are_removed_and_those_under_way_stay(run):
     here, dead = socket.gethostname(), 2**22 + 1
     stay = [f".export-{here}-{os.getpid()}-a_b", f".export-{here}-more-{dead}-x"]
     go = [f".export-{here}-{dead}-x", ".export-elsewhere-1-x", ".export-"]
     for name in (*stay, *go):
-        (tmp_path / name).mkdir()
+        (run.exports / name).mkdir()
     for name in go[1:]:
-        os.utime(tmp_path / name, (0, time.time() - 2 * publish.OLD_S))
-    publish.remove_abandoned(tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(stay)
+        os.utime(run.exports / name, (0, time.time() - 2 * publish.OLD_S))
+    publish.remove_abandoned(run)
+    assert sorted(file.name for file in run.exports.iterdir()) == sorted(stay)
 
 
 def test_the_calibration_of_files_that_stay_stays(give, run):
