@@ -290,8 +290,8 @@ def write_run(plan: LaunchPlan, recipe: Recipe, code: Code | None = None) -> Non
     from launcher.plan.launch_plan import Launched
     from launcher.recipe import load as recipes
     from launcher.recipe import paths as recipe_paths
-    from launcher.runs.run_dir import code_digest
     from launcher.system.files import write_text_atomic
+    from launcher.system.own_code import code_digest
 
     run = RunDir(plan.run_dir)
     if run.recipe.exists() and not run.plan.exists():

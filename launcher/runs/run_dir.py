@@ -47,16 +47,6 @@ def new_run_id(name: str) -> str:
     return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
-def code_digest() -> str:
-    """Digest of this package's code, by which a requeued run notices that it was edited (submitit#1717)."""
-    digest = hashlib.sha256()
-    package = Path(__file__).parents[1]
-    for folder in (package, package / "tools"):  # the latter is a link, which rglob does not follow
-        for file in sorted(folder.rglob("*.py")):
-            digest.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def node_name() -> str:
     """This machine's name in SLURM, by which it can be excluded; it may differ from the host name."""
     return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
@@ -140,6 +130,16 @@ class RunDir:
     def metrics(self) -> Path:
         """One line per logged training window and per validation."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def rank_times(self) -> Path:
+        """What each rank did with the time of its last steps: ``{time, epoch, step, slowest, step_s, …}``."""
+        return self.path / "ranks.json"
+
+    @property
+    def validation(self) -> Path:
+        """Of the best checkpoint's validation: classes, calibration, confusions, and single images."""
+        return self.path / "validation.json"
 
     @property
     def logs(self) -> Path:

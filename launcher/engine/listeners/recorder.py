@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from launcher.recipe import metrics as recipe_metrics
 from launcher.runs import findings, generations, states
+from launcher.system.files import write_json_atomic
 from launcher.tracking.wandb import Tracker
 
 if TYPE_CHECKING:
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from launcher.engine.state import Outcome
     from launcher.recipe.schema import Recipe
     from launcher.runs.run_dir import RunDir, State
+
+
+RANKS_EVERY_S = 5.0
+"""The file of the ranks' times is written again after so many seconds: of thousands of ranks it is large."""
 
 
 class Recorder:
@@ -63,6 +68,7 @@ class Recorder:
         """Metrics that the line of a validation has; the files have all."""
         self._hidden: set[str] = set()
         """Metrics that say nothing with so few classes."""
+        self._ranks_written = 0.0
         self._writing = threading.Lock()
         self._unwritten: list[Callable[[], object]] = []
         self._tracker = Tracker(run, recipe, run.read_plan(), self.say) if tracked else None
@@ -151,6 +157,17 @@ class Recorder:
         shown += [f"ema_{name}" for name in shown if f"ema_{name}" in values]
         text = "  ".join(f"{name} {values[name]:.4f}" for name in shown)
         self.say(f"epoch {epoch + 1}/{self._epochs}  val  {text}{'  best so far' if best else ''}")
+
+    def ranks(self, times: dict[str, Any]) -> None:
+        """What each rank did with the time of its last steps; the file has the last of them."""
+        now = time.time()
+        if now - self._ranks_written >= RANKS_EVERY_S or times["slowest"]["is_slow"]:
+            self._ranks_written = now
+            self._write(lambda: write_json_atomic(self._run.rank_times, {"time": now, **times}))
+
+    def best_validation(self, found: dict[str, Any]) -> None:
+        """What the report shows of the best checkpoint's validation, image by image and class by class."""
+        self._write(lambda: write_json_atomic(self._run.validation, found))
 
     def checkpoint(self, *, step: int, best: bool, seconds: float, size_mb: float) -> None:
         """A checkpoint is on the disk."""

@@ -1,0 +1,16 @@
+"""This package's own code."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+
+def code_digest() -> str:
+    """Digest of this package's code, by which a requeued run notices that it was edited (submitit#1717)."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parents[1]
+    for folder in (package, package / "tools"):  # the latter is a link, which rglob does not follow
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
