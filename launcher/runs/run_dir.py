@@ -133,7 +133,7 @@ class RunDir:
 
     @property
     def rank_times(self) -> Path:
-        """What each rank did with the time of its last steps: ``{time, epoch, step, slowest, step_s, …}``."""
+        """What each rank did with the time of its last steps: ``{time, attempt, step, slowest, step_s, …}``."""
         return self.path / "ranks.json"
 
     @property

@@ -1,7 +1,7 @@
 """What each rank does with its time, and which one holds the others up.
 
-A step takes as long as its slowest rank: the others wait for it where gradients are exchanged. So a rank's own part of a
-step is what it computes, up to its last gradient, and what it waits for images; the rest it waits for its peers.
+A step takes as long as its slowest rank: the others wait for it where gradients are exchanged. So a rank's own part of
+a step is what it computes, up to its last gradient, and what it waits for images; the rest it waits for its peers.
 """
 
 from __future__ import annotations
@@ -131,9 +131,8 @@ class RankTimes:
             return {}
         step_s, compute_s, wait_s = ([nanoseconds * UNITS for nanoseconds in row] for row in times.T.tolist())
         slowest = find_slowest(compute_s, wait_s)
-        self._row = (
-            (slowest.rank, self._row[1] + 1 if self._row[0] == slowest.rank else 1) if slowest.is_slow else (-1, 0)
-        )
+        before = self._row[1] if self._row[0] == slowest.rank else 0
+        self._row = (slowest.rank, before + 1) if slowest.is_slow else (-1, 0)
         named = self._row[1] >= IN_A_ROW
         told = {"rank": slowest.rank, "cause": slowest.cause, "behind": round(slowest.behind, 4), "is_slow": named}
         each = {"step_s": step_s, "compute_s": compute_s, "wait_s": wait_s}

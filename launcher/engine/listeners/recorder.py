@@ -163,7 +163,9 @@ class Recorder:
         now = time.time()
         if now - self._ranks_written >= RANKS_EVERY_S or times["slowest"]["is_slow"]:
             self._ranks_written = now
-            self._write(lambda: write_json_atomic(self._run.rank_times, {"time": now, **times}))
+            self._write(
+                lambda: write_json_atomic(self._run.rank_times, {"time": now, "attempt": self._attempt, **times})
+            )
 
     def best_validation(self, found: dict[str, Any]) -> None:
         """What the report shows of the best checkpoint's validation, image by image and class by class."""

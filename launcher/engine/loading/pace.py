@@ -30,7 +30,7 @@ class Pace:
         self.window_waited = self._epoch_waited = 0.0
         """Seconds that this rank waited since the last window."""
         self.last_window = (0.0, 0.0)
-        """Of the last window, in the mean over its steps: seconds of a step, and those of them that this rank waited."""
+        """Means over the steps of the last window: seconds of a step, and those of them that this rank waited."""
         self._paused_at: float | None = None
         self._told = False
 
