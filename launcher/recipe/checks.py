@@ -228,6 +228,11 @@ def _data(recipe: Recipe) -> Iterator[Finding]:
     if data.transform and data.channels == 1:
         text = "found 1; what data.transform makes of an image is used as it is: have it do this, and leave the key out"
         yield ("data.channels", "data.transform"), text
+    for name in ("mean", "std"):
+        found = getattr(data, name)
+        if found != "auto" and len(found) != data.channels:
+            text = f"found {len(found)} value{'s' if len(found) > 1 else ''}; with data.channels: {data.channels} give "
+            yield (f"data.{name}", "data.channels"), f"{text}{data.channels}"
     if data.grey_limits and data.grey_limits[0] >= data.grey_limits[1]:
         yield ("data.grey_range",), f"found {data.grey_range}; the first, which is black, must be less than the second"
     if data.dataset:
