@@ -35,8 +35,8 @@ from launcher.engine.user import model as user_model
 from launcher.engine.user import trial
 from launcher.engine.weights_file import read_weights_file
 from launcher.errors import Problem, RecipeError, UsageError
+from launcher.images import datasets
 from launcher.images import folder as image_folder
-from launcher.images.datasets import DATASETS
 from launcher.recipe import metrics as recipe_metrics
 from launcher.recipe import phases
 from launcher.recipe.checks import find_image_problems
@@ -123,7 +123,9 @@ def _find(recipe: Recipe, *, is_new: bool) -> Iterator[tuple[str, str]]:
     except UsageError as error:
         yield "data.dataset" if recipe.data.dataset else "data.name", str(error)
         return
-    if not recipe.data.dataset and DATASETS[recipe.data.name].is_written:  # only now is it there to be looked at
+    if not recipe.data.dataset and datasets.is_written(
+        recipe.data.name, recipe.data.path
+    ):  # only now is it there to be looked at
         found = [(keys[0], text) for keys, text in find_image_problems(recipe)]
         yield from found
         if found:
