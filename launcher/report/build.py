@@ -85,6 +85,7 @@ def build_report(run: RunDir) -> Json:
             "command": launched.launched_by or shlex.join(plan.command),
             "created": launched.created,
             "host": launched.host,
+            "commit": launched.commit,
             "path": str(run.path),
             **{key: getattr(plan, key) for key in ("backend", "device", "nodes", "procs_per_node", "world_size")},
             "wall_s": _wall_s(events, metrics),

@@ -19,6 +19,7 @@ from launcher.images.folder import printable
 from launcher.images.listing import Listing
 from launcher.recipe import images as recipe_images
 from launcher.runs import states
+from launcher.system import phases
 from launcher.system.files import write_json_atomic
 from launcher.system.waiting import is_listed, wait_until
 
@@ -41,7 +42,9 @@ def scan(recipe: Recipe, progress: Callable[[int, int], None] | None = None) -> 
     if config.dataset or datasets.DATASETS[config.name].write:
         return image_scan.Scan(folder=Path(config.path or "."), images=[], num_read=0, warnings=[])
     listing = Listing(recipe_images.source_of(recipe))
-    found = image_scan.scan(listing, grey_range=config.grey_limits, progress=progress or image_scan.show_progress())
+    found = image_scan.scan(
+        listing, grey_range=config.grey_limits, progress=progress or phases.counting("checking images")
+    )
     for warning in (*found.warnings, *map(printable, found.left_out)):
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     leaks = found.leaks()
@@ -112,7 +115,7 @@ def prepare(
         return
     if _attempt(run) == attempt:
         return
-    show = image_scan.show_progress()
+    show = phases.counting("checking images")
 
     def watch(done: int, total: int) -> None:
         progress()

@@ -184,10 +184,23 @@ def weighed_list(photos, tmp_path):
         {"data": {"cutmix": 1.0}, "train": {"loss": "binary_cross_entropy"}},
         {"data": {"balance": "weights", "mixup": 0.4, "cutmix": 1.0}, "train": {"loss": "focal"}},
         {"data": {"balance": "sampler"}},
-        {"data": SEVERAL | {"balance": "weights", "mixup": 0.4}, "train": {"loss": "binary_cross_entropy"}},
+        {"data": {"balance": "weights"}, "train": {"label_smoothing": 0.1}},
+        {
+            "data": SEVERAL | {"balance": "weights", "mixup": 0.4},
+            "train": {"loss": "binary_cross_entropy", "label_smoothing": 0.1},
+        },
         {"data": {"path": "list.csv", "balance": "weights", "mixup": 0.4}},
     ],
-    ids=["plain", "mixup and smoothing", "cutmix", "all of it", "seen evenly", "several labels", "weights of images"],
+    ids=[
+        "plain",
+        "mixup and smoothing",
+        "cutmix",
+        "all of it",
+        "seen evenly",
+        "weights and smoothing",
+        "several labels",
+        "weights of images",
+    ],
 )
 def test_batches_of_24_and_8_give_the_gradient_of_32_in_double_precision(
     make_run, engine, in_ranks, changes, weighed_list, monkeypatch
@@ -877,7 +890,7 @@ def test_the_scale_is_resumed_too(make_run, engine, one_rank):
 def recorded(make_run, engine, **changes):
     run = make_run(batch={"size": 4}, **changes)
     parts, console = build_parts(run, Ranks(), engine.cpu), io.StringIO()
-    recorder = Recorder(run, parts.recipe, attempt=1, console=console, num_steps=parts.num_steps, tracked=False)
+    recorder = Recorder(run, parts.recipe, attempt=1, console=console, num_steps=parts.num_steps)
     try:
         trainer = Trainer(parts, recorder=recorder, stop_requested=engine.never)
         trainer.run()
