@@ -41,13 +41,14 @@ def folder_name(place: Path) -> str:
 
 def find_problem(place: Path) -> str | None:
     """Why it cannot be read here; None: it can."""
-    if importlib.util.find_spec(LIBRARY):
+    found = importlib.util.find_spec(LIBRARY)
+    if found and found.origin:  # else a folder of that name
         return None
     return f"{place}: was saved by Hugging Face's library {LIBRARY}, which is not installed: {EXTRA}"
 
 
 def write(target: Path, *, place: Path) -> None:
-    """Write the images and a list of them into a folder.
+    """Write the images and a list of them into a folder. What lies in the working directory is not imported (-P).
 
     Raises:
         UsageError: it cannot be read; says why.
@@ -55,7 +56,7 @@ def write(target: Path, *, place: Path) -> None:
     if problem := find_problem(place):
         raise UsageError(problem)
     print(f"{place}: saved by {LIBRARY}; its images are written once to the launcher's cache", file=sys.stderr)
-    command = [sys.executable, "-m", "launcher.images.saved_sets", str(place), str(target)]
+    command = [sys.executable, "-P", "-m", "launcher.images.saved_sets", str(place), str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
