@@ -96,7 +96,7 @@ def prepare(name: str, path: str | None) -> Path:
         write = functools.partial(saved_sets.write, place=Path(str(path)).expanduser())
         _write_once(write, target.parent, str(path))
     elif write is not None:
-        _write_once(write, target, name)
+        _write_once(write, target, f"the {name}")
     return target
 
 
