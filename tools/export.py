@@ -206,16 +206,16 @@ class _Making:
         """What each file measured; times of those that are kept, and of the checkpoint."""
         files = {row["format"]: self._folder / row["file"] for row in rows}
         timed = {name: self._predictors[name] for name in (REFERENCE, *files) if name in self._predictors}
-        size = self._best.preprocessing.image_size
-        times = latency.measure(timed, size)
-        rates = latency.throughput({name: found for name, found in timed.items() if name != REFERENCE}, size)
+        size, channels = self._best.preprocessing.image_size, self._best.preprocessing.channels
+        times = latency.measure(timed, size, channels)
+        rates = latency.throughput({name: found for name, found in timed.items() if name != REFERENCE}, size, channels)
         for row in rows:
             name, file = row["format"], files[row["format"]]
             row["size_mb"] = evaluate.size_mb(file) if file.exists() else None
             row.update(times.get(name, {}), **rates.get(name, {}))
             is_program = name not in formats.FORMATS or not formats.FORMATS[name].is_weights
             if file.exists() and is_program:
-                row.update(probe.measure(file, threads=self._threads, image_size=size))
+                row.update(probe.measure(file, threads=self._threads, image_size=size, channels=channels))
             self._run.append_event(
                 "export", **{k: row.get(k) for k in ("file", "top1", "agreement", "accepted", "reason")}
             )

@@ -80,8 +80,8 @@ def licence(best: BestModel) -> str | None:
 
 def example(best: BestModel) -> torch.Tensor:
     """Two images: a batch of one would be exported as just that."""
-    size = best.preprocessing.image_size
-    return torch.zeros(2, 3, size, size)
+    settings = best.preprocessing
+    return torch.zeros(2, settings.channels, settings.image_size, settings.image_size)
 
 
 def dynamic_batch() -> Any:
@@ -177,11 +177,12 @@ def open_export(name: str, path: Path, best: BestModel, *, threads: int, warn: S
         return onnx_model.onnx_predictor(path, threads=threads, warn=warn)
     if not FORMATS[name].is_weights:
         return open_program(path)
+    settings, num = best.preprocessing, len(best.classes)
     module = build_module(
-        best.recipe.model, num_classes=len(best.classes), image_size=best.preprocessing.image_size
-    ).eval()
+        best.recipe.model, num_classes=num, image_size=settings.image_size, channels=settings.channels
+    )
     load_state(module, _read_weights(path))
-    return module
+    return module.eval()
 
 
 def open_program(path: Path) -> Predictor:

@@ -175,9 +175,11 @@ class TrainedModel:
         rgb = pixels.to_rgb(image, facts.get("background", pixels.WHITE), facts.get("grey_range"))
         cropped = pixels.centre_crop(rgb, facts["resize_size"], facts["image_size"], facts["interpolation"])
         if facts.get("channels") == 1:
-            cropped = cropped.convert("L").convert("RGB")
-        values = np.asarray(cropped)
-        normalised = np.empty((3, *values.shape[:2]), np.float32)
+            cropped = cropped.convert("L")
+        if len(self._levels) > 1:
+            cropped = cropped.convert("RGB")  # grey is so only in exports of earlier versions
+        values = np.atleast_3d(np.asarray(cropped))
+        normalised = np.empty((len(self._levels), *values.shape[:2]), np.float32)
         for channel, levels in enumerate(self._levels):
             np.take(levels, values[..., channel], out=normalised[channel], mode="clip")
         return normalised
