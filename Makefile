@@ -46,6 +46,7 @@ bench: $(VENV)/installed
 	$(BIN)/python -m tests.bench.loaders
 	$(BIN)/python -m tests.bench.engine_cost
 	$(BIN)/python -m tests.bench.peers
+	$(BIN)/python -m tests.bench.serving
 
 faults: $(VENV)/installed
 	$(BIN)/python -m tests.faults
