@@ -142,9 +142,7 @@ def compare(sides, body, clients, args):
             seconds[cell] += time.monotonic() - start
             cpu_s[cell] += cpu_seconds(process) - used
     print(f"{args.arch}, {SIZE} px, {len(body) / 1e3:.0f} kB a request, {args.rounds} x {args.seconds:g} s each")
-    print(
-        f"{'clients':>7}  {'server':<16}  {'requests/s':>10}  {'p50 ms':>7}  {'p99 ms':>7}  {'CPU ms':>7}  {'requests':>8}"
-    )
+    print(f"{'clients':>7}  {'server':<16}  requests/s   p50 ms   p99 ms   CPU ms  requests")
     for (side, num), found in times.items():
         rate, p50, p99 = len(found) / seconds[side, num], statistics.median(found), percentile(found)
         cpu = 1e3 * cpu_s[side, num] / len(found)
