@@ -99,7 +99,7 @@ class TrainedModel:
         self.facts = facts
         self._meaning = meaning
         self._logits = logits
-        self._at_once = at_once
+        self.at_once = at_once
         self._levels = [] if read else _normalised_levels(facts)
         self._read = read or self._as_described
 
@@ -115,15 +115,15 @@ class TrainedModel:
 
     def stream(self, images: Iterable[Source], *, top: int = 5, batch_size: int | None = None) -> Iterator[Prediction]:
         """As :meth:`predict`, one by one while the next images are decoded, in threads: of a million images a few."""
-        size = batch_size or (BATCH_SIZE if self._at_once == 1 else BATCH_OF_A_CORE)
+        size = batch_size or (BATCH_SIZE if self.at_once == 1 else BATCH_OF_A_CORE)
         numbered = enumerate(images)
         with (
             ThreadPoolExecutor(num_cores(), thread_name_prefix="decode") as decoders,
-            ThreadPoolExecutor(self._at_once, thread_name_prefix="compute") as computers,
+            ThreadPoolExecutor(self.at_once, thread_name_prefix="compute") as computers,
         ):
             ahead: deque[Future[list[Prediction]]] = deque()
             while True:
-                while len(ahead) < self._at_once + AHEAD and (part := list(islice(numbered, size))):
+                while len(ahead) < self.at_once + AHEAD and (part := list(islice(numbered, size))):
                     decoded = [(_name(image, number), decoders.submit(self.read, image)) for number, image in part]
                     ahead.append(computers.submit(self._compute, decoded, top))
                 if not ahead:
