@@ -185,6 +185,12 @@ def _package() -> _Module:
     return package
 
 
+def _track() -> _Module:
+    from launcher.commands import track
+
+    return track
+
+
 def _tune() -> _Module:
     from launcher.commands import tune
 
@@ -206,6 +212,9 @@ COMMANDS = {
     ),
     "watch": Command(
         "RUN …", "how runs get on, from their files: progress, curves, speed, queue; here or on a login node", _watch
+    ),
+    "track": Command(
+        "RUN", "send a run's records to wandb, TensorBoard or MLflow, live from a login node, or afterwards", _track
     ),
     "compare": Command("RUN …", "runs or folders of runs side by side, the best first", _compare),
     "export": Command("RUN", "export, quantize and measure a run's best checkpoint again", _export),

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.errors import EXIT_OK, RecipeError, TrainingError, UsageError
 from launcher.runs import history, states
-from launcher.runs.run_dir import RunDir, new_run_id
+from launcher.runs.identity import new_run_id
+from launcher.runs.run_dir import RunDir
 from launcher.system import git, lazy_dynamo, lazy_meta, network, processes
 from launcher.system.redact import redact
 
@@ -290,7 +291,7 @@ def write_run(plan: LaunchPlan, recipe: Recipe, code: Code | None = None) -> Non
     from launcher.plan.launch_plan import Launched
     from launcher.recipe import load as recipes
     from launcher.recipe import paths as recipe_paths
-    from launcher.runs.run_dir import code_digest
+    from launcher.runs.identity import code_digest
     from launcher.system.files import write_text_atomic
 
     run = RunDir(plan.run_dir)

@@ -203,7 +203,7 @@ def training(
         yield trainer
     finally:
         if recorder:
-            recorder.close(finished=trainer is not None and trainer.outcome != "preempted", stop=stop)
+            recorder.close()
     _leave_process_group()
 
 
@@ -255,10 +255,10 @@ def _begin_record(run: RunDir, parts: Parts, spec: WorkerSpec, terminal: IO[str]
         attempt=spec.attempt,
         console=terminal,
         num_steps=parts.num_steps,
-        tracked=not spec.debug,
         bar=not spec.debug,
     )
     recorder.status(epoch=0, step=0, num_steps=parts.num_steps, epochs=parts.recipe.train.epochs)
+    recorder.facts(header.facts(parts))
     recorder.numerics(parts.numerics)
     for line in header.lines(parts):
         recorder.say(line)

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import secrets
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -40,21 +39,6 @@ class WorkerSpec:
     """Which start of the workers this is, from 1; a restart counts."""
     debug: bool = False
     """In this process, with a handful of steps and no files but those of the run."""
-
-
-def new_run_id(name: str) -> str:
-    """``NAME-YYYYmmdd-HHMMSS-xxxx``: the run's id, its folder's name and its wandb id, fixed before anything starts."""
-    return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-
-
-def code_digest() -> str:
-    """Digest of this package's code, by which a requeued run notices that it was edited (submitit#1717)."""
-    digest = hashlib.sha256()
-    package = Path(__file__).parents[1]
-    for folder in (package, package / "tools"):  # the latter is a link, which rglob does not follow
-        for file in sorted(folder.rglob("*.py")):
-            digest.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def node_name() -> str:
@@ -291,6 +275,18 @@ class RunDir:
     def wandb(self) -> Path:
         """The folder of wandb itself, when tracking is on."""
         return self.path / "wandb"
+
+    def sink_folder(self, sink: str) -> Path:
+        """The folder of another sink's own files: ``tensorboard/``, ``mlflow/``."""
+        return self.path / sink
+
+    def tracked(self, sink: str) -> Path:
+        """How far a sink's tracker has come: ``{sent, before, …}``; ``.lock`` beside it: who tracks now."""
+        return self.path / "tracking" / f"{sink}.json"
+
+    def tracking_log(self, sink: str) -> Path:
+        """What a sink's tracker and its libraries wrote."""
+        return self.logs / f"tracking-{sink}.log"
 
     def create(self) -> None:
         """Make the folder and those of its folders that every run has; they survive a loss of power."""

@@ -8,7 +8,8 @@ import pytest
 
 from launcher.errors import UsageError
 from launcher.runs import run_dir
-from launcher.runs.run_dir import RunDir, new_run_id
+from launcher.runs.identity import new_run_id
+from launcher.runs.run_dir import RunDir
 from launcher.system.files import read_jsonl, write_json_atomic, write_text_atomic
 
 ROOT = Path(__file__).parents[2]

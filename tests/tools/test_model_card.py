@@ -46,7 +46,7 @@ def run(tmp_path_factory):
         model=ModelConfig(arch="squeezenet1_1", weights=None),
         data=DataConfig(path=str(photos), image_size=SIZE, crop_pct=SIZE / RESIZED, background="#148082"),
         launch=LaunchConfig(device="cpu"),
-        post=PostConfig(export=["onnx"], quantize=[]),
+        post=PostConfig(export=["onnx"], quantize=[], bake_preprocessing=True),
     )
     made = RunDir(tmp_path_factory.mktemp("run"))
     made.create()
@@ -109,6 +109,10 @@ def asked(run):
         "validation": {path: (CLASSES[i], p) for path, i, p in zip(paths, answers, probabilities, strict=True)},
         "launch predict": {row["image"]: tuple(row["top"][0].values()) for row in said},
         "load().predict": {found.name: (found.label, found.probability) for found in loaded},
+        "model.baked.onnx": {
+            found.name: (found.label, found.probability)
+            for found in launcher.load(run.exports / "model.baked.onnx").predict(paths)
+        },
         "the card": {path: (answer, found.max()) for path, (answer, found, _) in of_card.items()},
         "seen by the card": {path: np.load(run.path / file) for path, (_, _, file) in of_card.items()},
         "seen by validation": dict(zip(paths, seen.numpy(), strict=True)),
@@ -122,7 +126,7 @@ def softmax(logits):
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("way", ["load().predict", "launch predict", "the card"])
+@pytest.mark.parametrize("way", ["load().predict", "launch predict", "the card", "model.baked.onnx"])
 def test_every_way_of_using_a_model_gives_the_answer_of_validation(way, name, asked):
     (path,) = [path for path in asked["validation"] if path.endswith(f"/{name}")]
     label, probability = asked[way][path]
@@ -137,6 +141,14 @@ def test_the_cards_code_sees_what_validation_sees(name, asked):
     seen = asked["seen by the card"][path].transpose(2, 0, 1)
     most = (max(tolerance(name), 1) + 0.01) / 255 / asked["std"]  # where a crop is rounded, one level more or less
     assert np.abs(seen - asked["seen by validation"][path]).max() <= most
+
+
+def test_the_file_that_does_the_preprocessing_passed_the_same_gate(run):
+    rows = {row["format"]: row for row in json.loads(run.export_manifest.read_text())["exports"]}
+    assert (rows["onnx_baked"]["accepted"], rows["onnx_baked"]["agreement"]) == (True, 1.0)
+    assert rows["onnx_baked"]["latency_p50_ms"] > 0
+    assert rows["onnx_baked"]["peak_memory_mb"] > 0
+    assert "model.baked.onnx" in run.model_card.read_text()
 
 
 def test_the_manifest_and_the_card_say_what_is_done_in_words(run):

@@ -15,7 +15,8 @@ from launcher.errors import PreflightError, TrainingError
 from launcher.node import signals
 from launcher.plan import variables
 from launcher.runs import history, states, user_code, whereabouts
-from launcher.runs.run_dir import BATCH_LOG_VARIABLE, RunDir, code_digest, node_name
+from launcher.runs.identity import code_digest
+from launcher.runs.run_dir import BATCH_LOG_VARIABLE, RunDir, node_name
 from launcher.system import network
 from launcher.system.files import write_text_atomic
 from launcher.system.waiting import is_listed, wait_until

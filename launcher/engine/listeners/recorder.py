@@ -1,4 +1,4 @@
-"""The launcher's own listener, by which rank 0 tells the world: metrics.jsonl, events.jsonl, the terminal, wandb."""
+"""The launcher's own listener, by which rank 0 tells the world: metrics.jsonl, events.jsonl, the terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from launcher.recipe import metrics as recipe_metrics
 from launcher.runs import findings, generations, states
-from launcher.tracking.wandb import Tracker
+from launcher.tracking.records import FACTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,7 +33,6 @@ class Recorder:
         attempt: which start of the workers this is.
         console: the terminal or pipe that `launch` was started from.
         num_steps: optimizer steps of the whole training.
-        tracked: whether wandb hears of it.
         bar: show a progress bar on a terminal; it would overwrite a debugger's prompt.
     """
 
@@ -45,7 +44,6 @@ class Recorder:
         attempt: int,
         console: IO[str],
         num_steps: int,
-        tracked: bool,
         bar: bool = True,
     ) -> None:
         self._run = run
@@ -65,7 +63,6 @@ class Recorder:
         """Metrics that say nothing with so few classes."""
         self._writing = threading.Lock()
         self._unwritten: list[Callable[[], object]] = []
-        self._tracker = Tracker(run, recipe, run.read_plan(), self.say) if tracked else None
         if bar and console.isatty():
             self._start_progress()
 
@@ -97,6 +94,10 @@ class Recorder:
         if rare:
             self.event("rare_classes", num_classes=len(rare), classes=dict([*rare.items()][: findings.NUM_SHOWN]))
             self.say(f"warning: {findings.describe_rare(rare)}")
+
+    def facts(self, found: dict[str, Any]) -> None:
+        """What the start has found out, for whoever tracks the run."""
+        self.event(FACTS, **found)
 
     def numerics(self, agreed: Numerics) -> None:
         """Tell what the steps are computed in where the ranks' devices differ in what they can."""
@@ -156,32 +157,20 @@ class Recorder:
         """A checkpoint is on the disk."""
         self.event("checkpoint", step=step, seconds=round(seconds, 3), size_mb=round(size_mb, 3), best=best)
 
-    def end(self, *, outcome: Outcome, best: dict[str, Any] | None) -> None:
-        """Training is over; the best checkpoint goes to wandb."""
+    def end(self, *, outcome: Outcome) -> None:
+        """Training is over."""
         self.status(outcome)
         self.event("training_ended", outcome=outcome)
-        if self._tracker is not None and best is not None and outcome != "preempted":
-            self._tracker.summary(
-                {f"best/{best['metric']}": best["value"], "best/epoch": best["epoch"], "best/step": best["step"]}
-            )
-            self._tracker.log_checkpoint(self._run.best_checkpoint, ["best"])
 
-    def close(self, *, finished: bool = True, stop: Callable[[], bool] = lambda: False) -> None:
-        """Leave the terminal as it was, and end wandb; after a stop or a failure there is no time to wait for it."""
+    def close(self) -> None:
+        """Leave the terminal as it was."""
         if self._progress is not None:
             self._progress.stop()
-        if self._tracker is not None:
-            if finished:
-                self._tracker.finish(timeout_s=30.0, stop=stop)
-            else:
-                self._tracker.finish(timeout_s=5.0, exit_code=1)
 
     def _metrics(self, split: str, epoch: int, step: int, values: dict[str, Any]) -> None:
         record = {"time": time.time(), "split": split, "attempt": self._attempt, "epoch": epoch, "step": step, **values}
         record = {name: value if _is_json(value) else None for name, value in record.items()}
         self._write(lambda: self._run.append_metrics(**record))
-        if self._tracker is not None:
-            self._tracker.log(record | dict.fromkeys(self._hidden))
 
     def _write(self, write: Callable[[], object]) -> None:
         """Write to the run directory; what a full disk does not take now is kept, in its order, for the next time."""
