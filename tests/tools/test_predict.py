@@ -238,6 +238,9 @@ def test_patterns_files_and_paths_from_standard_input_are_taken_in_order(predict
         (["PHOTOS", "--top", "0"], "--top: found 0; valid: a whole number >= 1"),
         (["PHOTOS", "--batch", "many"], "--batch: found 'many'; valid: a whole number >= 1, or auto"),
         ([], "the following arguments are required: IMAGE"),
+        (["PHOTOS", "--parquet", "/nowhere/x.parquet"], "--parquet /nowhere/x.parquet: cannot be written"),
+        (["PHOTOS", "--out", "x"], "--out is where --explain writes its pictures"),
+        (["PHOTOS", "--explain"], "is a file; name the run: gradients are computed by its checkpoint"),
     ],
 )
 def test_what_cannot_be_classified_is_refused(arguments, words, predict, model_file, photos, tmp_path):
