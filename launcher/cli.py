@@ -89,6 +89,12 @@ def _watch() -> _Module:
     return watch
 
 
+def _completion() -> _Module:
+    from launcher.commands.completion import Completion
+
+    return Completion(COMMANDS)
+
+
 def _compare() -> _Module:
     from launcher.commands import compare
 
@@ -123,6 +129,18 @@ def _lr_find() -> _Module:
     from launcher.commands import lr_find
 
     return lr_find
+
+
+def _init_profile() -> _Module:
+    from launcher.commands import init_profile
+
+    return init_profile
+
+
+def _new() -> _Module:
+    from launcher.commands import new
+
+    return new
 
 
 def _models() -> _Module:
@@ -232,11 +250,14 @@ COMMANDS = {
         "[PATTERN]", "torchvision's classification models; --layers ARCH: names for freeze and groups", _models
     ),
     "recipes": Command("[NAME]", "the recipes that come with this package; NAME: print one", _recipes),
+    "new": Command("NAME --data PATH", "a recipe for your images, chosen and explained; --from RECIPE: a copy", _new),
+    "init-profile": Command("[NAME]", "ask this SLURM cluster what it has, and write a profile for it", _init_profile),
     "tune": Command("RECIPE", "measure batch sizes on this machine, and show what was measured", _tune),
     "lr-find": Command("RECIPE", "a learning rate to begin with, by a short training that is thrown away", _lr_find),
     "augment": Command("RECIPE", "a picture of training images before and after augmentation", _augment),
     "check": Command("DATA", "look through an image folder: bad files, classes, images that are there twice", _check),
     "doctor": Command("", "check this machine; --nodes N: nodes of a cluster and their network", _doctor),
+    "completion": Command("bash|zsh|fish", "what your shell needs to complete commands, recipes and keys", _completion),
     "schema": Command("", "the JSON Schema of a recipe, for editors", _schema),
 }
 

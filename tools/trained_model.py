@@ -220,10 +220,8 @@ def accepted_onnx(run: RunDir) -> list[dict[str, Any]]:
 
 def _normalised_levels(facts: dict[str, Any]) -> list[Floats]:
     """What each of the 256 levels of a colour becomes, for each channel: quicker to look up than to compute."""
-    levels = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
-    found: Floats = ((levels - np.asarray(facts["mean"], np.float32)) / np.asarray(facts["std"], np.float32)).astype(
-        np.float32
-    )
+    levels = np.arange(256, dtype=np.float32)[:, None] / 255
+    found = np.asarray((levels - np.float32(facts["mean"])) / np.float32(facts["std"]), np.float32)
     return [np.ascontiguousarray(found[:, channel]) for channel in range(found.shape[1])]
 
 

@@ -176,6 +176,7 @@ def test_a_file_is_used_without_torch(model_file, photos):
     code = (
         "import sys; import launcher; from launcher import cli\n"
         f"assert cli.main(['predict', {str(model_file)!r}, {str(photos)!r}]) == 0\n"
+        f"assert launcher.load({str(model_file)!r}).predict([{str(photos / 'red.png')!r}])[0].label == 'red'\n"
         "assert not {'torch', 'torchvision'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
