@@ -14,7 +14,7 @@ import torch
 from launcher.engine.model import build_module
 from launcher.engine.network.fitting import load_state
 from launcher.recipe import load as recipes
-from launcher.tools import onnx_model
+from launcher.tools import baked, onnx_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     Say = Callable[[str], None]
     """Tells the person at the terminal a line."""
 
+BAKED = "onnx_baked"
+"""The format that post.bake_preprocessing asks for."""
 LARGE_BYTES = 1.9e9
 """Above this, ONNX keeps weights beside the model: a protobuf holds at most 2 GB."""
 
@@ -113,6 +115,26 @@ def write_onnx(target: Path, best: BestModel) -> None:
     onnx.save(model, target)
 
 
+def write_onnx_baked(target: Path, best: BestModel) -> None:
+    """Write ONNX that does the preprocessing itself, of the ONNX file beside it where there is one.
+
+    Raises:
+        ValueError: images are made by the user's own code.
+    """
+    import onnx
+
+    preprocessing = best.preprocessing.describe()
+    if "transform" in preprocessing:
+        own = preprocessing["transform"]
+        raise ValueError(f"images are made by the user's own code, {own}, which a graph cannot hold")
+    source = target.with_name(FORMATS["onnx"].file)
+    if not source.exists():
+        source = target.with_name(".plain.onnx")
+        write_onnx(source, best)
+    model = baked.bake(onnx.load(source), preprocessing, independent=best.independent, temperature=best.temperature)
+    onnx.save(model, target)
+
+
 def write_torch_export(target: Path, best: BestModel) -> None:
     """Write torch.export's ``.pt2``."""
     torch.export.save(_exported(best), target, extra_files=facts(best))
@@ -151,6 +173,7 @@ def _exported(best: BestModel) -> torch.export.ExportedProgram:
 
 FORMATS = {
     "onnx": Format(file="model.onnx", write=write_onnx),
+    BAKED: Format(file="model.baked.onnx", write=write_onnx_baked),
     "torch_export": Format(file="model.pt2", write=write_torch_export),
     "torchscript": Format(
         file="model.ts",

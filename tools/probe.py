@@ -55,7 +55,7 @@ def _load_and_run(file: Path, threads: int, image_size: int, channels: int) -> d
 def _open(file: Path, threads: int) -> Callable[[Any], Any]:
     if file.suffix == ".onnx":
         session = onnx_model.open_session(file, threads=threads, warn=lambda line: print(line, file=sys.stderr))
-        return lambda images: session.run(["logits"], {"images": images})
+        return lambda images: onnx_model.compute(session, images)
     import torch
 
     from launcher.tools import formats

@@ -244,18 +244,33 @@ def _load_onnx(file: Path, threads: int, *, many: bool) -> TrainedModel:
         raise UsageError(
             f"{file}: images are made by the user's own code, {facts['transform']}, which lies in the run: name the run"
         )
+    meaning = Meaning(
+        classes=json.loads(said["classes"]),
+        independent=json.loads(said.get(onnx_model.INDEPENDENT, "false")),
+        threshold=json.loads(said.get(onnx_model.THRESHOLD, "null")),
+        temperature=json.loads(said.get(onnx_model.TEMPERATURE, "1.0")),
+    )
+    if onnx_model.is_baked(session):
+        return _baked(file, session, meaning, facts)
     return TrainedModel(
         file=file,
-        meaning=Meaning(
-            classes=json.loads(said["classes"]),
-            independent=json.loads(said.get(onnx_model.INDEPENDENT, "false")),
-            threshold=json.loads(said.get(onnx_model.THRESHOLD, "null")),
-            temperature=json.loads(said.get(onnx_model.TEMPERATURE, "1.0")),
-        ),
+        meaning=meaning,
         facts=facts,
         logits=lambda images: np.asarray(session.run(["logits"], {"images": images})[0]),
         at_once=threads if many else 1,
     )
+
+
+def _baked(file: Path, session: Any, meaning: Meaning, facts: dict[str, Any]) -> TrainedModel:
+    """A file that does the preprocessing itself: images of any size are computed one by one, as they are read."""
+    from launcher.tools import baked
+
+    def read(image: PillowImage) -> Floats:
+        rgb = pixels.to_rgb(image, facts.get("background", pixels.WHITE), facts.get("grey_range"))
+        found: Floats = baked.logits(session, np.asarray(rgb)[None], meaning)[0]
+        return found
+
+    return TrainedModel(file=file, meaning=meaning, facts=facts, logits=lambda images: images, read=read)
 
 
 def _warn(line: str) -> None:

@@ -176,6 +176,7 @@ def test_a_file_is_used_without_torch(model_file, photos):
     code = (
         "import sys; import launcher; from launcher import cli\n"
         f"assert cli.main(['predict', {str(model_file)!r}, {str(photos)!r}]) == 0\n"
+        f"assert launcher.load({str(model_file)!r}).predict([{str(photos / 'red.png')!r}])[0].label == 'red'\n"
         "assert not {'torch', 'torchvision'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
@@ -238,6 +239,9 @@ def test_patterns_files_and_paths_from_standard_input_are_taken_in_order(predict
         (["PHOTOS", "--top", "0"], "--top: found 0; valid: a whole number >= 1"),
         (["PHOTOS", "--batch", "many"], "--batch: found 'many'; valid: a whole number >= 1, or auto"),
         ([], "the following arguments are required: IMAGE"),
+        (["PHOTOS", "--parquet", "/nowhere/x.parquet"], "--parquet /nowhere/x.parquet: cannot be written"),
+        (["PHOTOS", "--out", "x"], "--out is where --explain writes its pictures"),
+        (["PHOTOS", "--explain"], "is a file; name the run: gradients are computed by its checkpoint"),
     ],
 )
 def test_what_cannot_be_classified_is_refused(arguments, words, predict, model_file, photos, tmp_path):
