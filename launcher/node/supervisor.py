@@ -21,7 +21,7 @@ from launcher.node.signals import StopSignals
 from launcher.runs import diagnose, history, quarantine, states, whereabouts
 from launcher.runs.generations import Generations
 from launcher.runs.run_dir import RunDir
-from launcher.system import allocator, console, loader_room, network, processes
+from launcher.system import allocator, console, loader_room, network, phases, processes
 from launcher.tracking import trackers as tracking
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def supervise(plan: LaunchPlan, *, first_attempt: int | None = None, start: str 
         LaunchError: training failed or was interrupted.
     """
     console.protect()
+    phases.show()
     run = meeting.wait_for_run(plan.run_dir) if plan.node_rank else RunDir(plan.run_dir)
     network.set_environment(plan.env)
     if plan.keep_freed_memory:
