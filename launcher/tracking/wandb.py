@@ -123,7 +123,7 @@ class Wandb:
         told = {"facts": story.facts, "attempts": story.attempts}
         if told != self._told:
             self._told = told
-            self._tracked.config.update({"facts": story.facts}, allow_val_change=True)
+            self._tracked.config.update({"facts": story.facts}, allow_val_change=True)  # type: ignore[no-untyped-call]
             self._tracked.summary.update({"attempts": story.attempts})
 
     def close(self, story: Story, *, artifacts: Sequence[str]) -> None:
