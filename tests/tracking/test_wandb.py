@@ -320,7 +320,7 @@ def test_what_a_server_refused_at_the_end_is_said(tmp_path, answering):
     (line,) = said.splitlines()
     assert line.startswith("wandb: not all was sent: ")
     assert f"`wandb sync --include-online {folder}`" in line
-    assert errors == ""
+    assert (process.returncode, errors) == (1, "")
     assert unsynced_in(run) == [folder]
     assert events(run, UNSYNCED)[0]["reason"]
     assert steps_of(run, "run-*") == [10, *range(20, 25)]
