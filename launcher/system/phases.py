@@ -82,7 +82,7 @@ class Line:
                     console.write_in_place(self._stream, f"{text} … {took:.0f} s"[:width])
             elif took >= due:
                 due *= 2
-                print(f"{text} …", file=self._stream, flush=True)
+                print(f"{text} … {took:.0f} s", file=self._stream, flush=True)
 
 
 def show() -> None:
