@@ -161,6 +161,12 @@ def _ps() -> _Module:
     return ps
 
 
+def _push() -> _Module:
+    from launcher.commands import push
+
+    return push
+
+
 def _recipes() -> _Module:
     from launcher.commands import recipes
 
@@ -235,6 +241,9 @@ COMMANDS = {
     "predict": Command("RUN IMAGE …", "classify images, folders or patterns; an ONNX file needs no torch", _predict),
     "serve": Command("RUN|FILE", "answer requests over HTTP with a run's model; an ONNX file needs no torch", _serve),
     "package": Command("RUN", "a folder with the model, its server and a Dockerfile, which needs no torch", _package),
+    "push": Command(
+        "RUN --to PLACE", "share the card and the accepted exports: a folder, hub:OWNER/NAME, wandb", _push
+    ),
     "report": Command("RUN", "write report.html, report.json and model_card.md again", _report),
     "why": Command("RUN", "the first failure of a run, and its cure", _why),
     "models": Command(

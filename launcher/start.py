@@ -13,7 +13,7 @@ from launcher.errors import EXIT_OK, RecipeError, TrainingError, UsageError
 from launcher.runs import history, states
 from launcher.runs.identity import new_run_id
 from launcher.runs.run_dir import RunDir
-from launcher.system import lazy_dynamo, lazy_meta, network, phases, processes
+from launcher.system import git, lazy_dynamo, lazy_meta, network, phases, processes
 from launcher.system.redact import redact
 
 if TYPE_CHECKING:
@@ -94,7 +94,11 @@ def read(*requests: Request) -> list[Reading]:
     found, problems = [], {}
     for request in requests:
         try:
-            recipe, source = recipes.load(find_recipe(request.recipe), request.overrides, request.flags())
+            has_begun = (
+                bool(request.run_id and request.run_dir) and RunDir(str(request.run_dir)).newest_state() is not None
+            )
+            file, flags = find_recipe(request.recipe), request.flags()
+            recipe, source = recipes.load(file, request.overrides, flags, has_begun=has_begun)
             found.append(Reading(request=request, recipe=recipe, source=source))
         except RecipeError as error:
             problems.update({str(problem): problem for problem in error.problems})
@@ -314,6 +318,7 @@ def write_run(plan: LaunchPlan, recipe: Recipe, code: Code | None = None) -> Non
         process_started=processes.start_time(os.getpid()),
         variables=sorted(set(variables.read_by_runs(os.environ)) - plan.env.keys()) if plan.script else [],
         launched_by=redact(shlex.join(["launch", *sys.argv[1:]])),
+        commit=git.commit(),
     )
     try:
         run.write_plan(plan, launched)

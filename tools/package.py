@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -93,7 +92,7 @@ def package(run: RunDir, target: Path | None = None, name: str | None = None) ->
     manifest = publish.read_manifest(run)
     assert manifest  # noqa: S101  it has the row
     target = (target or run.path / FOLDER).absolute()
-    if target.exists() and not _may_be_replaced(target):
+    if target.exists() and not publish.may_be_replaced(target, FACTS, MADE_BY):
         raise UsageError(f"{target}: holds something else than a package; name an empty or a new folder with --to")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as made:
@@ -116,15 +115,6 @@ def _chosen(run: RunDir, name: str | None) -> Json:
     if name and name not in rows:
         raise UsageError(f"--format {name}: not among those that passed their gate: {', '.join(rows)}")
     return rows[name] if name else min(rows.values(), key=lambda row: row["latency_p50_ms"])
-
-
-def _may_be_replaced(target: Path) -> bool:
-    if not target.is_dir():
-        return False
-    try:
-        return bool(json.loads((target / FACTS).read_text(encoding="utf-8")).get("made_by") == MADE_BY)
-    except (OSError, ValueError, AttributeError):
-        return not any(target.iterdir())
 
 
 def _fill(folder: Path, run: RunDir, manifest: Json, row: Json) -> None:

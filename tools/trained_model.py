@@ -220,10 +220,8 @@ def accepted_onnx(run: RunDir) -> list[dict[str, Any]]:
 
 def _normalised_levels(facts: dict[str, Any]) -> list[Floats]:
     """What each of the 256 levels of a colour becomes, for each channel: quicker to look up than to compute."""
-    levels = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
-    found: Floats = ((levels - np.asarray(facts["mean"], np.float32)) / np.asarray(facts["std"], np.float32)).astype(
-        np.float32
-    )
+    levels = np.arange(256, dtype=np.float32)[:, None] / 255
+    found = np.asarray((levels - np.float32(facts["mean"])) / np.float32(facts["std"]), np.float32)
     return [np.ascontiguousarray(found[:, channel]) for channel in range(found.shape[1])]
 
 
@@ -283,7 +281,7 @@ def _load_checkpoint(run: RunDir, threads: int | None) -> TrainedModel:
             classes=best.classes,
             independent=best.independent,
             threshold=best.threshold,
-            temperature=_temperature(run, best),
+            temperature=temperature_of(run, best.state["step"]),
         ),
         facts=best.preprocessing.describe(),
         logits=logits,
@@ -291,12 +289,12 @@ def _load_checkpoint(run: RunDir, threads: int | None) -> TrainedModel:
     )
 
 
-def _temperature(run: RunDir, best: BestModel) -> float:
-    """What the exports of this checkpoint were calibrated to; 1: they were not."""
+def temperature_of(run: RunDir, step: int) -> float:
+    """What the exports of the checkpoint of a step were calibrated to; 1: they were not."""
     manifest = publish.read_manifest(run)
     if manifest is None:
         return 1.0
-    is_same = manifest["checkpoint"]["step"] == best.state["step"]
+    is_same = manifest["checkpoint"]["step"] == step
     return float((manifest.get("calibration") or {}).get("temperature", 1.0)) if is_same else 1.0
 
 

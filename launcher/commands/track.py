@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     from launcher.recipe import load as recipes
 
     recipe = recipes.read_resolved(run.recipe)
-    names = asked or recipe.tracking.backends
+    names = asked or list(dict.fromkeys(recipe.tracking.backends))
     mode = "offline" if args.offline else _mode(recipe, names, asked=bool(asked))
     if problems := list(filter(None, map(sinks.lacking, names))):
         raise UsageError("\n".join(problems))

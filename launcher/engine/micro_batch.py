@@ -10,6 +10,7 @@ the attempt.
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -34,10 +35,13 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from launcher.engine.augmenting.mixing import Mix
-    from launcher.engine.loading.handover import Batch
     from launcher.engine.running_statistics import RunningStatistics
     from launcher.engine.setup import Parts
     from launcher.engine.state import TrainingState
+
+
+Batch = tuple[torch.Tensor, ...]
+"""Images, labels and, where not all losses count the same, what each does."""
 
 
 class ExchangeMemoryError(torch.OutOfMemoryError):
@@ -159,7 +163,7 @@ class MicroBatch:
         """Add a micro-batch's share of the global batch's mean gradient; return the sum of its losses.
 
         Args:
-            batch: its images and labels.
+            batch: its images and labels, and weights.
             number: of the micro-batch in its step, then of the piece of it, and so on: its randomness follows from it.
             num_samples: of the whole step, over all ranks.
             sync: exchange gradients with the other ranks.
@@ -273,7 +277,8 @@ class MicroBatch:
         seed = derive_seed(parts.recipe.seed, self._state.step, parts.ranks.rank, *number)
         torch.manual_seed(seed)
         seed_generators(seed)  # Python's and numpy's too, which a model of the user's own may use
-        inputs, labels = parts.step_inputs(batch)
+        images, labels, *weights = batch
+        inputs, labels = parts.step_inputs((images, labels))
         data, size = parts.recipe.data, parts.preprocessing.image_size
         mix = choose_mix(data, seed=parts.recipe.seed, step=self._state.step, size=size)
         inputs, num = mix.images(inputs), len(labels)
@@ -288,7 +293,7 @@ class MicroBatch:
         logits = logits[:num]
 
         def loss_of(logits: torch.Tensor) -> torch.Tensor:
-            return mix.mean(lambda of: parts.loss.sum(logits, of, training=True), labels)
+            return mix.mean(functools.partial(parts.loss.sum, logits, training=True), labels, *weights)
 
         loss = loss_of(logits)
         total = loss + sum(weight * loss_of(o[:num]) for weight, o in auxiliary)

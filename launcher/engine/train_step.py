@@ -50,9 +50,11 @@ class TrainStep:
             self._statistics.broadcast()
         statistics, losses = self._statistics.copy(), []
         for number in range(last + 1):
-            batch: Batch = next(batches)
+            batch: tuple[torch.Tensor, ...] = next(batches)
             if state.step in state.skipped:
                 continue
+            if weights := self._parts.weights:
+                batch = (*batch, weights.of(step.micro_batches[number]))
             before, sync = None if number else statistics, number == last
             loss = self._micro_batch.run(batch, (number,), num_samples=step.num_samples, sync=sync, before=before)
             losses.append(loss)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.errors import UsageError
 from launcher.recipe import load as recipes
 from launcher.recipe import metrics as recipe_metrics
-from launcher.report import intervals
+from launcher.report import intervals, test_set
 from launcher.runs import findings
 from launcher.system.files import write_json_atomic, write_text_atomic
 from launcher.tracking import wandb_folder
@@ -85,6 +85,7 @@ def build_report(run: RunDir) -> Json:
             "command": launched.launched_by or shlex.join(plan.command),
             "created": launched.created,
             "host": launched.host,
+            "commit": launched.commit,
             "path": str(run.path),
             **{key: getattr(plan, key) for key in ("backend", "device", "nodes", "procs_per_node", "world_size")},
             "wall_s": _wall_s(events, metrics),
@@ -94,11 +95,10 @@ def build_report(run: RunDir) -> Json:
             "best": best,
             **_measured(table, best_val, train, val),
             "intervals": intervals.of_validation(best_val, table),
-            "ranking": best_val.get("ranking"),
+            "test": test_set.of_run(_curve(metrics, "test"), best, table, recipe),
             "noise": _noise(events, best),
             "classes": list(best_val.get("per_class") or manifest.get("classes", [])),
-            "per_class": best_val.get("per_class"),
-            "confusion": best_val.get("confusion"),
+            **{key: best_val.get(key) for key in ("ranking", "per_class", "confusion")},
             "mistakes": _mistakes(best_val),
             "findings": [asdict(found) for found in findings.of_run(run)],
             "rare_classes": _rare_classes(events),

@@ -95,7 +95,7 @@ def _has_all(run: RunDir, feed: Feed, known: dict[str, Any]) -> bool:
 
 
 def _artifacts(run: RunDir, story: Story) -> dict[str, str]:
-    """What of a finished run is worth keeping elsewhere, each with what tells it from an older one."""
+    """What of a run that is over is worth keeping elsewhere, each with what tells it from an older one."""
     found = {}
     if story.state in (*whereabouts.TRAINED, "failed", "cancelled") and run.best_checkpoint.exists():
         found["best"] = run.best_checkpoint.resolve().name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING, Any
 
 from launcher.recipe.keys import flat, show
@@ -43,6 +44,7 @@ class Mlflow:
 
     def __init__(self, run: RunDir, recipe: Recipe, plan: LaunchPlan) -> None:
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # else a folder is refused, and a database is needed
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it needs the network
         from mlflow.tracking import MlflowClient
 
         self._run = run
@@ -87,7 +89,7 @@ class Mlflow:
         from mlflow.entities import Metric
 
         metrics = [
-            Metric(name, float(value), round(1000 * record.time), record.step)
+            Metric(_name(name), float(value), round(1000 * record.time), record.step)
             for record in self._waiting
             for name, value in {**record.values, "epoch": record.epoch}.items()
         ]
@@ -129,3 +131,9 @@ class Mlflow:
             history = self._client.get_metric_history(self._id, name)
             held[name] = {(metric.timestamp, metric.step) for metric in history}
         return [metric for metric in metrics if (metric.timestamp, metric.step) not in held[metric.key]]
+
+
+def _name(name: str) -> str:
+    """Of a metric, in characters that MLflow allows; ``train/lr`` and ``train/lr/head`` would collide as files."""
+    split, _, rest = name.partition("/")
+    return re.sub(r"[^\w\-. :/]", "_", f"{split}/{rest.replace('/', '.')}" if rest else split)

@@ -173,10 +173,10 @@ class _Tracker(threading.Thread):
             if self._is_over:
                 self._tell()
         assert self._process.stdout  # noqa: S101  as asked for
-        with self._process.stdout as lines:
-            for line in lines:
+        with self._process:  # which waits for its end
+            for line in self._process.stdout:
                 self._say(line.rstrip("\n"))
-        return self._process.wait()
+        return self._process.returncode
 
     def _tell(self) -> None:
         """By a byte: the pipe's end may be held open by processes that were forked meanwhile."""
@@ -191,7 +191,7 @@ class _Tracker(threading.Thread):
 
 def beside(run: RunDir, recipe: Recipe, *, say: Callable[[str], None], stop: Callable[[], bool]) -> Trackers:
     """The trackers that a recipe asks for, beside its training; what cannot be is said in a line."""
-    names = [name for name in recipe.tracking.backends if _is_possible(name, recipe, say)]
+    names = [name for name in dict.fromkeys(recipe.tracking.backends) if _is_possible(name, recipe, say)]
     return Trackers(run, names, say=say, beside=True, stop=stop)
 
 

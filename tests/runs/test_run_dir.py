@@ -101,5 +101,8 @@ def test_file_names_are_those_of_the_contract(tmp_path):
         "report.json": run.report_json,
         "model_card.md": run.model_card,
         "wandb": run.wandb,
+        "tensorboard": run.sink_folder("tensorboard"),
+        "tracking/wandb.json": run.tracked("wandb"),
+        "logs/tracking-wandb.log": run.tracking_log("wandb"),
     }
     assert {name: path.relative_to(tmp_path).as_posix() for name, path in names.items()} == {n: n for n in names}

@@ -9,7 +9,7 @@ import logging
 import os
 import socket
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -28,6 +28,8 @@ BACKLOG = 2048
 """Connections that may wait to be taken."""
 KEEP_ALIVE_S = 75
 """An idle connection is kept so long: longer than balancers do, which would else use one as it is closed."""
+LINGER_S = 0.2
+"""After the last connection was taken its request may take so long to come."""
 CURES = {
     errno.EADDRINUSE: "another program listens there: choose another one with --port (0: any that is free)",
     errno.EACCES: "ports below 1024 need rights: choose another one with --port",
@@ -96,7 +98,7 @@ async def _serve(
         backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_S,
     )
-    server = _Server(config, service, settings.drain_s, is_member=is_member)
+    server = _Server(config, service, listening, drain_s=settings.drain_s, is_member=is_member)
 
     async def work() -> None:
         try:
@@ -116,9 +118,12 @@ async def _serve(
 class _Server(uvicorn.Server):
     """uvicorn, but told to stop it first answers what has come and what is on its way."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, drain_s: float, *, is_member: bool) -> None:
+    def __init__(
+        self, config: uvicorn.Config, service: Service, listening: socket.socket, *, drain_s: float, is_member: bool
+    ) -> None:
         super().__init__(config)
         self._service = service
+        self._listening = listening
         self._drain_s = drain_s
         self._is_member = is_member
         self._stopping: asyncio.Task[None] | None = None
@@ -145,6 +150,25 @@ class _Server(uvicorn.Server):
     async def _stop(self) -> None:
         self._service.is_stopping = True
         await asyncio.sleep(self._drain_s)
-        self._service.is_refusing = True
+        await self._close()
+        await asyncio.sleep(LINGER_S)
         await self._service.is_idle.wait()
         self.should_exit = True
+
+    async def _close(self) -> None:
+        """Take no more connections; those that have been made, and wait to be taken, would be cut off by that."""
+        waiting = []
+        with contextlib.suppress(OSError):  # there is none any more, or this process does not listen yet
+            while True:
+                waiting.append(self._listening.accept()[0])
+        for server in self.servers:
+            server.close()
+        loop = asyncio.get_running_loop()
+        for connection in waiting:
+            await loop.connect_accepted_socket(self._protocol, connection)
+
+    def _protocol(self) -> asyncio.Protocol:
+        """As uvicorn makes it for a new connection."""
+        kind: Any = self.config.http_protocol_class
+        made: asyncio.Protocol = kind(config=self.config, server_state=self.server_state, app_state={})
+        return made

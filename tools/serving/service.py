@@ -67,8 +67,6 @@ class Service:
         self.is_idle.set()
         self.is_stopping = False
         """/ready says no, and connections are not kept."""
-        self.is_refusing = False
-        """New requests for predictions are refused, too."""
         self._app = self._routed()
 
     def _routed(self) -> ASGIApp:
@@ -152,8 +150,8 @@ class Service:
         return Response(text, media_type=kind)
 
     async def _predict(self, request: Request) -> Response:
-        if not self._model or self.is_refusing:
-            raise RefusedError(503, "stopping" if self._model else "the model is being loaded; try again", LATER)
+        if not self._model:
+            raise RefusedError(503, "the model is being loaded; try again", LATER)
         top = self._top(request, self._model)
         images = None
         taken = self._take(1)
@@ -192,10 +190,14 @@ class Service:
     async def _answer(self, name: str, content: bytes, top: int) -> Prediction | _Unread:
         if not content:
             return _Unread(name, ValueError("empty: 0 bytes"))
+        from PIL import Image
+
         loop, model = asyncio.get_running_loop(), self._model
         assert model  # noqa: S101  else the request was refused
         try:
             image = await loop.run_in_executor(self._pool, model.read, content, self._check)
+        except Image.DecompressionBombError:  # so large that Pillow itself refuses it
+            return _Unread(name, self._too_large("the image"))
         except Exception as error:  # whatever a foreign file's bytes make the decoders raise
             return _Unread(name, error)
         return trained_model.Prediction(name=name, top=await self._batcher.answer(image, top))
@@ -203,10 +205,14 @@ class Service:
     def _check(self, image: PillowImage) -> None:
         """Refuse an image before its pixels are decoded."""
         if image.width * image.height > self._settings.max_pixels:
-            most = self._settings.max_pixels / 1e6
-            raise TooManyPixelsError(f"{image.width} x {image.height} pixels; valid: up to {most:g} million")
+            raise self._too_large(f"{image.width} x {image.height}")
         if image.format in walk.UNDECODABLE:  # for one of them Pillow would start another program
             raise ValueError(f"{image.format} files cannot be decoded")
+
+    def _too_large(self, what: str) -> TooManyPixelsError:
+        return TooManyPixelsError(
+            f"{what} has too many pixels; valid: up to {self._settings.max_pixels / 1e6:g} million"
+        )
 
 
 class _Unread:
@@ -219,8 +225,7 @@ class _Unread:
 
     def __init__(self, name: str, error: Exception) -> None:
         self.prediction = trained_model.Prediction(name=name, problem=trained_model.problem_of(error))
-        bombs = ("DecompressionBombError", TooManyPixelsError.__name__)
-        self.code = 413 if type(error).__name__ in bombs else 422
+        self.code = 413 if isinstance(error, TooManyPixelsError) else 422
 
 
 def _told(found: list[Prediction | _Unread]) -> Response:

@@ -71,8 +71,7 @@ class _Parent:
         """Pass a signal on; after a second one nothing is waited for."""
         if self._is_stopping:
             print("a second signal: requests that are under way are dropped", file=sys.stderr, flush=True)
-            self.kill()
-            os._exit(128 + number)
+            sys.exit(128 + number)
         self._is_stopping = True
 
     def watch(self, tell: Callable[[], None]) -> int:
@@ -94,8 +93,8 @@ class _Parent:
         for worker in self._running:
             with contextlib.suppress(ProcessLookupError):
                 worker.send_signal(signal.SIGTERM)
-        codes = [worker.wait() for worker in self._running]
-        return EXIT_FAILED if any(codes) else EXIT_OK
+        codes = {worker.wait() for worker in self._running}
+        return EXIT_FAILED if codes - {EXIT_OK, -signal.SIGTERM} else EXIT_OK  # by SIGTERM: it had hardly begun
 
     def _start(self) -> subprocess.Popen[bytes]:
         passed = [self._listening.fileno(), self._say_ready]

@@ -24,7 +24,7 @@ def lines(parts: Parts) -> Iterator[str]:
     """Model, images, steps, learning and what is best; each a line for people."""
     recipe = parts.recipe
     yield f"model: {_model(parts)}"
-    yield balance.describe(parts.images_per_class, recipe.data.balance)
+    yield balance.describe(parts.images_per_class, recipe.data.balance, weighed=parts.weights is not None)
     size = parts.preprocessing.image_size
     yield f"{len(parts.val_set):,} validation images; the model sees {size} x {size} px"
     yield f"steps: {_steps(parts)}"

@@ -153,6 +153,20 @@ class Recorder:
         text = "  ".join(f"{name} {values[name]:.4f}" for name in shown)
         self.say(f"epoch {epoch + 1}/{self._epochs}  val  {text}{'  best so far' if best else ''}")
 
+    def has_tested(self, split: str, best: dict[str, Any]) -> bool:
+        """Whether the test set has been measured by this best checkpoint."""
+        known = self._run.read_status().get("test") or {}
+        return bool(known) and all(known[key] == value for key, value in _of_test(split, best).items())
+
+    def tested(self, split: str, best: dict[str, Any], values: dict[str, Any]) -> None:
+        """The counts over the test set, when training is over."""
+        self._metrics("test", best["epoch"], best["step"], values)
+        shown = {name: values[name] for name in self._table if name in values and name not in self._hidden}
+        self.status(test=_of_test(split, best) | {"samples": values["samples"], **shown})
+        self.event("tested", samples=values["samples"], of_step=best["step"])
+        said = "  ".join(f"{name} {values[name]:.4f}" for name in self._said if name in shown)
+        self.say(f"test  {said}  ({values['samples']:,} images of {split}, best epoch {best['epoch'] + 1})")
+
     def checkpoint(self, *, step: int, best: bool, seconds: float, size_mb: float) -> None:
         """A checkpoint is on the disk."""
         self.event("checkpoint", step=step, seconds=round(seconds, 3), size_mb=round(size_mb, 3), best=best)
@@ -204,6 +218,11 @@ class Recorder:
         )
         self._task = self._progress.add_task("train", total=self._num_steps, of_epoch="first batch", text="")
         self._progress.start()
+
+
+def _of_test(split: str, best: dict[str, Any]) -> dict[str, Any]:
+    """What was measured on, and the checkpoint that was."""
+    return {"split": split, "step": best["step"], "epoch": best["epoch"], "weights": best.get("weights")}
 
 
 def _is_json(value: Any) -> bool:
