@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from launcher.commands.parser import parser_of
 from launcher.commands.ps import find_runs
-from launcher.commands.watched import LOOK_S, View, Watched, state_text
+from launcher.commands.watched import LOOK_S, View, Watched, slowest_text, state_text
 from launcher.errors import EXIT_OK, UsageError
 from launcher.runs.run_dir import RunDir
 
@@ -76,6 +76,8 @@ def line(view: View) -> str:
     parts += [f"{name} {snapshot.train[name]:.4g}" for name in ("loss", "images_per_s") if name in snapshot.train]
     if snapshot.best:
         parts.append(f"best {snapshot.best['metric']} {snapshot.best['value']:.4f}")
+    if snapshot.slowest:
+        parts.append(slowest_text(snapshot.slowest))
     return "  ".join(parts)
 
 

@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from launcher.commands.watched import LOOK_S, View, state_text
+from launcher.commands.watched import LOOK_S, View, slowest_text, state_text
 from launcher.report.templating import duration
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ def box(view: View, width: int) -> RenderableType:
     rows += [row for row in _curves(snapshot, inner) if row]
     if snapshot.train:
         rows.append(Text("  ".join(_speed(snapshot)), no_wrap=True, overflow="ellipsis"))
+    if snapshot.slowest:
+        rows.append(Text(slowest_text(snapshot.slowest), style="yellow", no_wrap=True, overflow="ellipsis"))
     if event := snapshot.last_event:
         message = event.get("message") or event.get("reason") or ""
         ago = duration(max(0.0, time.time() - event["time"]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launcher.backends import living
 from launcher.commands.run_end import Ending
@@ -73,3 +73,8 @@ def state_text(view: View) -> str:
     if job and job.state == "PENDING":
         return f"queued ({job.reason})" if job.reason not in ("", "None") else "queued"
     return view.shown
+
+
+def slowest_text(slowest: dict[str, Any]) -> str:
+    """The rank that the others wait for, in words."""
+    return f"rank {slowest['rank']} is {slowest['behind']:.0%} slower than the median rank, by its {slowest['cause']}"

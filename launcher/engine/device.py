@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -147,6 +148,20 @@ class Device:
     def is_idle(self) -> bool:
         """Whether all that was begun is computed; asking waits for nothing."""
         return not self.is_cuda or torch.cuda.current_stream(self.index).query()
+
+    def stamp(self) -> Any:
+        """This moment; on a GPU the one at which it will have computed all that was begun by now."""
+        if not self.is_cuda:
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def seconds_between(self, first: Any, second: Any) -> float | None:
+        """Seconds from one stamp to another; None: the GPU is not there yet. Asking waits for nothing."""
+        if not self.is_cuda:
+            return float(second - first)
+        return float(first.elapsed_time(second)) / 1000 if second.query() else None
 
     def release_memory(self) -> None:
         """Give what torch's allocator holds in store back."""

@@ -263,20 +263,21 @@ class Agreement:
 
     def __init__(self, num_wishes: int, hang_timeout_s: float | None = None) -> None:
         timeout = timedelta(seconds=group_timeout_s(hang_timeout_s))
-        self._group: Any = dist.new_group(backend="gloo", timeout=timeout)
+        self.group: Any = dist.new_group(backend="gloo", timeout=timeout)
+        """All ranks, on the host."""
         self._num_wishes = num_wishes
         self._pending: tuple[torch.Tensor, Any] | None = None
 
     def propose(self, *wishes: bool) -> None:
         """Say what this rank wishes now. Every rank must, after a :meth:`collect`."""
         flags = torch.tensor([int(w) for w in wishes], dtype=torch.int32)
-        work = dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        work = dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
         self._pending = (flags, work)
 
     def gather(self, number: int) -> list[int]:
         """The numbers of all ranks. Every rank must call it, after a :meth:`collect` and before a :meth:`propose`."""
-        found = [torch.zeros((), dtype=torch.int64) for _ in range(dist.get_world_size(self._group))]
-        dist.all_gather(found, torch.tensor(number), group=self._group)
+        found = [torch.zeros((), dtype=torch.int64) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(found, torch.tensor(number), group=self.group)
         return [int(one) for one in found]
 
     def collect(self) -> tuple[bool, ...]:

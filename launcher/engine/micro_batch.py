@@ -3,8 +3,7 @@
 Where memory runs out, in the forward or the backward pass, on one rank or on all, the micro-batch is done again in
 smaller pieces. The other ranks notice nothing but the time: they wait in DDP's exchange of gradients, as ever. Only
 where it runs out within DDP itself nothing can be done again: its reducer is left in the middle of a change, and with
-NCCL a collective may have begun. So it is with SyncBatchNorm, for which all ranks make every pass together. That ends
-the attempt.
+NCCL a collective may have begun. So it is with SyncBatchNorm, where all ranks pass together. That ends the attempt.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import contextlib
 import functools
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -35,13 +34,11 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from launcher.engine.augmenting.mixing import Mix
+    from launcher.engine.device import Device
+    from launcher.engine.loading.handover import Batch
     from launcher.engine.running_statistics import RunningStatistics
     from launcher.engine.setup import Parts
     from launcher.engine.state import TrainingState
-
-
-Batch = tuple[torch.Tensor, ...]
-"""Images, labels and, where not all losses count the same, what each does."""
 
 
 class ExchangeMemoryError(torch.OutOfMemoryError):
@@ -67,10 +64,13 @@ class _Pass:
 
     Args:
         module: the model.
+        device: where it is.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._parameters = list(module.parameters())
+    def __init__(self, module: nn.Module, device: Device) -> None:
+        self._parameters, self._device, self._num_learning = list(module.parameters()), device, 0
+        self.last_gradient: Any = None
+        """The device's stamp when it was there; None: it was not."""
         self.accumulated: set[nn.Parameter] = set()
         """Those whose gradients the backward pass has come to: they hold its share."""
         self._taken: set[nn.Parameter] = set()
@@ -84,12 +84,14 @@ class _Pass:
         for parameter in self._parameters:
             learns = parameter.requires_grad
             parameter.requires_grad_(True)  # torch takes hooks of no others; which learn may change
-            parameter.register_post_accumulate_grad_hook(self.accumulated.add)  # type: ignore[no-untyped-call]
+            parameter.register_post_accumulate_grad_hook(self._accumulate)  # type: ignore[no-untyped-call]
             parameter.requires_grad_(learns)
 
     def begin(self, ddp: DistributedDataParallel) -> None:
         """Before a forward and backward pass through ``ddp``, which is made anew when other layers learn."""
         self.accumulated.clear()
+        self.last_gradient = None
+        self._num_learning = sum(p.requires_grad for p in self._parameters)
         self._taken.clear()
         self.awaited = self._within_ddp = False
         if self._watched is None or self._watched() is not ddp:
@@ -106,6 +108,11 @@ class _Pass:
             yield
         self._within_ddp = False
         self.awaited = ddp.require_backward_grad_sync
+
+    def _accumulate(self, parameter: nn.Parameter) -> None:
+        self.accumulated.add(parameter)
+        if len(self.accumulated) == self._num_learning:
+            self.last_gradient = self._device.stamp()
 
     def missing(self) -> list[nn.Parameter]:
         """Those that learn and whose gradients the backward pass has not come to."""
@@ -147,9 +154,14 @@ class MicroBatch:
         self._parts = parts
         self._state = state
         self._statistics = statistics
-        self._pass = _Pass(parts.model.module)
+        self._pass = _Pass(parts.model.module, parts.device)
         self.largest_that_fits: int | None = None
         """The largest batch that could be done since memory ran out for a larger one; None: it never has."""
+
+    @property
+    def last_gradient(self) -> Any:
+        """When the last pass had its last gradient, before other ranks are waited for: the device's stamp."""
+        return self._pass.last_gradient
 
     def run(
         self,

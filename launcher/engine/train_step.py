@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -34,6 +34,8 @@ class TrainStep:
         self._parameters = list(parts.model.module.parameters())
         self._statistics = RunningStatistics(parts.model.module)
         self._micro_batch = MicroBatch(parts, state, self._statistics)
+        self.last_gradient: Any = None
+        """The device's stamp when the last gradient of the last step was there; None: the step was left out."""
         self.gradient_norm = torch.zeros(())
         """Of the last step, before it was clipped; on the device."""
 
@@ -58,6 +60,7 @@ class TrainStep:
             before, sync = None if number else statistics, number == last
             loss = self._micro_batch.run(batch, (number,), num_samples=step.num_samples, sync=sync, before=before)
             losses.append(loss)
+        self.last_gradient = self._micro_batch.last_gradient if losses else None
         if losses:
             self._statistics.put_back(statistics, where=self._update(step, losses))
             state.average.update(state.step)

@@ -12,6 +12,7 @@ from launcher.engine.batchnorm_recompute import BatchNormRecompute
 from launcher.engine.checkpoints.saving import Saving
 from launcher.engine.features.features import Features
 from launcher.engine.listeners.listeners import build_listeners, start_values
+from launcher.engine.listeners.rank_times import RankTimes
 from launcher.engine.listeners.train_log import TrainLog
 from launcher.engine.loading.handover import Feed, end_loaders
 from launcher.engine.loading.pace import Pace
@@ -21,6 +22,7 @@ from launcher.engine.state import TrainingState
 from launcher.engine.stopping import Redeal, RollBack, StopTraining
 from launcher.engine.train_step import TrainStep
 from launcher.engine.validating import test_set
+from launcher.engine.validating.best import BestValidation
 from launcher.engine.validating.noise import Noise
 from launcher.engine.validating.validation import Validation
 from launcher.errors import TrainingError
@@ -71,10 +73,12 @@ class Trainer:
         self._pace = Pace(parts.device)
         self._wrapped = self._holds_best = False
         self._step = TrainStep(parts, self.state)
-        self._log = TrainLog(parts, self.state, self._pace, self._listeners, recorder)
+        self._times = RankTimes(parts.device, recorder, self._agreement.group)
+        self._log = TrainLog(parts, self.state, self._pace, self._listeners, recorder, self._times)
         self._batchnorm = BatchNormRecompute(parts, recorder)
         self._validation = Validation(parts)
         self._noise = Noise(recorder)
+        self._best_validation = BestValidation(parts, recorder)
         self._features = Features(parts, recorder, stop=stop_requested, poll=self._poll, on_disk=memory_kills > 0)
         self._feed: Feed | None = None
         self.outcome: Outcome = "preempted"
@@ -111,6 +115,7 @@ class Trainer:
             except Redeal:
                 self._limit_batches(self._fitting_size)
         self._agreement.collect()
+        self._times.collect()
         self.parts.close_loaders()
         self._saving.finish(again=self.outcome == "preempted")
         self._listeners.tell("end", outcome=self.outcome, best=self.best)
@@ -160,7 +165,9 @@ class Trainer:
         """Take an optimizer step, and end the epoch after its last one."""
         parts, state = self.parts, self.state
         optim.set_lr(parts.optimizer, self.recipe, self._progress(step), parts.schedule.batching.global_batch_size)
+        began, waited = parts.device.stamp(), self._pace.window_waited
         self._step.run(step, of_step)
+        self._times.step(began, self._step.last_gradient, self._pace.window_waited - waited)
         state.step += 1
         state.offset = step.end
         self._pace.took(step.num_samples)
@@ -222,7 +229,9 @@ class Trainer:
         former, answers = state.best.best, self._validation.take_answers()
         is_best = state.best.take(watched, epoch=epoch, step=state.step)
         if is_best and self.best:
-            self._noise.judge(former, self.best, answers[-1 if "weights" in self.best else 0])
+            of_best = answers[-1 if "weights" in self.best else 0]
+            self._noise.judge(former, self.best, of_best)
+            self._best_validation.take(self.best, of_best)
         state.epoch, state.offset = epoch + 1, 0
         state.epoch_totals.reset()
         self._listeners.tell("validation", epoch=epoch, step=state.step, values=values, best=is_best)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, field
@@ -71,6 +72,8 @@ class Snapshot:
     """That train now, where that changes."""
     last_event: dict[str, Any] | None = None
     """The last line of events.jsonl."""
+    slowest: dict[str, Any] | None = None
+    """The rank that the others wait for: ``{rank, cause, behind}``; None: none is clearly slower."""
     updated: float | None = None
     """When it was last heard of: seconds since 1970."""
 
@@ -135,8 +138,18 @@ class Progress:
             metrics=list(curve.values) if (curve := self._of_val.get(self._metric.removeprefix("val/"))) else [],
             nodes=status.get("nodes"),
             last_event=self._last_event,
+            slowest=self._slowest(status) if status["state"] == "running" else None,
             updated=max((moment for moment in times if moment is not None), default=None),
         )
+
+    def _slowest(self, status: dict[str, Any]) -> dict[str, Any] | None:
+        try:
+            times = json.loads(self._run.rank_times.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # not there yet
+            return None
+        slowest = times["slowest"]
+        is_of_now = times["attempt"] == status.get("attempt")
+        return {key: slowest[key] for key in ("rank", "cause", "behind")} if slowest["is_slow"] and is_of_now else None
 
     def _take(self, line: dict[str, Any]) -> None:
         if line.get("split") == "train":

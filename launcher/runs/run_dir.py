@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,18 +27,6 @@ PROBE_BYTES = 1 << 16
 """Write this much to see whether the disk has room."""
 BATCH_LOG_VARIABLE = "LAUNCH_BATCH_LOG"
 """Environment variable of a node's supervisor: the log of its batch script; unset outside of one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkerSpec:
-    """All arguments of a worker; the rest it reads from the run directory and torchrun's environment variables."""
-
-    run_dir: str
-    """Absolute path of the run directory."""
-    attempt: int
-    """Which start of the workers this is, from 1; a restart counts."""
-    debug: bool = False
-    """In this process, with a handful of steps and no files but those of the run."""
 
 
 def node_name() -> str:
@@ -124,6 +112,16 @@ class RunDir:
     def metrics(self) -> Path:
         """One line per logged training window and per validation."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def rank_times(self) -> Path:
+        """What each rank did with the time of its last steps: ``{time, attempt, step, slowest, step_s, …}``."""
+        return self.path / "ranks.json"
+
+    @property
+    def validation(self) -> Path:
+        """Of the best checkpoint's validation: classes, calibration, confusions, and single images."""
+        return self.path / "validation.json"
 
     @property
     def logs(self) -> Path:

@@ -152,6 +152,19 @@ def test_off_a_terminal_a_line_for_each_change_until_the_run_ends(training, caps
     assert "completed  epoch 5/5  step 50/50" in lines[2]
 
 
+@pytest.mark.parametrize(("is_slow", "attempt"), [(True, 2), (False, 2), (True, 9)])
+def test_the_slowest_of_8192_ranks_is_named_with_its_cause(training, is_slow, attempt, capsys):
+    slowest = {"rank": 4711, "cause": "loader", "behind": 0.43, "is_slow": is_slow}
+    each = {name: [0.1] * 8192 for name in ("step_s", "compute_s", "wait_s")}
+    training.rank_times.write_text(
+        json.dumps({"time": NOW, "attempt": attempt, "step": 25, "slowest": slowest, **each})
+    )
+    named = "rank 4711 is 43% slower than the median rank, by its loader"
+    assert watch.main([str(training), "--once"]) == 0
+    assert (named in capsys.readouterr().out) == (is_slow and attempt == 2)
+    assert (named in shown(Watched(training).look(), 100)) == (is_slow and attempt == 2)
+
+
 def test_a_folder_of_runs_is_watched_and_json_is_for_programs(training, make_run, tmp_path, capsys):
     make_run("b", state="completed")
     assert watch.main([str(tmp_path / "runs"), "--json"]) == 0

@@ -95,6 +95,9 @@ def make_run(tmp_path, photos):
     return make
 
 
+SLOWEST = ("slowest_rank", "slowest_behind")
+
+
 class Records:
     """Stands for rank 0's recorder: what it is told is kept in a list, and events go to the run directory."""
 
@@ -120,6 +123,12 @@ class Records:
     def event(self, kind, **fields):
         self._run.append_event(kind, **fields)
 
+    def ranks(self, times):
+        self.rank_times = times
+
+    def best_validation(self, found):
+        self.found = found
+
     def resumed(self, *, num_steps, **fields):
         self.event("resumed", **fields)
 
@@ -127,7 +136,7 @@ class Records:
         self.event("checkpoint", step=step, best=best)
 
     def step(self, *, epoch, step, values):
-        kept = {k: v for k, v in values.items() if k not in ("images_per_s", "data_wait")}
+        kept = {k: v for k, v in values.items() if k not in ("images_per_s", "data_wait", *SLOWEST)}
         self.lines.append({"split": "train", "epoch": epoch, "step": step, **kept})
 
     def validation(self, *, epoch, step, values, best):

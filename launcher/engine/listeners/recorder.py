@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from launcher.recipe import metrics as recipe_metrics
 from launcher.runs import findings, generations, states
+from launcher.system.files import write_json_atomic
 from launcher.tracking.records import FACTS
 
 if TYPE_CHECKING:
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from launcher.engine.state import Outcome
     from launcher.recipe.schema import Recipe
     from launcher.runs.run_dir import RunDir, State
+
+
+RANKS_EVERY_S = 5.0
+"""The file of the ranks' times is written again after so many seconds: of thousands of ranks it is large."""
 
 
 class Recorder:
@@ -61,6 +66,7 @@ class Recorder:
         """Metrics that the line of a validation has; the files have all."""
         self._hidden: set[str] = set()
         """Metrics that say nothing with so few classes."""
+        self._ranks_written = 0.0
         self._writing = threading.Lock()
         self._unwritten: list[Callable[[], object]] = []
         if bar and console.isatty():
@@ -166,6 +172,19 @@ class Recorder:
         self.event("tested", samples=values["samples"], of_step=best["step"])
         said = "  ".join(f"{name} {values[name]:.4f}" for name in self._said if name in shown)
         self.say(f"test  {said}  ({values['samples']:,} images of {split}, best epoch {best['epoch'] + 1})")
+
+    def ranks(self, times: dict[str, Any]) -> None:
+        """What each rank did with the time of its last steps; the file has the last of them."""
+        now = time.time()
+        if now - self._ranks_written >= RANKS_EVERY_S or times["slowest"]["is_slow"]:
+            self._ranks_written = now
+            self._write(
+                lambda: write_json_atomic(self._run.rank_times, {"time": now, "attempt": self._attempt, **times})
+            )
+
+    def best_validation(self, found: dict[str, Any]) -> None:
+        """What the report shows of the best checkpoint's validation, image by image and class by class."""
+        self._write(lambda: write_json_atomic(self._run.validation, found))
 
     def checkpoint(self, *, step: int, best: bool, seconds: float, size_mb: float) -> None:
         """A checkpoint is on the disk."""

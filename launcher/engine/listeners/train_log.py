@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from launcher.engine.listeners.listeners import Listeners
+    from launcher.engine.listeners.rank_times import RankTimes
     from launcher.engine.listeners.recorder import Recorder
     from launcher.engine.loading.pace import Pace
     from launcher.engine.setup import Parts
@@ -33,16 +34,24 @@ class TrainLog:
         pace: clocks of this rank.
         listeners: which are told.
         recorder: on rank 0; the others are not told.
+        times: what each rank does with its time.
     """
 
     def __init__(
-        self, parts: Parts, state: TrainingState, pace: Pace, listeners: Listeners, recorder: Recorder | None
+        self,
+        parts: Parts,
+        state: TrainingState,
+        pace: Pace,
+        listeners: Listeners,
+        recorder: Recorder | None,
+        times: RankTimes,
     ) -> None:
         self._parts = parts
         self._state = state
         self._pace = pace
         self._listeners = listeners
         self._recorder = recorder
+        self._times = times
         self._due: deque[tuple[int, Callable[[], None]]] = deque()
 
     def first_step(self) -> None:
@@ -70,9 +79,11 @@ class TrainLog:
         sums = state.window_totals.over_ranks()
         state.window_totals.reset()
         values: dict[str, Any] = {**self._pace.window(), **optim.rates(self._parts.optimizer), "offset": state.offset}
+        position = {"epoch": state.epoch, "step": state.step}
+        step_s, wait_s = self._pace.last_window
+        values |= self._times.end_window(position, step_s=step_s, wait_s=wait_s)
         if not recorder:
             return
-        position = {"epoch": state.epoch, "step": state.step}
         numbers = self._parts.device.to_host_later(torch.cat([sums, gradient_norm.double().reshape(1)]))
 
         def tell() -> None:

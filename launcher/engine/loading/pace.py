@@ -26,8 +26,11 @@ class Pace:
     def __init__(self, device: Device) -> None:
         self._device = device
         self._window_since = self._epoch_since = time.monotonic()
-        self._window_samples = self._epoch_samples = 0
-        self._window_waited = self._epoch_waited = 0.0
+        self._window_samples = self._epoch_samples = self._window_steps = 0
+        self.window_waited = self._epoch_waited = 0.0
+        """Seconds that this rank waited since the last window."""
+        self.last_window = (0.0, 0.0)
+        """Means over the steps of the last window: seconds of a step, and those of them that this rank waited."""
         self._paused_at: float | None = None
         self._told = False
 
@@ -38,7 +41,7 @@ class Pace:
         yield
         if self._device.is_idle():
             waited = time.monotonic() - began
-            self._window_waited += waited
+            self.window_waited += waited
             self._epoch_waited += waited
 
     def pause(self) -> None:
@@ -62,6 +65,7 @@ class Pace:
     def took(self, num_samples: int) -> None:
         """A step of so many samples of all ranks is taken."""
         self._window_samples += num_samples
+        self._window_steps += 1
         self._epoch_samples += num_samples
 
     def window(self) -> dict[str, float]:
@@ -69,9 +73,12 @@ class Pace:
         seconds = max(1e-9, time.monotonic() - self._window_since)
         found = {
             "images_per_s": self._window_samples / seconds,
-            "data_wait": round(min(1.0, self._window_waited / seconds), 4),
+            "data_wait": round(min(1.0, self.window_waited / seconds), 4),
         }
-        self._window_since, self._window_samples, self._window_waited = time.monotonic(), 0, 0.0
+        steps = max(1, self._window_steps)
+        self.last_window = (seconds / steps, self.window_waited / steps)
+        self._window_since, self._window_samples, self._window_steps = time.monotonic(), 0, 0
+        self.window_waited = 0.0
         return found
 
     @property

@@ -33,6 +33,8 @@ class Answers:
     """Of each image, true class * number of classes + predicted class; int64."""
     losses: torch.Tensor | None
     """Of each image, float64; None: the loss gives means of batches only."""
+    confidences: torch.Tensor | None = None
+    """Of each image, the probability of what it was answered, float32."""
 
 
 class Noise:

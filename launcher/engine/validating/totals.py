@@ -51,6 +51,7 @@ class ValidationTotals:
         self._top_k = torch.zeros((), dtype=torch.int64, device=device)
         self._pairs = [torch.empty(0, dtype=torch.int64, device=device)]
         """Of each image, true class * number of classes + predicted class."""
+        self._confidences = [torch.empty(0, device=device)]
         self._ranking = Ranking(len(self._classes), device)
         self._calibration = Calibration(device)
 
@@ -64,7 +65,9 @@ class ValidationTotals:
         self._pairs.append(labels * len(self._classes) + predicted)
         probabilities = self._of_run.probabilities(logits)
         self._ranking.add(probabilities, labels)
-        self._calibration.add(probabilities.gather(1, predicted[:, None])[:, 0], predicted == labels)
+        confidences = probabilities.gather(1, predicted[:, None])[:, 0]
+        self._confidences.append(confidences)
+        self._calibration.add(confidences, predicted == labels)
         if self._own:
             self._own.add(logits, labels)
 
@@ -81,6 +84,7 @@ class ValidationTotals:
             num_classes=len(self._classes),
             pairs=torch.cat(self._pairs),
             losses=None if self._gives_means else torch.cat(self._losses),
+            confidences=torch.cat(self._confidences),
         )
 
     def compute(self) -> dict[str, Any]:

@@ -1,0 +1,123 @@
+"""What people want to see of the best checkpoint's validation: its classes, its calibration, and single images."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from launcher.engine.distributed import count_over_ranks, gather_rows, sum_over_ranks
+from launcher.engine.schedule import validation_batches
+from launcher.engine.validating.ranking import CALIBRATION_BINS
+
+if TYPE_CHECKING:
+    from launcher.engine.listeners.recorder import Recorder
+    from launcher.engine.setup import Parts
+    from launcher.engine.validating.noise import Answers
+
+VERSION = 1
+NUM_IMAGES = 12
+"""Wrong and right answers that are kept, each: what a screen shows."""
+NUM_CONFUSIONS = 200
+"""Pairs of classes that are kept, the most frequent."""
+
+
+class BestValidation:
+    """Describes each best epoch's answers. Every rank has one.
+
+    Args:
+        parts: model, data and who we are.
+        recorder: on rank 0.
+    """
+
+    def __init__(self, parts: Parts, recorder: Recorder | None) -> None:
+        self._parts = parts
+        self._recorder = recorder
+        self._trained_on: dict[str, int] = {}
+
+    def take(self, best: dict[str, Any], answers: Answers | None) -> None:
+        """Write down what rank 0 learns of all ranks' answers. Every rank must call it.
+
+        Args:
+            best: as status.json has it.
+            answers: of the weights that it is the value of; with several classes an image there is nothing to say.
+        """
+        if answers is None or not answers.num_classes or answers.confidences is None:
+            return
+        num, pairs = answers.num_classes, answers.pairs
+        right = pairs // num == pairs % num
+        bins = _calibration(answers.confidences, right)
+        wrong, sure = (self._images(answers, ~right), self._images(answers, right))
+        kinds, counts = (found.cpu() for found in count_over_ranks(pairs))
+        if self._recorder is None:
+            return
+        true, predicted, hit = kinds // num, kinds % num, kinds // num == kinds % num
+        names = self._parts.classes
+        most = counts[~hit].argsort(descending=True, stable=True)[:NUM_CONFUSIONS]
+        rows = zip(*(each[~hit][most].tolist() for each in (true, predicted, counts)), strict=True)
+        self._recorder.best_validation(
+            {
+                "version": VERSION,
+                **{key: best[key] for key in ("metric", "value", "epoch", "step")},
+                "samples": int(counts.sum()),
+                "classes": self._classes(true, predicted, counts, hit),
+                "calibration": [[int(images), *sums] for images, *sums in bins.tolist()],
+                "confusions": [{"true": names[t], "predicted": names[p], "count": count} for t, p, count in rows],
+                "wrong": self._named(wrong),
+                "right": self._named(sure),
+            }
+        )
+
+    def _classes(
+        self, true: torch.Tensor, predicted: torch.Tensor, counts: torch.Tensor, hit: torch.Tensor
+    ) -> dict[str, dict[str, int]]:
+        """Of each class images that it was trained on, of validation, rightly predicted, and taken for it."""
+        names = self._parts.classes
+        self._trained_on = self._trained_on or self._parts.images_per_class
+        columns = [
+            torch.zeros(len(names), dtype=torch.int64).index_add_(0, of, found).tolist()
+            for of, found in ((true, counts), (true[hit], counts[hit]), (predicted, counts))
+        ]
+        rows = zip(names, *columns, strict=True)
+        return {
+            name: {"train": self._trained_on.get(name, 0), "val": val, "hits": hits, "predicted": said}
+            for name, val, hits, said in rows
+        }
+
+    def _images(self, answers: Answers, wanted: torch.Tensor) -> torch.Tensor:
+        """The surest of all ranks' answers of those wanted: rows of index, pair and confidence."""
+        assert answers.confidences is not None  # noqa: S101  looked at before
+        of_rank = validation_batches(
+            len(self._parts.val_set), rank=self._parts.ranks.rank, batching=self._parts.schedule.batching
+        )
+        indices = [index for batch in of_rank for index in batch]
+        sure = answers.confidences.double().masked_fill(~wanted, -1.0)
+        most = sure.topk(min(NUM_IMAGES, len(sure)))
+        rows = torch.stack(
+            [
+                torch.tensor(indices[: len(sure)], dtype=torch.float64, device=sure.device)[most.indices],
+                answers.pairs[most.indices].double(),
+                most.values,
+            ],
+            dim=1,
+        )
+        rows = gather_rows(rows[most.values >= 0])
+        return rows[rows[:, 2].argsort(descending=True, stable=True)[:NUM_IMAGES]]
+
+    def _named(self, rows: torch.Tensor) -> list[dict[str, Any]]:
+        """Rows of :meth:`_images` in words."""
+        names, found = self._parts.classes, self._parts.val_set
+        return [
+            {"image": found.key(int(index)), "confidence": round(confidence, 6)}
+            | {"true": names[int(pair) // len(names)], "predicted": names[int(pair) % len(names)]}
+            for index, pair, confidence in rows.tolist()
+        ]
+
+
+def _calibration(confidences: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Of each bin of confidence over all ranks: images, the sum of their confidences, and those that are right."""
+    bounds = torch.linspace(0, 1, CALIBRATION_BINS + 1, device=confidences.device)[1:-1]
+    places = torch.bucketize(confidences, bounds, right=True)
+    values = torch.stack([torch.ones_like(right).double(), confidences.double(), right.double()], dim=1)
+    sums = torch.zeros(CALIBRATION_BINS, 3, dtype=torch.float64, device=confidences.device)
+    return sum_over_ranks(sums.index_add_(0, places, values)).cpu()
