@@ -11,14 +11,18 @@ RUN := runs/demo
 
 .PHONY: demo test test-gpu lint docs bench faults clean
 
-$(VENV)/installed: pyproject.toml
+$(VENV)/demo: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12 …")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --editable '.[demo]'
+	touch $@
+
+$(VENV)/installed: $(VENV)/demo
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-demo: $(VENV)/installed
+demo: $(VENV)/demo
 	rm -rf $(RUN)
 	$(BIN)/launch recipes/quickstart.yaml --run-dir $(RUN)
 

@@ -129,7 +129,7 @@ def explained() -> Iterator[Ended]:
         ended.code = EXIT_OK
         refused = error
     finally:
-        phases.end(told=False)
+        phases.stop()
         console.release()
     problem = console.flush_or_drop() or refused
     if problem and not isinstance(problem, BrokenPipeError):  # `launch models | head`: the reader has seen enough
@@ -138,6 +138,6 @@ def explained() -> Iterator[Ended]:
 
 
 def _say(text: str) -> None:
-    phases.end(told=False)
+    phases.stop()
     with contextlib.suppress(OSError):  # nobody is there to read it; the exit code says it too
         print(text, file=sys.stderr, flush=True)  # a job's standard error is a file, which would be buffered

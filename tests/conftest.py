@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import compileall
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +148,21 @@ def make_run(tmp_path):
     return make
 
 
+PHASES = re.compile(
+    r"^(reading the recipe|importing torch|checking the recipe against the model|checking images|starting the workers|"
+    r"measuring batch sizes|meeting the other workers|making the process group|building the model|first batch)"
+    r"[\d, of]*( … \d+ s|: [\d.]+ s)\n",
+    re.MULTILINE,
+)
+"""Lines of what takes longer than two seconds before a run's first step (launcher/system/phases.py)."""
+
+
+def without_phases(done):
+    """What a process printed, as on a machine that is not busy."""
+    done.stdout, done.stderr = (PHASES.sub("", text) for text in (done.stdout, done.stderr))
+    return done
+
+
 @pytest.fixture
 def launch(tmp_path):
     """Run `launch …` in an empty folder of its own, on a machine without SLURM; return the finished process."""
@@ -154,7 +170,7 @@ def launch(tmp_path):
     folder.mkdir(exist_ok=True)
 
     def _launch(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-m", "launcher", *arguments],
             cwd=folder,
             env={**os.environ, "PATH": "", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **(env or {})},
@@ -163,6 +179,7 @@ def launch(tmp_path):
             check=False,
             timeout=240,
         )
+        return without_phases(done)
 
     _launch.cwd = folder
     return _launch
@@ -178,7 +195,7 @@ def warm_launch(tmp_path):
     own = {"PATH": "", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
     def _launch(*arguments):
-        return warm.launch(arguments, cwd=folder, env=os.environ | own)
+        return without_phases(warm.launch(arguments, cwd=folder, env=os.environ | own))
 
     _launch.cwd = folder
     return _launch

@@ -470,8 +470,10 @@ def test_a_file_of_ones_own_goes_before_one_of_the_package(launch):
 
 def test_recipes_are_listed_each_with_what_it_is(launch):
     listed, _, hint = launch("recipes").stdout.partition("\n\n")
-    lines = listed.splitlines()
-    assert hint == "launch NAME runs one, launch recipes NAME > mine.yaml copies it\n"
+    lines, paths = listed.splitlines()[::2], listed.splitlines()[1::2]
+    assert "launch new mine --from NAME copies it to mine.yaml" in hint
+    assert [Path(path.strip()).stem for path in paths] == [line.split()[0] for line in lines]
+    assert all(Path(path.strip()).is_file() for path in paths)
     assert [line.split()[0] for line in lines] == sorted(
         file.stem for file in (Path(__file__).parents[1] / "recipes").glob("*.yaml")
     )

@@ -55,7 +55,7 @@ MISTAKES = {
     "why one two": "two: no such argument",
     "why runs/none": "`launch ps` lists the runs",
     "predict": "the following arguments are required: RUN|FILE, IMAGE\n",
-    "predict runs/none a.jpg": "runs/none",
+    "predict runs/none a.jpg": "a.jpg: no such file, folder or pattern",
     "recipes --all": "--all: no such option",
     "resume runs/none --epochs 3": "go without dashes: train.epochs=3",
     # values

@@ -23,6 +23,7 @@ from launcher.commands.parser import parser_of
 from launcher.errors import EXIT_OK, EXIT_PREFLIGHT, UsageError
 from launcher.images import walk as image_walk
 from launcher.plan import topology
+from launcher.recipe import catalog
 from launcher.system import allocator, loader_room
 from launcher.system import cores as host_cores
 from launcher.system.words import plural
@@ -297,9 +298,9 @@ def _disk_for_runs() -> Verdict:
 
 
 def _disk_for_weights() -> Verdict:
-    base = os.environ.get("XDG_CACHE_HOME", "~/.cache")  # as torch.hub.get_dir, which needs torch
-    folder = Path(os.environ.get("TORCH_HOME", f"{base}/torch")).expanduser().absolute()
-    return _disk(folder, status="warning", cure="set TORCH_HOME to a folder with room, or make room")
+    return _disk(
+        catalog.weights_folder().parents[1], status="warning", cure="set TORCH_HOME to a folder with room, or make room"
+    )
 
 
 def _slurm() -> Verdict:

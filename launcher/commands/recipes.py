@@ -20,8 +20,10 @@ def main(argv: Sequence[str]) -> int:
     known = {path.stem: path for path in start.recipes()}
     if name is None:
         for stem, path in known.items():
-            print(f"{stem:<22} {_about(path.read_text(encoding='utf-8'))}")
-        print("\nlaunch NAME runs one, launch recipes NAME > mine.yaml copies it")
+            print(f"{stem:<22} {_about(path.read_text(encoding='utf-8'))}\n{'':<22} {path}")
+        print(
+            "\nlaunch NAME runs one, launch new mine --from NAME copies it to mine.yaml, launch recipes NAME prints it"
+        )
     elif name in known:
         print(f"# {known[name]}\n{known[name].read_text(encoding='utf-8')}", end="")
     else:

@@ -10,6 +10,7 @@ import ast
 import functools
 import importlib.util
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -91,6 +92,12 @@ class ModelEntry:
         problem = f"found {name!r}; {self.arch} has no such weights;"
         known = f"valid: {', '.join(valid) or 'null (random)'}"
         raise UsageError(" ".join(filter(None, [problem, did_you_mean(name, valid), known])))
+
+
+def weights_folder() -> Path:
+    """Where torch keeps downloaded weights: as torch.hub.get_dir, which needs torch."""
+    base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    return Path(os.environ.get("TORCH_HOME", f"{base}/torch")).expanduser().absolute() / "hub" / "checkpoints"
 
 
 @functools.cache

@@ -82,13 +82,13 @@ class Line:
                     console.write_in_place(self._stream, f"{text} … {took:.0f} s"[:width])
             elif took >= due:
                 due *= 2
-                print(f"{text} …", file=self._stream, flush=True)
+                print(f"{text} … {took:.0f} s", file=self._stream, flush=True)
 
 
 def show() -> None:
-    """From here on, tell what this process is doing, on standard error."""
+    """From here on, tell what this process is doing, on standard error, where that can delay nothing."""
     global _line  # noqa: PLW0603  a process has one terminal
-    if _line is None:
+    if _line is None and console.is_protected():
         _line = Line(sys.stderr)
         os.register_at_fork(after_in_child=_forget)
 
@@ -115,7 +115,14 @@ def counting(phase: str) -> Callable[[int, int], None]:
     return update
 
 
-def end(*, told: bool = True) -> None:
+def end() -> None:
     """Nothing of the kind is being done any more."""
     if _line:
-        _line.end(told=told)
+        _line.end()
+
+
+def stop() -> None:
+    """From here on, tell nothing."""
+    if _line:
+        _line.end(told=False)
+    _forget()

@@ -31,11 +31,11 @@ def test_off_a_terminal_what_takes_long_is_told_with_its_time(monkeypatch):
     output = io.StringIO()
     line = phases.Line(output)
     line.at("importing torch")
-    wait_for(output, "importing torch …\n")
+    wait_for(output, "importing torch … 0 s\n")
     line.at("checking images")
     line.update("3,210 of 50,000")
     line.at("checking images")  # the same phase goes on
-    wait_for(output, "checking images 3,210 of 50,000 …\n")
+    wait_for(output, "checking images 3,210 of 50,000 … 0 s\n")
     line.end()
     lines = output.getvalue().splitlines()
     assert sum(one.startswith("importing torch: ") and one.endswith(" s") for one in lines) == 1
