@@ -45,6 +45,7 @@ bench: $(VENV)/installed
 	$(BIN)/python -m tests.bench.features
 	$(BIN)/python -m tests.bench.loaders
 	$(BIN)/python -m tests.bench.engine_cost
+	$(BIN)/python -m tests.bench.tracking
 	$(BIN)/python -m tests.bench.peers
 
 faults: $(VENV)/installed

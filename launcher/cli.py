@@ -89,6 +89,12 @@ def _watch() -> _Module:
     return watch
 
 
+def _completion() -> _Module:
+    from launcher.commands.completion import Completion
+
+    return Completion(COMMANDS)
+
+
 def _compare() -> _Module:
     from launcher.commands import compare
 
@@ -125,6 +131,18 @@ def _lr_find() -> _Module:
     return lr_find
 
 
+def _init_profile() -> _Module:
+    from launcher.commands import init_profile
+
+    return init_profile
+
+
+def _new() -> _Module:
+    from launcher.commands import new
+
+    return new
+
+
 def _models() -> _Module:
     from launcher.commands import models
 
@@ -141,6 +159,12 @@ def _ps() -> _Module:
     from launcher.commands import ps
 
     return ps
+
+
+def _push() -> _Module:
+    from launcher.commands import push
+
+    return push
 
 
 def _recipes() -> _Module:
@@ -167,6 +191,24 @@ def _schema() -> _Module:
     return schema
 
 
+def _serve() -> _Module:
+    from launcher.commands import serve
+
+    return serve
+
+
+def _package() -> _Module:
+    from launcher.commands import package
+
+    return package
+
+
+def _track() -> _Module:
+    from launcher.commands import track
+
+    return track
+
+
 def _tune() -> _Module:
     from launcher.commands import tune
 
@@ -189,22 +231,33 @@ COMMANDS = {
     "watch": Command(
         "RUN …", "how runs get on, from their files: progress, curves, speed, queue; here or on a login node", _watch
     ),
+    "track": Command(
+        "RUN", "send a run's records to wandb, TensorBoard or MLflow, live from a login node, or afterwards", _track
+    ),
     "compare": Command("RUN …", "runs or folders of runs side by side, the best first", _compare),
     "export": Command("RUN", "export, quantize and measure a run's best checkpoint again", _export),
     "benchmark": Command("RUN|FILE", "time exported models on this machine, beside eager PyTorch", _benchmark),
     "evaluate": Command("RUN", "measure a run's best checkpoint on its validation images, or on others", _evaluate),
     "predict": Command("RUN IMAGE …", "classify images, folders or patterns; an ONNX file needs no torch", _predict),
+    "serve": Command("RUN|FILE", "answer requests over HTTP with a run's model; an ONNX file needs no torch", _serve),
+    "package": Command("RUN", "a folder with the model, its server and a Dockerfile, which needs no torch", _package),
+    "push": Command(
+        "RUN --to PLACE", "share the card and the accepted exports: a folder, hub:OWNER/NAME, wandb", _push
+    ),
     "report": Command("RUN", "write report.html, report.json and model_card.md again", _report),
     "why": Command("RUN", "the first failure of a run, and its cure", _why),
     "models": Command(
         "[PATTERN]", "torchvision's classification models; --layers ARCH: names for freeze and groups", _models
     ),
     "recipes": Command("[NAME]", "the recipes that come with this package; NAME: print one", _recipes),
+    "new": Command("NAME --data PATH", "a recipe for your images, chosen and explained; --from RECIPE: a copy", _new),
+    "init-profile": Command("[NAME]", "ask this SLURM cluster what it has, and write a profile for it", _init_profile),
     "tune": Command("RECIPE", "measure batch sizes on this machine, and show what was measured", _tune),
     "lr-find": Command("RECIPE", "a learning rate to begin with, by a short training that is thrown away", _lr_find),
     "augment": Command("RECIPE", "a picture of training images before and after augmentation", _augment),
     "check": Command("DATA", "look through an image folder: bad files, classes, images that are there twice", _check),
     "doctor": Command("", "check this machine; --nodes N: nodes of a cluster and their network", _doctor),
+    "completion": Command("bash|zsh|fish", "what your shell needs to complete commands, recipes and keys", _completion),
     "schema": Command("", "the JSON Schema of a recipe, for editors", _schema),
 }
 

@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from launcher.system import console
+from launcher.system import console, phases
 from launcher.system.redact import redact
 
 if TYPE_CHECKING:
@@ -129,6 +129,7 @@ def explained() -> Iterator[Ended]:
         ended.code = EXIT_OK
         refused = error
     finally:
+        phases.end(told=False)
         console.release()
     problem = console.flush_or_drop() or refused
     if problem and not isinstance(problem, BrokenPipeError):  # `launch models | head`: the reader has seen enough
@@ -137,5 +138,6 @@ def explained() -> Iterator[Ended]:
 
 
 def _say(text: str) -> None:
+    phases.end(told=False)
     with contextlib.suppress(OSError):  # nobody is there to read it; the exit code says it too
         print(text, file=sys.stderr, flush=True)  # a job's standard error is a file, which would be buffered

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.errors import EXIT_OK, RecipeError, TrainingError, UsageError
 from launcher.runs import history, states
-from launcher.runs.run_dir import RunDir, new_run_id
-from launcher.system import lazy_dynamo, lazy_meta, network, processes
+from launcher.runs.identity import new_run_id
+from launcher.runs.run_dir import RunDir
+from launcher.system import git, lazy_dynamo, lazy_meta, network, phases, processes
 from launcher.system.redact import redact
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def carry_out(reading: Reading) -> int:
     if run.exists and has_nothing_left(run, draft.recipe):
         return EXIT_OK
     (found,) = admit([draft], [made.script, made.post_script])
+    phases.end()
     if made.node_rank == 0 and not meeting.goes_on_elsewhere(run, made):
         record(draft, found)
         print(f"run {made.run_id}: {made.world_size} workers on {made.device}, in {made.run_dir}", flush=True)
@@ -85,13 +87,18 @@ def read(*requests: Request) -> list[Reading]:
     Raises:
         RecipeError: names everything that is wrong with any of them.
     """
+    phases.at("reading the recipe")
     with processes.importing():
         from launcher.recipe import load as recipes
 
     found, problems = [], {}
     for request in requests:
         try:
-            recipe, source = recipes.load(find_recipe(request.recipe), request.overrides, request.flags())
+            has_begun = (
+                bool(request.run_id and request.run_dir) and RunDir(str(request.run_dir)).newest_state() is not None
+            )
+            file, flags = find_recipe(request.recipe), request.flags()
+            recipe, source = recipes.load(file, request.overrides, flags, has_begun=has_begun)
             found.append(Reading(request=request, recipe=recipe, source=source))
         except RecipeError as error:
             problems.update({str(problem): problem for problem in error.problems})
@@ -153,11 +160,13 @@ def admit(drafts: Sequence[Draft], scripts: Sequence[str]) -> list[Scan | None]:
 
 def _check_with_torch(draft: Draft) -> None:
     """Check what only torch and the user's own code can tell; what that code raises is left in the run directory."""
+    phases.at("importing torch")
     lazy_dynamo.put_off()
     lazy_meta.put_off()
     with processes.importing():
         from launcher.engine import recipe_checks
         from launcher.engine.user import trial
+    phases.at("checking the recipe against the model")
     run, where = draft.run, draft.source.where
     tell_of_ignored(draft.recipe, draft.source)
     try:
@@ -290,8 +299,8 @@ def write_run(plan: LaunchPlan, recipe: Recipe, code: Code | None = None) -> Non
     from launcher.plan.launch_plan import Launched
     from launcher.recipe import load as recipes
     from launcher.recipe import paths as recipe_paths
+    from launcher.runs.identity import code_digest
     from launcher.system.files import write_text_atomic
-    from launcher.system.own_code import code_digest
 
     run = RunDir(plan.run_dir)
     if run.recipe.exists() and not run.plan.exists():
@@ -309,6 +318,7 @@ def write_run(plan: LaunchPlan, recipe: Recipe, code: Code | None = None) -> Non
         process_started=processes.start_time(os.getpid()),
         variables=sorted(set(variables.read_by_runs(os.environ)) - plan.env.keys()) if plan.script else [],
         launched_by=redact(shlex.join(["launch", *sys.argv[1:]])),
+        commit=git.commit(),
     )
     try:
         run.write_plan(plan, launched)

@@ -24,7 +24,7 @@ from launcher.system import cpu as host_cpu
 from launcher.tools import calibrate, evaluate, formats, latency, onnx_model, probe, publish, quantize
 from launcher.tools.gate import REFERENCE, Answers, doubt
 from launcher.tools.quantize import Ladder, first_line
-from launcher.tracking import wandb as tracking
+from launcher.tracking import trackers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 FILES = {name: row.file for name, row in formats.FORMATS.items()} | quantize.FILES
 """Names in exports/, by format."""
+UPLOAD_S = 600.0
+"""Seconds that sending the exports to a tracking server may take."""
 NO_CALIBRATION = "calibration needs training images"
 
 
@@ -67,12 +69,12 @@ def export_run(run: RunDir, data_path: str | None = None, names: Sequence[str] |
         best, calibration = calibrate.apply(best, missing, say)
         publish.remove_abandoned(run)
         with tempfile.TemporaryDirectory(dir=run.exports, prefix=publish.prefix()) as folder:
-            making = _Making(run, best, Path(folder), Answers(best, missing), say)
+            making = _Making(run, best, Path(folder), Answers(best, missing), say, each=names is not None)
             wanted = [*best.recipe.post.export, *best.recipe.post.quantize] if names is None else list(names)
             manifest = making.make(wanted) | {"calibration": calibration}
             made, not_made = list(manifest["exports"]), list(manifest["not_made"])
             publish.publish(run, Path(folder), manifest, list(FILES.values()))
-        tracking.log_exports(run, warn=say)
+        trackers.send_once(run, best.recipe, say=say, timeout_s=UPLOAD_S)
         if not missing and made and not any(row["accepted"] for row in made):
             raise TrainingError(f"no export was accepted, so none was kept: {_reasons(made)}")
         if not_made and not made:
@@ -92,14 +94,18 @@ class _Making:
         folder: where files are made.
         answers: what models say of the validation images.
         say: tells the user a line.
+        each: each quantized format is wanted; else the first of them that is accepted.
     """
 
-    def __init__(self, run: RunDir, best: evaluate.BestModel, folder: Path, answers: Answers, say: Say) -> None:
+    def __init__(
+        self, run: RunDir, best: evaluate.BestModel, folder: Path, answers: Answers, say: Say, *, each: bool = False
+    ) -> None:
         self._run = run
         self._best = best
         self._folder = folder
         self._answers = answers
         self._say = say
+        self._each = each
         self._start = time.monotonic()
         self._threads = torch.get_num_threads()
         self._predictors: dict[str, Predictor] = {REFERENCE: best.module}
@@ -115,7 +121,7 @@ class _Making:
         judged = {row["format"]: row for row in ladder if row["is_made"]}
         failed = {row["format"]: row["reason"] for row in ladder if row["format"] not in judged}
         self._not_made += [_not_made(name, reason) for name, reason in failed.items()]
-        rows += [dict(row) for row in accepted or judged.values()]
+        rows += [dict(row) for row in judged.values() if self._each or row["accepted"] or not accepted]
         self._say("measuring")
         return self._manifest(rows, ladder)
 
@@ -175,7 +181,9 @@ class _Making:
             return []
         self._tell(f"quantizing: {', '.join(names)}")
         ladder = Ladder(source=source, folder=self._folder, best=self._best, threads=self._threads)
-        _, tried = ladder.climb(names, self._judge, self._say)
+        tried = []
+        for wanted in [[name] for name in names] if self._each else [names]:
+            tried += ladder.climb(wanted, self._judge, self._say)[1]
         for row in tried:
             file = self._folder / row["file"]
             row["quantization"] = onnx_model.read_quantization(file) if row["accepted"] else None

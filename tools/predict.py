@@ -63,10 +63,15 @@ def write_text(predictions: Iterable[Prediction], file: TextIO) -> None:
 
 
 def write_json(predictions: Iterable[Prediction], file: TextIO) -> None:
-    """A JSON object in each line: ``{"image", "top": [{"class", "probability"}, …], "problem"}``."""
+    """A JSON object in each line."""
     for found in predictions:
-        top = [{"class": name, "probability": probability} for name, probability in found.top]
-        print(json.dumps({"image": found.name, "top": top, "problem": found.problem}, ensure_ascii=False), file=file)
+        print(json.dumps(as_json(found), ensure_ascii=False), file=file)
+
+
+def as_json(found: Prediction) -> dict[str, Any]:
+    """``{"image", "top": [{"class", "probability"}, …], "problem"}``: how programs are told of an image."""
+    top = [{"class": name, "probability": probability} for name, probability in found.top]
+    return {"image": found.name, "top": top, "problem": found.problem}
 
 
 def write_csv(predictions: Iterable[Prediction], file: TextIO, *, top: int) -> None:

@@ -166,3 +166,13 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def may_be_replaced(target: Path, facts: str, made_by: str) -> bool:
+    """Whether a folder is empty, or one that the same command made: its ``facts`` say so."""
+    if not target.is_dir():
+        return False
+    try:
+        return bool(json.loads((target / facts).read_text(encoding="utf-8")).get("made_by") == made_by)
+    except (OSError, ValueError, AttributeError):
+        return not any(target.iterdir())

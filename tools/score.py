@@ -15,7 +15,7 @@ from launcher.engine.validating.build import build_totals, build_user_metrics
 from launcher.errors import UsageError
 from launcher.images.listing import Listing
 from launcher.recipe.images import source_of
-from launcher.tools import evaluate
+from launcher.tools import calibrate, evaluate, trained_model
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,7 +36,8 @@ def score(run: RunDir, *, folder: Path | None = None, split: str = "val", mirror
         mirrored: test-time augmentation: the logits of each image are the mean of its own and its mirror image's.
 
     Returns:
-        ``samples``, the value of each metric, ``per_class`` and ``confusion``; ``images``: what was measured on.
+        ``samples``, the value of each metric, ``per_class`` and ``confusion``; ``images``: what was measured on; where
+        the exports were calibrated, ``temperature`` and ``ece_calibrated``, beside ``ece`` without it.
 
     Raises:
         UsageError: there are no such images, or of classes that the model does not know.
@@ -51,18 +52,30 @@ def score(run: RunDir, *, folder: Path | None = None, split: str = "val", mirror
     try:
         own = build_user_metrics(best.recipe, len(best.classes), CPU.torch_device)
         totals = build_totals(best.recipe, best.classes, CPU.torch_device, loss, own)
+        answers: list[tuple[torch.Tensor, torch.Tensor]] = []
         with torch.inference_mode():
             for images, labels in best.batches(split):
                 logits = best.module(images)
                 if mirrored:
                     logits = (logits + best.module(images.flip(-1))) / 2
                 totals.add(logits, labels)
+                answers.append((logits, labels))
         found = totals.compute()
     finally:
         dist.destroy_process_group()
     data = best.recipe.data
     where = str(folder) if folder else data.dataset or f"{data.path or data.name}/{split}"
-    return {"images": where, **found}
+    return {"images": where, **found, **_calibrated(run, best, answers)}
+
+
+def _calibrated(run: RunDir, best: BestModel, answers: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
+    """The calibration error of the probabilities that predictions show, where the exports were calibrated."""
+    temperature = trained_model.temperature_of(run, best.state["step"])
+    if temperature == 1.0:
+        return {}
+    logits, labels = (torch.cat(part) for part in zip(*answers, strict=True))
+    error = calibrate.error_of(logits / temperature, labels, independent=best.independent)
+    return {"temperature": temperature, "ece_calibrated": error}
 
 
 def _on(best: BestModel, place: Path) -> BestModel:

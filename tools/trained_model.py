@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     """A file by its path, its content, or an image that is open."""
     Floats = NDArray[np.float32]
 
+USUAL_TOP = 5
 BATCH_SIZE = 32
 """Images that all cores compute at once. More were not faster on a CPU, and take memory."""
 BATCH_OF_A_CORE = 4
@@ -123,30 +124,24 @@ class TrainedModel:
             ahead: deque[Future[list[Prediction]]] = deque()
             while True:
                 while len(ahead) < self._at_once + AHEAD and (part := list(islice(numbered, size))):
-                    decoded = [(_name(image, number), decoders.submit(self._open, image)) for number, image in part]
+                    decoded = [(_name(image, number), decoders.submit(self.read, image)) for number, image in part]
                     ahead.append(computers.submit(self._compute, decoded, top))
                 if not ahead:
                     return
                 yield from ahead.popleft().result()
 
-    def probabilities(self, images: Floats) -> Floats:
-        """Of normalised images, float32 N x 3 x S x S, float32 N x C."""
-        return self._meaning.probabilities(self._logits(images))
+    @property
+    def usual_top(self) -> int:
+        """How many classes of an image are told where nobody says it: of a model of several classes, all."""
+        return min(USUAL_TOP, len(self.classes)) if self.threshold is None else len(self.classes)
 
-    def ranked(self, images: Floats, top: int) -> list[tuple[tuple[str, float], ...]]:
-        """The likeliest classes of each image of a batch (float32 N x 3 x S x S), as a prediction's ``top``."""
-        return self._meaning.likeliest(self._logits(images), top)
+    def read(self, source: Source, check: Callable[[PillowImage], None] | None = None) -> Floats:
+        """The model's input of an image, float32 3 x S x S.
 
-    def _compute(self, batch: list[tuple[str, Future[Floats]]], top: int) -> list[Prediction]:
-        problems = [_problem(future) for _, future in batch]
-        images = [future.result() for (_, future), problem in zip(batch, problems, strict=True) if not problem]
-        found = iter(self.ranked(np.stack(images), top) if images else ())
-        return [
-            Prediction(name=name, problem=problem) if problem else Prediction(name=name, top=next(found))
-            for (name, _), problem in zip(batch, problems, strict=True)
-        ]
-
-    def _open(self, source: Source) -> Floats:
+        Args:
+            source: a path, the content of a file, an image opened by Pillow, or an array.
+            check: looks at a file's image before its pixels are decoded; it raises what is wrong with it.
+        """
         from PIL import Image
 
         if isinstance(source, np.ndarray):
@@ -154,7 +149,26 @@ class TrainedModel:
         if isinstance(source, Image.Image):
             return self._read(source)
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if check:
+                check(image)
             return self._read(image)
+
+    def ranked(self, images: Floats, top: int) -> list[tuple[tuple[str, float], ...]]:
+        """The likeliest classes of each image of a batch (float32 N x 3 x S x S), as a prediction's ``top``."""
+        return self._meaning.likeliest(self._logits(images), top)
+
+    def probabilities(self, images: Floats) -> Floats:
+        """Of normalised images, float32 N x 3 x S x S, float32 N x C."""
+        return self._meaning.probabilities(self._logits(images))
+
+    def _compute(self, batch: list[tuple[str, Future[Floats]]], top: int) -> list[Prediction]:
+        problems = [problem_of(error) if (error := future.exception()) else None for _, future in batch]
+        images = [future.result() for (_, future), problem in zip(batch, problems, strict=True) if not problem]
+        found = iter(self.ranked(np.stack(images), top) if images else ())
+        return [
+            Prediction(name=name, problem=problem) if problem else Prediction(name=name, top=next(found))
+            for (name, _), problem in zip(batch, problems, strict=True)
+        ]
 
     def _as_described(self, image: PillowImage) -> Floats:
         facts = self.facts
@@ -169,51 +183,55 @@ class TrainedModel:
         return normalised
 
 
-def load(path: str | os.PathLike[str], *, many: bool = False) -> TrainedModel:
+def load(path: str | os.PathLike[str], *, threads: int | None = None, many: bool = False) -> TrainedModel:
     """Open a trained model.
 
     Args:
         path: a run directory, or an ONNX file that was exported from one. Of a run, its accepted ``model.onnx`` is
             taken, or its best checkpoint (which needs torch) where there is none.
-        many: each core computes batches of its own: quicker for many images, slower for one. Of ONNX files.
+        threads: of the CPU; None: all cores.
+        many: each thread computes batches of its own: quicker for many images, slower for one. Of ONNX files.
 
     Raises:
         UsageError: there is neither, or the file is not an export of ours.
     """
     file = Path(path)
     if file.suffix == ONNX or file.is_file():
-        return _load_onnx(file, many=many)
+        return _load_onnx(file, threads or num_cores(), many=many)
     run = RunDir.existing(path)
-    accepted = _accepted_onnx(run)
-    return _load_onnx(accepted, many=many) if accepted else _load_checkpoint(run)
+    exact = [row["file"] for row in accepted_onnx(run) if row["format"] == MANIFEST_FORMAT]
+    if exact:
+        return _load_onnx(run.exports / exact[0], threads or num_cores(), many=many)
+    return _load_checkpoint(run, threads)
 
 
-def _accepted_onnx(run: RunDir) -> Path | None:
-    """The run's ONNX file, if it is of the best checkpoint and computes the same; None: there is none."""
+def accepted_onnx(run: RunDir) -> list[dict[str, Any]]:
+    """Rows of the manifest: ONNX files of the best checkpoint that passed their gate and need no code of a user."""
     manifest = publish.read_manifest(run)
     if manifest is None:
-        return None
+        return []
     best, made_of = run.read_status().get("best"), manifest["checkpoint"]
     is_current = not best or best["step"] == made_of["step"]  # a run that was trained on may have a better one
-    rows = [row for row in manifest["exports"] if row["format"] == MANIFEST_FORMAT and row["accepted"]]
-    file = run.exports / rows[0]["file"] if rows and is_current else None
-    return file if file and file.is_file() and "transform" not in manifest["preprocessing"] else None
+    if not is_current or "transform" in manifest["preprocessing"]:
+        return []
+    files = [row for row in manifest["exports"] if row["file"].endswith(ONNX) and row["accepted"]]
+    return [row for row in files if (run.exports / row["file"]).is_file()]
 
 
 def _normalised_levels(facts: dict[str, Any]) -> list[Floats]:
     """What each of the 256 levels of a colour becomes, for each channel: quicker to look up than to compute."""
     levels = np.arange(256, dtype=np.float32)[:, None] / 255
-    found: Floats = (levels - np.asarray(facts["mean"], np.float32)) / np.asarray(facts["std"], np.float32)
+    found = np.asarray((levels - np.float32(facts["mean"])) / np.float32(facts["std"]), np.float32)
     return [np.ascontiguousarray(found[:, channel]) for channel in range(found.shape[1])]
 
 
-def _load_onnx(file: Path, *, many: bool) -> TrainedModel:
+def _load_onnx(file: Path, threads: int, *, many: bool) -> TrainedModel:
     from launcher.tools import onnx_model
 
     if not file.is_file():
         raise UsageError(f"{file}: no such file")
     try:
-        session = onnx_model.open_session(file, threads=1 if many else num_cores(), warn=_warn, spinning=False)
+        session = onnx_model.open_session(file, threads=1 if many else threads, warn=_warn, spinning=False)
     except Exception as error:  # whatever ONNX Runtime raises of a foreign file
         raise UsageError(f"{file}: cannot be opened as ONNX: {error}") from None
     said = session.get_modelmeta().custom_metadata_map
@@ -234,7 +252,7 @@ def _load_onnx(file: Path, *, many: bool) -> TrainedModel:
         ),
         facts=facts,
         logits=lambda images: np.asarray(session.run(["logits"], {"images": images})[0]),
-        at_once=num_cores() if many else 1,
+        at_once=threads if many else 1,
     )
 
 
@@ -243,11 +261,13 @@ def _warn(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _load_checkpoint(run: RunDir) -> TrainedModel:
+def _load_checkpoint(run: RunDir, threads: int | None) -> TrainedModel:
     import torch
 
     from launcher.tools import evaluate
 
+    if threads:
+        torch.set_num_threads(threads)
     best = evaluate.load_best(run)
 
     def logits(images: Floats) -> Floats:
@@ -261,7 +281,7 @@ def _load_checkpoint(run: RunDir) -> TrainedModel:
             classes=best.classes,
             independent=best.independent,
             threshold=best.threshold,
-            temperature=_temperature(run, best),
+            temperature=temperature_of(run, best.state["step"]),
         ),
         facts=best.preprocessing.describe(),
         logits=logits,
@@ -269,12 +289,12 @@ def _load_checkpoint(run: RunDir) -> TrainedModel:
     )
 
 
-def _temperature(run: RunDir, best: BestModel) -> float:
-    """What the exports of this checkpoint were calibrated to; 1: they were not."""
+def temperature_of(run: RunDir, step: int) -> float:
+    """What the exports of the checkpoint of a step were calibrated to; 1: they were not."""
     manifest = publish.read_manifest(run)
     if manifest is None:
         return 1.0
-    is_same = manifest["checkpoint"]["step"] == best.state["step"]
+    is_same = manifest["checkpoint"]["step"] == step
     return float((manifest.get("calibration") or {}).get("temperature", 1.0)) if is_same else 1.0
 
 
@@ -302,11 +322,8 @@ def _name(image: Source, number: int) -> str:
     return str(getattr(image, "filename", "") or number)
 
 
-def _problem(future: Future[Floats]) -> str | None:
-    """Why an image could not be read; None: it was."""
-    error = future.exception()
-    if error is None:
-        return None
+def problem_of(error: BaseException) -> str:
+    """Why an image could not be read, in a prediction's words."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error) or type(error).__name__
+    return str(error).partition(" <_io.BytesIO ")[0] or type(error).__name__  # where it lay in memory helps nobody

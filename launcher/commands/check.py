@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.commands.parser import parser_of
 from launcher.errors import EXIT_OK, EXIT_PREFLIGHT, RecipeError, UsageError
-from launcher.images import folder as image_folder
 from launcher.images import layouts
 from launcher.images import listing as listings
 from launcher.images import scan as image_scan
@@ -115,7 +114,7 @@ def describe(found: Scan, problems: list[str]) -> dict[str, Any]:
 
 
 def _splits(found: Scan) -> list[str]:
-    return [split for split in image_folder.SPLITS if found.listing and found.listing.part(split)]
+    return [split for split in found.listing.splits if found.listing.part(split)] if found.listing else []
 
 
 def _print(found: Scan, problems: list[str]) -> None:
@@ -130,7 +129,8 @@ def _print(found: Scan, problems: list[str]) -> None:
     leaks, contradictions = found.leaks(), found.contradictions()
     if leaks:
         num = plural(len(leaks), "image")
-        print(f"warning  {num} of val/ also in train/, byte for byte; what is measured will flatter:")
+        where = "val/ or test/" if "test" in _splits(found) else "val/"
+        print(f"warning  {num} of {where} also in train/, byte for byte; what is measured will flatter:")
         _print_some([f"{printable(val)} is {printable(train)}" for train, val in leaks], NUM_PAIRS_SHOWN)
     if contradictions:
         print(f"warning  {plural(len(contradictions), 'image')} of train/ in more than one class, byte for byte:")

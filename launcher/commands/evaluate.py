@@ -59,6 +59,9 @@ def _show(run: RunDir, found: dict[str, Any], table: dict[str, Metric]) -> None:
         notes += [f"from {found['ranking']}"] if metric.ranked and found["ranking"] != "exact" else []
         note = f"  ({'; '.join(notes)})" if notes else ""
         console.print(f"  {metric.title:<{width}} {found[name]:.4f}{note}", highlight=False)
+    if found.get("ece_calibrated") is not None:
+        note = f"(of the probabilities that predictions show: temperature {found['temperature']:.3f})"
+        console.print(f"  {'ECE, calibrated':<{width}} {found['ece_calibrated']:.4f}  {note}", highlight=False)
     if not num_classes:
         return
     rows = Table("class", "recall", "precision", "F1", "images")

@@ -16,7 +16,9 @@ def main(argv: Sequence[str]) -> int:
     """Run ``launch export``; return its exit code."""
     parser = parser_of("export", "Export, quantize and measure the best checkpoint of a run.")
     parser.add_argument("run_dir", metavar="RUN")
-    parser.add_argument("--format", action="append", metavar="NAME", help="instead of the recipe's; may be given again")
+    parser.add_argument(
+        "--format", action="append", metavar="NAME", help="instead of the recipe's; may be given again: each is made"
+    )
     parser.add_argument("overrides", metavar="data.path=FOLDER", nargs="*", help="where the images are now")
     args = parser.parse_args(argv)
     run, data_path = RunDir.existing(args.run_dir), None

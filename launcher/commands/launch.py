@@ -9,7 +9,7 @@ from launcher import __version__
 from launcher.commands import no_recipe, nodes, request_of
 from launcher.commands.parser import Parser
 from launcher.errors import UsageError
-from launcher.system import console
+from launcher.system import console, phases
 from launcher.system.redact import find_secret
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def main(argv: Sequence[str], *, epilog: str, commands: Iterable[str]) -> int:
     no_recipe.refuse(args.recipe, args.overrides, commands)
     if not args.dry_run and not args.debug:  # which answers a question, and which may ask some (breakpoints)
         console.protect()
+        phases.show()
     if secret := find_secret(args.run_dir or ""):
         raise UsageError(f"--run-dir: {secret}, which would be written into files; name another folder")
     if args.sweep:

@@ -48,8 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
     images = list(predict.find_images(args.images, sys.stdin))
     model = trained_model.load(args.model, many=len(images) > 1)
-    most = 5 if model.threshold is None else len(model.classes)
-    top = min(args.top or most, len(model.classes))
+    top = min(args.top or model.usual_top, len(model.classes))
     batch_size = None if args.batch == "auto" else int(args.batch)
     counts = {"read": 0, "unread": 0}
     is_shown = sys.stderr.isatty() and not sys.stdout.isatty()  # else the answers themselves show how far it is

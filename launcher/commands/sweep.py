@@ -19,7 +19,8 @@ from launcher.errors import (
 )
 from launcher.plan import batch_script, sweep
 from launcher.runs import history
-from launcher.runs.run_dir import RunDir, new_run_id
+from launcher.runs.identity import new_run_id
+from launcher.runs.run_dir import RunDir
 from launcher.system.files import write_text_atomic
 
 if TYPE_CHECKING:

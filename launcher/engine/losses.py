@@ -69,6 +69,10 @@ NO_WEIGHTS = (
     "returned a mean over samples, which data.balance=weights cannot weigh by class: return the loss of each sample, "
     "or take data.balance=sampler"
 )
+NO_SAMPLE_WEIGHTS = (
+    "returned a mean over samples, which cannot be weighed by the list's column of weights: return the loss of each "
+    "sample, or name another column than that of the weights: 'data.columns={weight: none}'"
+)
 
 
 class Loss:
@@ -112,8 +116,16 @@ class Loss:
             further["pos_weight"] = self._weights
         return self.function(at_least_float32(logits), targets, **further)
 
-    def sum(self, logits: torch.Tensor, targets: torch.Tensor, *, training: bool) -> torch.Tensor:
+    def sum(
+        self, logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None, *, training: bool
+    ) -> torch.Tensor:
         """The sum over samples, a scalar: float32 in training (float64 of such logits), float64 in validation.
+
+        Args:
+            logits: N x C.
+            targets: as the function takes them.
+            weights: what the loss of each sample counts (N); None: all the same.
+            training: as in training.
 
         Raises:
             TrainingError: the function gave something else than a loss.
@@ -126,6 +138,10 @@ class Loss:
             if not found.dim():
                 raise TrainingError(f"train.loss: {self.name} {NO_WEIGHTS}")
             found = found * self._weights.to(found.dtype)[targets]
+        if weights is not None:
+            if not found.dim():
+                raise TrainingError(f"train.loss: {self.name} {NO_SAMPLE_WEIGHTS}")
+            found = found * weights.to(found.dtype)
         dtype = torch.promote_types(logits.dtype, torch.float32) if training else torch.float64
         total: torch.Tensor = found.sum(dtype=dtype) if found.dim() else found.to(dtype) * num
         return total

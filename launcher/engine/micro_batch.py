@@ -10,6 +10,7 @@ the attempt.
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -35,10 +36,13 @@ if TYPE_CHECKING:
 
     from launcher.engine.augmenting.mixing import Mix
     from launcher.engine.device import Device
-    from launcher.engine.loading.handover import Batch
     from launcher.engine.running_statistics import RunningStatistics
     from launcher.engine.setup import Parts
     from launcher.engine.state import TrainingState
+
+
+Batch = tuple[torch.Tensor, ...]
+"""Images, labels and, where not all losses count the same, what each does."""
 
 
 class ExchangeMemoryError(torch.OutOfMemoryError):
@@ -154,14 +158,9 @@ class MicroBatch:
         self._parts = parts
         self._state = state
         self._statistics = statistics
-        self._pass = _Pass(parts.model.module, parts.device)
+        self.progress = _Pass(parts.model.module, parts.device)
         self.largest_that_fits: int | None = None
         """The largest batch that could be done since memory ran out for a larger one; None: it never has."""
-
-    @property
-    def last_gradient(self) -> Any:
-        """When the last pass had its last gradient, before other ranks are waited for: the device's stamp."""
-        return self._pass.last_gradient
 
     def run(
         self,
@@ -175,7 +174,7 @@ class MicroBatch:
         """Add a micro-batch's share of the global batch's mean gradient; return the sum of its losses.
 
         Args:
-            batch: its images and labels.
+            batch: its images and labels, and weights.
             number: of the micro-batch in its step, then of the piece of it, and so on: its randomness follows from it.
             num_samples: of the whole step, over all ranks.
             sync: exchange gradients with the other ranks.
@@ -189,7 +188,7 @@ class MicroBatch:
         done = self._try(batch, number, num_samples, sync=sync)
         if done is not None:
             return done
-        if self._pass.accumulated or self._pass.awaited:
+        if self.progress.accumulated or self.progress.awaited:
             return self._complete(batch, number, num_samples, statistics, sync=sync)
 
         def again(half: Batch, name: tuple[int, ...]) -> torch.Tensor:
@@ -219,13 +218,13 @@ class MicroBatch:
 
     def _try(self, batch: Batch, number: tuple[int, ...], num_samples: int, *, sync: bool) -> torch.Tensor | None:
         """The usual way; None where memory ran out."""
-        self._pass.begin(self._parts.ddp)
+        self.progress.begin(self._parts.ddp)
         try:
             with self._exchange(sync=sync):
                 found = self._forward(self._parts.ddp, batch, number, num_samples)
                 found.weighted.backward()  # type: ignore[no-untyped-call]
         except Exception as error:
-            if is_out_of_memory(error) and self._pass.broke_in_ddp:
+            if is_out_of_memory(error) and self.progress.broke_in_ddp:
                 raise _in_exchange(error) from error
             if is_out_of_memory(error) and self._parts.schedule.together:
                 raise _in_exchange(error, "all ranks made a pass together (model.sync_batchnorm)") from error
@@ -249,7 +248,7 @@ class MicroBatch:
         so every exchange with the other ranks that was not begun yet begins, with the right values. (BatchNorm depends
         on what else is in a batch: with it those that the pass had come to are of the whole batch, in this one step.)
         """
-        missing = self._pass.missing()
+        missing = self.progress.missing()
         sums = [torch.zeros_like(p) for p in missing]
 
         def add(piece: Batch, name: tuple[int, ...]) -> torch.Tensor:
@@ -289,14 +288,15 @@ class MicroBatch:
         seed = derive_seed(parts.recipe.seed, self._state.step, parts.ranks.rank, *number)
         torch.manual_seed(seed)
         seed_generators(seed)  # Python's and numpy's too, which a model of the user's own may use
-        inputs, labels = parts.step_inputs(batch)
+        images, labels, *weights = batch
+        inputs, labels = parts.step_inputs((images, labels))
         data, size = parts.recipe.data, parts.preprocessing.image_size
         mix = choose_mix(data, seed=parts.recipe.seed, step=self._state.step, size=size)
         inputs, num = mix.images(inputs), len(labels)
         if not num:  # a rank with no sample left still takes part in DDP; the output is not used
             inputs = inputs.new_zeros(1, *inputs.shape[1:])
         fixed = contextlib.nullcontext() if len(inputs) > 1 else self._of_one_image(num)
-        through = self._pass.forward_of(parts.ddp) if module is parts.ddp else contextlib.nullcontext()
+        through = self.progress.forward_of(parts.ddp) if module is parts.ddp else contextlib.nullcontext()
         with fixed, parts.autocast():
             with through:
                 outputs = module(inputs)
@@ -304,7 +304,7 @@ class MicroBatch:
         logits = logits[:num]
 
         def loss_of(logits: torch.Tensor) -> torch.Tensor:
-            return mix.mean(lambda of: parts.loss.sum(logits, of, training=True), labels)
+            return mix.mean(functools.partial(parts.loss.sum, logits, training=True), labels, *weights)
 
         loss = loss_of(logits)
         total = loss + sum(weight * loss_of(o[:num]) for weight, o in auxiliary)

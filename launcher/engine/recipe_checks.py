@@ -22,7 +22,7 @@ from launcher.engine.model import (
     head_of,
 )
 from launcher.engine.network import shape, sync_batchnorm
-from launcher.engine.network.fitting import check_finite, fit_weights, is_for_others, torchvision_weights
+from launcher.engine.network.fitting import are_gone, check_finite, fit_weights, is_for_others, torchvision_weights
 from launcher.engine.user import checks as user_checks
 from launcher.engine.user import model as user_model
 from launcher.engine.user import trial
@@ -133,7 +133,8 @@ def _find(recipe: Recipe, *, is_new: bool) -> Iterator[tuple[str, str]]:
     if watched.removeprefix("val/") in recipe_metrics.trivial(classes):
         text = f"found {watched!r}, which is the same for every model with {classes} classes; use val/top1"
         yield "train.early_stopping.metric", text
-    yield from user_checks.find(recipe, classes)
+    weighed = not recipe.data.dataset and data.listing_of(recipe).weights("train") is not None
+    yield from user_checks.find(recipe, classes, weighed=weighed)
     if recipe.data.dataset or recipe.data.transform:
         yield from _samples(recipe, classes)
     if recipe.model.factory:
@@ -277,7 +278,7 @@ def _weights(
     recipe: Recipe, module: nn.Module, size: int, *, is_new: bool, head: Sequence[str], classes: Sequence[str]
 ) -> Iterator[tuple[str, str]]:
     config = recipe.model
-    if config.weights is None:
+    if config.weights is None or (not is_new and are_gone(config)):
         return
     if config.weights_file is None:
         yield from _download(recipe)

@@ -14,10 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 from launcher.engine import data, numerics, optim
 from launcher.engine.augmenting.mixing import is_mixing
 from launcher.engine.distributed import are_everywhere_the_same, broadcast_buffers
-from launcher.engine.loading.balance import count_classes, weights_in_loss
+from launcher.engine.loading.balance import SampleWeights, count_classes, weights_in_loss
 from launcher.engine.loading.data_sets import full_classes, num_classes, open_data_sets
 from launcher.engine.losses import Loss, build_loss
 from launcher.engine.model import FineTunedModel, build_model
+from launcher.engine.network.fitting import are_needed
 from launcher.engine.network.sync_batchnorm import synchronise
 from launcher.engine.schedule import Batching, Schedule, validation_batches
 from launcher.recipe import load as recipes
@@ -78,6 +79,8 @@ class Parts:
     """How many processes load images, and how far ahead."""
     max_steps: int | None
     """Where debugging ends."""
+    weights: SampleWeights | None = None
+    """What the loss of each training image counts; None: all the same."""
     ddp: DistributedDataParallel = field(init=False)
     """What steps compute as DDP wraps it; :meth:`wrap` makes it."""
     kept: Kept | None = field(init=False, default=None)
@@ -315,7 +318,7 @@ def build_parts(
         recipe,
         num_classes=classes,
         image_size=images.preprocessing.image_size,
-        with_weights=ranks.rank == 0 if with_weights is None else with_weights,
+        with_weights=ranks.rank == 0 and are_needed(recipe.model, run) if with_weights is None else with_weights,
         classes=full_classes(recipe, images.train.classes),
     )
     together = recipe.model.sync_batchnorm and ranks.world_size > 1 and synchronise(model.module)
@@ -342,4 +345,5 @@ def build_parts(
         # Breakpoints work in this process only.
         loading=Loading(workers=0 if debug else workers, prefetch=data.num_ahead(workers)),
         max_steps=DEBUG_STEPS if debug else None,
+        weights=SampleWeights(given, excluded, device) if (given := images.train.weights) else None,
     )

@@ -21,6 +21,7 @@ from launcher.engine.non_finite import CURE, report
 from launcher.engine.state import TrainingState
 from launcher.engine.stopping import Redeal, RollBack, StopTraining
 from launcher.engine.train_step import TrainStep
+from launcher.engine.validating import test_set
 from launcher.engine.validating.best import BestValidation
 from launcher.engine.validating.noise import Noise
 from launcher.engine.validating.validation import Validation
@@ -70,7 +71,7 @@ class Trainer:
         self._listeners = build_listeners(parts, recorder)
         self._saving = Saving(parts, self.state, recorder, self._listeners)
         self._pace = Pace(parts.device)
-        self._wrapped = False
+        self._wrapped = self._holds_best = False
         self._step = TrainStep(parts, self.state)
         self._times = RankTimes(parts.device, recorder, self._agreement.group)
         self._log = TrainLog(parts, self.state, self._pace, self._listeners, recorder, self._times)
@@ -106,6 +107,7 @@ class Trainer:
                 with self._stoppable():
                     while self._take_next():
                         pass
+                    self._measure_test_set()
                     self.outcome = self._end()
                 break
             except RollBack as bad:
@@ -126,7 +128,8 @@ class Trainer:
             yield
         except StopTraining:
             end_loaders()
-            self._save(best=False)
+            if not self._holds_best:
+                self._save(best=False)
         finally:
             self._feed = None  # before another one begins: it holds images and loader processes
 
@@ -195,6 +198,14 @@ class Trainer:
             or state.best.exhausted
             or (limit is not None and state.step >= limit)
         )
+
+    def _measure_test_set(self) -> None:
+        """Where there is one, by the best checkpoint, whose weights the model has from here on."""
+        if self.recipe.data.test is not None and self.best:
+            self._saving.wait()
+            self._holds_best = True
+            stop, poll = self._stop_requested, self._poll
+            test_set.measure(self.parts, self.best, self._validation, self._recorder, stop=stop, poll=poll)
 
     def _end(self) -> Outcome:
         """How the training has ended, all steps done."""

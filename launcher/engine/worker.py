@@ -33,7 +33,7 @@ from launcher.recipe import load as recipes
 from launcher.runs import findings
 from launcher.runs.heartbeats import BUILDING, DUMP_SIGNAL, FIRST, MEASURING, STARTING, TRAINING
 from launcher.runs.run_dir import ATTEMPT_VARIABLE, MEMORY_KILLS_VARIABLE, RunDir, WorkerSpec, node_name
-from launcher.system import console
+from launcher.system import console, phases
 from launcher.system import memory as host_memory
 from launcher.system.files import write_json_atomic
 from launcher.system.numa import Place, show_cores
@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from launcher.recipe.schema import Recipe
     from launcher.runs.heartbeats import Heartbeats
 
+TOLD = {STARTING: "starting the workers", BUILDING: "building the model", FIRST: "first batch"}
+"""Phases that people call otherwise."""
 CALLS_BEFORE_STEP = 2
 """How often the training loop says that it lives before it has taken a step."""
 
@@ -76,6 +78,7 @@ def worker_main(run_path: str, beats: Heartbeats) -> Outcome:
     offer_to_kernel(500)  # rather than the supervisor, which starts workers again
     supervisor = os.getppid()
     terminal = _redirect_output(run, spec, ranks)
+    tell = _told(at, terminal) if ranks.rank == 0 else at
     if place:
         near = "" if place.node is None else f", near to NUMA node {place.node}"
         print(f"on cores {show_cores(place.cores)}{near}; its share is {place.num_cores} of them", flush=True)
@@ -84,11 +87,11 @@ def worker_main(run_path: str, beats: Heartbeats) -> Outcome:
 
     def alive() -> None:
         stop.trains = True
-        at(FIRST if next(calls) < CALLS_BEFORE_STEP else TRAINING)
+        tell(FIRST if next(calls) < CALLS_BEFORE_STEP else TRAINING)
 
     begin = functools.partial(_begin, beats)
     with _telling(run, spec, ranks, stop, beats):
-        with training(spec, ranks, stop, terminal, at=at, begin=begin, alive=alive) as trainer:
+        with training(spec, ranks, stop, terminal, at=tell, begin=begin, alive=alive) as trainer:
             outcome = trainer.run()
         beats.rest(ranks.local_rank)
     console.drain()
@@ -99,6 +102,20 @@ def worker_main(run_path: str, beats: Heartbeats) -> Outcome:
     if os.getppid() != supervisor:
         os._exit(EXIT_RESUMABLE)
     return outcome
+
+
+def _told(at: Callable[[str], None], terminal: IO[str]) -> Callable[[str], None]:
+    """The same, which tells the person at the terminal too what is being done before training."""
+    line = phases.Line(terminal)
+
+    def tell(phase: str) -> None:
+        at(phase)
+        if phase == TRAINING or (phase == FIRST and terminal.isatty()):  # where a bar has begun
+            line.end()
+        else:
+            line.at(TOLD.get(phase, phase))
+
+    return tell
 
 
 def _begin(beats: Heartbeats) -> None:
@@ -194,6 +211,7 @@ def training(
         parts = build_parts(
             run, ranks, device, data_sets=data_sets, batching=batching, loader_workers=workers, debug=debug
         )
+        at(FIRST)
         if ranks.rank == 0:
             recorder = _begin_record(run, parts, spec, terminal)
         _fit(parts, say)
@@ -203,7 +221,7 @@ def training(
         yield trainer
     finally:
         if recorder:
-            recorder.close(finished=trainer is not None and trainer.outcome != "preempted", stop=stop)
+            recorder.close()
     _leave_process_group()
 
 
@@ -255,10 +273,10 @@ def _begin_record(run: RunDir, parts: Parts, spec: WorkerSpec, terminal: IO[str]
         attempt=spec.attempt,
         console=terminal,
         num_steps=parts.num_steps,
-        tracked=not spec.debug,
         bar=not spec.debug,
     )
     recorder.status(epoch=0, step=0, num_steps=parts.num_steps, epochs=parts.recipe.train.epochs)
+    recorder.facts(header.facts(parts))
     recorder.numerics(parts.numerics)
     for line in header.lines(parts):
         recorder.say(line)

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+NO_CLASS = ("",)
+
 
 def divide(
-    keys: Sequence[str], labels: Sequence[str], groups: Sequence[str], *, fraction: float, seed: int
+    keys: Sequence[str], labels: Sequence[tuple[str, ...]], groups: Sequence[str], *, fraction: float, seed: int
 ) -> set[int]:
     """Indices of the images for validation: a pure function of what it is told, whatever the order.
 
@@ -21,7 +23,7 @@ def divide(
 
     Args:
         keys: what each image is known by.
-        labels: the class of each.
+        labels: the classes of each; those of none count as of one class of their own.
         groups: what each belongs to; images of one group stay together. Empty: each image is one of its own.
         fraction: of each class, for validation.
         seed: another one divides in another way.
@@ -29,7 +31,10 @@ def divide(
     members: dict[str, list[int]] = {}
     for index, key in enumerate(keys):
         members.setdefault(groups[index] if groups else key, []).append(index)
-    counts = {name: Counter(labels[index] for index in found) for name, found in members.items()}
+    counts = {
+        name: Counter(label for index in found for label in labels[index] or NO_CLASS)
+        for name, found in members.items()
+    }
     order = sorted(members, key=lambda name: _rank(seed, name))
     totals = _sum(counts.values())
     num_groups = Counter(label for count in counts.values() for label in count)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,17 +48,22 @@ class Source:
     train: str | None = None
     """As ``data.train``, and so on."""
     val: str | None = None
+    test: str | None = None
     val_fraction: float | None = None
     group: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     classes: str | None = None
+    several: bool = False
+    """Whether an image has any number of classes (``data.task: multi_label``)."""
+    separator: str | None = None
     seed: int = 0
     """The recipe's."""
 
     @property
-    def list_columns(self) -> dict[str, str]:
-        """The columns of lists; ``data.group`` may name one of them."""
-        return {**self.columns, **({"group": self.group} if self.group else {})}
+    def form(self) -> lists.Form:
+        """How lists are read; ``data.group`` may name a column."""
+        columns = {**self.columns, **({"group": self.group} if self.group else {})}
+        return lists.Form(columns=columns, several=self.several, separator=self.separator)
 
     @property
     def place(self) -> Path:
@@ -101,9 +107,12 @@ def find(source: Source) -> Layout:
     layout.parts = named
     train = _choose(named, source.train, TRAIN, "data.train", source, layout)
     val = _choose(named, source.val, VAL, "data.val", source, layout)
+    test = _choose(named, source.test, (), "data.test", source, layout)
     if source.val_fraction is None:
         if val is None and source.val is None and not layout.problems:
-            val = _choose(named, None, TEST, "data.val", source, layout)
+            val = _choose(
+                {name: part for name, part in named.items() if part != test}, None, TEST, "data.val", source, layout
+            )
             if val is not None and train is not None:
                 layout.notes.append(_test_note(source))
         layout.parts = named | _there(train=train, val=val)
@@ -117,8 +126,12 @@ def find(source: Source) -> Layout:
         names = set() if train or not layout.undivided else {name.lower() for name in layout.undivided.class_names}
         if names and names <= {*TRAIN, *VAL, *TEST, *OTHER_NAMES["train"], *OTHER_NAMES["val"]}:
             layout.problems.append(f"{source.path}: {' and '.join(sorted(names))} are no classes{explain(source)}")
-    if train is not None and train == val:
-        layout.problems.append(f"{source.path}: data.train and data.val are both {train.place.name}")
+    layout.parts |= _there(test=test)
+    chosen = [(key, part) for key, part in (("data.train", train), ("data.val", val), ("data.test", test)) if part]
+    for (one, part), (other, same) in combinations(chosen, 2):
+        if part == same:
+            name = getattr(part, "split", None) or part.place.name
+            layout.problems.append(f"{source.path}: {one} and {other} are both {name}")
     return layout
 
 
@@ -141,21 +154,22 @@ def _test_note(source: Source) -> str:
 def _whole(source: Source) -> Part | None:
     """All of a folder or a list."""
     if lists.is_list(source.place):
-        rows = lists.read(source.place, source.list_columns)
-        return None if rows[0].split else ListRows(source.place, source.list_columns)
+        rows = lists.read(source.place, source.form)
+        return None if rows[0].split else ListRows(source.place, source.form)
     return ClassFolders(source.place) if class_folders(source.place) else None
 
 
 def _of_list(source: Source) -> dict[str, Part]:
     """The parts of a list by its column split; and a list or folder beside it that ``data.val`` names."""
-    rows = lists.read(source.place, source.list_columns)
+    rows = lists.read(source.place, source.form)
     splits = dict.fromkeys(row.split for row in rows if row.split)
-    found: dict[str, Part] = {name: ListRows(source.place, source.list_columns, name) for name in splits}
-    beside = source.val and source.val not in found and _open(source.root / source.val, source.list_columns)
-    if beside and source.val:
-        found |= {source.val: beside}
-        if not splits:
-            found["train"] = ListRows(source.place, source.list_columns)
+    found: dict[str, Part] = {name: ListRows(source.place, source.form, name) for name in splits}
+    for key in ("val", "test"):
+        name = getattr(source, key)
+        if name and name not in found and (beside := _open(source.root / name, source.form)):
+            found[name] = beside
+            if key == "val" and not splits:
+                found["train"] = ListRows(source.place, source.form)
     return found
 
 
@@ -165,11 +179,11 @@ def _of_folder(folder: Path, source: Source) -> dict[str, Part]:
     found: dict[str, Part] = {}
     for entry in sorted(folder.iterdir()):
         name = entry.name if entry.is_dir() else entry.stem
-        part = _open(entry, source.list_columns) if name.lower() in known else None
+        part = _open(entry, source.form) if name.lower() in known else None
         if part and (name not in found or isinstance(part, ListRows)) and not _holds_classes(found.get(name)):
             found[name] = part
-    for wanted in filter(None, (source.train, source.val)):
-        if part := _open(folder / wanted, source.list_columns):
+    for wanted in filter(None, (source.train, source.val, source.test)):
+        if part := _open(folder / wanted, source.form):
             found[wanted] = part
     return found
 
@@ -178,9 +192,9 @@ def _holds_classes(part: Part | None) -> bool:
     return isinstance(part, ClassFolders) and bool(part.class_names)
 
 
-def _open(place: Path, columns: Mapping[str, str]) -> Part | None:
+def _open(place: Path, form: lists.Form) -> Part | None:
     if lists.is_list(place):
-        return ListRows(place, columns)
+        return ListRows(place, form)
     return ClassFolders(place) if place.is_dir() else None
 
 

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from launcher.images.layouts import Source
     from launcher.images.parts import Found, Part
 
-SPLITS = image_folder.SPLITS
+SPLITS, TEST = image_folder.SPLITS, "test"
+Label = int | tuple[int, ...]
+"""The class of an image by its place; where it has any number of them, a sorted tuple."""
 
 
 class Listing:
@@ -83,25 +85,45 @@ class Listing:
         return found or (ClassFolders(folder) if split not in SPLITS and folder.is_dir() else None)
 
     @property
+    def splits(self) -> tuple[str, ...]:
+        """Those that a run looks at."""
+        return (*SPLITS, TEST) if self.source.test else SPLITS
+
+    @property
     def used(self) -> list[Part]:
         """What training and validation are, or are taken from."""
         parts = [part for split in SPLITS if (part := self.part(split))]
         return parts if len(parts) < len(SPLITS) or parts[0] is not parts[1] else parts[:1]
 
-    def samples(self, split: str) -> list[tuple[str, int]]:
+    def samples(self, split: str) -> list[tuple[str, Label]]:
         """Path and class of each image of a split, in the same order on every machine; of unknown classes none.
+
+        Where an image has any number of classes, a sorted tuple of them.
 
         Raises:
             UsageError: there is no such split.
         """
+        places = {composed(name): place for place, name in enumerate(self.classes)}
+        several = self.source.several
+        return [
+            (image.path, labels if several else labels[0])
+            for image in self._images(split)
+            for labels in [tuple(sorted(places[composed(name)] for name in image.labels))]
+        ]
+
+    def weights(self, split: str) -> list[float] | None:
+        """What each of the :meth:`samples` counts, as a list says; None: nothing says so."""
+        found = [image.weight for image in self._images(split)]
+        return None if None in found or not found else [weight for weight in found if weight is not None]
+
+    def _images(self, split: str) -> list[Found]:
         part = self.part(split)
         if part is None:
             raise UsageError(self.why_not(split))
-        places = {composed(name): place for place, name in enumerate(self.classes)}
         found = part.images(self.classes)
         if part is self.layout.undivided:
             found = [image for image in found if (image.path in self._validated) == (split == "val")]
-        return [(image.path, places[composed(image.label)]) for image in found]
+        return found
 
     @cached_property
     def _validated(self) -> frozenset[str]:
@@ -110,7 +132,7 @@ class Listing:
         found = self.layout.undivided.images(self.layout.undivided.class_names)
         chosen = division.divide(
             [self.key(image.path) for image in found],
-            [image.label for image in found],
+            [image.labels for image in found],
             self._groups(found),
             fraction=self.source.val_fraction or 0.0,
             seed=self.source.seed,
@@ -174,6 +196,21 @@ def read_classes(file: Path) -> list[str]:
     return list(names)
 
 
+def each_of(label: Label) -> tuple[int, ...]:
+    """The class of an image, or its classes."""
+    return (label,) if isinstance(label, int) else label
+
+
+def every_image_has_all(labels: Sequence[Label], num_classes: int) -> str | None:
+    """Why nothing can be learned from these training images, where each has all classes; None: one has not."""
+    if not labels or any(len(each_of(label)) < num_classes for label in labels):
+        return None
+    return (
+        f"each of the {len(labels)} training images has all {num_classes} classes, so that there is nothing to tell "
+        "apart; where a 0 or 1 for each class is meant, give the classes that an image has instead, as in [1]"
+    )
+
+
 def find_problems(source: Source, *, missing_val_classes: str = "error", need_files: bool = True) -> list[str]:
     """The reasons why images cannot be trained on, each with what to do.
 
@@ -184,7 +221,8 @@ def find_problems(source: Source, *, missing_val_classes: str = "error", need_fi
     """
     try:
         listing = Listing(source)
-        return list(_find_problems(listing, missing_val_classes, need_files=need_files))
+        problems = list(_find_problems(listing, missing_val_classes, need_files=need_files))
+        return problems or list(_problems_of_test(listing, need_files=need_files))
     except lists.ListError as error:
         return error.problems
     except UsageError as error:
@@ -203,6 +241,13 @@ def _find_problems(listing: Listing, missing_val_classes: str, *, need_files: bo
     if layout.problems:
         yield from layout.problems
         return
+    if source.several and any(isinstance(part, ClassFolders) for part in listing.used):
+        yield (
+            f"{source.path}: folders give an image one class; with data.task=multi_label write a list, a row an image, "
+            "with path and label (a;b where it has two): launch RECIPE data.path=FILE.csv (.jsonl, .parquet), or name "
+            "your own data.dataset (docs/extending.md)"
+        )
+        return
     folders = [part for part in parts if isinstance(part, ClassFolders)]
     if not layout.undivided and not source.classes and not any(isinstance(part, ListRows) for part in parts):
         names = [part.place.relative_to(listing.root).as_posix() for part in folders]
@@ -216,22 +261,34 @@ def _find_problems(listing: Listing, missing_val_classes: str, *, need_files: bo
         found = layouts.shown(source, layout.parts)
         yield f"{source.path}: nothing in it is {what} (found {found}){layouts.explain(source)}"
         return
-    yield from _missing_files(listing) if need_files else ()
+    if need_files:
+        yield from (text for part in listing.used for text in _missing_files(part))
     yield from _classes_that_do_not_fit(listing, missing_val_classes)
 
 
-def _missing_files(listing: Listing) -> Iterator[str]:
+def _problems_of_test(listing: Listing, *, need_files: bool) -> Iterator[str]:
+    """Why the test set, where there is one, cannot be measured."""
+    part = listing.part(TEST) if listing.source.test else None
+    if part is None:
+        return
+    unknown = sorted({composed(name) for name in part.class_names} - {composed(name) for name in listing.classes})
+    if unknown:
+        yield f"{part.place}: {image_folder.few(unknown)} in the test set (data.test) but not in training"
+    elif not listing.samples(TEST):
+        yield f"{part.place}: no images in the test set (data.test)"
+    elif need_files:
+        yield from _missing_files(part)
+
+
+def _missing_files(part: Part) -> Iterator[str]:
     """Files that a list names and that are not there."""
-    for part in listing.used:
-        if not isinstance(part, ListRows):
-            continue
-        gone = [row for row in part.rows if not Path(row.path).is_file()]
-        if gone:
-            shown = "".join(f"\n    {part.place}:{row.line}: no file {row.path}" for row in gone[:5])
-            yield (
-                f"{part.place}: {len(gone)} of {len(part.rows)} files are not there; paths are relative to the list's "
-                f"folder, {part.place.parent}{shown}"
-            )
+    gone = [row for row in part.rows if not Path(row.path).is_file()] if isinstance(part, ListRows) else []
+    if gone and isinstance(part, ListRows):
+        shown = "".join(f"\n    {part.place}:{row.line}: no file {row.path}" for row in gone[:5])
+        yield (
+            f"{part.place}: {len(gone)} of {len(part.rows)} files are not there; paths are relative to the list's "
+            f"folder, {part.place.parent}{shown}"
+        )
 
 
 def _classes_that_do_not_fit(listing: Listing, missing_val_classes: str) -> Iterator[str]:
@@ -244,12 +301,17 @@ def _classes_that_do_not_fit(listing: Listing, missing_val_classes: str) -> Iter
         elif unknown:
             few = image_folder.few(unknown)
             yield f"{path}: {few} in validation but not in training; both must have the same classes"
-    counts = {split: Counter(label for _, label in listing.samples(split)) for split in SPLITS}
+    samples = {split: listing.samples(split) for split in SPLITS}
+    counts = {split: Counter(one for _, label in found for one in each_of(label)) for split, found in samples.items()}
     if len(counts["train"]) < 2 and not listing.source.classes:  # noqa: PLR2004
         yield f"{path}: {len(counts['train'])} class in it; a classifier tells two or more apart"
         return
-    for split, count in counts.items():
-        if not count:
+    if (weights := listing.weights("train")) and not any(weights):
+        yield f"{path}: the weights of all training images are 0, so that nothing is learned"
+    if problem := every_image_has_all([label for _, label in samples["train"]], len(classes)):
+        yield f"{path}: {problem}"
+    for split, found in samples.items():
+        if not found:
             yield f"{path}: no images for {'training' if split == 'train' else 'validation'}"
     unmeasured = [name for label, name in enumerate(classes) if counts["train"][label] and not counts["val"][label]]
     if counts["val"] and unmeasured and missing_val_classes != "allow":

@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import math
 import os
+import re
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from launcher.errors import UsageError
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
-COLUMNS = ("path", "label", "split", "group")
+COLUMNS = ("path", "label", "split", "group", "weight")
 """What a list can say of an image; the first two it has to."""
 OTHER_NAMES = {
     "path": ("file", "file_name", "filename", "image", "image_path", "filepath", "file_path", "img", "name", "id"),
@@ -24,6 +27,20 @@ OTHER_NAMES = {
 }
 """What people call the columns: named in messages, never taken without being asked for."""
 MOST_PROBLEMS = 5
+SEPARATORS = ";|"
+"""Either parts the classes of an image, where the recipe names no other separator."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """How a list is to be read."""
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """What it calls COLUMNS, where that is something else."""
+    several: bool = False
+    """An image has any number of classes (``data.task: multi_label``)."""
+    separator: str | None = None
+    """What parts them in a text; None: any of SEPARATORS."""
 
 
 class Row(NamedTuple):
@@ -31,14 +48,16 @@ class Row(NamedTuple):
 
     path: str
     """Absolute."""
-    label: str
-    """Its class's name, in composed Unicode."""
+    labels: tuple[str, ...]
+    """Its class's name, in composed Unicode; of an image with several those of all, sorted, or none."""
     split: str
     """Empty: the list has no such column."""
     group: str
     """The same."""
     line: int
     """Of the file, from 1; of Parquet the number of the row."""
+    weight: float | None = None
+    """What its loss counts beside others'; None: the list has no such column."""
 
 
 class ListError(UsageError):
@@ -54,12 +73,12 @@ def is_list(path: Path) -> bool:
     return path.suffix.lower() in ENDINGS and path.is_file()
 
 
-def read(file: Path, columns: Mapping[str, str]) -> tuple[Row, ...]:
+def read(file: Path, form: Form) -> tuple[Row, ...]:
     """The rows of a list. Paths in it are relative to its own folder.
 
     Args:
         file: the list.
-        columns: what it calls COLUMNS, where that is something else.
+        form: how.
 
     Raises:
         ListError: it cannot be read, or rows are wrong; names the file and the lines.
@@ -68,20 +87,29 @@ def read(file: Path, columns: Mapping[str, str]) -> tuple[Row, ...]:
         found = file.stat()
     except OSError as error:
         raise ListError([f"{file}: {error.strerror}"]) from None
-    return _read(file.absolute(), tuple(sorted(columns.items())), found.st_mtime_ns, found.st_size)
+    columns = tuple(sorted(form.columns.items()))
+    return _read(file.absolute(), columns, form.several, form.separator, found.st_mtime_ns, found.st_size)
 
 
 @functools.lru_cache(maxsize=4)
-def _read(file: Path, renamed: tuple[tuple[str, str], ...], _changed: int, _size: int) -> tuple[Row, ...]:
+def _read(
+    file: Path,
+    renamed: tuple[tuple[str, str], ...],
+    several: bool,  # noqa: FBT001  a key of the cache
+    separator: str | None,
+    _changed: int,
+    _size: int,
+) -> tuple[Row, ...]:
     """Once a process, while the file stays as it is: a list may have a million rows."""
     names = {column: column for column in COLUMNS} | dict(renamed)
+    split = re.compile(re.escape(separator) if separator else f"[{SEPARATORS}]") if several else None
     readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
     where, rows = str(file), list[Row]()
     problems: list[str] = []
     lines: dict[str, int] = {}
     try:
         for line, values in readers.get(file.suffix.lower(), _read_csv)(file, names):
-            row = _row(where, line, values, names)
+            row = _row(where, line, values, names, split)
             if isinstance(row, Row) and lines.setdefault(row.path, line) != line:
                 row = f"{file}:{line}: {values[names['path']]} is in line {lines[row.path]} too; an image has one row"
             if isinstance(row, Row):
@@ -100,18 +128,69 @@ def _read(file: Path, renamed: tuple[tuple[str, str], ...], _changed: int, _size
     return tuple(rows)
 
 
-def _row(file: str, line: int, values: Mapping[str, Any], names: Mapping[str, str]) -> Row | str:
+def _row(
+    file: str, line: int, values: Mapping[str, Any], names: Mapping[str, str], separator: re.Pattern[str] | None
+) -> Row | str:
     """A row; text: what is wrong with it."""
     said = {column: values.get(name) for column, name in names.items()}
     texts = {column: "" if value is None else str(value).strip() for column, value in said.items()}
-    optional = [column for column in ("split", "group") if names[column] in values]
-    empty = [names[column] for column in ("path", "label", *optional) if not texts[column]]
+    needed = ["path"] if separator else ["path", "label"]
+    optional = [column for column in ("split", "group", "weight") if names[column] in values]
+    empty = [names[column] for column in (*needed, *optional) if not texts[column]]
     if empty:
         return f"{file}:{line}: no {' and no '.join(empty)} in this row"
-    if isinstance(said["label"], dict | list):
-        return f"{file}:{line}: {names['label']} is {said['label']!r}; an image has one class, a text or a number"
+    try:
+        labels = _labels(said["label"], separator)
+        weight = _weight(said["weight"]) if names["weight"] in values else None
+    except _CellError as error:
+        return f"{file}:{line}: {names[error.column]} is {said[error.column]!r}; {error}"
     path = os.path.normpath(os.path.join(os.path.dirname(file), texts["path"]))  # noqa: PTH118, PTH120  as often as there are rows
-    return Row(path, composed(texts["label"]), texts["split"], texts["group"], line)
+    return Row(path, labels, texts["split"], texts["group"], line, weight)
+
+
+class _CellError(Exception):
+    """What a row says in a column cannot be; words that follow it."""
+
+    def __init__(self, column: str, valid: str) -> None:
+        super().__init__(valid)
+        self.column = column
+
+
+def _labels(said: Any, separator: re.Pattern[str] | None) -> tuple[str, ...]:
+    """The classes of an image: one, or with a ``separator`` any number of them, sorted."""
+    if separator is None:
+        if isinstance(said, dict | list):
+            raise _CellError("label", "an image has one class, a text or a number (several: data.task=multi_label)")
+        return (composed(str(said).strip()),)
+    found = said
+    if isinstance(said, str):
+        text = said.strip()
+        found = _json_list(text) if text.startswith("[") else separator.split(text)
+    found = [] if found is None else found if isinstance(found, list) else [found]
+    if any(one is None or isinstance(one, dict | list | bool | float) for one in found):
+        valid = 'the names or numbers of an image\'s classes, as in a;b or ["a", "b"]'
+        raise _CellError("label", valid)
+    names = sorted(name for one in found if (name := composed(str(one).strip())))
+    if len(set(names)) < len(names):
+        raise _CellError("label", "each of an image's classes once (a 0 or 1 for each class of all is not read)")
+    return tuple(names)
+
+
+def _json_list(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise _CellError("label", f"it begins as a list in JSON and is none: {error}") from None
+
+
+def _weight(said: Any) -> float:
+    try:
+        weight = math.nan if isinstance(said, bool) else float(said)
+    except (TypeError, ValueError):
+        weight = math.nan
+    if not 0 <= weight < math.inf:
+        raise _CellError("weight", "a finite number, 0 or more")
+    return weight
 
 
 def _check_columns(file: Path, found: Sequence[str], names: Mapping[str, str], line: int = 1) -> None:

@@ -9,20 +9,22 @@ from launcher.images import folder as image_folder
 from launcher.images import left_out, lists
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
-    from launcher.images.lists import Row
+    from launcher.images.lists import Form, Row
 
 
 class Found(NamedTuple):
     """An image that was found."""
 
     path: str
-    label: str
-    """The name of its class."""
+    labels: tuple[str, ...]
+    """The name of its class; where images have several those of all, or none."""
     group: str = ""
     """What a list says of it."""
+    weight: float | None = None
+    """The same."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class ClassFolders:
     def images(self, classes: Sequence[str]) -> list[Found]:
         """Those of some classes, by class and path; the others are left out."""
         names = list(classes)
-        return [Found(path, names[label]) for path, label in image_folder.list_images(self.place, names)]
+        return [Found(path, (names[label],)) for path, label in image_folder.list_images(self.place, names)]
 
     def left_out(self, classes: Sequence[str]) -> list[str]:
         """What of it is no image, in words."""
@@ -52,8 +54,8 @@ class ListRows:
 
     place: Path
     """The list."""
-    columns: Mapping[str, str]
-    """What it calls its columns."""
+    form: Form
+    """How it is read."""
     split: str | None = None
     """The value of its column split; None: all rows."""
 
@@ -64,19 +66,24 @@ class ListRows:
         Raises:
             ListError: it cannot be read.
         """
-        found = lists.read(self.place, self.columns)
+        found = lists.read(self.place, self.form)
         return found if self.split is None else tuple(row for row in found if row.split == self.split)
 
     @property
     def class_names(self) -> list[str]:
         """In their order."""
-        return lists.sorted_labels({row.label for row in self.rows})
+        return lists.sorted_labels({name for row in self.rows for name in row.labels})
 
     def images(self, classes: Sequence[str]) -> list[Found]:
-        """Those of some classes, by class and path, whatever the order of the rows."""
+        """Those of some classes, by class and path, whatever the order of the rows; of several classes all images."""
         places = {name: place for place, name in enumerate(classes)}
-        known = (row for row in self.rows if row.label in places)
-        return [Found(row.path, row.label, row.group) for row in sorted(known, key=lambda r: (places[r.label], r.path))]
+        known = []
+        for row in self.rows:
+            labels = tuple(sorted((name for name in row.labels if name in places), key=places.__getitem__))
+            if labels or self.form.several:
+                order = tuple(places[name] for name in labels), row.path
+                known.append((order, Found(row.path, labels, row.group, row.weight)))
+        return [found for _, found in sorted(known, key=lambda one: one[0])]
 
     def left_out(self, classes: Sequence[str]) -> list[str]:  # noqa: ARG002  as of a folder
         """Nothing: a list says what is meant."""

@@ -17,7 +17,7 @@ from launcher.images import left_out as image_left_out
 from launcher.images import levels as image_levels
 from launcher.images import walk as image_walk
 from launcher.images.folder import printable
-from launcher.images.listing import Listing
+from launcher.images.listing import Listing, each_of
 from launcher.images.pool import ProbePool
 from launcher.system import cores as host_cores
 
@@ -142,9 +142,9 @@ class Scan:
         return {note: found[note] for note in NOTES if note in found}
 
     def leaks(self) -> list[tuple[str, str]]:
-        """Validation images whose very bytes are a training image too: (training path, validation path)."""
+        """Images to measure with whose very bytes are a training image too: (training path, their path)."""
         train = {image.digest: image.path for image in self.images if image.split == "train" and not image.kind}
-        val = (image for image in self.images if image.split == "val" and not image.kind)
+        val = (image for image in self.images if image.split != "train" and not image.kind)
         return [(train[image.digest], image.path) for image in val if image.digest in train]
 
     def contradictions(self) -> list[list[str]]:
@@ -190,12 +190,19 @@ def scan(
     levels = {path: entries[path][1][4] for path in files}
     problem = image_levels.judge(levels.values(), grey_range)
     images = []
-    for path, _, split, class_name in listed:
+    for path, _, split, names in listed:
         digest, kind, message, notes, _ = entries[path][1]
         if unfit := problem(levels[path]):
             kind, message = "grey_range", unfit
         image = ScannedImage(
-            path=path, split=split, class_name=class_name, digest=digest, kind=kind, message=message, notes=notes
+            path=path,
+            split=split,
+            class_name=";".join(names),
+            digest=digest,
+            kind=kind,
+            message=message,
+            notes=notes,
+            several=names if listing.source.several else None,
         )
         images.append(image)
     return Scan(
@@ -222,16 +229,19 @@ def show_progress() -> Callable[[int, int], None]:
     return show
 
 
-def _list(listing: Listing) -> tuple[list[tuple[str, str, str, str]], list[str]]:
-    """Relative path, path, split and class of every image; and what was left out, in words."""
-    images, left_out = [], [*image_left_out.describe_spellings(listing.root), *listing.left_out()]
-    for split in image_folder.SPLITS:
+def _list(listing: Listing) -> tuple[list[tuple[str, str, str, tuple[str, ...]]], list[str]]:
+    """Relative path, path, split and classes of every image; and what was left out, in words."""
+    images: list[tuple[str, str, str, tuple[str, ...]]] = []
+    left_out = [*image_left_out.describe_spellings(listing.root), *listing.left_out()]
+    for split in listing.splits:
         if listing.part(split):
             names = listing.class_names(split)
             found = listing.with_classes(names).samples(split)
-            images += [(listing.key(path), path, split, names[label]) for path, label in found]
+            of_each = ((path, tuple(names[place] for place in each_of(label))) for path, label in found)
+            images += [(listing.key(path), path, split, own) for path, own in of_each]
     seen = {
-        split: {image_walk.composed(name) for _, _, s, name in images if s == split} for split in image_folder.SPLITS
+        split: {image_walk.composed(name) for _, _, s, names in images if s == split for name in names}
+        for split in image_folder.SPLITS
     }
     if unmeasured := sorted(seen["train"] - seen["val"]) if seen["val"] else []:
         left_out.append(f"val/: no image of {image_folder.few(unmeasured)}; what is learned of them is not measured")

@@ -23,7 +23,7 @@ from launcher.runs import diagnose, history
 from launcher.runs.generations import NODE_VARIABLE
 from launcher.runs.heartbeats import Heartbeats
 from launcher.runs.run_dir import ATTEMPT_VARIABLE, MEMORY_KILLS_VARIABLE
-from launcher.system import lazy_dynamo, lazy_meta, network, processes
+from launcher.system import lazy_dynamo, lazy_meta, network, phases, processes
 from launcher.system import memory as host_memory
 from launcher.system.log_cap import LogCap
 
@@ -78,6 +78,7 @@ def run_workers(
         WorkersFailedError: they failed, and no restart is left or would help.
         LeftError: this node left a wait for others, as ``stop`` says.
     """
+    phases.at("importing torch")
     prepare()
     with processes.importing():
         from torch.distributed import DistError
@@ -87,6 +88,7 @@ def run_workers(
 
         from launcher.engine.worker import worker_main
 
+    phases.end()  # workers are forked from here
     node, part = plan.node, part or Part()
     _settle(run, plan)
     beats = Heartbeats(plan.procs_per_node)

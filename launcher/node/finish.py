@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.errors import EXIT_FAILED, EXIT_OK, InterruptedRunError, LaunchError, TrainingError
+from launcher.errors import InterruptedRunError, LaunchError, TrainingError
+from launcher.node.post_step import run_post_step
 from launcher.runs import findings
-from launcher.system import console, numa, processes
 from launcher.system import cpu as host_cpu
-from launcher.system.redact import redact
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,9 +18,10 @@ if TYPE_CHECKING:
     from launcher.node.signals import StopSignals
     from launcher.plan.launch_plan import LaunchPlan
     from launcher.runs.run_dir import RunDir
+    from launcher.tracking.trackers import Trackers
 
 
-def finish(run: RunDir, plan: LaunchPlan, stop: StopSignals) -> None:
+def finish(run: RunDir, plan: LaunchPlan, stop: StopSignals, trackers: Trackers) -> None:
     """Export and measure, report, and say where everything is."""
     from launcher.recipe import load as recipes
     from launcher.report import build as report
@@ -36,6 +34,7 @@ def finish(run: RunDir, plan: LaunchPlan, stop: StopSignals) -> None:
         problem = run_post_step(run)
         if stop.requested:
             raise InterruptedRunError(f"training is complete, its exports are not; make them with: launch export {run}")
+    trackers.finish()
     try:
         report.write_report(run)
         run.append_event("completed", exported=here and problem is None)
@@ -69,43 +68,6 @@ def report_of_failure(run: RunDir) -> str:
     except (OSError, LaunchError):  # a full disk, as the failure's own message says
         return ""
     return f"\nreport: {run.report_html}"
-
-
-def run_post_step(run: RunDir) -> str | None:
-    """Make the exports in a process of their own, forked with torch imported; return what went wrong, or None."""
-    import multiprocessing
-
-    process = multiprocessing.get_context("fork").Process(target=_post_step, args=(run,), name="post-step")
-    process.start()
-    process.join()
-    if process.exitcode == EXIT_OK:
-        return None
-    lines = (
-        run.post_log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if run.post_log.exists() else []
-    )
-    return (
-        f"the export failed (exit code {process.exitcode}): {lines[-1] if lines else 'no output'} (log: {run.post_log})"
-    )
-
-
-def _post_step(run: RunDir) -> None:
-    import signal
-    import traceback
-
-    for number in processes.heeded():
-        signal.signal(number, signal.SIG_DFL)
-    processes.die_with_parent()
-    os.environ.pop(numa.PLACES_VARIABLE, None)  # the workers'
-    if run.read_plan().export_threads is None:
-        os.environ.pop("OMP_NUM_THREADS", None)  # a worker's share of the cores; nothing else computes now
-    console.redirect(run.post_log)
-    try:
-        from launcher.tools import export
-
-        export.export_run(run)
-    except Exception:  # whatever it is, its text goes to a file
-        print(redact(traceback.format_exc()), file=sys.stderr, flush=True)
-        sys.exit(EXIT_FAILED)
 
 
 def summary(run: RunDir) -> str:

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from launcher.errors import EXIT_FAILED, EXIT_OK
-from launcher.system import processes
+from launcher.system import phases, processes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,6 +32,7 @@ def keep(run: RunDir, heed: Callable[[], None]) -> None:
         return
     import multiprocessing
 
+    phases.at("decoding the images that are kept (data.cache)")
     with processes.importing():
         from launcher.engine.loading import keep_pixels, kept_pixels
 

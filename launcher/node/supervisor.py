@@ -21,13 +21,15 @@ from launcher.node.signals import StopSignals
 from launcher.runs import diagnose, history, quarantine, states, whereabouts
 from launcher.runs.generations import Generations
 from launcher.runs.run_dir import RunDir
-from launcher.system import allocator, console, loader_room, network, processes
+from launcher.system import allocator, console, loader_room, network, phases, processes
+from launcher.tracking import trackers as tracking
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from launcher.images.scan import Scan
     from launcher.plan.launch_plan import LaunchPlan
+    from launcher.tracking.trackers import Trackers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,6 +64,7 @@ def supervise(plan: LaunchPlan, *, first_attempt: int | None = None, start: str 
         LaunchError: training failed or was interrupted.
     """
     console.protect()
+    phases.show()
     run = meeting.wait_for_run(plan.run_dir) if plan.node_rank else RunDir(plan.run_dir)
     network.set_environment(plan.env)
     if plan.keep_freed_memory:
@@ -73,6 +76,7 @@ def supervise(plan: LaunchPlan, *, first_attempt: int | None = None, start: str 
         finish.failure_reported(run, plan),
         _nothing_left(run, plan),
         StopSignals(run, node_rank=plan.node_rank, outlives_loss=elastic) as stop,
+        _tracked(run, plan, stop) as trackers,
     ):
         if plan.backend != "slurm" and plan.nodes > 1:
             heed_stop = functools.partial(_heed_stop, run, plan.node_rank, stop, " while the nodes meet")
@@ -88,8 +92,20 @@ def supervise(plan: LaunchPlan, *, first_attempt: int | None = None, start: str 
             if "preempted" in outcomes.values():
                 raise _interrupted(run, plan, stop, attempt)
         if 0 in outcomes and not plan.tune:  # the node that holds rank 0 finishes the run
-            finish.finish(run, plan, stop)
+            finish.finish(run, plan, stop, trackers)
     return EXIT_OK
+
+
+def _tracked(run: RunDir, plan: LaunchPlan, stop: StopSignals) -> Trackers:
+    """Whoever tells wandb and the like of the run: processes of their own, on the first node."""
+    from launcher.recipe import load as recipes
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    if plan.node_rank or plan.tune or plan.debug:
+        return tracking.Trackers(run, (), say=say, beside=True)
+    return tracking.beside(run, recipes.read_resolved(run.recipe), say=say, stop=lambda: stop.requested)
 
 
 def _train_while_enough_live(run: RunDir, plan: LaunchPlan, stop: StopSignals, start: str) -> dict[int, str]:

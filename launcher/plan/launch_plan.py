@@ -179,6 +179,8 @@ class Launched:
     """Names of the environment variables that the job must not lose on its way."""
     launched_by: str = ""
     """The command that somebody typed."""
+    commit: str = ""
+    """The git commit of the folder where it was typed, with "+" where files differ from it; "": there is none."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

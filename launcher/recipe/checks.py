@@ -126,9 +126,9 @@ def _task(recipe: Recipe) -> Iterator[Finding]:
     if train.loss in ("cross_entropy", "focal"):
         text = f"found {train.loss}, which chooses one class an image; with data.task: multi_label use "
         yield ("train.loss", "data.task"), f"{text}binary_cross_entropy, or a loss of your own that takes N x C targets"
-    if not data.dataset:
-        text = "folders give an image one class; with multi_label name your own data.dataset (docs/extending.md)"
-        yield ("data.task", "data.dataset"), text
+    if not data.dataset and data.name != "imagefolder":
+        text = f"{data.name} gives an image one class; with multi_label name a list as data.path, or your data.dataset"
+        yield ("data.task", "data.name"), text
     if data.balance == "sampler":
         text = "found sampler; images of several classes cannot be dealt to one of them: use weights or none"
         yield ("data.balance", "data.task"), text
@@ -272,6 +272,9 @@ def _layout_keys(data: DataConfig) -> Iterator[Finding]:
     if unknown:
         hint = " ".join(filter(None, [did_you_mean(unknown[0], lists.COLUMNS), f"valid: {', '.join(lists.COLUMNS)}"]))
         yield ("data.columns",), f"found {unknown[0]!r}; no such column of a list; {hint}"
+    if data.separator is not None and data.task != "multi_label":
+        text = "goes with data.task: multi_label, where a row of a list names several classes"
+        yield ("data.separator", "data.task"), text
     if data.group is not None and data.val_fraction is None:
         text = "goes with data.val_fraction: it keeps what belongs together on one side where images are divided"
         yield ("data.group", "data.val_fraction"), text

@@ -18,9 +18,12 @@ def source_of(recipe: Recipe) -> Source:
         path=str(datasets.data_path(data.name, data.path)),
         train=data.train,
         val=data.val,
+        test=data.test,
         val_fraction=data.val_fraction,
         group=data.group,
         columns=data.columns,
         classes=data.classes,
+        several=data.task == "multi_label",
+        separator=data.separator,
         seed=recipe.seed,
     )

@@ -31,7 +31,11 @@ RENAMED = {("post", "quantize"): {"onnx_int8": "int8"}}
 
 
 def load(
-    path: str, overrides: Sequence[str] = (), flags: dict[str, tuple[str, Any]] | None = None
+    path: str,
+    overrides: Sequence[str] = (),
+    flags: dict[str, tuple[str, Any]] | None = None,
+    *,
+    has_begun: bool = False,
 ) -> tuple[Recipe, Source]:
     """Read the recipe at ``path`` and check it; precedence is defaults < file < overrides < flags.
 
@@ -39,6 +43,7 @@ def load(
         path: a YAML file.
         overrides: OmegaConf dotlist items, ``optim.lr=0.1``.
         flags: dotted key to (the flag as typed, its value), as in ``{"launch.nodes": ("--nodes", 2)}``.
+        has_begun: a checkpoint is gone on with, so that the starting weights are not needed any more.
 
     Returns:
         The recipe, and where each of its values came from.
@@ -59,9 +64,16 @@ def load(
         problems += schema_errors.explain(error, source, Recipe)
         recipe = from_dict(recipe_source.without(source.values, [p.key for p in problems]))
     problems += recipe_checks.find_problems(recipe, source, refused=[p.key for p in problems if p.key])
+    if has_begun:
+        problems = [problem for problem in problems if problem.key != "model.weights" or not _is_gone(recipe)]
     if problems:
         raise RecipeError(problems)
     return recipe, source
+
+
+def _is_gone(recipe: Recipe) -> bool:
+    """Whether a file, or a run, that training started from is not there any more."""
+    return recipe.model.weights_file is not None and not recipe.model.weights_file.is_file()
 
 
 def _take_epochs_of_phases(values: dict[str, Any]) -> None:

@@ -105,6 +105,24 @@ class WandbConfig:
     """Project; null: `WANDB_PROJECT`, or finetune-launcher."""
     entity: str | None = None
     """User or team; null: `WANDB_ENTITY`, or the key's own."""
+    group: str | None = None
+    """Runs shown together; null: `WANDB_RUN_GROUP`, or the sweep that the run is one of."""
+    tags: list[str] = field(default_factory=list)
+    """Words to find the run by, in MLflow too."""
+    notes: str | None = None
+    """What the run is for, in MLflow too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlflowConfig:
+    """MLflow."""
+
+    __pydantic_config__ = STRICT
+
+    uri: str | None = None
+    """Its server, or a file:// folder; null: `MLFLOW_TRACKING_URI`, or the folder mlflow/ of the run."""
+    experiment: str | None = None
+    """Experiment; null: `MLFLOW_EXPERIMENT_NAME`, or finetune-launcher."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +131,12 @@ class TrackingConfig:
 
     __pydantic_config__ = STRICT
 
+    backends: list[Literal["wandb", "tensorboard", "mlflow"]] = field(default_factory=lambda: ["wandb"])
+    """Who is told of the run while it trains; tensorboard and mlflow are extras (docs/tracking.md)."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     """Weights & Biases."""
+    mlflow: MlflowConfig = field(default_factory=MlflowConfig)
+    """MLflow."""
     log_every: Count = 10
     """Optimizer steps between two lines of metrics.jsonl."""
 

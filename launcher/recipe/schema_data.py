@@ -33,6 +33,9 @@ class DataConfig:
     """The folder of the training images in path, or the list of them; null: train."""
     val: str | None = None
     """The same of validation; null: val, valid or validation, and where there is none of these, test."""
+    test: str | None = None
+    """The same of a test set, as test or holdout; null: none. It is measured once, when training is over, with the best
+    checkpoint, and has no part in what is chosen. Your own dataset is called with split=test."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Of images that are not divided: the part of each class that is for validation. Which images follows from seed and
     their paths, on every machine alike."""
@@ -40,7 +43,10 @@ class DataConfig:
     """With val_fraction: what keeps images that belong together on one side: a regular expression whose groups (or
     all that it matches) say so in each image's path, as in "patient_(\\d+)", or a column of a list."""
     columns: dict[str, str] = field(default_factory=dict)
-    """What a list calls its columns path, label, split and group, as in {path: file, label: breed}."""
+    """What a list calls its columns path, label, split, group and weight, as in {path: file, label: breed}."""
+    separator: Annotated[str, Field(min_length=1)] | None = None
+    """With task: multi_label, what parts the classes of an image in a list; null: `;` or `|`. (A list in JSON, as in
+    ["a", "b"], needs none.)"""
     classes: str | None = None
     """File with the names of the classes, one a line, in the order of the logits; null: those of the training images,
     sorted."""
@@ -119,7 +125,8 @@ class DataConfig:
 
     task: Literal["single_label", "multi_label"] = "single_label"
     """single_label: an image has one class. multi_label: an image has any number of them, each with a probability of
-    its own (train.loss: binary_cross_entropy); so far of your own dataset, whose label() gives a list of numbers."""
+    its own (train.loss: binary_cross_entropy): of a list whose labels name several (`a;b`), or of your own
+    dataset, whose label() gives a list of numbers."""
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """With task: multi_label: the probability from which on an image is said to have a class, in validation's F1 and in
     predictions."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.errors import UsageError
 from launcher.recipe import load as recipes
 from launcher.recipe import metrics as recipe_metrics
-from launcher.report import details, intervals
+from launcher.report import details, intervals, test_set
 from launcher.runs import findings
 from launcher.system.files import write_json_atomic, write_text_atomic
 from launcher.tracking import wandb_folder
@@ -89,6 +89,7 @@ def build_report(run: RunDir) -> Json:
             "command": command,
             "created": launched.created,
             "host": launched.host,
+            "commit": launched.commit,
             "path": str(run.path),
             **{key: getattr(plan, key) for key in ("backend", "device", "nodes", "procs_per_node", "world_size")},
             "wall_s": wall_s,
@@ -102,11 +103,10 @@ def build_report(run: RunDir) -> Json:
             "groups": groups,
             "data_wait": details.data_wait(train),
             "intervals": intervals.of_validation(best_val, table),
-            "ranking": best_val.get("ranking"),
+            "test": test_set.of_run(_curve(metrics, "test"), best, table, recipe),
             "noise": _noise(events, best),
             "classes": list(best_val.get("per_class") or manifest.get("classes", [])),
-            "per_class": best_val.get("per_class"),
-            "confusion": best_val.get("confusion"),
+            **{key: best_val.get(key) for key in ("ranking", "per_class", "confusion")},
             "mistakes": _mistakes(best_val),
             "class_rows": details.class_rows(validated, best_val.get("per_class")),
             "calibration": (validated or {}).get("calibration"),

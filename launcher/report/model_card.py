@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import launcher
 from launcher.images import pixels
 from launcher.images.datasets import DATASETS
 from launcher.report import templating
@@ -15,14 +16,40 @@ MAX_CONFUSION_CLASSES = 20
 """With more classes, the card has no confusion matrix."""
 
 Json = dict[str, Any]
+SHARED_METRICS = {"top1": "accuracy", "f1": "f1", "auroc": "roc_auc"}
+"""Names that model hubs know, of ours."""
+
+
+def front_matter(report: Json) -> Json:
+    """What model hubs read at the head of a card: they list and find models by it."""
+    model, val, exports = report["recipe"]["model"], report["best_val"] or {}, report["exports"] or {}
+    formats = [row["format"] for row in exports.get("exports", ()) if row["accepted"]]
+    known = {ours: name for ours, name in SHARED_METRICS.items() if val.get(ours) is not None}
+    task = {"type": "image-classification", "name": "Image Classification"}
+    data = {"type": "imagefolder", "name": f"validation images ({val.get('samples')})"}
+    values = [{"type": name, "name": ours, "value": round(val[ours], 6)} for ours, name in known.items()]
+    results = [{"task": task, "dataset": data, "metrics": values}] if values else []
+    return {
+        "license": "other",  # of the images, the weights and the code together: whoever shares it has to say
+        "license_name": "not-stated",
+        "library_name": "onnx" if "onnx" in formats else "pytorch",
+        "pipeline_tag": "image-classification",
+        "tags": ["image-classification", "finetune-launcher", *([] if model["factory"] else [model["arch"]]), *formats],
+        "metrics": list(known.values()),
+        "model-index": [{"name": report["name"], "results": results}],
+    }
 
 
 def render(report: Json, recipe_yaml: str) -> str:
     """The model card, in Markdown, of what :func:`launcher.report.build.build_report` gives."""
+    import yaml
+
     per_class, val = report["per_class"] or {}, report["best_val"] or {}
     samples = {name: row["samples"] for name, row in per_class.items()}
     return templating.card(
         "model_card.md.jinja",
+        front_matter=yaml.safe_dump(front_matter(report), sort_keys=False, allow_unicode=True),
+        version=launcher.__version__,
         report=report,
         data_title=DATASETS[report["recipe"]["data"]["name"]].title,
         recipe_yaml=recipe_yaml,

@@ -8,18 +8,15 @@ from collections import deque
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
+from launcher.system.lines import Lines
 
+if TYPE_CHECKING:
     from launcher.runs.run_dir import RunDir
 
 MOST_POINTS = 512
 """Points of a curve that are kept; with more, every other one is dropped. A terminal shows no more."""
 PACE_LINES = 20
 """Lines of training from which the time of a step is taken."""
-READ_BYTES = 1 << 20
-"""Bytes that are read at once: a long run's files are read in pieces."""
 
 
 class Curve:
@@ -99,7 +96,7 @@ class Progress:
 
     def __init__(self, run: RunDir) -> None:
         self._run = run
-        self._metrics, self._events = _Lines(run.metrics), _Lines(run.events)
+        self._metrics, self._events = Lines(run.metrics), Lines(run.events)
         self._losses = Curve()
         self._of_val: dict[str, Curve] = {}
         self._train: dict[str, Any] = {}
@@ -174,41 +171,6 @@ class Progress:
         (first, began), (last, ended) = self._pace[0], self._pace[-1]
         passed = time.time() - ended
         return max(0.0, (num_steps - last) * (ended - began) / (last - first) - passed)
-
-
-class _Lines:
-    """The whole lines of a file of JSON lines that were not seen yet.
-
-    Args:
-        path: of the file; it need not be there.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = 0
-        self._rest = b""
-
-    def new(self) -> Iterator[dict[str, Any]]:
-        try:
-            with self._path.open("rb") as file:
-                if file.seek(0, 2) < self._offset:  # replaced
-                    self._offset, self._rest = 0, b""
-                file.seek(self._offset)
-                while piece := file.read(READ_BYTES):
-                    self._offset += len(piece)
-                    *lines, self._rest = (self._rest + piece).split(b"\n")
-                    yield from (value for value in map(_parsed, lines) if value is not None)
-        except FileNotFoundError:
-            pass
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    """A line as JSON; None: it is empty, or half of one (a machine has died while it was written)."""
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def _numbers(line: dict[str, Any]) -> dict[str, float]:

@@ -19,6 +19,7 @@ from launcher.images.folder import printable
 from launcher.images.listing import Listing
 from launcher.recipe import images as recipe_images
 from launcher.runs import states
+from launcher.system import phases
 from launcher.system.files import write_json_atomic
 from launcher.system.waiting import is_listed, wait_until
 
@@ -41,13 +42,16 @@ def scan(recipe: Recipe, progress: Callable[[int, int], None] | None = None) -> 
     if config.dataset or datasets.DATASETS[config.name].write:
         return image_scan.Scan(folder=Path(config.path or "."), images=[], num_read=0, warnings=[])
     listing = Listing(recipe_images.source_of(recipe))
-    found = image_scan.scan(listing, grey_range=config.grey_limits, progress=progress or image_scan.show_progress())
+    found = image_scan.scan(
+        listing, grey_range=config.grey_limits, progress=progress or phases.counting("checking images")
+    )
     for warning in (*found.warnings, *map(printable, found.left_out)):
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     leaks = found.leaks()
     if leaks:
+        measured = "validation and test images" if config.test else "validation images"
         print(
-            f"warning: {len(leaks)} of the validation images are training images too, byte for byte, as "
+            f"warning: {len(leaks)} of the {measured} are training images too, byte for byte, as "
             f"{printable(leaks[0][1])}: what is measured will flatter; all of them: {_command(listing.source.place)}",
             file=sys.stderr,
             flush=True,
@@ -111,7 +115,7 @@ def prepare(
         return
     if _attempt(run) == attempt:
         return
-    show = image_scan.show_progress()
+    show = phases.counting("checking images")
 
     def watch(done: int, total: int) -> None:
         progress()
@@ -196,11 +200,16 @@ def _refusal(found: Scan, config: DataConfig) -> str | None:
             f"{count} {what} in {folder}; repair or remove what is listed, or leave it out by "
             f"data.on_bad_image=quarantine; the whole list with cures: {_command(found.place)}{named}"
         )
-    counts = {split: found.class_counts(split) for split in dict.fromkeys(image.split for image in found.bad)}
-    lost = [
-        f"{split}/{name}"
-        for split, classes in counts.items()
-        for name, count in classes.items()
-        if not count and not (split == "val" and config.missing_val_classes == "allow" and classes.total())
-    ]
+    lost = [name for split in dict.fromkeys(image.split for image in found.bad) for name in _lost(found, split, config)]
     return f"{folder}: no image that can be decoded is left in {', '.join(lost)}; add some" if lost else None
+
+
+def _lost(found: Scan, split: str, config: DataConfig) -> list[str]:
+    """What of a split has images, and none that can be decoded; a class that has none at all is no matter of these."""
+    of_split = [image for image in found.images if image.split == split]
+    good = [image for image in of_split if not image.kind]
+    if good and split != "train" and config.missing_val_classes == "allow":
+        return []
+    left = {name for image in good for name in image.class_names}
+    lost = [name for name in dict.fromkeys(n for image in of_split for n in image.class_names) if name not in left]
+    return [f"{split}/{name}" for name in lost] if good or lost else [f"{split}/"]

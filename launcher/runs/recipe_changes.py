@@ -55,9 +55,11 @@ OPEN = {
     "data.path": SAME_IMAGES,
     "data.train": SAME_IMAGES,
     "data.val": "the best checkpoint so far was chosen on the other images",
+    "data.test": "it is measured when training is over, if it was not",
     "data.val_fraction": SAME_IMAGES,
     "data.group": SAME_IMAGES,
     "data.columns": SAME_IMAGES,
+    "data.separator": SAME_IMAGES,
     "data.classes": SAME_IMAGES,
     "data.dataset": SAME_IMAGES,
     "data.dataset_args": SAME_IMAGES,
@@ -123,9 +125,15 @@ OPEN = {
     "train.hang_timeout_s": "",
     "train.listeners": "",
     "metrics": "",
+    "tracking.backends": "",
     "tracking.wandb.mode": "",
     "tracking.wandb.project": "",
     "tracking.wandb.entity": "",
+    "tracking.wandb.group": "",
+    "tracking.wandb.tags": "",
+    "tracking.wandb.notes": "",
+    "tracking.mlflow.uri": "",
+    "tracking.mlflow.experiment": "",
     "tracking.log_every": "",
     "post.enabled": "",
     "post.calibrate": "",
@@ -283,9 +291,9 @@ def _kind_of_head(recipe: Recipe) -> str:
 
 
 def _has_moved(before: Recipe, now: Recipe) -> bool:
-    """Whether both start from a file of one name, which is not read any more."""
+    """Whether both start from a file of one name, or of one run, which is not read any more."""
     old, new = before.model.weights_file, now.model.weights_file
-    return old is not None and new is not None and old.name == new.name
+    return old is not None and new is not None and (old.name == new.name or new in old.parents)
 
 
 def _num_classes(recipe: Recipe) -> int | None:

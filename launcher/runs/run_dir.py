@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import secrets
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -42,11 +41,6 @@ class WorkerSpec:
     """In this process, with a handful of steps and no files but those of the run."""
 
 
-def new_run_id(name: str) -> str:
-    """``NAME-YYYYmmdd-HHMMSS-xxxx``: the run's id, its folder's name and its wandb id, fixed before anything starts."""
-    return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-
-
 def node_name() -> str:
     """This machine's name in SLURM, by which it can be excluded; it may differ from the host name."""
     return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
@@ -64,11 +58,7 @@ class RunDir:
 
     @classmethod
     def existing(cls, path: str | os.PathLike[str]) -> RunDir:
-        """Open the run at ``path``.
-
-        Raises:
-            UsageError: there is no run directory at ``path``.
-        """
+        """Open the run at ``path``. Raises UsageError where there is none."""
         run = cls(path)
         if not run.exists:
             missing = run.plan.name if run.recipe.is_file() else run.recipe.name
@@ -292,6 +282,18 @@ class RunDir:
         """The folder of wandb itself, when tracking is on."""
         return self.path / "wandb"
 
+    def sink_folder(self, sink: str) -> Path:
+        """The folder of another sink's own files: ``tensorboard/``, ``mlflow/``."""
+        return self.path / sink
+
+    def tracked(self, sink: str) -> Path:
+        """How far a sink's tracker has come: ``{sent, before, …}``; ``.lock`` beside it: who tracks now."""
+        return self.path / "tracking" / f"{sink}.json"
+
+    def tracking_log(self, sink: str) -> Path:
+        """What a sink's tracker and its libraries wrote."""
+        return self.logs / f"tracking-{sink}.log"
+
     def create(self) -> None:
         """Make the folder and those of its folders that every run has; they survive a loss of power."""
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -334,10 +336,7 @@ class RunDir:
         return status
 
     def update_status(self, **changes: Any) -> None:
-        """Change some fields of ``status.json``. One process at a time writes it: rank 0, or the supervisor.
-
-        The state goes by way of :func:`launcher.runs.states.move`.
-        """
+        """Change fields of ``status.json``, one process at a time; the state by :func:`launcher.runs.states.move`."""
         write_json_atomic(self.status, {**self.read_status(), **changes, "updated": time.time()})
 
     def append_event(self, kind: str, **fields: Any) -> None:

@@ -25,6 +25,13 @@ MAX_PIECES = 2000
 DRAIN_S = 2.0
 """Seconds that the end of a process waits for a slow reader."""
 
+ERASE = b"\r\x1b[2K"
+"""To the beginning of the terminal's line, which is emptied."""
+ERASE_S = 0.5
+"""Seconds, at most, that are waited for it."""
+_is_drawn = False
+"""Whether a line that was written in place is on the terminal."""
+_place: Outlet | None = None
 _outlets: list[Outlet] = []
 _before: list[tuple[TextIO, TextIO]] = []
 """Standard output and error as they were."""
@@ -67,6 +74,14 @@ class Outlet(io.RawIOBase):
 
     def write(self, data: bytes | bytearray | memoryview) -> int:  # type: ignore[override]
         """Take all of ``data``."""
+        global _is_drawn  # noqa: PLW0603
+        if _is_drawn and self.isatty():
+            _is_drawn = False
+            data = ERASE + bytes(data)
+        return self.take(data)
+
+    def take(self, data: bytes | bytearray | memoryview) -> int:
+        """The same, whatever stands in its way on the terminal."""
         if self._waiting.qsize() >= MAX_PIECES:
             with contextlib.suppress(queue.Empty):
                 self._waiting.get_nowait()
@@ -108,6 +123,36 @@ def _write_all(descriptor: int, data: bytes) -> None:
             left = left[os.write(descriptor, left) :]
         except BlockingIOError:  # whoever shares the descriptor has set it to non-blocking
             select.select([], [descriptor], [])
+
+
+def can_write_in_place(one: IO[str]) -> bool:
+    """Whether a stream is a terminal, and one of ours, on which all others erase what stands in their way."""
+    is_ours = isinstance(one, io.TextIOWrapper) and isinstance(one.buffer, Outlet)
+    return is_ours and one.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def write_in_place(one: IO[str], text: str) -> None:
+    """Show a line that the next text on the terminal replaces; :func:`can_write_in_place` says where that is possible.
+
+    Args:
+        one: a stream.
+        text: narrower than the terminal.
+    """
+    global _is_drawn, _place  # noqa: PLW0603
+    assert isinstance(one, io.TextIOWrapper)  # noqa: S101
+    assert isinstance(one.buffer, Outlet)  # noqa: S101
+    _place = one.buffer
+    _place.take(ERASE + text.encode(one.encoding, "backslashreplace"))
+    _is_drawn = True
+
+
+def erase() -> None:
+    """Remove what :func:`write_in_place` has shown."""
+    global _is_drawn  # noqa: PLW0603
+    if _is_drawn and _place:
+        _is_drawn = False
+        _place.take(ERASE)
+        _place.drain(ERASE_S)  # what comes next may be written by another thread
 
 
 def stream(descriptor: int, *, like: IO[str] | None = None) -> io.TextIOWrapper:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -43,6 +44,11 @@ def redact(text: str) -> str:
         text = shape.sub(HIDDEN, text)
     text = _HEX.sub(rf"\g<name>{HIDDEN}", text)
     return _ASSIGNED.sub(_hide_assigned, text)
+
+
+def one_line(error: BaseException) -> str:
+    """An error's kind and message, redacted and short."""
+    return textwrap.shorten(redact(f"{type(error).__name__}: {error}"), 300, placeholder=" …")
 
 
 def redact_all(value: Any) -> Any:

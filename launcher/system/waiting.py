@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 POLL_S = 0.2
-FIRST_S, EVERY_S = 5.0, 30.0
+FIRST_S, EVERY_S = 2.0, 30.0
 """After this long a line says what is awaited, and again each time that the second has passed."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,10 +29,33 @@ def unsynced(run: RunDir, events: Iterable[dict[str, Any]]) -> list[Path]:
         (
             folder
             for folder in {*run.wandb.glob("offline-run-*"), *given_up}
-            if any(folder.glob("run-*.wandb")) and not any(folder.glob("*.wandb.synced"))
+            if any(folder.glob("run-*.wandb")) and not is_synced(folder)
         ),
         key=lambda folder: folder.name.removeprefix("offline-"),
     )
+
+
+def is_synced(folder: Path) -> bool:
+    """Whether a record has the mark that ``wandb sync`` leaves."""
+    return any(folder.glob("*.wandb.synced"))
+
+
+def mark_synced(run: RunDir) -> None:
+    """Leave that mark on all records of a run: the server has what they hold."""
+    for folder in (*run.wandb.glob("offline-run-*"), *run.wandb.glob("run-*")):
+        for file in folder.glob("run-*.wandb"):
+            file.with_name(f"{file.name}.synced").touch()
+
+
+def newest_online(run: RunDir) -> Path | None:
+    """The record that was begun last of those that were to be sent at once."""
+    return max((folder for folder in run.wandb.glob("run-*") if folder.is_dir()), default=None)
+
+
+def await_new_name(folder: Path) -> None:
+    """Wandb names a record by the second; in one that has a record already, wait for the next."""
+    while any(folder.glob(f"*run-{time.strftime('%Y%m%d_%H%M%S')}-*")):
+        time.sleep(0.1)
 
 
 def sync_command(folders: Iterable[Path]) -> str:

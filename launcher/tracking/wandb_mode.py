@@ -43,14 +43,21 @@ def resolve_mode(mode: str) -> tuple[Mode, str | None]:
     asked = asked_mode(mode)
     if asked in ("offline", "disabled"):
         return MODES[asked], None
-    if asked not in ("auto", "online"):
-        return "disabled", f"WANDB_MODE is {asked}; it can be {', '.join(MODES)}"
-    if lacking := _lacking_key():
-        if asked == "online":
-            return "offline", f"{lacking} (`wandb login` stores one)"
-        return "disabled", f"{lacking} (`wandb login` stores one; tracking.wandb.mode=offline records without)"
+    if reason := why_off(asked):
+        return "disabled", reason
+    if lacking := lacking_key():
+        return "offline", f"{lacking} (`wandb login` stores one)"
     problem = _unreachable(configured_url())
     return ("offline", problem) if problem else ("online", None)
+
+
+def why_off(asked: str) -> str | None:
+    """Why nothing is tracked though nobody has disabled it; None: it is, or is disabled. Looks at no network."""
+    if asked not in ("auto", *MODES.values()):
+        return f"WANDB_MODE is {asked}; it can be {', '.join(MODES)}"
+    if asked == "auto" and (lacking := lacking_key()):
+        return f"{lacking} (`wandb login` stores one; tracking.wandb.mode=offline records without)"
+    return None
 
 
 def asked_mode(mode: str) -> str:
@@ -84,7 +91,8 @@ def has_key() -> bool:
     return any(entries.authenticators(host) for host in _hosts())
 
 
-def _lacking_key() -> str | None:
+def lacking_key() -> str | None:
+    """That there is no API key for the server, or that it may be where nobody can read it; None: there is one."""
     try:
         return None if has_key() else f"no API key for {_hosts()[0]} in WANDB_API_KEY or the netrc file"
     except netrc.NetrcParseError as error:  # its text may quote the key

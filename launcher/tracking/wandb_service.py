@@ -22,12 +22,18 @@ if TYPE_CHECKING:
     from launcher.tracking.wandb_mode import Mode
 
 INIT_TIMEOUT_S = 30.0
-"""Seconds that ``wandb.init`` may wait for its server."""
+"""Seconds that ``wandb.init`` may wait for its server, where ``WANDB_INIT_TIMEOUT`` says nothing else."""
 KILL_TIMEOUT_S = 2.0
 
 
-def settings(mode: Mode, warn: Callable[[str], None]) -> wandb.Settings:
-    """Settings of wandb, without those that an older version lacks; ``warn`` is called with a line, later."""
+def settings(mode: Mode, warn: Callable[[str], None], *, watch_machine: bool = True) -> wandb.Settings:
+    """Settings of wandb, without those that an older version lacks.
+
+    Args:
+        mode: online or offline.
+        warn: called with a line, later.
+        watch_machine: whether wandb records this machine's load; a login node's says nothing of the run.
+    """
     import wandb
 
     values: dict[str, Any] = {
@@ -40,7 +46,8 @@ def settings(mode: Mode, warn: Callable[[str], None]) -> wandb.Settings:
         "label_disable": True,
         "sagemaker_disable": True,  # it would replace the run's id
         "reinit": "create_new",
-        "init_timeout": INIT_TIMEOUT_S,
+        "init_timeout": float(os.environ.get("WANDB_INIT_TIMEOUT") or INIT_TIMEOUT_S),
+        "x_disable_stats": not watch_machine,
         "x_transaction_log_flush_interval": 2.0,  # what a service that has to be killed may lose
         # By default the stop button of wandb's page sends SIGINT to this process.
         "stop_fn": lambda: warn("wandb: its stop button does not stop training; `launch cancel RUN` does"),

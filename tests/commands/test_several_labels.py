@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,16 +16,30 @@ DATASET = f"{Path(__file__).parents[1] / 'several_labels.py'}:Photos"
 SETTINGS = [FACTORY, "data.image_size=32", "batch.size=5", "launch.device=cpu", "train.epochs=1"]
 
 
+def write_list(images, folder):
+    """The same images in a list, where every fourth has no class and each a weight of its own."""
+    shutil.copytree(images, folder)
+    rows = ["path,label,split,weight"]
+    for number, file in enumerate(sorted(folder.glob("*/*/*.png"))):
+        label = "" if number % 4 == 3 else f"{file.parent.name};early" if number % 2 else file.parent.name
+        rows.append(f"{file.relative_to(folder)},{label},{file.parent.parent.name},{1 + number % 3}")
+    (folder / "list.csv").write_text("\n".join([*rows, ""]))
+    return folder / "list.csv"
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("listed", [False, True], ids=["own data set", "list"])
 def test_a_run_is_measured_and_predicts_all_classes_above_the_threshold(
-    launch, recipe_file, images, monkeypatch, capsys
+    launch, recipe_file, images, tmp_path, monkeypatch, capsys, listed
 ):
+    where = f"path: {write_list(images, tmp_path / 'photos')}" if listed else f"path: {images}, dataset: '{DATASET}'"
     recipe = recipe_file(
-        f"data: {{path: {images}, dataset: '{DATASET}', task: multi_label, threshold: 0.3, balance: weights}}\n"
+        f"data: {{{where}, task: multi_label, threshold: 0.3, balance: weights}}\n"
         "train: {loss: binary_cross_entropy, early_stopping: {metric: val/average_precision, mode: max}}\n"
     )
     done = launch(str(recipe), *SETTINGS, "--procs", "2", "--run-dir", "run")
     assert done.returncode == 0, done.stderr + done.stdout
+    assert ("the loss of each counts by its weight in the list" in done.stdout) == listed
     monkeypatch.chdir(launch.cwd)
     run = RunDir("run")
     (own,) = [line for line in map(json.loads, run.metrics.read_text().splitlines()) if line["split"] == "val"]

@@ -73,6 +73,18 @@ def test_sums_over_samples_add_up_however_they_are_dealt(name, cut):
     assert sum(parts).item() == pytest.approx(loss.sum(logits, targets, training=False).item(), rel=1e-6)
 
 
+def test_the_loss_of_a_sample_counts_by_its_weight_and_that_of_its_class():
+    logits, targets = samples()
+    weights = torch.arange(9.0) / 4
+    loss = losses.build_loss(TrainConfig(), num_classes=5, device=CPU, weights=[1.0, 2.0, 3.0, 4.0, 5.0])
+    by_class = 1.0 + targets
+    expected = (by_hand("cross_entropy", logits, targets) * weights * by_class).sum().item()
+    assert loss.sum(logits, targets, weights, training=True).item() == pytest.approx(expected, rel=1e-6)
+    mean = losses.Loss("mine", functional.cross_entropy, {})
+    with pytest.raises(TrainingError, match="mine returned a mean over samples, which cannot be weighed by the list's"):
+        mean.sum(logits, targets, weights, training=True)
+
+
 def test_the_names_are_known_without_importing_the_file():
     assert list(user_code.seam("train.loss").names) == list(losses.LOSSES)
 

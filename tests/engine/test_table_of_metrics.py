@@ -19,7 +19,7 @@ from launcher.recipe.metrics import METRICS, Counts, Metric
 from launcher.report import build as report
 from launcher.runs.run_dir import RunDir
 from launcher.system.files import read_jsonl
-from launcher.tracking.wandb import Tracker, _scalars
+from launcher.tracking.records import Feed
 
 WATCHED = "data: {name: digits}\ntrain: {early_stopping: {metric: val/balanced, mode: max}}\n"
 WATCHED += "tracking: {wandb: {mode: disabled}}\n"
@@ -54,12 +54,13 @@ def test_a_row_is_all_that_a_new_metric_needs(one_row_more, one_rank, recipe_fil
 
     run = RunDir(tmp_path / "run")
     run.create()
-    recorder = Recorder(run, recipe, attempt=1, console=io.StringIO(), num_steps=4, tracked=False)
+    recorder = Recorder(run, recipe, attempt=1, console=io.StringIO(), num_steps=4)
     recorder.validation(epoch=0, step=4, values=values, best=True)
     assert "balanced 0.7500" in recorder._console.getvalue()
     (line,) = read_jsonl(run.metrics)
     assert line["balanced"] == 0.75
-    assert _scalars(line, Tracker(run, recipe, {"run_id": "r"}, print)._numbers)["val/balanced"] == 0.75
+    (record,) = Feed(run, recipe).new()
+    assert record.values["val/balanced"] == 0.75
 
     run.recipe.write_text(recipes.to_yaml(recipe))
     facts = {"backend": "local", "device": "cpu", "nodes": 1, "procs_per_node": 1, "world_size": 1, "command": []}
@@ -95,7 +96,7 @@ def test_a_value_that_is_no_number_is_recorded_as_null_and_named(tmp_path):
     run = RunDir(tmp_path / "run")
     run.create()
     recipe = recipes.from_dict({"metrics": ["a.py:odd"]})
-    recorder = Recorder(run, recipe, attempt=1, console=io.StringIO(), num_steps=4, tracked=False)
+    recorder = Recorder(run, recipe, attempt=1, console=io.StringIO(), num_steps=4)
     values = {"samples": 4, "loss": 1.0, "top1": 0.5, "top5": 1.0, "f1": 0.5, "odd": float("nan")}
     recorder.validation(epoch=0, step=4, values=values, best=False)
     (line,) = read_jsonl(run.metrics)

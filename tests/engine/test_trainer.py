@@ -162,6 +162,19 @@ def in_double(parts):
     parts.model.module.register_forward_pre_hook(lambda _, images: (images[0].double(),))
 
 
+@pytest.fixture
+def weighed_list(photos, tmp_path):
+    """A list of the photos, each with a weight of its own."""
+    rows = [
+        f"{file},{file.parent.name},{split},{number % 5 / 2}\n"
+        for split in ("train", "val")
+        for number, file in enumerate(sorted((photos / split).glob("*/*.png")))
+    ]
+    file = tmp_path / "list.csv"
+    file.write_text("path,label,split,weight\n" + "".join(rows))
+    return file
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
@@ -171,12 +184,29 @@ def in_double(parts):
         {"data": {"cutmix": 1.0}, "train": {"loss": "binary_cross_entropy"}},
         {"data": {"balance": "weights", "mixup": 0.4, "cutmix": 1.0}, "train": {"loss": "focal"}},
         {"data": {"balance": "sampler"}},
-        {"data": SEVERAL | {"balance": "weights", "mixup": 0.4}, "train": {"loss": "binary_cross_entropy"}},
+        {"data": {"balance": "weights"}, "train": {"label_smoothing": 0.1}},
+        {
+            "data": SEVERAL | {"balance": "weights", "mixup": 0.4},
+            "train": {"loss": "binary_cross_entropy", "label_smoothing": 0.1},
+        },
+        {"data": {"path": "list.csv", "balance": "weights", "mixup": 0.4}},
     ],
-    ids=["plain", "mixup and smoothing", "cutmix", "all of it", "seen evenly", "several labels"],
+    ids=[
+        "plain",
+        "mixup and smoothing",
+        "cutmix",
+        "all of it",
+        "seen evenly",
+        "weights and smoothing",
+        "several labels",
+        "weights of images",
+    ],
 )
-def test_batches_of_24_and_8_give_the_gradient_of_32_in_double_precision(make_run, engine, in_ranks, changes):
+def test_batches_of_24_and_8_give_the_gradient_of_32_in_double_precision(
+    make_run, engine, in_ranks, changes, weighed_list, monkeypatch
+):
     """37 images: steps of 19 and 18. Without momentum and decay the weights have moved by gradients only."""
+    monkeypatch.chdir(weighed_list.parent)
     run = make_run(batch={"size": 32}, optim={"lr": 1.0, "momentum": 0.0, "weight_decay": 0.0}, **changes)
     spreads = [((32,), (32,)), ((24, 8), (24, 8)), ((4, 3), (24, 8))]  # the last accumulates
 
@@ -860,7 +890,7 @@ def test_the_scale_is_resumed_too(make_run, engine, one_rank):
 def recorded(make_run, engine, **changes):
     run = make_run(batch={"size": 4}, **changes)
     parts, console = build_parts(run, Ranks(), engine.cpu), io.StringIO()
-    recorder = Recorder(run, parts.recipe, attempt=1, console=console, num_steps=parts.num_steps, tracked=False)
+    recorder = Recorder(run, parts.recipe, attempt=1, console=console, num_steps=parts.num_steps)
     try:
         trainer = Trainer(parts, recorder=recorder, stop_requested=engine.never)
         trainer.run()

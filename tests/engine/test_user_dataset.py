@@ -135,8 +135,14 @@ def test_a_0_or_1_for_each_class_is_not_taken_for_the_numbers_of_classes(opened,
 
 @pytest.mark.parametrize("label", [[1, 0], (0, 1), np.array([0, 1]), torch.tensor([1, 0])])
 def test_several_classes_are_a_sorted_tuple(opened, label):
-    found = opened(type("Changed", (Minimal,), {"label": lambda _, i: label}), task="multi_label")
-    assert found.samples[0][1] == (0, 1)
+    changed = type("Changed", (Minimal,), {"label": lambda _, i: label if i == 0 else [1]})
+    assert opened(changed, task="multi_label").samples[0][1] == (0, 1)
+
+
+def test_a_0_or_1_for_each_of_two_classes_is_refused_though_each_may_be_their_numbers(opened):
+    changed = type("Changed", (Minimal,), {"label": lambda _, i: [i % 2, 1 - i % 2]})
+    with pytest.raises(UsageError, match=r"each of the \d+ training images has all 2 classes.*a 0 or 1 for each class"):
+        opened(changed, task="multi_label")
 
 
 def test_each_class_of_an_image_counts_in_what_is_left_of_it(monkeypatch):

@@ -33,7 +33,7 @@ CRAFT = (
     "data.erase=0.5",
     "data.balance=sampler",
 )
-"""What the recipe has besides, so that phases, rates in mid-cycle, EMA, mixed images and balanced classes are killed."""
+"""What the recipe has besides: phases, rates in mid-cycle, EMA, mixed images and balanced classes are killed too."""
 
 
 class Killer:

@@ -78,10 +78,10 @@ def test_images_of_folders_keep_the_keys_that_runs_know(here):
 def test_a_list_with_an_index_without_a_name_is_read(here):
     """As pandas' to_csv() writes it."""
     (here / "list.csv").write_text(",path,label\n0,a.png,cat\n1,b.png,dog\n")
-    assert [row.label for row in lists.read(here / "list.csv", {})] == ["cat", "dog"]
+    assert [row.labels for row in lists.read(here / "list.csv", lists.Form())] == [("cat",), ("dog",)]
     (here / "list.csv").write_text(",path,label\n0,a.png,cat,5\n")
     with pytest.raises(lists.ListError, match=r":2: 1 more fields than the first line names"):
-        lists.read(here / "list.csv", {})
+        lists.read(here / "list.csv", lists.Form())
 
 
 def test_other_classes_are_of_the_same_division(here, monkeypatch):

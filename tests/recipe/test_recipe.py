@@ -159,7 +159,7 @@ def consistent(recipe):
         model = change(model, unfreeze={})
     crop = recipe.data.crop_scale
     data = change(recipe.data, name="digits", path=None, crop_scale=crop if crop == "auto" else sorted(crop))
-    data = change(data, group=data.group if data.val_fraction else None, columns={})
+    data = change(data, group=data.group if data.val_fraction else None, columns={}, separator=None)
     data = change(data, channels=3 if data.transform else data.channels, task="single_label")
     if batch.size == 1:
         data = change(data, mixup=0.0, cutmix=0.0)

@@ -12,6 +12,7 @@ from pathlib import Path
 import markupsafe
 import numpy as np
 import pytest
+import yaml
 
 from launcher.errors import UsageError
 from launcher.node import finish
@@ -670,7 +671,15 @@ def test_the_model_card_has_figures_exports_limits_and_recipe(write_run):
     run = write_run()
     report.write_report(run)
     card = run.model_card.read_text()
-    assert card.startswith("# clothes\n")
+    assert card.startswith("---\n")
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert (head["pipeline_tag"], head["library_name"]) == ("image-classification", "onnx")
+    assert {"mobilenet_v2", "onnx"} <= set(head["tags"])
+    (result,) = head["model-index"][0]["results"]
+    assert {"type": "accuracy", "name": "top1", "value": 0.7} in result["metrics"]
+    assert card.split("---\n")[2].lstrip().startswith("# clothes\n")
+    assert "on 1 node with 2 workers each, on the CPU" in card
+    assert "the energy was not measured" in card
     assert "torchvision's mobilenet\\_v2, trained from the weights DEFAULT, backbone frozen" in card
     assert r"3 classes apart: &lt;b&gt;&amp;\", cat\|dog, fox".replace('\\"', '"') in card
     assert "by val/top1 (epoch 2, step 8)" in card

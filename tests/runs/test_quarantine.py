@@ -53,6 +53,30 @@ def where(key):
     return f"recipe.yaml:3 {key}"
 
 
+def test_a_class_of_several_that_a_split_never_had_is_not_lost(folder, make):
+    """A rare one; and where images without a class are all that is bad, or left, that is judged by images."""
+    rows = ["path,label,split", "a.png,x;y,train", "b.png,y;rare,train", "c.png,x,val", "d.png,y,val", "e.png,y,val"]
+    source = next((folder / "train").glob("*/*.png"))
+    for row in rows[1:]:
+        shutil.copy(source, folder / row.split(",")[0])
+    file = folder / "list.csv"
+
+    def check(*bad, **data):
+        file.write_text("\n".join([*rows, "f.png,,val", ""]))
+        shutil.copy(source, folder / "f.png")
+        spoil(folder, *bad)
+        recipe, _ = make("quarantine", path=str(file), task="multi_label", **data)
+        return quarantine.check(recipe, where)
+
+    check("d.png")
+    with pytest.raises(RecipeError, match=r"is left in val/y; add some"):
+        check("e.png")
+    check("e.png", missing_val_classes="allow")
+    check("c.png", missing_val_classes="allow")  # f.png, which has no class, is left
+    with pytest.raises(RecipeError, match=r"is left in val/x, val/y; add some"):
+        check("f.png", missing_val_classes="allow")
+
+
 # Before anything is written
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from launcher.errors import UsageError
 from launcher.runs import run_dir
-from launcher.runs.run_dir import RunDir, new_run_id
+from launcher.runs.identity import new_run_id
+from launcher.runs.run_dir import RunDir
 from launcher.system.files import read_jsonl, write_json_atomic, write_text_atomic
 
 ROOT = Path(__file__).parents[2]
@@ -100,5 +101,8 @@ def test_file_names_are_those_of_the_contract(tmp_path):
         "report.json": run.report_json,
         "model_card.md": run.model_card,
         "wandb": run.wandb,
+        "tensorboard": run.sink_folder("tensorboard"),
+        "tracking/wandb.json": run.tracked("wandb"),
+        "logs/tracking-wandb.log": run.tracking_log("wandb"),
     }
     assert {name: path.relative_to(tmp_path).as_posix() for name, path in names.items()} == {n: n for n in names}

@@ -23,6 +23,7 @@ from launcher.runs.history import events, next_attempt
 from launcher.runs.run_dir import RunDir
 from launcher.system.files import read_jsonl
 from tests.nets import FACTORY, SLOW
+from tests.tracking.hand_made import rows_of, steps_of
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(420)]
 ROOT = Path(__file__).parents[2]
@@ -47,11 +48,11 @@ class Launched:
     def __init__(self, run, process, environment):
         self.run = run
         self.process = process
-        self._environment = environment
+        self.environment = environment
 
     def slurm(self, *command, check=True):
         return subprocess.run(
-            command, env=self._environment, capture_output=True, text=True, check=check, timeout=60
+            command, env=self.environment, capture_output=True, text=True, check=check, timeout=60
         ).stdout
 
     @property
@@ -99,7 +100,7 @@ class Launched:
         for process in psutil.process_iter():
             if process.name() == "slurmd" and process.cmdline()[-1:] == [host]:
                 with_conf = process.environ().get("SLURM_CONF", " ".join(process.cmdline()))
-                if Path(self._environment["SLURM_CONF"]).parent.name in with_conf + " ".join(process.cmdline()):
+                if Path(self.environment["SLURM_CONF"]).parent.name in with_conf + " ".join(process.cmdline()):
                     return Path(f"/proc/{process.pid}/ns/uts").readlink()
         raise AssertionError(f"no slurmd of {host}")
 
@@ -218,6 +219,30 @@ def test_preempted_in_mid_epoch_it_ends_with_the_very_same_bits(launch, undistur
     assert weights(run) == weights(undisturbed[0])
     steps = [line["step"] for line in read_jsonl(run.metrics) if line["split"] == "train"]
     assert steps == sorted(set(steps))
+
+
+def test_a_login_node_tracks_it_live_through_a_requeue(launch, tmp_path):
+    launched = launch("train.epochs=2", SLOW, "tracking.wandb.mode=disabled")
+    run = launched.run
+    launched.wait_for_step(2)
+    command = [sys.executable, "-m", "launcher", "track", str(run.path), "--wandb", "--offline"]
+    environment = launched.environment | {"HOME": str(tmp_path)}
+    follower = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        launched.wait_until(lambda: steps_of(run))  # it is there while the run goes on
+        launched.wait_for_step(12)
+        launched.slurm("sbatch", "--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 3")
+        code, output = launched.finish()
+        assert code == 0, output
+        said, _ = follower.communicate(timeout=DEADLINE_S)
+    finally:
+        follower.kill()
+    assert follower.returncode == 0, said
+    assert ends(run) == [(1, "preempted")]
+    assert "is completed, and all of it is sent" in said
+    lines = [line["step"] for line in read_jsonl(run.metrics) if line["split"] == "train"]
+    assert [row["step"] for row in rows_of(run) if "train/loss" in row] == sorted(set(lines))
+    assert len(list(run.wandb.glob("offline-run-*"))) == 1  # the follower saw it all
 
 
 SLOW_TWICE = """

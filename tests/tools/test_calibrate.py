@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 
+from launcher import cli
 from launcher.runs.run_dir import RunDir
-from launcher.tools import calibrate, trained_model
+from launcher.tools import calibrate, score, trained_model
 from tests.nets import FACTORY
 
 
@@ -31,7 +33,7 @@ def test_logits_that_are_too_sure_or_too_unsure_are_mended(temperature, independ
 
 
 @pytest.mark.slow
-def test_exports_and_predictions_have_the_temperature(launch, recipe_file, images):
+def test_exports_and_predictions_have_the_temperature(launch, recipe_file, images, capsys):
     recipe = recipe_file(f"data: {{path: {images}}}\npost: {{calibrate: temperature, quantize: []}}\n")
     settings = [FACTORY, "data.image_size=32", "batch.size=5", "launch.device=cpu", "train.epochs=1"]
     done = launch(str(recipe), *settings, "--run-dir", "run")
@@ -41,6 +43,12 @@ def test_exports_and_predictions_have_the_temperature(launch, recipe_file, image
     manifest = json.loads(run.export_manifest.read_text())
     temperature = manifest["calibration"]["temperature"]
     assert temperature != 1.0
+    found = score.score(run)
+    assert (found["temperature"], found["samples"]) == (temperature, 6)
+    assert found["ece_calibrated"] == pytest.approx(manifest["calibration"]["ece_after"], abs=1e-6)
+    assert found["ece"] == pytest.approx(manifest["calibration"]["ece_before"], abs=1e-6)
+    assert cli.main(["evaluate", str(run)]) == 0
+    assert re.search(rf"ECE, calibrated +{found['ece_calibrated']:.4f}", capsys.readouterr().out)
     pixels = np.random.default_rng(0).normal(size=(3, 3, 32, 32)).astype(np.float32)
     onnx = trained_model.load(run.exports / "model.onnx")
     (run.exports / "model.onnx").unlink()

@@ -355,6 +355,15 @@ def test_other_formats_agree_with_the_checkpoint_and_a_wrong_one_is_refused_with
     assert run.export_manifest.read_bytes() == before
 
 
+def test_each_quantized_format_that_is_named_is_made(exported, tmp_path):
+    run = RunDir(shutil.copytree(exported.path, tmp_path / "run", symlinks=True))
+    (run.exports / "model.int8.onnx").unlink()
+    export.export_run(run, names=["int8", "fp16"])
+    accepted = {row["format"] for row in manifest(run)["exports"] if row["accepted"]}
+    assert {"int8", "fp16"} <= accepted
+    assert {"model.int8.onnx", "model.fp16.onnx"} <= {file.name for file in run.exports.iterdir()}
+
+
 def test_calibration_images_are_the_same_every_time(exported, tmp_path, monkeypatch):
     seen = []
     best = evaluate.load_best(exported)

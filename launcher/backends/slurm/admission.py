@@ -191,7 +191,7 @@ def find_problems(cluster: Cluster, plan: LaunchPlan) -> Iterator[str]:
         yield f"lead_s is {profile.lead_s} s, as long as the whole time limit of {profile.timeout_min} min"
     if unknown or not chosen:
         return
-    limits = {name: _minutes(cluster.partitions[name]["MaxTime"]) for name in chosen}
+    limits = {name: minutes(cluster.partitions[name]["MaxTime"]) for name in chosen}
     if all(limit is not None and profile.timeout_min > limit for limit in limits.values()):
         allowed = ", ".join(f"{name} {limit} min" for name, limit in limits.items())
         yield f"timeout_min is {profile.timeout_min}, more than is allowed ({allowed})"
@@ -263,7 +263,7 @@ def _needs(plan: LaunchPlan) -> Iterator[tuple[str, Callable[[Node], bool]]]:
         yield f"the feature {constraint}", lambda node: constraint in node.features
 
 
-def _minutes(text: str) -> int | None:
+def minutes(text: str) -> int | None:
     """SLURM's D-HH:MM:SS in minutes; None for no limit."""
     if text in NEVER:
         return None

@@ -15,10 +15,10 @@ from launcher.errors import PreflightError, TrainingError
 from launcher.node import signals
 from launcher.plan import variables
 from launcher.runs import history, states, user_code, whereabouts
+from launcher.runs.identity import code_digest
 from launcher.runs.run_dir import BATCH_LOG_VARIABLE, RunDir, node_name
 from launcher.system import network
 from launcher.system.files import write_text_atomic
-from launcher.system.own_code import code_digest
 from launcher.system.waiting import is_listed, wait_until
 
 if TYPE_CHECKING:

@@ -48,14 +48,14 @@ class Mix:
         images[..., rows, columns] = partners
         return images
 
-    def mean(self, of: Callable[[torch.Tensor], torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
-        """What ``of`` gives for the labels (N) and for those of the partners, each with its share.
+    def mean(self, of: Callable[..., torch.Tensor], *labels: torch.Tensor) -> torch.Tensor:
+        """What ``of`` gives for the labels (N), what else is known of each image, and for the partners' by their share.
 
         For a loss that is linear in its targets, as cross-entropy is, this is the loss of the soft label.
         """
         if self.share == 1.0:
-            return of(labels)
-        return self.share * of(labels) + (1.0 - self.share) * of(with_partners(labels))
+            return of(*labels)
+        return self.share * of(*labels) + (1.0 - self.share) * of(*map(with_partners, labels))
 
 
 def with_partners(values: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from launcher.engine.checkpoints import checkpoint as checkpoints
+from launcher.engine.network.fitting import are_needed
+from launcher.errors import TrainingError
 
 if TYPE_CHECKING:
     from launcher.engine.listeners.listeners import Listeners
@@ -81,6 +83,11 @@ class Saving:
         chosen = [found[0].step if found[0] else None]
         dist.broadcast_object_list(chosen, src=0)
         if chosen[0] is None:
+            if not are_needed(self._parts.recipe.model, run):
+                weights = self._parts.recipe.model.weights
+                raise TrainingError(
+                    f"no checkpoint of {run} is whole, and the weights that it began with, {weights}, are gone"
+                )
             return False
         state.restore(found[0] or checkpoints.load(run.checkpoint(chosen[0])))
         self._saved_step = state.step

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import platform
+from typing import TYPE_CHECKING, Any
 
+import torch
+
+import launcher
 from launcher.engine import optim
+from launcher.engine.device import cpu_name
 from launcher.engine.loading import balance
 from launcher.recipe import phases
 from launcher.system.words import plural
@@ -19,7 +24,7 @@ def lines(parts: Parts) -> Iterator[str]:
     """Model, images, steps, learning and what is best; each a line for people."""
     recipe = parts.recipe
     yield f"model: {_model(parts)}"
-    yield balance.describe(parts.images_per_class, recipe.data.balance)
+    yield balance.describe(parts.images_per_class, recipe.data.balance, weighed=parts.weights is not None)
     size = parts.preprocessing.image_size
     yield f"{len(parts.val_set):,} validation images; the model sees {size} x {size} px"
     yield f"steps: {_steps(parts)}"
@@ -34,11 +39,37 @@ def lines(parts: Parts) -> Iterator[str]:
     yield f"best by {stopping.metric}{waits}"
 
 
+def facts(parts: Parts) -> dict[str, Any]:
+    """What the start has found out of data, network and machine; numbers and names for programs."""
+    total, frozen = _sizes(parts)
+    batching = parts.schedule.batching
+    device = parts.device
+    return {
+        "num_classes": len(parts.classes),
+        "train_images": sum(parts.images_per_class.values()) or len(parts.train_set),
+        "val_images": len(parts.val_set),
+        "parameters": total,
+        "trainable_parameters": total - frozen,
+        "global_batch_size": batching.global_batch_size,
+        "steps_per_epoch": parts.schedule.steps_per_epoch,
+        "precision": str(parts.precision),
+        "device": torch.cuda.get_device_name(device.torch_device) if device.is_cuda else cpu_name(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "launcher": launcher.__version__,
+    }
+
+
+def _sizes(parts: Parts) -> tuple[int, int]:
+    """Parameters, and those of them that are frozen at first."""
+    sizes = {name: parameter.numel() for name, parameter in parts.model.module.named_parameters()}
+    return sum(sizes.values()), sum(sizes[name] for name in parts.model.frozen_parameters(epoch=0))
+
+
 def _model(parts: Parts) -> str:
-    config, module = parts.recipe.model, parts.model.module
-    sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
-    total = sum(sizes.values())
-    frozen = sum(sizes[name] for name in parts.model.frozen_parameters(epoch=0))
+    config = parts.recipe.model
+    total, frozen = _sizes(parts)
     learn = "all learn" if not frozen else f"{total - frozen:,} of them learn"
     every = phases.phases(parts.recipe)
     if len(every) > 1:

@@ -1,4 +1,4 @@
-"""The launcher's own listener, by which rank 0 tells the world: metrics.jsonl, events.jsonl, the terminal, wandb."""
+"""The launcher's own listener, by which rank 0 tells the world: metrics.jsonl, events.jsonl, the terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 from launcher.recipe import metrics as recipe_metrics
 from launcher.runs import findings, generations, states
 from launcher.system.files import write_json_atomic
-from launcher.tracking.wandb import Tracker
+from launcher.tracking.records import FACTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,7 +38,6 @@ class Recorder:
         attempt: which start of the workers this is.
         console: the terminal or pipe that `launch` was started from.
         num_steps: optimizer steps of the whole training.
-        tracked: whether wandb hears of it.
         bar: show a progress bar on a terminal; it would overwrite a debugger's prompt.
     """
 
@@ -50,7 +49,6 @@ class Recorder:
         attempt: int,
         console: IO[str],
         num_steps: int,
-        tracked: bool,
         bar: bool = True,
     ) -> None:
         self._run = run
@@ -71,7 +69,6 @@ class Recorder:
         self._ranks_written = 0.0
         self._writing = threading.Lock()
         self._unwritten: list[Callable[[], object]] = []
-        self._tracker = Tracker(run, recipe, run.read_plan(), self.say) if tracked else None
         if bar and console.isatty():
             self._start_progress()
 
@@ -103,6 +100,10 @@ class Recorder:
         if rare:
             self.event("rare_classes", num_classes=len(rare), classes=dict([*rare.items()][: findings.NUM_SHOWN]))
             self.say(f"warning: {findings.describe_rare(rare)}")
+
+    def facts(self, found: dict[str, Any]) -> None:
+        """What the start has found out, for whoever tracks the run."""
+        self.event(FACTS, **found)
 
     def numerics(self, agreed: Numerics) -> None:
         """Tell what the steps are computed in where the ranks' devices differ in what they can."""
@@ -171,36 +172,38 @@ class Recorder:
         """What the report shows of the best checkpoint's validation, image by image and class by class."""
         self._write(lambda: write_json_atomic(self._run.validation, found))
 
+    def has_tested(self, split: str, best: dict[str, Any]) -> bool:
+        """Whether the test set has been measured by this best checkpoint."""
+        known = self._run.read_status().get("test") or {}
+        return bool(known) and all(known[key] == value for key, value in _of_test(split, best).items())
+
+    def tested(self, split: str, best: dict[str, Any], values: dict[str, Any]) -> None:
+        """The counts over the test set, when training is over."""
+        self._metrics("test", best["epoch"], best["step"], values)
+        shown = {name: values[name] for name in self._table if name in values and name not in self._hidden}
+        self.status(test=_of_test(split, best) | {"samples": values["samples"], **shown})
+        self.event("tested", samples=values["samples"], of_step=best["step"])
+        said = "  ".join(f"{name} {values[name]:.4f}" for name in self._said if name in shown)
+        self.say(f"test  {said}  ({values['samples']:,} images of {split}, best epoch {best['epoch'] + 1})")
+
     def checkpoint(self, *, step: int, best: bool, seconds: float, size_mb: float) -> None:
         """A checkpoint is on the disk."""
         self.event("checkpoint", step=step, seconds=round(seconds, 3), size_mb=round(size_mb, 3), best=best)
 
-    def end(self, *, outcome: Outcome, best: dict[str, Any] | None) -> None:
-        """Training is over; the best checkpoint goes to wandb."""
+    def end(self, *, outcome: Outcome) -> None:
+        """Training is over."""
         self.status(outcome)
         self.event("training_ended", outcome=outcome)
-        if self._tracker is not None and best is not None and outcome != "preempted":
-            self._tracker.summary(
-                {f"best/{best['metric']}": best["value"], "best/epoch": best["epoch"], "best/step": best["step"]}
-            )
-            self._tracker.log_checkpoint(self._run.best_checkpoint, ["best"])
 
-    def close(self, *, finished: bool = True, stop: Callable[[], bool] = lambda: False) -> None:
-        """Leave the terminal as it was, and end wandb; after a stop or a failure there is no time to wait for it."""
+    def close(self) -> None:
+        """Leave the terminal as it was."""
         if self._progress is not None:
             self._progress.stop()
-        if self._tracker is not None:
-            if finished:
-                self._tracker.finish(timeout_s=30.0, stop=stop)
-            else:
-                self._tracker.finish(timeout_s=5.0, exit_code=1)
 
     def _metrics(self, split: str, epoch: int, step: int, values: dict[str, Any]) -> None:
         record = {"time": time.time(), "split": split, "attempt": self._attempt, "epoch": epoch, "step": step, **values}
         record = {name: value if _is_json(value) else None for name, value in record.items()}
         self._write(lambda: self._run.append_metrics(**record))
-        if self._tracker is not None:
-            self._tracker.log(record | dict.fromkeys(self._hidden))
 
     def _write(self, write: Callable[[], object]) -> None:
         """Write to the run directory; what a full disk does not take now is kept, in its order, for the next time."""
@@ -234,6 +237,11 @@ class Recorder:
         )
         self._task = self._progress.add_task("train", total=self._num_steps, of_epoch="first batch", text="")
         self._progress.start()
+
+
+def _of_test(split: str, best: dict[str, Any]) -> dict[str, Any]:
+    """What was measured on, and the checkpoint that was."""
+    return {"split": split, "step": best["step"], "epoch": best["epoch"], "weights": best.get("weights")}
 
 
 def _is_json(value: Any) -> bool:

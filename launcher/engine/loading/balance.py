@@ -8,17 +8,22 @@ epoch: over all epochs every sample of a class is seen as often as any other of 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
+from launcher.errors import UsageError
 from launcher.images.folder import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
+
+    from launcher.engine.device import Device
 
 
 def class_weights(counts: Sequence[int]) -> list[float]:
@@ -52,6 +57,33 @@ def weights_in_loss(
         num = len(labels) - len(left_out)
         return [(num - count) / count if 0 < count < num else 1.0 for count in of_class]
     return class_weights(of_class)
+
+
+class SampleWeights:
+    """What the loss of each training image counts, as a list says; the mean over those that take part is made 1.
+
+    Args:
+        weights: of all.
+        left_out: indices of those that take no part.
+        device: where losses are.
+
+    Raises:
+        UsageError: all that take part have the weight 0.
+    """
+
+    def __init__(self, weights: Sequence[float], left_out: frozenset[int], device: Device) -> None:
+        taking_part = [weight for index, weight in enumerate(weights) if index not in left_out]
+        mean = math.fsum(taking_part) / max(1, len(taking_part))
+        if not mean:
+            raise UsageError("the weights of all training images that can be decoded are 0, so that nothing is learned")
+        self._weights = torch.tensor(weights, dtype=torch.float64) / mean
+        self._device = device
+
+    def of(self, indices: Sequence[int]) -> torch.Tensor:
+        """Those of some images, float64, on the device."""
+        found = self._weights[list(indices)]
+        found = found.pin_memory() if self._device.pin_memory else found
+        return found.to(self._device.torch_device, non_blocking=True)
 
 
 def balanced_order(seed: int, epoch: int, labels: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -97,7 +129,7 @@ def _times_before(values: NDArray[np.int64]) -> NDArray[np.int64]:
     return found
 
 
-def describe(counts: dict[str, int], balance: str, *, most: int = 12) -> str:
+def describe(counts: dict[str, int], balance: str, *, weighed: bool = False, most: int = 12) -> str:
     """How many training images each class has, and what is done about it; a line for people."""
     total, sizes = sum(counts.values()), Counter(counts.values())
     if len(counts) > most:
@@ -107,4 +139,5 @@ def describe(counts: dict[str, int], balance: str, *, most: int = 12) -> str:
         shown = ", ".join(f"{printable(name)} {count:,}" for name, count in counts.items())
     done = {"weights": "losses are weighed by class", "sampler": "each class is seen as often as any other"}
     text = f"{total:,} training images in {len(counts)} classes: {shown}"
-    return f"{text}; {done[balance]} (data.balance)" if balance in done else text
+    text += f"; {done[balance]} (data.balance)" if balance in done else ""
+    return f"{text}; the loss of each counts by its weight in the list" if weighed else text

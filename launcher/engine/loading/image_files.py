@@ -49,7 +49,11 @@ class ImageDataset(Samples):
             listing = listing.with_classes(classes)
         self.classes = listing.classes
         self._folder = listing.root
-        self.samples = [sample for sample in listing.samples(split) if listing.key(sample[0]) not in left_out]
+        weights = listing.weights(split)
+        found = listing.samples(split)
+        stay = [place for place, (path, _) in enumerate(found) if listing.key(path) not in left_out]
+        self.samples = [found[place] for place in stay]
+        self.weights = weights and [weights[place] for place in stay]
         self._read = read
         self._kept: KeptPixels | None = None
 

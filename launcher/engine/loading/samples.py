@@ -30,6 +30,8 @@ class Samples(Dataset[Batch]):
     """Names in the order of the logits."""
     samples: list[tuple[str, Any]]
     """Path, or another key, and class of each; with data.task: multi_label a tuple of classes."""
+    weights: list[float] | None = None
+    """What the loss of each counts beside others' in training; None: all the same."""
 
     def __init__(self, transform: Callable[[Any], torch.Tensor], *, seed: int) -> None:
         self._transform = transform

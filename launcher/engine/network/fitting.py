@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from launcher.recipe.schema_model import ModelConfig
+    from launcher.runs.run_dir import RunDir
 
 AUXILIARY = ("googlenet", "inception_v3")
 
@@ -29,6 +31,20 @@ def torchvision_weights(config: ModelConfig) -> Any:
     """The member of torchvision's weights enumeration that ``model.weights`` names; for a file or null, DEFAULT."""
     name = "DEFAULT" if config.weights is None or config.weights_file else config.weights
     return models.get_model_weights(config.arch)[name]
+
+
+def are_gone(config: ModelConfig) -> bool:
+    """Whether the weights that training started from are not there any more: a file, or torchvision's in its cache."""
+    if config.weights_file is not None:
+        return not config.weights_file.is_file()
+    if config.weights is None or config.factory:
+        return False
+    return not (Path(torch.hub.get_dir()) / "checkpoints" / Path(torchvision_weights(config).url).name).is_file()
+
+
+def are_needed(config: ModelConfig, run: RunDir) -> bool:
+    """Whether a run needs the weights that it starts from: a checkpoint has its own, also where those are gone."""
+    return not (are_gone(config) and run.newest_state())
 
 
 def load_weights(

@@ -176,7 +176,7 @@ class _Training:
     def step(self, batch_size: int) -> float:
         """Take one; return its seconds."""
         parts, size = self._parts, self._parts.preprocessing.image_size
-        indices = tuple(range(batch_size))
+        indices = tuple(index % parts.schedule.num_samples for index in range(batch_size))
         step = Step(epoch=0, offset=0, end=0, num_samples=batch_size, micro_batches=(indices,), lone=False)
         images = torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8)
         labels = parts.made_up_targets(batch_size)

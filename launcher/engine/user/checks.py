@@ -33,15 +33,18 @@ TOLERANCE = 1e-3
 """By which part the sum of a loss over samples may differ from that over two parts of them, for rounding."""
 
 
-def find(recipe: Recipe, num_classes: int) -> Iterator[tuple[str, str]]:
+def find(recipe: Recipe, num_classes: int, *, weighed: bool = False) -> Iterator[tuple[str, str]]:
     """What is wrong with what a recipe brings; keys, and words.
 
     Args:
         recipe: its references lead to code that can be imported.
         num_classes: outputs of the model.
+        weighed: a list gives images weights.
     """
     config, weighs, several = recipe.train, recipe.data.balance == "weights", recipe.data.task == "multi_label"
-    if problem := _told(functools.partial(_loss_problem, config, num_classes, weighs=weighs, several=several)):
+    if problem := _told(
+        functools.partial(_loss_problem, config, num_classes, weighs=weighs, several=several, weighed=weighed)
+    ):
         yield "train.loss", problem
     for index, row in enumerate(listeners.rows(config.listeners)):
         if problem := _told(functools.partial(_listener_problem, row.listener)):
@@ -63,7 +66,7 @@ def _told(look: Callable[[], str | None]) -> str | None:
         return str(error)
 
 
-def _loss_problem(config: TrainConfig, num_classes: int, *, weighs: bool, several: bool) -> str | None:
+def _loss_problem(config: TrainConfig, num_classes: int, *, weighs: bool, several: bool, weighed: bool) -> str | None:
     loss = losses.build_loss(config, num_classes=num_classes, device=torch.device("cpu"))
     if isinstance(loss.function, nn.Module):
         learned = [name for name, value in loss.function.named_parameters() if value.requires_grad]
@@ -85,9 +88,7 @@ def _loss_problem(config: TrainConfig, num_classes: int, *, weighs: bool, severa
                 raise
             raise UsageError(f"{config.loss} with {config.loss_args}: {type(error).__name__}: {error}") from error
         problem = losses.find_problem(found, NUM_TRIED, needs_gradient=True)
-        if weighs and not several and not problem and not found.dim():
-            problem = losses.NO_WEIGHTS
-        if problem:
+        if problem := problem or _lacking_losses(found, by_class=weighs and not several, weighed=weighed):
             return f"{loss.name} {problem}"
         whole, again = (float(loss.sum(logits, targets, training=True).detach()) for _ in range(2))
         cut = NUM_TRIED // 2 - 1
@@ -102,6 +103,13 @@ def _loss_problem(config: TrainConfig, num_classes: int, *, weighs: bool, severa
             "return the loss of each sample, which depends on no other one, or their plain mean"
         )
     return None
+
+
+def _lacking_losses(found: torch.Tensor, *, by_class: bool, weighed: bool) -> str | None:
+    """That a mean has no losses of samples to be weighed."""
+    if found.dim():
+        return None
+    return losses.NO_WEIGHTS if by_class else losses.NO_SAMPLE_WEIGHTS if weighed else None
 
 
 def _lacking_argument(function: Callable[..., Any], config: TrainConfig, *, by_class: bool) -> str | None:

@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 from launcher.engine.loading.samples import Samples
 from launcher.errors import UsageError
 from launcher.images import pixels
+from launcher.images.listing import every_image_has_all
 from launcher.recipe.user_code import as_in_run
 from launcher.runs import user_code
 
@@ -74,6 +75,8 @@ class UserDataset(Samples):
         self._indices = [index for index, (key, _) in enumerate(listed) if key not in left_out]
         self.samples = [listed[index] for index in self._indices]
         self._check_samples(listed)
+        if split == "train" and (problem := every_image_has_all([label for _, label in listed], len(self.classes))):
+            raise UsageError(f"{self._name}: {problem}")
 
     def load(self, index: int) -> Any:
         """The image: as the data set gives it for the user's own transform, else uint8 3 x H x W."""

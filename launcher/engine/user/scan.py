@@ -41,7 +41,7 @@ def _scan(recipe: Recipe) -> Scan:
     torch.set_num_threads(1)
     images: list[ScannedImage] = []
     classes: list[str] = []
-    for split in ("train", "val"):
+    for split in filter(None, ("train", "val", recipe.data.test)):
         samples = UserDataset(recipe.data, split, lambda image: image, seed=recipe.seed)
         classes = classes or samples.classes
         readings = DataLoader(_Readings(samples), batch_size=None, num_workers=min(num_cores(), 8))

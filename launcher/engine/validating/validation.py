@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from launcher.engine.features.kept import Kept
-    from launcher.engine.loading.handover import Batch
+    from launcher.engine.loading.handover import Batch, Batches, Loader
     from launcher.engine.setup import Parts
     from launcher.engine.validating.build import Totals
     from launcher.engine.validating.noise import Answers
@@ -37,7 +37,12 @@ class Validation:
 
     @torch.no_grad()
     def run(
-        self, keep: Callable[[], Kept | None], *, stop: Callable[[], bool], poll: Callable[..., None]
+        self,
+        keep: Callable[[], Kept | None],
+        *,
+        stop: Callable[[], bool],
+        poll: Callable[..., None],
+        load: Callable[[Kept | None], Loader | Batches] | None = None,
     ) -> dict[str, Any]:
         """Counts over the whole validation set, the same on every rank. Every rank must call it.
 
@@ -45,6 +50,7 @@ class Validation:
             keep: the features of the set, where they are kept; called in evaluation mode.
             stop: whether this rank was asked to stop.
             poll: where all ranks learn whether to stop; called with each batch that was loaded.
+            load: this rank's share; None: of the validation set.
         """
         parts = self._parts
         distributed.broadcast_buffers(parts.model.module)
@@ -53,7 +59,7 @@ class Validation:
         totals = build_totals(parts.recipe, parts.classes, to, parts.loss, self._user_metrics)
         kept = keep()
         self._network = kept.rest if kept else parts.model.module
-        loaded = iter(parts.val_loader(kept))
+        loaded = iter((load or parts.val_loader)(kept))
         held: list[Batch] = []
         while True:
             try:

@@ -10,6 +10,7 @@ import pytest
 from launcher.engine.listeners.recorder import Recorder
 from launcher.recipe.schema import Recipe
 from launcher.runs.run_dir import RunDir
+from launcher.tracking.records import FACTS, Feed
 
 VALUES = {"samples": 40, "loss": 1.0, "top1": 0.5, "top5": 1.0, "f1": 0.4}
 
@@ -18,17 +19,22 @@ VALUES = {"samples": 40, "loss": 1.0, "top1": 0.5, "top5": 1.0, "f1": 0.4}
 def recorder(tmp_path):
     run = RunDir(tmp_path / "run")
     run.create()
-    return Recorder(run, Recipe(), attempt=1, console=io.StringIO(), num_steps=10, tracked=False)
+    return Recorder(run, Recipe(), attempt=1, console=io.StringIO(), num_steps=10)
+
+
+def told_of(run, num_classes):
+    """What a tracker is told of the validation."""
+    run.append_event(FACTS, num_classes=num_classes)
+    (record,) = Feed(run, Recipe()).new()
+    return record.values
 
 
 @pytest.mark.parametrize(("num_classes", "shown"), [(2, False), (5, False), (6, True)])
 def test_top_5_of_five_classes_or_fewer_is_recorded_and_not_shown(recorder, num_classes, shown):
-    told = []
-    recorder._tracker = type("Tracker", (), {"log": staticmethod(told.append)})()
     recorder.classes(num_classes, {})
     recorder.validation(epoch=0, step=5, values=VALUES, best=True)
     assert ("top5" in recorder._console.getvalue()) == shown
-    assert told[0]["top5"] == (1.0 if shown else None)
+    assert ("val/top5" in told_of(recorder._run, num_classes)) == shown
     assert json.loads(recorder._run.metrics.read_text())["top5"] == 1.0
     assert "top1 0.5000" in recorder._console.getvalue()
 
@@ -59,7 +65,7 @@ def on_terminal(tmp_path, monkeypatch):
     made = []
 
     def make(**options):
-        made.append(Recorder(run, Recipe(), attempt=1, console=Terminal(), num_steps=200, tracked=False, **options))
+        made.append(Recorder(run, Recipe(), attempt=1, console=Terminal(), num_steps=200, **options))
         return made[-1]
 
     yield make

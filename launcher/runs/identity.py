@@ -1,9 +1,16 @@
-"""This package's own code."""
+"""What a run is called, and what code it was launched with."""
 
 from __future__ import annotations
 
 import hashlib
+import secrets
+import time
 from pathlib import Path
+
+
+def new_run_id(name: str) -> str:
+    """``NAME-YYYYmmdd-HHMMSS-xxxx``: the run's id, its folder's name and its wandb id, fixed before anything starts."""
+    return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 def code_digest() -> str:

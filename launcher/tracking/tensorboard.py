@@ -1,0 +1,73 @@
+"""A run's records as TensorBoard's event files, in ``tensorboard/``."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from launcher.recipe import load as recipes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from launcher.recipe.schema import Recipe
+    from launcher.runs.run_dir import RunDir
+    from launcher.tracking.records import Record, Story
+
+
+class TensorBoard:
+    """Writes with TensorBoard's own writer, which needs no torch.
+
+    Args:
+        run: the run directory.
+        recipe: shown as text.
+    """
+
+    name = "tensorboard"
+    confirms = False
+
+    def __init__(self, run: RunDir, recipe: Recipe) -> None:
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._folder = run.sink_folder(self.name)
+        self._recipe = recipe
+        self._make = EventFileWriter
+
+    def files(self) -> Sequence[Path]:
+        """The event files: each tracker writes one."""
+        return list(self._folder.glob("events.out.tfevents.*"))
+
+    def open(self, story: Story, sent: int) -> int:  # noqa: ARG002
+        """Begin a file, which has the recipe first."""
+        self._writer = self._make(str(self._folder))
+        if not sent:
+            self._text("recipe", recipes.to_yaml(self._recipe))
+        return sent
+
+    def send(self, record: Record) -> None:
+        """A line's numbers, over its step."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = {**record.values, "epoch": record.epoch}
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+        self._writer.add_event(Event(wall_time=record.time, step=record.step, summary=summary))
+
+    def flush(self, story: Story) -> None:  # noqa: ARG002
+        """Have TensorBoard see it."""
+        self._writer.flush()
+
+    def close(self, story: Story, *, artifacts: Sequence[str]) -> None:  # noqa: ARG002
+        """What the run came to, as text."""
+        best = story.best
+        if best:
+            self._text("best", f"{best['metric']} {best['value']:.4f} (epoch {best['epoch'] + 1}, step {best['step']})")
+        self._writer.close()
+
+    def _text(self, tag: str, text: str) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.plugins.text.summary_v2 import text_pb
+
+        quoted = "\n".join(f"    {line}" for line in text.splitlines())  # Markdown's way of leaving it as it is
+        self._writer.add_event(Event(wall_time=time.time(), step=0, summary=text_pb(tag, quoted)))

@@ -1,0 +1,66 @@
+"""A tracker that is killed again and again sends each record once, and none is missing."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+
+from tests.tracking.hand_made import ENDED_S, VAL, event_rows, finish, make_run, rows_of, tracker, train
+
+pytest.importorskip("tensorboard", reason="an extra: pip install 'finetune-launcher[tensorboard]'")
+pytestmark = [pytest.mark.slow]
+KILLS = 10
+
+
+def new_of(run, before):
+    return [
+        file.name
+        for file in (*run.wandb.glob("offline-run-*"), *run.sink_folder("tensorboard").glob("events.*"))
+        if file.name not in before
+    ]
+
+
+def have_begun(run, before):
+    """Whether two new records have rows, on the disk."""
+    until = time.monotonic() + ENDED_S
+
+    def begun():
+        assert time.monotonic() < until
+        new = new_of(run, before)
+        return len(new) == 2 and rows_of(run, new[0]) and event_rows(run, new[1])
+
+    return begun
+
+
+def test_ten_kills_lose_nothing_and_send_nothing_twice(tmp_path):
+    run, seed = make_run(tmp_path), random.Random(0)  # noqa: S311
+    step = 0
+    for attempt in range(KILLS):
+        begun = have_begun(run, new_of(run, ()))
+        processes = [tracker(run, sink) for sink in ("wandb", "tensorboard")]
+        waits = attempt % 2 == 0  # every other one is killed while it starts
+        ends = time.monotonic() + seed.uniform(0.2, 4.0)
+        while time.monotonic() < ends or (waits and not begun()):
+            step += 1
+            train(run, step, attempt=attempt + 1)
+            time.sleep(0.05)
+        with run.metrics.open("a") as file:  # training dies in the middle of a line
+            file.write('{"split": "train", "st')
+        for process in processes:
+            process.kill()
+            process.communicate(timeout=ENDED_S)
+        step = max(0, step - 5)  # training goes on from a checkpoint before
+    run.append_metrics(**VAL | {"step": step})
+    finish(run)
+    for sink in ("wandb", "tensorboard"):
+        process = tracker(run, sink)
+        said, errors = process.communicate(timeout=ENDED_S)
+        assert (process.returncode, said, errors) == (0, "", "")
+    reached = max(row["step"] for row in rows_of(run) if "train/loss" in row)
+    everything = list(range(1, reached + 1))
+    assert [row["step"] for row in rows_of(run) if "train/loss" in row] == everything
+    assert [row["step"] for row in rows_of(run) if "val/loss" in row] == [step]
+    assert [found for found, tag, _ in event_rows(run) if tag == "train/loss"] == everything
+    assert [found for found, tag, _ in event_rows(run) if tag == "val/loss"] == [step]

@@ -1,0 +1,174 @@
+"""A process that serves: it listens, loads, answers, and stops so that no request is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import socket
+import sys
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+
+from launcher.errors import UsageError
+from launcher.system.cores import num_cores
+from launcher.system.processes import heeded
+from launcher.tools.serving.service import Service
+
+if TYPE_CHECKING:
+    import signal
+    from collections.abc import Callable, Iterator
+
+    from launcher.tools.serving.settings import Settings
+
+BACKLOG = 2048
+"""Connections that may wait to be taken."""
+KEEP_ALIVE_S = 75
+"""An idle connection is kept so long: longer than balancers do, which would else use one as it is closed."""
+LINGER_S = 0.2
+"""After the last connection was taken its request may take so long to come."""
+CURES = {
+    errno.EADDRINUSE: "another program listens there: choose another one with --port (0: any that is free)",
+    errno.EACCES: "ports below 1024 need rights: choose another one with --port",
+    errno.EADDRNOTAVAIL: "--host takes an address of this machine: 127.0.0.1 for programs on it, 0.0.0.0 for all",
+}
+"""What to do, by the error."""
+
+
+def listen(settings: Settings) -> socket.socket:
+    """A socket at the settings' address.
+
+    Raises:
+        UsageError: it cannot be had; says what to do.
+    """
+    place = f"{settings.host}:{settings.port}"
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        found = socket.socket(family, kind, protocol)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+        found.listen(BACKLOG)
+    except OSError as error:
+        cure = CURES.get(error.errno or 0, CURES[errno.EADDRNOTAVAIL])
+        raise UsageError(f"{place}: {error.strerror or error}; {cure}") from None
+    found.set_inheritable(True)
+    return found
+
+
+def address(listening: socket.socket) -> str:
+    """Where a browser on this machine finds it."""
+    host, port = listening.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  compared, not bound
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def serve(settings: Settings, listening: socket.socket, tell: Callable[[], None], *, is_member: bool = False) -> None:
+    """Serve until a signal says to stop; every request that was begun is answered.
+
+    Args:
+        settings: of the server.
+        listening: the socket.
+        tell: is called once the model is loaded and has computed.
+        is_member: this is one of several processes, whose parent says when to end at once.
+
+    Raises:
+        UsageError: there is no such model.
+    """
+    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # requests that are no HTTP are answered with 400
+    service = Service(settings, max(1, num_cores() // settings.workers))
+    asyncio.run(_serve(service, settings, listening, tell, is_member=is_member))
+
+
+async def _serve(
+    service: Service, settings: Settings, listening: socket.socket, tell: Callable[[], None], *, is_member: bool
+) -> None:
+    config = uvicorn.Config(
+        service,
+        lifespan="off",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_S,
+    )
+    server = _Server(config, service, listening, drain_s=settings.drain_s, is_member=is_member)
+
+    async def work() -> None:
+        try:
+            await asyncio.to_thread(service.load)
+            tell()
+            await service.run()
+        finally:
+            server.should_exit = True
+
+    working = asyncio.create_task(work())
+    await server.serve(sockets=[listening])
+    working.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await working
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, but told to stop it first answers what has come and what is on its way."""
+
+    def __init__(
+        self, config: uvicorn.Config, service: Service, listening: socket.socket, *, drain_s: float, is_member: bool
+    ) -> None:
+        super().__init__(config)
+        self._service = service
+        self._listening = listening
+        self._drain_s = drain_s
+        self._is_member = is_member
+        self._stopping: asyncio.Task[None] | None = None
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop at the signals that this process heeds; uvicorn's own would end it by the signal, not with 0."""
+        loop, numbers = asyncio.get_running_loop(), heeded()
+        for number in numbers:
+            loop.add_signal_handler(number, self._told, number)
+        try:
+            yield
+        finally:
+            for number in numbers:
+                loop.remove_signal_handler(number)
+
+    def _told(self, number: signal.Signals) -> None:
+        if not self._stopping:
+            self._stopping = asyncio.create_task(self._stop())
+        elif not self._is_member:
+            print("a second signal: requests that are under way are dropped", file=sys.stderr, flush=True)
+            os._exit(128 + number)
+
+    async def _stop(self) -> None:
+        self._service.is_stopping = True
+        await asyncio.sleep(self._drain_s)
+        await self._close()
+        await asyncio.sleep(LINGER_S)
+        await self._service.is_idle.wait()
+        self.should_exit = True
+
+    async def _close(self) -> None:
+        """Take no more connections; those that have been made, and wait to be taken, would be cut off by that."""
+        waiting = []
+        with contextlib.suppress(OSError):  # there is none any more, or this process does not listen yet
+            while True:
+                waiting.append(self._listening.accept()[0])
+        for server in self.servers:
+            server.close()
+        loop = asyncio.get_running_loop()
+        for connection in waiting:
+            await loop.connect_accepted_socket(self._protocol, connection)
+
+    def _protocol(self) -> asyncio.Protocol:
+        """As uvicorn makes it for a new connection."""
+        kind: Any = self.config.http_protocol_class
+        made: asyncio.Protocol = kind(config=self.config, server_state=self.server_state, app_state={})
+        return made
