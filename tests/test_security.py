@@ -25,7 +25,8 @@ from launcher.plan import batch_script, profile
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.recipe import load as recipes
 from launcher.runs.history import events
-from launcher.runs.run_dir import RunDir, WorkerSpec
+from launcher.runs.run_dir import RunDir
+from launcher.runs.worker_spec import WorkerSpec
 from launcher.system.files import write_json_atomic
 from launcher.system.redact import find_secret
 from tests.nets import NET

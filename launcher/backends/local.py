@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from launcher.errors import EXIT_OK, InterruptedRunError
 from launcher.runs import diagnose, history, quarantine, states
-from launcher.runs.run_dir import RunDir, WorkerSpec
+from launcher.runs.run_dir import RunDir
+from launcher.runs.worker_spec import WorkerSpec
 
 if TYPE_CHECKING:
     from launcher.plan.launch_plan import LaunchPlan

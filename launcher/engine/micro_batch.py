@@ -3,8 +3,7 @@
 Where memory runs out, in the forward or the backward pass, on one rank or on all, the micro-batch is done again in
 smaller pieces. The other ranks notice nothing but the time: they wait in DDP's exchange of gradients, as ever. Only
 where it runs out within DDP itself nothing can be done again: its reducer is left in the middle of a change, and with
-NCCL a collective may have begun. So it is with SyncBatchNorm, for which all ranks make every pass together. That ends
-the attempt.
+NCCL a collective may have begun. So it is with SyncBatchNorm, where all ranks pass together. That ends the attempt.
 """
 
 from __future__ import annotations
@@ -36,13 +35,10 @@ if TYPE_CHECKING:
 
     from launcher.engine.augmenting.mixing import Mix
     from launcher.engine.device import Device
+    from launcher.engine.loading.handover import Batch
     from launcher.engine.running_statistics import RunningStatistics
     from launcher.engine.setup import Parts
     from launcher.engine.state import TrainingState
-
-
-Batch = tuple[torch.Tensor, ...]
-"""Images, labels and, where not all losses count the same, what each does."""
 
 
 class ExchangeMemoryError(torch.OutOfMemoryError):

@@ -32,7 +32,8 @@ from launcher.errors import EXIT_FAILED, EXIT_RESUMABLE
 from launcher.recipe import load as recipes
 from launcher.runs import findings
 from launcher.runs.heartbeats import BUILDING, DUMP_SIGNAL, FIRST, MEASURING, STARTING, TRAINING
-from launcher.runs.run_dir import ATTEMPT_VARIABLE, MEMORY_KILLS_VARIABLE, RunDir, WorkerSpec, node_name
+from launcher.runs.run_dir import ATTEMPT_VARIABLE, MEMORY_KILLS_VARIABLE, RunDir, node_name
+from launcher.runs.worker_spec import WorkerSpec
 from launcher.system import console, phases
 from launcher.system import memory as host_memory
 from launcher.system.files import write_json_atomic

@@ -81,7 +81,7 @@ def build_report(run: RunDir) -> Json:
     validated = details.validation(run, best, missing)
     command = launched.launched_by or shlex.join(plan.command)
     wall_s, export_s = _wall_s(events, metrics), (exports or {}).get("seconds")
-    report = _clean(
+    report: Json = _clean(
         {
             "run_id": plan.run_id,
             "name": plan.name,

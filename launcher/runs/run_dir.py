@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,18 +29,6 @@ BATCH_LOG_VARIABLE = "LAUNCH_BATCH_LOG"
 """Environment variable of a node's supervisor: the log of its batch script; unset outside of one."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class WorkerSpec:
-    """All arguments of a worker; the rest it reads from the run directory and torchrun's environment variables."""
-
-    run_dir: str
-    """Absolute path of the run directory."""
-    attempt: int
-    """Which start of the workers this is, from 1; a restart counts."""
-    debug: bool = False
-    """In this process, with a handful of steps and no files but those of the run."""
-
-
 def node_name() -> str:
     """This machine's name in SLURM, by which it can be excluded; it may differ from the host name."""
     return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
@@ -58,7 +46,11 @@ class RunDir:
 
     @classmethod
     def existing(cls, path: str | os.PathLike[str]) -> RunDir:
-        """Open the run at ``path``. Raises UsageError where there is none."""
+        """Open the run at ``path``.
+
+        Raises:
+            UsageError: there is no run directory at ``path``.
+        """
         run = cls(path)
         if not run.exists:
             missing = run.plan.name if run.recipe.is_file() else run.recipe.name
@@ -336,7 +328,10 @@ class RunDir:
         return status
 
     def update_status(self, **changes: Any) -> None:
-        """Change fields of ``status.json``, one process at a time; the state by :func:`launcher.runs.states.move`."""
+        """Change some fields of ``status.json``. One process at a time writes it: rank 0, or the supervisor.
+
+        The state goes by way of :func:`launcher.runs.states.move`.
+        """
         write_json_atomic(self.status, {**self.read_status(), **changes, "updated": time.time()})
 
     def append_event(self, kind: str, **fields: Any) -> None:

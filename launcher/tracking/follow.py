@@ -77,12 +77,15 @@ def _send(records: Sequence[Record], start: int, sink: Sink, feed: Feed, place: 
 
 def _remove_unfinished(sink: Sink, before: list[str] | None) -> None:
     """Remove what a tracker that was killed has left: it is written again, whole."""
-    for file in sink.files() if before is not None else ():
-        if file.name not in before:
-            if file.is_dir():
-                shutil.rmtree(file)
-            else:
-                file.unlink()
+    if before is None:
+        return
+    for file in sink.files():
+        if file.name in before:
+            continue
+        if file.is_dir():
+            shutil.rmtree(file)
+        else:
+            file.unlink()
 
 
 def _has_all(run: RunDir, feed: Feed, known: dict[str, Any]) -> bool:

@@ -119,8 +119,9 @@ class Wandb:
         told = {"facts": story.facts, "attempts": story.attempts}
         if told != self._told:
             self._told = told
-            self._tracked.config.update({"facts": story.facts}, allow_val_change=True)
-            self._tracked.summary.update({"attempts": story.attempts})
+            tracked: Any = self._tracked  # half typed
+            tracked.config.update({"facts": story.facts}, allow_val_change=True)
+            tracked.summary.update({"attempts": story.attempts})
 
     def close(self, story: Story, *, artifacts: Sequence[str]) -> None:
         """What the run came to, its models, an alert where it is over; then wait until all is sent."""

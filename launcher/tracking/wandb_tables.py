@@ -27,6 +27,6 @@ def of(line: dict[str, Any]) -> dict[str, Any]:
             for predicted, count in enumerate(row)
         ]
         table = wandb.Table(columns=["Actual", "Predicted", "nPredictions"], data=cells)
-        fields = {name: name for name in table.columns}
+        fields = {str(name): str(name) for name in table.columns}
         found["val/confusion"] = wandb.plot_table("wandb/confusion_matrix/v1", table, fields, {"title": "validation"})
     return found

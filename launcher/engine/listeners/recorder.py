@@ -159,19 +159,6 @@ class Recorder:
         text = "  ".join(f"{name} {values[name]:.4f}" for name in shown)
         self.say(f"epoch {epoch + 1}/{self._epochs}  val  {text}{'  best so far' if best else ''}")
 
-    def ranks(self, times: dict[str, Any]) -> None:
-        """What each rank did with the time of its last steps; the file has the last of them."""
-        now = time.time()
-        if now - self._ranks_written >= RANKS_EVERY_S or times["slowest"]["is_slow"]:
-            self._ranks_written = now
-            self._write(
-                lambda: write_json_atomic(self._run.rank_times, {"time": now, "attempt": self._attempt, **times})
-            )
-
-    def best_validation(self, found: dict[str, Any]) -> None:
-        """What the report shows of the best checkpoint's validation, image by image and class by class."""
-        self._write(lambda: write_json_atomic(self._run.validation, found))
-
     def has_tested(self, split: str, best: dict[str, Any]) -> bool:
         """Whether the test set has been measured by this best checkpoint."""
         known = self._run.read_status().get("test") or {}
@@ -185,6 +172,19 @@ class Recorder:
         self.event("tested", samples=values["samples"], of_step=best["step"])
         said = "  ".join(f"{name} {values[name]:.4f}" for name in self._said if name in shown)
         self.say(f"test  {said}  ({values['samples']:,} images of {split}, best epoch {best['epoch'] + 1})")
+
+    def ranks(self, times: dict[str, Any]) -> None:
+        """What each rank did with the time of its last steps; the file has the last of them."""
+        now = time.time()
+        if now - self._ranks_written >= RANKS_EVERY_S or times["slowest"]["is_slow"]:
+            self._ranks_written = now
+            self._write(
+                lambda: write_json_atomic(self._run.rank_times, {"time": now, "attempt": self._attempt, **times})
+            )
+
+    def best_validation(self, found: dict[str, Any]) -> None:
+        """What the report shows of the best checkpoint's validation, image by image and class by class."""
+        self._write(lambda: write_json_atomic(self._run.validation, found))
 
     def checkpoint(self, *, step: int, best: bool, seconds: float, size_mb: float) -> None:
         """A checkpoint is on the disk."""

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
     from launcher.engine.schedule import Step
 
-Batch = tuple[torch.Tensor, torch.Tensor]
-"""Images, uint8 N x 3 x S x S, and class indices, int64 N."""
+Batch = tuple[torch.Tensor, ...]
+"""Images, uint8 N x C x S x S, targets (class indices, int64 N) and, where not all losses count the same, what each
+does."""
 
 LOOK_S = 1.0
 """How often a rank that waits for a batch looks whether it is to stop."""
