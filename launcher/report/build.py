@@ -101,6 +101,7 @@ def build_report(run: RunDir) -> Json:
             "best": best,
             **_measured(table, best_val, train, val, groups),
             "groups": groups,
+            "facts": details.facts(events),
             "data_wait": details.data_wait(train),
             "intervals": intervals.of_validation(best_val, table),
             "test": test_set.of_run(_curve(metrics, "test"), best, table, recipe),

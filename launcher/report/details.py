@@ -19,6 +19,8 @@ FAULTS = (
     *("preflight_failed", "quarantined", "recipe_changed", "code_changed", "user_code_changed", "cancelled"),
 )
 """Kinds of events that the timeline shows beside the attempts."""
+SHOWN_FACTS = ("parameters", "trainable_parameters", "train_images", "val_images", "torch", "precision")
+"""Of the event facts, in the page's head."""
 NUM_FAULTS = 200
 """Rows of the timeline, the first; of a run with more, events.jsonl has all."""
 NUM_RANKS = 64
@@ -107,6 +109,12 @@ def _words(event: Json) -> str:
         return str(text).splitlines()[0]
     known = ("time", "kind", "host", "attempt", "rank", "node", "step", "epoch")
     return ", ".join(f"{key} {json.dumps(value)[:80]}" for key, value in event.items() if key not in known)
+
+
+def facts(events: list[Json]) -> Json | None:
+    """What the last start of training said of model and data."""
+    found = [event for event in events if event.get("kind") == "facts"]
+    return {key: found[-1].get(key) for key in SHOWN_FACTS} if found else None
 
 
 def data_wait(train: list[Json]) -> float | None:

@@ -33,6 +33,8 @@ def write(run, *, classes, confusions, samples, folder, metrics):
     slowest = {"rank": 1, "cause": "loader", "behind": 0.4, "is_slow": True}
     times = {"step_s": [0.14, 0.14], "compute_s": [0.1, 0.1], "wait_s": [0.0, 0.04]}
     straggler = {"time": START + 60, "kind": "straggler", "host": "node1", "attempt": 2, "rank": 0, "straggler": 1}
+    facts = {"time": START, "kind": "facts", "host": "node1", "attempt": 1, "rank": 0, "parameters": 2_227_715}
+    facts |= {"trainable_parameters": 3843, "train_images": 77, "val_images": samples}
     straggler |= {"cause": "loader", "step": 12, "message": "rank 1 is slower than the others"}
     shown = [
         {"image": f"val/{name}/{name}.jpg", "confidence": 0.99 - i / 100, "true": name, "predicted": classes[i - 1][0]}
@@ -57,7 +59,7 @@ def write(run, *, classes, confusions, samples, folder, metrics):
     }
     for path, value in files.items():
         path.write_text(json.dumps(value))
-    for path, lines in ((run.events, [*EVENTS[:4], straggler, *EVENTS[4:]]), (run.metrics, metrics)):
+    for path, lines in ((run.events, [*EVENTS[:4], facts, straggler, *EVENTS[4:]]), (run.metrics, metrics)):
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     for row in shown:
         image = folder / row["image"]
@@ -121,6 +123,7 @@ def test_the_page_of_a_run_with_everything(small):
     assert len(parsed.named("img")) == 6
     assert all(attrs["src"].startswith("data:image/jpeg;base64,") for attrs in parsed.named("img"))
     assert f"launch {small.recipe}" in page
+    assert "2,227,715<small>3,843 of them learn, from 77 images" in page
 
 
 def test_the_summary_is_for_people_who_know_nothing_of_training(small):
