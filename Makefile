@@ -47,6 +47,7 @@ bench: $(VENV)/installed
 	$(BIN)/python -m tests.bench.engine_cost
 	$(BIN)/python -m tests.bench.tracking
 	$(BIN)/python -m tests.bench.peers
+	$(BIN)/python -m tests.bench.serving
 
 faults: $(VENV)/installed
 	$(BIN)/python -m tests.faults

@@ -37,22 +37,25 @@ def benchmark(place: Path, *, threads: int, warn: Callable[[str], None]) -> dict
     if place.is_file():
         files = {place.name: place}
         predictors[place.name] = onnx_model.onnx_predictor(place, threads=threads, warn=warn)
-        size = _image_size(place)
+        size, channels = _input_of(place)
     else:
         run = RunDir.existing(place)
         best = evaluate.load_best(run, warn=warn)
-        size, predictors[EAGER] = best.preprocessing.image_size, best.module
+        size, channels = best.preprocessing.image_size, best.preprocessing.channels
+        predictors[EAGER] = best.module
         files = _programs(run)
         for name, file in files.items():
             predictors[name] = formats.open_export(name, file, best, threads=threads, warn=warn)
-    times, rates = latency.measure(predictors, size), latency.throughput(predictors, size)
+    times, rates = (measure(predictors, size, channels) for measure in (latency.measure, latency.throughput))
     rows = [
         {
             "model": name,
             "size_mb": evaluate.size_mb(files[name]) if name in files else None,
             **times[name],
             **rates[name],
-            **(probe.measure(files[name], threads=threads, image_size=size) if name in files else {}),
+            **(
+                probe.measure(files[name], threads=threads, image_size=size, channels=channels) if name in files else {}
+            ),
         }
         for name in predictors
     ]
@@ -67,10 +70,12 @@ def _programs(run: RunDir) -> dict[str, Path]:
     return {name: file for name, file in files.items() if file.is_file() and name not in weights}
 
 
-def _image_size(file: Path) -> int:
+def _input_of(file: Path) -> tuple[int, int]:
+    """Height and width, and the channels."""
     import onnx
 
     said = onnx_model.read_metadata(onnx.load(file, load_external_data=False))
     if "preprocessing" not in said:
         raise UsageError(f"{file}: lacks the metadata of an export of `launch`: its image size is not known")
-    return int(json.loads(said["preprocessing"])["image_size"])
+    facts = json.loads(said["preprocessing"])
+    return int(facts["image_size"]), len(facts["mean"])

@@ -168,7 +168,8 @@ def load_best(run: RunDir, data_path: str | None = None, warn: Callable[[str], N
     folder, loaded = _load_or_newest(run, folder, warn)
     classes = loaded.state["classes"]
     preprocessing = build_preprocessing(recipe.model, recipe.data, num_classes=len(classes))
-    module = build_module(recipe.model, num_classes=len(classes), image_size=preprocessing.image_size)
+    size, channels = preprocessing.image_size, preprocessing.channels
+    module = build_module(recipe.model, num_classes=len(classes), image_size=size, channels=channels)
     load_state(module, loaded.best_weights)
     return BestModel(
         module=module.eval(),

@@ -21,7 +21,7 @@ from launcher.engine.device import cpu_name, num_cores
 from launcher.errors import EXIT_OK, LaunchError, TrainingError, UsageError, exit_code_of
 from launcher.runs.run_dir import RunDir
 from launcher.system import cpu as host_cpu
-from launcher.tools import calibrate, evaluate, formats, latency, onnx_model, probe, publish, quantize
+from launcher.tools import baked, calibrate, evaluate, formats, latency, onnx_model, probe, publish, quantize
 from launcher.tools.gate import REFERENCE, Answers, doubt
 from launcher.tools.quantize import Ladder, first_line
 from launcher.tracking import trackers
@@ -70,7 +70,9 @@ def export_run(run: RunDir, data_path: str | None = None, names: Sequence[str] |
         publish.remove_abandoned(run)
         with tempfile.TemporaryDirectory(dir=run.exports, prefix=publish.prefix()) as folder:
             making = _Making(run, best, Path(folder), Answers(best, missing), say, each=names is not None)
-            wanted = [*best.recipe.post.export, *best.recipe.post.quantize] if names is None else list(names)
+            post = best.recipe.post
+            usual = [*post.export, *[formats.BAKED] * post.bake_preprocessing, *post.quantize]
+            wanted = usual if names is None else list(names)
             manifest = making.make(wanted) | {"calibration": calibration}
             made, not_made = list(manifest["exports"]), list(manifest["not_made"])
             publish.publish(run, Path(folder), manifest, list(FILES.values()))
@@ -147,14 +149,17 @@ class _Making:
     def _judge(self, name: str, file: Path) -> tuple[str | None, Json]:
         """Why a file is not accepted (None: it is, or nothing can be measured), and what it measures."""
         predictor = formats.open_export(name, file, self._best, threads=self._threads, warn=self._say)
-        self._answers.ask(name, predictor)
         self._predictors[name] = predictor
+        if is_baked := name == formats.BAKED:  # it is asked about the images themselves
+            session = onnx_model.open_session(file, threads=self._threads, warn=self._say)
+            predictor = baked.OfFiles(session, self._best)
+        self._answers.ask(name, predictor)
         found = self._answers.compare(name)
-        is_quantized, post = name in quantize.FILES, self._best.recipe.post
-        found["doubt"] = (
-            doubt(found, post, num=self._answers.num) if is_quantized and not self._answers.missing else None
-        )
-        return self._answers.verdict(found, is_quantized=is_quantized), found
+        if is_baked:
+            found["max_logit_diff"] = None  # it has none
+        is_rounded, post = is_baked or name in quantize.FILES, self._best.recipe.post
+        found["doubt"] = doubt(found, post, num=self._answers.num) if is_rounded and not self._answers.missing else None
+        return self._answers.verdict(found, is_quantized=is_rounded), found
 
     def _quantize(self, names: Sequence[str], rows: Sequence[Json]) -> list[Json]:
         """A row for each way that was tried."""
@@ -206,16 +211,16 @@ class _Making:
         """What each file measured; times of those that are kept, and of the checkpoint."""
         files = {row["format"]: self._folder / row["file"] for row in rows}
         timed = {name: self._predictors[name] for name in (REFERENCE, *files) if name in self._predictors}
-        size = self._best.preprocessing.image_size
-        times = latency.measure(timed, size)
-        rates = latency.throughput({name: found for name, found in timed.items() if name != REFERENCE}, size)
+        size, channels = self._best.preprocessing.image_size, self._best.preprocessing.channels
+        times = latency.measure(timed, size, channels)
+        rates = latency.throughput({name: found for name, found in timed.items() if name != REFERENCE}, size, channels)
         for row in rows:
             name, file = row["format"], files[row["format"]]
             row["size_mb"] = evaluate.size_mb(file) if file.exists() else None
             row.update(times.get(name, {}), **rates.get(name, {}))
             is_program = name not in formats.FORMATS or not formats.FORMATS[name].is_weights
             if file.exists() and is_program:
-                row.update(probe.measure(file, threads=self._threads, image_size=size))
+                row.update(probe.measure(file, threads=self._threads, image_size=size, channels=channels))
             self._run.append_event(
                 "export", **{k: row.get(k) for k in ("file", "top1", "agreement", "accepted", "reason")}
             )

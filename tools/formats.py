@@ -14,7 +14,7 @@ import torch
 from launcher.engine.model import build_module
 from launcher.engine.network.fitting import load_state
 from launcher.recipe import load as recipes
-from launcher.tools import onnx_model
+from launcher.tools import baked, onnx_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     Say = Callable[[str], None]
     """Tells the person at the terminal a line."""
 
+BAKED = "onnx_baked"
+"""The format that post.bake_preprocessing asks for."""
 LARGE_BYTES = 1.9e9
 """Above this, ONNX keeps weights beside the model: a protobuf holds at most 2 GB."""
 
@@ -80,8 +82,8 @@ def licence(best: BestModel) -> str | None:
 
 def example(best: BestModel) -> torch.Tensor:
     """Two images: a batch of one would be exported as just that."""
-    size = best.preprocessing.image_size
-    return torch.zeros(2, 3, size, size)
+    settings = best.preprocessing
+    return torch.zeros(2, settings.channels, settings.image_size, settings.image_size)
 
 
 def dynamic_batch() -> Any:
@@ -110,6 +112,26 @@ def write_onnx(target: Path, best: BestModel) -> None:
         )
     model = onnx.load(target, load_external_data=False)
     onnx.helper.set_model_props(model, facts(best))
+    onnx.save(model, target)
+
+
+def write_onnx_baked(target: Path, best: BestModel) -> None:
+    """Write ONNX that does the preprocessing itself, of the ONNX file beside it where there is one.
+
+    Raises:
+        ValueError: images are made by the user's own code.
+    """
+    import onnx
+
+    preprocessing = best.preprocessing.describe()
+    if "transform" in preprocessing:
+        own = preprocessing["transform"]
+        raise ValueError(f"images are made by the user's own code, {own}, which a graph cannot hold")
+    source = target.with_name(FORMATS["onnx"].file)
+    if not source.exists():
+        source = target.with_name(".plain.onnx")
+        write_onnx(source, best)
+    model = baked.bake(onnx.load(source), preprocessing, independent=best.independent, temperature=best.temperature)
     onnx.save(model, target)
 
 
@@ -151,6 +173,7 @@ def _exported(best: BestModel) -> torch.export.ExportedProgram:
 
 FORMATS = {
     "onnx": Format(file="model.onnx", write=write_onnx),
+    BAKED: Format(file="model.baked.onnx", write=write_onnx_baked),
     "torch_export": Format(file="model.pt2", write=write_torch_export),
     "torchscript": Format(
         file="model.ts",
@@ -177,11 +200,12 @@ def open_export(name: str, path: Path, best: BestModel, *, threads: int, warn: S
         return onnx_model.onnx_predictor(path, threads=threads, warn=warn)
     if not FORMATS[name].is_weights:
         return open_program(path)
+    settings, num = best.preprocessing, len(best.classes)
     module = build_module(
-        best.recipe.model, num_classes=len(best.classes), image_size=best.preprocessing.image_size
-    ).eval()
+        best.recipe.model, num_classes=num, image_size=settings.image_size, channels=settings.channels
+    )
     load_state(module, _read_weights(path))
-    return module
+    return module.eval()
 
 
 def open_program(path: Path) -> Predictor:

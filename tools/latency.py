@@ -31,14 +31,14 @@ BATCH_TURNS = 3
 
 
 @torch.inference_mode()
-def measure(predictors: Mapping[str, Predictor], image_size: int) -> dict[str, dict[str, Any]]:
-    """Milliseconds for one image (1 x 3 x S x S, random), by model.
+def measure(predictors: Mapping[str, Predictor], image_size: int, channels: int = 3) -> dict[str, dict[str, Any]]:
+    """Milliseconds for one image (1 x C x S x S, random), by model.
 
     Returns:
         Each ``{latency_p50_ms, latency_p95_ms, latency_p99_ms, latency_iqr_ms, latency_runs}``: the median, two
         percentiles, the distance between the quartiles, and the number of timed runs.
     """
-    image = _images(1, image_size)
+    image = _images(1, image_size, channels)
     times: dict[str, list[float]] = {name: [] for name in predictors}
     turns, runs = {}, {}
     for name, predictor in predictors.items():
@@ -59,7 +59,7 @@ def measure(predictors: Mapping[str, Predictor], image_size: int) -> dict[str, d
 
 @torch.inference_mode()
 def throughput(
-    predictors: Mapping[str, Predictor], image_size: int, batches: Sequence[int] = BATCHES
+    predictors: Mapping[str, Predictor], image_size: int, channels: int = 3, batches: Sequence[int] = BATCHES
 ) -> dict[str, dict[str, Any]]:
     """How many images a second each model computes, in turns, at the batch size that is best for it.
 
@@ -68,7 +68,7 @@ def throughput(
     """
     fastest: dict[str, dict[str, Any]] = {name: {"throughput_images_per_s": 0.0} for name in predictors}
     for batch in batches:
-        images = _images(batch, image_size)
+        images = _images(batch, image_size, channels)
         times: dict[str, list[float]] = {name: [] for name in predictors}
         for turn in range(BATCH_TURNS + 1):  # the first one warms up
             for name, predictor in predictors.items():
@@ -82,8 +82,8 @@ def throughput(
     return fastest
 
 
-def _images(num: int, size: int) -> torch.Tensor:
-    return torch.rand(num, 3, size, size, generator=torch.Generator().manual_seed(0))
+def _images(num: int, size: int, channels: int) -> torch.Tensor:
+    return torch.rand(num, channels, size, size, generator=torch.Generator().manual_seed(0))
 
 
 def _spread(num: int) -> set[int]:

@@ -25,6 +25,8 @@ TEMPERATURE = "temperature"
 """Key of a file's metadata, where it was calibrated: what logits are divided by before they become probabilities."""
 QUANTIZATION = "quantization"
 """Key of a quantized file's metadata: its rung and, of int8, ``{target, weight_bits, activation_bits, …}`` as JSON."""
+INPUT, LOGITS, PROBABILITIES = "images", "logits", "probabilities"
+"""Names of what goes into a file and comes out of it; probabilities, where it does the preprocessing itself."""
 EXACT_SUMS = "session.x64quantprecision"
 """ONNX Runtime's own option for x86 without VNNI: int8 weights become uint8, whose products it adds in 32 bits."""
 
@@ -34,7 +36,23 @@ def onnx_predictor(path: Path, *, threads: int, warn: Callable[[str], None]) -> 
     import torch
 
     session = open_session(path, threads=threads, warn=warn)
-    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+    return lambda images: torch.from_numpy(compute(session, images.numpy()))
+
+
+def is_baked(session: onnxruntime.InferenceSession) -> bool:
+    """Whether a file does the preprocessing itself: it takes uint8 N x H x W x 3 and gives probabilities."""
+    return str(session.get_inputs()[0].type) == "tensor(uint8)"
+
+
+def compute(session: onnxruntime.InferenceSession, images: Any) -> Any:
+    """Logits of normalised images, N x 3 x S x S; a file that does the preprocessing gets images of that size.
+
+    What it says of those means nothing: it is for measuring time and memory.
+    """
+    if not is_baked(session):
+        return session.run([LOGITS], {INPUT: images})[0]
+    levels = (images * 255).clip(0, 255).astype("uint8").transpose(0, 2, 3, 1)
+    return session.run([PROBABILITIES], {INPUT: levels})[0]
 
 
 def open_session(

@@ -85,7 +85,7 @@ def write_parquet(predictions: Iterable[Prediction], path: Path, *, top: int) ->
     """The same columns as Parquet, by pyarrow.
 
     Raises:
-        UsageError: pyarrow is not installed.
+        UsageError: pyarrow is not installed, or the file cannot be written.
     """
     try:
         import pyarrow as pa
@@ -95,7 +95,10 @@ def write_parquet(predictions: Iterable[Prediction], path: Path, *, top: int) ->
     rows = [row(found, top) for found in predictions]
     types = {name: pa.float32() if name.startswith("probability") else pa.string() for name in columns(top)}
     table = {name: pa.array([line[i] for line in rows], kind) for i, (name, kind) in enumerate(types.items())}
-    parquet.write_table(pa.table(table), path)
+    try:
+        parquet.write_table(pa.table(table), path)
+    except OSError as error:
+        raise UsageError(f"--parquet {path}: cannot be written: {error.strerror or error}") from None
 
 
 def columns(top: int) -> list[str]:

@@ -27,12 +27,12 @@ TIMEOUT_S = 120.0
 STATUS = Path("/proc/self/status")
 
 
-def measure(file: Path, *, threads: int, image_size: int) -> dict[str, float | None]:
+def measure(file: Path, *, threads: int, image_size: int, channels: int = 3) -> dict[str, float | None]:
     """Seconds to open a file, and the most memory of a process that opens it and computes a batch of BATCH.
 
     Both are None where that process fails: what it wrote goes to standard error.
     """
-    command = [sys.executable, "-m", "launcher.tools.probe", str(file), str(threads), str(image_size)]
+    command = [sys.executable, "-m", "launcher.tools.probe", str(file), *map(str, (threads, image_size, channels))]
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=TIMEOUT_S)
         found: dict[str, float | None] = json.loads(done.stdout.splitlines()[-1])
@@ -42,11 +42,11 @@ def measure(file: Path, *, threads: int, image_size: int) -> dict[str, float | N
     return found
 
 
-def _load_and_run(file: Path, threads: int, image_size: int) -> dict[str, Any]:
+def _load_and_run(file: Path, threads: int, image_size: int, channels: int) -> dict[str, Any]:
     start = time.perf_counter()
     run = _open(file, threads)
     load_s = time.perf_counter() - start
-    run(np.zeros((BATCH, 3, image_size, image_size), np.float32))
+    run(np.zeros((BATCH, channels, image_size, image_size), np.float32))
     # getrusage would count what this process was forked from
     peak = re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text(encoding="utf-8")) if STATUS.exists() else None
     return {"load_s": load_s, "peak_memory_mb": int(peak[1]) / 1e3 if peak else None}
@@ -55,7 +55,7 @@ def _load_and_run(file: Path, threads: int, image_size: int) -> dict[str, Any]:
 def _open(file: Path, threads: int) -> Callable[[Any], Any]:
     if file.suffix == ".onnx":
         session = onnx_model.open_session(file, threads=threads, warn=lambda line: print(line, file=sys.stderr))
-        return lambda images: session.run(["logits"], {"images": images})
+        return lambda images: onnx_model.compute(session, images)
     import torch
 
     from launcher.tools import formats
@@ -67,8 +67,8 @@ def _open(file: Path, threads: int) -> Callable[[Any], Any]:
 
 def main() -> None:
     """Measure the file that is named."""
-    file, threads, image_size = sys.argv[1:4]
-    print(json.dumps(_load_and_run(Path(file), int(threads), int(image_size))))
+    file, *numbers = sys.argv[1:5]
+    print(json.dumps(_load_and_run(Path(file), *map(int, numbers))))
 
 
 if __name__ == "__main__":

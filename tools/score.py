@@ -13,6 +13,7 @@ from launcher.engine.distributed import Ranks, init_process_group
 from launcher.engine.losses import build_loss
 from launcher.engine.validating.build import build_totals, build_user_metrics
 from launcher.errors import UsageError
+from launcher.images import datasets
 from launcher.images.listing import Listing
 from launcher.recipe.images import source_of
 from launcher.tools import calibrate, evaluate, trained_model
@@ -80,7 +81,7 @@ def _calibrated(run: RunDir, best: BestModel, answers: list[tuple[torch.Tensor, 
 
 def _on(best: BestModel, place: Path) -> BestModel:
     """The same model, with a folder of class folders, or all rows of a list, as its validation."""
-    place = place.expanduser().absolute()
+    place = datasets.prepare("imagefolder", str(place.expanduser().absolute()))
     data = replace(best.recipe.data, name="imagefolder", path=str(place.parent), dataset=None, val=place.name)
     recipe = replace(best.recipe, data=replace(data, train=None, val_fraction=None, group=None))
     part = Listing(source_of(recipe), best.classes).part("val")

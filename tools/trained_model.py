@@ -99,7 +99,7 @@ class TrainedModel:
         self.facts = facts
         self._meaning = meaning
         self._logits = logits
-        self._at_once = at_once
+        self.at_once = at_once
         self._levels = [] if read else _normalised_levels(facts)
         self._read = read or self._as_described
 
@@ -115,15 +115,15 @@ class TrainedModel:
 
     def stream(self, images: Iterable[Source], *, top: int = 5, batch_size: int | None = None) -> Iterator[Prediction]:
         """As :meth:`predict`, one by one while the next images are decoded, in threads: of a million images a few."""
-        size = batch_size or (BATCH_SIZE if self._at_once == 1 else BATCH_OF_A_CORE)
+        size = batch_size or (BATCH_SIZE if self.at_once == 1 else BATCH_OF_A_CORE)
         numbered = enumerate(images)
         with (
             ThreadPoolExecutor(num_cores(), thread_name_prefix="decode") as decoders,
-            ThreadPoolExecutor(self._at_once, thread_name_prefix="compute") as computers,
+            ThreadPoolExecutor(self.at_once, thread_name_prefix="compute") as computers,
         ):
             ahead: deque[Future[list[Prediction]]] = deque()
             while True:
-                while len(ahead) < self._at_once + AHEAD and (part := list(islice(numbered, size))):
+                while len(ahead) < self.at_once + AHEAD and (part := list(islice(numbered, size))):
                     decoded = [(_name(image, number), decoders.submit(self.read, image)) for number, image in part]
                     ahead.append(computers.submit(self._compute, decoded, top))
                 if not ahead:
@@ -175,9 +175,11 @@ class TrainedModel:
         rgb = pixels.to_rgb(image, facts.get("background", pixels.WHITE), facts.get("grey_range"))
         cropped = pixels.centre_crop(rgb, facts["resize_size"], facts["image_size"], facts["interpolation"])
         if facts.get("channels") == 1:
-            cropped = cropped.convert("L").convert("RGB")
-        values = np.asarray(cropped)
-        normalised = np.empty((3, *values.shape[:2]), np.float32)
+            cropped = cropped.convert("L")
+        if len(self._levels) > 1:
+            cropped = cropped.convert("RGB")  # grey is so only in exports of earlier versions
+        values = np.atleast_3d(np.asarray(cropped))
+        normalised = np.empty((len(self._levels), *values.shape[:2]), np.float32)
         for channel, levels in enumerate(self._levels):
             np.take(levels, values[..., channel], out=normalised[channel], mode="clip")
         return normalised
@@ -242,18 +244,33 @@ def _load_onnx(file: Path, threads: int, *, many: bool) -> TrainedModel:
         raise UsageError(
             f"{file}: images are made by the user's own code, {facts['transform']}, which lies in the run: name the run"
         )
+    meaning = Meaning(
+        classes=json.loads(said["classes"]),
+        independent=json.loads(said.get(onnx_model.INDEPENDENT, "false")),
+        threshold=json.loads(said.get(onnx_model.THRESHOLD, "null")),
+        temperature=json.loads(said.get(onnx_model.TEMPERATURE, "1.0")),
+    )
+    if onnx_model.is_baked(session):
+        return _baked(file, session, meaning, facts)
     return TrainedModel(
         file=file,
-        meaning=Meaning(
-            classes=json.loads(said["classes"]),
-            independent=json.loads(said.get(onnx_model.INDEPENDENT, "false")),
-            threshold=json.loads(said.get(onnx_model.THRESHOLD, "null")),
-            temperature=json.loads(said.get(onnx_model.TEMPERATURE, "1.0")),
-        ),
+        meaning=meaning,
         facts=facts,
         logits=lambda images: np.asarray(session.run(["logits"], {"images": images})[0]),
         at_once=threads if many else 1,
     )
+
+
+def _baked(file: Path, session: Any, meaning: Meaning, facts: dict[str, Any]) -> TrainedModel:
+    """A file that does the preprocessing itself: images of any size are computed one by one, as they are read."""
+    from launcher.tools import baked
+
+    def read(image: PillowImage) -> Floats:
+        rgb = pixels.to_rgb(image, facts.get("background", pixels.WHITE), facts.get("grey_range"))
+        found: Floats = baked.logits(session, np.asarray(rgb)[None], meaning)[0]
+        return found
+
+    return TrainedModel(file=file, meaning=meaning, facts=facts, logits=lambda images: images, read=read)
 
 
 def _warn(line: str) -> None:

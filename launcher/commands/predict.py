@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
+    from launcher.tools.explain import Explainer
+
+EXPLAINED = "explained"
+"""The folder of the pictures of --explain, where none is named."""
+
 
 def main(argv: Sequence[str]) -> int:
     """Run ``launch predict``; return its exit code."""
@@ -27,7 +32,11 @@ def main(argv: Sequence[str]) -> int:
     form.add_argument("--json", action="store_true", dest="as_json", help="a JSON object in each line")
     form.add_argument("--csv", action="store_true", help="a table")
     form.add_argument("--parquet", metavar="FILE", help="a table, by pyarrow")
+    parser.add_argument("--explain", action="store_true", help="write where the model looked too (of a run, by captum)")
+    parser.add_argument("--out", metavar="FOLDER", help="for the pictures of --explain (explained)")
     args = parser.parse_args(argv)
+    if args.out and not args.explain:
+        raise UsageError("--out is where --explain writes its pictures; answers go to standard output")
     return run(args)
 
 
@@ -53,13 +62,24 @@ def run(args: argparse.Namespace) -> int:
     counts = {"read": 0, "unread": 0}
     is_shown = sys.stderr.isatty() and not sys.stdout.isatty()  # else the answers themselves show how far it is
     watched = track(images, "images", console=Console(stderr=True), disable=not is_shown)
+    explainer = _explainer(args) if args.explain else None
     told = predict.counted(model.stream(watched, top=top, batch_size=batch_size), counts)
+    if explainer:
+        told = explainer.each(told, model)
     if args.parquet:
         predict.write_parquet(told, Path(args.parquet), top=top)
     elif args.csv:
         predict.write_csv(told, sys.stdout, top=top)
     else:
         (predict.write_json if args.as_json else predict.write_text)(told, sys.stdout)
+    if args.explain:
+        print(f"pictures of what the model looked at: {args.out or EXPLAINED}/", file=sys.stderr)
     if counts["unread"]:
         print(f"{counts['unread']} of {len(images)} images cannot be read", file=sys.stderr)
     return EXIT_OK if counts["read"] or not images else EXIT_FAILED
+
+
+def _explainer(args: argparse.Namespace) -> Explainer:
+    from launcher.tools import explain
+
+    return explain.Explainer(args.model, Path(args.out or EXPLAINED))

@@ -22,7 +22,7 @@ OPTIONS = {
     "host": "address to listen at (127.0.0.1: for this machine only; 0.0.0.0: for all)",
     "port": "0: any that is free",
     "workers": "processes, which share the cores",
-    "max_batch": "images that are computed at once at most; 1: one by one",
+    "max_batch": "images that a core computes at once at most; 1: one by one, by all cores",
     "max_wait_ms": "the first image of a batch waits so long for others at most",
     "max_queue": "images of a process that are under way at most; more are refused with 503",
     "max_body_mb": "a larger body is refused with 413",

@@ -81,7 +81,7 @@ def _track(run: RunDir, names: Sequence[str], mode: str, *, once: bool) -> int:
         return EXIT_RESUMABLE
     code = max((abs(code) for code in trackers.codes), default=EXIT_OK)
     if code == EXIT_OK:
-        say(f"{', '.join(names)}: {run} is {run.read_status()['state']}, and all of it is sent")
+        say(f"{', '.join(names)}: {run} is {run.read_status()['state']}, and its record is complete")
     return code
 
 

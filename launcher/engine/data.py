@@ -53,10 +53,10 @@ class Preprocessing:
     """Height and width in pixels of what the model sees."""
     resize_size: int
     """Pixels of the short side before the centre crop."""
-    mean: tuple[float, float, float]
-    """Of the colour channels, as fractions; subtracted."""
-    std: tuple[float, float, float]
-    """Of the colour channels, as fractions; divided by."""
+    mean: tuple[float, ...]
+    """Of each channel, as fractions; subtracted."""
+    std: tuple[float, ...]
+    """Of each channel, as fractions; divided by."""
     interpolation: str
     """bilinear or bicubic, antialiased."""
     background: tuple[int, int, int] = pixels.WHITE
@@ -64,7 +64,7 @@ class Preprocessing:
     grey_range: tuple[float, float] | None = None
     """What is black and white in grey of more than 8 bits; None: as the kind of number says."""
     channels: int = 3
-    """3, or 1: what is cut out is made grey, the same in all three channels."""
+    """3, or 1: what is cut out is made grey."""
     own_transform: str | None = None
     """The user's own transform, which does all of it instead."""
     decode: str = "fast"
@@ -74,7 +74,7 @@ class Preprocessing:
     def bytes_of_sample(self) -> int:
         """What an image and its label take in a batch that loaders hand over."""
         of_pixel = BYTES_OF_FLOAT if self.own_transform else 1
-        return 3 * self.image_size**2 * of_pixel + BYTES_OF_LABEL
+        return self.channels * self.image_size**2 * of_pixel + BYTES_OF_LABEL
 
     def read(self, path: str) -> torch.Tensor:
         """Decode a file to uint8 RGB, 3 x H x W.
@@ -95,7 +95,7 @@ class Preprocessing:
     def transform(self, augment: str | DataConfig = "none") -> Callable[[Any], torch.Tensor]:
         """The centre crop, or the augmentation of a recipe's ``data``.
 
-        From what :meth:`read` gives, and with a random crop also from what :meth:`open` gives, to uint8 3 x S x S.
+        From what :meth:`read` gives, and with a random crop also from what :meth:`open` gives, to uint8 C x S x S.
 
         Args:
             augment: a preset, as ``data.augment`` names it, or all of the recipe's ``data``.
@@ -154,7 +154,7 @@ class Preprocessing:
         return facts | {"description": pixels.describe(facts)}
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 N x 3 x S x S to float32, on the images' own device; the user's own transform has done it already."""
+        """uint8 N x C x S x S to float32, on the images' own device; the user's own transform has done it already."""
         if images.is_floating_point():
             return images
         mean, std = _per_channel(self.mean, images.device), _per_channel(self.std, images.device)

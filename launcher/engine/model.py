@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from torchvision import models
 from launcher.engine.data import Preprocessing
 from launcher.engine.layers import batch_norms, head_modules, keep_inputs, match_parameters
 from launcher.engine.loading.samples import seed_generators
-from launcher.engine.network.fitting import AUXILIARY, load_weights, torchvision_weights
+from launcher.engine.network.fitting import AUXILIARY, load_weights, take_grey, torchvision_weights
 from launcher.engine.network.shape import is_shaped, shape
 from launcher.engine.user import model as user_model
 from launcher.engine.user.model import IMAGENET_MEAN, IMAGENET_STD, InputFacts
@@ -44,11 +45,17 @@ def build_preprocessing(model: ModelConfig, data: DataConfig, *, num_classes: in
     else:
         facts = user_model.facts(model, num_classes=num_classes) if num_classes else InputFacts()
     size = facts.image_size if data.image_size == "auto" else data.image_size
+    means: tuple[float, ...] = facts.mean
+    deviations: tuple[float, ...] = facts.std
+    if data.channels == 1:
+        # Pretrained ones of these scale colours to 0.5 and 0.5 themselves, which they cannot do with grey.
+        scales = not model.factory and model.arch in AUXILIARY and model.weights is not None
+        means, deviations = (((0.5,) if scales else (statistics.fmean(of),)) for of in (means, deviations))
     return Preprocessing(
         image_size=size,
         resize_size=round(size / data.crop_pct),
-        mean=facts.mean if data.mean == "auto" else (data.mean[0], data.mean[1], data.mean[2]),
-        std=facts.std if data.std == "auto" else (data.std[0], data.std[1], data.std[2]),
+        mean=means if data.mean == "auto" else tuple(data.mean),
+        std=deviations if data.std == "auto" else tuple(data.std),
         interpolation=facts.interpolation if data.interpolation == "auto" else data.interpolation,
         background=data.background_rgb,
         grey_range=data.grey_limits,
@@ -68,12 +75,18 @@ def _torchvision_facts(model: ModelConfig) -> InputFacts:
     )
 
 
-def build_module(config: ModelConfig, *, num_classes: int, image_size: int) -> nn.Module:
-    """The network with new weights from torch's generator; logits N x num_classes from float32 N x 3 x S x S."""
+def build_module(config: ModelConfig, *, num_classes: int, image_size: int, channels: int = 3) -> nn.Module:
+    """The network with new weights from torch's generator; logits N x num_classes from float32 N x C x S x S.
+
+    Raises:
+        UsageError: it cannot be made to take so many channels.
+    """
     module = _architecture(config, num_classes=num_classes, image_size=image_size)
     if is_shaped(config):
         of_user = user_model.head_of(module, config, num_classes=num_classes) if config.factory else None
         shape(module, config, of_user or head_modules(config.arch))
+    if channels == 1:
+        take_grey(module, config)
     return module
 
 
@@ -213,7 +226,8 @@ def build_model(
     """
     torch.manual_seed(recipe.seed)
     seed_generators(recipe.seed)
-    module = build_module(recipe.model, num_classes=num_classes, image_size=image_size)
+    channels = recipe.data.channels
+    module = build_module(recipe.model, num_classes=num_classes, image_size=image_size, channels=channels)
     head = head_of(module, recipe.model, num_classes=num_classes)
     if with_weights:
         load_weights(module, recipe.model, image_size=image_size, head=head, classes=classes)

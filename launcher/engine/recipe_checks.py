@@ -22,14 +22,21 @@ from launcher.engine.model import (
     head_of,
 )
 from launcher.engine.network import shape, sync_batchnorm
-from launcher.engine.network.fitting import are_gone, check_finite, fit_weights, is_for_others, torchvision_weights
+from launcher.engine.network.fitting import (
+    are_gone,
+    check_finite,
+    fit_weights,
+    grey_problems,
+    is_for_others,
+    torchvision_weights,
+)
 from launcher.engine.user import checks as user_checks
 from launcher.engine.user import model as user_model
 from launcher.engine.user import trial
 from launcher.engine.weights_file import read_weights_file
 from launcher.errors import Problem, RecipeError, UsageError
+from launcher.images import datasets
 from launcher.images import folder as image_folder
-from launcher.images.datasets import DATASETS
 from launcher.recipe import metrics as recipe_metrics
 from launcher.recipe import phases
 from launcher.recipe.checks import find_image_problems
@@ -116,7 +123,9 @@ def _find(recipe: Recipe, *, is_new: bool) -> Iterator[tuple[str, str]]:
     except UsageError as error:
         yield "data.dataset" if recipe.data.dataset else "data.name", str(error)
         return
-    if not recipe.data.dataset and DATASETS[recipe.data.name].is_written:  # only now is it there to be looked at
+    if not recipe.data.dataset and datasets.is_written(
+        recipe.data.name, recipe.data.path
+    ):  # only now is it there to be looked at
         found = [(keys[0], text) for keys, text in find_image_problems(recipe)]
         yield from found
         if found:
@@ -142,7 +151,7 @@ def _find(recipe: Recipe, *, is_new: bool) -> Iterator[tuple[str, str]]:
         return
     size, head = build_preprocessing(recipe.model, recipe.data).image_size, head_modules(recipe.model.arch)
     module = build_meta(recipe.model.arch, classes)
-    refused = list(shape.problems(module, recipe.model, head))
+    refused = [*shape.problems(module, recipe.model, head), *grey_problems(module, recipe.model, recipe.data.channels)]
     yield from [*refused, *_batchnorm(recipe, module)]
     yield from _patterns(recipe, FineTunedModel(module, recipe.model, head, phases.phases(recipe)))
     if not refused:
@@ -202,8 +211,9 @@ def _own_model(recipe: Recipe, names: list[str], *, is_new: bool) -> Iterator[tu
     yield from _batchnorm(recipe, module)
     head = head_of(module, config, num_classes=classes)
     size = user_model.facts_of(module).image_size if recipe.data.image_size == "auto" else recipe.data.image_size
+    yield from grey_problems(module, recipe.model, recipe.data.channels)
     try:
-        user_model.try_forward(module, config, num_classes=classes, image_size=size)
+        user_model.try_forward(module, config, num_classes=classes, image_size=size, channels=recipe.data.channels)
     except UsageError as error:
         yield "model.factory", str(error)
     yield from _patterns(recipe, FineTunedModel(module, config, head, phases.phases(recipe)))
@@ -247,13 +257,13 @@ def _image_size(recipe: Recipe, classes: int, size: int) -> Iterator[tuple[str, 
 
     It takes no memory, but a second to import what it needs: so what was accepted once is remembered.
     """
-    known = _accepted_size(recipe.model, classes, size)
+    known = _accepted_size(recipe.model, classes, size) if recipe.data.channels > 1 else None
     if known and known.exists():
         return
     try:
         with torch.random.fork_rng(devices=[]), on_meta():
-            module = build_module(recipe.model, num_classes=classes, image_size=size)
-        module.to("meta").train()(torch.empty(2, 3, size, size, device="meta"))
+            module = build_module(recipe.model, num_classes=classes, image_size=size, channels=recipe.data.channels)
+        module.to("meta").train()(torch.empty(2, recipe.data.channels, size, size, device="meta"))
     except (RuntimeError, ValueError, AssertionError) as error:
         yield "data.image_size", f"{recipe.model.arch} does not take images of {size} px: {str(error).splitlines()[0]}"
         return

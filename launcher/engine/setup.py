@@ -172,7 +172,7 @@ class Parts:
         images, labels = batch
         if not len(labels):
             size = self.preprocessing.image_size
-            images = images.new_zeros(0, 3, size, size)
+            images = images.new_zeros(0, self.preprocessing.channels, size, size)
         images = images.to(self.device.torch_device, non_blocking=True)
         images = self.preprocessing.normalize(images)
         if self.numerics.channels_last:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.errors import UsageError
-from launcher.images import torchvision_sets
+from launcher.images import saved_sets, torchvision_sets
 from launcher.images.digits import write_digits
 from launcher.images.folder import CACHE_CURE, cache_dir
 
@@ -61,16 +61,24 @@ def data_path(name: str, path: str | None) -> Path:
     """The folder, or the list, of a recipe's data set."""
     row = DATASETS[name]
     if not row.is_written:
-        return Path(str(path)).expanduser()
+        place = Path(str(path)).expanduser()
+        return cache_dir() / saved_sets.folder_name(place) / saved_sets.LIST if saved_sets.is_saved(place) else place
     if path is None or row.write:
         return cache_dir() / name
     where = hashlib.blake2b(str(_absolute(path)).encode(errors="surrogateescape"), digest_size=6).hexdigest()
     return cache_dir() / f"{name}-{where}"
 
 
+def is_written(name: str, path: str | None) -> bool:
+    """Whether the images of a data set are written here, in the cache, once it is asked for."""
+    return DATASETS[name].is_written or (path is not None and saved_sets.is_saved(Path(path).expanduser()))
+
+
 def find_problem(name: str, path: str | None = None) -> str | None:
     """Why a data set that is written here cannot be; None: it can, or it is there."""
     row = DATASETS[name]
+    if not row.is_written and not data_path(name, path).exists():
+        return saved_sets.find_problem(Path(str(path)))
     if row.module is None or data_path(name, path).is_dir() or importlib.util.find_spec(row.module):
         return None
     return f"{name} come from {row.install}, which is not installed: pip install {row.install}"
@@ -84,13 +92,23 @@ def prepare(name: str, path: str | None) -> Path:
     """
     row, target = DATASETS[name], data_path(name, path)
     write = functools.partial(_write_torchvision, name=name, path=path) if row.is_torchvision else row.write
-    if write is None or target.is_dir():
-        return target
+    if write is None and is_written(name, path):
+        write = functools.partial(saved_sets.write, place=Path(str(path)).expanduser())
+        _write_once(write, target.parent, str(path))
+    elif write is not None:
+        _write_once(write, target, f"the {name}")
+    return target
+
+
+def _write_once(write: Callable[[Path], None], target: Path, name: str) -> None:
+    """By one process of a node, where it is missing."""
+    if target.is_dir():
+        return
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = (target.parent / f".{target.name}.lock").open("w")
     except OSError as error:
-        raise UsageError(f"the {name} cannot be written to {target.parent}: {error.strerror}; {CACHE_CURE}") from None
+        raise UsageError(f"{name} cannot be written to {target.parent}: {error.strerror}; {CACHE_CURE}") from None
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait, and find it written
         try:
@@ -98,7 +116,6 @@ def prepare(name: str, path: str | None) -> Path:
                 _write(write, target)
         finally:
             Path(lock.name).unlink(missing_ok=True)
-    return target
 
 
 def _write(write: Callable[[Path], None], target: Path) -> None:

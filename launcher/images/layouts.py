@@ -6,7 +6,7 @@ What is found by itself is unambiguous; the rest is for ``data.train``, ``data.v
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,10 +31,13 @@ KNOWN = (
     "PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg (or valid/, validation/, test/; or data.train=X data.val=Y)",
     "PATH/CLASS/*.jpg with data.val_fraction=0.2, which divides it",
     "a list, data.path=FILE.csv (.tsv, .jsonl, .parquet): columns path and label, and split or data.val_fraction=0.2",
+    "a data set of Hugging Face's saved on disk (save_to_disk), or its image folders with metadata.csv or .jsonl",
     "a data set of torchvision's, data.name=CIFAR10 (`launch schema` has them all)",
     "whatever your own code reads, data.dataset=file.py:name (docs/extending.md)",
 )
 """The layouts, a line each."""
+METADATA = "metadata"
+"""What the list of a folder of images is called by Hugging Face; its column file_name is the path."""
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".xz")
 NUM_NAMED = 8
 
@@ -156,7 +159,7 @@ def _whole(source: Source) -> Part | None:
     if lists.is_list(source.place):
         rows = lists.read(source.place, source.form)
         return None if rows[0].split else ListRows(source.place, source.form)
-    return ClassFolders(source.place) if class_folders(source.place) else None
+    return _open_folder(source.place, source.form)
 
 
 def _of_list(source: Source) -> dict[str, Part]:
@@ -195,7 +198,16 @@ def _holds_classes(part: Part | None) -> bool:
 def _open(place: Path, form: lists.Form) -> Part | None:
     if lists.is_list(place):
         return ListRows(place, form)
-    return ClassFolders(place) if place.is_dir() else None
+    return _open_folder(place, form) or ClassFolders(place) if place.is_dir() else None
+
+
+def _open_folder(folder: Path, form: lists.Form) -> Part | None:
+    """Class folders; or the images that a ``metadata.csv`` among them lists, as Hugging Face has it."""
+    if class_folders(folder):
+        return ClassFolders(folder)
+    tables = (folder / f"{METADATA}{ending}" for ending in lists.ENDINGS)
+    table = next((file for file in tables if file.is_file()), None)
+    return ListRows(table, replace(form, columns={"path": "file_name", **form.columns})) if table else None
 
 
 def _choose(

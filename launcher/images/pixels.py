@@ -127,7 +127,8 @@ def describe(facts: dict[str, Any]) -> str:
     else:
         deep = "0 to 65535 of 16 bits and 0 to 1 of floats become 0 to 255, and other ranges are refused"
     size = facts["image_size"]
-    grey = ", it is made grey (Pillow's L, in all three channels)" if facts.get("channels") == 1 else ""
+    of_all = ", in all three channels" if len(facts["mean"]) > 1 else ""
+    grey = f", it is made grey (Pillow's L{of_all})" if facts.get("channels") == 1 else ""
     return (
         "An image (of an animation, the first frame) is turned upright as its EXIF orientation says, composited on "
         f"{colour} where it is transparent, and turned into RGB of 8 bits. Of grey with more than 8 bits, {deep}; of "

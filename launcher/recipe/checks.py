@@ -228,6 +228,11 @@ def _data(recipe: Recipe) -> Iterator[Finding]:
     if data.transform and data.channels == 1:
         text = "found 1; what data.transform makes of an image is used as it is: have it do this, and leave the key out"
         yield ("data.channels", "data.transform"), text
+    for name in ("mean", "std"):
+        found = getattr(data, name)
+        if found != "auto" and len(found) != data.channels:
+            text = f"found {len(found)} value{'s' if len(found) > 1 else ''}; with data.channels: {data.channels} give "
+            yield (f"data.{name}", "data.channels"), f"{text}{data.channels}"
     if data.grey_limits and data.grey_limits[0] >= data.grey_limits[1]:
         yield ("data.grey_range",), f"found {data.grey_range}; the first, which is black, must be less than the second"
     if data.dataset:
@@ -238,13 +243,13 @@ def _data(recipe: Recipe) -> Iterator[Finding]:
         text = f"{data.name} are not read from a folder; for the images in {data.path} add data.name=imagefolder"
         yield ("data.path", "data.name"), text
         return
-    if row.is_written and (problem := datasets.find_problem(data.name, data.path)):
-        yield ("data.name",), problem
+    keys, is_written = ("data.path", "data.name"), datasets.is_written(data.name, data.path)
+    if is_written and (problem := datasets.find_problem(data.name, data.path)):
+        yield ("data.name",) if row.is_written else keys, problem
         return
-    keys = ("data.path", "data.name")
-    if not row.is_written and data.path is None:
+    if not is_written and data.path is None:
         yield keys, "missing: the folder that holds train/ and val/; give it here or as data.path=/my/photos"
-    elif not row.is_written:  # else when it is written: engine.recipe_checks
+    elif not is_written:  # else when it is written: engine.recipe_checks
         yield from find_image_problems(recipe)
 
 

@@ -66,10 +66,11 @@ class DataConfig:
     """Height and width in pixels that the model sees; auto: what the model's weights were trained at, or 224."""
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875
     """Validation takes the centre crop of this fraction of the resized image's short side."""
-    mean: Annotated[list[float], Field(min_length=3, max_length=3)] | Auto = "auto"
-    """Of the colour channels, from 0 to 1, which is subtracted; auto: what the model's weights were trained with."""
-    std: Annotated[list[Positive], Field(min_length=3, max_length=3)] | Auto = "auto"
-    """Of the colour channels, from 0 to 1, which is divided by; auto: what the model's weights were trained with."""
+    mean: Annotated[list[float], Field(min_length=1, max_length=3)] | Auto = "auto"
+    """Of the channels, from 0 to 1, which is subtracted; auto: what the model's weights were trained with (of grey
+    images the mean of their colours')."""
+    std: Annotated[list[Positive], Field(min_length=1, max_length=3)] | Auto = "auto"
+    """Of the channels, from 0 to 1, which is divided by; auto: as of mean."""
     interpolation: Literal["auto", "bilinear", "bicubic"] = "auto"
     """Of resizing; auto: what the model's weights were trained with."""
     augment: Literal["none", "light", "standard"] = "standard"
@@ -117,8 +118,8 @@ class DataConfig:
     background: Annotated[str, Field(pattern=r"^(white|black|grey|#[0-9A-Fa-f]{6})$")] = "white"
     """Colour behind what is transparent, in training, validation and exports: white, black, grey or "#rrggbb"."""
     channels: Channels = 3
-    """3: colours; 1: all images are made grey (ITU-R 601), in training, validation and exports. The model keeps its
-    three inputs, which get the same values, so that its weights fit."""
+    """3: colours; 1: all images are made grey (ITU-R 601), in training, validation and exports, and the model has one
+    input: the weights of its first convolution for the three colours are added up."""
     grey_range: Annotated[list[float], Field(min_length=2, max_length=2)] | Auto = "auto"
     """Which values are black and white in grey images of more than 8 bits, as in [0, 4095]; what is beyond is cut off.
     auto: 0 and 65535 of 16 bits, 0 and 1 of floats; where the images' values do not fit that, they are refused."""

@@ -24,6 +24,9 @@ class PostConfig:
     quantize: list[Literal["int8", "fp16", "int8_dynamic"]] = field(default_factory=lambda: ["int8", "fp16"])
     """Quantized formats, made from onnx: they are tried in this order, each in several ways, until one is accepted.
     fp16: weights alone, half the size; int8_dynamic: for transformers."""
+    bake_preprocessing: bool = False
+    """Make model.baked.onnx too: uint8 N x H x W x 3 of any size in, probabilities out; resize, crop, normalisation and
+    softmax (or sigmoid) are in its graph."""
     calibrate: Literal["none", "temperature"] = "none"
     """temperature: one number is fitted on the validation images, by which predictions divide logits so that their
     probabilities are as often right as they say; it stands in the exports' metadata. The likeliest class stays."""

@@ -137,6 +137,7 @@ OPEN = {
     "tracking.log_every": "",
     "post.enabled": "",
     "post.calibrate": "",
+    "post.bake_preprocessing": "",
     "post.export": "",
     "post.quantize": "",
     "post.profile": "",

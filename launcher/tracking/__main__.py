@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.write(terminal, f"{line}\n".encode())
 
     try:
-        _track(run, args.sink, args.mode, beside=args.beside, say=say)
+        return _track(run, args.sink, args.mode, beside=args.beside, say=say)
     except UsageError as error:
         say(str(error))
         return EXIT_USAGE
@@ -64,18 +64,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             wandb_service.end()
         return EXIT_FAILED
-    return EXIT_OK
 
 
-def _track(run: RunDir, name: str, mode: str | None, *, beside: bool, say: Callable[[str], None]) -> None:
+def _track(run: RunDir, name: str, mode: str | None, *, beside: bool, say: Callable[[str], None]) -> int:
     from launcher.recipe import load as recipes
 
     recipe, plan = recipes.read_resolved(run.recipe), run.read_plan()
     over = Told()
     if name == "wandb":
-        _track_with_wandb(run, recipe, plan, mode, beside=beside, say=say, over=over)
-        return
+        return _track_with_wandb(run, recipe, plan, mode, beside=beside, say=say, over=over)
     follow(run, recipe, sinks.build(name, run, recipe, plan), over=over)
+    return EXIT_OK
 
 
 def _track_with_wandb(
@@ -87,7 +86,7 @@ def _track_with_wandb(
     beside: bool,
     say: Callable[[str], None],
     over: Callable[[float], bool],
-) -> None:
+) -> int:
     """Send where the server can be used, else keep the record in the run directory, and say why."""
     from launcher.tracking import wandb_folder
     from launcher.tracking.wandb import UnsentError, Wandb
@@ -96,7 +95,7 @@ def _track_with_wandb(
     found, reason = resolve_mode(mode or recipe.tracking.wandb.mode)
     if found == "disabled":
         say(f"wandb: off: {reason}")
-        return
+        return EXIT_FAILED
     if found == "online":
         sink = Wandb(run, recipe, plan, online=True, say=say, beside=beside)
         try:
@@ -108,10 +107,11 @@ def _track_with_wandb(
             say(
                 f"wandb: not all was sent: {error}; `{wandb_folder.sync_command([sink.folder])}` sends what is recorded"
             )
-            return
+            return EXIT_FAILED
         else:
-            return
+            return EXIT_OK
     follow(run, recipe, Wandb(run, recipe, plan, online=False, say=say, beside=beside, reason=reason), over=over)
+    return EXIT_OK
 
 
 class Told:

@@ -82,6 +82,8 @@ class Place:
 
 def is_taken(run: RunDir, sink: str) -> bool:
     """Whether a process tracks the run now."""
+    if not run.tracked(sink).with_suffix(".lock").exists():
+        return False
     try:
         with Place(run, sink, wait_s=0.0):
             return False

@@ -198,7 +198,8 @@ def beside(run: RunDir, recipe: Recipe, *, say: Callable[[str], None], stop: Cal
 def send_once(run: RunDir, recipe: Recipe, *, say: Callable[[str], None], timeout_s: float) -> None:
     """Send what has come after training, such as exports, where nobody tracks the run now."""
     names = [name for name in recipe.tracking.backends if run.tracked(name).exists() or name == "wandb"]
-    names = [name for name in names if not is_taken(run, name) and _is_possible(name, recipe, lambda _: None)]
+    taken = {name for name in names if is_taken(run, name) or is_taken(run, f"{name}-offline")}
+    names = [name for name in names if name not in taken and _is_possible(name, recipe, lambda _: None)]
     with Trackers(run, names, say=say, beside=False) as trackers:
         trackers.finish(timeout_s)
 

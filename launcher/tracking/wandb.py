@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.recipe import load as recipes
 from launcher.recipe import metrics as recipe_metrics
 from launcher.runs import whereabouts
+from launcher.system.processes import start_time
 from launcher.system.redact import one_line
 from launcher.tracking import wandb_folder, wandb_service, wandb_tables
 from launcher.tracking.sink import UnreachableError
@@ -100,6 +101,7 @@ class Wandb:
                 raise UnreachableError(one_line(error)) from error
             raise
         self.folder = Path(self._tracked.settings.sync_dir)
+        self._service = wandb_service.process()
         self._define()
         if self._reason:
             self._tell_reason(self._reason)
@@ -114,6 +116,8 @@ class Wandb:
 
     def flush(self, story: Story) -> None:
         """Tell what was found out since; look whether there is room."""
+        if self._service and start_time(self._service) is None:
+            raise ServiceDiedError("wandb-core, wandb's own process, has died")  # which wandb itself does not tell
         if time.monotonic() - self._probed > PROBE_S:
             self._check_folder()
         told = {"facts": story.facts, "attempts": story.attempts}
@@ -225,6 +229,10 @@ class Wandb:
             best = story.best
             came_to = f"best {best['metric']} {best['value']:.4f} in epoch {best['epoch'] + 1}" if best else "done"
             self._tracked.alert(f"{self._plan.run_id} is {story.state.replace('_', ' ')}", came_to, level="INFO")
+
+
+class ServiceDiedError(Exception):
+    """wandb cannot go on."""
 
 
 class UnsentError(Exception):

@@ -68,6 +68,11 @@ def start(options: wandb.Settings) -> None:
         unregister_exit_hook()
 
 
+def process() -> int | None:
+    """Id of wandb-core, a child of this process; None: there is none."""
+    return next((core for core in children(os.getpid()) if _name(core) == "wandb-core"), None)
+
+
 def end() -> None:
     """Kill the service and have wandb forget it: wandb still has threads for it."""
     logging.getLogger("wandb").handlers = [logging.NullHandler()]  # its last log lines may meet a full disk
@@ -78,15 +83,16 @@ def end() -> None:
 
 def kill() -> None:
     """Kill wandb-core, a child of this process, with what it started (the system monitor), and wait for its end."""
-    for core in children(os.getpid()):
-        if _name(core) == "wandb-core":
-            for pid in (*descendants(core), core):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            until = time.monotonic() + KILL_TIMEOUT_S
-            with contextlib.suppress(ChildProcessError):  # wandb's own thread may reap it first
-                while os.waitpid(core, os.WNOHANG) == (0, 0) and time.monotonic() < until:
-                    time.sleep(0.01)
+    core = process()
+    if core is None:
+        return
+    for pid in (*descendants(core), core):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    until = time.monotonic() + KILL_TIMEOUT_S
+    with contextlib.suppress(ChildProcessError):  # wandb's own thread may reap it first
+        while os.waitpid(core, os.WNOHANG) == (0, 0) and time.monotonic() < until:
+            time.sleep(0.01)
 
 
 def _name(pid: int) -> str:

@@ -5,7 +5,8 @@
 
 Each client sends one JPEG file after the other over a connection of its own. The servers run all the while and are
 asked in turns, ``--rounds`` times for ``--seconds``, so that what slows the machine slows them all alike; the clients
-take part of the same cores. Printed: requests a second, and the median and the 99th percentile of a request's time;
+take part of the same cores. Printed: requests a second, the median and the 99th percentile of a request's time, and the
+CPU time that the server takes for one, which other programs on the machine change less;
 then the 99th percentile of ours beside that of the plain server at half the clients.
 
 With ``--requests`` ours alone is asked so often, and its memory is read after each tenth.
@@ -27,6 +28,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+import psutil
 from PIL import Image
 
 from launcher.recipe.schema import PostConfig
@@ -57,8 +59,9 @@ def main():
         if args.requests:
             soak(ours, body, args.requests, max(clients))
             return
-        others = {ONE_BY_ONE: stack.enter_context(serving(model, "--max-batch", "1")).address, PLAIN: plain(stack, run)}
-        compare({BATCHES: ours.address} | others, body, clients, args)
+        alone = stack.enter_context(serving(model, "--max-batch", "1"))
+        sides = {name: (one.address, one.process.pid) for name, one in ((BATCHES, ours), (ONE_BY_ONE, alone))}
+        compare(sides | {PLAIN: plain(stack, run)}, body, clients, args)
 
 
 def made_up():
@@ -76,7 +79,7 @@ def export(folder, arch):
 
 
 def plain(stack, run):
-    """Start the plain server; its address."""
+    """Start the plain server; its address and process."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = free.getsockname()
     process = subprocess.Popen([sys.executable, "-m", "tests.bench.plain_server", str(run.path), str(address[1])])
@@ -86,7 +89,7 @@ def plain(stack, run):
     while True:
         with socket.socket() as one:
             if one.connect_ex(address) == 0:
-                return address
+                return address, process.pid
         assert process.poll() is None, "the plain server has ended"
         assert time.monotonic() < end
         time.sleep(0.2)
@@ -128,23 +131,33 @@ def ask_for(address, body, num, seconds):
 def compare(sides, body, clients, args):
     cells = [(side, num) for num in clients for side in sides] + [(PLAIN, num // 2) for num in clients if num > 1]
     cells = sorted(set(cells), key=lambda cell: (cell[1], list(sides).index(cell[0])))
-    for address in sides.values():
+    for address, _ in sides.values():
         ask_for(address, body, 8, 2.0)  # untimed
-    times, seconds = {cell: [] for cell in cells}, dict.fromkeys(cells, 0.0)
+    times, seconds, cpu_s = {cell: [] for cell in cells}, dict.fromkeys(cells, 0.0), dict.fromkeys(cells, 0.0)
     for _ in range(args.rounds):
         for cell in cells:
-            start = time.monotonic()
-            times[cell] += ask_for(sides[cell[0]], body, cell[1], args.seconds)
+            address, process = sides[cell[0]]
+            start, used = time.monotonic(), cpu_seconds(process)
+            times[cell] += ask_for(address, body, cell[1], args.seconds)
             seconds[cell] += time.monotonic() - start
+            cpu_s[cell] += cpu_seconds(process) - used
     print(f"{args.arch}, {SIZE} px, {len(body) / 1e3:.0f} kB a request, {args.rounds} x {args.seconds:g} s each")
-    print(f"{'clients':>7}  {'server':<16}  {'requests/s':>10}  {'p50 ms':>7}  {'p99 ms':>7}  {'requests':>8}")
+    print(f"{'clients':>7}  {'server':<16}  requests/s   p50 ms   p99 ms   CPU ms  requests")
     for (side, num), found in times.items():
         rate, p50, p99 = len(found) / seconds[side, num], statistics.median(found), percentile(found)
-        print(f"{num:>7}  {side:<16}  {rate:>10.1f}  {1e3 * p50:>7.1f}  {1e3 * p99:>7.1f}  {len(found):>8}")
+        cpu = 1e3 * cpu_s[side, num] / len(found)
+        print(
+            f"{num:>7}  {side:<16}  {rate:>10.1f}  {1e3 * p50:>7.1f}  {1e3 * p99:>7.1f}  {cpu:>7.1f}  {len(found):>8}"
+        )
     for num in clients:
         if num > 1:
             ours, half = (1e3 * percentile(times[cell]) for cell in ((BATCHES, num), (PLAIN, num // 2)))
             print(f"p99 of batches at {num} clients {ours:.0f} ms, of the plain server at {num // 2} {half:.0f} ms")
+
+
+def cpu_seconds(process):
+    """What a server has used so far."""
+    return sum(psutil.Process(process).cpu_times()[:2])
 
 
 def percentile(times):

@@ -48,8 +48,23 @@ def named(images, tmp_path):
     return ["data.name=MNIST", f"data.path={write_mnist(tmp_path / 'raw')}"], 10
 
 
+def saved(images, tmp_path):
+    """A data set of Hugging Face's, as its library saves it."""
+    library = pytest.importorskip("datasets")
+    names = [folder.name for folder in sorted((images / "train").iterdir())]
+    kinds = library.Features({"image": library.Image(), "label": library.ClassLabel(names=names)})
+
+    def rows(split):
+        files = sorted((images / split).glob("*/*.png"))
+        rows = [{"image": str(file), "label": names.index(file.parent.name)} for file in files]
+        return library.Dataset.from_list(rows, features=kinds)
+
+    library.DatasetDict({"train": rows("train"), "validation": rows("val")}).save_to_disk(tmp_path / "saved")
+    return [f"data.path={tmp_path / 'saved'}"], 6
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [divided, listed, named])
+@pytest.mark.parametrize("layout", [divided, listed, named, saved])
 def test_a_run_is_trained_measured_and_asked(layout, launch, recipe_file, images, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FINETUNE_LAUNCHER_CACHE", str(tmp_path / "cache"))
     keys, num_val = layout(images, tmp_path)

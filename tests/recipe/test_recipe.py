@@ -161,6 +161,14 @@ def consistent(recipe):
     data = change(recipe.data, name="digits", path=None, crop_scale=crop if crop == "auto" else sorted(crop))
     data = change(data, group=data.group if data.val_fraction else None, columns={}, separator=None)
     data = change(data, channels=3 if data.transform else data.channels, task="single_label")
+    data = change(
+        data,
+        **{
+            name: list(getattr(data, name))[:1] * data.channels
+            for name in ("mean", "std")
+            if getattr(data, name) != "auto"
+        },
+    )
     if batch.size == 1:
         data = change(data, mixup=0.0, cutmix=0.0)
     train, model = in_phases(train, model)

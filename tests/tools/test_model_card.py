@@ -10,8 +10,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import launcher
+from launcher import cli
 from launcher.engine.checkpoints import checkpoint
 from launcher.engine.model import build_model, build_preprocessing
 from launcher.recipe import load as recipes
@@ -20,7 +22,8 @@ from launcher.recipe.schema_data import DataConfig
 from launcher.report import build as report
 from launcher.runs.run_dir import RunDir
 from launcher.system.files import write_json_atomic
-from launcher.tools import evaluate, export
+from launcher.tools import evaluate, explain, export
+from tests import odd_images
 from tests.odd_images import FILES, tolerance
 
 pytestmark = pytest.mark.slow
@@ -46,7 +49,7 @@ def run(tmp_path_factory):
         model=ModelConfig(arch="squeezenet1_1", weights=None),
         data=DataConfig(path=str(photos), image_size=SIZE, crop_pct=SIZE / RESIZED, background="#148082"),
         launch=LaunchConfig(device="cpu"),
-        post=PostConfig(export=["onnx"], quantize=[]),
+        post=PostConfig(export=["onnx"], quantize=[], bake_preprocessing=True),
     )
     made = RunDir(tmp_path_factory.mktemp("run"))
     made.create()
@@ -109,6 +112,10 @@ def asked(run):
         "validation": {path: (CLASSES[i], p) for path, i, p in zip(paths, answers, probabilities, strict=True)},
         "launch predict": {row["image"]: tuple(row["top"][0].values()) for row in said},
         "load().predict": {found.name: (found.label, found.probability) for found in loaded},
+        "model.baked.onnx": {
+            found.name: (found.label, found.probability)
+            for found in launcher.load(run.exports / "model.baked.onnx").predict(paths)
+        },
         "the card": {path: (answer, found.max()) for path, (answer, found, _) in of_card.items()},
         "seen by the card": {path: np.load(run.path / file) for path, (_, _, file) in of_card.items()},
         "seen by validation": dict(zip(paths, seen.numpy(), strict=True)),
@@ -122,7 +129,7 @@ def softmax(logits):
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("way", ["load().predict", "launch predict", "the card"])
+@pytest.mark.parametrize("way", ["load().predict", "launch predict", "the card", "model.baked.onnx"])
 def test_every_way_of_using_a_model_gives_the_answer_of_validation(way, name, asked):
     (path,) = [path for path in asked["validation"] if path.endswith(f"/{name}")]
     label, probability = asked[way][path]
@@ -139,6 +146,14 @@ def test_the_cards_code_sees_what_validation_sees(name, asked):
     assert np.abs(seen - asked["seen by validation"][path]).max() <= most
 
 
+def test_the_file_that_does_the_preprocessing_passed_the_same_gate(run):
+    rows = {row["format"]: row for row in json.loads(run.export_manifest.read_text())["exports"]}
+    assert (rows["onnx_baked"]["accepted"], rows["onnx_baked"]["agreement"]) == (True, 1.0)
+    assert rows["onnx_baked"]["latency_p50_ms"] > 0
+    assert rows["onnx_baked"]["peak_memory_mb"] > 0
+    assert "model.baked.onnx" in run.model_card.read_text()
+
+
 def test_the_manifest_and_the_card_say_what_is_done_in_words(run):
     facts = json.loads(run.export_manifest.read_text())["preprocessing"]
     assert (facts["background"], facts["orientation"], facts["grey_range"]) == ([20, 128, 130], "exif", None)
@@ -151,3 +166,25 @@ def test_the_manifest_and_the_card_say_what_is_done_in_words(run):
 def test_preprocessing_of_the_recipe_is_what_validation_reads_with(run):
     recipe = recipes.read_resolved(run.recipe)
     assert build_preprocessing(recipe.model, recipe.data) == evaluate.load_best(run).preprocessing
+
+
+def test_where_the_model_looked_is_drawn_beside_what_it_saw(run, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("captum")
+    paths = [str(path) for path in odd_images.write(tmp_path / "odd").values()][:3]
+    (tmp_path / "odd" / "broken.jpg").write_bytes(b"no image")
+    broken = str(tmp_path / "odd" / "broken.jpg")
+    out = tmp_path / "drawn"
+    assert cli.main(["predict", str(run.path), *paths, broken, paths[0], "--explain", "--out", str(out)]) == 0
+    assert f"pictures of what the model looked at: {out}/" in capsys.readouterr().err
+    names = [path.split("/")[-1].split(".")[0] for path in paths]
+    names.append(f"{names[0]}-2")  # which came twice
+    assert sorted(file.name for file in out.iterdir()) == sorted(f"{name}.explained.png" for name in names)
+    with Image.open(out / f"{names[0]}.explained.png") as drawn:
+        assert drawn.size == (2 * SIZE + explain.GAP, SIZE)
+        left = np.asarray(drawn)[:, :SIZE]
+    mean, std = (np.float32(v) for v in (launcher.load(run.path).facts["mean"], launcher.load(run.path).facts["std"]))
+    seen = launcher.load(run.path).read(paths[0]).transpose(1, 2, 0) * std + mean
+    assert np.abs(left / 255 - seen).max() <= 1 / 255
+    monkeypatch.setitem(sys.modules, "captum.attr", None)
+    assert cli.main(["predict", str(run.path), paths[0], "--explain", "--out", str(out)]) == 2
+    assert "pip install 'finetune-launcher[explain]'" in capsys.readouterr().err

@@ -176,6 +176,7 @@ def test_a_file_is_used_without_torch(model_file, photos):
     code = (
         "import sys; import launcher; from launcher import cli\n"
         f"assert cli.main(['predict', {str(model_file)!r}, {str(photos)!r}]) == 0\n"
+        f"assert launcher.load({str(model_file)!r}).predict([{str(photos / 'red.png')!r}])[0].label == 'red'\n"
         "assert not {'torch', 'torchvision'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
@@ -238,6 +239,9 @@ def test_patterns_files_and_paths_from_standard_input_are_taken_in_order(predict
         (["PHOTOS", "--top", "0"], "--top: found 0; valid: a whole number >= 1"),
         (["PHOTOS", "--batch", "many"], "--batch: found 'many'; valid: a whole number >= 1, or auto"),
         ([], "the following arguments are required: IMAGE"),
+        (["PHOTOS", "--parquet", "/nowhere/x.parquet"], "--parquet /nowhere/x.parquet: cannot be written"),
+        (["PHOTOS", "--out", "x"], "--out is where --explain writes its pictures"),
+        (["PHOTOS", "--explain"], "is a file; name the run: gradients are computed by its checkpoint"),
     ],
 )
 def test_what_cannot_be_classified_is_refused(arguments, words, predict, model_file, photos, tmp_path):
@@ -253,7 +257,7 @@ def test_if_no_image_can_be_read_it_has_failed(predict, model_file, photos):
 
 
 def test_grey_and_background_are_those_of_validation(tmp_path):
-    settings = replace(PREPROCESSING, channels=1, background=(0, 90, 255))
+    settings = replace(PREPROCESSING, channels=1, mean=(0.4,), std=(0.2,), background=(0, 90, 255))
     file = tmp_path / "half.png"
     pixels = np.random.default_rng(0).integers(0, 256, (24, 30, 4), dtype=np.uint8)
     Image.fromarray(pixels, "RGBA").save(file)
@@ -263,6 +267,9 @@ def test_grey_and_background_are_those_of_validation(tmp_path):
     with Image.open(file) as image:
         found = model._read(image)
     seen = settings.normalize(settings.transform()(settings.read(str(file)))[None])[0].numpy()
+    assert found.shape == seen.shape == (1, settings.image_size, settings.image_size)
     assert np.abs(found - seen).max() <= 1.01 / 255 / 0.2  # rounding
-    grey = found * np.float32(settings.std).reshape(3, 1, 1) + np.float32(settings.mean).reshape(3, 1, 1)
-    assert np.allclose(grey[0], grey[1], atol=1e-5)
+    earlier = settings.describe() | {"mean": [0.4, 0.4, 0.4], "std": [0.2, 0.2, 0.2]}  # had three inputs
+    with Image.open(file) as image:
+        three = launcher.load(write_model(tmp_path / "earlier.onnx", preprocessing=earlier))._read(image)
+    assert np.array_equal(three, np.repeat(found, 3, axis=0))

@@ -114,7 +114,7 @@ def read_record(run: RunDir, folders: str = "offline-run-*") -> dict:
 def rows_of(run: RunDir, folders: str = "offline-run-*") -> list[dict]:
     """wandb's rows, without what it adds itself and without tables."""
     return [
-        {key: value for key, value in row.items() if not key.startswith("_") and not isinstance(value, dict)}
+        {key: value for key, value in row.items() if not key.startswith(("_", "val/classes", "val/confusion"))}
         for row in read_record(run, folders)["history"]
     ]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 
 import pytest
@@ -13,6 +12,7 @@ from launcher.recipe import load as recipes
 from launcher.system.files import read_jsonl
 from launcher.tracking import sink as sinks
 from launcher.tracking import trackers
+from launcher.tracking.place import Place, is_taken
 from launcher.tracking.trackers import Trackers
 from tests.tracking.hand_made import ENDED_S, KEY, event_rows, finish, make_run, rows_of, train
 
@@ -38,7 +38,7 @@ def no_process(monkeypatch):
     def fail(*_, **__):
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr(subprocess, "Popen", fail)
+    monkeypatch.setattr(trackers.subprocess, "Popen", fail)
 
 
 @pytest.mark.parametrize(("mode", "variable"), [("disabled", ""), ("auto", "disabled")])
@@ -129,3 +129,18 @@ def test_after_a_stop_nothing_is_waited_for(tmp_path, monkeypatch):
         pass  # it is still importing
     assert not found.alive
     assert "given up" in said[-1]
+
+
+@pytest.mark.parametrize("taken", ["wandb", "wandb-offline"])
+def test_exports_are_left_to_the_tracker_that_is_at_work(tmp_path, no_process, taken):
+    run = make_run(tmp_path)
+    pid = os.fork()
+    if pid == 0:  # a lock keeps out other processes only
+        with Place(run, taken):
+            time.sleep(ENDED_S)
+    try:
+        wait_until(lambda: is_taken(run, taken))
+        trackers.send_once(run, recipes.read_resolved(run.recipe), say=print, timeout_s=0.0)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)

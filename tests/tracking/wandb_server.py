@@ -39,6 +39,10 @@ class FakeServer(BaseHTTPRequestHandler):
         if self.path == "/graphql" and b"mutation UpsertBucket" in body:
             bucket = {"id": "b", "name": RUN_ID, "displayName": RUN_ID, "config": "{}", "historyLineCount": 0}
             return {"upsertBucket": {"inserted": True, "bucket": {**bucket, "project": project}}}
+        if b"notifyScriptableRunAlert" in body:
+            return {"notifyScriptableRunAlert": {"success": True}}
+        if b"createRunFiles" in body:
+            return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": []}}
         return {"model": {**project, "bucket": self._known()}} if b"RunResumeStatus" in body else {}
 
     def _known(self):

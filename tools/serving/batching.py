@@ -17,13 +17,16 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
     Top = tuple[tuple[str, float], ...]
     """The likeliest classes of an image, each with its probability."""
+    Compute = Callable[[Floats, int], Sequence[Top]]
 
 
 class Batcher:
-    """Gathers images into batches, and computes one batch after the other in a thread of its own.
+    """Gathers images into batches, and computes them in threads of its own.
 
     Args:
         compute: from a batch (N x 3 x S x S) and a number of classes to those of each image, the likeliest first.
+        compute_alone: the same of one image while nothing else is computed: with all cores.
+        at_once: batches that are computed at the same time.
         max_batch: images of a batch at most.
         max_wait_s: the first image of a batch waits so long for others at most.
         observe: is told the size of each batch.
@@ -31,19 +34,24 @@ class Batcher:
 
     def __init__(
         self,
-        compute: Callable[[Floats, int], Sequence[Top]],
+        compute: Compute,
+        compute_alone: Compute,
         *,
+        at_once: int,
         max_batch: int,
         max_wait_s: float,
         observe: Callable[[int], object],
     ) -> None:
         self._compute = compute
+        self._compute_alone = compute_alone
+        self._at_once = at_once
+        self._num_computing = 0
         self._max_batch = max_batch
         self._max_wait_s = max_wait_s
         self._observe = observe
         self._waiting: deque[tuple[Floats, int, float, asyncio.Future[Top]]] = deque()
         self._arrived = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self._threads = ThreadPoolExecutor(at_once, thread_name_prefix="compute")
 
     async def answer(self, image: Floats, top: int) -> Top:
         """The ``top`` likeliest classes of an image; who gives up waiting takes its image out of the queue."""
@@ -55,17 +63,26 @@ class Batcher:
 
     async def run(self) -> None:
         """Compute batches until the task is cancelled."""
+        await asyncio.gather(*(self._work() for _ in range(self._at_once)))
+
+    async def _work(self) -> None:
+        """Compute one batch after the other."""
         loop = asyncio.get_running_loop()
         while True:
             images, tops, answers = await self._next()
             self._observe(len(images))
+            is_alone = len(images) == 1 and not self._num_computing
+            compute = self._compute_alone if is_alone else self._compute
+            self._num_computing += 1
             try:
-                found = await loop.run_in_executor(self._thread, self._compute, np.stack(images), max(tops))
+                found = await loop.run_in_executor(self._threads, compute, np.stack(images), max(tops))
             except Exception as error:  # what the runtime raises is the answer to these requests, and no end of others
                 for answer in answers:
                     if not answer.done():
                         answer.set_exception(error)
                 continue
+            finally:
+                self._num_computing -= 1
             for answer, row, top in zip(answers, found, tops, strict=True):
                 if not answer.done():
                     answer.set_result(row[:top])

@@ -82,19 +82,27 @@ class Service:
         )
 
     def load(self) -> None:
-        """Open the model and compute batches of both extreme sizes, which allocates what it needs."""
+        """Open the model and compute batches of both extreme sizes, which allocates what it needs.
+
+        It is opened twice: one image is computed soonest by all cores together, many are by each core by itself.
+        """
         from PIL import Image
 
         Image.MAX_IMAGE_PIXELS = self._settings.max_pixels  # for formats that tell their size while they are decoded
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # this is an error of ours
-        model = trained_model.load(self._settings.model, threads=self._threads)
+        settings, threads = self._settings, self._threads
+        model = many = trained_model.load(settings.model, threads=threads)
+        if settings.max_batch > 1 and threads > 1 and model.file.suffix == trained_model.ONNX:
+            many = trained_model.load(model.file, threads=threads, many=True)
         blank = model.read(np.zeros((64, 64, 3), np.uint8))
-        for num in (1, self._settings.max_batch):
-            model.ranked(np.stack([blank] * num), 1)
+        for one, num in ((model, 1), (many, 1), (many, settings.max_batch)):
+            one.ranked(np.stack([blank] * num), 1)
         self._batcher = Batcher(
+            many.ranked,
             model.ranked,
-            max_batch=self._settings.max_batch,
-            max_wait_s=self._settings.max_wait_ms / 1e3,
+            at_once=many.at_once,
+            max_batch=settings.max_batch,
+            max_wait_s=settings.max_wait_ms / 1e3,
             observe=self._metrics.batch.observe,
         )
         self._model = model

@@ -18,8 +18,8 @@ class Settings:
     """0: any that is free."""
     workers: int = 1
     """Processes, each with the model and its share of the cores."""
-    max_batch: int = 8
-    """Images that are computed at once at most; 1: one by one."""
+    max_batch: int = 4
+    """Images that a core computes at once at most; 1: one by one, by all cores. More leave a core's caches."""
     max_wait_ms: float = 2.0
     """The first image of a batch waits so long for others at most."""
     max_queue: int = 256

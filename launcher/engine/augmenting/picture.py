@@ -47,6 +47,6 @@ def draw(recipe: Recipe, *, epoch: int) -> bytes:
 
 def _grid(preprocessing: Preprocessing, images: torch.Tensor) -> torch.Tensor:
     """What the model sees, turned back into pixels: uint8 3 x H x W."""
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (preprocessing.mean, preprocessing.std))
     pixels = (images * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
     return make_grid(pixels, nrow=A_ROW, padding=GAP, pad_value=255)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from launcher.recipe.schema_data import DataConfig
 
+COLOURS = 3
 PRESETS: dict[str, tuple[tuple[float, float] | None, float]] = {
     "none": (None, 0.0),
     "light": ((0.64, 1.0), 0.0),
@@ -36,9 +37,9 @@ def build_steps(config: DataConfig, mean: Sequence[float]) -> list[Callable[...,
 
     Args:
         config: the recipe's.
-        mean: of the colour channels, from 0 to 1: what is turned in from outside or erased has this colour.
+        mean: of each channel, from 0 to 1: what is turned in from outside or erased has this colour.
     """
-    fill = [round(255 * value) for value in mean]
+    fill = [round(255 * value) for value in mean] * (1 if len(mean) > 1 else COLOURS)
     flip = PRESETS[config.augment][1] if config.flip == "auto" else config.flip
     found: list[Callable[..., Any]] = []
     if flip:
@@ -56,10 +57,10 @@ def build_steps(config: DataConfig, mean: Sequence[float]) -> list[Callable[...,
 
 
 def to_grey(image: torch.Tensor) -> torch.Tensor:
-    """uint8 3 x H x W to grey, three times: the very values of Pillow's convert("L"), which exports are used with."""
+    """uint8 3 x H x W to grey, 1 x H x W: the very values of Pillow's convert("L"), which exports are used with."""
     red, green, blue = image.to(torch.int32)
     grey: torch.Tensor = (19595 * red + 38470 * green + 7471 * blue + (1 << 15)) >> 16
-    return grey.to(torch.uint8).expand(3, -1, -1)
+    return grey.to(torch.uint8)[None]
 
 
 def _automatic(config: DataConfig, fill: list[int]) -> Callable[..., Any]:

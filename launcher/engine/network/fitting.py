@@ -19,11 +19,12 @@ from launcher.errors import UsageError
 from launcher.recipe import run_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from launcher.recipe.schema_model import ModelConfig
     from launcher.runs.run_dir import RunDir
 
+COLOURS = 3
 AUXILIARY = ("googlenet", "inception_v3")
 
 
@@ -160,13 +161,47 @@ def _fit_first_convolution(state: dict[str, torch.Tensor], module: nn.Module) ->
 
     What it gives for a grey image is what it gave for the same image in colour.
     """
-    found = ((name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Conv2d))
-    name, first = next(found, ("", None))
+    name, first = _first_convolution(module)
     key = f"{name}.weight"
     if first is None or key not in state or state[key].dim() != first.weight.dim():
         return state
-    is_grey, is_colour = first.weight.shape[1] == 1, state[key].shape[1] == 3  # noqa: PLR2004  red, green, blue
+    is_grey, is_colour = first.weight.shape[1] == 1, state[key].shape[1] == COLOURS
     return {**state, key: state[key].sum(1, keepdim=True)} if is_grey and is_colour else state
+
+
+def take_grey(module: nn.Module, config: ModelConfig) -> None:
+    """Have a model take images of one channel: in its first convolution the weights of the three colours are added up.
+
+    Raises:
+        UsageError: it has no such convolution.
+    """
+    name, first = _first_convolution(module)
+    if first is not None and first.in_channels == 1:
+        return
+    if first is None or first.in_channels != COLOURS or first.groups != 1:
+        found = "it has none" if first is None else f"{name} takes {first.in_channels}"
+        raise UsageError(
+            f"found 1, but the first convolution of {config.label} has no three channels to add up ({found}); have "
+            "your model take one channel, or give 3"
+        )
+    learns, first.in_channels = first.weight.requires_grad, 1
+    first.weight = nn.Parameter(first.weight.detach().sum(1, keepdim=True), requires_grad=learns)
+    if hasattr(module, "transform_input"):  # which scales each colour anew
+        module.transform_input = False  # type: ignore[assignment]  # a plain attribute
+
+
+def grey_problems(module: nn.Module, config: ModelConfig, channels: int) -> Iterator[tuple[str, str]]:
+    """The key, and why a model cannot take grey images where it is to; else it takes them from here on."""
+    if channels == 1:
+        try:
+            take_grey(module, config)
+        except UsageError as error:
+            yield "data.channels", str(error)
+
+
+def _first_convolution(module: nn.Module) -> tuple[str, nn.Conv2d | None]:
+    found = ((name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Conv2d))
+    return next(found, ("", None))
 
 
 def _listed(names: list[str]) -> str:

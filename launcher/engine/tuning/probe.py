@@ -178,7 +178,8 @@ class _Training:
         parts, size = self._parts, self._parts.preprocessing.image_size
         indices = tuple(index % parts.schedule.num_samples for index in range(batch_size))
         step = Step(epoch=0, offset=0, end=0, num_samples=batch_size, micro_batches=(indices,), lone=False)
-        images = torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8)
+        shape = (batch_size, parts.preprocessing.channels, size, size)
+        images = torch.randint(0, 256, shape, dtype=torch.uint8)
         labels = parts.made_up_targets(batch_size)
         if parts.device.pin_memory:
             images, labels = images.pin_memory(), labels.pin_memory()

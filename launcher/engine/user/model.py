@@ -135,7 +135,9 @@ def _config_of(module: nn.Module) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def try_forward(module: nn.Module, config: ModelConfig, *, num_classes: int, image_size: int) -> None:
+def try_forward(
+    module: nn.Module, config: ModelConfig, *, num_classes: int, image_size: int, channels: int = 3
+) -> None:
     """Run two images through the model, in evaluation and in training.
 
     Raises:
@@ -145,7 +147,8 @@ def try_forward(module: nn.Module, config: ModelConfig, *, num_classes: int, ima
     with torch.random.fork_rng(devices=[]):
         for mode in (False, True):
             module.train(mode)
-            check_logits(module(torch.rand(2, 3, image_size, image_size)), config, num=2, num_classes=num_classes)
+            images = torch.rand(2, channels, image_size, image_size)
+            check_logits(module(images), config, num=2, num_classes=num_classes)
     module.load_state_dict(state)  # BatchNorm has seen them
 
 

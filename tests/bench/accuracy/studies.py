@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -122,8 +123,6 @@ class Bench:
         return found
 
     def _place(self, known: list[str]) -> Path:
-        import hashlib
-
         self.folder.mkdir(parents=True, exist_ok=True)
         return self.folder / hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]
 

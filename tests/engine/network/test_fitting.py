@@ -11,7 +11,8 @@ from torchvision import models
 
 from launcher import cli
 from launcher.engine import recipe_checks
-from launcher.engine.network.fitting import fit_weights, load_weights
+from launcher.engine.model import build_module
+from launcher.engine.network.fitting import fit_weights, load_weights, take_grey
 from launcher.errors import RecipeError, UsageError
 from launcher.recipe import load as recipes
 from launcher.recipe.paths import absolute
@@ -29,6 +30,22 @@ def grey(arch):
     parent, _, own = name.rpartition(".")
     setattr(net.get_submodule(parent), own, new)
     return net.eval()
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "swin_t", "googlenet"])
+@torch.no_grad()
+def test_an_architecture_takes_one_channel_as_three_equal_ones(arch):
+    config = ModelConfig(arch=arch, weights=None)
+    torch.manual_seed(0)
+    colour = build_module(config, num_classes=5, image_size=64).eval()
+    torch.manual_seed(0)
+    one = build_module(config, num_classes=5, image_size=64, channels=1).eval()
+    images = torch.rand(2, 1, 64, 64)
+    torch.testing.assert_close(one(images), colour(images.expand(-1, 3, -1, -1)), rtol=1e-3, atol=1e-4)
+    with pytest.raises(UsageError, match="has no three channels to add up"):
+        take_grey(nn.Sequential(nn.Conv2d(4, 8, 3)), config)
+    with pytest.raises(UsageError, match="it has none"):
+        take_grey(nn.Linear(4, 8), config)
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v3_small", "vit_b_32"])
