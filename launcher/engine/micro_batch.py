@@ -154,14 +154,9 @@ class MicroBatch:
         self._parts = parts
         self._state = state
         self._statistics = statistics
-        self._pass = _Pass(parts.model.module, parts.device)
+        self.progress = _Pass(parts.model.module, parts.device)
         self.largest_that_fits: int | None = None
         """The largest batch that could be done since memory ran out for a larger one; None: it never has."""
-
-    @property
-    def last_gradient(self) -> Any:
-        """When the last pass had its last gradient, before other ranks are waited for: the device's stamp."""
-        return self._pass.last_gradient
 
     def run(
         self,
@@ -189,7 +184,7 @@ class MicroBatch:
         done = self._try(batch, number, num_samples, sync=sync)
         if done is not None:
             return done
-        if self._pass.accumulated or self._pass.awaited:
+        if self.progress.accumulated or self.progress.awaited:
             return self._complete(batch, number, num_samples, statistics, sync=sync)
 
         def again(half: Batch, name: tuple[int, ...]) -> torch.Tensor:
@@ -219,13 +214,13 @@ class MicroBatch:
 
     def _try(self, batch: Batch, number: tuple[int, ...], num_samples: int, *, sync: bool) -> torch.Tensor | None:
         """The usual way; None where memory ran out."""
-        self._pass.begin(self._parts.ddp)
+        self.progress.begin(self._parts.ddp)
         try:
             with self._exchange(sync=sync):
                 found = self._forward(self._parts.ddp, batch, number, num_samples)
                 found.weighted.backward()  # type: ignore[no-untyped-call]
         except Exception as error:
-            if is_out_of_memory(error) and self._pass.broke_in_ddp:
+            if is_out_of_memory(error) and self.progress.broke_in_ddp:
                 raise _in_exchange(error) from error
             if is_out_of_memory(error) and self._parts.schedule.together:
                 raise _in_exchange(error, "all ranks made a pass together (model.sync_batchnorm)") from error
@@ -249,7 +244,7 @@ class MicroBatch:
         so every exchange with the other ranks that was not begun yet begins, with the right values. (BatchNorm depends
         on what else is in a batch: with it those that the pass had come to are of the whole batch, in this one step.)
         """
-        missing = self._pass.missing()
+        missing = self.progress.missing()
         sums = [torch.zeros_like(p) for p in missing]
 
         def add(piece: Batch, name: tuple[int, ...]) -> torch.Tensor:
@@ -297,7 +292,7 @@ class MicroBatch:
         if not num:  # a rank with no sample left still takes part in DDP; the output is not used
             inputs = inputs.new_zeros(1, *inputs.shape[1:])
         fixed = contextlib.nullcontext() if len(inputs) > 1 else self._of_one_image(num)
-        through = self._pass.forward_of(parts.ddp) if module is parts.ddp else contextlib.nullcontext()
+        through = self.progress.forward_of(parts.ddp) if module is parts.ddp else contextlib.nullcontext()
         with fixed, parts.autocast():
             with through:
                 outputs = module(inputs)

@@ -60,7 +60,7 @@ class TrainStep:
             before, sync = None if number else statistics, number == last
             loss = self._micro_batch.run(batch, (number,), num_samples=step.num_samples, sync=sync, before=before)
             losses.append(loss)
-        self.last_gradient = self._micro_batch.last_gradient if losses else None
+        self.last_gradient = self._micro_batch.progress.last_gradient if losses else None
         if losses:
             self._statistics.put_back(statistics, where=self._update(step, losses))
             state.average.update(state.step)

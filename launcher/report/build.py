@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.errors import UsageError
 from launcher.recipe import load as recipes
 from launcher.recipe import metrics as recipe_metrics
-from launcher.report import intervals, test_set
+from launcher.report import details, intervals, test_set
 from launcher.runs import findings
 from launcher.system.files import write_json_atomic, write_text_atomic
 from launcher.tracking import wandb_folder
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from launcher.runs.run_dir import RunDir
 
 POSITION = ("epoch", "step", "samples")
-SPEED = ("lr", "images_per_s")
+SPEED = ("lr", "images_per_s", "data_wait")
 AFTER_TRAINING = ("export", "completed", wandb_folder.UNSYNCED)
 """Kinds of events that may come days after training: they do not count as training time."""
 NUM_MISTAKES = 10
@@ -77,29 +77,45 @@ def build_report(run: RunDir) -> Json:
         missing.append(f"{run.metrics.name} has no validation of step {best['step']}, that of the best checkpoint")
     attempts = _attempts(events, metrics, state)
     exports = _exports(manifest, best)
-    return _clean(  # type: ignore[no-any-return]
+    groups = sorted({name for line in train for name in line if name.startswith("lr/")})
+    validated = details.validation(run, best, missing)
+    command = launched.launched_by or shlex.join(plan.command)
+    wall_s, export_s = _wall_s(events, metrics), (exports or {}).get("seconds")
+    report: Json = _clean(
         {
             "run_id": plan.run_id,
             "name": plan.name,
             "state": state,
-            "command": launched.launched_by or shlex.join(plan.command),
+            "command": command,
             "created": launched.created,
             "host": launched.host,
             "commit": launched.commit,
             "path": str(run.path),
             **{key: getattr(plan, key) for key in ("backend", "device", "nodes", "procs_per_node", "world_size")},
-            "wall_s": _wall_s(events, metrics),
+            "wall_s": wall_s,
+            "export_s": export_s,
+            "total_s": None if wall_s is None else wall_s + (export_s or 0.0),
             "training_s": sum(row["duration_s"] for row in attempts) if attempts else None,
             "images_per_s": _median(line.get("images_per_s") for line in train),
             "attempts": attempts,
             "best": best,
-            **_measured(table, best_val, train, val),
+            **_measured(table, best_val, train, val, groups),
+            "groups": groups,
+            "facts": details.facts(events),
+            "data_wait": details.data_wait(train),
             "intervals": intervals.of_validation(best_val, table),
             "test": test_set.of_run(_curve(metrics, "test"), best, table, recipe),
             "noise": _noise(events, best),
             "classes": list(best_val.get("per_class") or manifest.get("classes", [])),
             **{key: best_val.get(key) for key in ("ranking", "per_class", "confusion")},
             "mistakes": _mistakes(best_val),
+            "class_rows": details.class_rows(validated, best_val.get("per_class")),
+            "calibration": (validated or {}).get("calibration"),
+            "confusions": (validated or {}).get("confusions", []),
+            "images": {name: (validated or {}).get(name, []) for name in ("wrong", "right")},
+            "ranks": details.ranks(run, events, missing),
+            "faults": details.faults(events),
+            "repeat": details.repeat(run, command, exports),
             "findings": [asdict(found) for found in findings.of_run(run)],
             "rare_classes": _rare_classes(events),
             "features": _features(events),
@@ -108,10 +124,11 @@ def build_report(run: RunDir) -> Json:
             "bad_images": _bad_images(run, missing),
             "recipe": recipe,
             "settings": _settings(recipe, recipes.to_dict(recipes.from_dict({}))),
-            "next": _next_commands(run, state, best, exports) + _sync_command(run, state, events),
+            "next": details.next_commands(run, state, best, exports) + details.sync_command(run, state, events),
             "missing": missing,
         }
     )
+    return report | {"summary": details.summary(report)}
 
 
 def _essential(path: Path, read: Callable[[Path], Any]) -> Any:
@@ -258,7 +275,7 @@ def _features(events: list[Json]) -> list[Json]:
     return [{name: event.get(name) for name in fields} for event in last.values()]
 
 
-def _measured(table: dict[str, Metric], best_val: Json, train: list[Json], val: list[Json]) -> Json:
+def _measured(table: dict[str, Metric], best_val: Json, train: list[Json], val: list[Json], groups: list[str]) -> Json:
     """What each metric is, and its values."""
     fields = (*POSITION, *table)
     return {
@@ -266,7 +283,7 @@ def _measured(table: dict[str, Metric], best_val: Json, train: list[Json], val: 
         "best_val": _take(best_val, fields),
         "final_val": _take(val[-1], fields) if val else None,
         "curves": {
-            "train": [_take(line, (*fields, *SPEED)) for line in train],
+            "train": [_take(line, (*fields, *SPEED, *groups)) for line in train],
             "val": [_take(line, fields) for line in val],
         },
     }
@@ -308,27 +325,6 @@ def _settings(values: Json, defaults: Json, prefix: str = "") -> list[Json]:
         else:
             rows.append({"key": f"{prefix}{key}", "value": value, "default": defaults[key]})
     return rows
-
-
-def _next_commands(run: RunDir, state: str, best: Json | None, exports: Json | None) -> list[Json]:
-    rows = []
-    if state == "failed":
-        rows.append(("why", "the first failure, and its cure"))
-    if state in ("preempted", "failed", "cancelled"):
-        rows.append(("resume", "go on from the last checkpoint"))
-    if state in ("pending", "running", "unknown"):
-        rows.append(("report", "write this report again, from what is there then"))
-    elif best and not (exports and exports["of_best"]):
-        rows.append(("export", "export, quantize and measure the best checkpoint"))
-    # The whole path: whoever reads the report stands in another folder than the one who launched.
-    return [{"command": f"launch {verb} {shlex.quote(str(run.path))}", "why": why} for verb, why in rows]
-
-
-def _sync_command(run: RunDir, state: str, events: list[Json]) -> list[Json]:
-    """The command that sends wandb's records; none while the run still writes them."""
-    records = wandb_folder.unsynced(run, events) if state not in ("pending", "running") else []
-    why = "send wandb's server what it has not got of this run"
-    return [{"command": wandb_folder.sync_command(records), "why": why}] if records else []
 
 
 def _clean(value: Any) -> Any:

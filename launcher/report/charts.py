@@ -76,10 +76,10 @@ def line_chart(
     if not values:
         return None
     logarithmic = min(values) > 0 and title == "Loss" and max(values) > LOG_SPREAD * min(values)
-    ticks = _log_ticks(min(values), max(values)) if logarithmic else _ticks(min(*values, floor), max(values))
+    levels = _log_ticks(min(values), max(values)) if logarithmic else ticks(min(*values, floor), max(values))
     scale: Callable[[float], float] = math.log10 if logarithmic else float
     end = max(x for points in series.values() for x, _, _ in points) or 1
-    low, high = scale(ticks[0]), scale(ticks[-1])
+    low, high = scale(levels[0]), scale(levels[-1])
 
     def across(x: float) -> float:
         return round(LEFT + (WIDTH - LEFT - RIGHT) * x / end, 1)
@@ -90,8 +90,8 @@ def line_chart(
     return Chart(
         title=f"{title} (logarithmic)" if logarithmic else title,
         label=f"{title} over {end:,} optimizer steps: {_spoken(series, show)}",
-        y_ticks=[(down(tick), f"{tick * 100:.4g}%" if "%" in show else f"{tick:.4g}") for tick in ticks],
-        x_ticks=[(across(x), f"{x:,.0f}") for x in _ticks(0, end, 4) if x <= end and x == int(x)],
+        y_ticks=[(down(tick), f"{tick * 100:.4g}%" if "%" in show else f"{tick:.4g}") for tick in levels],
+        x_ticks=[(across(x), f"{x:,.0f}") for x in ticks(0, end, 4) if x <= end and x == int(x)],
         curves=[_curve(name, points, across, down, best_x) for name, points in series.items()],
     )
 
@@ -124,7 +124,7 @@ def _spoken(series: dict[str, list[Point]], show: str) -> str:
     )
 
 
-def _ticks(low: float, high: float, count: int = 5) -> list[float]:
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten apart) from at most ``low`` to at least ``high``."""
     if high <= low:
         low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2

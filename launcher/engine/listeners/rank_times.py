@@ -27,6 +27,8 @@ LEAST_S = 0.002
 """But by so many seconds a step at least: of shorter steps the clock and the scheduler make more."""
 IN_A_ROW = 3
 """Windows in which the same rank must be slow before it is named: one may be a hiccup."""
+MOST_STEPS = 1000
+"""Of a window whose times are kept: a long one is known well enough by its last steps."""
 UNITS = 1e-9
 """Times are exchanged as whole nanoseconds."""
 
@@ -77,8 +79,8 @@ class RankTimes:
         self._device = device
         self._recorder = recorder
         self._group = group
-        self._open: deque[tuple[Any, Any, float]] = deque()
-        """Steps of which the device may not have computed all: begin, last gradient, seconds waited for images."""
+        self._open: deque[tuple[Any, Any, float]] = deque(maxlen=MOST_STEPS)
+        """Steps that were begun, the last ones: begin, last gradient, seconds waited for images."""
         self._computed: list[float] = []
         self._pending: tuple[dict[str, int], torch.Tensor, Any] | None = None
         self._row: tuple[int, int] = (-1, 0)

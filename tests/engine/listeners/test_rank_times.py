@@ -27,12 +27,13 @@ def test_the_slowest_is_named_only_where_it_is_clearly_slower(compute_s, wait_s,
     assert (found.rank, found.cause, found.is_slow) == (rank, cause, is_slow)
 
 
-SLOW_S = 0.15
+SLOW_S = 0.6
+"""A step; several times what another process may take from a rank on a busy machine."""
 
 
 @pytest.mark.parametrize("cause", ["device", "loader"])
 def test_of_two_ranks_the_slowed_one_is_named_with_its_cause(make_run, engine, in_ranks, cause):
-    run = make_run(train={"epochs": 3}, tracking={"log_every": 1})
+    run = make_run(train={"epochs": 5}, tracking={"log_every": 1})
 
     def prepare(parts):
         if parts.ranks.rank != 1:
@@ -45,7 +46,7 @@ def test_of_two_ranks_the_slowed_one_is_named_with_its_cause(make_run, engine, i
 
     in_ranks(2, lambda ranks: engine.train(run, ranks, prepare=prepare).step)
     events = [json.loads(line) for line in run.events.read_text().splitlines()]
-    (event,) = [event for event in events if event["kind"] == "straggler"]
-    assert (event["straggler"], event["cause"]) == (1, cause)
+    (event,) = [event for event in events if event["kind"] == "straggler" and event["cause"] == cause]
+    assert event["straggler"] == 1
     assert event["behind"] > 0.2
     assert f"by its {cause}" in event["message"]

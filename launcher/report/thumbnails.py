@@ -1,0 +1,51 @@
+"""Small pictures of single images, inside the page: few, and bounded in bytes."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+SIDE = 112
+"""Pixels of the longer side."""
+QUALITY = 70
+"""Of the JPEG."""
+MOST_BYTES = 16 << 10
+"""Of one picture: a photo of this size has 3 to 6 KB. A larger one is left out."""
+MOST_FILE_BYTES = 64 << 20
+"""Of an image file: a larger one is not opened."""
+
+Json = dict[str, Any]
+
+
+def with_pictures(rows: Sequence[Json], data_path: str | None) -> list[Json]:
+    """Each row with its ``picture``, a data URI; None where its image is not there any more, or no picture is made."""
+    return [row | {"picture": _picture(_place(row["image"], data_path))} for row in rows]
+
+
+def _place(image: str, data_path: str | None) -> Path:
+    path = Path(image)
+    return path if path.is_absolute() or not data_path else Path(os.path.expanduser(data_path)) / path  # noqa: PTH111
+
+
+def _picture(path: Path) -> str | None:
+    from PIL import Image
+
+    with contextlib.suppress(Exception):  # whatever is wrong with it: the report goes without
+        if not path.is_file() or path.stat().st_size > MOST_FILE_BYTES:
+            return None
+        with Image.open(path) as image:
+            image.draft("RGB", (SIDE, SIDE))  # a JPEG is decoded at an eighth of its size where that does
+            small = image.convert("RGB")
+            small.thumbnail((SIDE, SIDE))
+        made = io.BytesIO()
+        small.save(made, "JPEG", quality=QUALITY, optimize=True)
+        if made.tell() <= MOST_BYTES:
+            return f"data:image/jpeg;base64,{base64.b64encode(made.getvalue()).decode()}"
+    return None
