@@ -21,7 +21,7 @@ def of(line: dict[str, Any]) -> dict[str, Any]:
     confusion = line.get("confusion")
     if isinstance(confusion, list) and len(confusion) == len(classes) <= MOST_CLASSES:
         names = list(classes)
-        cells = [
+        cells: list[Any] = [
             [names[true], names[predicted], count]
             for true, row in enumerate(confusion)
             for predicted, count in enumerate(row)
