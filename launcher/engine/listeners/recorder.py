@@ -168,7 +168,7 @@ class Recorder:
         """The counts over the test set, when training is over."""
         self._metrics("test", best["epoch"], best["step"], values)
         shown = {name: values[name] for name in self._table if name in values and name not in self._hidden}
-        self.status(test=_of_test(split, best) | {"samples": values["samples"], **shown})
+        self.status(test=_of_test(split, best) | {"samples": values["samples"], **_as_json(shown)})
         self.event("tested", samples=values["samples"], of_step=best["step"])
         said = "  ".join(f"{name} {values[name]:.4f}" for name in self._said if name in shown)
         self.say(f"test  {said}  ({values['samples']:,} images of {split}, best epoch {best['epoch'] + 1})")
@@ -202,8 +202,7 @@ class Recorder:
 
     def _metrics(self, split: str, epoch: int, step: int, values: dict[str, Any]) -> None:
         record = {"time": time.time(), "split": split, "attempt": self._attempt, "epoch": epoch, "step": step, **values}
-        record = {name: value if _is_json(value) else None for name, value in record.items()}
-        self._write(lambda: self._run.append_metrics(**record))
+        self._write(lambda: self._run.append_metrics(**_as_json(record)))
 
     def _write(self, write: Callable[[], object]) -> None:
         """Write to the run directory; what a full disk does not take now is kept, in its order, for the next time."""
@@ -244,6 +243,8 @@ def _of_test(split: str, best: dict[str, Any]) -> dict[str, Any]:
     return {"split": split, "step": best["step"], "epoch": best["epoch"], "weights": best.get("weights")}
 
 
-def _is_json(value: Any) -> bool:
-    """NaN and infinity are no JSON."""
-    return not isinstance(value, float) or math.isfinite(value)
+def _as_json(values: dict[str, Any]) -> dict[str, Any]:
+    """Null for NaN and infinity, which are no JSON: of one class there is no AUROC."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
+    }
