@@ -161,14 +161,13 @@ class Recorder:
 
     def has_tested(self, split: str, best: dict[str, Any]) -> bool:
         """Whether the test set has been measured by this best checkpoint."""
-        known = self._run.read_status().get("test") or {}
-        return bool(known) and all(known[key] == value for key, value in _of_test(split, best).items())
+        return states.is_tested(self._run.read_status(), split, best)
 
     def tested(self, split: str, best: dict[str, Any], values: dict[str, Any]) -> None:
         """The counts over the test set, when training is over."""
         self._metrics("test", best["epoch"], best["step"], values)
         shown = {name: values[name] for name in self._table if name in values and name not in self._hidden}
-        self.status(test=_of_test(split, best) | {"samples": values["samples"], **_as_json(shown)})
+        self.status(test=states.of_test(split, best) | {"samples": values["samples"], **_as_json(shown)})
         self.event("tested", samples=values["samples"], of_step=best["step"])
         said = "  ".join(f"{name} {values[name]:.4f}" for name in self._said if name in shown)
         self.say(f"test  {said}  ({values['samples']:,} images of {split}, best epoch {best['epoch'] + 1})")
@@ -236,11 +235,6 @@ class Recorder:
         )
         self._task = self._progress.add_task("train", total=self._num_steps, of_epoch="first batch", text="")
         self._progress.start()
-
-
-def _of_test(split: str, best: dict[str, Any]) -> dict[str, Any]:
-    """What was measured on, and the checkpoint that was."""
-    return {"split": split, "step": best["step"], "epoch": best["epoch"], "weights": best.get("weights")}
 
 
 def _as_json(values: dict[str, Any]) -> dict[str, Any]:
