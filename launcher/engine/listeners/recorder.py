@@ -165,7 +165,7 @@ class Recorder:
 
     def tested(self, split: str, best: dict[str, Any], values: dict[str, Any]) -> None:
         """The counts over the test set, when training is over."""
-        self._metrics("test", best["epoch"], best["step"], values)
+        self._metrics("test", best["epoch"], best["step"], {"test_set": split, **values})
         shown = {name: values[name] for name in self._table if name in values and name not in self._hidden}
         self.status(test=states.of_test(split, best) | {"samples": values["samples"], **_as_json(shown)})
         self.event("tested", samples=values["samples"], of_step=best["step"])
