@@ -24,7 +24,8 @@ def lines(parts: Parts) -> Iterator[str]:
     """Model, images, steps, learning and what is best; each a line for people."""
     recipe = parts.recipe
     yield f"model: {_model(parts)}"
-    yield balance.describe(parts.images_per_class, recipe.data.balance, weighed=parts.weights is not None)
+    weighed = parts.weights is not None
+    yield balance.describe(_train_images(parts), parts.images_per_class, recipe.data.balance, weighed=weighed)
     size = parts.preprocessing.image_size
     yield f"{len(parts.val_set):,} validation images; the model sees {size} x {size} px"
     yield f"steps: {_steps(parts)}"
@@ -46,7 +47,7 @@ def facts(parts: Parts) -> dict[str, Any]:
     device = parts.device
     return {
         "num_classes": len(parts.classes),
-        "train_images": sum(parts.images_per_class.values()) or len(parts.train_set),
+        "train_images": _train_images(parts),
         "val_images": len(parts.val_set),
         "parameters": total,
         "trainable_parameters": total - frozen,
@@ -59,6 +60,11 @@ def facts(parts: Parts) -> dict[str, Any]:
         "python": platform.python_version(),
         "launcher": launcher.__version__,
     }
+
+
+def _train_images(parts: Parts) -> int:
+    """Those that are learned from, whatever number of classes each has."""
+    return len(parts.train_set) - len(parts.schedule.excluded)
 
 
 def _sizes(parts: Parts) -> tuple[int, int]:

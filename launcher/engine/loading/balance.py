@@ -150,9 +150,9 @@ def _times_before(values: NDArray[np.int64]) -> NDArray[np.int64]:
     return found
 
 
-def describe(counts: dict[str, int], balance: str, *, weighed: bool = False, most: int = 12) -> str:
-    """How many training images each class has, and what is done about it; a line for people."""
-    total, sizes = sum(counts.values()), Counter(counts.values())
+def describe(total: int, counts: dict[str, int], balance: str, *, weighed: bool = False, most: int = 12) -> str:
+    """How many training images there are and each class has, and what is done about it; a line for people."""
+    sizes = Counter(counts.values())
     if len(counts) > most:
         middle = sorted(counts.values())[len(counts) // 2]
         shown = f"{min(sizes):,} to {max(sizes):,} in each, the median is {middle:,}"

@@ -24,6 +24,13 @@ def test_it_says_what_is_trained_by_what_on_what(lines):
     assert "rate 0.02, linear schedule; fp32 on cpu" in found
 
 
+def test_images_with_several_classes_or_none_count_once(make_run, engine, one_rank):
+    several = {"task": "multi_label", "dataset": "tests.several_labels:Photos"}
+    parts = build_parts(make_run(data=several, train={"loss": "binary_cross_entropy"}), Ranks(), engine.cpu)
+    assert header.facts(parts)["train_images"] == 37
+    assert "37 training images in 8 classes: " in "\n".join(header.lines(parts))
+
+
 def test_what_is_frozen_does_not_learn(lines):
     found = lines(model={"freeze": ["backbone"], "unfreeze": {1: "backbone"}}, train={"epochs": 2})
     assert "of them learn in the first of 2 phases (epochs 1 to 1)" in found

@@ -132,9 +132,9 @@ def test_a_loss_is_weighed_in_training_only_and_a_mean_cannot_be():
 
 def test_the_classes_are_told():
     counts = {"bee": 1200, "cat": 3}
-    assert describe(counts, "none") == "1,203 training images in 2 classes: bee 1,200, cat 3"
-    assert describe(counts, "weights").endswith("; losses are weighed by class (data.balance)")
-    many = describe({f"class {i}": i + 1 for i in range(100)}, "sampler")
+    assert describe(1203, counts, "none") == "1,203 training images in 2 classes: bee 1,200, cat 3"
+    assert describe(1203, counts, "weights").endswith("; losses are weighed by class (data.balance)")
+    many = describe(5050, {f"class {i}": i + 1 for i in range(100)}, "sampler")
     assert "in 100 classes: 1 to 100 in each, the median is 51; each class is seen as often" in many
 
 
