@@ -328,14 +328,13 @@ def build_parts(
         several = recipe.data.task == "multi_label"
         weights = weights_in_loss(images.train.labels, excluded, num_classes=classes, several=several, given=given)
     schedule = _schedule(recipe, images, dealt, excluded, together=together)
-    agreed = agreed.place(model.module, device)
     workers = data.num_loader_workers(recipe.data, ranks) if loader_workers is None else loader_workers
     return Parts(
         recipe=recipe,
         run=run,
         ranks=ranks,
         device=device,
-        numerics=agreed,
+        numerics=agreed.place(model.module, device),
         model=model,
         loss=build_loss(recipe.train, num_classes=classes, device=device.torch_device, weights=weights),
         optimizer=optim.build_optimizer(model, phases.phase_at(recipe, 0).optim),
