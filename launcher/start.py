@@ -251,8 +251,11 @@ def has_nothing_left(run: RunDir, recipe: Recipe) -> bool:
     from launcher.recipe import load as recipes
     from launcher.runs import whereabouts
 
-    state = run.read_status()["state"]
+    status = run.read_status()
+    state = status["state"]
     if state not in whereabouts.TRAINED or run.read_plan().debug:
+        return False
+    if not states.is_tested(status, recipe.data.test, status.get("best")):
         return False
     before, now = recipes.read_resolved(run.recipe).train, recipe.train
     if state == "early_stopped":

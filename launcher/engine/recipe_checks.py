@@ -183,9 +183,10 @@ def _samples(recipe: Recipe, classes: int) -> Iterator[tuple[str, str]]:
         return  # of the model, which is looked at next
     try:
         train = data.open_split(recipe, "train", preprocessing, is_train=True)
-        val = data.open_split(recipe, "val", preprocessing, classes=train.classes)
+        others = ["val", *([recipe.data.test] if recipe.data.dataset and recipe.data.test else [])]
+        opened = [data.open_split(recipe, split, preprocessing, classes=train.classes) for split in others]
         key = "data.transform" if recipe.data.transform else key
-        for samples in (train, val):
+        for samples in (train, *opened):
             if len(samples):
                 samples[0, 0]
     except UsageError as error:

@@ -323,10 +323,11 @@ def build_parts(
     )
     together = recipe.model.sync_batchnorm and ranks.world_size > 1 and synchronise(model.module)
     dealt = batching or fixed_batching(recipe.batch, ranks, full_size=full_world_size(run), debug=debug)
-    excluded, weights = images.train.find(images.left_out), None
+    excluded, given, weights = images.train.find(images.left_out), images.train.weights, None
     if recipe.data.balance == "weights":
         several = recipe.data.task == "multi_label"
-        weights = weights_in_loss(images.train.labels, excluded, num_classes=classes, several=several)
+        weights = weights_in_loss(images.train.labels, excluded, num_classes=classes, several=several, given=given)
+    schedule = _schedule(recipe, images, dealt, excluded, together=together)
     agreed = agreed.place(model.module, device)
     workers = data.num_loader_workers(recipe.data, ranks) if loader_workers is None else loader_workers
     return Parts(
@@ -338,12 +339,12 @@ def build_parts(
         model=model,
         loss=build_loss(recipe.train, num_classes=classes, device=device.torch_device, weights=weights),
         optimizer=optim.build_optimizer(model, phases.phase_at(recipe, 0).optim),
-        schedule=_schedule(recipe, images, dealt, excluded, together=together),
+        schedule=schedule,
         train_set=images.train,
         val_set=images.val,
         preprocessing=images.preprocessing,
         # Breakpoints work in this process only.
         loading=Loading(workers=0 if debug else workers, prefetch=data.num_ahead(workers)),
         max_steps=DEBUG_STEPS if debug else None,
-        weights=SampleWeights(given, excluded, device) if (given := images.train.weights) else None,
+        weights=SampleWeights(given, excluded, device, evenly=schedule.labels) if given else None,
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from launcher.images import lists
 from launcher.images.parts import ClassFolders, ListRows
-from launcher.images.walk import class_folders, ending_of, has_image, is_hidden, is_image
+from launcher.images.walk import class_folders, composed, ending_of, has_image, is_hidden, is_image
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -125,7 +125,7 @@ def find(source: Source) -> Layout:
             "be divided alone as data.path"
         )
     else:
-        layout.undivided = train or _whole(source)
+        layout.undivided = _without(test, train or _whole(source), layout)
         names = set() if train or not layout.undivided else {name.lower() for name in layout.undivided.class_names}
         if names and names <= {*TRAIN, *VAL, *TEST, *OTHER_NAMES["train"], *OTHER_NAMES["val"]}:
             layout.problems.append(f"{source.path}: {' and '.join(sorted(names))} are no classes{explain(source)}")
@@ -160,6 +160,24 @@ def _whole(source: Source) -> Part | None:
         rows = lists.read(source.place, source.form)
         return None if rows[0].split else ListRows(source.place, source.form)
     return _open_folder(source.place, source.form)
+
+
+def _without(test: Part | None, part: Part | None, layout: Layout) -> Part | None:
+    """What is divided, without the folder of the test set, which may lie beside the class folders."""
+    if test is None or not isinstance(part, ClassFolders):
+        return part
+    is_table = isinstance(test, ListRows)
+    if is_table and test.place.stem != METADATA:  # a list, which has no folder of its own
+        return part
+    folder = test.place.parent if is_table else test.place
+    if folder.parent.resolve() == part.place.resolve():
+        return replace(part, beside=composed(folder.name))
+    if part.place.resolve() in (folder.resolve(), *folder.resolve().parents):
+        layout.problems.append(
+            f"data.test: {folder} lies among the images that data.val_fraction divides, so that it would be trained "
+            f"on; move it out of {part.place}, or right into it, beside the class folders"
+        )
+    return part
 
 
 def _of_list(source: Source) -> dict[str, Part]:

@@ -120,6 +120,7 @@ def _read(
         raise ListError([f"{file}: is not UTF-8 text (byte {error.start}): save it as UTF-8"]) from None
     except OSError as error:
         raise ListError([f"{file}: {error.strerror or error}"]) from None
+    problems += _uneven(file, rows, names)
     if problems:
         more = len(problems) - MOST_PROBLEMS
         raise ListError([*problems[:MOST_PROBLEMS], *([f"{file}: {more} more lines like these"] if more > 0 else [])])
@@ -134,11 +135,12 @@ def _row(
     """A row; text: what is wrong with it."""
     said = {column: values.get(name) for column, name in names.items()}
     texts = {column: "" if value is None else str(value).strip() for column, value in said.items()}
-    needed = ["path"] if separator else ["path", "label"]
+    needed = ["path"] if separator and names["label"] in values else ["path", "label"]
     optional = [column for column in ("split", "group", "weight") if names[column] in values]
     empty = [names[column] for column in (*needed, *optional) if not texts[column]]
     if empty:
-        return f"{file}:{line}: no {' and no '.join(empty)} in this row"
+        cure = "; of an image that has no class it is empty" if separator and names["label"] in empty else ""
+        return f"{file}:{line}: no {' and no '.join(empty)} in this row{cure}"
     try:
         labels = _labels(said["label"], separator)
         weight = _weight(said["weight"]) if names["weight"] in values else None
@@ -146,6 +148,14 @@ def _row(
         return f"{file}:{line}: {names[error.column]} is {said[error.column]!r}; {error}"
     path = os.path.normpath(os.path.join(os.path.dirname(file), texts["path"]))  # noqa: PTH118, PTH120  as often as there are rows
     return Row(path, labels, texts["split"], texts["group"], line, weight)
+
+
+def _uneven(file: Path, rows: Sequence[Row], names: Mapping[str, str]) -> Iterator[str]:
+    """Rows of JSON that lack what others say: without a split they would be in none."""
+    for column in ("split", "group", "weight"):
+        without = [row.line for row in rows if getattr(row, column) in ("", None)]
+        if len(without) < len(rows):
+            yield from (f"{file}:{line}: no {names[column]} in this row, and others have one" for line in without)
 
 
 class _CellError(Exception):
@@ -216,6 +226,8 @@ def _read_csv(file: Path, names: Mapping[str, str]) -> Iterator[tuple[int, Mappi
                 if row.get(None):
                     what = f"{len(row[None])} more fields than the first line names"
                     raise ListError([f"{file}:{reader.line_num}: {what}; put what holds a {delimiter!r} into quotes"])
+                if row[names["label"]] is None:  # the line ends before it, which is not the same as an empty one
+                    del row[names["label"]]
                 yield reader.line_num, row
         except csv.Error as error:
             raise ListError([f"{file}:{reader.line_num}: {error}"]) from None

@@ -32,11 +32,13 @@ class ClassFolders:
     """A folder with a folder for each class."""
 
     place: Path
+    beside: str | None = None
+    """The folder among them that is no class: the test set's."""
 
     @property
     def class_names(self) -> list[str]:
         """Sorted."""
-        return image_folder.find_classes(self.place)
+        return [name for name in image_folder.find_classes(self.place) if name != self.beside]
 
     def images(self, classes: Sequence[str]) -> list[Found]:
         """Those of some classes, by class and path; the others are left out."""

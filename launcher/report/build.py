@@ -93,7 +93,7 @@ def build_report(run: RunDir) -> Json:
             **_measured(table, best_val, train, val, groups),
             "groups": groups,
             "intervals": intervals.of_validation(best_val, table),
-            "test": test_set.of_run(_curve(metrics, "test"), best, table, recipe),
+            "test": test_set.of_run(metrics, best, table, recipe),
             "noise": _noise(events, best),
             "classes": list(best_val.get("per_class") or manifest.get("classes", [])),
             **{key: best_val.get(key) for key in ("ranking", "per_class", "confusion")},

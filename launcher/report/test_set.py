@@ -18,14 +18,19 @@ def of_run(lines: Sequence[Json], best: Json | None, table: Mapping[str, Metric]
     """Values, intervals and classes; None: there is no test set, or the best checkpoint was not measured on it yet.
 
     Args:
-        lines: of metrics.jsonl, those of the split test.
+        lines: of metrics.jsonl.
         best: of ``status.json``.
         table: the run's metrics.
         recipe: the run's.
     """
-    found = next((line for line in lines if best and line["step"] == best["step"]), None)
-    if found is None:
+    split = recipe["data"]["test"]
+    if not split or not best:
         return None
+    tested = [line for line in lines if line.get("split") == "test" and line.get("test_set", split) == split]
+    of_best = [line for line in tested if line.get("step") == best["step"]]
+    if not of_best:
+        return None
+    found = of_best[-1]
     values = {name: found[name] for name in table if found.get(name) is not None}
     of = {key: found.get(key) for key in ("samples", "per_class", "confusion")}
-    return {**of, "split": recipe["data"]["test"], "values": values, "intervals": intervals.of_validation(found, table)}
+    return {**of, "split": split, "values": values, "intervals": intervals.of_validation(found, table)}

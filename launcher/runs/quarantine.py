@@ -205,10 +205,14 @@ def _refusal(found: Scan, config: DataConfig) -> str | None:
 
 
 def _lost(found: Scan, split: str, config: DataConfig) -> list[str]:
-    """What of a split has images, and none that can be decoded; a class that has none at all is no matter of these."""
+    """What of a split has images, and none that can be decoded; a class that has none at all is no matter of these.
+
+    Of a test set a class may be lost, as it may lack classes: nothing is chosen by it.
+    """
     of_split = [image for image in found.images if image.split == split]
     good = [image for image in of_split if not image.kind]
-    if good and split != "train" and config.missing_val_classes == "allow":
+    may_lack = config.missing_val_classes == "allow" if split == "val" else split != "train"
+    if good and may_lack:
         return []
     left = {name for image in good for name in image.class_names}
     lost = [name for name in dict.fromkeys(n for image in of_split for n in image.class_names) if name not in left]

@@ -46,3 +46,14 @@ def move(run: RunDir, state: State, **fields: Any) -> bool:
         raise AssertionError(f"{run}: {before} -> {state}: a run never goes this way")
     run.update_status(state=state, **fields)
     return True
+
+
+def of_test(split: str, best: dict[str, Any]) -> dict[str, Any]:
+    """What ``status.json`` says of a test set beside what it measured: its name, and the checkpoint."""
+    return {"split": split, "step": best["step"], "epoch": best["epoch"], "weights": best.get("weights")}
+
+
+def is_tested(status: dict[str, Any], split: str | None, best: dict[str, Any] | None) -> bool:
+    """Whether the test set, where there is one, was measured by this best checkpoint."""
+    known = status.get("test") or {}
+    return not (split and best) or known.items() >= of_test(split, best).items()

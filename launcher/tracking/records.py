@@ -27,11 +27,11 @@ class Record:
     time: float
     """When it was written: seconds since 1970."""
     split: str
-    """train or val."""
+    """train, val or test."""
     epoch: int
     """From 0."""
     step: int
-    """Optimizer steps taken; grows within a split."""
+    """Optimizer steps taken; grows within a split, of test within each test set."""
     values: dict[str, float]
     """Numbers by name, as in ``train/loss`` or ``train/lr/head``."""
     line: dict[str, Any]
@@ -115,9 +115,10 @@ class Feed:
         split, epoch, step = line.get("split"), line.get("epoch"), line.get("step")
         if not isinstance(split, str) or not isinstance(step, int) or not isinstance(epoch, int):
             return None
-        if step <= self._reached.get(split, -1):
+        measured = f"{split} {line.get('test_set')}"  # two test sets may be measured by the same checkpoint
+        if step <= self._reached.get(measured, -1):
             return None
-        self._reached[split] = step
+        self._reached[measured] = step
         self.count += 1
         hidden = NOT_SENT | self._hidden | recipe_metrics.trivial_in(line)
         values = {

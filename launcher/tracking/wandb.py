@@ -187,7 +187,7 @@ class Wandb:
     def _define(self) -> None:
         # Over our own step, never wandb's: that counts records.
         self._tracked.define_metric("step")
-        for pattern in ("train/*", "val/*", "epoch"):
+        for pattern in ("train/*", "val/*", "test/*", "epoch"):
             self._tracked.define_metric(pattern, step_metric="step")
         for name, metric in recipe_metrics.of(self._recipe.metrics).items():
             self._tracked.define_metric(f"val/{name}", step_metric="step", summary=f"{metric.mode},last")

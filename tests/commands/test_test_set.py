@@ -72,6 +72,17 @@ def test_it_is_measured_once_and_told_everywhere(warm_launch, recipe_file, image
     measured_of = [line["step"] for line in lines(run, "test")]
     assert measured_of == sorted({best["step"], run.read_status()["best"]["step"]})
 
+    shutil.copytree(photos / "val", photos / "holdout")
+    settings = ["train.epochs=3", "data.test=holdout", "--procs", "2", "--run-dir", "run", "--resume"]
+    other = warm_launch(str(recipe), *SETTINGS, *settings)
+    assert other.returncode == 0, other.stderr
+    assert (run.read_status()["state"], run.read_status()["test"]["split"]) == ("completed", "holdout")
+    *_, last = lines(run, "test")
+    assert (last["samples"], last["step"], last["test_set"]) == (6, run.read_status()["best"]["step"], "holdout")
+    assert cli.main(["report", "run"]) == 0
+    report = json.loads(run.report_json.read_text())["test"]
+    assert (report["split"], report["samples"]) == ("holdout", 6)
+
 
 def by_list(photos):
     rows = ["path,label,split"]

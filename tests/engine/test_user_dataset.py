@@ -9,10 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from launcher.engine import recipe_checks
 from launcher.engine.user import dataset, scan, transform
 from launcher.engine.user.dataset import UserDataset
 from launcher.engine.user.transform import UserTransform
-from launcher.errors import UsageError
+from launcher.errors import RecipeError, UsageError
+from launcher.recipe import load as recipes
 from launcher.recipe.schema_data import DataConfig
 from launcher.runs import quarantine
 
@@ -166,3 +168,23 @@ def test_each_class_of_an_image_counts_in_what_is_left_of_it(monkeypatch):
     found = scan._scan(SimpleNamespace(data=config, seed=0))
     assert found.class_counts("train") == {"a": 1, "b": 1, "c": 0}
     assert quarantine._refusal(found, config).endswith("is left in train/c, val/c; add some")
+
+
+def test_the_test_set_is_asked_for_before_anything_is_started(monkeypatch):
+    class NoHoldout(Minimal):
+        def __init__(self, split, path=None):
+            super().__init__(split)
+            self.length = 0 if split == "holdout" else 4
+
+        def __len__(self):
+            return self.length
+
+    monkeypatch.setattr(dataset.user_code, "load", lambda _: NoHoldout)
+    recipe = recipes.from_dict(
+        {
+            "data": {"dataset": "code/data.py:D", "test": "holdout", "image_size": 32},
+            "model": {"arch": "shufflenet_v2_x0_5", "weights": None},
+        }
+    )
+    with pytest.raises(RecipeError, match=r"data.dataset: .*\(split='holdout'\) has no samples"):
+        recipe_checks.check(recipe, str)

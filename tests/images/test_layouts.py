@@ -367,3 +367,25 @@ def test_check_reads_every_layout(classes, capsys):
     found = json.loads(capsys.readouterr().out)
     assert sum(found["classes"]["val"].values()) + sum(found["classes"]["train"].values()) == 19
     assert not listings.find_problems(Source(path=str(file)))
+
+
+@pytest.mark.parametrize("name", ["holdout", "test"])
+def test_a_test_set_beside_the_class_folders_is_no_class(classes, dry_run, name):
+    for number in range(4):
+        paint(classes, "cat", number, name)
+        paint(classes, "dog", number, name)
+    found = Listing(Source(path=str(classes), val_fraction=0.4, test=name))
+    assert found.classes == ["cat", "dog"]
+    paths = {split: {path for path, _ in found.samples(split)} for split in ("train", "val", "test")}
+    assert {split: len(of) for split, of in paths.items()} == {"train": 12, "val": 8, "test": 8}
+    assert not paths["test"] & (paths["train"] | paths["val"])
+    code, shown = dry_run(f"data.path={classes}", "data.val_fraction=0.4", f"data.test={name}")
+    assert code == 0, shown
+
+
+def test_a_test_set_in_a_class_folder_is_refused(classes, dry_run):
+    split_folder(classes / "cat", train="old", val="new")
+    code, shown = dry_run(f"data.path={classes}", "data.val_fraction=0.4", "data.test=cat/new")
+    assert (code, "cat/new lies among the images that data.val_fraction divides" in shown) == (2, True), shown
+    code, shown = dry_run(f"data.path={classes}", "data.val_fraction=0.4", "data.test=.")
+    assert (code, "lies among the images that data.val_fraction divides" in shown) == (2, True), shown

@@ -126,6 +126,25 @@ def test_a_row_that_cannot_be_is_named_with_its_line(write, dry_run, number, cel
     assert re.search(said, " ".join(shown.split()))
 
 
+def test_a_row_without_a_label_is_no_image_without_a_class(photos, dry_run):
+    good = [{"path": f"{number}.png", "label": ["a"] if number % 2 else None} for number in range(6)]
+    for wrong in ({"path": "6.png", "lable": ["a"]}, {"path": "6.png"}):
+        (photos / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*good, wrong]))
+        code, shown = dry_run(f"data.path={photos / 'list.jsonl'}", "data.val_fraction=0.3", *MULTI)
+        assert (code, "list.jsonl:7: no label in this row; of an image that has no class" in shown) == (2, True), shown
+    (photos / "list.csv").write_text("path,label\n0.png,a\n1.png,\n2.png\n3.png,b\n")
+    code, shown = dry_run(f"data.path={photos / 'list.csv'}", "data.val_fraction=0.3", *MULTI)
+    assert (code, "list.csv:4: no label in this row" in shown, "list.csv:3" in shown) == (2, True, False), shown
+
+
+def test_a_row_that_lacks_what_others_say_is_named(photos, dry_run):
+    rows = [{"path": f"{number}.png", "label": ["a"], "split": "val" if number > 3 else "train"} for number in range(6)]
+    del rows[2]["split"]
+    (photos / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, shown = dry_run(f"data.path={photos / 'list.jsonl'}", *MULTI)
+    assert (code, "list.jsonl:3: no split in this row, and others have one" in shown) == (2, True), shown
+
+
 def test_what_would_mean_nothing_is_refused_with_what_to_do(write, dry_run, photos, images):
     ones = ["[1, 0]", "[0, 1]"] * 4
     for keys, said in (

@@ -20,7 +20,7 @@ from launcher.recipe import load as recipes
 from launcher.recipe.metrics import METRICS as METRIC_NAMES
 from launcher.report import build as report
 from launcher.report import charts as report_charts
-from launcher.report import intervals, templating
+from launcher.report import intervals, templating, test_set
 from launcher.runs.run_dir import RunDir
 
 NASTY = '<b>&"'
@@ -876,3 +876,19 @@ def test_batch_sizes_that_were_measured_and_memory_that_ran_out_are_in_the_repor
     assert "&lt;n1&gt;: H100" in page
     assert "rank 3 from 256 to 128" in page
     assert "The first 64 of 100 ranks" in page
+
+
+def test_the_test_set_is_the_recipes_last_measured_by_the_best_checkpoint():
+    def line(name, step, top1):
+        return {"split": "test", "test_set": name, "step": step, "samples": 4, "top1": top1}
+
+    lines = [line("test", 8, 0.1), line("holdout", 4, 0.2), line("holdout", 8, 0.3), {"split": "val", "step": 8}]
+
+    def found(name, step=8):
+        of = test_set.of_run(lines, {"step": step}, METRIC_NAMES, {"data": {"test": name}})
+        return of and (of["split"], of["values"]["top1"])
+
+    assert (found("test"), found("holdout")) == (("test", 0.1), ("holdout", 0.3))
+    assert (found("holdout", 4), found("test", 4), found(None)) == (("holdout", 0.2), None, None)
+    del lines[0]["test_set"]  # of a launcher before it was written
+    assert found("test") == ("test", 0.1)

@@ -77,6 +77,17 @@ def test_a_class_of_several_that_a_split_never_had_is_not_lost(folder, make):
         check("f.png", missing_val_classes="allow")
 
 
+def test_a_test_set_may_lose_a_class_and_not_all_images(folder, make):
+    shutil.copytree(folder / "val", folder / "test")
+    first, *others = sorted((folder / "test").iterdir())
+    spoil(folder, *(file.relative_to(folder) for file in first.glob("*")))
+    recipe, _ = make("quarantine", test="test")
+    assert {image.split for image in quarantine.check(recipe, where).bad} == {"test"}
+    spoil(folder, *(file.relative_to(folder) for other in others for file in other.glob("*")))
+    with pytest.raises(RecipeError, match=r"no image that can be decoded is left in test/"):
+        quarantine.check(recipe, where)
+
+
 # Before anything is written
 
 

@@ -11,6 +11,7 @@ from launcher.backends import living
 from launcher.backends.slurm import client as slurm_client
 from launcher.errors import UsageError
 from launcher.recipe import load as recipes
+from launcher.runs import states
 from launcher.runs.whereabouts import JobState
 from launcher.system import processes
 
@@ -92,6 +93,21 @@ def test_a_trained_run_has_something_left_only_where_the_recipe_asks_for_more(st
     assert start.has_nothing_left(run, recipe(**train)) != left
     said = capsys.readouterr().out
     assert (f"{state} already" in said and "launch export" in said and "launch report" in said) != left
+
+
+def test_a_trained_run_has_a_test_set_left_that_it_did_not_measure(make_run):
+    run = make_run("a", state="completed", recipe=recipes.to_yaml(recipe()))
+    asked = recipes.from_dict({"data": {"name": "digits", "test": "holdout"}, "train": {"epochs": 3}})
+    best = {"step": 5, "epoch": 1, "weights": None}
+    assert start.has_nothing_left(run, asked)  # there is no best checkpoint to measure
+    run.update_status(best=best)
+    assert not start.has_nothing_left(run, asked)
+    run.update_status(test=states.of_test("test", best) | {"samples": 9})
+    assert not start.has_nothing_left(run, asked)
+    run.update_status(test=states.of_test("holdout", best) | {"samples": 9})
+    assert start.has_nothing_left(run, asked)
+    run.update_status(best=best | {"step": 6})
+    assert not start.has_nothing_left(run, asked)
 
 
 def test_when_a_job_is_expected_to_start_is_no_part_of_its_state():

@@ -74,6 +74,13 @@ def test_what_comes_again_after_a_resume_counts_once_and_steps_grow(run):
     assert afterwards == records  # whoever comes later sends the same
 
 
+def test_two_test_sets_that_the_same_checkpoint_measured_are_both_sent(run):
+    feed = feed_of(run)
+    for attempt, name in ((1, "test"), (2, "holdout"), (3, "holdout")):
+        run.append_metrics(**VAL | {"split": "test", "test_set": name, "step": 3, "attempt": attempt})
+    assert [(record.split, record.line["test_set"]) for record in feed.new()] == [("test", "test"), ("test", "holdout")]
+
+
 @pytest.mark.parametrize("line", ['{"no": "split"}', "7", "[1]", '{"split": "train", "step": "x", "epoch": 0}', "\x00"])
 def test_a_line_that_is_no_record_is_left_out(run, line):
     append(run, f"{line}\n")

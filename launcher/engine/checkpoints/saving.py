@@ -79,17 +79,20 @@ class Saving:
     def restore(self) -> bool:
         """Go on from the newest whole checkpoint; rank 0 chooses it, so that all ranks load the same."""
         run, state = self._parts.run, self._state
-        found = [checkpoints.load_newest(run) if self._recorder else None]
-        chosen = [found[0].step if found[0] else None]
-        dist.broadcast_object_list(chosen, src=0)
-        if chosen[0] is None:
-            if not are_needed(self._parts.recipe.model, run):
+        found = checkpoints.load_newest(run) if self._recorder else None
+        # Only rank 0 has read the weights, so that it alone knows: another node's cache says nothing.
+        has_weights = self._recorder is not None and are_needed(self._parts.recipe.model, run)
+        told = [found.step if found else None, has_weights]
+        dist.broadcast_object_list(told, src=0)
+        step, has_weights = told
+        if step is None:
+            if not has_weights:
                 weights = self._parts.recipe.model.weights
                 raise TrainingError(
                     f"no checkpoint of {run} is whole, and the weights that it began with, {weights}, are gone"
                 )
             return False
-        state.restore(found[0] or checkpoints.load(run.checkpoint(chosen[0])))
+        state.restore(found or checkpoints.load(run.checkpoint(step)))
         self._saved_step = state.step
         if self._writer:
             best = state.best.best
@@ -99,8 +102,8 @@ class Saving:
             self._recorder.resumed(
                 epoch=state.epoch, step=state.step, offset=state.offset, num_steps=self._parts.num_steps
             )
-            if found[0]:
-                self._tell_numerics(self._parts.numerics.changed_since(found[0].state))
+            if found:
+                self._tell_numerics(self._parts.numerics.changed_since(found.state))
         return True
 
     def _tell_numerics(self, changed: dict[str, list[Any]]) -> None:

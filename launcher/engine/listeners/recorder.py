@@ -161,14 +161,13 @@ class Recorder:
 
     def has_tested(self, split: str, best: dict[str, Any]) -> bool:
         """Whether the test set has been measured by this best checkpoint."""
-        known = self._run.read_status().get("test") or {}
-        return bool(known) and all(known[key] == value for key, value in _of_test(split, best).items())
+        return states.is_tested(self._run.read_status(), split, best)
 
     def tested(self, split: str, best: dict[str, Any], values: dict[str, Any]) -> None:
         """The counts over the test set, when training is over."""
-        self._metrics("test", best["epoch"], best["step"], values)
+        self._metrics("test", best["epoch"], best["step"], {"test_set": split, **values})
         shown = {name: values[name] for name in self._table if name in values and name not in self._hidden}
-        self.status(test=_of_test(split, best) | {"samples": values["samples"], **shown})
+        self.status(test=states.of_test(split, best) | {"samples": values["samples"], **_as_json(shown)})
         self.event("tested", samples=values["samples"], of_step=best["step"])
         said = "  ".join(f"{name} {values[name]:.4f}" for name in self._said if name in shown)
         self.say(f"test  {said}  ({values['samples']:,} images of {split}, best epoch {best['epoch'] + 1})")
@@ -202,8 +201,7 @@ class Recorder:
 
     def _metrics(self, split: str, epoch: int, step: int, values: dict[str, Any]) -> None:
         record = {"time": time.time(), "split": split, "attempt": self._attempt, "epoch": epoch, "step": step, **values}
-        record = {name: value if _is_json(value) else None for name, value in record.items()}
-        self._write(lambda: self._run.append_metrics(**record))
+        self._write(lambda: self._run.append_metrics(**_as_json(record)))
 
     def _write(self, write: Callable[[], object]) -> None:
         """Write to the run directory; what a full disk does not take now is kept, in its order, for the next time."""
@@ -239,11 +237,8 @@ class Recorder:
         self._progress.start()
 
 
-def _of_test(split: str, best: dict[str, Any]) -> dict[str, Any]:
-    """What was measured on, and the checkpoint that was."""
-    return {"split": split, "step": best["step"], "epoch": best["epoch"], "weights": best.get("weights")}
-
-
-def _is_json(value: Any) -> bool:
-    """NaN and infinity are no JSON."""
-    return not isinstance(value, float) or math.isfinite(value)
+def _as_json(values: dict[str, Any]) -> dict[str, Any]:
+    """Null for NaN and infinity, which are no JSON: of one class there is no AUROC."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
+    }

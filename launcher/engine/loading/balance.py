@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from launcher.engine.device import Device
 
 
-def class_weights(counts: Sequence[int]) -> list[float]:
+def class_weights(counts: Sequence[float]) -> list[float]:
     """What the loss of a sample of each class counts: one over its class's size, the mean over all samples is 1."""
     present = sum(count > 0 for count in counts)
     return [sum(counts) / (present * count) if count else 0.0 for count in counts]
@@ -44,36 +44,57 @@ def count_classes(labels: Sequence[int | tuple[int, ...]], left_out: frozenset[i
 
 
 def weights_in_loss(
-    labels: Sequence[int | tuple[int, ...]], left_out: frozenset[int], *, num_classes: int, several: bool
+    labels: Sequence[int | tuple[int, ...]],
+    left_out: frozenset[int],
+    *,
+    num_classes: int,
+    several: bool,
+    given: Sequence[float] | None = None,
 ) -> list[float]:
     """What the loss of a sample of each class counts, by the samples that take part.
 
     With ``several`` classes a sample: what having the class counts beside not having it, so that both count alike;
-    1 where all samples have it, or none.
+    1 where all samples have it, or none. With weights ``given`` by a list a sample counts as many as its weight says,
+    so that classes count alike with both.
     """
-    counts = count_classes(labels, left_out)
-    of_class = [counts[label] for label in range(num_classes)]
+    sizes = [0.0] * num_classes
+    total = 0.0
+    for index, label in enumerate(labels):
+        if index not in left_out:
+            size = 1.0 if given is None else given[index]
+            total += size
+            for one in [label] if isinstance(label, int) else label:
+                sizes[one] += size
     if several:
-        num = len(labels) - len(left_out)
-        return [(num - count) / count if 0 < count < num else 1.0 for count in of_class]
-    return class_weights(of_class)
+        return [(total - size) / size if 0 < size < total else 1.0 for size in sizes]
+    return class_weights(sizes)
 
 
 class SampleWeights:
-    """What the loss of each training image counts, as a list says; the mean over those that take part is made 1.
+    """What the loss of each training image counts, as a list says; the mean over those that are seen is made 1.
 
     Args:
         weights: of all.
         left_out: indices of those that take no part.
         device: where losses are.
+        evenly: class of each image, where an epoch sees classes evenly (:func:`balanced_order`).
 
     Raises:
         UsageError: all that take part have the weight 0.
     """
 
-    def __init__(self, weights: Sequence[float], left_out: frozenset[int], device: Device) -> None:
-        taking_part = [weight for index, weight in enumerate(weights) if index not in left_out]
-        mean = math.fsum(taking_part) / max(1, len(taking_part))
+    def __init__(
+        self,
+        weights: Sequence[float],
+        left_out: frozenset[int],
+        device: Device,
+        *,
+        evenly: Sequence[int] | None = None,
+    ) -> None:
+        taking_part = [index for index in range(len(weights)) if index not in left_out]
+        sizes = Counter(evenly or ())
+        seen = {index: 1 / sizes[evenly[index]] if evenly else 1.0 for index in taking_part}
+        mean = math.fsum(weights[index] * often for index, often in seen.items()) / (math.fsum(seen.values()) or 1.0)
         if not mean:
             raise UsageError("the weights of all training images that can be decoded are 0, so that nothing is learned")
         self._weights = torch.tensor(weights, dtype=torch.float64) / mean

@@ -52,6 +52,19 @@ def test_without_rare_classes_nothing_is_said(recorder):
     assert not recorder._run.events.exists()
 
 
+def test_a_test_set_of_one_class_has_no_auroc_and_the_run_goes_on(tmp_path):
+    run, best = RunDir(tmp_path / "run"), {"step": 5, "epoch": 0, "weights": None}
+    run.create()
+    recorder = Recorder(run, Recipe(), attempt=1, console=io.StringIO(), num_steps=10)
+    recorder.tested("test", best, VALUES | {"auroc": float("nan"), "loss": float("inf")})
+    status = run.read_status()["test"]
+    assert (status["auroc"], status["loss"], status["top1"]) == (None, None, 0.5)
+    assert recorder.has_tested("test", best)
+    assert "test  loss inf  top1 0.5000" in recorder._console.getvalue()
+    recorder.end(outcome="completed")
+    assert run.read_status()["state"] == "completed"
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True

@@ -11,8 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.engine import losses
+from launcher.engine.device import Device
 from launcher.engine.distributed import Ranks
-from launcher.engine.loading.balance import balanced_order, class_weights, describe, weights_in_loss
+from launcher.engine.loading.balance import (
+    SampleWeights,
+    balanced_order,
+    class_weights,
+    describe,
+    weights_in_loss,
+)
 from launcher.engine.schedule import Batching, Schedule
 from launcher.engine.setup import build_parts
 from launcher.errors import TrainingError
@@ -85,6 +92,25 @@ def test_weights_make_classes_count_alike_and_all_samples_as_much_as_before():
     assert [count * weight for count, weight in zip([6, 3, 0, 1], weights, strict=True)] == pytest.approx(
         [10 / 3, 10 / 3, 0, 10 / 3]
     )
+
+
+def test_with_weights_of_a_list_too_classes_count_alike_and_the_loss_keeps_its_scale():
+    given, labels, cpu = [1.0] * 10 + [0.1] * 990, [0] * 10 + [1] * 990, Device(type="cpu")
+    of_class = weights_in_loss(labels, frozenset({0}), num_classes=3, several=False, given=given)
+    weights = SampleWeights(given, frozenset({0}), cpu).of(range(1, 1000)).tolist()
+    counted = [weight * of_class[label] for weight, label in zip(weights, labels[1:], strict=True)]
+    assert sum(counted) / 999 == pytest.approx(1)
+    assert sum(counted[:9]) == pytest.approx(sum(counted[9:]))
+    sets = [(0,)] * 10 + [()] * 990
+    (positive,) = weights_in_loss(sets, frozenset({0}), num_classes=1, several=True, given=given)
+    assert positive * sum(weights[:9]) == pytest.approx(sum(weights[9:]))
+
+
+def test_weights_of_a_list_have_a_mean_of_one_over_what_is_seen_evenly():
+    given, labels, cpu = [1.0] * 10 + [0.1] * 990, [0] * 10 + [1] * 990, Device(type="cpu")
+    weights = SampleWeights(given, frozenset({0}), cpu, evenly=labels)
+    orders = [[i for i in balanced_order(3, epoch, labels)[0].tolist() if i] for epoch in range(4)]
+    assert [weights.of(order).mean().item() for order in orders] == pytest.approx([1] * 4, rel=0.02)
 
 
 def test_a_class_that_every_image_has_counts_as_it_is():
