@@ -48,13 +48,17 @@ LONGEST_FIRST = (
     "node/test_waits.py",  # waits
     "engine/loading/test_faults.py",
     "slurm/test_submission.py",  # waits
+    "tracking/test_wandb.py",
+    "tools/serving/test_serve.py",
     "seams/test_resume.py",
     "engine/test_out_of_memory.py",
     "engine/test_batchnorm_recompute.py",
     "slurm/test_dev_cluster.py",  # waits
     "seams/test_errors.py",
     "commands/test_detach.py",  # waits
-    "tracking/test_wandb.py",
+    "report/test_page.py",
+    "tools/serving/test_package.py",
+    "tracking/test_trackers.py",
     "system/test_console.py",
     "test_cli.py",
 )

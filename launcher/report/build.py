@@ -78,44 +78,27 @@ def build_report(run: RunDir) -> Json:
     attempts = _attempts(events, metrics, state)
     exports = _exports(manifest, best)
     groups = sorted({name for line in train for name in line if name.startswith("lr/")})
-    validated = details.validation(run, best, missing)
-    command = launched.launched_by or shlex.join(plan.command)
-    wall_s, export_s = _wall_s(events, metrics), (exports or {}).get("seconds")
     report: Json = _clean(
         {
-            "run_id": plan.run_id,
-            "name": plan.name,
+            **{key: getattr(plan, key) for key in ("run_id", "name")},
             "state": state,
-            "command": command,
-            "created": launched.created,
-            "host": launched.host,
-            "commit": launched.commit,
+            "command": launched.launched_by or shlex.join(plan.command),
+            **{key: getattr(launched, key) for key in ("created", "host", "commit")},
             "path": str(run.path),
             **{key: getattr(plan, key) for key in ("backend", "device", "nodes", "procs_per_node", "world_size")},
-            "wall_s": wall_s,
-            "export_s": export_s,
-            "total_s": None if wall_s is None else wall_s + (export_s or 0.0),
-            "training_s": sum(row["duration_s"] for row in attempts) if attempts else None,
+            **_durations(events, metrics, attempts, exports),
             "images_per_s": _median(line.get("images_per_s") for line in train),
             "attempts": attempts,
             "best": best,
             **_measured(table, best_val, train, val, groups),
             "groups": groups,
-            "facts": details.facts(events),
-            "data_wait": details.data_wait(train),
             "intervals": intervals.of_validation(best_val, table),
             "test": test_set.of_run(metrics, best, table, recipe),
             "noise": _noise(events, best),
             "classes": list(best_val.get("per_class") or manifest.get("classes", [])),
             **{key: best_val.get(key) for key in ("ranking", "per_class", "confusion")},
             "mistakes": _mistakes(best_val),
-            "class_rows": details.class_rows(validated, best_val.get("per_class")),
-            "calibration": (validated or {}).get("calibration"),
-            "confusions": (validated or {}).get("confusions", []),
-            "images": {name: (validated or {}).get(name, []) for name in ("wrong", "right")},
-            "ranks": details.ranks(run, events, missing),
-            "faults": details.faults(events),
-            "repeat": details.repeat(run, command, exports),
+            **details.of_run(run, events, train, best_val, best, missing),
             "findings": [asdict(found) for found in findings.of_run(run)],
             "rare_classes": _rare_classes(events),
             "features": _features(events),
@@ -128,7 +111,7 @@ def build_report(run: RunDir) -> Json:
             "missing": missing,
         }
     )
-    return report | {"summary": details.summary(report)}
+    return report | {"repeat": details.repeat(run, report), "summary": details.summary(report)}
 
 
 def _essential(path: Path, read: Callable[[Path], Any]) -> Any:
@@ -189,6 +172,17 @@ def _wall_s(events: list[Json], metrics: list[Json]) -> float | None:
     """Seconds from the first start to the last sign of training, with the pauses between attempts."""
     times = [record["time"] for record in [*events, *metrics] if record.get("kind") not in AFTER_TRAINING]
     return max(times) - min(times) if times else None
+
+
+def _durations(events: list[Json], metrics: list[Json], attempts: list[Json], exports: Json | None) -> Json:
+    """Seconds: of all training with its pauses, without them, of the exports, and of all together."""
+    wall_s, export_s = _wall_s(events, metrics), (exports or {}).get("seconds")
+    return {
+        "wall_s": wall_s,
+        "export_s": export_s,
+        "total_s": None if wall_s is None else wall_s + (export_s or 0.0),
+        "training_s": sum(row["duration_s"] for row in attempts) if attempts else None,
+    }
 
 
 def _attempts(events: list[Json], metrics: list[Json], state: str) -> list[Json]:

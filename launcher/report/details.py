@@ -27,6 +27,24 @@ NUM_RANKS = 64
 """Ranks that the report lists, those that take longest; ranks.json has all."""
 
 
+def of_run(
+    run: RunDir, events: list[Json], train: list[Json], best_val: Json, best: Json | None, missing: list[str]
+) -> Json:
+    """All that this file finds of a run before the whole is known."""
+    validated = validation(run, best, missing)
+    found = validated or {}
+    return {
+        "facts": facts(events),
+        "data_wait": data_wait(train),
+        "class_rows": class_rows(validated, best_val.get("per_class")),
+        "calibration": found.get("calibration"),
+        "confusions": found.get("confusions", []),
+        "images": {name: found.get(name, []) for name in ("wrong", "right")},
+        "ranks": ranks(run, events, missing),
+        "faults": faults(events),
+    }
+
+
 def read_optional(run: RunDir, name: str, missing: list[str]) -> Json | None:
     """A file of JSON that a run may have; None: it has none. What is damaged is told."""
     path = run.path / name
@@ -124,16 +142,16 @@ def data_wait(train: list[Json]) -> float | None:
     return sum(share * samples for share, samples in known) / total if total else None
 
 
-def repeat(run: RunDir, command: str, exports: Json | None) -> list[Json]:
+def repeat(run: RunDir, report: Json) -> list[Json]:
     """Commands that do again what was done, and that use what came out."""
     folder = shlex.quote(str(run.path))
     rows = [
         (f"launch {shlex.quote(str(run.recipe))}", "train again, with every setting as it was"),
-        (command, "what was typed"),
+        (report["command"], "what was typed"),
         (f"launch evaluate {folder} --data PATH", "measure the best checkpoint on other images"),
         (f"launch predict {folder} IMAGE", "classify images"),
     ]
-    if exports:
+    if report["exports"]:
         rows.append((f"launch benchmark {folder}", "measure the exports' speed on this machine"))
     return [{"command": text, "why": why} for text, why in rows]
 

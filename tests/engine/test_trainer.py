@@ -293,6 +293,7 @@ def test_auxiliary_heads_learn_with_the_weight_of_their_loss(make_run, engine, o
 class Watched(torch.utils.data.Dataset):
     def __init__(self, dataset, seen):
         self.dataset, self.classes, self.digest, self.seen = dataset, dataset.classes, dataset.digest, seen
+        self.labels = dataset.labels
 
     def __len__(self):
         return len(self.dataset)

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 PATHS = ("/", "/predict", "/health", "/ready", "/metrics")
 LATER = {"Retry-After": "1"}
+MAX_DIGITS = 9
+"""Of a number of classes; Python refuses to read very long numbers."""
 SAFE = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "img-src blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -183,7 +185,7 @@ class Service:
         said = request.query_params.get("top")
         if said is None:
             return model.usual_top
-        if not (said.isascii() and said.isdigit() and int(said)):
+        if not (said.isascii() and said.isdigit() and len(said) <= MAX_DIGITS and int(said)):
             raise RefusedError(400, f"top={said}: valid: a whole number >= 1")
         return min(int(said), len(model.classes))
 

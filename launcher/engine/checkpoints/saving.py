@@ -82,7 +82,7 @@ class Saving:
         found = checkpoints.load_newest(run) if self._recorder else None
         # Only rank 0 has read the weights, so that it alone knows: another node's cache says nothing.
         has_weights = self._recorder is not None and are_needed(self._parts.recipe.model, run)
-        told = [found.step if found else None, has_weights]
+        told: list[Any] = [found.step if found else None, has_weights]
         dist.broadcast_object_list(told, src=0)
         step, has_weights = told
         if step is None:

@@ -92,7 +92,7 @@ class SampleWeights:
         evenly: Sequence[int] | None = None,
     ) -> None:
         taking_part = [index for index in range(len(weights)) if index not in left_out]
-        sizes = Counter(evenly or ())
+        sizes = Counter(evenly or ())  # also of those left out, whose places are dealt, too
         seen = {index: 1 / sizes[evenly[index]] if evenly else 1.0 for index in taking_part}
         mean = math.fsum(weights[index] * often for index, often in seen.items()) / (math.fsum(seen.values()) or 1.0)
         if not mean:

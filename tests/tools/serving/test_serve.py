@@ -165,7 +165,7 @@ def test_a_body_that_is_no_image_is_refused_in_words(name, server):
     assert server.ask("/predict", png()).code == 200
 
 
-@pytest.mark.parametrize("top", ["0", "-1", "many", "1.5", "²"])
+@pytest.mark.parametrize("top", ["0", "-1", "many", "1.5", "²", "9" * 5000])
 def test_a_number_of_classes_that_is_none_is_refused(top, server):
     answer = server.ask(f"/predict?top={quote(top)}", png())
     assert (answer.code, answer.json["error"]) == (400, f"top={top}: valid: a whole number >= 1")
