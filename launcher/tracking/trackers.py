@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING, Self
 
 from launcher.errors import EXIT_OK
-from launcher.system.processes import descendants
+from launcher.system.processes import STOP_SIGNALS, descendants
 from launcher.tracking import sink as sinks
 from launcher.tracking import wandb_folder, wandb_mode
 from launcher.tracking.place import is_taken
@@ -123,14 +123,17 @@ class _Tracker(threading.Thread):
         self._command += ["--beside"] if beside else []
         self._command += ["--mode", mode] if mode else []
         self._process: subprocess.Popen[str] | None = None
-        self._is_over = False
+        self._is_over = self._is_given_up = False
         self._changing = threading.Lock()
 
     def run(self) -> None:
         """Start it, until it ends by itself or was started often enough."""
+        # Inherited by it and by what it starts, from their first instruction on: a stop is for training, and the
+        # tracker then still has to send the last steps. (wandb-core alone takes INT and TERM again, if told itself.)
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         for start in range(1, MOST_STARTS + 1):
             self.code = self._carry_out()
-            if self.code >= 0 or self._is_over:
+            if self.code >= 0 or self._is_given_up:
                 return
             killed = f"{self.name}: its tracker was killed ({signal.Signals(-self.code).name})"
             if start == MOST_STARTS:
@@ -149,6 +152,7 @@ class _Tracker(threading.Thread):
         process = self._process
         if process is None or not self.is_alive():
             return
+        self._is_given_up = True
         for pid in (process.pid, *descendants(process.pid)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
