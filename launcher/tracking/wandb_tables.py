@@ -16,7 +16,7 @@ def of(line: dict[str, Any]) -> dict[str, Any]:
         return {}
     import wandb
 
-    rows = [[name, *(values.get(column) for column in COLUMNS)] for name, values in classes.items()]
+    rows: list[Any] = [[name, *(values.get(column) for column in COLUMNS)] for name, values in classes.items()]
     found: dict[str, Any] = {"val/classes": wandb.Table(columns=["class", *COLUMNS], data=rows)}
     confusion = line.get("confusion")
     if isinstance(confusion, list) and len(confusion) == len(classes) <= MOST_CLASSES:
