@@ -100,9 +100,7 @@ def _tracked(run: RunDir, plan: LaunchPlan, stop: StopSignals) -> Trackers:
     """Whoever tells wandb and the like of the run: processes of their own, on the first node."""
     from launcher.recipe import load as recipes
 
-    def say(line: str) -> None:
-        print(line, flush=True)
-
+    say = console.say_over
     if plan.node_rank or plan.tune or plan.debug:
         return tracking.Trackers(run, (), say=say, beside=True, stop=lambda: stop.requested)
     return tracking.beside(run, recipes.read_resolved(run.recipe), say=say, stop=lambda: stop.requested)
