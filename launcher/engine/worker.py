@@ -79,7 +79,8 @@ def worker_main(run_path: str, beats: Heartbeats) -> Outcome:
     offer_to_kernel(500)  # rather than the supervisor, which starts workers again
     supervisor = os.getppid()
     terminal = _redirect_output(run, spec, ranks)
-    tell = _told(at, terminal) if ranks.rank == 0 else at
+    line = phases.Line(terminal)
+    tell = _told(at, terminal, line) if ranks.rank == 0 else at
     if place:
         near = "" if place.node is None else f", near to NUMA node {place.node}"
         print(f"on cores {show_cores(place.cores)}{near}; its share is {place.num_cores} of them", flush=True)
@@ -91,7 +92,7 @@ def worker_main(run_path: str, beats: Heartbeats) -> Outcome:
         tell(FIRST if next(calls) < CALLS_BEFORE_STEP else TRAINING)
 
     begin = functools.partial(_begin, beats)
-    with _telling(run, spec, ranks, stop, beats):
+    with _telling(run, spec, ranks, stop, beats), line:
         with training(spec, ranks, stop, terminal, at=tell, begin=begin, alive=alive) as trainer:
             outcome = trainer.run()
         beats.rest(ranks.local_rank)
@@ -105,9 +106,8 @@ def worker_main(run_path: str, beats: Heartbeats) -> Outcome:
     return outcome
 
 
-def _told(at: Callable[[str], None], terminal: IO[str]) -> Callable[[str], None]:
+def _told(at: Callable[[str], None], terminal: IO[str], line: phases.Line) -> Callable[[str], None]:
     """The same, which tells the person at the terminal too what is being done before training."""
-    line = phases.Line(terminal)
 
     def tell(phase: str) -> None:
         at(phase)

@@ -83,7 +83,7 @@ def supervise(plan: LaunchPlan, *, first_attempt: int | None = None, start: str 
             plan = meeting.meet(run, plan, heed_stop=heed_stop)
             network.set_environment(plan.env)
         if elastic:
-            outcomes = _train_while_enough_live(run, plan, stop, start)
+            outcomes = _train_while_enough_live(run, plan, stop, start, trackers)
         else:
             attempt = first_attempt or history.next_attempt(run)
             _check_images(run, plan.node_rank, stop, attempt)
@@ -100,22 +100,33 @@ def _tracked(run: RunDir, plan: LaunchPlan, stop: StopSignals) -> Trackers:
     """Whoever tells wandb and the like of the run: processes of their own, on the first node."""
     from launcher.recipe import load as recipes
 
-    def say(line: str) -> None:
-        print(line, flush=True)
-
+    say = console.say_over
     if plan.node_rank or plan.tune or plan.debug:
-        return tracking.Trackers(run, (), say=say, beside=True)
+        return tracking.Trackers(run, (), say=say, beside=True, stop=lambda: stop.requested)
     return tracking.beside(run, recipes.read_resolved(run.recipe), say=say, stop=lambda: stop.requested)
 
 
-def _train_while_enough_live(run: RunDir, plan: LaunchPlan, stop: StopSignals, start: str) -> dict[int, str]:
+def _track_as_leader(run: RunDir, plan: LaunchPlan, trackers: Trackers) -> None:
+    """Go on with what the first node began, which may be lost."""
+    from launcher.recipe import load as recipes
+
+    if names := trackers.take_over(tracking.possible(recipes.read_resolved(run.recipe))):
+        print(f"{', '.join(names)}: node {plan.node_rank} goes on with it", flush=True)
+
+
+def _train_while_enough_live(
+    run: RunDir, plan: LaunchPlan, stop: StopSignals, start: str, trackers: Trackers
+) -> dict[int, str]:
     """Train to the end with the nodes that are there, whichever are lost or come; return the last outcomes here."""
     agent.prepare()  # first: a node that is taken in begins at once
     generations = Generations(run, start) if start else Generations.by_hand(run)
-    with Course(run, plan, stop, generations, plan.members or range(plan.nodes)) as course, _end_told(run, course):
+    expected = plan.members or range(plan.nodes)
+    with Course(run, plan, stop, generations, expected, trackers.pids) as course, _end_told(run, course):
         while True:
             try:
                 attempt = course.next().attempt
+                if course.leads and (plan.node_rank or course.generation.number > 1) and not plan.tune:
+                    _track_as_leader(run, plan, trackers)
                 outcomes = _train_in_generation(run, course, stop)
             except StoppedError:
                 if not course.is_member:  # it only waited, and says nothing for the run

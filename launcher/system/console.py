@@ -146,6 +146,12 @@ def write_in_place(one: IO[str], text: str) -> None:
     _is_drawn = True
 
 
+def say_over(line: str) -> None:
+    """Print a line over what another process may be showing in place on the same terminal."""
+    begin = ERASE.decode() if can_write_in_place(sys.stdout) else ""
+    print(f"{begin}{line}", flush=True)
+
+
 def erase() -> None:
     """Remove what :func:`write_in_place` has shown."""
     global _is_drawn  # noqa: PLW0603

@@ -10,7 +10,7 @@ import shutil
 import sys
 import threading
 import time
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Self
 
 from launcher.system import console
 
@@ -39,6 +39,13 @@ class Line:
         self._since = 0.0
         self._thread: threading.Thread | None = None
         self._over = threading.Event()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave nothing of it on the terminal, whatever happens."""
+        self.end(told=False)
 
     def at(self, phase: str) -> None:
         """A phase begins, and the one before it ends; nothing where it is the same, or empty."""

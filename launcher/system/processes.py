@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Collection, Iterator
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 """Each means: save at a step boundary and leave (design, "Stopping"). USR2 is SLURM's early signal."""
@@ -109,36 +109,49 @@ def children(pid: int) -> list[int]:
 
 def descendants(pid: int) -> list[int]:
     """All living processes below ``pid``, nearest first."""
-    by_parent = _children_by_parent()
+    return _below(pid, _children_by_parent())
+
+
+def _below(pid: int, by_parent: dict[int, list[int]], spared: Collection[int] = ()) -> list[int]:
+    """All below a process, nearest first, without those that are spared and what is below them."""
     found, queue = [], [pid]
     while queue:
-        below = by_parent.get(queue.pop(0), [])
+        below = [child for child in by_parent.get(queue.pop(0), []) if child not in spared]
         found += below
         queue += below
     return found
 
 
-def _children_by_parent() -> dict[int, list[int]]:
+def _children_by_parent(*, dead: bool = False) -> dict[int, list[int]]:
+    """Living processes by their parents; or dead ones, which these have not waited for yet."""
     by_parent: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
-                if state != "Z":
+                if (state == "Z") == dead:
                     by_parent.setdefault(int(parent), []).append(int(entry.name))
     return by_parent
 
 
-def kill_descendants() -> list[int]:
-    """Kill every process below this one and wait until they are gone; return their ids."""
+def kill_descendants(spared: Callable[[], Collection[int]] = tuple) -> list[int]:
+    """Kill every process below this one and wait until they are gone; return their ids.
+
+    Args:
+        spared: children that live on, with all below them. Asked after each look: one may have begun meanwhile.
+    """
     killed: list[int] = []
-    while below := descendants(os.getpid()):
+    while True:
+        living = _children_by_parent()
+        kept = spared()
+        if not (below := _below(os.getpid(), living, kept)):
+            return killed
         for pid in below:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         killed += [pid for pid in below if pid not in killed]
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG) != (0, 0):
-                pass
+        for pid in _children_by_parent(dead=True).get(os.getpid(), []):
+            if pid not in kept:  # whoever has started that one waits for its end
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, os.WNOHANG)
         time.sleep(0.01)
-    return killed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shlex
 import signal
@@ -13,7 +14,7 @@ import time
 from typing import TYPE_CHECKING, Self
 
 from launcher.errors import EXIT_OK
-from launcher.system.processes import descendants
+from launcher.system.processes import STOP_SIGNALS, descendants
 from launcher.tracking import sink as sinks
 from launcher.tracking import wandb_folder, wandb_mode
 from launcher.tracking.place import is_taken
@@ -59,7 +60,8 @@ class Trackers:
         mode: str | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._trackers = [_Tracker(run, name, say=say, beside=beside, mode=mode) for name in names]
+        self._make = functools.partial(_Tracker, run, say=say, beside=beside, mode=mode)
+        self._trackers = [self._make(name) for name in names]
         self._say = say
         self._stop = stop
         self._is_over = False
@@ -83,6 +85,23 @@ class Trackers:
     def alive(self) -> bool:
         """Whether one is at work."""
         return any(tracker.is_alive() for tracker in self._trackers)
+
+    def pids(self) -> list[int]:
+        """Ids of the processes."""
+        return [pid for tracker in self._trackers if (pid := tracker.pid)]
+
+    def take_over(self, names: Sequence[str]) -> list[str]:
+        """Start those for these sinks that are not at work here; return the names.
+
+        Where another node's is at work, it says so and leaves.
+        """
+        alive = {tracker.name: tracker for tracker in self._trackers if tracker.is_alive()}
+        lacking = [name for name in names if name not in alive]
+        started = [self._make(name) for name in lacking]
+        self._trackers = [*alive.values(), *started]
+        for tracker in started:
+            tracker.start()
+        return lacking
 
     def finish(self, timeout_s: float | None = FINISH_S) -> None:
         """Tell them that the run is over, and wait until all is sent; then kill what is left.
@@ -123,14 +142,23 @@ class _Tracker(threading.Thread):
         self._command += ["--beside"] if beside else []
         self._command += ["--mode", mode] if mode else []
         self._process: subprocess.Popen[str] | None = None
-        self._is_over = False
+        self._is_over = self._is_given_up = False
         self._changing = threading.Lock()
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process; None: there is none."""
+        with self._changing:
+            return self._process.pid if self._process and self._process.returncode is None else None
 
     def run(self) -> None:
         """Start it, until it ends by itself or was started often enough."""
+        # Inherited by it and by what it starts, from their first instruction on: a stop is for training, and the
+        # tracker then still has to send the last steps. (wandb-core alone takes INT and TERM again, if told itself.)
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         for start in range(1, MOST_STARTS + 1):
             self.code = self._carry_out()
-            if self.code >= 0 or self._is_over:
+            if self.code >= 0 or self._is_given_up:
                 return
             killed = f"{self.name}: its tracker was killed ({signal.Signals(-self.code).name})"
             if start == MOST_STARTS:
@@ -149,6 +177,7 @@ class _Tracker(threading.Thread):
         process = self._process
         if process is None or not self.is_alive():
             return
+        self._is_given_up = True
         for pid in (process.pid, *descendants(process.pid)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -191,8 +220,12 @@ class _Tracker(threading.Thread):
 
 def beside(run: RunDir, recipe: Recipe, *, say: Callable[[str], None], stop: Callable[[], bool]) -> Trackers:
     """The trackers that a recipe asks for, beside its training; what cannot be is said in a line."""
-    names = [name for name in dict.fromkeys(recipe.tracking.backends) if _is_possible(name, recipe, say)]
-    return Trackers(run, names, say=say, beside=True, stop=stop)
+    return Trackers(run, possible(recipe, say), say=say, beside=True, stop=stop)
+
+
+def possible(recipe: Recipe, say: Callable[[str], None] = lambda _: None) -> list[str]:
+    """The sinks that a recipe asks for, without those for which no process is worth starting."""
+    return [name for name in dict.fromkeys(recipe.tracking.backends) if _is_possible(name, recipe, say)]
 
 
 def send_once(run: RunDir, recipe: Recipe, *, say: Callable[[str], None], timeout_s: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pty
@@ -89,6 +90,41 @@ def test_on_a_terminal_the_line_is_written_in_place_and_leaves_nothing_behind():
     assert "\r\x1b[2Kchecking images 1,234 of 5,000 … 0 s" in text
     rows = [row.rpartition("\x1b[2K")[2].strip("\r") for row in text.split("\n")]
     assert rows == ["warning: one is blue", "run a: 2 workers", ""]
+
+
+OTHERS = """
+import os, sys, time
+from launcher.system import console, phases
+phases.SHOWN_S, phases.TICK_S = 0.0, 0.01
+if os.fork():
+    os.wait()
+    os.write(1, b"\\r\\x1b[2Kbuilding the model 3 s")  # as a worker does, a moment later
+    console.protect()
+    console.say_over("wandb: offline")
+    console.release()
+else:
+    try:
+        with phases.Line(console.stream(1)) as line:
+            line.at("building the model")
+            time.sleep(0.5)
+            raise SystemExit
+    finally:
+        for one in console._outlets: one.drain()
+        os._exit(0)
+"""
+
+
+def test_a_line_in_place_is_left_neither_by_a_worker_that_fails_nor_before_a_line_of_another_process():
+    ours, theirs = pty.openpty()
+    done = subprocess.Popen([sys.executable, "-c", OTHERS], stdout=theirs, env={**os.environ, "TERM": "xterm"})
+    os.close(theirs)
+    output = b""
+    with contextlib.suppress(OSError):  # it has ended
+        while part := os.read(ours, 65536):
+            output += part
+    os.close(ours)
+    assert done.wait(60) == 0
+    assert "building the model … 0 s\r\x1b[2K\r\x1b[2Kbuilding the model 3 s\r\x1b[2Kwandb: offline" in output.decode()
 
 
 def test_nothing_is_told_where_nobody_asked(capsys):

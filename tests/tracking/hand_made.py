@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from launcher.runs.run_dir import RunDir
 from launcher.system.files import write_json_atomic
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 ROOT = Path(__file__).parents[2]
 RUN_ID = "digits-20260101-120000-ab12"
@@ -63,6 +64,13 @@ def tracker(run: RunDir, sink: str = "wandb", *options: str, **environment: str)
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    until = time.monotonic() + ENDED_S
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def track(run: RunDir, sink: str = "wandb", *options: str, **environment: str) -> list[str]:

@@ -14,18 +14,11 @@ from launcher.tracking import sink as sinks
 from launcher.tracking import trackers
 from launcher.tracking.place import Place, is_taken
 from launcher.tracking.trackers import Trackers
-from tests.tracking.hand_made import ENDED_S, KEY, event_rows, finish, make_run, rows_of, train
+from tests.tracking.hand_made import ENDED_S, KEY, event_rows, finish, make_run, rows_of, train, wait_until
 
 
 def beside(run, said, **options):
     return trackers.beside(run, recipes.read_resolved(run.recipe), say=said.append, stop=lambda: False, **options)
-
-
-def wait_until(condition):
-    until = time.monotonic() + ENDED_S
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.05)
 
 
 @pytest.fixture(autouse=True)

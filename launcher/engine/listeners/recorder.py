@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 
 RANKS_EVERY_S = 5.0
-"""The file of the ranks' times is written again after so many seconds: of thousands of ranks it is large."""
+"""The file of the ranks' times is written again after so many seconds (of thousands of ranks it is large), or at once
+where another rank is called slow."""
 
 
 class Recorder:
@@ -67,6 +68,8 @@ class Recorder:
         self._hidden: set[str] = set()
         """Metrics that say nothing with so few classes."""
         self._ranks_written = 0.0
+        self._named: int | None = None
+        """The rank that the file of the ranks' times calls slow."""
         self._writing = threading.Lock()
         self._unwritten: list[Callable[[], object]] = []
         if bar and console.isatty():
@@ -175,8 +178,10 @@ class Recorder:
     def ranks(self, times: dict[str, Any]) -> None:
         """What each rank did with the time of its last steps; the file has the last of them."""
         now = time.time()
-        if now - self._ranks_written >= RANKS_EVERY_S or times["slowest"]["is_slow"]:
-            self._ranks_written = now
+        slowest = times["slowest"]
+        named = slowest["rank"] if slowest["is_slow"] else None
+        if now - self._ranks_written >= RANKS_EVERY_S or named != self._named:
+            self._ranks_written, self._named = now, named
             self._write(
                 lambda: write_json_atomic(self._run.rank_times, {"time": now, "attempt": self._attempt, **times})
             )

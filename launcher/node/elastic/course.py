@@ -17,7 +17,7 @@ from launcher.runs.generations import NEXT_VARIABLE, Generation, Generations, Me
 from launcher.system import network, processes, waiting
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from launcher.node.signals import StopSignals
     from launcher.plan.launch_plan import LaunchPlan
@@ -55,15 +55,23 @@ class Course:
         stop: whether a stop was asked for.
         generations: of this start of the run.
         expected: the nodes that the first generation waits for.
+        spared: processes that outlive a generation's workers.
     """
 
     def __init__(
-        self, run: RunDir, plan: LaunchPlan, stop: StopSignals, generations: Generations, expected: Sequence[int]
+        self,
+        run: RunDir,
+        plan: LaunchPlan,
+        stop: StopSignals,
+        generations: Generations,
+        expected: Sequence[int],
+        spared: Callable[[], Collection[int]] = tuple,
     ) -> None:
         self._run = run
         self._plan = plan
         self._stop = stop
         self._generations = generations
+        self._spared = spared
         self._presence = Presence(generations, node=plan.node_rank, address=plan.address)
         self._others = Others(generations, plan.node_rank)
         self._last = Generation(number=0, members=tuple(Member(node=node, host="", start="") for node in expected))
@@ -168,9 +176,9 @@ class Course:
     def goes_on(self) -> bool:
         """Whether to train on after the workers have ended, with the nodes that are left or have come.
 
-        No process of this node is left then.
+        No process of this node is left then but those that are spared.
         """
-        processes.kill_descendants()
+        processes.kill_descendants(self._spared)
         self._heed_stop()
         self._noticed = time.monotonic()
         if self._stop.requested and self._stop.cause != "lost_node":

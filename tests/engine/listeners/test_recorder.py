@@ -108,3 +108,14 @@ def test_a_debugger_has_the_terminal_for_itself(on_terminal):
 def test_the_end_of_an_epoch_has_the_means_over_its_images(recorder):
     recorder.epoch(epoch=1, values=VALUES | {"images_per_s": 12.0})
     assert recorder._console.getvalue() == "epoch 2/20  train  loss 1.0000  top1 0.500  12 images/s\n"
+
+
+def test_the_ranks_times_are_written_seldom_and_at_once_where_another_rank_is_named(recorder, monkeypatch):
+    monkeypatch.setattr("launcher.engine.listeners.recorder.RANKS_EVERY_S", 3600.0)
+
+    def written(step, rank, *, is_slow):
+        recorder.ranks({"step": step, "slowest": {"rank": rank, "is_slow": is_slow}})
+        return json.loads(recorder._run.rank_times.read_text())["step"]
+
+    found = [(0, False), (1, False), (1, True), (1, True), (2, True), (2, True), (0, False), (1, False)]
+    assert [written(step, rank, is_slow=slow) for step, (rank, slow) in enumerate(found)] == [0, 0, 2, 2, 4, 4, 6, 6]

@@ -61,7 +61,7 @@ class Node:
 
 @pytest.fixture
 def nodes(run, monkeypatch):
-    monkeypatch.setattr("launcher.system.processes.kill_descendants", lambda: None)
+    monkeypatch.setattr("launcher.system.processes.kill_descendants", lambda _spared: None)
     made = []
 
     def make(*numbers, of="2:3"):
