@@ -92,3 +92,4 @@ def test_a_model_with_one_input_is_baked(tmp_path):
     levels = np.stack([np.full((20, 30, 3), level, np.uint8) for level in (0, 255)])
     (found,) = opened(made).run(["probabilities"], {"images": levels})
     assert found.argmax(axis=1).tolist() == [0, 1]
+    assert onnx_model.compute(opened(made), np.zeros((4, 1, 16, 16), np.float32)).shape == (4, 2)
