@@ -40,7 +40,7 @@ def bake(model: onnx.ModelProto, facts: dict[str, Any], *, independent: bool, te
     """The model with everything around it in its graph.
 
     Args:
-        model: from ``images`` (float32 N x 3 x S x S, normalised) to ``logits``.
+        model: from ``images`` (float32 N x C x S x S, normalised; C is 1 or 3) to ``logits``.
         facts: the preprocessing, as exports carry it.
         independent: probabilities are sigmoids of logits; else a softmax.
         temperature: what logits are divided by before.
@@ -82,13 +82,11 @@ def _before(facts: dict[str, Any], version: int) -> onnx.ModelProto:
             half = Constant <value = int32[1] {{32768}}> ()
             whole = Constant <value = int32[1] {{65536}}> ()
             raised = Add (summed, half)
-            level = Div (raised, whole)
-            three = Constant <value = int64[4] {{1, 3, 1, 1}}> ()
-            grey = Expand (level, three)"""
-    last = "grey" if grey else "cropped"
+            grey = Div (raised, whole)"""
+    last, channels = ("grey" if grey else "cropped"), len(facts["mean"])
     text = f"""
         <ir_version: 10, opset_import: ["" : {version}]>
-        before (uint8[batch, height, width, 3] {INPUT}) => (float[batch, 3, {size}, {size}] normalised) {{
+        before (uint8[batch, height, width, 3] {INPUT}) => (float[batch, {channels}, {size}, {size}] normalised) {{
             planes = Transpose <perm = [0, 3, 1, 2]> ({INPUT})
             ends = Shape <start = 2> (planes)
             kept = Shape <end = 2> (planes)
@@ -112,8 +110,8 @@ def _before(facts: dict[str, Any], version: int) -> onnx.ModelProto:
             levels = Cast <to = 1> ({last})
             most = Constant <value = float[1] {{255.0}}> ()
             fractions = Div (levels, most)
-            mean = Constant <value = float[1,3,1,1] {{{_numbers(facts["mean"])}}}> ()
-            std = Constant <value = float[1,3,1,1] {{{_numbers(facts["std"])}}}> ()
+            mean = Constant <value = float[1,{channels},1,1] {{{_numbers(facts["mean"])}}}> ()
+            std = Constant <value = float[1,{channels},1,1] {{{_numbers(facts["std"])}}}> ()
             centred = Sub (fractions, mean)
             normalised = Div (centred, std)
         }}"""

@@ -13,8 +13,10 @@ from launcher.engine.device import Device
 from launcher.engine.distributed import Ranks, init_process_group
 from launcher.engine.losses import sigmoids
 from launcher.engine.validating.ranking import Calibration
+from launcher.tools import publish
 
 if TYPE_CHECKING:
+    from launcher.runs.run_dir import RunDir
     from launcher.tools.evaluate import BestModel
     from launcher.tools.formats import Say
 
@@ -23,16 +25,25 @@ STEPS = 100
 """Of L-BFGS over a single number, which needs about ten."""
 
 
-def apply(best: BestModel, missing: str | None, say: Say) -> tuple[BestModel, dict[str, Any] | None]:
+def apply(run: RunDir, best: BestModel, missing: str | None, say: Say) -> tuple[BestModel, dict[str, Any] | None]:
     """The model with the temperature that ``post.calibrate`` asks for, and what there is to say of it.
 
+    Without images it is that of the checkpoint's earlier exports, which stay beside the new ones.
+
     Args:
-        best: of a run.
+        run: the run directory.
+        best: its checkpoint.
         missing: why there are no validation images; None: there are.
         say: tells the user a line.
     """
-    if best.recipe.post.calibrate == "none" or missing:
+    if best.recipe.post.calibrate == "none":
         return best, None
+    if missing:
+        earlier = publish.calibration_of(run, best.state["step"])
+        if earlier is None:
+            return best, None
+        say(f"temperature {earlier['temperature']:.3f}, that of the earlier exports of this checkpoint: {missing}")
+        return replace(best, temperature=earlier["temperature"]), earlier
     found = measure(best)
     say(
         f"temperature {found['temperature']:.3f}: calibration error {found['ece_before']:.4f} before and "

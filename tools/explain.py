@@ -50,8 +50,9 @@ class Explainer:
         best = evaluate.load_best(RunDir.existing(place))
         self._classes = best.classes
         self._settings = best.preprocessing
+        size, channels = self._settings.image_size, self._settings.channels
         self._stretch: Any = LayerAttribution.interpolate
-        self._grad_cam: Any = LayerGradCam(best.module, last_map(best.module, best.preprocessing.image_size))
+        self._grad_cam: Any = LayerGradCam(best.module, last_map(best.module, size, channels))
         self._folder = folder
         self._names: set[str] = set()
         folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +69,7 @@ class Explainer:
 
         Args:
             name: of the image's file, whose stem the picture has.
-            image: as the model sees it, float32 3 x S x S.
+            image: as the model sees it, float32 C x S x S.
             label: the class.
         """
         from PIL import Image
@@ -77,6 +78,7 @@ class Explainer:
         settings = self._settings
         mean, std = (np.asarray(values, np.float32)[:, None, None] for values in (settings.mean, settings.std))
         picture = (image * std + mean).clip(0, 1).transpose(1, 2, 0)
+        picture = picture.repeat(3 // picture.shape[2], axis=2)  # grey is drawn as RGB, too
         colours = np.concatenate([2 * heat, 2 * heat - 1, 0 * heat], axis=2).clip(0, 1)  # black, red, yellow
         over = picture * (1 - STRENGTH) + colours * STRENGTH
         gap = np.ones((len(picture), GAP, 3))
@@ -102,7 +104,7 @@ class Explainer:
         return f"{name}.explained.png"
 
 
-def last_map(module: torch.nn.Module, size: int) -> torch.nn.Module:
+def last_map(module: torch.nn.Module, size: int, channels: int) -> torch.nn.Module:
     """The last part of a network that still knows where things are.
 
     Raises:
@@ -117,7 +119,7 @@ def last_map(module: torch.nn.Module, size: int) -> torch.nn.Module:
     hooks = [part.register_forward_hook(look) for part in module.modules() if part is not module]
     try:
         with torch.inference_mode():
-            module(torch.zeros(1, 3, size, size))
+            module(torch.zeros(1, channels, size, size))
     finally:
         for hook in hooks:
             hook.remove()

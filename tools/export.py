@@ -66,7 +66,7 @@ def export_run(run: RunDir, data_path: str | None = None, names: Sequence[str] |
             say(f"not measured: {missing}; where they are now: launch export {run} data.path=FOLDER")
         torch.set_num_threads(num_threads(best.recipe.launch))
         run.exports.mkdir(exist_ok=True)
-        best, calibration = calibrate.apply(best, missing, say)
+        best, calibration = calibrate.apply(run, best, missing, say)
         publish.remove_abandoned(run)
         with tempfile.TemporaryDirectory(dir=run.exports, prefix=publish.prefix()) as folder:
             making = _Making(run, best, Path(folder), Answers(best, missing), say, each=names is not None)
@@ -75,7 +75,8 @@ def export_run(run: RunDir, data_path: str | None = None, names: Sequence[str] |
             wanted = usual if names is None else list(names)
             manifest = making.make(wanted) | {"calibration": calibration}
             made, not_made = list(manifest["exports"]), list(manifest["not_made"])
-            publish.publish(run, Path(folder), manifest, list(FILES.values()))
+            for name in publish.publish(run, Path(folder), manifest, list(FILES.values())):
+                say(f"{name}: removed: its probabilities have another temperature than those of the new files")
         trackers.send_once(run, best.recipe, say=say, timeout_s=UPLOAD_S)
         if not missing and made and not any(row["accepted"] for row in made):
             raise TrainingError(f"no export was accepted, so none was kept: {_reasons(made)}")

@@ -45,13 +45,14 @@ def is_baked(session: onnxruntime.InferenceSession) -> bool:
 
 
 def compute(session: onnxruntime.InferenceSession, images: Any) -> Any:
-    """Logits of normalised images, N x 3 x S x S; a file that does the preprocessing gets images of that size.
+    """Logits of normalised images, N x C x S x S; a file that does the preprocessing gets images of that size.
 
     What it says of those means nothing: it is for measuring time and memory.
     """
     if not is_baked(session):
         return session.run([LOGITS], {INPUT: images})[0]
     levels = (images * 255).clip(0, 255).astype("uint8").transpose(0, 2, 3, 1)
+    levels = levels.repeat(3 // levels.shape[3], axis=3)  # such a file takes colours, whatever its model takes
     return session.run([PROBABILITIES], {INPUT: levels})[0]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import shutil
 import socket
@@ -28,6 +29,8 @@ PREFIX = ".export-"
 """Of folders in exports/ where files are made: the machine's name, the process's number and a random word follow."""
 PLAN = "publish.json"
 """In such a folder, beside the new manifest, once all of its files are made and chosen: ``{own, removed}``."""
+SAME_TEMPERATURE = 1e-3
+"""Relative: the same images give the same up to rounding, which differs between machines."""
 OLD_S = 24 * 3600
 """A folder of another machine, whose processes cannot be looked at, is abandoned where nothing changed for so long."""
 
@@ -56,6 +59,20 @@ def read_manifest(run: RunDir) -> Json | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def calibration_of(run: RunDir, step: int) -> Json | None:
+    """What the exports of the checkpoint of a step were calibrated to; None: they were not, or there are none."""
+    manifest = read_manifest(run)
+    if manifest is None or manifest["checkpoint"]["step"] != step:
+        return None
+    found: Json | None = manifest.get("calibration")
+    return found
+
+
+def temperature_of(calibration: Json | None) -> float:
+    """What logits are divided by before they become probabilities."""
+    return float((calibration or {}).get("temperature", 1.0))
 
 
 def _finish_abandoned(run: RunDir) -> None:
@@ -107,7 +124,7 @@ def checkpoint_of(state: Json) -> Json:
     return {"epoch": state.get("epoch"), "step": state["step"], "metric": None, "value": None}
 
 
-def publish(run: RunDir, made: Path, manifest: Json, known: Sequence[str]) -> None:
+def publish(run: RunDir, made: Path, manifest: Json, known: Sequence[str]) -> list[str]:
     """Move this export's accepted files, and those that nothing could be measured of, from the folder to exports/.
 
     Rows of an earlier export of the same checkpoint stay, with their files, where this one judged nothing under their
@@ -119,6 +136,9 @@ def publish(run: RunDir, made: Path, manifest: Json, known: Sequence[str]) -> No
         made: the folder. It may hold files without a row, or refused ones.
         manifest: of the new files; it is completed and written.
         known: names that exports give to files.
+
+    Returns:
+        Files that were removed for their temperature.
     """
     with _alone(run.exports):
         _finish_abandoned(run)
@@ -127,11 +147,12 @@ def publish(run: RunDir, made: Path, manifest: Json, known: Sequence[str]) -> No
             better = {row["file"] for row in earlier if row["accepted"]}
             manifest["exports"] = [row for row in manifest["exports"] if row["file"] not in better]
         own = {row["file"] for row in manifest["exports"] if row["accepted"] or row["agreement"] is None}
+        others = earlier if own and _differs(calibration, manifest["calibration"]) else []
         tried = [*manifest["exports"], *manifest.get("ladder", ())]
         judged = {row["file"] for row in tried if row["agreement"] is not None}
-        kept = [row for row in earlier if row["file"] not in own | judged]
+        kept = [row for row in earlier if row not in others and row["file"] not in own | judged]
         manifest["exports"] += kept
-        if kept and manifest.get("calibration") is None:  # theirs is in their metadata, and of the same checkpoint
+        if kept and (not own or manifest["calibration"] is None):  # theirs is in their metadata
             manifest["calibration"] = calibration
         has_row = {row["file"] for row in kept}
         manifest["not_made"] = [row for row in manifest["not_made"] if row["file"] not in has_row]
@@ -139,6 +160,13 @@ def publish(run: RunDir, made: Path, manifest: Json, known: Sequence[str]) -> No
         plan = {"own": sorted(own), "removed": sorted({*known} - own - has_row)}
         write_json_atomic(made / PLAN, plan, durable=True)
         _carry_out(run, made / PLAN)
+        return [row["file"] for row in others if row["file"] not in own | judged]
+
+
+def _differs(earlier: Json | None, new: Json | None) -> bool:
+    """Whether files have another temperature than the new ones, of which None says nothing."""
+    pair = temperature_of(earlier), temperature_of(new)
+    return new is not None and not math.isclose(*pair, rel_tol=SAME_TEMPERATURE)
 
 
 def _earlier(run: RunDir, manifest: Json) -> tuple[list[Json], Json | None]:

@@ -308,11 +308,7 @@ def _load_checkpoint(run: RunDir, threads: int | None) -> TrainedModel:
 
 def temperature_of(run: RunDir, step: int) -> float:
     """What the exports of the checkpoint of a step were calibrated to; 1: they were not."""
-    manifest = publish.read_manifest(run)
-    if manifest is None:
-        return 1.0
-    is_same = manifest["checkpoint"]["step"] == step
-    return float((manifest.get("calibration") or {}).get("temperature", 1.0)) if is_same else 1.0
+    return publish.temperature_of(publish.calibration_of(run, step))
 
 
 def _own_transform(best: BestModel) -> Callable[[PillowImage], Floats]:

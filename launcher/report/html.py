@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from launcher.recipe.schema_data import DataConfig
 from launcher.report import pictures, templating, thumbnails
 from launcher.report.charts import Chart, Point, line_chart
 
@@ -37,7 +38,7 @@ def render(report: Json) -> str:
         scatter=pictures.accuracy_latency(report["exports"]),
         timeline=pictures.timeline(report["attempts"], report["faults"]),
         **{
-            name: thumbnails.with_pictures(report["images"][name], report["recipe"]["data"]["path"])
+            name: thumbnails.with_pictures(report["images"][name], DataConfig(**report["recipe"]["data"]))
             for name in ("wrong", "right")
         },
         max_open_classes=MAX_OPEN_CLASSES,

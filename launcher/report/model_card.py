@@ -16,6 +16,8 @@ MAX_CONFUSION_CLASSES = 20
 """With more classes, the card has no confusion matrix."""
 
 Json = dict[str, Any]
+BAKED = "onnx_baked"
+"""The format of ONNX files that take images as they are."""
 SHARED_METRICS = {"top1": "accuracy", "f1": "f1", "auroc": "roc_auc"}
 """Names that model hubs know, of ours."""
 
@@ -32,12 +34,23 @@ def front_matter(report: Json) -> Json:
     return {
         "license": "other",  # of the images, the weights and the code together: whoever shares it has to say
         "license_name": "not-stated",
-        "library_name": "onnx" if "onnx" in formats else "pytorch",
+        "library_name": "onnx" if onnx_file(exports) else "pytorch",
         "pipeline_tag": "image-classification",
         "tags": ["image-classification", "finetune-launcher", *([] if model["factory"] else [model["arch"]]), *formats],
         "metrics": list(known.values()),
         "model-index": [{"name": report["name"], "results": results}],
     }
+
+
+def onnx_file(exports: Json) -> str | None:
+    """The ONNX file in exports/ that a reader is shown how to use: that of float32 where there is one.
+
+    A file that was refused is not there; one that nothing could be measured of is.
+    """
+    rows = [row for row in exports.get("exports", ()) if row["accepted"] or row["agreement"] is None]
+    rows.sort(key=lambda row: row["format"] != "onnx")
+    found = (row["file"] for row in rows if row["file"].endswith(".onnx") and row["format"] != BAKED)
+    return next(found, None)
 
 
 def render(report: Json, recipe_yaml: str) -> str:
@@ -52,6 +65,7 @@ def render(report: Json, recipe_yaml: str) -> str:
         version=launcher.__version__,
         report=report,
         data_title=DATASETS[report["recipe"]["data"]["name"]].title,
+        onnx_file=onnx_file(report["exports"] or {}),
         recipe_yaml=recipe_yaml,
         recipe_fence=templating.fence(recipe_yaml),
         preprocessing_source=pixels.source(),

@@ -9,8 +9,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.images import pixels
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from launcher.recipe.schema_data import DataConfig
 
 SIDE = 112
 """Pixels of the longer side."""
@@ -24,9 +28,9 @@ MOST_FILE_BYTES = 64 << 20
 Json = dict[str, Any]
 
 
-def with_pictures(rows: Sequence[Json], data_path: str | None) -> list[Json]:
+def with_pictures(rows: Sequence[Json], data: DataConfig) -> list[Json]:
     """Each row with its ``picture``, a data URI; None where its image is not there any more, or no picture is made."""
-    return [row | {"picture": _picture(_place(row["image"], data_path))} for row in rows]
+    return [row | {"picture": _picture(_place(row["image"], data.path), data)} for row in rows]
 
 
 def _place(image: str, data_path: str | None) -> Path:
@@ -34,7 +38,7 @@ def _place(image: str, data_path: str | None) -> Path:
     return path if path.is_absolute() or not data_path else Path(os.path.expanduser(data_path)) / path  # noqa: PTH111
 
 
-def _picture(path: Path) -> str | None:
+def _picture(path: Path, data: DataConfig) -> str | None:
     from PIL import Image
 
     with contextlib.suppress(Exception):  # whatever is wrong with it: the report goes without
@@ -42,7 +46,7 @@ def _picture(path: Path) -> str | None:
             return None
         with Image.open(path) as image:
             image.draft("RGB", (SIDE, SIDE))  # a JPEG is decoded at an eighth of its size where that does
-            small = image.convert("RGB")
+            small = pixels.to_rgb(image, data.background_rgb, data.grey_limits)  # as the model is given it
             small.thumbnail((SIDE, SIDE))
         made = io.BytesIO()
         small.save(made, "JPEG", quality=QUALITY, optimize=True)

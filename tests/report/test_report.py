@@ -744,6 +744,47 @@ def test_without_onnx_the_model_card_shows_no_code_for_it(write_run):
     assert "import onnxruntime" not in card
 
 
+REFUSED = MANIFEST["exports"][0] | {"accepted": False, "reason": "differs"}
+
+
+def test_the_model_card_shows_code_for_an_onnx_file_that_is_there(write_run):
+    run = write_run(manifest=MANIFEST | {"exports": [REFUSED, MANIFEST["exports"][1] | {"accepted": True}]})
+    report.write_report(run)
+    card = run.model_card.read_text()
+    assert "`model.int8.onnx` takes `images`" in card
+    assert 'InferenceSession("exports/model.int8.onnx"' in card
+    assert "library_name: onnx" in card
+    assert "always answers with one of its classes" in card
+
+
+@pytest.mark.parametrize(
+    "row",
+    [REFUSED, MANIFEST["exports"][0] | {"file": "model.baked.onnx", "format": "onnx_baked"}],
+    ids=["refused", "takes images as they are"],
+)
+def test_the_model_card_shows_no_code_for_a_file_that_cannot_be_used_so(write_run, row):
+    run = write_run(manifest=MANIFEST | {"exports": [row]})
+    report.write_report(run)
+    assert "import onnxruntime" not in run.model_card.read_text()
+
+
+def test_a_file_that_nothing_could_be_measured_of_is_there(write_run):
+    run = write_run(manifest=MANIFEST | {"exports": [REFUSED | {"agreement": None}]})
+    report.write_report(run)
+    assert "`model.onnx` takes `images`" in run.model_card.read_text()
+
+
+def test_the_model_card_of_several_labels_answers_with_those_that_reach_the_threshold(write_run):
+    data = {"path": "/x", "task": "multi_label", "threshold": 0.3}
+    run = write_run(recipe=RECIPE | {"data": data, "train": {"loss": "binary_cross_entropy"}})
+    report.write_report(run)
+    card = run.model_card.read_text()
+    assert "if p >= 0.3])" in card
+    assert "argmax" not in card
+    assert "always answers" not in card
+    assert "answers with those from 0.3 on, which may be none" in card
+
+
 def test_random_weights_and_a_watched_training_loss_are_told_as_they_are(write_run):
     recipe = RECIPE | {"model": {"weights": None}, "data": {"name": "digits"}}
     run = write_run(recipe=recipe, status=STATUS | {"best": BEST | {"metric": "train/loss"}})

@@ -28,7 +28,7 @@ def opened(model):
     [
         PREPROCESSING,
         replace(PREPROCESSING, interpolation="bicubic"),
-        replace(PREPROCESSING, channels=1),
+        replace(PREPROCESSING, channels=1, mean=(0.4,), std=(0.25,)),
         replace(PREPROCESSING, resize_size=16),
     ],
     ids=["bilinear", "bicubic", "grey", "no crop"],
@@ -74,3 +74,22 @@ def test_a_program_gets_probabilities_and_predict_says_the_same_as_with_the_plai
         assert [name for name, _ in one.top] == [name for name, _ in plainly.top]
         assert [p for _, p in one.top] == pytest.approx([p for _, p in plainly.top], abs=0.01)
     assert onnx_model.compute(session, np.zeros((4, 3, 16, 16), np.float32)).shape == (4, 3)
+
+
+def test_a_model_with_one_input_is_baked(tmp_path):
+    grey = replace(PREPROCESSING, channels=1, mean=(0.4,), std=(0.25,))
+    shapes = [("images", ["N", 1, 16, 16]), ("logits", ["N", 2])]
+    images, logits = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, dims) for name, dims in shapes)
+    nodes = [
+        onnx.helper.make_node("ReduceMean", ["images"], ["mean"], axes=[2, 3], keepdims=0),
+        onnx.helper.make_node("Neg", ["mean"], ["less"]),
+        onnx.helper.make_node("Concat", ["less", "mean"], ["logits"], axis=1),
+    ]
+    graph = onnx.helper.make_graph(nodes, "brightness", [images], [logits])
+    plain = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    made = baked.bake(plain, grey.describe(), independent=False, temperature=1.0)
+    onnx.checker.check_model(made, full_check=True)
+    levels = np.stack([np.full((20, 30, 3), level, np.uint8) for level in (0, 255)])
+    (found,) = opened(made).run(["probabilities"], {"images": levels})
+    assert found.argmax(axis=1).tolist() == [0, 1]
+    assert onnx_model.compute(opened(made), np.zeros((4, 1, 16, 16), np.float32)).shape == (4, 2)

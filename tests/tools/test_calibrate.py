@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from launcher import cli
+from launcher.recipe.schema_post import PostConfig
 from launcher.runs.run_dir import RunDir
 from launcher.tools import calibrate, score, trained_model
 from tests.nets import FACTORY
@@ -56,3 +59,23 @@ def test_exports_and_predictions_have_the_temperature(launch, recipe_file, image
         logits = torch.from_numpy(model._logits(pixels))
         expected = (logits / temperature).softmax(1).numpy()
         assert model.probabilities(pixels) == pytest.approx(expected, abs=1e-5)
+
+
+def test_without_images_the_temperature_of_the_checkpoints_earlier_exports_stays(tmp_path):
+    run, told = RunDir(tmp_path), []
+    run.exports.mkdir()
+    earlier = {"temperature": 1.5, "images": 10}
+    run.export_manifest.write_text(json.dumps({"checkpoint": {"step": 3}, "calibration": earlier}))
+    post = PostConfig(calibrate="temperature")
+    best = _Best(recipe=SimpleNamespace(post=post), state={"step": 3})
+    made, found = calibrate.apply(run, best, "no images", told.append)
+    assert (made.temperature, found) == (1.5, earlier)
+    assert told == ["temperature 1.500, that of the earlier exports of this checkpoint: no images"]
+    assert calibrate.apply(run, replace(best, state={"step": 4}), "no images", told.append)[1] is None
+
+
+@dataclass(frozen=True)
+class _Best:
+    recipe: SimpleNamespace
+    state: dict
+    temperature: float = 1.0

@@ -139,3 +139,24 @@ def test_the_calibration_of_files_that_stay_stays(give, run):
     assert json.loads(run.export_manifest.read_text())["calibration"] == {"temperature": 1.5}
     give([row("onnx")], ["onnx"], content="other", step=4)
     assert json.loads(run.export_manifest.read_text())["calibration"] is None
+
+
+def test_no_file_stays_that_has_another_temperature_than_the_manifest_says(give, run):
+    old, new = ({"temperature": value} for value in (1.5, 2.5))
+    give([row("onnx", "old"), row("fp16", "old")], ["onnx", "fp16"], content="old", calibration=old)
+    near = {"temperature": 1.5 * (1 + 1e-6)}  # the same images on another machine
+    files, _ = give([row("onnx", "newer")], ["onnx"], content="newer", calibration=near)
+    assert files == {"model.onnx": "newer", "model.fp16.onnx": "old"}
+    files, _ = give([row("int8", accepted=False)], ["int8"], content="refused", calibration=new)
+    assert files == {"model.onnx": "newer", "model.fp16.onnx": "old"}
+    assert json.loads(run.export_manifest.read_text())["calibration"] == near
+    files, rows = give([row("int8")], ["int8"], calibration=new)
+    assert files == rows == {"model.int8.onnx": "new"}
+    assert json.loads(run.export_manifest.read_text())["calibration"] == new
+
+
+def test_files_without_a_temperature_do_not_stay_beside_those_with_one(give):
+    unmeasured = row("onnx", "old", accepted=False, measured=False)
+    give([unmeasured], ["onnx"], content="old", missing="no images")
+    files, rows = give([row("int8")], ["int8"], calibration={"temperature": 2.5})
+    assert files == rows == {"model.int8.onnx": "new"}
