@@ -115,7 +115,9 @@ def _to_hub(run: RunDir, manifest: Json, name: str, *, is_public: bool) -> str:
             api = hub.HfApi()
             api.create_repo(name, private=not is_public, exist_ok=True)
             words = f"{manifest['run_id']}, step {manifest['checkpoint']['step']}"
-            commit = api.upload_folder(repo_id=name, folder_path=made, commit_message=words)  # one commit, or none
+            commit = api.upload_folder(  # one commit, or none; formats that an earlier push had go
+                repo_id=name, folder_path=made, commit_message=words, delete_patterns=["exports/*"]
+            )
         except Exception as error:  # no network, no right to it, or a name that the hub refuses
             said = next(iter(str(error).splitlines()), "") or type(error).__name__
             raise TrainingError(f"--to {HUB}{name}: the hub did not take it: {said}") from error

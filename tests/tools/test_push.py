@@ -126,6 +126,7 @@ def test_what_goes_to_the_hub_is_a_whole_folder_whose_card_the_hub_can_read(run,
         def upload_folder(self, *, folder_path, **options):
             from pathlib import Path
 
+            sent.update(options)
             sent["files"] = {str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*.*")}
             card = hub.ModelCard.load(Path(folder_path) / "README.md")
             sent["card"] = card.data
@@ -136,6 +137,7 @@ def test_what_goes_to_the_hub_is_a_whole_folder_whose_card_the_hub_can_read(run,
     assert (sent["name"], sent["private"]) == ("me/model", True)
     assert {"README.md", "exports/model.onnx", "model.json"} <= sent["files"]
     assert sent["card"].pipeline_tag == "image-classification"
+    assert sent["delete_patterns"] == ["exports/*"]  # a later push has other formats
     assert push(run, "hub:me/model", capsys, "--public")[0] == 0
     assert sent["private"] is False
     monkeypatch.setattr(Api, "create_repo", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no route")))
