@@ -152,7 +152,9 @@ def _to_wandb(run: RunDir, manifest: Json) -> str:
             ) as tracked:
                 artifact = wandb.Artifact(name, type="model", metadata=manifest)
                 artifact.add_dir(made)
-                tracked.log_artifact(artifact)
+                logged = tracked.log_artifact(artifact)
+                if mode == "online":
+                    logged.wait()  # finish alone returns as if all had been sent
         except Exception as error:  # whatever a server that cannot be reached makes of it
             said = next(iter(str(error).splitlines()), "") or type(error).__name__
             raise TrainingError(f"--to {WANDB}: W&B did not take it: {said}") from error
