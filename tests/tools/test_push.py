@@ -18,7 +18,7 @@ from launcher.recipe.schema import ModelConfig, Recipe
 from launcher.recipe.schema_data import DataConfig
 from launcher.runs.run_dir import RunDir
 from launcher.system.files import write_json_atomic
-from launcher.tracking import wandb_mode
+from launcher.tracking import wandb_folder, wandb_mode
 from tests.tools.test_predict import COLOURS, PREPROCESSING, write_model
 
 PLAN = {"run_id": "push-1", "name": "push", "command": [], "created": 0.0, "backend": "local", "device": "cpu"}
@@ -151,7 +151,7 @@ class Tracked:
 
     def __init__(self, folder, problem):
         self.problem = problem
-        record = RunDir(folder).wandb / "offline-run-1-push-1"  # where wandb makes its records
+        record = folder / "wandb" / "offline-run-1-push-1"  # where wandb makes its records
         record.mkdir(parents=True)
         (record / "run-push-1.wandb").touch()
 
@@ -188,12 +188,23 @@ def test_what_the_server_of_wandb_does_not_take_is_not_called_pushed(run, capsys
     assert "W&B did not take it: quota is full" in said.err
 
 
+def test_the_record_of_a_push_is_none_that_trackers_send_or_mark(run, capsys, wandb_like):
+    wandb_like("offline", "nobody is asked")
+    code, said = push(run, "wandb", capsys)
+    assert code == 0
+    (record,) = run.path.rglob("*.wandb")
+    assert str(record.parents[1]) in said.out
+    wandb_folder.mark_synced(run)
+    assert not wandb_folder.is_synced(record.parent)
+    assert wandb_folder.unsynced(run, []) == []
+
+
 @pytest.mark.slow
 def test_wandb_gets_the_same_files_as_an_artifact(run, capsys, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     code, said = push(run, "wandb", capsys)
     assert code == 0
     assert "the artifact model-push-1 (offline; send it with: wandb sync" in said.out
-    assert list(run.wandb.glob("offline-run-*/*.wandb"))
+    assert list((run.path / "push" / "wandb").glob("offline-run-*/*.wandb"))
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert push(run, "wandb", capsys)[0] == 2
