@@ -24,6 +24,8 @@ FACTS = "model.json"
 """What the model is: classes, preprocessing and which checkpoint; by it a folder of ours is known."""
 MADE_BY = "launch push"
 HUB, WANDB = "hub:", "wandb"
+RECORDS = "push"
+"""Folder in the run for wandb's records of pushes: those in the run's own ``wandb`` are its trackers'."""
 
 
 def push(run: RunDir, target: str, *, is_public: bool = False) -> str:
@@ -115,7 +117,9 @@ def _to_hub(run: RunDir, manifest: Json, name: str, *, is_public: bool) -> str:
             api = hub.HfApi()
             api.create_repo(name, private=not is_public, exist_ok=True)
             words = f"{manifest['run_id']}, step {manifest['checkpoint']['step']}"
-            commit = api.upload_folder(repo_id=name, folder_path=made, commit_message=words)  # one commit, or none
+            commit = api.upload_folder(  # one commit, or none; formats that an earlier push had go
+                repo_id=name, folder_path=made, commit_message=words, delete_patterns=["exports/*"]
+            )
         except Exception as error:  # no network, no right to it, or a name that the hub refuses
             said = next(iter(str(error).splitlines()), "") or type(error).__name__
             raise TrainingError(f"--to {HUB}{name}: the hub did not take it: {said}") from error
@@ -133,26 +137,29 @@ def _to_wandb(run: RunDir, manifest: Json) -> str:
         raise UsageError(f"--to {WANDB}: no API key for W&B: `wandb login`, or WANDB_MODE=offline to send it later")
     import wandb
 
-    name = f"model-{run.run_id}"
+    name, records = f"model-{run.run_id}", run.path / RECORDS
     with tempfile.TemporaryDirectory() as made:
         _fill(Path(made), run, manifest)
         try:
+            records.mkdir(exist_ok=True)
             settings = wandb.Settings(silent=True)
             with wandb.init(  # the run that training made, or a new one of the same name
                 id=run.run_id,
                 name=run.run_id,
                 project=config.project or os.environ.get("WANDB_PROJECT") or tracking.DEFAULT_PROJECT,
                 entity=config.entity,
-                dir=run.path,
+                dir=records,
                 mode=mode,
                 resume="allow",
                 settings=settings,
             ) as tracked:
                 artifact = wandb.Artifact(name, type="model", metadata=manifest)
                 artifact.add_dir(made)
-                tracked.log_artifact(artifact)
+                logged = tracked.log_artifact(artifact)
+                if mode == "online":
+                    logged.wait()  # finish alone returns as if all had been sent
         except Exception as error:  # whatever a server that cannot be reached makes of it
             said = next(iter(str(error).splitlines()), "") or type(error).__name__
             raise TrainingError(f"--to {WANDB}: W&B did not take it: {said}") from error
-    later = f"; send it with: wandb sync {run.wandb}/offline-run-*" if mode == "offline" else ""
+    later = f"; send it with: wandb sync {records}/wandb/offline-run-*" if mode == "offline" else ""
     return f"the artifact {name} ({mode}{later})"

@@ -18,9 +18,14 @@ if TYPE_CHECKING:
 
 
 BASH = r"""_launch() {
-    local line="${COMP_LINE:0:COMP_POINT}" IFS=$'\n'
+    local line="${COMP_LINE:0:COMP_POINT}" one
     local last="${line##* }"
-    COMPREPLY=($(launch completion --line "$line" 2>/dev/null))
+    COMPREPLY=()
+    [[ ${COMP_WORDS[COMP_CWORD]} == [\"\']* ]] && return  # within quotes bash offers files
+    while IFS= read -r one; do  # a name is quoted as one must type it: it may hold spaces, ; or $(...)
+        printf -v one %q "$one"
+        COMPREPLY+=("$one")
+    done < <(launch completion --line "$line" 2>/dev/null)
     [[ ${COMPREPLY[0]} == *[=/] ]] && compopt -o nospace 2>/dev/null
     # For bash a word begins anew behind =
     [[ $last == *=* && $COMP_WORDBREAKS == *=* ]] && COMPREPLY=("${COMPREPLY[@]#"${last%"${last##*=}"}"}")
@@ -183,7 +188,10 @@ def _values(word: str) -> list[str]:
 
 ARGUMENTS: dict[str, Callable[[], list[str]]] = {
     **dict.fromkeys(
-        ("resume", "logs", "cancel", "watch", "compare", "export", "benchmark", "evaluate", "predict", "report", "why"),
+        (
+            *("resume", "logs", "cancel", "watch", "compare", "export", "benchmark", "evaluate", "predict", "report"),
+            *("why", "serve", "package", "push", "track"),
+        ),
         _runs,
     ),
     **dict.fromkeys(("recipes", "tune", "lr-find", "augment"), _recipes),

@@ -12,6 +12,7 @@ from launcher import start
 from launcher.commands.parser import parser_of
 from launcher.errors import EXIT_OK, UsageError, did_you_mean
 from launcher.images.folder import printable
+from launcher.recipe.keys import show
 from launcher.system.words import plural
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def _copied(recipe: str, name: str) -> str:
         raise UsageError(" ".join(filter(None, [f"--from {recipe}: no such recipe;", near, valid])))
     text = known[wanted].read_text(encoding="utf-8")
     text = re.sub(r"^# yaml-language-server.*\n", "", text)  # the schema lies beside the package's recipes
-    return re.sub(r"^name: .*$", f"name: {name}", text, count=1, flags=re.MULTILINE)
+    return re.sub(r"^name: .*$", f"name: {show(name)}", text, count=1, flags=re.MULTILINE)
 
 
 def _chosen(data: str, name: str) -> tuple[str, list[str]]:

@@ -149,7 +149,7 @@ def _stopping(found: Found) -> Iterator[Choice]:
 
 def write(name: str, head: Sequence[str], chosen: Sequence[Choice]) -> str:
     """The recipe file: comments, then the chosen values by section, each with its reason."""
-    lines = [*(f"# {line}".rstrip() for line in head), f"name: {name}"]
+    lines = [*(f"# {line}".rstrip() for line in head), f"name: {show(name)}"]
     sections: dict[str, list[Choice]] = {"model": [], "data": []}
     for choice in chosen:
         sections.setdefault(choice.key.partition(".")[0], []).append(choice)

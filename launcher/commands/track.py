@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from launcher.backends import living
 from launcher.commands.parser import parser_of
 from launcher.commands.run_end import Ending
-from launcher.errors import EXIT_OK, EXIT_RESUMABLE, UsageError
+from launcher.errors import EXIT_FAILED, EXIT_OK, EXIT_RESUMABLE, UsageError
 from launcher.runs import history, whereabouts
 from launcher.runs.run_dir import RunDir
 from launcher.tracking import sink as sinks
@@ -79,7 +79,7 @@ def _track(run: RunDir, names: Sequence[str], mode: str, *, once: bool) -> int:
     except KeyboardInterrupt:
         say("stopped; the same command goes on from here")
         return EXIT_RESUMABLE
-    code = max((abs(code) for code in trackers.codes), default=EXIT_OK)
+    code = max((EXIT_FAILED if code < 0 else code for code in trackers.codes), default=EXIT_OK)  # < 0: killed
     if code == EXIT_OK:
         say(f"{', '.join(names)}: {run} is {run.read_status()['state']}, and its record is complete")
     return code

@@ -33,6 +33,7 @@ OFFERED = {
     "launch resume ": ["runs/a", "runs/b"],
     "launch resume runs/a data.pa": ["data.path="],
     "launch why runs/b": ["runs/b"],
+    **{f"launch {verb} runs/b": ["runs/b"] for verb in ("serve", "package", "push", "track")},
     "launch models alex": ["alexnet"],
     "launch recipes from_": ["from_csv"],
     "launch tune vit": ["vit_b_16_ft"],
@@ -70,16 +71,31 @@ def test_each_kind_of_word_is_completed(line, here, capsys):
     ],
 )
 def test_the_script_works_in_bash(line, replies, here):
+    assert in_bash(line, here) == replies.split()
+
+
+def in_bash(line, here):
+    """What the script replies."""
     script = f"""
         launch() {{ {sys.executable} -m launcher "$@"; }}
         eval "$(launch completion bash)"
-        COMP_LINE='{line}' COMP_POINT={len(line)}
+        COMP_LINE='{line}' COMP_POINT={len(line)} COMP_WORDS=({line}) COMP_CWORD=1
         _launch
-        echo "${{COMPREPLY[*]}}"
+        printf '%s\\n' "${{COMPREPLY[@]}}"
     """
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(["bash", "-c", script], cwd=here, env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == replies.split()
+    return done.stdout.splitlines()
+
+
+def test_bash_gets_names_as_one_must_type_them(here):
+    """A name may be a command's or a pattern; neither is run nor expanded."""
+    for name in ("mine;echo INJ", "mine*", "mine$(echo INJ)", "mine two"):
+        (here / name).mkdir()
+    replies = in_bash("launch mine", here)
+    assert sorted(replies) == sorted(
+        [r"mine\$\(echo\ INJ\)/", r"mine\*/", r"mine\ two/", r"mine\;echo\ INJ/", "mine.yaml", "mine/"]
+    )
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -168,3 +168,12 @@ def test_images_of_no_known_layout_get_the_message_of_a_start(tmp_path, monkeypa
         told.append(capsys.readouterr().err.splitlines())
     assert told[0][2:] == told[1][2:]
     assert told[0][1].partition("data.path: ")[2] == told[1][1].partition("data.path: ")[2]
+
+
+@pytest.mark.parametrize("name", ["007", "on", "null", "1.5", "mine"])
+def test_a_name_is_text_for_every_reader_of_yaml(name, tmp_path, monkeypatch):
+    """The launcher takes it as it is written; editors and scripts read 7, true …."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["new", name, "--from", "quickstart"]) == 0
+    for text in ((tmp_path / f"{name}.yaml").read_text(), new_choices.write(name, [], [])):
+        assert yaml.safe_load(text)["name"] == name

@@ -18,6 +18,7 @@ from launcher.recipe.schema import ModelConfig, Recipe
 from launcher.recipe.schema_data import DataConfig
 from launcher.runs.run_dir import RunDir
 from launcher.system.files import write_json_atomic
+from launcher.tracking import wandb_folder, wandb_mode
 from tests.tools.test_predict import COLOURS, PREPROCESSING, write_model
 
 PLAN = {"run_id": "push-1", "name": "push", "command": [], "created": 0.0, "backend": "local", "device": "cpu"}
@@ -126,6 +127,7 @@ def test_what_goes_to_the_hub_is_a_whole_folder_whose_card_the_hub_can_read(run,
         def upload_folder(self, *, folder_path, **options):
             from pathlib import Path
 
+            sent.update(options)
             sent["files"] = {str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*.*")}
             card = hub.ModelCard.load(Path(folder_path) / "README.md")
             sent["card"] = card.data
@@ -136,11 +138,65 @@ def test_what_goes_to_the_hub_is_a_whole_folder_whose_card_the_hub_can_read(run,
     assert (sent["name"], sent["private"]) == ("me/model", True)
     assert {"README.md", "exports/model.onnx", "model.json"} <= sent["files"]
     assert sent["card"].pipeline_tag == "image-classification"
+    assert sent["delete_patterns"] == ["exports/*"]  # a later push has other formats
     assert push(run, "hub:me/model", capsys, "--public")[0] == 0
     assert sent["private"] is False
     monkeypatch.setattr(Api, "create_repo", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no route")))
     code, said = push(run, "hub:me/model", capsys)
     assert (code, "the hub did not take it: no route" in said.err) == (1, True)
+
+
+class Tracked:
+    """A run of wandb's as far as a push needs one; the server refuses the artifact where ``problem`` says so."""
+
+    def __init__(self, folder, problem):
+        self.problem = problem
+        record = folder / "wandb" / "offline-run-1-push-1"  # where wandb makes its records
+        record.mkdir(parents=True)
+        (record / "run-push-1.wandb").touch()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def log_artifact(self, _):
+        return self
+
+    def wait(self):
+        if self.problem:
+            raise ValueError(self.problem)
+
+
+@pytest.fixture
+def wandb_like(monkeypatch):
+    """Stands in for wandb's server: a function that says how an artifact is taken, and in which mode."""
+    wandb = pytest.importorskip("wandb")
+
+    def answer(mode, problem=""):
+        monkeypatch.setattr(wandb_mode, "resolve_mode", lambda _: (mode, None))
+        monkeypatch.setattr(wandb, "init", lambda **options: Tracked(options["dir"], problem))
+
+    return answer
+
+
+def test_what_the_server_of_wandb_does_not_take_is_not_called_pushed(run, capsys, wandb_like):
+    wandb_like("online", "quota is full")
+    code, said = push(run, "wandb", capsys)
+    assert (code, said.out) == (1, "")
+    assert "W&B did not take it: quota is full" in said.err
+
+
+def test_the_record_of_a_push_is_none_that_trackers_send_or_mark(run, capsys, wandb_like):
+    wandb_like("offline", "nobody is asked")
+    code, said = push(run, "wandb", capsys)
+    assert code == 0
+    (record,) = run.path.rglob("*.wandb")
+    assert str(record.parents[1]) in said.out
+    wandb_folder.mark_synced(run)
+    assert not wandb_folder.is_synced(record.parent)
+    assert wandb_folder.unsynced(run, []) == []
 
 
 @pytest.mark.slow
@@ -149,6 +205,6 @@ def test_wandb_gets_the_same_files_as_an_artifact(run, capsys, monkeypatch):
     code, said = push(run, "wandb", capsys)
     assert code == 0
     assert "the artifact model-push-1 (offline; send it with: wandb sync" in said.out
-    assert list(run.wandb.glob("offline-run-*/*.wandb"))
+    assert list((run.path / "push" / "wandb").glob("offline-run-*/*.wandb"))
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert push(run, "wandb", capsys)[0] == 2

@@ -58,8 +58,9 @@ class Reader:
         self._max_images = max_images
         self._held = 0
 
-    async def read(self, request: Request) -> Images:
-        """The images of a request, at least one.
+    @contextlib.asynccontextmanager
+    async def read(self, request: Request) -> AsyncGenerator[Images, None]:
+        """The images of a request, at least one; they count as held until the context ends.
 
         Raises:
             RefusedError: the body is too large, empty, or not as its type says.
@@ -74,9 +75,17 @@ class Reader:
                 body = b"".join([chunk async for chunk in self._chunks(request, held)])
                 if not body:
                     raise RefusedError(400, f"empty body; send an image, {FORM} with files, or {JSON}: {SHAPE}")
-                images = await asyncio.to_thread(from_json, body) if kind == JSON else [("0", body)]
-        if len(images) > self._max_images:
-            raise RefusedError(413, f"{len(images)} images; a request may have {self._max_images}")
+                images = await self._json(body, held) if kind == JSON else [("0", body)]
+                del body
+            if len(images) > self._max_images:
+                raise RefusedError(413, f"{len(images)} images; a request may have {self._max_images}")
+            yield images
+
+    async def _json(self, body: bytes, held: _Held) -> Images:
+        held.add(len(body))  # its text and its images, while they are made of it
+        held.check()
+        images = await asyncio.to_thread(from_json, body)
+        held.add(sum(len(content) for _, content in images) - held.num)  # these stay
         return images
 
     async def _form(self, request: Request, held: _Held) -> Images:
@@ -105,8 +114,7 @@ class Reader:
             held.add(len(chunk))
             if held.num > self._max_bytes:
                 await self._too_large(request)
-            if self._held > HELD_BODIES * self._max_bytes:
-                raise RefusedError(503, "too many large bodies at once; try again", {"Retry-After": "1"})
+            held.check()
             yield chunk
 
     async def _too_large(self, request: Request) -> None:
@@ -128,6 +136,11 @@ class _Held:
     def add(self, num: int) -> None:
         self.num += num
         self._reader._held += num  # noqa: SLF001  its own helper
+
+    def check(self) -> None:
+        """Refuse the body where all of them together are too large."""
+        if self._reader._held > HELD_BODIES * self._reader._max_bytes:  # noqa: SLF001
+            raise RefusedError(503, "too many large bodies at once; try again", {"Retry-After": "1"})
 
     def close(self) -> None:
         self._reader._held -= self.num  # noqa: SLF001

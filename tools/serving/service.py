@@ -166,8 +166,7 @@ class Service:
         images = None
         taken = self._take(1)
         try:
-            async with asyncio.timeout(self._settings.timeout_s):
-                images = await self._reader.read(request)
+            async with asyncio.timeout(self._settings.timeout_s), self._reader.read(request) as images:
                 taken += self._take(len(images) - 1)
                 found = await asyncio.gather(*(self._answer(*image, top) for image in images))
         except TimeoutError:
