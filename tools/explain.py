@@ -37,7 +37,7 @@ class Explainer:
         folder: where pictures are written.
 
     Raises:
-        UsageError: it is no run, or captum is not installed.
+        UsageError: it is no run, captum is not installed, or the folder cannot be made.
     """
 
     def __init__(self, place: str, folder: Path) -> None:
@@ -47,7 +47,13 @@ class Explainer:
             from captum.attr import LayerAttribution, LayerGradCam
         except ImportError:
             raise UsageError("--explain needs captum: pip install 'finetune-launcher[explain]'") from None
-        best = evaluate.load_best(RunDir.existing(place))
+        run = RunDir.existing(place)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            problem = f"{error.strerror or error}; name another folder for the pictures"
+            raise UsageError(f"--out {folder}: cannot be made: {problem}") from error
+        best = evaluate.load_best(run)
         self._classes = best.classes
         self._settings = best.preprocessing
         size, channels = self._settings.image_size, self._settings.channels
@@ -55,7 +61,6 @@ class Explainer:
         self._grad_cam: Any = LayerGradCam(best.module, last_map(best.module, size, channels))
         self._folder = folder
         self._names: set[str] = set()
-        folder.mkdir(parents=True, exist_ok=True)
 
     def each(self, predictions: Iterable[Prediction], model: TrainedModel) -> Iterator[Prediction]:
         """Pass predictions on, and draw the likeliest class of each that has one."""

@@ -86,7 +86,7 @@ def package(run: RunDir, target: Path | None = None, name: str | None = None) ->
         name: of the format; None: the fastest that passed its gate.
 
     Raises:
-        UsageError: there is no such model, or the folder holds something else.
+        UsageError: there is no such model, or the folder holds something else or cannot be written.
     """
     row = _chosen(run, name)
     manifest = publish.read_manifest(run)
@@ -94,14 +94,18 @@ def package(run: RunDir, target: Path | None = None, name: str | None = None) ->
     target = (target or run.path / FOLDER).absolute()
     if target.exists() and not publish.may_be_replaced(target, FACTS, MADE_BY):
         raise UsageError(f"{target}: holds something else than a package; name an empty or a new folder with --to")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as made:
-        folder = Path(made) / target.name
-        folder.mkdir()
-        _fill(folder, run, manifest, row)
-        if target.exists():
-            target.rename(Path(made) / "earlier")
-        folder.rename(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as made:
+            folder = Path(made) / target.name
+            folder.mkdir()
+            _fill(folder, run, manifest, row)
+            if target.exists():
+                target.rename(Path(made) / "earlier")
+            folder.rename(target)
+    except OSError as error:
+        problem = f"{error.strerror or error}; what was there stays; make room, or name another folder with --to"
+        raise UsageError(f"{target}: cannot be written to: {problem}") from error
     return target, row
 
 

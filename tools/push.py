@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -10,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.errors import TrainingError, UsageError
 from launcher.report import build as report
+from launcher.report import model_card
 from launcher.system.files import write_json_atomic
 from launcher.tools import publish
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from launcher.runs.run_dir import RunDir
 
     Json = dict[str, Any]
@@ -67,7 +71,10 @@ def _accepted(run: RunDir) -> Json:
 
 def _fill(folder: Path, run: RunDir, manifest: Json) -> None:
     """Write all of it; paths are as in the run, so that the card's code finds them."""
-    report.write_report(run)  # of what is there now
+    recipe = run.recipe.read_text(encoding="utf-8")
+    card = model_card.render(report.build_report(run), recipe)  # of what is there now
+    (folder / CARD).write_text(card, encoding="utf-8")
+    (folder / run.recipe.name).write_text(recipe, encoding="utf-8")
     (folder / "exports").mkdir()
     for row in manifest["exports"]:
         for name in (row["file"], f"{row['file']}.data"):  # weights of more than 2 GB lie beside the model
@@ -76,8 +83,21 @@ def _fill(folder: Path, run: RunDir, manifest: Json) -> None:
     facts = {key: manifest[key] for key in ("run_id", "checkpoint", "classes", "preprocessing", "val_samples")}
     write_json_atomic(folder / FACTS, {"made_by": MADE_BY, **facts})
     write_json_atomic(folder / "exports" / run.export_manifest.name, manifest)
-    shutil.copyfile(run.model_card, folder / CARD)
-    shutil.copyfile(run.recipe, folder / run.recipe.name)
+
+
+@contextlib.contextmanager
+def _filled(run: RunDir, manifest: Json) -> Iterator[str]:
+    """A folder with all of it, until it is sent."""
+    with contextlib.ExitStack() as stack:
+        try:
+            made = stack.enter_context(tempfile.TemporaryDirectory())
+            _fill(Path(made), run, manifest)
+        except OSError as error:
+            raise UsageError(
+                f"{error.filename or tempfile.gettempdir()}: {error.strerror or error}; what is sent is first gathered "
+                "in a folder for temporary files: make room there, or name another with TMPDIR"
+            ) from error
+        yield made
 
 
 def _to_folder(run: RunDir, manifest: Json, target: Path) -> str:
@@ -111,8 +131,7 @@ def _to_hub(run: RunDir, manifest: Json, name: str, *, is_public: bool) -> str:
         ) from None
     if not hub.get_token():
         raise UsageError(f"--to {HUB}{name}: no token of the hub; `hf auth login`, or set HF_TOKEN")
-    with tempfile.TemporaryDirectory() as made:
-        _fill(Path(made), run, manifest)
+    with _filled(run, manifest) as made:
         try:
             api = hub.HfApi()
             api.create_repo(name, private=not is_public, exist_ok=True)
@@ -138,8 +157,7 @@ def _to_wandb(run: RunDir, manifest: Json) -> str:
     import wandb
 
     name, records = f"model-{run.run_id}", run.path / RECORDS
-    with tempfile.TemporaryDirectory() as made:
-        _fill(Path(made), run, manifest)
+    with _filled(run, manifest) as made:
         try:
             records.mkdir(exist_ok=True)
             settings = wandb.Settings(silent=True)

@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing else: no network, no script; for screens of any width, and paper."""
+"""The report as one HTML file that needs no other and no network; for screens of any width, and paper."""
 
 from __future__ import annotations
 

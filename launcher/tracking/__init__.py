@@ -1,1 +1,1 @@
-"""Sends a run's records to Weights & Biases."""
+"""Sends a run's records to Weights & Biases, TensorBoard or MLflow."""
