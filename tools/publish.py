@@ -1,6 +1,7 @@
 """Gives the files of an export their names in exports/; what was made before stays whole until then.
 
-What is to be moved and removed is written down first, so that the next who looks finishes what a kill interrupted.
+What is to be moved and removed is written down first, so that the next who looks finishes what a kill or an
+exception interrupted.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ import math
 import os
 import shutil
 import socket
+import tempfile
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.system.files import write_json_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     from launcher.runs.run_dir import RunDir
 
@@ -35,9 +37,19 @@ OLD_S = 24 * 3600
 """A folder of another machine, whose processes cannot be looked at, is abandoned where nothing changed for so long."""
 
 
-def prefix() -> str:
-    """Of the folder where this process makes files."""
-    return f"{PREFIX}{socket.gethostname()}-{os.getpid()}-"
+@contextlib.contextmanager
+def workplace(run: RunDir) -> Iterator[Path]:
+    """The folder where this process makes files.
+
+    It is removed at the end, but where an exception interrupts the giving of names: what is made stays for the next
+    who looks.
+    """
+    folder = Path(tempfile.mkdtemp(dir=run.exports, prefix=f"{PREFIX}{socket.gethostname()}-{os.getpid()}-"))
+    try:
+        yield folder
+    finally:
+        if not (folder / PLAN).exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_abandoned(run: RunDir) -> None:
