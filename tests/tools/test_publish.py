@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from launcher.runs.run_dir import RunDir
+from launcher.system import processes
 from launcher.tools import export, publish
 
 
@@ -166,6 +167,14 @@ def test_folders_of_killed_exports_are_removed_and_those_under_way_stay(run):
         os.utime(run.exports / name, (0, time.time() - 2 * publish.OLD_S))
     publish.remove_abandoned(run)
     assert sorted(file.name for file in run.exports.iterdir()) == sorted(stay)
+
+
+def test_another_process_of_the_same_number_keeps_no_folder(run):
+    with publish.workplace(run) as own:
+        left = own.with_name(own.name.replace(f".{processes.start_time(os.getpid())}-", ".1-"))
+        left.mkdir(exist_ok=True)
+        publish.remove_abandoned(run)
+        assert (own.exists(), left.exists()) == (True, False)
 
 
 def test_the_calibration_of_files_that_stay_stays(give, run):
