@@ -9,10 +9,8 @@ import argparse
 import contextlib
 import os
 import sys
-import tempfile
 import time
 import traceback
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +26,7 @@ from launcher.tracking import trackers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     from launcher.recipe.schema import LaunchConfig
     from launcher.tools.evaluate import Predictor
@@ -68,14 +67,14 @@ def export_run(run: RunDir, data_path: str | None = None, names: Sequence[str] |
         run.exports.mkdir(exist_ok=True)
         best, calibration = calibrate.apply(run, best, missing, say)
         publish.remove_abandoned(run)
-        with tempfile.TemporaryDirectory(dir=run.exports, prefix=publish.prefix()) as folder:
-            making = _Making(run, best, Path(folder), Answers(best, missing), say, each=names is not None)
+        with publish.workplace(run) as folder:
+            making = _Making(run, best, folder, Answers(best, missing), say, each=names is not None)
             post = best.recipe.post
             usual = [*post.export, *[formats.BAKED] * post.bake_preprocessing, *post.quantize]
             wanted = usual if names is None else list(names)
             manifest = making.make(wanted) | {"calibration": calibration}
             made, not_made = list(manifest["exports"]), list(manifest["not_made"])
-            for name in publish.publish(run, Path(folder), manifest, list(FILES.values())):
+            for name in publish.publish(run, folder, manifest, list(FILES.values())):
                 say(f"{name}: removed: its probabilities have another temperature than those of the new files")
         trackers.send_once(run, best.recipe, say=say, timeout_s=UPLOAD_S)
         if not missing and made and not any(row["accepted"] for row in made):

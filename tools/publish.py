@@ -1,6 +1,7 @@
 """Gives the files of an export their names in exports/; what was made before stays whole until then.
 
-What is to be moved and removed is written down first, so that the next who looks finishes what a kill interrupted.
+What is to be moved and removed is written down first, so that the next who looks finishes what a kill or an
+exception interrupted.
 """
 
 from __future__ import annotations
@@ -12,21 +13,24 @@ import math
 import os
 import shutil
 import socket
+import tempfile
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.system import processes
 from launcher.system.files import write_json_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     from launcher.runs.run_dir import RunDir
 
     Json = dict[str, Any]
 
 PREFIX = ".export-"
-"""Of folders in exports/ where files are made: the machine's name, the process's number and a random word follow."""
+"""Of folders in exports/ where files are made: HOST-PROCESS.STARTED-WORD follows. Containers with one host name have
+processes of the same number, so when the process started is said as well."""
 PLAN = "publish.json"
 """In such a folder, beside the new manifest, once all of its files are made and chosen: ``{own, removed}``."""
 SAME_TEMPERATURE = 1e-3
@@ -35,9 +39,21 @@ OLD_S = 24 * 3600
 """A folder of another machine, whose processes cannot be looked at, is abandoned where nothing changed for so long."""
 
 
-def prefix() -> str:
-    """Of the folder where this process makes files."""
-    return f"{PREFIX}{socket.gethostname()}-{os.getpid()}-"
+@contextlib.contextmanager
+def workplace(run: RunDir) -> Iterator[Path]:
+    """The folder where this process makes files.
+
+    It is removed at the end, but where an exception interrupts the giving of names: what is made stays for the next
+    who looks.
+    """
+    process = os.getpid()
+    owner = f"{socket.gethostname()}-{process}.{processes.start_time(process)}"
+    folder = Path(tempfile.mkdtemp(dir=run.exports, prefix=f"{PREFIX}{owner}-"))
+    try:
+        yield folder
+    finally:
+        if not (folder / PLAN).exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_abandoned(run: RunDir) -> None:
@@ -98,22 +114,24 @@ def _carry_out(run: RunDir, plan: Path) -> None:
 
 def _is_abandoned(folder: Path) -> bool:
     host, process, *_ = [*folder.name.removeprefix(PREFIX).rsplit("-", 2), ""]  # a host's name may have dashes
+    process, _, started = process.partition(".")  # earlier versions did not say when
     if host == socket.gethostname() and process.isdigit():
-        return not _lives(int(process))
+        return not _lives(int(process), started)
     try:
         return time.time() - folder.stat().st_mtime > OLD_S
     except OSError:  # it is gone
         return False
 
 
-def _lives(process: int) -> bool:
+def _lives(process: int, started: str) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
     except PermissionError:  # somebody else's
-        return True
-    return True
+        pass
+    now = processes.start_time(process)
+    return not started or now is None or now == started  # None: it cannot be seen
 
 
 def checkpoint_of(state: Json) -> Json:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from launcher.runs.run_dir import RunDir
+from launcher.system import processes
 from launcher.tools import export, publish
 
 
@@ -121,6 +122,41 @@ def test_a_kill_while_names_are_given_leaves_the_old_export_or_the_new_one(give,
     )
 
 
+@pytest.mark.parametrize(
+    "error", [OSError("no space left on device"), KeyboardInterrupt()], ids=lambda e: type(e).__name__
+)
+def test_an_exception_while_names_are_given_loses_no_file(give, run, monkeypatch, error):
+    give([row("onnx", "old")], ["onnx"], content="old")
+    manifest = {"checkpoint": {"step": 4}, "not_measured": None, "not_made": [], "calibration": None}
+    replace = Path.replace
+
+    def fail_once(file, target):
+        if file.name == "model.onnx":
+            monkeypatch.setattr(Path, "replace", replace)
+            raise error
+        return replace(file, target)
+
+    monkeypatch.setattr(Path, "replace", fail_once)
+    with contextlib.suppress(type(error)), publish.workplace(run) as folder:
+        for name in ("onnx", "fp16"):
+            (folder / export.FILES[name]).write_text("new")
+        publish.publish(run, folder, manifest | {"exports": [row("onnx"), row("fp16")]}, list(export.FILES.values()))
+    assert Path.replace is replace  # it was raised
+    monkeypatch.setattr(publish, "_is_abandoned", lambda _: True)  # as it is when the process ends
+    found = publish.read_manifest(run)["exports"]
+    assert {one["file"]: one["of"] for one in found} == {"model.onnx": "new", "model.fp16.onnx": "new"}
+    assert {file.read_text() for file in run.exports.glob("model*")} == {"new"}
+    publish.remove_abandoned(run)
+    assert not folder.exists()
+
+
+def test_a_folder_without_a_plan_is_removed_whatever_happens(run):
+    with contextlib.suppress(KilledError), publish.workplace(run) as folder:
+        (folder / "model.onnx").write_text("half")
+        raise KilledError
+    assert not list(run.exports.iterdir())
+
+
 def test_folders_of_killed_exports_are_removed_and_those_under_way_stay(run):
     here, dead = socket.gethostname(), 2**22 + 1
     stay = [f".export-{here}-{os.getpid()}-a_b", f".export-{here}-more-{dead}-x"]
@@ -131,6 +167,14 @@ def test_folders_of_killed_exports_are_removed_and_those_under_way_stay(run):
         os.utime(run.exports / name, (0, time.time() - 2 * publish.OLD_S))
     publish.remove_abandoned(run)
     assert sorted(file.name for file in run.exports.iterdir()) == sorted(stay)
+
+
+def test_another_process_of_the_same_number_keeps_no_folder(run):
+    with publish.workplace(run) as own:
+        left = own.with_name(own.name.replace(f".{processes.start_time(os.getpid())}-", ".1-"))
+        left.mkdir(exist_ok=True)
+        publish.remove_abandoned(run)
+        assert (own.exists(), left.exists()) == (True, False)
 
 
 def test_the_calibration_of_files_that_stay_stays(give, run):
