@@ -32,8 +32,7 @@ KNOWN = (
     "PATH/CLASS/*.jpg with data.val_fraction=0.2, which divides it",
     "a list, data.path=FILE.csv (.tsv, .jsonl, .parquet): columns path and label, and split or data.val_fraction=0.2",
     "a data set of Hugging Face's saved on disk (save_to_disk), or its image folders with metadata.csv or .jsonl",
-    "a data set of torchvision's, data.name=CIFAR10 (`launch schema` has them all)",
-    "whatever your own code reads, data.dataset=file.py:name (docs/extending.md)",
+    "torchvision's, data.name=CIFAR10 (`launch schema` has them all); your own, data.dataset=file.py:name",
 )
 """The layouts, a line each."""
 METADATA = "metadata"

@@ -41,6 +41,9 @@ def pytest_configure(config):
     # torchvision 0.29 announces that torchcodec will take over from its decoders.
     config.addinivalue_line("filterwarnings", "ignore:The image decoding and encoding:DeprecationWarning")
     torch.set_num_threads(1)
+    # The first backward pass of a process starts a thread for each device, and no fork of it could train then. An
+    # export (torch's FakeTensorMode) registers devices that are none: before one, nothing is started, also later.
+    torch.ones(1, requires_grad=True).sum().backward()
 
 
 def write_images(folder, *, train, val, classes=CLASSES):

@@ -80,7 +80,7 @@ def test_the_catalog_and_the_plain_table_import_no_torch():
         "catalog.image_size('resnet50', None)\n"
         "catalog.find_model('resnet50').find_weights('DEFAULT')\n"
         "from launcher.commands import models\n"
-        "models.run('resnet50', None)\n"
+        "models.main(['resnet50'])\n"
         "heavy = {name.partition('.')[0] for name in sys.modules} & {'torch', 'torchvision', 'numpy', 'omegaconf'}\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)\n"
     )
