@@ -138,7 +138,7 @@ def quietly(function):
 @pytest.mark.parametrize(
     ("function", "code"),
     [
-        (lambda: os.kill(os.getpid(), signal.SIGSEGV), -signal.SIGSEGV),
+        (lambda: signal.raise_signal(signal.SIGSEGV), -signal.SIGSEGV),
         (lambda: ctypes.CDLL(None).abort(), -signal.SIGABRT),
         (lambda: os._exit(7), 7),
         (lambda: os._exit(0), 0),
