@@ -1,68 +1,98 @@
-"""A real browser without a window, told what to do through its debugging pipe (no driver is needed)."""
+"""A headless Chromium that a test talks to over two pipes, without any library."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
-import fcntl
-import itertools
 import json
 import os
+import select
 import shutil
 import subprocess
-import tempfile
+import sys
 import time
 
-PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-"""Its path; None: there is none here."""
-HIGH = 60
-"""The pipe's ends lie beyond 3 and 4, which are the browser's."""
-WAIT_S = 60.0
-OPTIONS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
+import pytest
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+ANSWER_S = 120.0
+"""For an answer, on a machine that is busy."""
+
+BECOME = """
+import os, sys
+read, write = (os.dup(int(number)) for number in sys.argv[1:3])
+os.dup2(read, 3), os.dup2(write, 4)  # which Chromium reads and writes
+for number in (3, 4):
+    os.set_inheritable(number, True)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
-class Page:
-    """A page in a browser."""
+def find():
+    """The program; None where there is none."""
+    return next((path for name in NAMES if (path := shutil.which(name))), None)
 
-    def __init__(self, writing, reading):
-        self._writing, self._reading = writing, reading
-        self._numbers = itertools.count(1)
-        self._rest = b""
+
+needed = pytest.mark.skipif(not find(), reason="there is no Chromium")
+
+
+class Chromium:
+    """One page of one browser; what it complains of is kept in ``complaints``."""
+
+    def __init__(self, folder):
+        (to_read, self._to), (self._from, to_write) = os.pipe(), os.pipe()
+        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
+        options += [f"--user-data-dir={folder}", "--remote-debugging-pipe", "about:blank"]
+
+        command = [sys.executable, "-c", BECOME, str(to_read), str(to_write), find(), *options]
+        devnull = subprocess.DEVNULL
+        self._process = subprocess.Popen(command, pass_fds=(to_read, to_write), stdout=devnull, stderr=devnull)
+        os.close(to_read)
+        os.close(to_write)
+        self._number, self._rest, self._session, self._events = 0, b"", None, []
+        self.complaints = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log"):
+            self.call(f"{domain}.enable")
 
-    _session = None
-
-    def call(self, method, **parameters):
-        """Send a command of the DevTools protocol; return its result."""
-        number = next(self._numbers)
-        message = {"id": number, "method": method, "params": parameters}
-        os.write(
-            self._writing,
-            json.dumps(message | ({"sessionId": self._session} if self._session else {})).encode() + b"\0",
-        )
+    def call(self, method, **params):
+        """A command's answer."""
+        self._number += 1
+        told = {"id": self._number, "method": method, "params": params}
+        told |= {"sessionId": self._session} if self._session else {}
+        os.write(self._to, json.dumps(told).encode() + b"\0")
         while True:
-            said = self._next()
-            if said.get("id") == number:
-                assert "error" not in said, said
-                return said["result"]
+            message = self._read()
+            if message.get("id") == self._number:
+                assert "error" not in message, message
+                return message["result"]
+            self._take(message)
 
-    def _next(self):
-        while b"\0" not in self._rest:
-            read = os.read(self._reading, 1 << 16)
-            assert read, "the browser has ended"
-            self._rest += read
-        message, _, self._rest = self._rest.partition(b"\0")
-        return json.loads(message)
+    def open(self, url, width):
+        """Show a page at so many CSS pixels; return the seconds until it was loaded and laid out."""
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500
+        )
+        self._events.clear()
+        began = time.monotonic()
+        self.call("Page.navigate", url=url)
+        while "Page.loadEventFired" not in self._events:
+            self._take(self._read())
+        self.run("document.body.offsetHeight")
+        return time.monotonic() - began
 
-    def evaluate(self, script):
-        """The value of an expression in the page."""
-        return self.call("Runtime.evaluate", expression=script, returnByValue=True)["result"].get("value")
+    def run(self, script):
+        """The value of an expression, or of what its promise gives."""
+        found = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in found, found["exceptionDetails"]
+        return found["result"].get("value")
 
     def wait_for(self, script):
-        """Wait until an expression is true."""
-        end = time.monotonic() + WAIT_S
-        while not (value := self.evaluate(script)):
-            assert time.monotonic() < end, f"{script}: {self.evaluate('document.body.innerText')}"
+        """Wait until an expression is true; return its value."""
+        end = time.monotonic() + ANSWER_S
+        while not (value := self.run(script)):
+            assert time.monotonic() < end, f"{script}: {self.run('document.body.innerText')}"
             time.sleep(0.05)
         return value
 
@@ -72,32 +102,44 @@ class Page:
         for kind in ("dragEnter", "dragOver", "drop"):
             self.call("Input.dispatchDragEvent", type=kind, x=x, y=y, data=data)
 
+    def scheme(self, name):
+        """Show pages as on a light or a dark screen."""
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": name}])
 
-@contextlib.contextmanager
-def open_page(url):
-    """A page at an address, in a browser of its own."""
-    pipes = [os.pipe(), os.pipe()]
-    theirs = [fcntl.fcntl(number, fcntl.F_DUPFD, HIGH) for number in (pipes[0][0], pipes[1][1])]
-    script = f'exec "$@" 3<&{theirs[0]} 4>&{theirs[1]}'
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        options = [*OPTIONS, f"--user-data-dir={profile}", "--remote-debugging-pipe", "about:blank"]
-        browser = subprocess.Popen(
-            ["bash", "-c", script, "bash", PROGRAM, *options],
-            pass_fds=theirs,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=os.environ | {"HOME": profile},
-        )
-        for number in (*theirs, pipes[0][0], pipes[1][1]):
-            os.close(number)
+    def picture(self, path):
+        """The whole page as a PNG."""
+        data = self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]
+        path.write_bytes(base64.b64decode(data))
+
+    def close(self):
+        with contextlib.suppress(OSError, AssertionError):
+            self._session = None
+            self.call("Browser.close")
         try:
-            page = Page(pipes[0][1], pipes[1][0])
-            page.call("Page.enable")
-            page.call("Page.navigate", url=url)
-            page.wait_for("document.readyState === 'complete' && location.href !== 'about:blank'")
-            yield page
-        finally:
-            browser.kill()
-            browser.wait()
-            for number in (pipes[0][1], pipes[1][0]):
-                os.close(number)
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        os.close(self._to)
+        os.close(self._from)
+
+    def _read(self):
+        while b"\0" not in self._rest:
+            ready, _, _ = select.select([self._from], [], [], ANSWER_S)
+            assert ready, "Chromium says nothing"
+            piece = os.read(self._from, 1 << 20)
+            if not piece:
+                raise OSError("Chromium has ended")
+            self._rest += piece
+        message, _, self._rest = self._rest.partition(b"\0")
+        return json.loads(message)
+
+    def _take(self, message):
+        method, params = message.get("method", ""), message.get("params", {})
+        self._events.append(method)
+        if method == "Runtime.exceptionThrown" or (
+            method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning")
+        ):
+            self.complaints.append(params)
+        if method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
+            self.complaints.append(params["entry"])

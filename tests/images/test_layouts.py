@@ -43,19 +43,6 @@ def split_folder(folder, train="train", val="val", nums=(3, 2)):
     return folder
 
 
-@pytest.fixture
-def dry_run(recipe_file, capsys):
-    """Exit code and what is printed of `launch RECIPE key=value … --dry-run`."""
-    recipe = recipe_file("model: {arch: shufflenet_v2_x0_5, weights: null}\nlaunch: {device: cpu}\n")
-
-    def run(*overrides):
-        code = cli.main([str(recipe), *overrides, "--dry-run"])
-        shown = capsys.readouterr()
-        return code, shown.out + shown.err
-
-    return run
-
-
 def counts(source):
     found = Listing(source)
     return {split: [label for _, label in found.samples(split)] for split in ("train", "val")}

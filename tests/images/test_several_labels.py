@@ -8,7 +8,6 @@ import re
 
 import pytest
 
-from launcher import cli
 from launcher.engine.device import Device
 from launcher.engine.loading.balance import SampleWeights
 from launcher.errors import UsageError
@@ -54,18 +53,6 @@ def write(photos):
         return file
 
     return _write
-
-
-@pytest.fixture
-def dry_run(recipe_file, capsys):
-    recipe = recipe_file("model: {arch: shufflenet_v2_x0_5, weights: null}\nlaunch: {device: cpu}\n")
-
-    def run(*overrides):
-        code = cli.main([str(recipe), *overrides, "--dry-run"])
-        shown = capsys.readouterr()
-        return code, shown.out + shown.err
-
-    return run
 
 
 def listing(file, **more):

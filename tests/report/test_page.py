@@ -15,13 +15,12 @@ from PIL import Image
 from launcher.recipe import load as recipes
 from launcher.report import build
 from launcher.runs.run_dir import RunDir
-from tests.report import chromium
+from tests import chromium
 from tests.report.test_report import BEST, EVENTS, MANIFEST, METRICS, PLAN, RECIPE, START, STATUS, Page, cells_of
 
 SCREENS = Path(os.environ.get("LAUNCH_SCREENS", Path(__file__).parent / "screens"))
 """Where screenshots are kept, for people to look at."""
 WIDTHS = (400, 900, 1400)
-needs_chromium = pytest.mark.skipif(not chromium.find(), reason="there is no Chromium")
 
 
 def write(run, *, classes, confusions, samples, folder, metrics):
@@ -199,7 +198,7 @@ OVERFLOW = """[...document.querySelectorAll("body *")].filter(one =>
   .map(one => one.outerHTML.slice(0, 120))"""
 
 
-@needs_chromium
+@chromium.needed
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["small", "large"])
 def test_a_browser_shows_it_at_every_width_without_a_complaint(which, request, browser):
@@ -208,7 +207,7 @@ def test_a_browser_shows_it_at_every_width_without_a_complaint(which, request, b
     for width in WIDTHS:
         for scheme in ("light", "dark"):
             browser.scheme(scheme)
-            seconds = browser.open(run.report_html, width)
+            seconds = browser.open(run.report_html.as_uri(), width)
             assert browser.run("document.documentElement.scrollWidth <= innerWidth"), (width, browser.run(OVERFLOW))
             assert browser.run(OVERFLOW) == []
             if which == "small":
@@ -217,10 +216,10 @@ def test_a_browser_shows_it_at_every_width_without_a_complaint(which, request, b
     assert browser.complaints == []
 
 
-@needs_chromium
+@chromium.needed
 @pytest.mark.slow
 def test_tables_are_sorted_by_a_click_and_the_matrix_points_out_its_row_and_column(small, browser):
-    browser.open(small.report_html, 900)
+    browser.open(small.report_html.as_uri(), 900)
     first = """[...document.querySelectorAll("caption")].find(one => one.textContent.startsWith("Each class"))
         .parentNode.tBodies[0].rows[0].cells[0].textContent"""
     button = """[...document.querySelectorAll("caption")].find(one => one.textContent.startsWith("Each class"))
@@ -237,12 +236,12 @@ def test_tables_are_sorted_by_a_click_and_the_matrix_points_out_its_row_and_colu
     assert browser.complaints == []
 
 
-@needs_chromium
+@chromium.needed
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_has_no_serious_finding(small, browser, axe, scheme):
     browser.scheme(scheme)
-    browser.open(small.report_html, 900)
+    browser.open(small.report_html.as_uri(), 900)
     browser.run("document.querySelectorAll('details').forEach(one => one.open = true)")
     browser.run(axe + "; 0")
     found = browser.run("axe.run(document).then(found => found.violations)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import errno
 import http.client
 import io
@@ -415,16 +416,17 @@ def test_the_page_asks_nobody_else(server):
     assert b"http" not in answer.body
 
 
-@pytest.mark.skipif(chromium.PROGRAM is None, reason="there is no Chromium here")
+@chromium.needed
 def test_images_that_are_dropped_on_the_page_are_classified(server, tmp_path):
     files = [tmp_path / "green.png", tmp_path / "broken.png"]
     files[0].write_bytes(png("green"))
     files[1].write_bytes(b"no image")
-    with chromium.open_page(f"{server.url}/") as page:
+    with contextlib.closing(chromium.Chromium(tmp_path / "profile")) as page:
+        page.open(f"{server.url}/", 900)
         page.drop(200, 150, files[0])
         page.wait_for("document.getElementById('status').textContent === 'done: green'")
-        assert page.evaluate("document.querySelector('figcaption').textContent") == "green.png"
-        shown = page.evaluate("[...document.querySelectorAll('li')].map((row) => row.innerText)")
+        assert page.run("document.querySelector('figcaption').textContent") == "green.png"
+        shown = page.run("[...document.querySelectorAll('li')].map((row) => row.innerText)")
         assert len(shown) == 3
         assert shown[0].startswith("green")
         assert (
@@ -433,15 +435,14 @@ def test_images_that_are_dropped_on_the_page_are_classified(server, tmp_path):
         page.drop(200, 150, *files)
         page.wait_for("document.querySelectorAll('figure').length === 2")
         assert (
-            page.evaluate("document.querySelector('.problem').textContent")
-            == "cannot be read: cannot identify image file"
+            page.run("document.querySelector('.problem').textContent") == "cannot be read: cannot identify image file"
         )
         page.drop(200, 150, files[1])
         page.wait_for("document.getElementById('status').textContent.startsWith('no image can be read')")
         colours = {}
         for scheme in ("light", "dark"):
-            page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-            colours[scheme] = page.evaluate("getComputedStyle(document.body).backgroundColor")
+            page.scheme(scheme)
+            colours[scheme] = page.run("getComputedStyle(document.body).backgroundColor")
         assert colours["light"] != colours["dark"]
         names = [
             node["name"]["value"] for node in page.call("Accessibility.getFullAXTree")["nodes"] if node.get("name")
