@@ -20,6 +20,10 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 TELLING = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 """The stop signals, best first, for stopping another process."""
 
+# A forked child must not collect what its parent left: a process group, for one, would wait for threads, or abort the
+# child for want of them, which only the parent has.
+os.register_at_fork(after_in_child=gc.freeze)
+
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import itertools
 import multiprocessing
 import multiprocessing.connection
@@ -273,11 +272,8 @@ def in_ranks(tmp_path):
             Ranks(rank=r, local_rank=r, world_size=world_size, local_world_size=world_size) for r in range(world_size)
         ]
         processes = [fork.Process(target=_rank_main, args=(function, folder, who)) for who in ranks]
-        gc.collect()
-        gc.freeze()  # a process group of this process must not be taken down in a child, which lacks its threads
         for process in processes:
             process.start()
-        gc.unfreeze()
         _wait(processes)
         codes = [process.exitcode for process in processes]
         if failing:

@@ -811,7 +811,7 @@ def test_debugging_is_a_handful_of_steps_in_this_process(make_run, engine, one_r
         children.update(processes.children(os.getpid()))
         return False
 
-    trainer = Trainer(parts, recorder=None, stop_requested=look)
+    trainer = Trainer(parts, recorder=engine.records(run), stop_requested=look)
     assert trainer.run() == "completed"
     assert trainer.state.step == parts.num_steps == 5
     assert children <= before
@@ -860,7 +860,7 @@ def test_a_step_that_overflows_in_fp16_is_left_out_and_the_scale_halved(make_run
     parts = build_parts(run, Ranks(), engine.cpu)
     before = {k: v.clone() for k, v in parts.model.module.state_dict().items()}
     parts.device = engine.from_scale(2.0**60)
-    trainer = Trainer(parts, recorder=None, stop_requested=engine.never)
+    trainer = Trainer(parts, recorder=engine.records(run), stop_requested=engine.never)
     assert trainer.run() == "completed"
     assert engine.identical(parts.model.module.state_dict(), before)
     assert trainer.state.scaler.get_scale() == 2.0**59

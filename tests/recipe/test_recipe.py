@@ -76,7 +76,9 @@ def single_values_of(schema):
     kinds = {
         "integer": lambda: st.integers(low := schema.get("minimum", -(10**6)), schema.get("maximum", low + 10**6)),
         "number": lambda: numbers_of(schema),
-        "string": lambda: names_of(schema) if "pattern" in schema else TEXT,
+        "string": lambda: (
+            names_of(schema) if "pattern" in schema else TEXT.filter(lambda t: len(t) >= schema.get("minLength", 0))
+        ),
         "boolean": st.booleans,
         "null": st.none,
     }

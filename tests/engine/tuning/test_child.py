@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import gc
 import multiprocessing
 import os
 import resource
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from launcher.engine.tuning.child import OutOfMemoryError, TooSlowError, call_in_child
 from launcher.errors import TrainingError, UsageError
@@ -51,6 +53,21 @@ def test_an_error_comes_back_as_text_with_its_traceback():
     assert "Traceback" in str(error.value)
     assert "in breaks" in str(error.value)
     assert {*children(os.getpid())} == before
+
+
+def test_a_process_group_that_its_parent_left_is_not_taken_down_in_the_child(one_rank):
+    """In a cycle, it goes when the garbage collector finds it, which may be in the child: that would abort."""
+    gc.disable()
+    try:
+        dist.all_reduce(torch.ones(3))
+        cycle = {"group": dist.distributed_c10d._get_default_group()}
+        cycle["self"] = cycle
+        dist.destroy_process_group()
+        del cycle
+        assert call(gc.collect) is not None
+    finally:
+        gc.enable()
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # for the fixture to take down
 
 
 def test_an_error_that_is_meant_for_the_user_comes_back_without_one():
