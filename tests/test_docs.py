@@ -66,7 +66,15 @@ def test_what_other_tools_call_something_else_is_a_recipe(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     for name in ("my_model.py", "my_data.py"):
         (tmp_path / name).write_text("def build(**arguments): ...\n")
-    for name in ("file.safetensors", "DIR/train/cat/a.jpg", "photos/train/cat/a.jpg"):
+    for name in (
+        "file.safetensors",
+        *(
+            f"{folder}/{split}/{name}/a.jpg"
+            for folder in ("DIR", "photos")
+            for split in ("train", "val")
+            for name in "ab"
+        ),
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     text = (ROOT / "docs/from-your-script.md").read_text(encoding="utf-8")
