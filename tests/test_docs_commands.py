@@ -46,6 +46,7 @@ TINY = (FACTORY, "train.epochs=1", "batch.size=64", "launch.procs=1", "data.work
 SMALLER = {
     r"launch quickstart --run-dir \S+": TINY,
     r"launch recipes/quickstart.yaml .*--sweep": TINY,
+    r"launch own.yaml( 'tracking.*')?": ("post.enabled=false",),  # the run of this folder has exported
     r"launch recipes/photos_mobilenet_v2.yaml.*": ("data.path=photos", "model.weights=null", "--dry-run"),
     # a download, and minutes; tests/test_recipes.py trains it
     r"launch push \S+ --to (PLACE|photos)": ("--to", "shared/new"),

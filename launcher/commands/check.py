@@ -57,7 +57,8 @@ def run(path: str, overrides: Sequence[str] = (), *, as_json: bool) -> int:
         recipe = _recipe([*overrides, f"data.path={path}"])
         source, config = recipe_images.source_of(recipe), recipe.data
     allowed = config.missing_val_classes if config else "error"
-    problems = listings.find_problems(source, missing_val_classes=allowed)
+    found_wrong = listings.find_problems(source, missing_val_classes=allowed)
+    problems = [layouts.CURE.sub(r"launch check \1\2", text) for text in found_wrong]
     if not source.place.exists():
         raise UsageError(problems[0])
     try:
@@ -141,6 +142,9 @@ def _print(found: Scan, problems: list[str]) -> None:
         num = plural(len(found.bad), "image")
         print(f"problem  {num} that cannot be {_done(found)}; data.on_bad_image=quarantine would leave out:")
         _print_some([f"{image}; {image.cure}" for image in found.bad], NUM_SHOWN)
+    if not found.images:
+        print(f"\nno image in {printable(str(found.place))} was looked at")
+        return
     known = len(found.images) - found.num_read
     seen = f"{found.num_read:,} were read, {known:,} have not changed since they were"
     print(f"\n{plural(len(found.images), 'image')} in {printable(str(found.place))}: {seen}")

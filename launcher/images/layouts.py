@@ -5,6 +5,7 @@ What is found by itself is unambiguous; the rest is for ``data.train``, ``data.v
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -35,6 +36,8 @@ KNOWN = (
     "torchvision's, data.name=CIFAR10 (`launch schema` has them all); your own, data.dataset=file.py:name",
 )
 """The layouts, a line each."""
+CURE = re.compile(r"launch RECIPE data\.path=(\S+)(.*)")
+"""A line of what would work, with its path and its other keys; commands other than a start say it in their words."""
 METADATA = "metadata"
 """What the list of a folder of images is called by Hugging Face; its column file_name is the path."""
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".xz")

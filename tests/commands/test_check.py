@@ -117,3 +117,13 @@ def test_names_that_are_no_text_can_be_printed(launch, folder):
     done = launch("check", str(folder), env={"LC_ALL": "C.UTF-8"})
     assert done.returncode == 3, done.stderr
     assert "train/cat/a\\udcff.png: unreadable: its name is not UTF-8; correct its permissions, its name" in done.stdout
+
+
+def test_keys_that_are_lacking_are_named_for_this_very_command(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(images / "train", tmp_path / "photos")
+    assert check.main(["photos"]) == 3
+    shown = capsys.readouterr().out
+    assert "\n      launch check photos data.val_fraction=0.2\n" in shown
+    assert shown.endswith("\nno image in photos was looked at\n")
+    assert check.main(["photos", "data.val_fraction=0.34"]) == 0
