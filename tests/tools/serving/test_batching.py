@@ -18,11 +18,13 @@ SOON_S = 60
 
 @pytest.fixture
 def batcher():
-    """Make one whose batches are computed when they are let go; their sizes are noted."""
+    """Make one whose batches are computed when they are let go; their sizes are noted, and that one has begun."""
 
-    def make(sizes, let_go):
+    def make(sizes, let_go, begun=None):
         def compute(images, top):
             sizes.append(len(images))
+            if begun:
+                begun.set()
             assert let_go.wait(SOON_S)
             return [(("cat", 1.0),)] * len(images)
 
@@ -56,14 +58,13 @@ def test_requests_that_come_one_after_the_other_wait_for_nobody(batcher):
 
 
 def test_what_comes_meanwhile_is_computed_together_and_after_that_the_next_waits_for_others(batcher):
-    sizes, let_go = [], threading.Event()
+    sizes, let_go, begun = [], threading.Event(), threading.Event()
 
     async def ask():
-        made = batcher(sizes, let_go)
+        made = batcher(sizes, let_go, begun)
         async with running(made), asyncio.timeout(SOON_S):
             first = asyncio.create_task(made.answer(IMAGE, 1))
-            while not sizes:
-                await asyncio.sleep(0.001)
+            await asyncio.to_thread(begun.wait, SOON_S)
             others = [asyncio.create_task(made.answer(IMAGE, 1)) for _ in range(8)]
             await asyncio.sleep(0)
             let_go.set()
