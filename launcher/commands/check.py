@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.commands.parser import parser_of
 from launcher.errors import EXIT_OK, EXIT_PREFLIGHT, RecipeError, UsageError
-from launcher.images import datasets, layouts
+from launcher.images import datasets, known_layouts, layouts
 from launcher.images import listing as listings
 from launcher.images import scan as image_scan
 from launcher.images.folder import printable
@@ -58,7 +58,7 @@ def run(path: str, overrides: Sequence[str] = (), *, as_json: bool) -> int:
         source, config = recipe_images.source_of(recipe), recipe.data
     allowed = config.missing_val_classes if config else "error"
     found_wrong = listings.find_problems(source, missing_val_classes=allowed)
-    problems = [layouts.CURE.sub(r"launch check \1\2", text) for text in found_wrong]
+    problems = [known_layouts.CURE.sub(r"launch check \1\2", text) for text in found_wrong]
     if not source.place.exists():
         raise UsageError(problems[0])
     try:

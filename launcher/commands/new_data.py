@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from launcher.errors import Problem, RecipeError
-from launcher.images import layouts
+from launcher.images import datasets, layouts, members
+from launcher.images import known_layouts as known
 from launcher.images import listing as listings
 from launcher.images import scan as image_scan
 from launcher.images.listing import Listing
@@ -60,7 +61,8 @@ def look(path: str) -> Found:
     Raises:
         RecipeError: in no way that is known; says what a start would say.
     """
-    source, lacks_classes = _readable(layouts.Source(path=path))
+    place = datasets.prepare("imagefolder", path)
+    source, lacks_classes = _readable(layouts.Source(path=str(place), named=path))
     scan = image_scan.scan(Listing(source), progress=image_scan.show_progress())
     return Found(source=source, lacks_classes=lacks_classes, scan=scan, short_side=_short_side(scan))
 
@@ -71,8 +73,8 @@ def _readable(source: Source) -> tuple[Source, bool]:
         for candidate in _candidates(source):
             if not listings.find_problems(candidate, missing_val_classes=allowed):
                 return candidate, allowed == "allow"
-    where = f"command line (--data {source.path})"
-    found = [layouts.CURE.sub(r"launch new NAME --data \1", text) for text in listings.find_problems(source)]
+    where = f"command line (--data {source.label})"
+    found = [known.CURE.sub(r"launch new NAME --data \1", text) for text in listings.find_problems(source)]
     raise RecipeError([Problem(key="data.path", where=where, message=text) for text in found])
 
 
@@ -81,8 +83,8 @@ def _candidates(source: Source) -> Iterator[Source]:
     yield source
     yield replace(source, val_fraction=VAL_FRACTION)
     folders = {entry.name.lower(): entry.name for entry in source.place.iterdir()} if source.place.is_dir() else {}
-    trains = [folders[name] for name in (*layouts.TRAIN, *layouts.OTHER_NAMES["train"]) if name in folders]
-    vals = [folders[name] for name in (*layouts.VAL, *layouts.TEST, *layouts.OTHER_NAMES["val"]) if name in folders]
+    trains = [folders[name] for name in (*known.TRAIN, *known.OTHER_NAMES["train"]) if name in folders]
+    vals = [folders[name] for name in (*known.VAL, *known.TEST, *known.OTHER_NAMES["val"]) if name in folders]
     for train in trains:
         yield from (replace(source, train=train, val=val) for val in vals)
         yield replace(source, train=train, val_fraction=VAL_FRACTION)
@@ -94,6 +96,6 @@ def _short_side(scan: Scan) -> int:
     good = [image.path for image in scan.images if not image.kind]
     sides = []
     for path in good[:: max(1, len(good) // NUM_MEASURED)]:
-        with Image.open(scan.folder / path) as image:
+        with Image.open(members.stream(str(scan.folder / path))) as image:
             sides.append(min(image.size))
     return round(statistics.median(sides)) if sides else 0
