@@ -50,9 +50,10 @@ SMALLER = {
     r"launch recipes/photos_mobilenet_v2.yaml.*": ("data.path=photos", "model.weights=null", "--dry-run"),
     # a download, and minutes; tests/test_recipes.py trains it
     r"launch push \S+ --to (PLACE|photos)": ("--to", "shared/new"),
-    r"launch .*--profile dev": ("--dry-run",),  # a cluster; tests/slurm runs jobs
+    r"launch own.yaml .*--profile dev": ("launch.device=auto", "launch.procs=auto", "--dry-run"),  # it is for the CPU
+    r"launch .*--profile dev": ("--backend", "slurm", "--dry-run"),  # a cluster; tests/slurm runs jobs
     r"launch .*--nodes \S+ .*": ("--dry-run",),  # several machines; tests/node/test_meeting.py has them
-    r"launch resume \S+ .*train.epochs=40": ("train.epochs=2",),
+    r"launch resume \S+ .*train.epochs=40": ("train.epochs=2", "post.enabled=false"),
     r"launch track \S+": ("--tensorboard",),  # the recipe of this folder names nobody to tell
     r"launch track \S+ --wandb": ("--offline",),  # no network
 }

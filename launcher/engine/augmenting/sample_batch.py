@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torchvision.transforms.v2.functional import to_pil_image
+from PIL import Image
 
 from launcher.engine import data
 from launcher.engine.augmenting import picture
@@ -47,12 +47,18 @@ def write(run: RunDir, recipe: Recipe, preprocessing: Preprocessing, left_out: C
         {
             "image": images.key(index),
             "class": _classes(images, index),
-            "picture": thumbnails.data_uri(to_pil_image(one)),
+            "picture": _picture(one),
         }
         for index, one in zip(indices, shown, strict=True)
     ]
     mixed = None if mix.share == 1.0 else "mixup" if mix.box is None else "CutMix"
     write_json_atomic(run.sample_batch, {"version": VERSION, "epoch": 0, "mixed": mixed, "images": rows})
+
+
+def _picture(pixels: torch.Tensor) -> str | None:
+    """Of uint8 C x S x S: colours, or grey where there is one channel."""
+    rows = pixels.permute(1, 2, 0)
+    return thumbnails.data_uri(Image.fromarray((rows[:, :, 0] if len(pixels) == 1 else rows).numpy()))
 
 
 def _classes(images: Samples, index: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,8 +89,8 @@ class MultiLabelTotals:
         )
         losses = None if self._gives_means else torch.cat(self._losses)
         none = torch.empty(0, dtype=torch.int64)
-        of_all = {"curves": self._ranking.curves, "several": several}
-        return Answers(share=share, samples=samples, num_classes=0, pairs=none, losses=losses, **of_all)
+        of_rank = Answers(share=share, samples=samples, num_classes=0, pairs=none, losses=losses)
+        return replace(of_rank, curves=self._ranking.curves, several=several)
 
     def compute(self) -> dict[str, Any]:
         """``samples`` of all ranks, the value of every metric, and up to 100 classes ``per_class``."""
