@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from dataclasses import replace
@@ -56,7 +57,7 @@ def explain(source: Source) -> str:
     lines = ["known layouts:", *(f"  {line}" for line in KNOWN)]
     if found := list(_found(source.place)):
         lines += [f"found: {'; '.join(found)}"]
-    if works := list(_works(source)):
+    if works := _works(source):
         lines += ["what would work here:", *(f"  {line}" for line in works)]
     return "".join(f"\n    {line}" for line in lines)
 
@@ -96,8 +97,9 @@ def _works(source: Source) -> list[str]:
 
 
 def _folders(place: Path) -> dict[str, Path]:
+    """Those right below that can be looked into."""
     entries = sorted(entry for entry in place.iterdir() if not is_hidden(entry.name))
-    return {entry.name: entry for entry in entries if entry.is_dir()}
+    return {entry.name: entry for entry in entries if entry.is_dir() and os.access(entry, os.R_OK | os.X_OK)}
 
 
 def _works_here(source: Source) -> Iterator[str]:
