@@ -50,14 +50,15 @@ def write(
     """
     from launcher.report import comparison, parallel
 
-    names = [row["run"] for row in rows]
+    (header, is_number, names), *others = columns
+    starred = [f"{name} {mark}".rstrip() for name, mark in zip(names, marks, strict=True)]
     axes = [
         *((key, [row["recipe"].get(key) for row in rows]) for key in keys),
         (metric, [row["best"]["value"] if row["best"] else None for row in rows]),
     ]
     page = comparison.render(
         title=f"{len(rows)} runs by {metric}",
-        columns=columns,
+        columns=[(header, is_number, starred), *others],
         links=[_link(RunDir(name), Path(file)) for name in names],
         picture=parallel.draw(names, axes, [bool(mark) for mark in marks]),
         notes=notes,

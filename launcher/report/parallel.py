@@ -17,7 +17,7 @@ BETWEEN, LEFT, RIGHT, TOP, BOTTOM, HEIGHT = 150, 24, 130, 34, 14, 320
 MOST_AXES = 12
 MOST_TICKS = 8
 """Values that an axis names; of more, some."""
-MOST_LETTERS = 20
+MOST_LETTERS = 17
 """Of a title or a value; a longer one is cut, and shown whole by its tooltip."""
 UNKNOWN = "-"
 

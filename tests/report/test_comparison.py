@@ -67,7 +67,7 @@ def page(tmp_path_factory):
         run.create()
         run.plan.write_text("{}")
         recipe = {"model": {"arch": "resnet18" if number % 2 else "<b>&mobilenet_v3_small_with_a_long_name"}}
-        recipe |= {"optim": {"lr": 10.0**-number, "groups": {"head": 0.1} if number else {}}}
+        recipe |= {"optim": {"lr": 2.0**-number, "groups": {"head": 0.1} if number else {}}}
         run.recipe.write_text(json.dumps(recipe))
         run.status.write_text('{"state": "completed"}')
         val = {"split": "val", "epoch": 0, "step": 4, "top1": number / 10}
@@ -82,12 +82,14 @@ def page(tmp_path_factory):
 def test_the_page_has_the_table_the_picture_and_links_to_reports(page):
     text = page.read_text()
     rows = cells_of(text, "The best first")
-    assert [row[0] for row in rows[1:]] == [f"run-{number}" for number in (4, 3, 2, 1, 0, 5)]
+    assert [row[0] for row in rows[1:]] == ["run-4 *", *(f"run-{number}" for number in (3, 2, 1, 0, 5))]
     assert re.findall(r'<a href="([^"]*)">', text) == ["run-4/report.html"]
     assert "<b>&m" not in text
     assert "run-4: model.arch" in text
     assert text.count('class="curve val"') == 1
     assert "* the best val/top1 (max)" in text
+    heights = {rate: float(y) for y, rate in re.findall(r'y="([0-9.]+)"><title>(1|0\.5|0\.25)</title>', text)}
+    assert heights["1"] < heights["0.5"] < heights["0.25"]
     assert Page(text).text_of("h1") == ["6 runs by val/top1"]
 
 
