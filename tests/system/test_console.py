@@ -14,6 +14,7 @@ import pytest
 from launcher.runs.history import events
 from launcher.runs.run_dir import RunDir
 from launcher.system import console
+from tests import warm
 from tests.nets import FACTORY
 
 ROOT = Path(__file__).parents[2]
@@ -154,28 +155,28 @@ def test_an_answer_that_the_disk_does_not_take_is_an_error():
 @pytest.mark.timeout(900)  # exports take minutes on a busy machine
 @pytest.mark.parametrize("reads", ["one line", "until it is trained", "nothing"])
 def test_a_run_without_a_reader_is_trained_exported_and_reported(reads, tmp_path):
-    launcher = (sys.executable, "-m", "launcher")
-    reader, writer = os.pipe()
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    writer = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
     if reads == "nothing":  # and the pipe is full from the start
-        os.set_blocking(writer, False)
         with contextlib.suppress(BlockingIOError):
             while os.write(writer, bytes(4096)):
                 pass
-        os.set_blocking(writer, True)
-    process = subprocess.Popen(
-        [*launcher, RECIPE, FACTORY, "post.quantize=[]", "tracking.log_every=1", "--run-dir", "run"],
+    process = warm.Started(
+        [RECIPE, FACTORY, "post.quantize=[]", "tracking.log_every=1", "--run-dir", "run"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        stdout=writer,
-        stderr=subprocess.STDOUT,
+        files=(pipe, pipe),
     )
-    os.close(writer)
     run = RunDir(tmp_path / "run")
+    os.set_blocking(reader, True)
     if reads == "one line":
         os.read(reader, 1)
     elif reads == "until it is trained":
         while events(run, "training_ended") == [] and process.poll() is None:
             time.sleep(0.02)
+    os.close(writer)
     if reads != "nothing":
         os.close(reader)
     assert process.wait(timeout=800) == 0
