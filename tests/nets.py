@@ -34,7 +34,7 @@ class Net(nn.Module):
 
 
 class Plain(nn.Module):
-    """Convolutions without BatchNorm, and a head with dropout: what a batch is divided into does not matter."""
+    """Convolutions without BatchNorm, and a head with dropout: how a batch is divided changes only rounding."""
 
     def __init__(self, num_classes):
         super().__init__()
