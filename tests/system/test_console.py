@@ -73,7 +73,7 @@ def test_an_output_that_takes_nothing_changes_nothing(where, tmp_path):
     descriptor = where()
     try:
         process = chatter(tmp_path, descriptor)
-        assert process.wait(timeout=60) == 75
+        assert process.wait(timeout=120) == 75
     finally:
         os.close(descriptor)
     assert (tmp_path / "spent").exists()
@@ -84,8 +84,8 @@ def test_an_output_that_nobody_reads_delays_nothing(kind, tmp_path):
     reader, writer = os.pipe() if kind == "pipe" else os.openpty()
     try:
         process = chatter(tmp_path, writer)
-        assert process.wait(timeout=60) == 75
-        assert float((tmp_path / "spent").read_text()) < 10
+        assert process.wait(timeout=120) == 75
+        assert float((tmp_path / "spent").read_text()) < 60
     finally:
         os.close(reader)
         os.close(writer)
@@ -96,10 +96,10 @@ def test_closed_streams_give_no_file_to_print_into(tmp_path):
         ["sh", "-c", f'exec "$0" -c "$1" {tmp_path / "spent"} <&- >&- 2>&-', sys.executable, CHATTER],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         check=False,
-        timeout=60,
+        timeout=120,
     )
     assert process.returncode == 75
-    assert float((tmp_path / "spent").read_text()) < 10  # and not a line of the chatter
+    assert float((tmp_path / "spent").read_text()) < 60  # and not a line of the chatter
 
 
 def test_a_slow_reader_gets_the_newest_and_is_told_how_much_it_lost(tmp_path):
@@ -146,7 +146,7 @@ def test_an_answer_that_the_disk_does_not_take_is_an_error():
             stderr=subprocess.PIPE,
             text=True,
             check=False,
-            timeout=60,
+            timeout=120,
         )
     assert (process.returncode, process.stderr) == (1, "error: standard output: No space left on device\n")
 
