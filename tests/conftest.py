@@ -43,6 +43,7 @@ LONGEST_FIRST = (
     "engine/user/test_runs.py",
     "engine/tuning/test_autotune.py",
     "engine/test_gradient.py",
+    "test_docs_commands.py",
     "node/test_meeting.py",
     "engine/test_trainer.py",
     "test_recipes.py",
