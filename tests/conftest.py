@@ -47,7 +47,6 @@ LONGEST_FIRST = (
     "node/test_meeting.py",
     "engine/test_trainer.py",
     "test_recipes.py",
-    "slurm/test_dev_cluster.py",  # waits
     "commands/test_launch.py",
     "node/test_waits.py",  # waits
     "engine/test_batchnorm_recompute.py",
@@ -64,6 +63,7 @@ LONGEST_FIRST = (
     "engine/test_layers.py",
     "commands/test_logs.py",  # waits
     "test_security.py",
+    "slurm/test_dev_cluster.py",  # waits
     "commands/test_grey.py",
     "engine/user/test_metrics.py",
     "slurm/test_submission.py",  # waits
