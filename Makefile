@@ -1,5 +1,5 @@
 # demo: from nothing to a measured model.  lint: style and types.
-# test: all tests, on two cores; three processes, since one of them mostly waits for clusters (tests/conftest.py).
+# test: all tests, on two cores; four processes, since two of them mostly wait for clusters (tests/conftest.py).
 # bench: start-up and speed against the others, checkpoints, batch sizes, loaders.
 # faults: provoke every fault that a run is to survive, and write docs/faults.md.
 # docs: the documentation as a site, in site/.
@@ -27,7 +27,7 @@ demo: $(VENV)/demo
 	$(BIN)/launch recipes/quickstart.yaml --run-dir $(RUN)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest tests/gpu

@@ -37,32 +37,50 @@ LONGEST_FIRST = (
     "engine/optimizing/test_compiling.py",  # its children compile, and must inherit no threads of other tests
     "slurm/test_runs.py",  # waits for a cluster, nearly all of its time
     "faults/test_matrix.py",  # waits half of it
-    "engine/test_trainer.py",
-    "engine/tuning/test_autotune.py",
-    "commands/test_launch.py",
-    "node/test_meeting.py",
-    "engine/user/test_runs.py",
     "tools/test_export.py",
     "node/elastic/test_nodes_come_and_go.py",  # waits half of it
     "engine/test_state.py",
+    "engine/user/test_runs.py",
+    "engine/tuning/test_autotune.py",
+    "engine/test_gradient.py",
+    "test_docs_commands.py",
+    "node/test_meeting.py",
+    "engine/test_trainer.py",
+    "test_recipes.py",
+    "commands/test_launch.py",
     "node/test_waits.py",  # waits
-    "engine/loading/test_faults.py",
-    "slurm/test_submission.py",  # waits
-    "tracking/test_wandb.py",
-    "tools/serving/test_serve.py",
-    "seams/test_resume.py",
-    "engine/test_out_of_memory.py",
     "engine/test_batchnorm_recompute.py",
-    "slurm/test_dev_cluster.py",  # waits
     "seams/test_errors.py",
-    "commands/test_detach.py",  # waits
-    "report/test_page.py",
+    "engine/test_model.py",
+    "seams/test_resume.py",
+    "engine/test_every_sample.py",
+    "system/test_console.py",
+    "engine/features/test_features.py",
+    "engine/test_out_of_memory.py",
+    "test_cli.py",
+    "tracking/test_wandb.py",
+    "node/elastic/test_course.py",  # waits
+    "engine/test_layers.py",
+    "commands/test_logs.py",  # waits
+    "test_security.py",
+    "slurm/test_dev_cluster.py",  # waits
+    "commands/test_grey.py",
+    "engine/user/test_metrics.py",
+    "slurm/test_submission.py",  # waits
+    "images/test_scan.py",
+    "tracking/test_kills.py",
+    "tools/serving/test_serve.py",
+    "engine/loading/test_faults.py",
+    "engine/test_other_recipe.py",
+    "commands/test_several_labels.py",
+    "commands/test_layouts.py",
+    "system/test_lazy_dynamo.py",
     "tools/serving/test_package.py",
     "tracking/test_trackers.py",
-    "system/test_console.py",
-    "test_cli.py",
+    "commands/test_detach.py",  # waits
+    "report/test_page.py",
 )
-"""Processes take file after file in this order (make test): all the while one of three waits, and two compute."""
+"""Processes take file after file in this order (make test): for most of the time two of four wait, and two compute."""
 
 
 def pytest_collection_modifyitems(items):

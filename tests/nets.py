@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import nn
 
-NET = {"factory": f"{__name__}:Net"}
-"""The section of a recipe."""
+NET, PLAIN, ONE_PIXEL = ({"factory": f"{__name__}:{name}"} for name in ("Net", "Plain", "OnePixel"))
+"""Sections of a recipe."""
 FACTORY, SLOW = (f"model.factory={Path(__file__)}:{name}" for name in ("Net", "Slow"))
 """Changes of a recipe on the command line."""
 PAUSE_S = 0.2
@@ -31,6 +31,35 @@ class Net(nn.Module):
 
     def forward(self, images):
         return self.classifier(self.features(images).mean((2, 3)))
+
+
+class Plain(nn.Module):
+    """Convolutions without BatchNorm, and a head with dropout: how a batch is divided changes only rounding."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        widths, strides = (3, *[8] * 13), {0: 2, 4: 2, 8: 2}
+        layers = [nn.Conv2d(widths[i], 8, 3, stride=strides.get(i, 1), padding=1) for i in range(13)]
+        for layer in layers:
+            nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
+        self.features = nn.Sequential(*(nn.Sequential(layer, nn.ReLU()) for layer in layers))
+        self.classifier = nn.Sequential(nn.Dropout(), nn.Linear(8, num_classes))
+
+    def forward(self, images):
+        return self.classifier(self.features(images).mean((2, 3)))
+
+
+class OnePixel(nn.Module):
+    """The last five of its BatchNorms see one pixel of an image of 32 px, as those of large networks do."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        convolutions = [nn.Conv2d(3 if i == 0 else 16, 16, 3, stride=1 + (i < 5), padding=1) for i in range(9)]
+        self.features = nn.Sequential(*(nn.Sequential(one, nn.BatchNorm2d(16), nn.ReLU()) for one in convolutions))
+        self.fc = nn.Linear(16, num_classes)
+
+    def forward(self, images):
+        return self.fc(self.features(images).mean((2, 3)))
 
 
 class Slow(Net):

@@ -49,7 +49,7 @@ def test_the_process_that_was_launched_is_ended_and_no_other_of_its_number(make_
     own, other = processes_of_mine
     run = make_run("a", pid=own.pid, started=processes.start_time(own.pid), state="running")
     cancel.run(str(run.path))
-    assert own.wait(timeout=20) == -signal.SIGTERM
+    assert own.wait(timeout=60) == -signal.SIGTERM
     assert run.read_status()["state"] == "cancelled"
     stale = make_run("b", pid=other.pid, started="1", state="running")
     cancel.run(str(stale.path))
@@ -63,7 +63,7 @@ def test_a_run_that_goes_on_here_is_ended_here_whatever_job_it_once_was(make_run
     slurm["7"] = "COMPLETED"
     run.append_event("launched", backend="torchrun")
     cancel.run(str(run.path))
-    assert own.wait(timeout=20) == -signal.SIGTERM
+    assert own.wait(timeout=60) == -signal.SIGTERM
 
 
 def test_a_job_is_ended_with_the_one_that_waits_to_make_its_exports(make_run, slurm, capsys):

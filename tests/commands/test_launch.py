@@ -17,6 +17,7 @@ from launcher.images import scan as image_scan
 from launcher.runs.history import events
 from launcher.runs.run_dir import RunDir
 from launcher.system.files import read_jsonl
+from tests import warm
 from tests.nets import FACTORY
 
 pytestmark = pytest.mark.slow
@@ -26,21 +27,32 @@ NO_POST = "post.enabled=false"
 DEADLINE_S = 240
 
 
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
 @pytest.fixture
 def start(tmp_path):
-    """Start `launch …` in a process group of its own; whatever is left of it is killed at the end."""
+    """Start `launch …` in a session of its own; whatever is left of it is killed at the end.
+
+    With ``is_warm`` in a process that has torch imported already: for tests of what a run does, not of how it starts.
+    """
     started = []
 
-    def _start(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "launcher", *arguments],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **(env or {})},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+    def _start(*arguments: str, is_warm: bool = False) -> subprocess.Popen[str] | warm.Started:
+        log, env = tmp_path / f"output-{len(started)}.txt", os.environ | ENVIRONMENT
+        if is_warm:
+            process = warm.Started(arguments, cwd=tmp_path, env=env, files=(log, log))
+        else:
+            with log.open("w") as output:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "launcher", *arguments],
+                    cwd=tmp_path,
+                    env=env,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+        process.log = log
         started.append(process)
         return process
 
@@ -49,10 +61,15 @@ def start(tmp_path):
         for left in session_of(process):
             left.kill()
         process.wait()
-        process.stdout.close()
 
 
-def session_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+def output_of(process: subprocess.Popen[str] | warm.Started) -> str:
+    """What it has printed, at its end."""
+    process.wait(DEADLINE_S)
+    return process.log.read_text(encoding="utf-8")
+
+
+def session_of(process: subprocess.Popen[str] | warm.Started) -> list[psutil.Process]:
     """All living processes of the session that ``process`` leads."""
     found = []
     for other in psutil.process_iter():
@@ -65,8 +82,8 @@ def session_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 def test_a_run_leaves_everything_the_contract_names(start, tmp_path):
-    process = start(RECIPE, "train.epochs=2", "post.min_agreement=0.5", "--run-dir", "run")
-    output, _ = process.communicate(timeout=DEADLINE_S)
+    process = start(RECIPE, FACTORY, "train.epochs=2", "post.min_agreement=0.5", "--run-dir", "run")
+    output = output_of(process)
     assert process.returncode == 0, output
     run = RunDir(tmp_path / "run")
     assert run.read_status()["state"] == "completed"
@@ -126,8 +143,8 @@ def spoil(photos):
 
 def test_bad_images_are_refused_before_anything_is_written(start, tmp_path, photos):
     bad = spoil(photos)
-    process = start(RECIPE, "data.name=imagefolder", f"data.path={photos}", "--run-dir", "run")
-    output, _ = process.communicate(timeout=DEADLINE_S)
+    process = start(RECIPE, "data.name=imagefolder", f"data.path={photos}", "--run-dir", "run", is_warm=True)
+    output = output_of(process)
     assert process.returncode == 2, output
     assert "nothing was started" in output
     assert "data.on_bad_image=quarantine" in output
@@ -140,8 +157,9 @@ def test_bad_images_are_left_out_on_every_rank_and_listed(start, tmp_path, photo
     bad = spoil(photos)
     data = ("data.name=imagefolder", f"data.path={photos}", "data.on_bad_image=quarantine")
     small = (FACTORY, "post.quantize=[]")
-    process = start(RECIPE, *small, *data, "--run-dir", "run", *(["--debug", "batch.size=auto"] if debug else []))
-    output, _ = process.communicate(timeout=DEADLINE_S)
+    how = ["--debug", "batch.size=auto"] if debug else []
+    process = start(RECIPE, *small, *data, "--run-dir", "run", *how, is_warm=True)
+    output = output_of(process)
     assert process.returncode == 0, output
     assert "3 images are left out" in output
     run = RunDir(tmp_path / "run")
@@ -170,16 +188,17 @@ def test_an_image_that_breaks_later_ends_the_run_once_and_why_names_it(start, tm
         "launch.max_restarts=3",
         "--run-dir",
         "run",
+        is_warm=True,
     )
-    output, _ = process.communicate(timeout=DEADLINE_S)
+    output = output_of(process)
     assert process.returncode == 1, output
     assert str(broken) in output
     assert "Traceback (most recent call last)" not in output
     run = RunDir(tmp_path / "run")
     assert [e["attempt"] for e in events(run, "attempt_started")] == [1]  # the same image would end each restart
     assert run.read_status()["state"] == "failed"
-    why = start("why", "run")
-    explained, _ = why.communicate(timeout=DEADLINE_S)
+    why = start("why", "run", is_warm=True)
+    explained = output_of(why)
     assert why.returncode == 0
     assert str(broken) in explained
     assert "repair or remove the file" in explained
@@ -206,11 +225,10 @@ def test_two_nodes_started_by_hand_make_one_run(start, tmp_path, images):
                 str(rank),
             ),
             *("--rdzv-endpoint", endpoint, "--run-dir", "run"),
-            env={"OMP_NUM_THREADS": "1"},
         )
         for rank in (1, 0)
     ]
-    outputs = [process.communicate(timeout=DEADLINE_S)[0] for process in processes]
+    outputs = [output_of(process) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     run = RunDir(tmp_path / "run")
     assert json.loads((run.last_checkpoint / "state.json").read_text())["world_size"] == 2
@@ -225,10 +243,9 @@ def test_a_local_sweep_runs_in_turn_and_a_failed_run_stops_no_other(start, tmp_p
         break_unseen(file)
     folders = (f"{images}", f"{broken}", f"{images}, image_size: 64")
     data = "data=" + ",".join(f"{{name: imagefolder, path: {folder}}}" for folder in folders)
-    process = start(
-        RECIPE, data, "batch.size=32", NO_POST, FACTORY, "--backend", "torchrun", "--sweep", "--run-dir", "sweep"
-    )
-    output, _ = process.communicate(timeout=DEADLINE_S)
+    sweep = ("--backend", "torchrun", "--sweep", "--run-dir", "sweep")
+    process = start(RECIPE, data, "batch.size=32", NO_POST, FACTORY, *sweep, is_warm=True)
+    output = output_of(process)
     assert process.returncode == 1, output
     runs = [RunDir(folder) for folder in sorted((tmp_path / "sweep").glob("[0-9]-*"))]
     assert [run.read_status()["state"] for run in runs] == ["completed", "failed", "completed"]
@@ -240,10 +257,10 @@ def test_a_local_sweep_runs_in_turn_and_a_failed_run_stops_no_other(start, tmp_p
 
 def test_a_rare_class_is_named_and_top_5_of_three_classes_is_not_shown(warm_launch, recipe_file, images):
     recipe = recipe_file(
-        f"model: {{arch: shufflenet_v2_x0_5, weights: null}}\ndata: {{path: {images}, image_size: 32}}\n"
+        f"data: {{path: {images}, image_size: 32}}\n"
         "batch: {size: 6}\ntrain: {epochs: 1}\noptim: {warmup_epochs: 0}\nlaunch: {device: cpu}\n"
     )
-    done = warm_launch(recipe, "--run-dir", "run", NO_POST, "tracking.wandb.mode=disabled")
+    done = warm_launch(recipe, FACTORY, "--run-dir", "run", NO_POST, "tracking.wandb.mode=disabled")
     assert done.returncode == 0, done.stderr
     assert "warning: few training images of cat (6), dog (6), fox (6): expect little" in done.stdout
     assert "top5" not in done.stdout

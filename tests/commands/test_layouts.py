@@ -65,13 +65,13 @@ def saved(images, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [divided, listed, named, saved])
-def test_a_run_is_trained_measured_and_asked(layout, launch, recipe_file, images, tmp_path, monkeypatch, capsys):
+def test_a_run_is_trained_measured_and_asked(layout, warm_launch, recipe_file, images, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FINETUNE_LAUNCHER_CACHE", str(tmp_path / "cache"))
     keys, num_val = layout(images, tmp_path)
     how = ["--procs", "2"] if layout is listed else ["--debug"]
-    done = launch(str(recipe_file("{}\n")), *SETTINGS, *keys, *how, "--run-dir", "run")
+    done = warm_launch(str(recipe_file("{}\n")), *SETTINGS, *keys, *how, "--run-dir", "run")
     assert done.returncode == 0, done.stderr
-    monkeypatch.chdir(launch.cwd)
+    monkeypatch.chdir(warm_launch.cwd)
     run = RunDir("run")
     (own,) = [line for line in map(json.loads, run.metrics.read_text().splitlines()) if line["split"] == "val"]
     assert own["samples"] == num_val

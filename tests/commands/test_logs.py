@@ -115,7 +115,7 @@ class Following:
         for line in self._process.stdout:
             self.lines.append(line.removesuffix("\n"))
 
-    def has_printed(self, *lines, timeout_s=20):
+    def has_printed(self, *lines, timeout_s=60):
         """Wait until these lines are all that was printed."""
         deadline = time.monotonic() + timeout_s
         while self.lines != list(lines) and time.monotonic() < deadline:
@@ -128,7 +128,7 @@ class Following:
     def is_running(self):
         return self._process.poll() is None
 
-    def end(self, timeout_s=20):
+    def end(self, timeout_s=60):
         """Wait until it has ended by itself; return the exit code and standard error."""
         code = self._process.wait(timeout_s)
         self._reader.join(timeout_s)
@@ -775,7 +775,7 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(follow, run):
     write(run, 1, 0, "more\n")
     with process.stderr as errors:
         assert errors.read() == b""
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
 
 
 def test_nothing_heavy_is_imported(run):

@@ -30,17 +30,17 @@ def write_list(images, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("listed", [False, True], ids=["own data set", "list"])
 def test_a_run_is_measured_and_predicts_all_classes_above_the_threshold(
-    launch, recipe_file, images, tmp_path, monkeypatch, capsys, listed
+    warm_launch, recipe_file, images, tmp_path, monkeypatch, capsys, listed
 ):
     where = f"path: {write_list(images, tmp_path / 'photos')}" if listed else f"path: {images}, dataset: '{DATASET}'"
     recipe = recipe_file(
         f"data: {{{where}, task: multi_label, threshold: 0.3, balance: weights}}\n"
         "train: {loss: binary_cross_entropy, early_stopping: {metric: val/average_precision, mode: max}}\n"
     )
-    done = launch(str(recipe), *SETTINGS, "--procs", "2", "--run-dir", "run")
+    done = warm_launch(str(recipe), *SETTINGS, "--procs", "2", "--run-dir", "run")
     assert done.returncode == 0, done.stderr + done.stdout
     assert ("the loss of each counts by its weight in the list" in done.stdout) == listed
-    monkeypatch.chdir(launch.cwd)
+    monkeypatch.chdir(warm_launch.cwd)
     run = RunDir("run")
     (own,) = [line for line in map(json.loads, run.metrics.read_text().splitlines()) if line["split"] == "val"]
     assert run.read_status()["best"]["metric"] == "val/average_precision"

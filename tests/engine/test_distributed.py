@@ -63,7 +63,7 @@ def test_ranks_join_the_group_that_the_agents_environment_names(engine):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(150)
     assert [process.exitcode for process in processes] == [0, 0]
     assert sorted(queue.get() for _ in processes) == [(0, 21), (1, 21)]
 
@@ -80,7 +80,7 @@ def test_ranks_wait_for_one_that_comes_late_and_say_all_the_while_that_they_live
         die_with_parent()
         os.environ.update({"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
         if rank == late_rank:
-            waits.wait(60)
+            waits.wait(100)
         phases = []
 
         def at(phase):
@@ -96,7 +96,7 @@ def test_ranks_wait_for_one_that_comes_late_and_say_all_the_while_that_they_live
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(60)
+        process.join(150)
     assert [process.exitcode for process in ranks] == [0, 0]
     found = {rank: (phases, total) for rank, phases, total in (told.get() for _ in ranks)}
     assert {total for _, total in found.values()} == {2}

@@ -29,6 +29,12 @@ class _FailsInBackward(torch.autograd.Function):
         raise torch.OutOfMemoryError("CUDA out of memory (a test)")
 
 
+@pytest.fixture
+def make_run(make_run):
+    """With a model whose gradients DDP exchanges in several parts."""
+    return lambda name="run", **changes: make_run(name, **({"model": {"arch": "squeezenet1_1"}} | changes))
+
+
 class Full(nn.Module):
     """Passes batches on, up to a size."""
 

@@ -31,7 +31,7 @@ def test_a_process_that_has_checked_a_recipe_can_fork_others_that_compute(photos
         [sys.executable, "-c", CODE, str(photos)],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "2"},
         check=False,
-        timeout=60,
+        timeout=240,
     )
     assert done.returncode == 0
 
@@ -67,11 +67,11 @@ def test_an_image_size_that_was_accepted_once_is_not_tried_again_and_one_that_wa
     command = [sys.executable, "-W", "ignore", "-c", SIZES, str(photos)]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "FINETUNE_LAUNCHER_CACHE": str(tmp_path)}
     first, again = (
-        subprocess.run(command, env=env, check=True, capture_output=True, text=True, timeout=120).stdout.splitlines()
+        subprocess.run(command, env=env, check=True, capture_output=True, text=True, timeout=240).stdout.splitlines()
         for _ in range(2)
     )
     assert first == ["False True"]
     assert again == ["True False"]
     (tmp_path / "image-sizes").rename(tmp_path / "moved")
     (tmp_path / "image-sizes").write_text("a file is in its place")
-    assert subprocess.run(command, env=env, check=True, capture_output=True, text=True, timeout=120).stdout
+    assert subprocess.run(command, env=env, check=True, capture_output=True, text=True, timeout=240).stdout

@@ -69,19 +69,18 @@ class Launched:
         log: Path,
         arguments: tuple[str, ...],
         env: dict[str, str],
-        module: str,
         enter: tuple[str, ...] = (),
         *,
         is_warm: bool = False,
     ) -> None:
         self._log = log
         env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **env}
-        if is_warm and module == "launcher" and not enter:
+        if is_warm and not enter:
             self.process = warm.Started(arguments, cwd=folder, env=env, files=(log, log))
             return
         with log.open("w") as stream:
             self.process = subprocess.Popen(
-                [*enter, sys.executable, "-m", module, *arguments],
+                [*enter, sys.executable, "-m", "launcher", *arguments],
                 cwd=folder,
                 env=env,
                 stdin=subprocess.DEVNULL,
@@ -184,36 +183,34 @@ class Bench:
         made.mkdir()
         return made
 
-    def launch(
-        self, run: Path, *changes: str, photos: Path | None = None, env=None, module: str = "launcher", enter=()
-    ) -> Launched:
+    def launch(self, run: Path, *changes: str, photos: Path | None = None, env=None, enter=()) -> Launched:
         """Start a run of the recipe; ``enter`` comes before the command, to run it elsewhere."""
         data = f"data.path={photos or self.photos}"
-        return self._start(run, (str(RECIPE), data, *changes, "--run-dir", str(run)), env or {}, module, enter)
+        return self._start(run, (str(RECIPE), data, *changes, "--run-dir", str(run)), env or {}, enter)
 
-    def resume(self, run: Path, *arguments: str, env=None, module: str = "launcher") -> Launched:
+    def resume(self, run: Path, *arguments: str, env=None) -> Launched:
         """Go on with it."""
-        return self._start(run, ("resume", str(run), *arguments), env or {}, module)
+        return self._start(run, ("resume", str(run), *arguments), env or {})
 
     def ask(self, *arguments: str) -> str:
         """What another command of `launch` prints."""
-        asked = self._start(self.folder, arguments, {}, "launcher")
+        asked = self._start(self.folder, arguments, {})
         return asked.ends(0)
 
-    def undisturbed(self, *changes: str, module: str = "launcher", photos: Path | None = None) -> RunDir:
+    def undisturbed(self, *changes: str, photos: Path | None = None) -> RunDir:
         """The run that nothing happens to; made once."""
         if changes not in self._undisturbed:
             path = self.place("undisturbed") / "run"
-            self.launch(path, *changes, photos=photos, module=module).ends(0)
+            self.launch(path, *changes, photos=photos).ends(0)
             self._undisturbed[changes] = RunDir(path)
         return self._undisturbed[changes]
 
     def _start(
-        self, run: Path, arguments: tuple[str, ...], env: dict[str, str], module: str, enter: tuple[str, ...] = ()
+        self, run: Path, arguments: tuple[str, ...], env: dict[str, str], enter: tuple[str, ...] = ()
     ) -> Launched:
         log = self.folder / f"output-{len(self._started)}-{run.name}.txt"
         env = {"OMP_NUM_THREADS": "1", **env}
-        started = Launched(self.folder, log, arguments, env, module, enter, is_warm=self.is_warm)
+        started = Launched(self.folder, log, arguments, env, enter, is_warm=self.is_warm)
         self._started.append(started)
         return started
 

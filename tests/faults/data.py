@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from typing import TYPE_CHECKING
+from pathlib import Path
+
+from PIL import Image
 
 from launcher.engine.checkpoints import checkpoint as checkpoints
 from launcher.engine.schedule import epoch_order
 from launcher.runs.history import events
 from launcher.runs.run_dir import RunDir
 from tests.faults import records
-from tests.faults.bench import EPOCHS, NUM_TRAIN, STEPS_PER_EPOCH, Bench, Outcome, step
+from tests.faults.bench import EPOCHS, NUM_TRAIN, SIZE, STEPS_PER_EPOCH, Bench, Outcome, step
 from tests.faults.processes import AT
-from tests.faults.spoilt import whiten
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 AT_STEP = 7
 NAN_EPOCHS = "train.epochs=2"
-SPOILT = "tests.faults.spoilt"
+SPOILT = f"model.factory={Path(__file__).with_name('spoilt.py')}:Spoilt"
 
 
 def _photos(bench: Bench, name: str) -> tuple[RunDir, Path, Path]:
@@ -74,13 +72,13 @@ def corrupt_during(bench: Bench) -> Outcome:
 
 def _spoilt_photos(bench: Bench, name: str) -> tuple[RunDir, Path, Path]:
     run, photos, image = _photos(bench, name)
-    whiten(image)
+    Image.new("RGB", (SIZE, SIZE), "white").save(image)
     return run, photos, image
 
 
 def nan_stop(bench: Bench) -> Outcome:
     run, photos, image = _spoilt_photos(bench, "nan-stop")
-    output = bench.launch(run.path, NAN_EPOCHS, photos=photos, module=SPOILT).ends(1)
+    output = bench.launch(run.path, NAN_EPOCHS, SPOILT, photos=photos).ends(1)
     (event,) = events(run, "non_finite")
     assert event["step"] == AT_STEP + 1
     assert f"in step {event['step']}" in output
@@ -96,7 +94,7 @@ def nan_stop(bench: Bench) -> Outcome:
 def _nan_skipped(bench: Bench) -> tuple[RunDir, int]:
     """The run that leaves such steps out, made once, and how many it left out."""
     _, photos, _ = _spoilt_photos(bench, "nan-skip")
-    run = bench.undisturbed(NAN_EPOCHS, "train.on_nan=skip", photos=photos, module=SPOILT)
+    run = bench.undisturbed(NAN_EPOCHS, SPOILT, "train.on_nan=skip", photos=photos)
     skipped = [e["step"] for e in events(run, "non_finite")]
     assert len(skipped) == 2, "the image comes once in each of two epochs"
     assert all(t.isfinite().all() for t in checkpoints.load(run.last_checkpoint).model.values())
@@ -111,7 +109,7 @@ def nan_skip(bench: Bench) -> Outcome:
 def nan_rollback(bench: Bench) -> Outcome:
     skipped, _ = _nan_skipped(bench)
     run, photos, _ = _spoilt_photos(bench, "nan-rollback")
-    bench.launch(run.path, NAN_EPOCHS, "train.on_nan=rollback", photos=photos, module=SPOILT).ends(0)
+    bench.launch(run.path, NAN_EPOCHS, SPOILT, "train.on_nan=rollback", photos=photos).ends(0)
     back = events(run, "rolled_back")
     assert [e["skipped"] for e in back] == [e["step"] for e in events(skipped, "non_finite")]
     for ours, theirs in (

@@ -20,6 +20,7 @@ from launcher.plan.launch_plan import Launched, LaunchPlan
 from launcher.runs.history import events
 from launcher.runs.run_dir import RunDir
 from launcher.system import network
+from tests import warm
 from tests.nets import FACTORY
 
 ROOT = Path(__file__).parents[2]
@@ -320,21 +321,18 @@ def test_its_own_name_is_no_loopback_of_node_0_whatever_it_stands_for(endpoint, 
 def test_what_node_1_was_given_otherwise_is_said_with_both_values_and_trains_nothing(detach, tmp_path):
     """Its overrides would be ignored: the run's recipe is node 0's."""
     endpoint = f"127.0.0.1:{network.free_port(os.getpid() + len(detach))}"
-    common = [sys.executable, "-m", "launcher", RECIPE, "--run-dir", "run", "--rdzv-endpoint", endpoint]
+    common = [RECIPE, "--run-dir", "run", "--rdzv-endpoint", endpoint]
     common += ["--nodes", "2", "--procs", "1", "--backend", "torchrun", "post.enabled=false"]
     own = (("--node-rank", "0"), ("--node-rank", "1", "optim.lr=0.5", "train.epochs=7", *detach))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    files = [(tmp_path / f"output-{rank}", tmp_path / f"errors-{rank}") for rank in (0, 1)]
     nodes = [
-        subprocess.Popen(
-            [*common, *more],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for more in own
+        warm.Started([*common, *more], cwd=tmp_path, env=environment, files=to)
+        for more, to in zip(own, files, strict=True)
     ]
-    said = [node.communicate(timeout=DEADLINE_S)[1] for node in nodes]
-    assert [node.returncode for node in nodes] == [2, 0 if detach else 2], said
+    codes = [node.wait(DEADLINE_S) for node in nodes]
+    said = [errors.read_text() for _, errors in files]
+    assert codes == [2, 0 if detach else 2], said
     if detach:
         log = tmp_path / "run/logs/launch-1.log"
         deadline = time.monotonic() + DEADLINE_S

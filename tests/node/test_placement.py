@@ -190,6 +190,6 @@ def test_a_worker_takes_its_place_before_it_counts_anything(tmp_path, monkeypatc
     monkeypatch.setattr(worker, "training", count)
     process = fork.Process(target=worker.worker_main, args=(str(run.path), Heartbeats(1)))
     process.start()
-    process.join(30)
+    process.join(150)
     assert told.get() == ({core}, 1, "3")
     assert f"on cores {core}, near to NUMA node 0; its share is 1 of them" in run.rank_log(1, 0).read_text()

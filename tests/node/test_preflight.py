@@ -160,20 +160,20 @@ def test_nobody_leaves_before_all_have_answered(tmp_path, monkeypatch):
         else:
             time.sleep(1.5)
             tell.send({"all_gb_s": 4.0 if processes.start_time(int(pid.read_text())) else 0.0})
-        time.sleep(100)
+        time.sleep(1000)
 
     monkeypatch.setattr(allreduce, "all_reduce", lambda *arguments: all_reduce(*arguments[:-1], tell=arguments[-1]))
     fork = multiprocessing.get_context("fork")
 
     def as_first_or_second(rank):
         plan = LaunchPlan(run_id="a", nodes=2, node_rank=rank, device="cpu")
-        all_reduce_round.take_part(tmp_path, 1, [[0, 1]], ["", ""], plan, timeout_s=20.0, heed=heed)
+        all_reduce_round.take_part(tmp_path, 1, [[0, 1]], ["", ""], plan, timeout_s=90.0, heed=heed)
 
     nodes = [fork.Process(target=as_first_or_second, args=(rank,)) for rank in (0, 1)]
     for node in nodes:
         node.start()
     for node in nodes:
-        node.join(30)
+        node.join(150)
     answers = [json.loads(all_reduce_round.answer_of(tmp_path, 1, rank).read_text()) for rank in (0, 1)]
     assert [(one["ok"], one["all_gb_s"]) for one in answers] == [(True, 5.0), (True, 4.0)]
     assert processes.start_time(int((tmp_path / "pid").read_text())) is None

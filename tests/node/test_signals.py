@@ -116,15 +116,15 @@ def test_children_are_told_again_of_a_stop_that_comes_after_one_that_was_forgott
     told = []
     with (
         StopSignals(make_run("a"), node_rank=0, outlives_loss=True) as stop,
-        subprocess.Popen(["sleep", "60"]) as child,
+        subprocess.Popen(["sleep", "600"]) as child,
     ):
         stop.request(reason="node 1 is gone", cause="lost_node")
-        told.append(child.wait(timeout=30))
+        told.append(child.wait(timeout=100))
         stop.forget_loss()
         time.sleep(2 * signals.RESEND_S)
-        with subprocess.Popen(["sleep", "60"]) as second:
+        with subprocess.Popen(["sleep", "600"]) as second:
             time.sleep(2 * signals.RESEND_S)
             assert second.poll() is None
             press(signal.SIGTERM)
-            told.append(second.wait(timeout=30))
+            told.append(second.wait(timeout=100))
     assert told == [-signal.SIGTERM] * 2

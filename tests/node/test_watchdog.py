@@ -83,7 +83,7 @@ def test_a_worker_beats_in_memory_that_its_parent_reads():
     os.waitpid(child, 0)
     (beat,) = beats.read()
     assert (beat.rank, beat.pid) == (7, child)
-    assert 0 <= beat.age_s < 5
+    assert 0 <= beat.age_s < 60
     beats.beat(0, 6)
     beats.rest(1)
     assert [beat.rank for beat in beats.read()] == [6]
@@ -101,7 +101,7 @@ def test_a_worker_that_takes_no_step_is_ended_and_what_it_was_doing_is_kept(run,
         monkeypatch.setattr(os, "getpid", lambda: worker.pid)
         beats.beat(0, 5)
         monkeypatch.undo()
-        assert worker.wait(timeout=20) == -signal.SIGKILL
+        assert worker.wait(timeout=60) == -signal.SIGKILL
     error = json.loads(run.rank_error(1, 5).read_text())
     assert (error["kind"], error["rank"], error["node"], error["waiting"]) == ("hang", 5, 3, False)
     assert "stuck_here" in error["message"]
@@ -134,7 +134,7 @@ def test_a_worker_that_hangs_before_its_first_step_is_ended_and_its_phase_is_tol
     monkeypatch.setattr(heartbeats, "START_LEAST_S", 1.0)
     start = time.monotonic()
     with Watchdog(run, beats, timeout_s=0.2, node_rank=0, attempt=lambda: 1):
-        assert worker.wait(timeout=20) == -signal.SIGKILL
+        assert worker.wait(timeout=60) == -signal.SIGKILL
     assert time.monotonic() - start > 1.0  # longer than between steps
     found = diagnose.first_failure(run, 1)
     assert found["kind"] == "hang"

@@ -387,7 +387,7 @@ def test_a_recipe_of_the_package_is_the_same_after_it_was_written_out(file, imag
     assert there_and_back(recipe, tmp_path / "other-name.yaml") == recipe
 
 
-@settings(max_examples=60)
+@settings(max_examples=20)  # 0.3 s each
 @given(recipe=RECIPES)
 def test_any_recipe_is_the_same_after_it_was_written_out(recipe, folder):
     assert there_and_back(recipe, folder / "back.yaml") == recipe

@@ -223,7 +223,7 @@ def test_other_nodes_wait_for_the_first_one_to_have_looked_for_this_attempt(make
     assert not over.wait(1.5)
     spoil(folder, "train/cat/0.png")
     prepare(run, 2)
-    assert over.wait(5)
+    assert over.wait(60)
     waiting.join()
 
 

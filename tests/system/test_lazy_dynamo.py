@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
-TRAIN = """
+from tests.system import forks
+
+START = """
 import sys
 from launcher.system import lazy_dynamo
 lazy_dynamo.put_off()
@@ -15,6 +14,8 @@ from launcher.engine import worker
 import torch, torchvision
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+"""
+TRAIN = """
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 def step():
     model = torch.nn.Linear(2, 1)
@@ -47,16 +48,16 @@ step()
 """
 
 
-def python(text: str) -> None:
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", text], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+@pytest.fixture(scope="module")
+def errors():
+    return forks.errors(START, {name: f"{TRAIN}\n{use}\n{REAL}" for name, use in USES.items()})
 
 
 @pytest.mark.parametrize("use", USES)
-def test_training_does_without_and_who_compiles_has_the_real_one(use):
-    python(f"{TRAIN}\n{USES[use]}\n{REAL}")
+def test_training_does_without_and_who_compiles_has_the_real_one(use, errors):
+    assert errors[use] == ""
 
 
 def test_where_it_is_imported_already_nothing_changes():
-    python("import torch._dynamo\nfrom launcher.system import lazy_dynamo\nlazy_dynamo.put_off()\n"
-           "assert not lazy_dynamo.is_put_off()")  # fmt: skip
+    code = "from launcher.system import lazy_dynamo\nlazy_dynamo.put_off()\nassert not lazy_dynamo.is_put_off()"
+    assert forks.errors("import torch._dynamo", {"": code}) == {"": ""}

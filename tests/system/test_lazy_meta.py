@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
+
+from tests.system import forks
 
 START = """
 import sys
@@ -15,13 +14,15 @@ lazy_meta.put_off()
 import torch, torchvision
 from launcher.engine import worker
 from launcher.engine.layers import build_meta, head_modules
+from torch.utils.data import DataLoader, RandomSampler
+"""
+TRAIN = """
 model = build_meta("resnet18", 10)
 assert head_modules("vit_b_16") == ("heads.head",)
 layer = torch.nn.Linear(2, 1)
 optimizer = torch.optim.AdamW(layer.parameters())
 layer(torch.ones(3, 2)).sum().backward()
 optimizer.step()
-from torch.utils.data import DataLoader, RandomSampler
 generator = torch.Generator().manual_seed(0)
 numbers = torch.arange(6.0)
 for workers in (0, 1):
@@ -49,18 +50,23 @@ assert torch._C.DispatchKey.Meta in torch.ops.aten.convolution.default.py_kernel
 """
 
 
-def python(text: str) -> None:
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", text], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+@pytest.fixture(scope="module")
+def errors():
+    return forks.errors(START, {name: f"{TRAIN}\n{use}\n{REAL}" for name, use in USES.items()})
 
 
 @pytest.mark.parametrize("use", USES)
-def test_training_does_without_and_who_uses_them_has_all(use):
-    python(f"{START}\n{USES[use]}\n{REAL}")
+def test_training_does_without_and_who_uses_them_has_all(use, errors):
+    assert errors[use] == ""
 
 
 def test_where_torch_is_imported_already_nothing_changes():
-    python("import torch\nfrom launcher.system import lazy_meta\nlazy_meta.put_off()\n"
-           "assert not lazy_meta.is_put_off()\n"
-           "with lazy_meta.shapes_only():\n    torch.empty(2, device='meta')\n"
-           "assert torch._decomp.decomposition_table")  # fmt: skip
+    code = """
+from launcher.system import lazy_meta
+lazy_meta.put_off()
+assert not lazy_meta.is_put_off()
+with lazy_meta.shapes_only():
+    torch.empty(2, device="meta")
+assert torch._decomp.decomposition_table
+"""
+    assert forks.errors("import torch", {"": code}) == {"": ""}

@@ -75,7 +75,7 @@ def test_a_process_keeps_to_cores_and_memory_of_its_place():
     ):
         process = fork.Process(target=_take, args=(place, told))
         process.start()
-        process.join(30)
+        process.join(150)
         cores, policy = told.get()
         assert cores == {core}
         assert policy.startswith("prefer:0" if place.node == 0 else "default")

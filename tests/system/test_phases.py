@@ -22,9 +22,9 @@ def _soon(monkeypatch):
     monkeypatch.setattr(phases, "TICK_S", 0.01)
 
 
-def wait_for(output, text):
+def wait_for(output, line):
     deadline = time.monotonic() + 60
-    while text not in output.getvalue():
+    while not re.search(line, output.getvalue()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -33,11 +33,11 @@ def test_off_a_terminal_what_takes_long_is_told_with_its_time(monkeypatch):
     output = io.StringIO()
     line = phases.Line(output)
     line.at("importing torch")
-    wait_for(output, "importing torch … 0 s\n")
+    wait_for(output, r"importing torch … \d+ s\n")
     line.at("checking images")
     line.update("3,210 of 50,000")
     line.at("checking images")  # the same phase goes on
-    wait_for(output, "checking images 3,210 of 50,000 … 0 s\n")
+    wait_for(output, r"checking images 3,210 of 50,000 … \d+ s\n")
     line.end()
     lines = output.getvalue().splitlines()
     assert sum(one.startswith("importing torch: ") and one.endswith(" s") for one in lines) == 1
@@ -88,7 +88,7 @@ def test_on_a_terminal_the_line_is_written_in_place_and_leaves_nothing_behind():
     os.close(ours)
     assert done.wait(60) == 0
     text = output.decode()
-    assert "\r\x1b[2Kchecking images 1,234 of 5,000 … 0 s" in text
+    assert re.search(r"\r\x1b\[2Kchecking images 1,234 of 5,000 … \d+ s", text)
     rows = [row.rpartition("\x1b[2K")[2].strip("\r") for row in text.split("\n")]
     assert rows == ["warning: one is blue", "run a: 2 workers", ""]
 
@@ -125,7 +125,7 @@ def test_a_line_in_place_is_left_neither_by_a_worker_that_fails_nor_before_a_lin
             output += part
     os.close(ours)
     assert done.wait(60) == 0
-    expected = r"building the model … \d s\r\x1b\[2K\r\x1b\[2Kbuilding the model 3 s\r\x1b\[2Kwandb: offline"
+    expected = r"building the model … \d+ s\r\x1b\[2K\r\x1b\[2Kbuilding the model 3 s\r\x1b\[2Kwandb: offline"
     assert re.search(expected, output.decode())
 
 

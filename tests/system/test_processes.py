@@ -16,7 +16,7 @@ import pytest
 from launcher.system import processes
 
 ROOT = Path(__file__).parents[2]
-ENDS_S = 60
+ENDS_S = 90
 
 # A parent that starts two children, each in a session of its own and deaf to polite signals, and prints their pids.
 PARENT = """

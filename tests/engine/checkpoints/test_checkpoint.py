@@ -405,7 +405,7 @@ def test_training_does_not_wait_for_the_disk_and_the_newest_and_the_best_are_wri
     done = []
     own = writer(run, keep=9, on_done=lambda checkpoint: done.append(checkpoint.step))
     own.save(checkpoint(1), best=False)  # returns although nothing can be written yet
-    begun.wait(10)
+    assert begun.wait(60)
     for step, best in [(2, False), (3, True), (4, False), (5, False)]:
         own.save(checkpoint(step), best=best)
     assert written_steps(run) == []
@@ -445,7 +445,7 @@ def test_it_is_tried_again_by_itself(run, monkeypatch):
     own.save(checkpoint(1), best=False)
     assert not written.wait(0.3)
     run.checkpoints.unlink()
-    assert written.wait(10)
+    assert written.wait(60)
     assert written_steps(run) == [1]
 
 
@@ -516,7 +516,7 @@ def test_a_checkpoint_is_not_written_before_its_numbers_are_there(run):
     weight, late = torch.zeros(2), threading.Event()
     own = writer(run)
     tensors = {"model": {"w": weight}, "optimizer": {"m": weight}, "state": {"step": 1}}
-    own.save(Checkpoint(step=1, **tensors, arrived=lambda: late.wait(10) and weight.fill_(3)), best=False)
+    own.save(Checkpoint(step=1, **tensors, arrived=lambda: late.wait(60) and weight.fill_(3)), best=False)
     late.set()
     own.wait()
     assert checkpoints.load(run.checkpoint(1)).model["w"].tolist() == [3, 3]

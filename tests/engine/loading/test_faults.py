@@ -129,7 +129,7 @@ def test_a_rank_that_waits_for_images_heeds_a_stop_and_the_position_is_kept(star
     began = time.monotonic()
     process.terminate()
     assert process.wait(END_S) == 75, output(tmp_path)
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 60
     assert not [pid for pid in below if processes.start_time(pid)]
     steps = [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()]
     assert run.last_checkpoint.resolve().name == f"step-{max(steps):08d}"

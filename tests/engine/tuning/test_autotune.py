@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchvision.models import SqueezeNet
 
 from launcher.engine.device import Device
 from launcher.engine.distributed import Ranks
@@ -27,7 +26,7 @@ from launcher.system import memory as host_memory
 from launcher.system.memory import FreeMemory
 from tests import warm
 from tests.cgroups import MemoryGroup
-from tests.nets import FACTORY
+from tests.nets import FACTORY, Plain
 
 ROOT = Path(__file__).parents[3]
 GB = 10**9
@@ -131,8 +130,8 @@ def test_a_probe_whose_memory_runs_out_does_not_go_on_with_halves(make_run, engi
             raise torch.OutOfMemoryError("CUDA out of memory (a test)")
         return forward(self, images)
 
-    forward = SqueezeNet.forward
-    monkeypatch.setattr(SqueezeNet, "forward", fail_above_4)
+    forward = Plain.forward
+    monkeypatch.setattr(Plain, "forward", fail_above_4)
     run = make_run(**AUTO)
     call = functools.partial(probe.measure, run, engine.cpu, open_data_sets(run))
     assert call_in_child(functools.partial(call, 4), timeout_s=60, heed_stop=lambda: None).batch_size == 4

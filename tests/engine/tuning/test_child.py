@@ -22,8 +22,8 @@ from launcher.system.processes import STOP_SIGNALS, children, start_time
 
 MIB = 1 << 20
 SCORE = Path("/proc/self/oom_score_adj")
-SOON_S = 20  # far more than it takes, and far less than a child here would go on for
-LONG_S = 120
+SOON_S = 60  # far more than it takes, and far less than a child here would go on for
+LONG_S = 200
 
 
 def call(function, *, timeout_s=SOON_S, heed_stop=lambda: None):

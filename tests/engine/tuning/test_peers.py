@@ -181,14 +181,14 @@ def test_where_one_cannot_even_say_what_it_has_nobody_waits_for_it(meet):
 def test_one_that_waits_heeds_a_stop(meet, tmp_path):
     def measure(rank, size):
         (tmp_path / "measuring").touch()
-        time.sleep(20)
+        time.sleep(200)
 
     def stop(rank):
         return (tmp_path / "measuring").exists()
 
     began = time.monotonic()
     found, _ = meet(2, measure, stop=stop)
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 100
     assert [one.get("stopped") for one in found] == [True, True]
 
 

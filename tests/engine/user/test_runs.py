@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from launcher import cli
 from launcher.runs.run_dir import RunDir
 from launcher.system.files import read_jsonl
+from tests.nets import FACTORY
 
 EXTENDING = Path(__file__).parents[3] / "docs" / "extending.md"
 CODE = """
@@ -99,7 +100,7 @@ def one(logits):
     return logits.sum()
 """
 RECIPE = {
-    "model": {"arch": "squeezenet1_1", "weights": None},
+    "model": {"factory": FACTORY.partition("=")[2]},
     "data": {"image_size": 32, "crop_pct": 1.0, "augment": "none", "workers": 0},
     "batch": {"size": 3},
     "optim": {"lr": 0.005, "schedule": "constant"},

@@ -108,7 +108,7 @@ def test_nodes_are_killed_and_stand_still_and_every_step_has_the_samples_of_an_u
     seen = nodes.regrouped(1, 2, after=killed)
     first = nodes.first_step_of(seen["attempt"])
     print(f"node 0 killed: {seen['seconds']} s from notice to decision, {first - killed:.1f} s to the next step")
-    assert first - killed < 45
+    assert first - killed < 120
     nodes.start(0)
     nodes.regrouped(1, 2, 0, after=killed)
 
