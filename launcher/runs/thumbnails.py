@@ -1,4 +1,4 @@
-"""Small pictures of single images, inside the page: few, and bounded in bytes."""
+"""Small pictures of single images, for the report and for those that track the run: few, and bounded in bytes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,11 @@ Json = dict[str, Any]
 
 def with_pictures(rows: Sequence[Json], data: DataConfig) -> list[Json]:
     """Each row with its ``picture``, a data URI; None where its image is not there any more, or no picture is made."""
-    return [row | {"picture": _picture(_place(row["image"], data.path), data)} for row in rows]
+    return [row | {"picture": _data_uri(jpeg(row["image"], data))} for row in rows]
+
+
+def _data_uri(picture: bytes | None) -> str | None:
+    return None if picture is None else f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"
 
 
 def _place(image: str, data_path: str | None) -> Path:
@@ -38,18 +42,20 @@ def _place(image: str, data_path: str | None) -> Path:
     return path if path.is_absolute() or not data_path else Path(os.path.expanduser(data_path)) / path  # noqa: PTH111
 
 
-def _picture(path: Path, data: DataConfig) -> str | None:
+def jpeg(image: str, data: DataConfig) -> bytes | None:
+    """An image as the model is given it, small; None where it is not there any more, or no picture is made."""
     from PIL import Image
 
+    path = _place(image, data.path)
     with contextlib.suppress(Exception):  # whatever is wrong with it: the report goes without
         if not path.is_file() or path.stat().st_size > MOST_FILE_BYTES:
             return None
-        with Image.open(path) as image:
-            image.draft("RGB", (SIDE, SIDE))  # a JPEG is decoded at an eighth of its size where that does
-            small = pixels.to_rgb(image, data.background_rgb, data.grey_limits)  # as the model is given it
+        with Image.open(path) as opened:
+            opened.draft("RGB", (SIDE, SIDE))  # a JPEG is decoded at an eighth of its size where that does
+            small = pixels.to_rgb(opened, data.background_rgb, data.grey_limits)
             small.thumbnail((SIDE, SIDE))
         made = io.BytesIO()
         small.save(made, "JPEG", quality=QUALITY, optimize=True)
         if made.tell() <= MOST_BYTES:
-            return f"data:image/jpeg;base64,{base64.b64encode(made.getvalue()).decode()}"
+            return made.getvalue()
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import platform
 from typing import TYPE_CHECKING, Any
 
@@ -56,9 +57,11 @@ def facts(parts: Parts) -> dict[str, Any]:
         "precision": str(parts.precision),
         "device": torch.cuda.get_device_name(device.torch_device) if device.is_cuda else cpu_name(),
         "torch": torch.__version__,
+        "torchvision": importlib.metadata.version("torchvision"),
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "launcher": launcher.__version__,
+        "commit": parts.run.read_launched().commit,
     }
 
 

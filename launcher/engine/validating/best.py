@@ -65,6 +65,7 @@ class BestValidation:
                 "confusions": [{"true": names[t], "predicted": names[p], "count": count} for t, p, count in rows],
                 "wrong": self._named(wrong),
                 "right": self._named(sure),
+                "curves": dict(zip(names, answers.curves, strict=True)) if answers.curves else {},
             }
         )
 

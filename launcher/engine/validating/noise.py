@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,6 +35,8 @@ class Answers:
     """Of each image, float64; None: the loss gives means of batches only."""
     confidences: torch.Tensor | None = None
     """Of each image, the probability of what it was answered, float32."""
+    curves: list[list[list[float]] | None] = field(default_factory=list)
+    """Of each class over all ranks, as :attr:`launcher.engine.validating.ranking.Ranking.curves` says."""
 
 
 class Noise:

@@ -25,6 +25,10 @@ LARGEST_LOG_ODDS = 16.5
 """float32 has nothing between the sigmoid of it and 1."""
 CALIBRATION_BINS = 15
 """As most who measure ECE take (Guo et al. 2017, arXiv 1706.04599)."""
+CURVE_POINTS = 50
+"""Of each class, on its way from no image to all: a curve on a page shows no more."""
+MOST_CURVES = 100
+"""With more classes there are none: nobody could read them."""
 UNIT = 1 << 32
 """Confidences are added up as multiples of one over this, so that their order does not matter."""
 
@@ -45,6 +49,8 @@ class Ranking:
         self._num_kept = self._num_seen = 0
         self._binned: torch.Tensor | None = None
         """Of each class and bin, how many images are not of the class, and how many are: C x BINS x 2."""
+        self.curves: list[list[list[float]] | None] = []
+        """Of each class, see :func:`_curve`; known after :meth:`compute`, and empty with too many classes."""
 
     def add(self, probabilities: torch.Tensor, targets: torch.Tensor) -> None:
         """Count float32 N x C, and the true classes (int64 N) or which are true (N x C, 0 or 1)."""
@@ -62,11 +68,16 @@ class Ranking:
         """
         seen = int(sum_over_ranks(torch.tensor(self._num_seen, device=self._device)))
         if seen * self._num_classes <= EXACT_SCORES:
-            return "exact", *_areas(*self._at_each_score())
+            return "exact", *self._areas(*self._at_each_score())
         self._put_into_bins()
         assert self._binned is not None  # noqa: S101
         counts = sum_over_ranks(self._binned).cpu().flip(1).cumsum(1)
-        return f"{BINS} bins", *_areas(counts[:, :, 1].T, counts[:, :, 0].T)
+        return f"{BINS} bins", *self._areas(counts[:, :, 1].T, counts[:, :, 0].T)
+
+    def _areas(self, right: torch.Tensor, wrong: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._num_classes <= MOST_CURVES:
+            self.curves = [_curve(*of_class) for of_class in zip(right.T, wrong.T, strict=True)]
+        return _areas(right, wrong)
 
     def _at_each_score(self) -> tuple[torch.Tensor, torch.Tensor]:
         """From the likeliest image of each class on, how many are of it, and how many are not: int64 N x C each."""
@@ -113,6 +124,28 @@ def _areas(right: torch.Tensor, wrong: torch.Tensor) -> tuple[torch.Tensor, torc
     auroc = ((wrong - wrong_before) * (right + before)).sum(dim=0) / (2 * positive * negative)
     precision = ((right - before) * right / (right + wrong).clamp(min=1)).sum(dim=0) / positive
     return auroc, precision
+
+
+def _curve(right: torch.Tensor, wrong: torch.Tensor) -> list[list[float]] | None:
+    """Some points of a class's ROC and precision-recall curves, from the highest threshold on; None: there are none.
+
+    Args:
+        right: int64 K, as of :func:`_areas`.
+        wrong: likewise.
+
+    Returns:
+        Each ``[false positive rate, recall, precision]``.
+    """
+    if not len(right) or not right[-1] or not wrong[-1]:
+        return None
+    false, recall = wrong.double() / wrong[-1], right.double() / right[-1]
+    way = (false + recall) / 2
+    chosen = torch.searchsorted(way, torch.linspace(0, 1, CURVE_POINTS + 1, dtype=torch.float64)[1:])
+    chosen = chosen.clamp(max=len(way) - 1)
+    precision = right / (right + wrong).clamp(min=1)
+    points = torch.stack([false, recall, precision], dim=1)[chosen]
+    rounded = (tuple(round(value, 4) for value in point) for point in points.tolist())
+    return [list(point) for point in dict.fromkeys(rounded)]
 
 
 class Calibration:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,13 @@ def test_classes_calibration_and_images_agree_with_what_was_counted(found, world
     for rows in (kept["wrong"], kept["right"]):
         assert [row["confidence"] for row in rows] == sorted((row["confidence"] for row in rows), reverse=True)
     assert sum(row["count"] for row in kept["confusions"]) == line["samples"] - hits
+    for name, curve in kept["curves"].items():
+        assert curve[-1][:2] == [1.0, 1.0]  # all images
+        assert curve[-1][2] == pytest.approx(line["per_class"][name]["samples"] / line["samples"], abs=1e-4)
+    areas = [trapezoids(curve) for curve in kept["curves"].values()]
+    assert sum(areas) / len(areas) == pytest.approx(line["auroc"], abs=0.01)
+
+
+def trapezoids(curve):
+    points = [(0.0, 0.0), *((false, recall) for false, recall, _ in curve)]
+    return sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in itertools.pairwise(points))
