@@ -264,7 +264,7 @@ def _not_made(name: str, reason: str) -> Json:
 
 
 @contextlib.contextmanager
-def _noise_to(log: Path, terminal: int) -> Iterator[Say]:
+def _noise_to(log: Path, terminal: int = 1) -> Iterator[Say]:
     """Send what libraries print, C libraries' too, to a log: the user can do nothing about it.
 
     Yields:
