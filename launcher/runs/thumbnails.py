@@ -5,14 +5,15 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.images import pixels
+from launcher.images import datasets, members, pixels
+from launcher.images.layouts import Source
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from PIL.Image import Image as PillowImage
 
     from launcher.recipe.schema_data import DataConfig
 
@@ -30,32 +31,38 @@ Json = dict[str, Any]
 
 def with_pictures(rows: Sequence[Json], data: DataConfig) -> list[Json]:
     """Each row with its ``picture``, a data URI; None where its image is not there any more, or no picture is made."""
-    return [row | {"picture": _data_uri(jpeg(row["image"], data))} for row in rows]
+    return [row | {"picture": _as_uri(jpeg(row["image"], data))} for row in rows]
 
 
-def _data_uri(picture: bytes | None) -> str | None:
-    return None if picture is None else f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"
-
-
-def _place(image: str, data_path: str | None) -> Path:
-    path = Path(image)
-    return path if path.is_absolute() or not data_path else Path(os.path.expanduser(data_path)) / path  # noqa: PTH111
+def _place(image: str, data: DataConfig) -> str:
+    return str(Source(path=str(datasets.data_path(data.name, data.path))).root / image)
 
 
 def jpeg(image: str, data: DataConfig) -> bytes | None:
-    """An image as the model is given it, small; None where it is not there any more, or no picture is made."""
+    """An image as the model is given it, small; None where it is not there any more, or has too many bytes."""
     from PIL import Image
 
-    path = _place(image, data.path)
+    path = _place(image, data)
     with contextlib.suppress(Exception):  # whatever is wrong with it: the report goes without
-        if not path.is_file() or path.stat().st_size > MOST_FILE_BYTES:
+        if members.stamp(path)[0] > MOST_FILE_BYTES:
             return None
-        with Image.open(path) as opened:
+        with Image.open(members.stream(path)) as opened:
             opened.draft("RGB", (SIDE, SIDE))  # a JPEG is decoded at an eighth of its size where that does
-            small = pixels.to_rgb(opened, data.background_rgb, data.grey_limits)
-            small.thumbnail((SIDE, SIDE))
-        made = io.BytesIO()
-        small.save(made, "JPEG", quality=QUALITY, optimize=True)
-        if made.tell() <= MOST_BYTES:
-            return made.getvalue()
+            return _small(pixels.to_rgb(opened, data.background_rgb, data.grey_limits))
     return None
+
+
+def data_uri(image: PillowImage) -> str | None:
+    """A small picture of an image (which is made small) for a page; None where it has too many bytes."""
+    return _as_uri(_small(image))
+
+
+def _small(image: PillowImage) -> bytes | None:
+    image.thumbnail((SIDE, SIDE))
+    made = io.BytesIO()
+    image.save(made, "JPEG", quality=QUALITY, optimize=True)
+    return made.getvalue() if made.tell() <= MOST_BYTES else None
+
+
+def _as_uri(picture: bytes | None) -> str | None:
+    return None if picture is None else f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"

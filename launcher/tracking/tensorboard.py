@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.recipe import load as recipes
 from launcher.runs import thumbnails
+from launcher.tracking.wandb_tables import in_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -56,7 +57,10 @@ class TensorBoard:
         values = {**record.values, "epoch": record.epoch}
         found = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
         if wrong := record.validation.get("wrong"):
-            lines = [f"{row['image']}: {row['true']}, answered {row['predicted']} {row['confidence']}" for row in wrong]
+            lines = [
+                f"{row['image']}: {in_words(row['true'])}, answered {in_words(row['predicted'])} {row['confidence']}"
+                for row in wrong
+            ]
             self._text("val/mistakes", "\n".join(lines), step=record.step)
             found += self._pictures(wrong)
         self._writer.add_event(Event(wall_time=record.time, step=record.step, summary=Summary(value=found)))

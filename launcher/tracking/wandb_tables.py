@@ -40,27 +40,29 @@ def of(line: dict[str, Any]) -> dict[str, Any]:
 
 def of_best(found: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     """What validation.json has, by wandb's names; empty: it has nothing."""
-    return {**_curves(found.get("curves") or {}), **_mistakes(found.get("wrong") or [], recipe)}
+    made = {
+        **_curves("val/roc", "ROC", found.get("roc"), "false positive rate", "recall"),
+        **_curves("val/pr", "precision over recall", found.get("precision_recall"), "recall", "precision"),
+    }
+    return made | _mistakes(found.get("wrong") or [], recipe)
 
 
-def _curves(curves: dict[str, list[list[float]] | None]) -> dict[str, Any]:
-    """ROC and precision-recall curves, a line a class."""
+def _curves(key: str, title: str, found: dict[str, Any] | None, x: str, y: str) -> dict[str, Any]:
+    """The mean and a line a class, at even places from 0 to 1."""
     import wandb
 
-    points: list[Any] = [[name, *point] for name, found in curves.items() for point in found or ()]
-    if not points:
+    if not found or not found["mean"]:
         return {}
-    made = {}
-    for key, title, x, y in (
-        ("val/roc", "ROC", ("false positive rate", 1), ("recall", 2)),
-        ("val/pr", "precision and recall", ("recall", 2), ("precision", 3)),
-    ):
-        rows: list[Any] = [[point[0], point[x[1]], point[y[1]]] for point in points]
-        table = wandb.Table(columns=["class", x[0], y[0]], data=rows)
-        words = {"title": f"validation: {title}", "x-axis-title": x[0], "y-axis-title": y[0]}
-        fields = {"x": x[0], "y": y[0], "class": "class"}
-        made[key] = wandb.plot_table("wandb/area-under-curve/v0", table, fields, words)
-    return made
+    lines = {"mean of the classes": found["mean"], **found["classes"]}
+    rows: list[Any] = [
+        [name, round(place / (len(values) - 1), 4), value]
+        for name, values in lines.items()
+        for place, value in enumerate(values)
+    ]
+    table = wandb.Table(columns=["class", x, y], data=rows)
+    words = {"title": f"validation: {title}", "x-axis-title": x, "y-axis-title": y}
+    fields = {"x": x, "y": y, "class": "class"}
+    return {key: wandb.plot_table("wandb/area-under-curve/v0", table, fields, words)}
 
 
 def _mistakes(wrong: list[dict[str, Any]], recipe: Recipe) -> dict[str, Any]:
@@ -74,6 +76,11 @@ def _mistakes(wrong: list[dict[str, Any]], recipe: Recipe) -> dict[str, Any]:
     for row in wrong:
         small = thumbnails.jpeg(row["image"], recipe.data) if recipe.tracking.pictures else None
         picture = None if small is None else wandb.Image(Image.open(io.BytesIO(small)), file_type="jpg")
-        rows.append([picture, row["image"], row["true"], row["predicted"], row["confidence"]])
+        rows.append([picture, row["image"], *(in_words(row[key]) for key in ("true", "predicted")), row["confidence"]])
     columns: list[str | int] = ["picture", "image", "true", "predicted", "confidence"]
     return {"val/mistakes": wandb.Table(columns=columns, data=rows)}
+
+
+def in_words(classes: str | list[str]) -> str:
+    """A class, or the several classes of an image."""
+    return classes if isinstance(classes, str) else ", ".join(classes) or "none"

@@ -55,8 +55,9 @@ def keep_validation(run: RunDir, photo: Path) -> None:
     """validation.json of the line that VAL is, with a mistake whose image is there and one whose image is not."""
     Image.new("RGB", (300, 200), "red").save(photo)
     rows = [{"image": str(place), "true": "a", "predicted": "b", "confidence": 0.75} for place in (photo, "gone.png")]
-    curve = [[0.0, 0.5, 1.0], [0.25, 1.0, 0.8]]
-    write_json_atomic(run.validation, {"step": VAL["step"], "wrong": rows, "curves": {"a": curve, "b": None}})
+    roc = {"mean": [0.25, 0.75, 1.0], "classes": {"a": [0.5, 1.0, 1.0]}}
+    precision = {"mean": [1.0, 0.8], "classes": {}}
+    write_json_atomic(run.validation, {"step": VAL["step"], "wrong": rows, "roc": roc, "precision_recall": precision})
 
 
 def finish(run: RunDir, state: str = "completed", **fields: object) -> None:

@@ -152,7 +152,7 @@ def test_the_best_validation_has_its_classes_confusions_curves_and_mistakes(reco
     for name, columns, count in (
         ("val/classes", ["class", "recall", "precision", "f1", "samples"], 6),
         ("val/confusion", ["Actual", "Predicted", "nPredictions"], 36),
-        ("val/roc", ["class", "false positive rate", "recall"], 2),
+        ("val/roc", ["class", "false positive rate", "recall"], 6),
         ("val/pr", ["class", "recall", "precision"], 2),
         ("val/mistakes", ["picture", "image", "true", "predicted", "confidence"], 2),
     ):
@@ -160,7 +160,8 @@ def test_the_best_validation_has_its_classes_confusions_curves_and_mistakes(reco
         tables[name] = json.loads(next(recorded.wandb.rglob(Path(path).name)).read_text())
         assert tables[name]["columns"] == columns
         assert len(tables[name]["data"]) == count
-    assert tables["val/pr"]["data"] == [["a", 0.5, 1.0], ["a", 1.0, 0.8]]
+    assert tables["val/roc"]["data"][3:] == [["a", 0.0, 0.5], ["a", 0.5, 1.0], ["a", 1.0, 1.0]]
+    assert tables["val/pr"]["data"] == [["mean of the classes", 0.0, 1.0], ["mean of the classes", 1.0, 0.8]]
     (sort, *found), (nothing, *_) = tables["val/mistakes"]["data"]
     assert (sort, found[1:], nothing) == ("Image", ["a", "b", 0.75], None)
     (picture,) = pictures_in(recorded)

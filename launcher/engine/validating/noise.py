@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ from launcher.report.intervals import MOST_IMAGES, Z_95, noise_of_gain
 
 if TYPE_CHECKING:
     from launcher.engine.listeners.recorder import Recorder
+    from launcher.engine.validating.several import SeveralAnswers
 
 MOST_CLASSES = 1_000
 """Of more the draws of a bootstrap take seconds: nothing is said."""
@@ -35,8 +36,12 @@ class Answers:
     """Of each image, float64; None: the loss gives means of batches only."""
     confidences: torch.Tensor | None = None
     """Of each image, the probability of what it was answered, float32."""
-    curves: list[list[list[float]] | None] = field(default_factory=list)
-    """Of each class over all ranks, as :attr:`launcher.engine.validating.ranking.Ranking.curves` says."""
+    curves: torch.Tensor | None = None
+    """Of each class, over all ranks, the precision at even recalls (:mod:`launcher.engine.validating.ranking`)."""
+    roc: torch.Tensor | None = None
+    """Likewise the recall at even false positive rates."""
+    several: SeveralAnswers | None = None
+    """Where an image has any number of classes."""
 
 
 class Noise:

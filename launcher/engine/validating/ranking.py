@@ -25,10 +25,8 @@ LARGEST_LOG_ODDS = 16.5
 """float32 has nothing between the sigmoid of it and 1."""
 CALIBRATION_BINS = 15
 """As most who measure ECE take (Guo et al. 2017, arXiv 1706.04599)."""
-CURVE_POINTS = 50
-"""Of each class, on its way from no image to all: a curve on a page shows no more."""
-MOST_CURVES = 100
-"""With more classes there are none: nobody could read them."""
+CURVE_POINTS = 33
+"""Recalls, from 0 to 1, at which a curve of precision is kept."""
 UNIT = 1 << 32
 """Confidences are added up as multiples of one over this, so that their order does not matter."""
 
@@ -47,10 +45,12 @@ class Ranking:
         self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
         """Probabilities, N x C, and the true classes, N, or which are true, N x C."""
         self._num_kept = self._num_seen = 0
+        self.curves: torch.Tensor | None = None
+        """Of each class the precision at CURVE_POINTS recalls; known after :meth:`compute`."""
+        self.roc: torch.Tensor | None = None
+        """Likewise the recall at as many false positive rates."""
         self._binned: torch.Tensor | None = None
         """Of each class and bin, how many images are not of the class, and how many are: C x BINS x 2."""
-        self.curves: list[list[list[float]] | None] = []
-        """Of each class, see :func:`_curve`; known after :meth:`compute`, and empty with too many classes."""
 
     def add(self, probabilities: torch.Tensor, targets: torch.Tensor) -> None:
         """Count float32 N x C, and the true classes (int64 N) or which are true (N x C, 0 or 1)."""
@@ -75,8 +75,7 @@ class Ranking:
         return f"{BINS} bins", *self._areas(counts[:, :, 1].T, counts[:, :, 0].T)
 
     def _areas(self, right: torch.Tensor, wrong: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._num_classes <= MOST_CURVES:
-            self.curves = [_curve(*of_class) for of_class in zip(right.T, wrong.T, strict=True)]
+        self.curves, self.roc = _curves(right, wrong), _roc(right, wrong)
         return _areas(right, wrong)
 
     def _at_each_score(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -126,26 +125,35 @@ def _areas(right: torch.Tensor, wrong: torch.Tensor) -> tuple[torch.Tensor, torc
     return auroc, precision
 
 
-def _curve(right: torch.Tensor, wrong: torch.Tensor) -> list[list[float]] | None:
-    """Some points of a class's ROC and precision-recall curves, from the highest threshold on; None: there are none.
+def _curves(right: torch.Tensor, wrong: torch.Tensor) -> torch.Tensor:
+    """Of each class the highest precision that has at least each of CURVE_POINTS recalls; NaN without images of it.
 
     Args:
-        right: int64 K, as of :func:`_areas`.
-        wrong: likewise.
-
-    Returns:
-        Each ``[false positive rate, recall, precision]``.
+        right: as :func:`_areas` takes it.
+        wrong: the same.
     """
-    if not len(right) or not right[-1] or not wrong[-1]:
-        return None
-    false, recall = wrong.double() / wrong[-1], right.double() / right[-1]
-    way = (false + recall) / 2
-    chosen = torch.searchsorted(way, torch.linspace(0, 1, CURVE_POINTS + 1, dtype=torch.float64)[1:])
-    chosen = chosen.clamp(max=len(way) - 1)
+    right, wrong = right.double().T.contiguous(), wrong.double().T
     precision = right / (right + wrong).clamp(min=1)
-    points = torch.stack([false, recall, precision], dim=1)[chosen]
-    rounded = (tuple(round(value, 4) for value in point) for point in points.tolist())
-    return [list(point) for point in dict.fromkeys(rounded)]
+    highest = precision.flip(1).cummax(dim=1).values.flip(1)
+    recalls = torch.linspace(0, 1, CURVE_POINTS, dtype=torch.float64)
+    wanted = (recalls * right[:, -1:] - 1e-9).contiguous()  # in images, less what rounding adds
+    places = torch.searchsorted(right, wanted).clamp(max=right.shape[1] - 1)
+    return torch.where(right[:, -1:] > 0, highest.gather(1, places), torch.nan)
+
+
+def _roc(right: torch.Tensor, wrong: torch.Tensor) -> torch.Tensor:
+    """Of each class the recall at no more than each of CURVE_POINTS false positive rates; NaN of one kind of images.
+
+    Args:
+        right: as :func:`_areas` takes it.
+        wrong: the same.
+    """
+    right, wrong = right.double().T, wrong.double().T.contiguous()
+    rates = torch.linspace(0, 1, CURVE_POINTS, dtype=torch.float64)
+    allowed = (rates * wrong[:, -1:] + 1e-9).contiguous()  # in images, and what rounding takes
+    places = torch.searchsorted(wrong, allowed, right=True) - 1
+    recall = torch.where(places < 0, 0.0, right.gather(1, places.clamp(min=0))) / right[:, -1:]
+    return torch.where((right[:, -1:] > 0) & (wrong[:, -1:] > 0), recall, torch.nan)
 
 
 class Calibration:
@@ -156,21 +164,30 @@ class Calibration:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(CALIBRATION_BINS, 2, dtype=torch.int64, device=device)
-        """Of each bin confidences less hits, in units, and images."""
+        self._sums = torch.zeros(CALIBRATION_BINS, 3, dtype=torch.int64, device=device)
+        """Of each bin images, confidences in units, and hits."""
 
     def add(self, confidences: torch.Tensor, hits: torch.Tensor) -> None:
         """Count probabilities of answers, and which of these are right."""
         bounds = torch.linspace(0, 1, CALIBRATION_BINS + 1, device=confidences.device)[1:-1]
         places = torch.bucketize(confidences, bounds, right=True)
-        units = (confidences.double().nan_to_num() * UNIT).round().long() - hits.long() * UNIT
-        self._sums.index_add_(0, places, torch.stack([units, torch.ones_like(units)], dim=1))
+        units = (confidences.double().nan_to_num() * UNIT).round().long()
+        self._sums.index_add_(0, places, torch.stack([torch.ones_like(units), units, hits.long()], dim=1))
+
+    def bins(self) -> list[list[int]]:
+        """Of each bin over all ranks: images, their confidences in units, hits. Every rank must call it."""
+        found: list[list[int]] = sum_over_ranks(self._sums.clone()).tolist()
+        return found
 
     def compute(self) -> float:
         """Over all ranks; every rank must call it. NaN of no images."""
-        sums = sum_over_ranks(self._sums.clone()).tolist()
-        num = sum(images for _, images in sums)
-        return sum(abs(units) for units, _ in sums) / UNIT / num if num else math.nan
+        return error_of(self.bins())
+
+
+def error_of(bins: list[list[int]]) -> float:
+    """What :meth:`Calibration.bins` come to; NaN of no images."""
+    num = sum(images for images, _, _ in bins)
+    return sum(abs(units - hits * UNIT) for _, units, hits in bins) / UNIT / num if num else math.nan
 
 
 def mean_of(values: torch.Tensor) -> float:
