@@ -47,7 +47,7 @@ def write(run: RunDir, recipe: Recipe, preprocessing: Preprocessing, left_out: C
         {
             "image": images.key(index),
             "class": _classes(images, index),
-            "picture": thumbnails.data_uri(to_pil_image(one)),
+            "picture": thumbnails.data_uri(to_pil_image(one)),  # type: ignore[no-untyped-call]
         }
         for index, one in zip(indices, shown, strict=True)
     ]
