@@ -221,7 +221,7 @@ def test_class_folders_that_cannot_be_trained_on(spoil, words, photos, refused):
         ),
         (
             "model: {arch: resnet18, weights: null, freeze: ['*']}\n",
-            "bad.yaml:2: model.freeze: freezes all of resnet18 in epoch 0; leave something to learn",
+            "bad.yaml:2: model.freeze: freezes all of resnet18 in epoch 1; leave something to learn",
         ),
         (
             "model: {arch: resnet18, weights: null, freeze: [backbone, head], unfreeze: {0: head, 1: backbone}}\n",
@@ -229,7 +229,7 @@ def test_class_folders_that_cannot_be_trained_on(spoil, words, photos, refused):
         ),
         (
             "model: {arch: resnet18, weights: null, freeze: [backbone, head], unfreeze: {1: head}}\n",
-            "freezes all of resnet18 in epoch 0",
+            "freezes all of resnet18 in epoch 1",
         ),
         (
             "model: {arch: inception_v3, weights: null}\ntrain: {epochs: 2}\n",

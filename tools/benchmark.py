@@ -10,6 +10,7 @@ import torch
 from launcher.engine.device import cpu_name
 from launcher.errors import UsageError
 from launcher.runs.run_dir import RunDir
+from launcher.system import phases
 from launcher.tools import evaluate, formats, latency, onnx_model, probe, publish
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def benchmark(place: Path, *, threads: int, warn: Callable[[str], None]) -> dict
         UsageError: there is nothing to measure.
     """
     torch.set_num_threads(threads)
+    phases.at("opening the models")
     predictors: dict[str, Predictor] = {}
     if place.is_file():
         files = {place.name: place}
@@ -46,7 +48,11 @@ def benchmark(place: Path, *, threads: int, warn: Callable[[str], None]) -> dict
         files = _programs(run)
         for name, file in files.items():
             predictors[name] = formats.open_export(name, file, best, threads=threads, warn=warn)
-    times, rates = (measure(predictors, size, channels) for measure in (latency.measure, latency.throughput))
+    phases.at("timing one image at a time")
+    times = latency.measure(predictors, size, channels)
+    phases.at("timing batches")
+    rates = latency.throughput(predictors, size, channels)
+    phases.at("measuring the memory of each file")
     rows = [
         {
             "model": name,

@@ -13,6 +13,7 @@ from launcher.engine.device import Device
 from launcher.engine.distributed import Ranks, init_process_group
 from launcher.engine.losses import sigmoids
 from launcher.engine.validating.ranking import Calibration
+from launcher.system import phases
 from launcher.tools import publish
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def apply(run: RunDir, best: BestModel, missing: str | None, say: Say) -> tuple[
             return best, None
         say(f"temperature {earlier['temperature']:.3f}, that of the earlier exports of this checkpoint: {missing}")
         return replace(best, temperature=earlier["temperature"]), earlier
+    phases.at("fitting the temperature")
     found = measure(best)
     say(
         f"temperature {found['temperature']:.3f}: calibration error {found['ece_before']:.4f} before and "

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import sys
 import time
 import traceback
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +20,7 @@ from launcher.engine.augmenting import sample_batch
 from launcher.engine.device import cpu_name, num_cores
 from launcher.errors import EXIT_OK, LaunchError, TrainingError, UsageError, exit_code_of
 from launcher.runs.run_dir import RunDir
+from launcher.system import console, phases
 from launcher.system import cpu as host_cpu
 from launcher.tools import baked, calibrate, evaluate, formats, latency, onnx_model, probe, publish, quantize
 from launcher.tools.gate import REFERENCE, Answers, doubt
@@ -37,12 +39,16 @@ if TYPE_CHECKING:
 
 FILES = {name: row.file for name, row in formats.FORMATS.items()} | quantize.FILES
 """Names in exports/, by format."""
+TOLD_S = 0.5
+"""The time of a phase that takes less than so many seconds is not told."""
 UPLOAD_S = 600.0
 """Seconds that sending the exports to a tracking server may take."""
 NO_CALIBRATION = "calibration needs training images"
 
 
-def export_run(run: RunDir, data_path: str | None = None, names: Sequence[str] | None = None) -> None:
+def export_run(
+    run: RunDir, data_path: str | None = None, names: Sequence[str] | None = None, *, terminal: int = 1
+) -> None:
     """Make and measure what the recipe's ``post`` names; write ``exports/manifest.json``.
 
     Without the images nothing is measured, so nothing is accepted, and int8, which needs calibration, is not made.
@@ -51,13 +57,15 @@ def export_run(run: RunDir, data_path: str | None = None, names: Sequence[str] |
         run: the run directory.
         data_path: folder with the images; None: where the run had them.
         names: of formats; None: those of the recipe.
+        terminal: descriptor by which the person who waits is told what is being done.
 
     Raises:
         UsageError: the run has no best checkpoint, or ``data_path`` holds no such images.
         CheckpointError: no checkpoint of it is whole.
         TrainingError: nothing could be made, or nothing that was made now was accepted.
     """
-    with _noise_to(run.post_log) as say:
+    with _noise_to(run.post_log, terminal) as say:
+        phases.at("reading the best checkpoint")
         best = evaluate.load_best(run, data_path, warn=say)
         missing = best.missing("val")
         if missing and data_path is not None:
@@ -77,7 +85,9 @@ def export_run(run: RunDir, data_path: str | None = None, names: Sequence[str] |
             made, not_made = list(manifest["exports"]), list(manifest["not_made"])
             for name in publish.publish(run, folder, manifest, list(FILES.values())):
                 say(f"{name}: removed: its probabilities have another temperature than those of the new files")
+        phases.at("drawing a sample batch")
         _draw_sample_batch(run, best)
+        phases.end()
         trackers.send_once(run, best.recipe, say=say, timeout_s=UPLOAD_S)
         if not missing and made and not any(row["accepted"] for row in made):
             raise TrainingError(f"no export was accepted, so none was kept: {_reasons(made)}")
@@ -136,13 +146,12 @@ class _Making:
         failed = {row["format"]: row["reason"] for row in ladder if row["format"] not in judged}
         self._not_made += [_not_made(name, reason) for name, reason in failed.items()]
         rows += [dict(row) for row in judged.values() if self._each or row["accepted"] or not accepted]
-        self._say("measuring")
         return self._manifest(rows, ladder)
 
     def _export(self, name: str) -> Json | None:
         """What a format measures; None: it cannot be made."""
         row = formats.FORMATS[name]
-        self._tell(f"making {row.file}{f' ({row.deprecated})' if row.deprecated else ''}")
+        phases.at(f"making {row.file}{f' ({row.deprecated})' if row.deprecated else ''}")
         file = self._folder / row.file
         try:
             row.write(file, self._best)
@@ -160,6 +169,8 @@ class _Making:
 
     def _judge(self, name: str, file: Path) -> tuple[str | None, Json]:
         """Why a file is not accepted (None: it is, or nothing can be measured), and what it measures."""
+        self._answers.ask_checkpoint()
+        phases.at(f"measuring {file.name}")
         predictor = formats.open_export(name, file, self._best, threads=self._threads, warn=self._say)
         self._predictors[name] = predictor
         if is_baked := name == formats.BAKED:  # it is asked about the images themselves
@@ -190,13 +201,13 @@ class _Making:
             return []
         try:
             if not source.exists():
+                phases.at(f"making {source.name}")
                 formats.write_onnx(source, self._best)
         except Exception as error:  # as for any format
             traceback.print_exc()
             for name in names:
                 self._skip(name, f"it is made from {source.name}, which cannot be made: {first_line(error)}")
             return []
-        self._tell(f"quantizing: {', '.join(names)}")
         ladder = Ladder(source=source, folder=self._folder, best=self._best, threads=self._threads)
         tried = []
         for wanted in [[name] for name in names] if self._each else [names]:
@@ -216,15 +227,14 @@ class _Making:
         (self._folder / FILES[name]).unlink(missing_ok=True)
         self._skip(name, f"cannot be made: {first_line(error)}")
 
-    def _tell(self, line: str) -> None:
-        self._say(f"{line} ({time.monotonic() - self._start:.0f} s)")
-
     def _manifest(self, rows: list[Json], ladder: list[Json]) -> Json:
         """What each file measured; times of those that are kept, and of the checkpoint."""
         files = {row["format"]: self._folder / row["file"] for row in rows}
         timed = {name: self._predictors[name] for name in (REFERENCE, *files) if name in self._predictors}
         size, channels = self._best.preprocessing.image_size, self._best.preprocessing.channels
+        phases.at("timing one image at a time")
         times = latency.measure(timed, size, channels)
+        phases.at("timing batches")
         rates = latency.throughput({name: found for name, found in timed.items() if name != REFERENCE}, size, channels)
         for row in rows:
             name, file = row["format"], files[row["format"]]
@@ -232,6 +242,7 @@ class _Making:
             row.update(times.get(name, {}), **rates.get(name, {}))
             is_program = name not in formats.FORMATS or not formats.FORMATS[name].is_weights
             if file.exists() and is_program:
+                phases.at(f"measuring the memory of {file.name}")
                 row.update(probe.measure(file, threads=self._threads, image_size=size, channels=channels))
             self._run.append_event(
                 "export", **{k: row.get(k) for k in ("file", "top1", "agreement", "accepted", "reason")}
@@ -266,25 +277,31 @@ def _not_made(name: str, reason: str) -> Json:
 
 
 @contextlib.contextmanager
-def _noise_to(log: Path) -> Iterator[Say]:
+def _noise_to(log: Path, terminal: int = 1) -> Iterator[Say]:
     """Send what libraries print, C libraries' too, to a log: the user can do nothing about it.
 
     Yields:
-        A function that writes a line to the former standard output.
+        A function that writes a line to the terminal and to the log; phases are told there, too.
     """
     log.parent.mkdir(exist_ok=True)
     _flush()
-    with log.open("a", encoding="utf-8") as file, os.fdopen(os.dup(1), "w", buffering=1) as terminal:
+    with log.open("a", encoding="utf-8") as file, console.opened(os.dup(terminal)) as stream:
         saved = [os.dup(1), os.dup(2)]
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         try:
-            yield lambda line: print(line, file=terminal, flush=True)
+            with phases.told_by(phases.Line(stream, told_s=TOLD_S)):
+                yield functools.partial(_say, stream, file)
         finally:
             _flush()
             for number, descriptor in enumerate(saved, start=1):
                 os.dup2(descriptor, number)
                 os.close(descriptor)
+
+
+def _say(terminal: IO[str], log: IO[str], line: str) -> None:
+    for stream in (terminal, log):
+        print(line, file=stream, flush=True)
 
 
 def _flush() -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from launcher.system import phases
 from launcher.tools import paired
 from launcher.tools.evaluate import KeptBatches
 
@@ -61,18 +62,26 @@ class Answers:
         """Have a model answer, anew if one of that name has; the checkpoint answers before the first one."""
         if self.missing:
             return
-        if REFERENCE not in self._answers:
-            self._answers[REFERENCE] = self._compute(self._best.module)
+        self.ask_checkpoint()
         self._answers[name] = self._compute(predictor)
+
+    def ask_checkpoint(self) -> None:
+        """Have the checkpoint answer, unless it has."""
+        if not self.missing and REFERENCE not in self._answers:
+            phases.at("measuring the checkpoint")
+            self._answers[REFERENCE] = self._compute(self._best.module)
 
     @torch.inference_mode()
     def _compute(self, predictor: Predictor) -> Answer:
         is_first, seconds, greatest = not self._logits, 0.0, 0.0
         chosen, true = [], []
+        seen, of_all = 0, f" of {self.num:,}" if self.num else ""
         for number, (images, labels) in enumerate(self._images):
             start = time.perf_counter()
             logits = predictor(images)
             seconds += time.perf_counter() - start
+            seen += len(images)
+            phases.update(f"on {seen:,}{of_all} images")
             if is_first:
                 self._logits.append(logits)
                 true.append(_as_rows(labels, logits))

@@ -11,6 +11,7 @@ import numpy as np
 
 from launcher.engine.schedule import epoch_order
 from launcher.system import cpu as host_cpu
+from launcher.system import phases
 from launcher.system.cpu import PORTABLE_BITS
 from launcher.tools.onnx_model import QUANTIZATION, read_metadata
 
@@ -73,6 +74,7 @@ class Ladder:
         file = self.folder / FILES[name]
         rungs = iter(self._rungs(name))
         while True:
+            phases.at(f"making {file.name}")
             row = {"file": file.name, "format": name, "rung": name, "agreement": None, "is_made": False}
             try:
                 rung, model, settings = next(rungs)

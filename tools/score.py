@@ -16,6 +16,7 @@ from launcher.errors import UsageError
 from launcher.images import datasets
 from launcher.images.listing import Listing
 from launcher.recipe.images import source_of
+from launcher.system import phases
 from launcher.tools import calibrate, evaluate, trained_model
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def score(run: RunDir, *, folder: Path | None = None, split: str = "val", mirror
     Raises:
         UsageError: there are no such images, or of classes that the model does not know.
     """
+    phases.at("reading the best checkpoint")
     best = evaluate.load_best(run)
     if folder is not None:
         best, split = _on(best, folder), "val"
@@ -54,8 +56,11 @@ def score(run: RunDir, *, folder: Path | None = None, split: str = "val", mirror
         own = build_user_metrics(best.recipe, len(best.classes), CPU.torch_device)
         totals = build_totals(best.recipe, best.classes, CPU.torch_device, loss, own)
         answers: list[tuple[torch.Tensor, torch.Tensor]] = []
-        with torch.inference_mode():
+        with torch.inference_mode(), phases.during("measuring images") as seen:
+            num, total = 0, len(best.dataset(split))
             for images, labels in best.batches(split):
+                num += len(labels)
+                seen(num, total)
                 logits = best.module(images)
                 if mirrored:
                     logits = (logits + best.module(images.flip(-1))) / 2

@@ -25,14 +25,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of one that `launch recipes` lists")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="change the recipe: data.augment=light")
     parser.add_argument("--out", metavar="FILE", help="the PNG to write (default: NAME-augment.png)")
-    parser.add_argument("--epoch", type=int, default=0, metavar="N", help="whose images and randomness, from 0")
+    parser.add_argument("--epoch", type=int, default=1, metavar="N", help="whose images and randomness (1)")
     return run(parser.parse_intermixed_args(argv))
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the picture; say where it is."""
-    if args.epoch < 0:
-        raise UsageError(f"--epoch: found {args.epoch}; valid: a whole number >= 0")
+    if args.epoch < 1:
+        raise UsageError(f"--epoch: found {args.epoch}; valid: a whole number >= 1")
     (reading,) = start.read(Request(recipe=args.recipe, overrides=tuple(args.overrides)))
     file = Path(args.out or f"{reading.recipe.name}-augment.png")
     if not file.parent.is_dir():
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         recipe = _with_own_code(reading, RunDir(Path(folder) / "run"))
         from launcher.engine.augmenting import picture
 
-        drawn = picture.draw(recipe, epoch=args.epoch)
+        drawn = picture.draw(recipe, epoch=args.epoch - 1)
     try:
         file.write_bytes(drawn)
     except OSError as error:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.commands.parser import parser_of
 from launcher.errors import EXIT_OK, UsageError
+from launcher.system import phases
 from launcher.system.cores import num_cores
 
 if TYPE_CHECKING:
@@ -39,9 +40,11 @@ def main(argv: Sequence[str]) -> int:
     place = Path(args.place)
     if place.is_file() and place.suffix != ".onnx":
         raise UsageError(f"{place}: not an ONNX file; name one, or a run directory for its other formats")
-    from launcher.tools import benchmark
+    with phases.before_answer():
+        phases.at("importing torch")
+        from launcher.tools import benchmark
 
-    found = benchmark.benchmark(place, threads=args.threads, warn=lambda line: print(line, file=sys.stderr))
+        found = benchmark.benchmark(place, threads=args.threads, warn=lambda line: print(line, file=sys.stderr))
     print(json.dumps(found, indent=2)) if args.as_json else _show(found)
     return EXIT_OK
 

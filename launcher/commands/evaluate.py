@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.commands.parser import parser_of
 from launcher.errors import EXIT_OK
 from launcher.runs.run_dir import RunDir
+from launcher.system import phases
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,9 +31,12 @@ def main(argv: Sequence[str]) -> int:
     run = RunDir.existing(args.run_dir)
     from launcher.recipe import load as recipes
     from launcher.recipe import metrics as recipe_metrics
-    from launcher.tools import score
 
-    found = score.score(run, folder=Path(args.data) if args.data else None, split=args.split, mirrored=args.tta)
+    with phases.before_answer():
+        phases.at("importing torch")
+        from launcher.tools import score
+
+        found = score.score(run, folder=Path(args.data) if args.data else None, split=args.split, mirrored=args.tta)
     table = recipe_metrics.of(recipes.to_dict(recipes.read_resolved(run.recipe))["metrics"])
     found = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in found.items()

@@ -95,14 +95,16 @@ def _row(run: RunDir, status: dict[str, Any], asked: str | None, job: JobState |
         "state_in_words": whereabouts.shown(run, state),
         "nodes": status.get("nodes"),
         "nodes_left": whereabouts.nodes_left(run),
-        **{key: status.get(key) for key in ("attempt", "epoch", "step", "best", "updated")},
+        **{key: status.get(key) for key in ("attempt", "epoch", "epochs", "step", "best", "updated")},
     }
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     best = row["best"]
     job = " ".join(filter(None, [row["job_id"], row["job_state"], row["job_makes"]]))
-    numbers = (str(row[key]) if row[key] is not None else "-" for key in ("attempt", "epoch", "step"))
+    epoch, epochs = whereabouts.epoch_shown(row), row["epochs"]
+    places = (row["attempt"], f"{epoch}/{epochs}" if epoch and epochs else epoch, row["step"])
+    numbers = ("-" if place is None else str(place) for place in places)
     value = f"{best['metric']} {best['value']:.4f}" if best else "-"
     state = row["state_in_words"] + (f" on {row['nodes_left']}" if row["nodes_left"] else "")
     return (row["run"], state, job or "-", *numbers, value, _age(row["updated"]))

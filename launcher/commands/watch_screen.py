@@ -114,6 +114,7 @@ def _speed(snapshot: Snapshot) -> Sequence[str]:
         "lr": "rate {:.2g}",
         "grad_norm": "gradient norm {:.2f}",
         "data_wait": "{:.0%} waiting for data",
+        "memory_mb": "{:,.0f} MB",
     }
     return [text.format(train[name]) for name, text in known.items() if name in train]
 

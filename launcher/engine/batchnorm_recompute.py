@@ -20,6 +20,7 @@ from launcher.engine.distributed import sum_over_ranks
 from launcher.engine.layers import batch_norms
 from launcher.engine.network.sync_batchnorm import SyncBatchNorm
 from launcher.recipe import phases
+from launcher.system.phases import during
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -64,7 +65,7 @@ class BatchNormRecompute:
         batches = parts.schedule.statistics_batches(parts.ranks.rank, epoch=epoch, most=most)
         if not layers or not batches:
             return
-        num = _compute(parts, layers, parts.statistics_loader(epoch, batches), poll)
+        num = _compute(parts, layers, parts.statistics_loader(epoch, batches), len(batches), poll)
         if self._recorder:
             seconds = time.monotonic() - start
             fields = {"batches": num, "batch_size": len(batches[0]), "seconds": round(seconds, 3)}
@@ -126,7 +127,9 @@ class _Sums:
 
 
 @torch.no_grad()
-def _compute(parts: Parts, layers: Sequence[BatchNorm], batches: Iterable[Batch], poll: Callable[[], None]) -> int:
+def _compute(
+    parts: Parts, layers: Sequence[BatchNorm], batches: Iterable[Batch], total: int, poll: Callable[[], None]
+) -> int:
     """Make the running statistics of ``layers`` the mean over the batches of all ranks; return how many these are.
 
     All else is in eval mode, as it will be in validation: nothing is random. The layers normalise by batch statistics,
@@ -137,12 +140,14 @@ def _compute(parts: Parts, layers: Sequence[BatchNorm], batches: Iterable[Batch]
     try:
         for layer in layers:
             layer.training, layer.track_running_stats = True, False
-        for batch in batches:
-            poll()
-            images, labels = parts.to_device(batch)
-            if len(labels):
-                with parts.autocast():
-                    parts.model.module(images)
+        with during("computing BatchNorm's statistics, training batch") as show:
+            for number, batch in enumerate(batches):
+                poll()
+                show(number + 1, total)
+                images, labels = parts.to_device(batch)
+                if len(labels):
+                    with parts.autocast():
+                        parts.model.module(images)
     finally:
         for layer, hook in zip(layers, hooks, strict=True):
             layer.training, layer.track_running_stats = False, True

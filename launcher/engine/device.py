@@ -135,6 +135,10 @@ class Device:
         before = host_memory.status_bytes("VmRSS")
         return lambda: host_memory.status_bytes("VmHWM") - before
 
+    def peak_memory(self) -> int:
+        """The most bytes that this process has held: of the GPU, by torch's allocator; without one, of the machine."""
+        return int(torch.cuda.max_memory_reserved(self.index)) if self.is_cuda else host_memory.status_bytes("VmHWM")
+
     def synchronize(self) -> None:
         """Wait until all is computed."""
         if self.is_cuda:

@@ -236,7 +236,7 @@ def _patterns(recipe: Recipe, model: FineTunedModel) -> Iterator[tuple[str, str]
         idle = next((number for number, one in enumerate(begun) if model.frozen_parameters(one.start) == every), None)
         if idle is not None:
             key = f"train.phases.{idle}.freeze" if recipe.train.phases else "model.freeze"
-            yield key, f"freezes all of {recipe.model.label} in epoch {begun[idle].start}; leave something to learn"
+            yield key, f"freezes all of {recipe.model.label} in epoch {begun[idle].start + 1}; leave something to learn"
 
 
 def _named_layers(recipe: Recipe) -> Iterator[tuple[str, list[str]]]:

@@ -50,7 +50,12 @@ if TYPE_CHECKING:
     from launcher.recipe.schema import Recipe
     from launcher.runs.heartbeats import Heartbeats
 
-TOLD = {STARTING: "starting the workers", BUILDING: "building the model", FIRST: "first batch"}
+TOLD = {
+    STARTING: "starting the workers",
+    MEASURING: "measuring batch size",
+    BUILDING: "building the model",
+    FIRST: "first batch",
+}
 """Phases that people call otherwise."""
 CALLS_BEFORE_STEP = 2
 """How often the training loop says that it lives before it has taken a step."""
@@ -92,7 +97,7 @@ def worker_main(run_path: str, beats: Heartbeats) -> Outcome:
         tell(FIRST if next(calls) < CALLS_BEFORE_STEP else TRAINING)
 
     begin = functools.partial(_begin, beats)
-    with _telling(run, spec, ranks, stop, beats), line:
+    with _telling(run, spec, ranks, stop, beats), phases.told_by(line) if ranks.rank == 0 else contextlib.nullcontext():
         with training(spec, ranks, stop, terminal, at=tell, begin=begin, alive=alive) as trainer:
             outcome = trainer.run()
         beats.rest(ranks.local_rank)
@@ -108,13 +113,20 @@ def worker_main(run_path: str, beats: Heartbeats) -> Outcome:
 
 def _told(at: Callable[[str], None], terminal: IO[str], line: phases.Line) -> Callable[[str], None]:
     """The same, which tells the person at the terminal too what is being done before training."""
+    before = own = ""
 
     def tell(phase: str) -> None:
+        nonlocal before, own
         at(phase)
+        if phase == before:  # what is told within it goes on
+            return
+        before = phase
         if phase == TRAINING or (phase == FIRST and terminal.isatty()):  # where a bar has begun
-            line.end()
+            if line.phase == own:
+                line.end()
         else:
-            line.at(TOLD.get(phase, phase))
+            own = TOLD.get(phase, phase)
+            line.at(own)
 
     return tell
 
@@ -145,6 +157,7 @@ def train_here(spec: WorkerSpec) -> Outcome:
     """Train as the only worker, in this process and on this terminal; what ends it leaves an error file, too."""
     stop = StopFlag()
     stop.install()
+    phases.stop()  # in place they would overwrite a debugger's prompt
     try:
         with training(spec, Ranks(), stop, sys.stdout) as trainer:
             return trainer.run()

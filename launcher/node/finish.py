@@ -11,6 +11,7 @@ from launcher.errors import InterruptedRunError, LaunchError, TrainingError
 from launcher.node.post_step import run_post_step
 from launcher.runs import findings
 from launcher.system import cpu as host_cpu
+from launcher.system import phases
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,6 +36,7 @@ def finish(run: RunDir, plan: LaunchPlan, stop: StopSignals, trackers: Trackers)
         if stop.requested:
             raise InterruptedRunError(f"training is complete, its exports are not; make them with: launch export {run}")
     trackers.finish()
+    phases.at("writing the report")
     try:
         report.write_report(run)
         run.append_event("completed", exported=here and problem is None)
@@ -43,6 +45,7 @@ def finish(run: RunDir, plan: LaunchPlan, stop: StopSignals, trackers: Trackers)
             f"training is complete, but {run}: cannot be written to: {error.strerror}; after making room: "
             f"launch report {run}"
         ) from None
+    phases.end()
     print(summary(run), flush=True)
     if problem:
         raise TrainingError(f"training is complete, but {problem}\nafter repairing it: launch export {run}")

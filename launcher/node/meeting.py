@@ -287,7 +287,9 @@ def _lead(run: RunDir, plan: LaunchPlan, mine: dict[str, Any], heed_stop: Callab
         all_are_there,
         timeout_s=WAIT_S,
         heed=heed_stop,
-        what=lambda: f"node {missing()} to come to {mine['rdzv_endpoint']}",
+        what=lambda: (
+            f"node {missing()} to come to {mine['rdzv_endpoint']} ({len(found) + 1} of {plan.nodes} are there)"
+        ),
         cure="run the same command there, with its --node-rank",
     )
     nodes = [mine, *(found[rank] for rank in sorted(found))]

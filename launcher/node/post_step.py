@@ -23,6 +23,7 @@ def run_post_step(run: RunDir) -> str | None:
     process.join()
     if process.exitcode == EXIT_OK:
         return None
+    console.say_over("", end="")  # it may have left a line in place
     lines = (
         run.post_log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if run.post_log.exists() else []
     )
@@ -41,11 +42,12 @@ def _post_step(run: RunDir) -> None:
     os.environ.pop(numa.PLACES_VARIABLE, None)  # the workers'
     if run.read_plan().export_threads is None:
         os.environ.pop("OMP_NUM_THREADS", None)  # a worker's share of the cores; nothing else computes now
+    terminal = os.dup(1)
     console.redirect(run.post_log)
     try:
         from launcher.tools import export
 
-        export.export_run(run)
+        export.export_run(run, terminal=terminal)
     except Exception:  # whatever it is, its text goes to a file
         print(redact(traceback.format_exc()), file=sys.stderr, flush=True)
         sys.exit(EXIT_FAILED)

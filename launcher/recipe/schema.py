@@ -139,6 +139,8 @@ class TrackingConfig:
     """MLflow."""
     log_every: Count = 10
     """Optimizer steps between two lines of metrics.jsonl."""
+    pictures: bool = True
+    """Whether small pictures of validation images, the surest mistakes, are sent to them, too."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,9 @@ import math
 from typing import Any
 
 from launcher.recipe.schema_data import DataConfig
-from launcher.report import pictures, templating, thumbnails
+from launcher.report import pictures, templating
 from launcher.report.charts import Chart, Point, line_chart
+from launcher.runs import thumbnails
 
 Json = dict[str, Any]
 

@@ -144,7 +144,9 @@ def explain(
     attempt, state = int(status.get("attempt", 1)), whereabouts.settled(status["state"], job)
     left = f" on {found}" if (found := whereabouts.nodes_left(run)) and state == "running" else ""
     shown = whereabouts.shown(run, state)
-    head = f"{run}: {shown}{left}, attempt {attempt}, epoch {status.get('epoch', 0)}, step {status.get('step', 0)}"
+    epoch, epochs = whereabouts.epoch_shown(status), status.get("epochs")
+    place = "" if epoch is None else f"epoch {epoch}{f'/{epochs}' if epochs else ''}, "
+    head = f"{run}: {shown}{left}, attempt {attempt}, {place}step {status.get('step', 0)}"
     if job and not history.since_launched(run, "attempt_started"):
         return "\n".join([head, *_before(run, attempt + 1), *explain_job(run, job), *_refused(run)])
     lines = [*_before(run, attempt), *(_lost_nodes(run) if left else [])]

@@ -8,6 +8,7 @@ from collections import deque
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from launcher.runs import whereabouts
 from launcher.system.lines import Lines
 
 if TYPE_CHECKING:
@@ -116,16 +117,13 @@ class Progress:
             self._last_event = event
         step, num_steps, epochs = status.get("step"), status.get("num_steps"), status.get("epochs")
         times = [status.get("updated"), self._train.get("time"), (self._last_event or {}).get("time")]
-        epoch = status.get("epoch")
-        if epoch is not None:
-            epoch = epoch + 1 if epochs is None else min(epoch + 1, epochs)
         if self._train.get("step", -1) > (step or 0):
             step = self._train["step"]
         return Snapshot(
             run=str(self._run),
             state=status["state"],
             attempt=status.get("attempt"),
-            epoch=epoch,
+            epoch=whereabouts.epoch_shown(status),
             epochs=epochs,
             step=step,
             num_steps=num_steps,

@@ -135,6 +135,7 @@ OPEN = {
     "tracking.mlflow.uri": "",
     "tracking.mlflow.experiment": "",
     "tracking.log_every": "",
+    "tracking.pictures": "",
     "post.enabled": "",
     "post.calibrate": "",
     "post.bake_preprocessing": "",

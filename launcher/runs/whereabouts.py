@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launcher.runs import history, states
 from launcher.system import processes
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from launcher.runs.run_dir import RunDir, State
 
 OVER = ("completed", "early_stopped", "failed", "cancelled")
@@ -94,6 +96,19 @@ def note_preempted(run: RunDir) -> None:
     """Record that a run was stopped and can be resumed; one that is over stays over."""
     if run.read_status()["state"] not in OVER:
         states.move(run, "preempted")
+
+
+def epoch_shown(status: Mapping[str, Any]) -> int | None:
+    """The epoch that a run is in, or its last, from 1 as people count; None: it has not begun.
+
+    Args:
+        status: ``status.json``, which has that of the next step, from 0.
+    """
+    epoch, epochs = status.get("epoch"), status.get("epochs")
+    if epoch is None:
+        return None
+    number = int(max(epoch, 1) if status.get("state") in TRAINED else epoch + 1)
+    return number if epochs is None else min(number, epochs)
 
 
 def nodes_left(run: RunDir) -> str:

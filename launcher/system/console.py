@@ -18,6 +18,7 @@ import threading
 from typing import IO, TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 MAX_PIECES = 2000
@@ -146,10 +147,10 @@ def write_in_place(one: IO[str], text: str) -> None:
     _is_drawn = True
 
 
-def say_over(line: str) -> None:
+def say_over(line: str, *, end: str = "\n") -> None:
     """Print a line over what another process may be showing in place on the same terminal."""
     begin = ERASE.decode() if can_write_in_place(sys.stdout) else ""
-    print(f"{begin}{line}", flush=True)
+    print(f"{begin}{line}", end=end, flush=True)
 
 
 def erase() -> None:
@@ -166,6 +167,19 @@ def stream(descriptor: int, *, like: IO[str] | None = None) -> io.TextIOWrapper:
     encoding = getattr(like, "encoding", None) or "utf-8"
     outlet = Outlet(descriptor)
     return io.TextIOWrapper(outlet, encoding=encoding, errors="backslashreplace", line_buffering=True)
+
+
+@contextlib.contextmanager
+def opened(descriptor: int) -> Iterator[IO[str]]:
+    """A stream as :func:`stream` makes it, which is written and closed with its descriptor afterwards."""
+    made = stream(descriptor)
+    assert isinstance(made.buffer, Outlet)  # noqa: S101
+    try:
+        yield made
+    finally:
+        made.buffer.drain()
+        _outlets.remove(made.buffer)
+        os.close(descriptor)
 
 
 def protect() -> None:

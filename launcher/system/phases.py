@@ -1,28 +1,45 @@
-"""What a process is doing before its first line: nothing that takes longer than two seconds is silent.
+"""What a process is doing now: nothing that takes longer than two seconds is silent.
 
 On a terminal a line is written in place. Elsewhere a line tells of what takes longer, and of its time when it is done.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
 import threading
 import time
-from typing import IO, TYPE_CHECKING, Self
+from typing import IO, TYPE_CHECKING, Protocol
 
 from launcher.system import console
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 TOLD_S = 2.0
 """What takes less than so many seconds is not told."""
 SHOWN_S = 0.3
 """On a terminal it is shown after so many seconds."""
 TICK_S = 0.2
-_line: Line | None = None
+_teller: Teller | None = None
+
+
+class Teller(Protocol):
+    """Who tells a person of phases: a line, or a progress bar that is there already."""
+
+    phase: str
+    """What is being done; empty: nothing that is told."""
+
+    def at(self, phase: str) -> None:
+        """A phase begins, and the one before it ends; nothing where it is the same, or empty."""
+
+    def update(self, detail: str) -> None:
+        """How far it has come."""
+
+    def end(self, *, told: bool = True) -> None:
+        """The phase is over."""
 
 
 class Line:
@@ -30,36 +47,34 @@ class Line:
 
     Args:
         stream: where to.
+        told_s: the time of a phase that takes less than so many seconds is not told; None: TOLD_S.
     """
 
-    def __init__(self, stream: IO[str]) -> None:
+    def __init__(self, stream: IO[str], *, told_s: float | None = None) -> None:
         self._stream = stream
+        self._told_s = told_s
         self._in_place = console.can_write_in_place(stream)
-        self._phase = self._detail = ""
+        self.phase = ""
+        """What is being done; empty: nothing that is told."""
+        self._detail = ""
         self._since = 0.0
         self._thread: threading.Thread | None = None
         self._over = threading.Event()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Leave nothing of it on the terminal, whatever happens."""
-        self.end(told=False)
-
     def at(self, phase: str) -> None:
         """A phase begins, and the one before it ends; nothing where it is the same, or empty."""
-        if phase == self._phase:
+        if phase == self.phase:
             return
         self.end()
         if phase:
-            self._phase, self._since, self._over = phase, time.monotonic(), threading.Event()
+            self.phase, self._since, self._over = phase, time.monotonic(), threading.Event()
             self._thread = threading.Thread(target=self._tell, args=(self._over,), name="phases", daemon=True)
             self._thread.start()
 
     def update(self, detail: str) -> None:
         """How far it has come."""
-        self._detail = detail
+        if self._thread:
+            self._detail = detail
 
     def end(self, *, told: bool = True) -> None:
         """The phase is over; no thread is left of it, so that this process may fork.
@@ -74,15 +89,15 @@ class Line:
         took = time.monotonic() - self._since
         if self._in_place:
             console.erase()
-        if told and took >= TOLD_S:
-            print(f"{self._phase}: {took:.1f} s", file=self._stream, flush=True)
-        self._phase, self._detail, self._thread = "", "", None
+        if told and took >= (TOLD_S if self._told_s is None else self._told_s):
+            print(f"{self.phase}: {took:.1f} s", file=self._stream, flush=True)
+        self.phase, self._detail, self._thread = "", "", None
 
     def _tell(self, over: threading.Event) -> None:
         due = TOLD_S
         while not over.wait(TICK_S):
             took = time.monotonic() - self._since
-            text = f"{self._phase} {self._detail}".rstrip()
+            text = f"{self.phase} {self._detail}".rstrip()
             if self._in_place:
                 if took >= SHOWN_S:
                     width = shutil.get_terminal_size().columns - 1
@@ -94,42 +109,80 @@ class Line:
 
 def show() -> None:
     """From here on, tell what this process is doing, on standard error, where that can delay nothing."""
-    global _line  # noqa: PLW0603  a process has one terminal
-    if _line is None and console.is_protected():
-        _line = Line(sys.stderr)
-        os.register_at_fork(after_in_child=_forget)
+    global _teller  # noqa: PLW0603  a process has one terminal
+    if _teller is None and console.is_protected():
+        _teller = Line(sys.stderr)
+
+
+@contextlib.contextmanager
+def before_answer() -> Iterator[None]:
+    """Tell what this process is doing while it finds the answer that it prints afterwards."""
+    console.protect()
+    show()
+    try:
+        yield
+    finally:
+        stop()
+        console.release()
+
+
+@contextlib.contextmanager
+def told_by(teller: Teller) -> Iterator[None]:
+    """For a while, have another one tell what this process is doing; it leaves nothing of it on the terminal."""
+    global _teller  # noqa: PLW0603
+    before, _teller = _teller, teller
+    try:
+        yield
+    finally:
+        teller.end(told=False)
+        _teller = before
 
 
 def _forget() -> None:
-    global _line  # noqa: PLW0603
-    _line = None
+    global _teller  # noqa: PLW0603
+    _teller = None
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 def at(phase: str) -> None:
     """What this process is about to do, if that is told."""
-    if _line:
-        _line.at(phase)
+    if _teller:
+        _teller.at(phase)
+
+
+def update(detail: str) -> None:
+    """How far the phase has come, if that is told."""
+    if _teller:
+        _teller.update(detail)
 
 
 def counting(phase: str) -> Callable[[int, int], None]:
     """A phase begins that gets on by numbers; returns what takes how many are done, of how many."""
     at(phase)
+    return lambda done, total: update(f"{done:,} of {total:,}")
 
-    def update(done: int, total: int) -> None:
-        if _line:
-            _line.update(f"{done:,} of {total:,}")
 
-    return update
+@contextlib.contextmanager
+def during(phase: str) -> Iterator[Callable[[int, int], None]]:
+    """The same for what is done in the block, however that ends; what was done before it goes on then."""
+    before = _teller.phase if _teller else ""
+    try:
+        yield counting(phase)
+    finally:
+        end()
+        at(before)
 
 
 def end() -> None:
     """Nothing of the kind is being done any more."""
-    if _line:
-        _line.end()
+    if _teller:
+        _teller.end()
 
 
 def stop() -> None:
     """From here on, tell nothing."""
-    if _line:
-        _line.end(told=False)
+    if _teller:
+        _teller.end(told=False)
     _forget()

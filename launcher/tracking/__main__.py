@@ -57,12 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     except BaseException as error:  # SystemExit as well, which wandb raises where its service failed
         print(redact(traceback.format_exc()), file=sys.stderr, flush=True)
-        goes_on = "training goes on, and metrics.jsonl has every number; " if args.beside else ""
-        say(f"{args.sink}: off: {one_line(error)}; {goes_on}`launch track {run} --{args.sink}` goes on from here")
         if args.sink == "wandb":
             from launcher.tracking import wandb_service
 
             wandb_service.end()
+        goes_on = "training goes on, and metrics.jsonl has every number; " if args.beside else ""
+        say(f"{args.sink}: off: {one_line(error)}; {goes_on}`launch track {run} --{args.sink}` goes on from here")
         return EXIT_FAILED
 
 

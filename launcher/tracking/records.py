@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +31,7 @@ class Record:
     split: str
     """train, val or test."""
     epoch: int
-    """From 0."""
+    """From 1, as people count."""
     step: int
     """Optimizer steps taken; grows within a split, of test within each test set."""
     values: dict[str, float]
@@ -38,6 +40,8 @@ class Record:
     """All of it."""
     is_best: bool
     """Whether no validation before it was better."""
+    validation: dict[str, Any]
+    """What validation.json says, where it is of this validation; else empty: it keeps only that of the best."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +81,7 @@ class Feed:
         self._hidden: set[str] = set()
         self._attempts, self._message = 0, ""
         self._facts: dict[str, Any] = {}
+        self._kept_validation: dict[str, Any] = {}
         self.count = 0
         """Records so far."""
 
@@ -130,12 +135,20 @@ class Feed:
             number=self.count - 1,
             time=float(line.get("time") or 0.0),
             split=split,
-            epoch=epoch,
+            epoch=epoch + 1,
             step=step,
             values=values,
             line=line,
             is_best=self._is_best(split, line),
+            validation=self._validation(step) if split == "val" else {},
         )
+
+    def _validation(self, step: int) -> dict[str, Any]:
+        found = self._kept_validation
+        if found.get("step") != step:  # it is written before its line
+            with contextlib.suppress(OSError, ValueError):
+                found = self._kept_validation = json.loads(self._run.validation.read_text(encoding="utf-8"))
+        return found if found.get("step") == step else {}
 
     def _is_best(self, split: str, line: dict[str, Any]) -> bool:
         value = line.get(self._watched.partition("/")[2])

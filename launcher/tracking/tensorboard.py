@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launcher.recipe import load as recipes
+from launcher.runs import thumbnails
+from launcher.tracking.wandb_tables import in_words
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from launcher.recipe.schema import Recipe
@@ -33,6 +36,7 @@ class TensorBoard:
         self._folder = run.sink_folder(self.name)
         self._recipe = recipe
         self._make = EventFileWriter
+        self._facts: dict[str, Any] = {}
 
     def files(self) -> Sequence[Path]:
         """The event files: each tracker writes one."""
@@ -51,11 +55,21 @@ class TensorBoard:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         values = {**record.values, "epoch": record.epoch}
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
-        self._writer.add_event(Event(wall_time=record.time, step=record.step, summary=summary))
+        found = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        if wrong := record.validation.get("wrong"):
+            lines = [
+                f"{row['image']}: {in_words(row['true'])}, answered {in_words(row['predicted'])} {row['confidence']}"
+                for row in wrong
+            ]
+            self._text("val/mistakes", "\n".join(lines), step=record.step)
+            found += self._pictures(wrong)
+        self._writer.add_event(Event(wall_time=record.time, step=record.step, summary=Summary(value=found)))
 
-    def flush(self, story: Story) -> None:  # noqa: ARG002
+    def flush(self, story: Story) -> None:
         """Have TensorBoard see it."""
+        if story.facts != self._facts:
+            self._facts = story.facts
+            self._text("facts", "\n".join(f"{name}: {value}" for name, value in story.facts.items()))
         self._writer.flush()
 
     def close(self, story: Story, *, artifacts: Sequence[str]) -> None:  # noqa: ARG002
@@ -65,9 +79,20 @@ class TensorBoard:
             self._text("best", f"{best['metric']} {best['value']:.4f} (epoch {best['epoch'] + 1}, step {best['step']})")
         self._writer.close()
 
-    def _text(self, tag: str, text: str) -> None:
+    def _pictures(self, wrong: list[dict[str, Any]]) -> Iterator[Any]:
+        """The surest wrong answers' images, where they are there and may be shown."""
+        from PIL import Image
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        for number, row in enumerate(wrong if self._recipe.tracking.pictures else ()):
+            if small := thumbnails.jpeg(row["image"], self._recipe.data):
+                width, height = Image.open(io.BytesIO(small)).size
+                image = Summary.Image(encoded_image_string=small, width=width, height=height, colorspace=3)
+                yield Summary.Value(tag=f"val/mistakes/{number + 1}", image=image)
+
+    def _text(self, tag: str, text: str, *, step: int = 0) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.plugins.text.summary_v2 import text_pb
 
         quoted = "\n".join(f"    {line}" for line in text.splitlines())  # Markdown's way of leaving it as it is
-        self._writer.add_event(Event(wall_time=time.time(), step=0, summary=text_pb(tag, quoted)))
+        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=text_pb(tag, quoted)))

@@ -13,7 +13,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Self
 
-from launcher.errors import EXIT_OK
+from launcher.errors import EXIT_OK, EXIT_RESUMABLE
 from launcher.system.processes import STOP_SIGNALS, descendants
 from launcher.tracking import sink as sinks
 from launcher.tracking import wandb_folder, wandb_mode
@@ -158,9 +158,13 @@ class _Tracker(threading.Thread):
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         for start in range(1, MOST_STARTS + 1):
             self.code = self._carry_out()
-            if self.code >= 0 or self._is_given_up:
+            if self._is_given_up or not (self.code < 0 or self.code == EXIT_RESUMABLE):
                 return
-            killed = f"{self.name}: its tracker was killed ({signal.Signals(-self.code).name})"
+            killed = (
+                f"{self.name}: its tracker was killed ({signal.Signals(-self.code).name})"
+                if self.code < 0
+                else f"{self.name}: a process of its tracker was killed"
+            )
             if start == MOST_STARTS:
                 self._say(f"{killed} {start} times; `{self._cure()}` goes on from here")
                 return

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from launcher.recipe import load as recipes
 from launcher.recipe import metrics as recipe_metrics
 from launcher.runs import whereabouts
-from launcher.system.processes import start_time
 from launcher.system.redact import one_line
 from launcher.tracking import wandb_folder, wandb_service, wandb_tables
 from launcher.tracking.sink import UnreachableError
@@ -101,7 +100,6 @@ class Wandb:
                 raise UnreachableError(one_line(error)) from error
             raise
         self.folder = Path(self._tracked.settings.sync_dir)
-        self._service = wandb_service.process()
         self._define()
         if self._reason:
             self._tell_reason(self._reason)
@@ -112,12 +110,11 @@ class Wandb:
         row: dict[str, Any] = {**record.values, "epoch": record.epoch, "step": record.step}
         if record.is_best:
             row |= wandb_tables.of(record.line)
+        row |= wandb_tables.of_best(record.validation, self._recipe)
         self._tracked.log(row, step=record.number)
 
     def flush(self, story: Story) -> None:
         """Tell what was found out since; look whether there is room."""
-        if self._service and start_time(self._service) is None:
-            raise ServiceDiedError("wandb-core, wandb's own process, has died")  # which wandb itself does not tell
         if time.monotonic() - self._probed > PROBE_S:
             self._check_folder()
         told = {"facts": story.facts, "attempts": story.attempts}
@@ -132,7 +129,11 @@ class Wandb:
         self._check_folder()
         if story.best:
             best = story.best
-            values = {f"best/{best['metric']}": best["value"], "best/epoch": best["epoch"], "best/step": best["step"]}
+            values = {
+                f"best/{best['metric']}": best["value"],
+                "best/epoch": best["epoch"] + 1,
+                "best/step": best["step"],
+            }
             self._tracked.summary.update(values)
         if "best" in artifacts:
             epoch = f"epoch-{story.best['epoch'] + 1}" if story.best else None
@@ -143,6 +144,7 @@ class Wandb:
         if story.state == "preempted":
             self._tracked.mark_preempting()
         self._tracked.finish(exit_code=0 if story.state in (*whereabouts.TRAINED, "running", "pending") else 1)
+        wandb_service.leave()
         sys.modules["wandb"].teardown()
         if self._online:
             if problem := wandb_folder.upload_error(self.folder):
@@ -229,10 +231,6 @@ class Wandb:
             best = story.best
             came_to = f"best {best['metric']} {best['value']:.4f} in epoch {best['epoch'] + 1}" if best else "done"
             self._tracked.alert(f"{self._plan.run_id} is {story.state.replace('_', ' ')}", came_to, level="INFO")
-
-
-class ServiceDiedError(Exception):
-    """wandb cannot go on."""
 
 
 class UnsentError(Exception):

@@ -7,11 +7,13 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.system.processes import children, descendants
+from launcher.errors import EXIT_RESUMABLE
+from launcher.system.processes import children, descendants, start_time
 from launcher.tracking.wandb_mode import configured_url
 
 if TYPE_CHECKING:
@@ -24,6 +26,11 @@ if TYPE_CHECKING:
 INIT_TIMEOUT_S = 30.0
 """Seconds that ``wandb.init`` may wait for its server, where ``WANDB_INIT_TIMEOUT`` says nothing else."""
 KILL_TIMEOUT_S = 2.0
+LOOK_S = 0.5
+"""Seconds between two looks whether it lives."""
+_watch = threading.Event()
+"""Set where the service is watched no longer."""
+_watch.set()
 
 
 def settings(mode: Mode, warn: Callable[[str], None], *, watch_machine: bool = True) -> wandb.Settings:
@@ -61,20 +68,47 @@ def start(options: wandb.Settings) -> None:
 
     The hook would wait until all is sent, however long that takes. wandb has no public way to leave it out.
     """
+    global _watch  # noqa: PLW0603  a process has one service
     import wandb
 
     service = wandb.setup(options)
     if unregister_exit_hook := getattr(getattr(service, "_connection", None), "_cleanup", None):
         unregister_exit_hook()
+    if core := _process():
+        _watch = threading.Event()
+        arguments = core, start_time(core), _watch
+        threading.Thread(target=_end_with, args=arguments, name="wandb-core", daemon=True).start()
 
 
-def process() -> int | None:
+def leave() -> None:
+    """From here on the service may end."""
+    _watch.set()
+
+
+def _end_with(core: int, began: str | None, over: threading.Event) -> None:
+    """End this process where the service was killed: wandb itself does not tell, and waits for it for ever.
+
+    On a signal to every process of a job the service ends, whatever this process does with that. Another tracker then
+    goes on from what was sent.
+    """
+    while not over.wait(LOOK_S):
+        if start_time(core) != began:
+            print("wandb-core, wandb's own process, was killed", file=sys.stderr, flush=True)
+            os._exit(EXIT_RESUMABLE)
+
+
+def _process() -> int | None:
     """Id of wandb-core, a child of this process; None: there is none."""
     return next((core for core in children(os.getpid()) if _name(core) == "wandb-core"), None)
 
 
 def end() -> None:
-    """Kill the service and have wandb forget it: wandb still has threads for it."""
+    """Kill the service and have wandb forget it: wandb still has threads for it.
+
+    Where the service was killed before, which wandb tells as any error, this process ends, as said above.
+    """
+    _watch.wait(2 * LOOK_S)
+    leave()
     logging.getLogger("wandb").handlers = [logging.NullHandler()]  # its last log lines may meet a full disk
     kill()
     with contextlib.suppress(BaseException):
@@ -83,7 +117,7 @@ def end() -> None:
 
 def kill() -> None:
     """Kill wandb-core, a child of this process, with what it started (the system monitor), and wait for its end."""
-    core = process()
+    core = _process()
     if core is None:
         return
     for pid in (*descendants(core), core):

@@ -1,8 +1,14 @@
-"""A validation's classes as wandb shows them: the confusion matrix, and a table of what each class measured."""
+"""A validation as wandb shows it: confusion matrix, classes, curves, and the surest mistakes with their pictures."""
 
 from __future__ import annotations
 
-from typing import Any
+import io
+from typing import TYPE_CHECKING, Any
+
+from launcher.runs import thumbnails
+
+if TYPE_CHECKING:
+    from launcher.recipe.schema import Recipe
 
 COLUMNS = ("recall", "precision", "f1", "samples")
 MOST_CLASSES = 100
@@ -30,3 +36,51 @@ def of(line: dict[str, Any]) -> dict[str, Any]:
         fields = {str(name): str(name) for name in table.columns}
         found["val/confusion"] = wandb.plot_table("wandb/confusion_matrix/v1", table, fields, {"title": "validation"})
     return found
+
+
+def of_best(found: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """What validation.json has, by wandb's names; empty: it has nothing."""
+    made = {
+        **_curves("val/roc", "ROC", found.get("roc"), "false positive rate", "recall"),
+        **_curves("val/pr", "precision over recall", found.get("precision_recall"), "recall", "precision"),
+    }
+    return made | _mistakes(found.get("wrong") or [], recipe)
+
+
+def _curves(key: str, title: str, found: dict[str, Any] | None, x: str, y: str) -> dict[str, Any]:
+    """The mean and a line a class, at even places from 0 to 1."""
+    import wandb
+
+    if not found or not found["mean"]:
+        return {}
+    lines = {"mean of the classes": found["mean"], **found["classes"]}
+    rows: list[Any] = [
+        [name, round(place / (len(values) - 1), 4), value]
+        for name, values in lines.items()
+        for place, value in enumerate(values)
+    ]
+    table = wandb.Table(columns=["class", x, y], data=rows)
+    words = {"title": f"validation: {title}", "x-axis-title": x, "y-axis-title": y}
+    fields = {"x": x, "y": y, "class": "class"}
+    return {key: wandb.plot_table("wandb/area-under-curve/v0", table, fields, words)}
+
+
+def _mistakes(wrong: list[dict[str, Any]], recipe: Recipe) -> dict[str, Any]:
+    """The surest wrong answers, each with its picture where that is there and may be sent."""
+    import wandb
+    from PIL import Image
+
+    if not wrong:
+        return {}
+    rows: list[Any] = []
+    for row in wrong:
+        small = thumbnails.jpeg(row["image"], recipe.data) if recipe.tracking.pictures else None
+        picture = None if small is None else wandb.Image(Image.open(io.BytesIO(small)), file_type="jpg")
+        rows.append([picture, row["image"], *(in_words(row[key]) for key in ("true", "predicted")), row["confidence"]])
+    columns: list[str | int] = ["picture", "image", "true", "predicted", "confidence"]
+    return {"val/mistakes": wandb.Table(columns=columns, data=rows)}
+
+
+def in_words(classes: str | list[str]) -> str:
+    """A class, or the several classes of an image."""
+    return classes if isinstance(classes, str) else ", ".join(classes) or "none"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -111,6 +112,9 @@ def test_a_run_leaves_everything_the_contract_names(start, tmp_path):
     assert [m["samples"] for m in read_jsonl(run.metrics) if m["split"] == "val"] == [360] * 2
     exports = json.loads(run.export_manifest.read_text())["exports"]
     assert {e["format"]: e["agreement"] for e in exports}["onnx"] == 1.0
+    assert re.search(r"^making model\.onnx: \d+\.\d s$", output, re.MULTILINE)  # a phase of the exports, with its time
+    assert re.search(r"^model\.int8\.onnx: minmax: agreement ", output, re.MULTILINE)
+    assert "model.int8.onnx: minmax: agreement " in run.post_log.read_text()
     last_lines = output.strip().splitlines()[-3:]
     assert last_lines[0].split() == ["run:", "run"]
     assert last_lines[1].split() == ["report:", "run/report.html"]

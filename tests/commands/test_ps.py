@@ -26,7 +26,7 @@ def test_ps_shows_every_run_below_a_folder_with_its_job(make_run, tmp_path, monk
 
     monkeypatch.setattr(slurm_client, "job_states", job_states)
     made = make_run("a", job_id="7", state="completed", attempt=1, epoch=3, step=9, best=BEST)
-    make_run("group/b", job_id="8", state="running", attempt=2, epoch=0, step=4, best=None)
+    make_run("group/b", job_id="8", state="running", attempt=2, epoch=0, epochs=3, step=4, best=None)
     make_run("c", state="running")
     (tmp_path / "runs" / "no-run").mkdir()
     jobs.ps(str(tmp_path / "runs"), as_json=False)
@@ -35,7 +35,7 @@ def test_ps_shows_every_run_below_a_folder_with_its_job(make_run, tmp_path, monk
     found = {line.split()[0].rsplit("/", 1)[1]: line.split()[1:] for line in lines}
     assert found["a"][:6] == ["completed", "7", "1", "3", "9", "val/top1"]
     assert found["a"][6] == "0.9877"
-    assert found["b"][:6] == ["running", "8", "RUNNING", "2", "0", "4"]
+    assert found["b"][:6] == ["running", "8", "RUNNING", "2", "1/3", "4"]
     made.append_event("post_submitted", job_id="9")
     jobs.ps(str(made.path), as_json=False)
     assert capsys.readouterr().out.splitlines()[1].split()[1:5] == ["completed", "9", "RUNNING", "exports"]

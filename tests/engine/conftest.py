@@ -140,7 +140,7 @@ class Records:
         self.event("checkpoint", step=step, best=best)
 
     def step(self, *, epoch, step, values):
-        kept = {k: v for k, v in values.items() if k not in ("images_per_s", "data_wait", *SLOWEST)}
+        kept = {k: v for k, v in values.items() if k not in ("images_per_s", "data_wait", "memory_mb", *SLOWEST)}
         self.lines.append({"split": "train", "epoch": epoch, "step": step, **kept})
 
     def validation(self, *, epoch, step, values, best):

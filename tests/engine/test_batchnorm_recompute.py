@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from launcher.engine.checkpoints.checkpoint import load
 from launcher.engine.distributed import Ranks
 from launcher.engine.layers import batch_norms
 from launcher.engine.setup import build_parts
+from launcher.system import phases
 from launcher.system.files import read_jsonl
 from tests.nets import NET
 
@@ -68,6 +71,15 @@ def test_statistics_are_left_alone_after_steps_enough_to_forget_their_start(make
     run = make_run(model={"arch": "shufflenet_v2_x0_5"}, batch={"size": 6}, train={"epochs": 4})
     engine.train(run, prepare=quick)
     assert [event["epoch"] for event in recomputed(run)] == [0, 1]
+
+
+def test_it_is_told_and_so_is_validation_and_how_far_they_are(make_run, engine, one_rank, monkeypatch):
+    told = []
+    monkeypatch.setattr(phases.Line, "update", lambda self, detail: told.append((self.phase, detail)))
+    with phases.told_by(phases.Line(io.StringIO())):
+        engine.train(make_run(**SLOW_STATISTICS))
+    assert told[:6] == [("computing BatchNorm's statistics, training batch", f"{n} of 6") for n in range(1, 7)]
+    assert told[-1] == ("validating", "23 of 23")
 
 
 @pytest.mark.parametrize(("wanted", "batches"), [(0, []), (2, [2]), (500, [6])])

@@ -494,7 +494,7 @@ def test_windows_of_steps_are_recorded_with_what_lies_in_them(make_run, engine, 
         assert {"time", "attempt", "loss", "top1", "top5"} < line.keys()
         assert 0 <= line["top1"] <= line["top5"] <= 1
         extra = (
-            {"lr", "grad_norm", "images_per_s", "data_wait"}
+            {"lr", "grad_norm", "images_per_s", "data_wait", "memory_mb"}
             if line["split"] == "train"
             else {"f1", "per_class", "confusion"}
         )

@@ -103,7 +103,7 @@ def node(tmp_path):
 def test_waiting_for_a_node_to_come(number, node, tmp_path):
     first = node(0)
     first.until(lambda: "waiting for node 1 to come" in first.output, "the wait")
-    assert re.search(r"waiting for node 1 to come to \S+ since \d\d:\d\d:\d\d", first.output)
+    assert re.search(r"waiting for node 1 to come to \S+ \(1 of 2 are there\) since \d\d:\d\d:\d\d", first.output)
     first.process.send_signal(number)
     output = first.ends(75)
     assert "--node-rank 0 --rdzv-endpoint" in output

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from launcher.recipe import load as recipes
-from launcher.report import build, thumbnails
+from launcher.report import build
+from launcher.runs import thumbnails
 from launcher.runs.run_dir import RunDir
 from tests import chromium
 from tests.report.looking import SCREENS, look_at, serious

@@ -102,7 +102,7 @@ def test_why_names_rank_host_message_traceback_log_and_cure_of_the_last_attempt(
     run.update_status(state="failed", attempt=2, epoch=4, step=123)
     text = diagnose.explain(run)
     for part in (
-        "failed, attempt 2, epoch 4, step 123",
+        "failed, attempt 2, epoch 5, step 123",
         "first failure: rank 3 on node1: RuntimeError: shapes do not fit",
         "\n  ValueError: 3\n",  # the traceback's end
         f"log: {run.rank_log(2, 3)}",

@@ -11,7 +11,7 @@ from launcher.backends import living
 from launcher.backends.slurm import client as slurm_client
 from launcher.errors import UsageError
 from launcher.recipe import load as recipes
-from launcher.runs import states
+from launcher.runs import states, whereabouts
 from launcher.runs.whereabouts import JobState
 from launcher.system import processes
 
@@ -115,3 +115,18 @@ def test_when_a_job_is_expected_to_start_is_no_part_of_its_state():
     assert JobState(state="PENDING", expected="2026-01-31T12:00:00") == JobState(
         state="PENDING", expected="2026-01-31T12:00:10"
     )
+
+
+@pytest.mark.parametrize(
+    ("status", "shown"),
+    [
+        ({"state": "pending"}, None),
+        ({"state": "running", "epoch": 0}, 1),
+        ({"state": "failed", "epoch": 2, "epochs": 5}, 3),
+        ({"state": "running", "epoch": 5, "epochs": 5}, 5),  # the last validation is over, the exports are not
+        ({"state": "completed", "epoch": 5, "epochs": 5}, 5),
+        ({"state": "early_stopped", "epoch": 3, "epochs": 5}, 3),
+    ],
+)
+def test_people_count_epochs_from_one(status, shown):
+    assert whereabouts.epoch_shown(status) == shown

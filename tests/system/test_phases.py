@@ -57,6 +57,19 @@ def test_no_thread_is_left_when_a_phase_is_over():
     line.end()  # nothing to end
 
 
+def test_another_teller_is_asked_for_a_while_and_what_it_tells_of_may_be_quick():
+    output = io.StringIO()
+    with phases.told_by(phases.Line(output, told_s=0.0)):
+        with contextlib.suppress(ValueError), phases.during("validating") as show:
+            show(1, 2)
+            raise ValueError
+        phases.at("making model.onnx")
+    assert output.getvalue() == "validating: 0.0 s\n"  # what did not come to its end has no time
+    phases.at("nobody is told")
+    phases.end()
+    assert output.getvalue() == "validating: 0.0 s\n"
+
+
 SCRIPT = """
 import sys, time
 from launcher.system import console, phases
@@ -105,8 +118,8 @@ if os.fork():
     console.release()
 else:
     try:
-        with phases.Line(console.stream(1)) as line:
-            line.at("building the model")
+        with phases.told_by(phases.Line(console.stream(1))):
+            phases.at("building the model")
             time.sleep(0.5)
             raise SystemExit
     finally:

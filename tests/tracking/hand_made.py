@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from google.protobuf.json_format import MessageToDict
+from PIL import Image
 from wandb.proto.wandb_internal_pb2 import Record
 
 from launcher.recipe import load as recipes
@@ -29,6 +30,7 @@ TRAIN |= {"top5": 0.5, "lr": 0.01, "lr/head": 0.1, "images_per_s": 40.0, "data_w
 PER_CLASS = {name: {"recall": 0.5, "precision": 0.25, "f1": 0.4, "samples": 5} for name in "abcdef"}
 VAL = {"split": "val", "attempt": 1, "epoch": 0, "step": 20, "samples": 30, "loss": 2.0, "top1": 0.5}
 VAL |= {"top5": 0.75, "f1": 0.4, "per_class": PER_CLASS, "confusion": [[5, 0, 0, 0, 0, 0]] * 6}
+TABLES = ("val/classes", "val/confusion", "val/roc", "val/pr", "val/mistakes")
 ENDED_S = 120
 """Far more than anything here takes."""
 
@@ -47,6 +49,15 @@ def train(run: RunDir, *steps: int, **changes: object) -> None:
     """Lines of training."""
     for step in steps:
         run.append_metrics(**TRAIN | {"step": step} | changes)
+
+
+def keep_validation(run: RunDir, photo: Path) -> None:
+    """validation.json of the line that VAL is, with a mistake whose image is there and one whose image is not."""
+    Image.new("RGB", (300, 200), "red").save(photo)
+    rows = [{"image": str(place), "true": "a", "predicted": "b", "confidence": 0.75} for place in (photo, "gone.png")]
+    roc = {"mean": [0.25, 0.75, 1.0], "classes": {"a": [0.5, 1.0, 1.0]}}
+    precision = {"mean": [1.0, 0.8], "classes": {}}
+    write_json_atomic(run.validation, {"step": VAL["step"], "wrong": rows, "roc": roc, "precision_recall": precision})
 
 
 def finish(run: RunDir, state: str = "completed", **fields: object) -> None:
@@ -122,7 +133,7 @@ def read_record(run: RunDir, folders: str = "offline-run-*") -> dict:
 def rows_of(run: RunDir, folders: str = "offline-run-*") -> list[dict]:
     """wandb's rows, without what it adds itself and without tables."""
     return [
-        {key: value for key, value in row.items() if not key.startswith(("_", "val/classes", "val/confusion"))}
+        {key: value for key, value in row.items() if not key.startswith(("_", *TABLES))}
         for row in read_record(run, folders)["history"]
     ]
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from launcher.recipe import load as recipes
+from launcher.system.files import write_json_atomic
 from launcher.tracking.follow import follow
 from launcher.tracking.place import Place, is_taken
 from launcher.tracking.records import FACTS, Feed
@@ -111,6 +112,18 @@ def test_the_best_validation_is_known_as_it_comes(run):
     for step, loss in ((1, 2.0), (2, 3.0), (3, 1.0), (4, None)):
         run.append_metrics(**VAL | {"step": step, "loss": loss})
     assert [record.is_best for record in feed_of(run).new()] == [True, False, True, False]
+
+
+def test_what_is_kept_of_the_best_validation_goes_with_its_line(run):
+    run.append_metrics(**VAL)
+    write_json_atomic(run.validation, {"step": 40, "wrong": [1]})
+    run.append_metrics(**VAL | {"epoch": 1, "step": 40})
+    run.append_metrics(**VAL | {"epoch": 2, "step": 60})
+    records = feed_of(run).new()
+    assert [record.validation.get("wrong") for record in records] == [None, [1], None]
+    assert [record.epoch for record in records] == [1, 2, 3]  # as people count
+    run.validation.write_text("{")
+    assert [record.validation for record in feed_of(run).new()] == [{}, {}, {}]
 
 
 def test_how_a_run_ended_is_told(run):

@@ -55,6 +55,25 @@ def test_a_stopped_run_is_sent_to_its_last_step_and_as_preempted(tmp_path):
     assert len(list(run.wandb.glob("offline-run-*"))) == 1
 
 
+def test_a_signal_to_every_process_of_a_job_loses_nothing(tmp_path):
+    """As scancel sends it: wandb-core heeds it, whatever its parent does."""
+    run, said = make_run(tmp_path), []
+    train(run, 1)
+    with Trackers(run, ["wandb"], say=said.append, beside=True) as found:
+        wait_until(lambda: list(run.wandb.glob("offline-run-*")))  # so it has its service
+        (pid,) = found.pids()
+        for one in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
+            one.send_signal(signal.SIGTERM)
+        wait_until(lambda: said)
+        train(run, 2)
+        finish(run, "preempted")
+        found.finish(ENDED_S)
+    assert said[0] == "wandb: a process of its tracker was killed; it is started again, and goes on from here"
+    assert found.codes == [0]
+    assert steps_of(run) == [1, 2]
+    assert len(list(run.wandb.glob("offline-run-*"))) == 1
+
+
 def test_a_signal_does_not_end_a_tracker_that_has_just_begun_and_a_kill_at_the_end_is_made_good(tmp_path):
     run, said = make_run(tmp_path), []
     train(run, 1)

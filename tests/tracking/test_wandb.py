@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+from PIL import Image
 
+from launcher.errors import EXIT_RESUMABLE
 from launcher.runs.history import events
 from launcher.system.files import read_jsonl, write_json_atomic
 from launcher.tracking.records import FACTS
@@ -26,6 +28,7 @@ from tests.tracking.hand_made import (
     RUN_ID,
     VAL,
     finish,
+    keep_validation,
     make_run,
     read_record,
     rows_of,
@@ -67,6 +70,7 @@ def recorded(tmp_path_factory):
         run.append_event("attempt_started", attempt=1)
         run.append_event(FACTS, num_classes=6, train_images=80, device="a GPU")
         train(run, 10, 20)
+        keep_validation(run, folder / "photo.jpg")
         run.append_metrics(**VAL)
         run.update_status(state="preempted")
         said = track(run)
@@ -108,11 +112,11 @@ def test_the_same_run_goes_on_after_a_resume(recorded):
         "train/images_per_s": 40.0,
         "train/data_wait": 0.25,
         "train/grad_norm": 1.5,
-        "epoch": 0,
+        "epoch": 1,
         "step": 10,
     }
     val = {"val/loss": 2.0, "val/top1": 0.5, "val/top5": 0.75, "val/f1": 0.4}
-    assert rows[2] == {**val, "epoch": 0, "step": 20}
+    assert rows[2] == {**val, "epoch": 1, "step": 20}
     steps = [row["_step"] for row in read_record(recorded)["history"]]
     assert steps == [0, 1, 2, 3]  # the server takes none of them twice
 
@@ -127,7 +131,7 @@ def test_axes_and_summaries_are_defined(recorded):
     assert summaries["val/top1"]["max"]
     assert summaries["val/loss"]["min"]
     assert record["summary"]["best/val/top1"] == 0.5
-    assert record["summary"]["best/step"] == 20
+    assert (record["summary"]["best/epoch"], record["summary"]["best/step"]) == (1, 20)
     assert record["summary"]["attempts"] == 2
 
 
@@ -140,18 +144,45 @@ def test_config_has_recipe_plan_and_facts(recorded):
     assert (config["facts"]["train_images"], config["facts"]["device"]) == (80, "a GPU")
 
 
-def test_the_best_validation_has_its_classes_and_confusions(recorded):
+def test_the_best_validation_has_its_classes_confusions_curves_and_mistakes(recorded):
     row = read_record(recorded)["history"][2]
     paths = {key.rpartition("/")[0]: value for key, value in row.items() if key.endswith("/path")}
-    assert len(paths) == 2
+    assert len(paths) == 5
+    tables = {}
     for name, columns, count in (
         ("val/classes", ["class", "recall", "precision", "f1", "samples"], 6),
         ("val/confusion", ["Actual", "Predicted", "nPredictions"], 36),
+        ("val/roc", ["class", "false positive rate", "recall"], 6),
+        ("val/pr", ["class", "recall", "precision"], 2),
+        ("val/mistakes", ["picture", "image", "true", "predicted", "confidence"], 2),
     ):
         path = next(paths[key] for key in paths if key.startswith(name))
-        table = json.loads(next(recorded.wandb.rglob(Path(path).name)).read_text())
-        assert table["columns"] == columns
-        assert len(table["data"]) == count
+        tables[name] = json.loads(next(recorded.wandb.rglob(Path(path).name)).read_text())
+        assert tables[name]["columns"] == columns
+        assert len(tables[name]["data"]) == count
+    assert tables["val/roc"]["data"][3:] == [["a", 0.0, 0.5], ["a", 0.5, 1.0], ["a", 1.0, 1.0]]
+    assert tables["val/pr"]["data"] == [["mean of the classes", 0.0, 1.0], ["mean of the classes", 1.0, 0.8]]
+    (sort, *found), (nothing, *_) = tables["val/mistakes"]["data"]
+    assert (sort, found[1:], nothing) == ("Image", ["a", "b", 0.75], None)
+    (picture,) = pictures_in(recorded)
+    with Image.open(picture) as image:
+        assert max(image.size) == 112
+
+
+def pictures_in(run: RunDir) -> list[str]:
+    """Files that go to the server with the tables."""
+    contents = [item for artifact in read_record(run)["artifact"] for item in artifact["manifest"]["contents"]]
+    return [item["local_path"] for item in contents if item["path"].startswith("media/images/")]
+
+
+def test_pictures_stay_where_they_are_if_the_recipe_says_so(tmp_path):
+    run = make_run(tmp_path, pictures=False)
+    keep_validation(run, tmp_path / "photo.jpg")
+    run.append_metrics(**VAL)
+    assert track(run) == []
+    assert pictures_in(run) == []
+    (table,) = run.wandb.rglob("*mistakes*.json")
+    assert [row[0] for row in json.loads(table.read_text())["data"]] == [None, None]
 
 
 def test_the_best_checkpoint_and_the_exports_are_artifacts(recorded):
@@ -340,7 +371,7 @@ def test_a_folder_that_is_full_or_read_only_turns_tracking_off(tmp_path, small_d
     assert f"`launch track {run} --wandb`" in line
 
 
-def test_a_service_that_dies_ends_the_tracker_with_a_line_and_the_next_goes_on(tmp_path):
+def test_a_service_that_dies_ends_the_tracker_and_the_next_goes_on(tmp_path):
     run = make_run(tmp_path)
     process = tracker(run, "wandb", "--beside")
 
@@ -353,9 +384,8 @@ def test_a_service_that_dies_ends_the_tracker_with_a_line_and_the_next_goes_on(t
         os.kill(pid, signal.SIGKILL)
     assert_comes(lambda: grows() and process.poll() is not None)
     said, errors = process.communicate(timeout=ENDED_S)
-    (line,) = said.splitlines()
-    assert line.startswith("wandb: off: ")
-    assert (process.returncode, errors) == (1, "")
+    assert (process.returncode, said, errors) == (EXIT_RESUMABLE, "", "")
+    assert "wandb-core, wandb's own process, was killed" in run.tracking_log("wandb").read_text()
     finish(run)
     assert track(run) == []
     assert steps_of(run) == [line["step"] for line in read_jsonl(run.metrics)]

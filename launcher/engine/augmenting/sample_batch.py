@@ -11,7 +11,7 @@ from launcher.engine import data
 from launcher.engine.augmenting import picture
 from launcher.engine.augmenting.mixing import choose_mix
 from launcher.engine.schedule import epoch_order
-from launcher.report import thumbnails
+from launcher.runs import thumbnails
 from launcher.system.files import write_json_atomic
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from launcher.engine.checkpoints import checkpoint as checkpoints
 from launcher.engine.network.fitting import are_needed
 from launcher.errors import TrainingError
+from launcher.system import phases
 
 if TYPE_CHECKING:
     from launcher.engine.listeners.listeners import Listeners
@@ -64,7 +65,8 @@ class Saving:
             CheckpointError: the disk did not take it.
         """
         if self._writer:
-            self._writer.wait()
+            with phases.during("writing the checkpoint"):
+                self._writer.wait()
 
     def finish(self, *, again: bool) -> None:
         """As :meth:`wait`; if the run will resume (``again``), a failed write is logged instead of raised."""

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from launcher.engine.device import is_out_of_memory
 from launcher.engine.distributed import sum_over_ranks
+from launcher.system import phases
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -51,16 +52,18 @@ def fill(
     chunks += [[]] * (-len(chunks) % ranks.world_size)  # all have as many, so that all can agree to stop
     own = chunks[ranks.rank :: ranks.world_size]
     loaded = iter(parts.loader(kept.samples, ([(view, index) for index in chunk] for chunk in own)))
-    for number in range(len(own)):
-        batch = loaded.get(stop)
-        poll()
-        features = kept.table.new_empty(0, kept.table.shape[-1], device=parts.device.torch_device)
-        if batch is not None and len(batch[1]):  # None: stopped, which all hear of at the next poll
-            features = _compute(parts, kept, parts.to_device(batch)[0])
-        together = chunks[number * ranks.world_size :][: ranks.world_size]
-        for indices, rows in _exchange(parts, together, features, size):
-            if len(rows) == len(indices):
-                kept.table[view, indices] = rows.to(kept.table.device)
+    with phases.during("computing the frozen layers' features, batch") as show:
+        for number in range(len(own)):
+            batch = loaded.get(stop)
+            poll()
+            show(number + 1, len(own))
+            features = kept.table.new_empty(0, kept.table.shape[-1], device=parts.device.torch_device)
+            if batch is not None and len(batch[1]):  # None: stopped, which all hear of at the next poll
+                features = _compute(parts, kept, parts.to_device(batch)[0])
+            together = chunks[number * ranks.world_size :][: ranks.world_size]
+            for indices, rows in _exchange(parts, together, features, size):
+                if len(rows) == len(indices):
+                    kept.table[view, indices] = rows.to(kept.table.device)
     poll(asked=False)  # what ranks said at their last batch must reach all
     sum_over_ranks(torch.zeros(1, device=parts.device.torch_device)).item()  # all have written
     kept.filled.add(view)

@@ -63,6 +63,7 @@ def facts(parts: Parts) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "launcher": launcher.__version__,
+        "commit": parts.run.read_launched().commit,
     }
 
 

@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from launcher.recipe import metrics as recipe_metrics
 from launcher.runs import findings, generations, states
+from launcher.system import phases
 from launcher.system.files import write_json_atomic
 from launcher.tracking.records import FACTS
 
@@ -72,6 +73,7 @@ class Recorder:
         """The rank that the file of the ranks' times calls slow."""
         self._writing = threading.Lock()
         self._unwritten: list[Callable[[], object]] = []
+        self._open = contextlib.ExitStack()
         if bar and console.isatty():
             self._start_progress()
 
@@ -201,6 +203,7 @@ class Recorder:
 
     def close(self) -> None:
         """Leave the terminal as it was."""
+        self._open.close()
         if self._progress is not None:
             self._progress.stop()
 
@@ -240,6 +243,39 @@ class Recorder:
         )
         self._task = self._progress.add_task("train", total=self._num_steps, of_epoch="first batch", text="")
         self._progress.start()
+        self._open.enter_context(phases.told_by(_OnBar(self._progress, self._task)))
+
+
+class _OnBar:
+    """Tells what is done between steps on the progress bar, where it has the epoch and its steps.
+
+    Args:
+        progress: the bar.
+        task: of it.
+    """
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress = progress
+        self._task = task
+        self.phase = ""
+
+    def at(self, phase: str) -> None:
+        """It begins."""
+        if phase and phase != self.phase:
+            self._show(phase)
+            self.phase = phase
+
+    def update(self, detail: str) -> None:
+        """How far it has come."""
+        if self.phase:
+            self._show(f"{self.phase} {detail}")
+
+    def end(self, *, told: bool = True) -> None:  # noqa: ARG002  the next step shows where training is
+        """It is over."""
+        self.phase = ""
+
+    def _show(self, text: str) -> None:
+        self._progress.update(self._task, of_epoch=text)
 
 
 def _as_json(values: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from launcher.engine.tuning.budget import Spending
 from launcher.engine.tuning.child import OutOfMemoryError, TooSlowError
 from launcher.engine.tuning.speed_line import towards_the_line
 from launcher.errors import UsageError
+from launcher.system import phases
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -259,6 +260,8 @@ class BatchSearch:
         return [middle for _, middle in sorted(gaps)]
 
     def _try(self, size: int) -> bool:
+        most = MAX_PROBES_BISECTING if self._surprised else MAX_PROBES
+        phases.update(f"{self._spending.num_probes + 1} of at most {most} ({size} images)")
         predicted = self._predict()
         smaller = [one.probe for one in self._fitting() if one.batch_size < size]
         try:
@@ -285,6 +288,7 @@ class BatchSearch:
         if len(worth_it) == 1 or not self._may_try():
             return ()
         sizes = sorted([*worth_it, *(a.batch_size for a in fastest[len(near) :])][:MAX_COMPARED])
+        phases.update("again, the fastest in turn")
         try:
             probes = {probe.batch_size: probe for probe in towards_the_line(self._compare(sizes))}
         except (OutOfMemoryError, TooSlowError):  # all of them in one process are too much for it

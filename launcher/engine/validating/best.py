@@ -67,6 +67,7 @@ class BestValidation:
                 **_head(best, int(counts.sum())),
                 "classes": self._classes(*columns),
                 "precision_recall": self._curves(answers.curves),
+                "roc": self._curves(answers.roc),
                 "calibration": [[int(images), *sums] for images, *sums in bins.tolist()],
                 "confusions": [{"true": names[t], "predicted": names[p], "count": count} for t, p, count in rows],
                 "wrong": self._named(wrong),
@@ -84,6 +85,7 @@ class BestValidation:
                 **_head(best, answers.samples),
                 "classes": self._classes(*several.counts),
                 "precision_recall": self._curves(answers.curves),
+                "roc": self._curves(answers.roc),
                 "calibration": several.calibration,
                 "confusions": [],
                 "wrong": self._named_several(wrong),
@@ -101,7 +103,7 @@ class BestValidation:
         }
 
     def _curves(self, curves: torch.Tensor | None) -> dict[str, Any] | None:
-        """Precision at even recalls: the mean over the classes that have images, and up to 100 classes of each."""
+        """The mean over the classes whose curve is known, and up to 100 classes that of each."""
         if curves is None:
             return None
         known = curves.isfinite().all(dim=1)

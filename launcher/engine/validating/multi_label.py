@@ -90,7 +90,7 @@ class MultiLabelTotals:
         losses = None if self._gives_means else torch.cat(self._losses)
         none = torch.empty(0, dtype=torch.int64)
         of_rank = Answers(share=share, samples=samples, num_classes=0, pairs=none, losses=losses)
-        return replace(of_rank, curves=self._ranking.curves, several=several)
+        return replace(of_rank, curves=self._ranking.curves, roc=self._ranking.roc, several=several)
 
     def compute(self) -> dict[str, Any]:
         """``samples`` of all ranks, the value of every metric, and up to 100 classes ``per_class``."""

@@ -38,6 +38,8 @@ class Answers:
     """Of each image, the probability of what it was answered, float32."""
     curves: torch.Tensor | None = None
     """Of each class, over all ranks, the precision at even recalls (:mod:`launcher.engine.validating.ranking`)."""
+    roc: torch.Tensor | None = None
+    """Likewise the recall at even false positive rates."""
     several: SeveralAnswers | None = None
     """Where an image has any number of classes."""
 

@@ -47,6 +47,8 @@ class Ranking:
         self._num_kept = self._num_seen = 0
         self.curves: torch.Tensor | None = None
         """Of each class the precision at CURVE_POINTS recalls; known after :meth:`compute`."""
+        self.roc: torch.Tensor | None = None
+        """Likewise the recall at as many false positive rates."""
         self._binned: torch.Tensor | None = None
         """Of each class and bin, how many images are not of the class, and how many are: C x BINS x 2."""
 
@@ -66,15 +68,15 @@ class Ranking:
         """
         seen = int(sum_over_ranks(torch.tensor(self._num_seen, device=self._device)))
         if seen * self._num_classes <= EXACT_SCORES:
-            right, wrong = self._at_each_score()
-            self.curves = _curves(right, wrong)
-            return "exact", *_areas(right, wrong)
+            return "exact", *self._areas(*self._at_each_score())
         self._put_into_bins()
         assert self._binned is not None  # noqa: S101
         counts = sum_over_ranks(self._binned).cpu().flip(1).cumsum(1)
-        right, wrong = counts[:, :, 1].T, counts[:, :, 0].T
-        self.curves = _curves(right, wrong)
-        return f"{BINS} bins", *_areas(right, wrong)
+        return f"{BINS} bins", *self._areas(counts[:, :, 1].T, counts[:, :, 0].T)
+
+    def _areas(self, right: torch.Tensor, wrong: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.curves, self.roc = _curves(right, wrong), _roc(right, wrong)
+        return _areas(right, wrong)
 
     def _at_each_score(self) -> tuple[torch.Tensor, torch.Tensor]:
         """From the likeliest image of each class on, how many are of it, and how many are not: int64 N x C each."""
@@ -137,6 +139,21 @@ def _curves(right: torch.Tensor, wrong: torch.Tensor) -> torch.Tensor:
     wanted = (recalls * right[:, -1:] - 1e-9).contiguous()  # in images, less what rounding adds
     places = torch.searchsorted(right, wanted).clamp(max=right.shape[1] - 1)
     return torch.where(right[:, -1:] > 0, highest.gather(1, places), torch.nan)
+
+
+def _roc(right: torch.Tensor, wrong: torch.Tensor) -> torch.Tensor:
+    """Of each class the recall at no more than each of CURVE_POINTS false positive rates; NaN of one kind of images.
+
+    Args:
+        right: as :func:`_areas` takes it.
+        wrong: the same.
+    """
+    right, wrong = right.double().T, wrong.double().T.contiguous()
+    rates = torch.linspace(0, 1, CURVE_POINTS, dtype=torch.float64)
+    allowed = (rates * wrong[:, -1:] + 1e-9).contiguous()  # in images, and what rounding takes
+    places = torch.searchsorted(wrong, allowed, right=True) - 1
+    recall = torch.where(places < 0, 0.0, right.gather(1, places.clamp(min=0))) / right[:, -1:]
+    return torch.where((right[:, -1:] > 0) & (wrong[:, -1:] > 0), recall, torch.nan)
 
 
 class Calibration:

@@ -64,6 +64,6 @@ def measure(
     def load(_: object) -> Loader:
         return parts.loader(samples, ([(0, i) for i in batch] for batch in islice(numbers, parts.max_steps)))
 
-    values = validation.run(lambda: None, stop=stop, poll=poll, load=load)
+    values = validation.run(lambda: None, stop=stop, poll=poll, load=load, test_images=len(samples))
     if recorder:
         recorder.tested(split, best, values)

@@ -86,6 +86,7 @@ class ValidationTotals:
             losses=None if self._gives_means else torch.cat(self._losses),
             confidences=torch.cat(self._confidences),
             curves=self._ranking.curves,
+            roc=self._ranking.roc,
         )
 
     def compute(self) -> dict[str, Any]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from launcher.engine import distributed
 from launcher.engine.device import is_out_of_memory
+from launcher.engine.schedule import split_by_shares
 from launcher.engine.validating.build import build_totals, build_user_metrics
+from launcher.system import phases
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import nn
 
@@ -43,6 +46,7 @@ class Validation:
         stop: Callable[[], bool],
         poll: Callable[..., None],
         load: Callable[[Kept | None], Loader | Batches] | None = None,
+        test_images: int | None = None,
     ) -> dict[str, Any]:
         """Counts over the whole validation set, the same on every rank. Every rank must call it.
 
@@ -51,6 +55,7 @@ class Validation:
             stop: whether this rank was asked to stop.
             poll: where all ranks learn whether to stop; called with each batch that was loaded.
             load: this rank's share; None: of the validation set.
+            test_images: how many there are in another set; None: it is the validation set.
         """
         parts = self._parts
         distributed.broadcast_buffers(parts.model.module)
@@ -61,24 +66,44 @@ class Validation:
         self._network = kept.rest if kept else parts.model.module
         loaded = iter((load or parts.val_loader)(kept))
         held: list[Batch] = []
-        while True:
-            try:
-                batch = loaded.get(stop)
-            except StopIteration:
-                break
-            poll()
-            if batch is None:
-                continue  # to where all learn that this rank stops
-            if len(batch[1]):
-                held.append((kept or parts).to_device(batch))
-            if len(held) == parts.device.batches_in_validation:
-                self._count(held, totals)
-        self._count(held, totals)
-        poll(asked=False)  # what ranks said at their last batch must reach all before they add up
-        found = totals.compute()
+        with self._told(test_images) as seen:
+            while True:
+                try:
+                    batch = loaded.get(stop)
+                except StopIteration:
+                    break
+                poll()
+                if batch is None:
+                    continue  # to where all learn that this rank stops
+                seen(len(batch[1]))
+                if len(batch[1]):
+                    held.append((kept or parts).to_device(batch))
+                if len(held) == parts.device.batches_in_validation:
+                    self._count(held, totals)
+            self._count(held, totals)
+            poll(asked=False)  # what ranks said at their last batch must reach all before they add up
+            found = totals.compute()
         del self._answers[:-1]  # those of the weights before the average's; others were never taken
         self._answers.append(totals.answers(parts.schedule.batching, found["samples"]))
         return found
+
+    @contextlib.contextmanager
+    def _told(self, test_images: int | None) -> Iterator[Callable[[int], None]]:
+        """Tell people what is being done; gives what takes how many more images were seen."""
+        parts, seen = self._parts, 0
+        start, end = split_by_shares(test_images or len(parts.val_set), parts.schedule.batching.shares)[
+            parts.ranks.rank
+        ]
+        doing = "validating" if test_images is None else "measuring the test set"
+        share = f", rank {parts.ranks.rank}'s images:" if parts.ranks.world_size > 1 else ""
+        with phases.during(f"{doing}{share}") as show:
+
+            def add(num: int) -> None:
+                nonlocal seen
+                seen += num
+                show(seen, end - start)
+
+            yield add
 
     def take_answers(self) -> list[Answers]:
         """Those of the validations since the last call, oldest first."""

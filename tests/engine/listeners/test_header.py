@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torchvision
 
 from launcher.engine.distributed import Ranks
 from launcher.engine.listeners import header
@@ -27,7 +28,10 @@ def test_it_says_what_is_trained_by_what_on_what(lines):
 def test_images_with_several_classes_or_none_count_once(make_run, engine, one_rank):
     several = {"task": "multi_label", "dataset": "tests.several_labels:Photos"}
     parts = build_parts(make_run(data=several, train={"loss": "binary_cross_entropy"}), Ranks(), engine.cpu)
-    assert header.facts(parts)["train_images"] == 37
+    facts = header.facts(parts)
+    assert facts["train_images"] == 37
+    assert facts["torchvision"] == torchvision.__version__.partition("+")[0]
+    assert facts["commit"] == parts.run.read_launched().commit
     assert "37 training images in 8 classes: " in "\n".join(header.lines(parts))
 
 

@@ -10,6 +10,7 @@ import pytest
 from launcher.engine.listeners.recorder import Recorder
 from launcher.recipe.schema import Recipe
 from launcher.runs.run_dir import RunDir
+from launcher.system import phases
 from launcher.tracking.records import FACTS, Feed
 
 VALUES = {"samples": 40, "loss": 1.0, "top1": 0.5, "top5": 1.0, "f1": 0.4}
@@ -96,6 +97,25 @@ def test_the_bar_counts_the_steps_of_the_epoch_and_shows_the_part_of_the_run(on_
     assert "epoch 5/20  step 4/10" in shown
     assert "22%" in shown
     assert "loss 1.0000" in shown
+
+
+def test_between_steps_the_bar_shows_what_is_done_instead(on_terminal):
+    recorder = on_terminal()
+    recorder.progress(epoch=4, step=44, part=0.4)
+
+    def shown():
+        recorder._progress.refresh()
+        return recorder._console.getvalue().splitlines()[-1]
+
+    with phases.during("validating") as show:
+        assert "validating" in shown()
+        show(320, 1000)
+        assert "validating 320 of 1,000" in shown()
+        assert "step 4/10" not in shown()
+    recorder.progress(epoch=5, step=45, part=0.1)
+    assert "epoch 6/20  step 1/10" in shown()
+    recorder.close()
+    phases.at("validating")  # nobody tells any more
 
 
 def test_a_debugger_has_the_terminal_for_itself(on_terminal):

@@ -148,7 +148,7 @@ def start(warm_launch, recipe, tmp_path):
     return call
 
 
-TIMED = ("time", "attempt", "images_per_s", "data_wait", "slowest_rank", "slowest_behind")
+TIMED = ("time", "attempt", "images_per_s", "data_wait", "memory_mb", "slowest_rank", "slowest_behind")
 """What is not the same in two runs of the same bits."""
 OWN = {
     "train": {"loss": "my.py:loss", "loss_args": {"gamma": 1.0}, "listeners": ["my.py:Told"]}

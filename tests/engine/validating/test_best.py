@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,6 @@ def test_classes_calibration_and_images_agree_with_what_was_counted(found, world
     for rows in (kept["wrong"], kept["right"]):
         assert [row["confidence"] for row in rows] == sorted((row["confidence"] for row in rows), reverse=True)
     assert sum(row["count"] for row in kept["confusions"]) == line["samples"] - hits
+    roc = kept["roc"]["mean"]
+    assert roc[-1] == 1.0  # of all images
+    assert sum(map(sum, itertools.pairwise(roc))) / 2 / (len(roc) - 1) == pytest.approx(line["auroc"], abs=0.05)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from launcher.recipe.schema_data import DataConfig
-from launcher.report import thumbnails
+from launcher.runs import thumbnails
 
 PINK = (255, 0, 128)
 BACKGROUND = "#148082"

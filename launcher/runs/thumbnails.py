@@ -1,4 +1,4 @@
-"""Small pictures of single images, inside the page: few, and bounded in bytes."""
+"""Small pictures of single images, for the report and for those that track the run: few, and bounded in bytes."""
 
 from __future__ import annotations
 
@@ -31,28 +31,38 @@ Json = dict[str, Any]
 
 def with_pictures(rows: Sequence[Json], data: DataConfig) -> list[Json]:
     """Each row with its ``picture``, a data URI; None where its image is not there any more, or no picture is made."""
-    return [row | {"picture": _picture(_place(row["image"], data), data)} for row in rows]
+    return [row | {"picture": _as_uri(jpeg(row["image"], data))} for row in rows]
 
 
 def _place(image: str, data: DataConfig) -> str:
     return str(Source(path=str(datasets.data_path(data.name, data.path))).root / image)
 
 
-def _picture(path: str, data: DataConfig) -> str | None:
+def jpeg(image: str, data: DataConfig) -> bytes | None:
+    """An image as the model is given it, small; None where it is not there any more, or has too many bytes."""
     from PIL import Image
 
+    path = _place(image, data)
     with contextlib.suppress(Exception):  # whatever is wrong with it: the report goes without
         if members.stamp(path)[0] > MOST_FILE_BYTES:
             return None
-        with Image.open(members.stream(path)) as image:
-            image.draft("RGB", (SIDE, SIDE))  # a JPEG is decoded at an eighth of its size where that does
-            return data_uri(pixels.to_rgb(image, data.background_rgb, data.grey_limits))  # as the model is given it
+        with Image.open(members.stream(path)) as opened:
+            opened.draft("RGB", (SIDE, SIDE))  # a JPEG is decoded at an eighth of its size where that does
+            return _small(pixels.to_rgb(opened, data.background_rgb, data.grey_limits))
     return None
 
 
 def data_uri(image: PillowImage) -> str | None:
     """A small picture of an image (which is made small) for a page; None where it has too many bytes."""
+    return _as_uri(_small(image))
+
+
+def _small(image: PillowImage) -> bytes | None:
     image.thumbnail((SIDE, SIDE))
     made = io.BytesIO()
     image.save(made, "JPEG", quality=QUALITY, optimize=True)
-    return f"data:image/jpeg;base64,{base64.b64encode(made.getvalue()).decode()}" if made.tell() <= MOST_BYTES else None
+    return made.getvalue() if made.tell() <= MOST_BYTES else None
+
+
+def _as_uri(picture: bytes | None) -> str | None:
+    return None if picture is None else f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"
