@@ -22,11 +22,10 @@ from launcher.engine.network.sync_batchnorm import SyncBatchNorm
 from launcher.recipe import phases
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from launcher.engine.layers import BatchNorm
     from launcher.engine.listeners.recorder import Recorder
-    from launcher.engine.loading.handover import Batch
     from launcher.engine.setup import Parts
 
 AUTO_BATCHES = 100
@@ -48,23 +47,27 @@ class BatchNormRecompute:
         self._recorder = recorder
         self._told = False
 
-    def run(self, *, epoch: int, step: int, poll: Callable[[], None]) -> None:
+    def run(self, *, epoch: int, step: int, poll: Callable[[], None], keep: Callable[[int], None]) -> None:
         """Compute the statistics of the layers that learn, where the recipe says so; leave the model in eval mode.
 
         Args:
             epoch: the one that ends, from 0.
             step: optimizer steps done.
             poll: called before each batch; may raise, and nothing has changed then.
+            keep: has the features of the epoch's training images, where they are kept: a run that was stopped before
+                this point has lost them, and comes to the same bits only by them.
         """
         parts, start = self._parts, time.monotonic()
         parts.model.train()
         layers = [layer for layer in batch_norms(parts.model.module) if layer.training and layer.track_running_stats]
-        parts.model.eval()
         most = self._num_batches(layers, epoch)
         batches = parts.schedule.statistics_batches(parts.ranks.rank, epoch=epoch, most=most)
         if not layers or not batches:
+            parts.model.eval()
             return
-        num = _compute(parts, layers, parts.statistics_loader(epoch, batches), poll)
+        keep(epoch)
+        parts.model.eval()
+        num = _compute(parts, layers, epoch, batches, poll)
         if self._recorder:
             seconds = time.monotonic() - start
             fields = {"batches": num, "batch_size": len(batches[0]), "seconds": round(seconds, 3)}
@@ -126,23 +129,27 @@ class _Sums:
 
 
 @torch.no_grad()
-def _compute(parts: Parts, layers: Sequence[BatchNorm], batches: Iterable[Batch], poll: Callable[[], None]) -> int:
+def _compute(
+    parts: Parts, layers: Sequence[BatchNorm], epoch: int, batches: list[list[int]], poll: Callable[[], None]
+) -> int:
     """Make the running statistics of ``layers`` the mean over the batches of all ranks; return how many these are.
 
     All else is in eval mode, as it will be in validation: nothing is random. The layers normalise by batch statistics,
     and their buffers stay as they are until all is done: a stop or a checkpoint in the middle finds them whole.
     """
+    kept = parts.kept if parts.kept and not parts.kept.cut.rest_trains else None
+    network = kept.rest if kept else parts.model.module
     sums = _Sums(layers, parts.device.torch_device)
     hooks = [layer.register_forward_pre_hook(sums.add) for layer in layers]
     try:
         for layer in layers:
             layer.training, layer.track_running_stats = True, False
-        for batch in batches:
+        for batch in parts.statistics_loader(epoch, batches, kept):
             poll()
-            images, labels = parts.to_device(batch)
+            inputs, labels = (kept or parts).to_device(batch)
             if len(labels):
                 with parts.autocast():
-                    parts.model.module(images)
+                    network(inputs)
     finally:
         for layer, hook in zip(layers, hooks, strict=True):
             layer.training, layer.track_running_stats = False, True

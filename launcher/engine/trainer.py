@@ -219,7 +219,9 @@ class Trainer:
         totals = means(state.epoch_totals.reduce())
         if self._recorder and totals["samples"]:
             self._recorder.epoch(epoch=state.epoch, values=totals | {"images_per_s": self._pace.epoch_speed})
-        recompute = functools.partial(self._batchnorm.run, epoch=state.epoch, step=state.step, poll=self._poll)
+        recompute = functools.partial(
+            self._batchnorm.run, epoch=state.epoch, step=state.step, poll=self._poll, keep=self._features.begin
+        )
         values = state.average.beside(recompute, self._validate)
         if not math.isfinite(values["loss"]):
             where = f"at step {state.step} (epoch {state.epoch + 1})"
