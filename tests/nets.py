@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-NET = {"factory": f"{__name__}:Net"}
+NET, MATRICES = ({"factory": f"{__name__}:{name}"} for name in ("Net", "Matrices"))
 """The section of a recipe."""
 FACTORY, SLOW = (f"model.factory={Path(__file__)}:{name}" for name in ("Net", "Slow"))
 """Changes of a recipe on the command line."""
@@ -31,6 +31,14 @@ class Net(nn.Module):
 
     def forward(self, images):
         return self.classifier(self.features(images).mean((2, 3)))
+
+
+class Matrices(Net):
+    """With a hidden layer that is a matrix, which muon takes."""
+
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.classifier = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Dropout(0.2), nn.Linear(12, num_classes))
 
 
 class Slow(Net):

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from launcher.engine.optimizing.muon import MuonAndAdamW
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -70,5 +72,6 @@ OPTIMIZERS: dict[str, Kind] = {
     "radam": Kind(build=_radam),
     "rmsprop": Kind(build=_rmsprop),
     "adafactor": Kind(build=_adafactor),
+    "muon": Kind(build=MuonAndAdamW),
 }
 """By the name that ``optim.name`` gives."""
