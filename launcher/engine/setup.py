@@ -214,9 +214,8 @@ class Parts:
 
     def statistics_loader(self, epoch: int, batches: list[list[int]], kept: Kept | None) -> Loader | Batches:
         """Batches of training images as the epoch saw them; of their features where they are ``kept``."""
-        if kept:
-            return kept.batches([(epoch, i) for i in batch] for batch in batches)
-        return self._between_steps([(True, epoch, i) for i in batch] for batch in batches)
+        of_kept = kept and kept.batches([(epoch, i) for i in batch] for batch in batches)
+        return of_kept or self._between_steps([(True, epoch, i) for i in batch] for batch in batches)
 
     def val_loader(self, kept: Kept | None = None) -> Loader | Batches:
         """This rank's share of the validation set; of its features where they are ``kept``."""

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from launcher.engine.optimizing.muon import MuonAndAdamW
+from launcher.engine.optimizing.muon import Groups, MuonAndAdamW
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from launcher.recipe.schema import OptimConfig
-
-Groups = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)

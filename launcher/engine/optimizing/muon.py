@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from launcher.engine.model import FineTunedModel
-    from launcher.engine.optimizing.kinds import Groups
     from launcher.recipe.schema import OptimConfig, Recipe
 
+Groups = list[dict[str, Any]]
 OF_MUON = "muon"
 """The key of a group that says which of the two it is of."""
 MATRIX = 2
