@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 VAL_FRACTION = 0.2
 NUM_MEASURED = 200
 """Look at the size of so many images, spread over all of them: the header alone is read."""
+
+CURE = re.compile(r"launch RECIPE data\.path=(\S+).*")
+"""What a start would be told to do; `launch new` finds the other keys by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +77,7 @@ def _readable(source: Source) -> tuple[Source, bool]:
             if not listings.find_problems(candidate, missing_val_classes=allowed):
                 return candidate, allowed == "allow"
     where = f"command line (--data {source.label})"
-    found = listings.find_problems(source)
+    found = [CURE.sub(r"launch new NAME --data \1", text) for text in listings.find_problems(source)]
     raise RecipeError([Problem(key="data.path", where=where, message=text) for text in found])
 
 

@@ -41,6 +41,8 @@ METADATA = "metadata"
 """What the list of a folder of images is called by Hugging Face; its column file_name is the path."""
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".xz")
 NUM_NAMED = 8
+MOST_LEVELS, NUM_SEARCHED = 4, 32
+"""How deep, and in how many folders of a level, images are looked for, to say where they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,8 +290,30 @@ def _found(place: Path) -> Iterator[str]:
         yield "nothing"
 
 
-def _works(source: Source) -> Iterator[str]:
-    """Keys for the command line that would read what is there."""
+def _works(source: Source) -> list[str]:
+    """Keys for the command line that would read what is there, or what lies deeper; or what it lacks."""
+    found = list(_works_here(source))
+    if found or not source.place.is_dir():
+        return found
+    folders = _folders(source.place)
+    level = list(folders.values())
+    for _ in range(MOST_LEVELS):
+        works = [line for folder in level[:NUM_SEARCHED] for line in _works_here(replace(source, path=str(folder)))]
+        if keys := [line for line in works if line.startswith("launch ")]:
+            return keys[:2]
+        level = [inner for folder in level[:NUM_SEARCHED] for inner in _folders(folder).values()]
+    holding = [name for name, folder in folders.items() if any(is_image(entry.name) for entry in folder.iterdir())]
+    if len(holding) != 1:
+        return []
+    return [f"a second folder beside {holding[0]}: each is a class, and a model tells two or more apart"]
+
+
+def _folders(place: Path) -> dict[str, Path]:
+    entries = sorted(entry for entry in place.iterdir() if not is_hidden(entry.name))
+    return {entry.name: entry for entry in entries if entry.is_dir()}
+
+
+def _works_here(source: Source) -> Iterator[str]:
     place = source.place
     if not place.is_dir():
         if place.is_file() and place.suffix.lower() in ARCHIVES:

@@ -13,6 +13,8 @@ from launcher.images.layouts import Source
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from PIL.Image import Image as PillowImage
+
     from launcher.recipe.schema_data import DataConfig
 
 SIDE = 112
@@ -44,10 +46,13 @@ def _picture(path: str, data: DataConfig) -> str | None:
             return None
         with Image.open(members.stream(path)) as image:
             image.draft("RGB", (SIDE, SIDE))  # a JPEG is decoded at an eighth of its size where that does
-            small = pixels.to_rgb(image, data.background_rgb, data.grey_limits)  # as the model is given it
-            small.thumbnail((SIDE, SIDE))
-        made = io.BytesIO()
-        small.save(made, "JPEG", quality=QUALITY, optimize=True)
-        if made.tell() <= MOST_BYTES:
-            return f"data:image/jpeg;base64,{base64.b64encode(made.getvalue()).decode()}"
+            return data_uri(pixels.to_rgb(image, data.background_rgb, data.grey_limits))  # as the model is given it
     return None
+
+
+def data_uri(image: PillowImage) -> str | None:
+    """A small picture of an image (which is made small) for a page; None where it has too many bytes."""
+    image.thumbnail((SIDE, SIDE))
+    made = io.BytesIO()
+    image.save(made, "JPEG", quality=QUALITY, optimize=True)
+    return f"data:image/jpeg;base64,{base64.b64encode(made.getvalue()).decode()}" if made.tell() <= MOST_BYTES else None
