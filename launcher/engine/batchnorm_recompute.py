@@ -40,22 +40,23 @@ class BatchNormRecompute:
     Args:
         parts: what is trained.
         recorder: on rank 0.
+        keep: has the features of an epoch's training images, where they are kept: a run that was stopped right before
+            has lost them, and comes to the same bits only by them.
     """
 
-    def __init__(self, parts: Parts, recorder: Recorder | None) -> None:
+    def __init__(self, parts: Parts, recorder: Recorder | None, *, keep: Callable[[int], None]) -> None:
         self._parts = parts
         self._recorder = recorder
+        self._keep = keep
         self._told = False
 
-    def run(self, *, epoch: int, step: int, poll: Callable[[], None], keep: Callable[[int], None]) -> None:
+    def run(self, *, epoch: int, step: int, poll: Callable[[], None]) -> None:
         """Compute the statistics of the layers that learn, where the recipe says so; leave the model in eval mode.
 
         Args:
             epoch: the one that ends, from 0.
             step: optimizer steps done.
             poll: called before each batch; may raise, and nothing has changed then.
-            keep: has the features of the epoch's training images, where they are kept: a run that was stopped before
-                this point has lost them, and comes to the same bits only by them.
         """
         parts, start = self._parts, time.monotonic()
         parts.model.train()
@@ -65,7 +66,7 @@ class BatchNormRecompute:
         if not layers or not batches:
             parts.model.eval()
             return
-        keep(epoch)
+        self._keep(epoch)
         parts.model.eval()
         num = _compute(parts, layers, epoch, batches, poll)
         if self._recorder:
