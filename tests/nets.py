@@ -8,7 +8,9 @@ from pathlib import Path
 
 from torch import nn
 
-NET, PLAIN, ONE_PIXEL = ({"factory": f"{__name__}:{name}"} for name in ("Net", "Plain", "OnePixel"))
+NET, PLAIN, ONE_PIXEL, MATRICES = (
+    {"factory": f"{__name__}:{name}"} for name in ("Net", "Plain", "OnePixel", "Matrices")
+)
 """Sections of a recipe."""
 FACTORY, SLOW = (f"model.factory={Path(__file__)}:{name}" for name in ("Net", "Slow"))
 """Changes of a recipe on the command line."""
@@ -60,6 +62,14 @@ class OnePixel(nn.Module):
 
     def forward(self, images):
         return self.fc(self.features(images).mean((2, 3)))
+
+
+class Matrices(Net):
+    """With a hidden layer that is a matrix, which muon takes."""
+
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.classifier = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Dropout(0.2), nn.Linear(12, num_classes))
 
 
 class Slow(Net):

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.commands.parser import parser_of
 from launcher.errors import EXIT_OK, EXIT_PREFLIGHT, RecipeError, UsageError
-from launcher.images import datasets, known_layouts, layouts
+from launcher.images import datasets, known_layouts
 from launcher.images import listing as listings
 from launcher.images import scan as image_scan
 from launcher.images.folder import printable
 from launcher.images.listing import Listing
+from launcher.images.source import Source
 from launcher.recipe import images as recipe_images
 from launcher.runs.findings import FEW_IMAGES, IMBALANCE
 from launcher.system.words import plural
@@ -52,7 +53,7 @@ def run(path: str, overrides: Sequence[str] = (), *, as_json: bool) -> int:
     Raises:
         UsageError: there is no such folder, or an override is wrong.
     """
-    source, config = layouts.Source(path=str(datasets.prepare("imagefolder", path))), None
+    source, config = Source(path=str(datasets.prepare("imagefolder", path)), named=path), None
     if overrides:
         recipe = _recipe([*overrides, f"data.path={path}"])
         source, config = recipe_images.source_of(recipe), recipe.data

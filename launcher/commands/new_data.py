@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from launcher.errors import Problem, RecipeError
-from launcher.images import datasets, layouts, members
+from launcher.images import datasets, members
 from launcher.images import known_layouts as known
 from launcher.images import listing as listings
 from launcher.images import scan as image_scan
 from launcher.images.listing import Listing
+from launcher.images.source import Source
 
 if TYPE_CHECKING:
     from collections import Counter
     from collections.abc import Iterator
 
-    from launcher.images.layouts import Source
     from launcher.images.scan import Scan
 
 VAL_FRACTION = 0.2
@@ -62,7 +62,7 @@ def look(path: str) -> Found:
         RecipeError: in no way that is known; says what a start would say.
     """
     place = datasets.prepare("imagefolder", path)
-    source, lacks_classes = _readable(layouts.Source(path=str(place), named=path))
+    source, lacks_classes = _readable(Source(path=str(place), named=path))
     scan = image_scan.scan(Listing(source), progress=image_scan.show_progress())
     return Found(source=source, lacks_classes=lacks_classes, scan=scan, short_side=_short_side(scan))
 

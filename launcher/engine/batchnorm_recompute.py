@@ -23,11 +23,10 @@ from launcher.recipe import phases
 from launcher.system.phases import during
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from launcher.engine.layers import BatchNorm
     from launcher.engine.listeners.recorder import Recorder
-    from launcher.engine.loading.handover import Batch
     from launcher.engine.setup import Parts
 
 AUTO_BATCHES = 100
@@ -42,11 +41,14 @@ class BatchNormRecompute:
     Args:
         parts: what is trained.
         recorder: on rank 0.
+        keep: has the features of an epoch's training images, where they are kept: a run that was stopped right before
+            has lost them, and comes to the same bits only by them.
     """
 
-    def __init__(self, parts: Parts, recorder: Recorder | None) -> None:
+    def __init__(self, parts: Parts, recorder: Recorder | None, *, keep: Callable[[int], None]) -> None:
         self._parts = parts
         self._recorder = recorder
+        self._keep = keep
         self._told = False
 
     def run(self, *, epoch: int, step: int, poll: Callable[[], None]) -> None:
@@ -60,12 +62,14 @@ class BatchNormRecompute:
         parts, start = self._parts, time.monotonic()
         parts.model.train()
         layers = [layer for layer in batch_norms(parts.model.module) if layer.training and layer.track_running_stats]
-        parts.model.eval()
         most = self._num_batches(layers, epoch)
         batches = parts.schedule.statistics_batches(parts.ranks.rank, epoch=epoch, most=most)
         if not layers or not batches:
+            parts.model.eval()
             return
-        num = _compute(parts, layers, parts.statistics_loader(epoch, batches), len(batches), poll)
+        self._keep(epoch)
+        parts.model.eval()
+        num = _compute(parts, layers, epoch, batches, poll)
         if self._recorder:
             seconds = time.monotonic() - start
             fields = {"batches": num, "batch_size": len(batches[0]), "seconds": round(seconds, 3)}
@@ -128,26 +132,28 @@ class _Sums:
 
 @torch.no_grad()
 def _compute(
-    parts: Parts, layers: Sequence[BatchNorm], batches: Iterable[Batch], total: int, poll: Callable[[], None]
+    parts: Parts, layers: Sequence[BatchNorm], epoch: int, batches: list[list[int]], poll: Callable[[], None]
 ) -> int:
     """Make the running statistics of ``layers`` the mean over the batches of all ranks; return how many these are.
 
     All else is in eval mode, as it will be in validation: nothing is random. The layers normalise by batch statistics,
     and their buffers stay as they are until all is done: a stop or a checkpoint in the middle finds them whole.
     """
+    kept = parts.kept if parts.kept and not parts.kept.cut.rest_trains else None
+    network = kept.rest if kept else parts.model.module
     sums = _Sums(layers, parts.device.torch_device)
     hooks = [layer.register_forward_pre_hook(sums.add) for layer in layers]
     try:
         for layer in layers:
             layer.training, layer.track_running_stats = True, False
         with during("computing BatchNorm's statistics, training batch") as show:
-            for number, batch in enumerate(batches):
+            for number, batch in enumerate(parts.statistics_loader(epoch, batches, kept)):
                 poll()
-                show(number + 1, total)
-                images, labels = parts.to_device(batch)
+                show(number + 1, len(batches))
+                inputs, labels = (kept or parts).to_device(batch)
                 if len(labels):
                     with parts.autocast():
-                        parts.model.module(images)
+                        network(inputs)
     finally:
         for layer, hook in zip(layers, hooks, strict=True):
             layer.training, layer.track_running_stats = False, True

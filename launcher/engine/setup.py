@@ -212,9 +212,10 @@ class Parts:
             return self.kept.batches([(step.epoch, i) for i in batch] for step in steps for batch in step.micro_batches)
         return self.loader(self.train_set, (batch for step in steps for batch in step.positions))
 
-    def statistics_loader(self, epoch: int, batches: list[list[int]]) -> Loader:
-        """Batches of training images as the epoch saw them."""
-        return self._between_steps([(True, epoch, i) for i in batch] for batch in batches)
+    def statistics_loader(self, epoch: int, batches: list[list[int]], kept: Kept | None) -> Loader | Batches:
+        """Batches of training images as the epoch saw them; of their features where they are ``kept``."""
+        of_kept = kept and kept.batches([(epoch, i) for i in batch] for batch in batches)
+        return of_kept or self._between_steps([(True, epoch, i) for i in batch] for batch in batches)
 
     def val_loader(self, kept: Kept | None = None) -> Loader | Batches:
         """This rank's share of the validation set; of its features where they are ``kept``."""

@@ -184,6 +184,6 @@ def check_train_set(run: RunDir, train_set: Samples, state: dict[str, Any]) -> N
     if train_set.digest != state["train_set"]:
         raise UsageError(
             f"the training images are not those that the run began with (now {len(train_set)}): images "
-            "were added, removed, renamed or moved to another class. Undo that and resume, or begin a new run from "
-            f"these weights: model.weights={run.checkpoint(state['step']) / checkpoints.MODEL}"
+            "were added, removed, renamed, moved to another class or given another weight. Undo that and resume, or "
+            f"begin a new run from these weights: model.weights={run.checkpoint(state['step']) / checkpoints.MODEL}"
         )

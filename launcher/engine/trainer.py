@@ -75,11 +75,11 @@ class Trainer:
         self._step = TrainStep(parts, self.state)
         self._times = RankTimes(parts.device, recorder, self._agreement.group)
         self._log = TrainLog(parts, self.state, self._pace, self._listeners, recorder, self._times)
-        self._batchnorm = BatchNormRecompute(parts, recorder)
         self._validation = Validation(parts)
         self._noise = Noise(recorder)
         self._best_validation = BestValidation(parts, recorder)
         self._features = Features(parts, recorder, stop=stop_requested, poll=self._poll, on_disk=memory_kills > 0)
+        self._batchnorm = BatchNormRecompute(parts, recorder, keep=self._features.begin)
         self._feed: Feed | None = None
         self.outcome: Outcome = "preempted"
         """How the training has ended; until then as if it were stopped now."""

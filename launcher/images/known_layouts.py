@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
-    from launcher.images.layouts import Source
     from launcher.images.parts import Part
+    from launcher.images.source import Source
 
 TRAIN, VAL, TEST = ("train",), ("val", "valid", "validation"), ("test",)
 """What the parts are called, in any case of letters."""

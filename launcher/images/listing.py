@@ -11,13 +11,13 @@ from launcher.errors import UsageError
 from launcher.images import class_names, division, known_layouts, layouts, lists, members
 from launcher.images import folder as image_folder
 from launcher.images.parts import ClassFolders, ListRows
+from launcher.images.source import Source
 from launcher.images.walk import composed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from launcher.images.layouts import Source
     from launcher.images.parts import Found, Part
 
 SPLITS, TEST = image_folder.SPLITS, "test"
@@ -45,7 +45,7 @@ class Listing:
     @classmethod
     def of_folder(cls, folder: Path, classes: Sequence[str] | None = None) -> Listing:
         """Of a folder that holds train/ and val/."""
-        return cls(layouts.Source(path=str(folder)), classes)
+        return cls(Source(path=str(folder)), classes)
 
     def with_classes(self, classes: Sequence[str]) -> Listing:
         """The same with other classes, or their order; it is divided once for both."""

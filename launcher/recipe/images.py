@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from launcher.images import datasets
-from launcher.images.layouts import Source
+from launcher.images.source import Source
 
 if TYPE_CHECKING:
     from launcher.recipe.schema import Recipe

@@ -50,13 +50,14 @@ class OptimConfig:
 
     __pydantic_config__ = STRICT
 
-    name: Literal["sgd", "adam", "adamw", "nadam", "radam", "rmsprop", "adafactor"] = "sgd"
+    name: Literal["sgd", "adam", "adamw", "nadam", "radam", "rmsprop", "adafactor", "muon"] = "sgd"
     """SGD with Nesterov momentum, or another of torch's. sgd, adam and adamw are fused; a step of the others waits for
-    the GPU once."""
+    the GPU once. muon is for matrices of hidden layers (transformers, ConvNeXt), with AdamW for all else, as
+    convolutions and the head; its rates are those that AdamW would have."""
     lr: Positive = 0.01
     """Peak learning rate of what no group names."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Of sgd and rmsprop; the others do not use it."""
+    """Of sgd, rmsprop and muon; the others do not use it."""
     weight_decay: NonNegative = 1e-4
     """Weight decay of every parameter that learns; of sgd, adam and rmsprop as a part of the gradient (L2), else
     decoupled from it (Loshchilov & Hutter 2019)."""

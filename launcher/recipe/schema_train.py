@@ -81,7 +81,7 @@ class PhaseOptimConfig:
     lr: Positive | None = None
     """Peak learning rate of what no group names."""
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Of sgd and rmsprop."""
+    """Of sgd, rmsprop and muon."""
     weight_decay: NonNegative | None = None
     """Weight decay of every parameter that learns."""
     schedule: Schedule | None = None

@@ -8,7 +8,7 @@ import io
 from typing import TYPE_CHECKING, Any
 
 from launcher.images import datasets, members, pixels
-from launcher.images.layouts import Source
+from launcher.images.source import Source
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -5,11 +5,13 @@ import typing
 
 import pytest
 import torch
+from torch import nn
 
 from launcher.engine import optim
 from launcher.engine.layers import build_meta
 from launcher.engine.model import FineTunedModel
 from launcher.engine.optim import build_optimizer, lr_scale, rates, set_lr
+from launcher.engine.optimizing import muon
 from launcher.engine.optimizing.groups import group_parameters
 from launcher.engine.optimizing.kinds import OPTIMIZERS
 from launcher.errors import UsageError
@@ -161,6 +163,38 @@ def test_a_step_is_torchs_own_and_one_that_is_left_out_changes_nothing(engine, n
     first = take(0)
     assert engine.identical(take(1), first)
     assert not engine.identical(take(0)[0], first[0])
+
+
+def test_muon_takes_hidden_matrices_and_adamw_the_rest_each_as_torch_has_it():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten(), nn.Linear(4, 5), nn.Linear(5, 3))
+    other = copy.deepcopy(net)
+    config = OptimConfig(name="muon", lr=0.01, groups={"2": 0.02, "head": 0.03}, weight_decay=0.1)
+    made = [build_optimizer(FineTunedModel(net, ModelConfig(), head=("3",)), config)]
+    for group in made[0].param_groups:
+        group["lr"] = group["peak_lr"]
+    kernel, bias, matrix, bias2, *head = other.parameters()
+    rest = [{"params": [bias2], "lr": 0.02}, {"params": head, "lr": 0.03}, {"params": [kernel, bias]}]
+    theirs = [
+        torch.optim.Muon([matrix], lr=0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=0.01, weight_decay=0.1, fused=True),
+    ]
+    for module, optimizers in ((net, made), (other, theirs)):
+        for _ in range(3):
+            module.zero_grad()
+            module(torch.ones(2, 3, 2, 2)).square().sum().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    assert all(map(torch.equal, net.parameters(), other.parameters()))
+
+
+@pytest.mark.parametrize(("arch", "num"), [("vit_b_16", 4 * 12), ("convnext_tiny", 2 * 18), ("resnet18", 0)])
+def test_which_weights_are_muons(arch, num):
+    model = model_of(arch)
+    assert len(muon.hidden_matrices(model)) == num
+    recipe = Recipe(model=ModelConfig(arch=arch, weights=None), optim=OptimConfig(name="muon"))
+    problems = list(muon.problems(recipe, model))
+    assert [key for key, _ in problems] == ([] if num else ["optim.name"])
 
 
 def test_each_groups_rate_is_told_where_there_are_several(engine):

@@ -305,6 +305,23 @@ def test_other_images_than_the_run_began_with_are_refused(make_run, engine, one_
     assert engine.train(run).outcome == "completed"
 
 
+def test_other_weights_than_the_run_began_with_are_refused(make_run, engine, one_rank, photos):
+    file, row = photos.with_suffix(".csv"), "{0},{0.parent.name},{0.parent.parent.name},{1}\n"
+
+    def write(weight):
+        rows = [row.format(path, weight if number else 1) for number, path in enumerate(sorted(photos.glob("*/*/*")))]
+        file.write_text("path,label,split,weight\n" + "".join(rows))
+
+    write(0.5)
+    run = make_run(data={"path": str(file)}, batch={"size": 9})
+    engine.train(run, stop=engine.at_poll(2))
+    write(0.25)
+    with pytest.raises(UsageError, match="or given another weight"):
+        engine.train(run)
+    write(0.5)
+    assert engine.train(run).outcome == "completed"
+
+
 def test_images_left_out_from_now_on_change_no_other_sample_place(make_run, engine, one_rank):
     run = make_run(batch={"size": 6})
     engine.train(run, stop=engine.at_poll(3))

@@ -18,7 +18,7 @@ from launcher.engine.trainer import Trainer
 from launcher.errors import TrainingError
 from launcher.system import processes
 from tests.engine.trained import moved, sound_weights
-from tests.nets import NET, ONE_PIXEL
+from tests.nets import MATRICES, NET, ONE_PIXEL
 
 
 def events(run, kind):
@@ -169,10 +169,10 @@ def test_stopped_at_any_poll_and_resumed_one_rank_ends_with_the_very_same_bits(m
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["nadam", "radam", "rmsprop", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["nadam", "radam", "rmsprop", "adafactor", "muon"])
 def test_every_optimizer_is_resumed_in_the_middle_of_a_cycle(make_run, engine, one_rank, optimizer):
     optim = {"name": optimizer, "lr": 1e-4, "schedule": "one_cycle", "layer_decay": 0.9, "decay_norms": False}
-    changes = {"optim": optim, "train": {"epochs": 2}}
+    changes = {"optim": optim, "train": {"epochs": 2}} | ({"model": MATRICES} if optimizer == "muon" else {})
     whole, run = engine.train(make_run("whole", **changes)), make_run("stopped", **changes)
     assert engine.train(run, stop=engine.at_poll(3)).step in (2, 3)
     found = engine.train(run)

@@ -9,9 +9,9 @@ from PIL import Image
 
 from launcher.images import division, lists
 from launcher.images import folder as image_folder
-from launcher.images.layouts import Source
 from launcher.images.listing import Listing
 from launcher.images.scan import scan
+from launcher.images.source import Source
 
 NAMES = ("cat", "dog")
 

@@ -12,8 +12,8 @@ from PIL import Image
 from launcher import cli
 from launcher.images import listing as listings
 from launcher.images import lists
-from launcher.images.layouts import Source
 from launcher.images.listing import Listing
+from launcher.images.source import Source
 
 COLOURS = {"cat": (200, 30, 30), "dog": (30, 200, 30)}
 

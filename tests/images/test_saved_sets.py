@@ -11,8 +11,8 @@ from PIL import Image
 
 from launcher import cli
 from launcher.images import datasets, saved_sets
-from launcher.images.layouts import Source
 from launcher.images.listing import Listing
+from launcher.images.source import Source
 
 
 @pytest.fixture(scope="module")

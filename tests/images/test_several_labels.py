@@ -11,8 +11,8 @@ import pytest
 from launcher.engine.device import Device
 from launcher.engine.loading.balance import SampleWeights
 from launcher.errors import UsageError
-from launcher.images.layouts import Source
 from launcher.images.listing import Listing
+from launcher.images.source import Source
 from tests.images.test_layouts import paint
 
 MULTI = ["data.task=multi_label", "train.loss=binary_cross_entropy"]

@@ -13,8 +13,8 @@ from PIL import Image
 
 from launcher import cli
 from launcher.images import datasets, members, shards
-from launcher.images.layouts import Source
 from launcher.images.listing import Listing, find_problems
+from launcher.images.source import Source
 from launcher.runs.run_dir import RunDir
 from tests.nets import FACTORY
 

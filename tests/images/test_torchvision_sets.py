@@ -12,8 +12,8 @@ from PIL import Image
 from launcher import cli
 from launcher.errors import UsageError
 from launcher.images import datasets
-from launcher.images.layouts import Source
 from launcher.images.listing import Listing
+from launcher.images.source import Source
 
 
 @pytest.fixture(autouse=True)

@@ -88,6 +88,8 @@ class Cut:
     """Numbers of an image."""
     dtype: torch.dtype
     """Of each."""
+    rest_trains: bool
+    """Whether a function of the rest is told that it trains, whatever mode the layers are in: that was traced."""
 
     @property
     def bytes_of_sample(self) -> int:
@@ -138,8 +140,11 @@ def find(
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), autocast():
             shapes, dtype = _look_at(front.graph(images), len(images))
-            rest = Rest(fx.GraphModule(module, _rest_graph(graph, fixed, ends)), shapes, channels_last=channels_last)
-            cut = Cut(front=front, rest=rest, num_features=sum(shape.numel() for shape in shapes), dtype=dtype)
+            rest_graph = _rest_graph(graph, fixed, ends)
+            rest = Rest(fx.GraphModule(module, rest_graph), shapes, channels_last=channels_last)
+            trains = any(node.op == "call_function" and _trains(node) for node in rest_graph.nodes)
+            size = sum(shape.numel() for shape in shapes)
+            cut = Cut(front=front, rest=rest, num_features=size, dtype=dtype, rest_trains=trains)
             _compare(module, cut, images)
     except NoCutError:
         raise

@@ -64,10 +64,12 @@ class Samples(Dataset[Batch]):
 
     @functools.cached_property
     def digest(self) -> str:
-        """Of the samples' keys and their classes, in their order."""
+        """Of the samples' keys and their classes, in their order, and of their weights, where they have any."""
         digest = hashlib.sha256()
         for index, (_, label) in enumerate(self.samples):
             digest.update(f"{label} {self.key(index)}\n".encode(errors="surrogateescape"))
+        if self.weights is not None:
+            digest.update(repr(self.weights).encode())
         return digest.hexdigest()
 
     def find(self, keys: frozenset[str]) -> frozenset[int]:

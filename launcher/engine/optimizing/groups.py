@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from launcher.engine.layers import HEAD
+from launcher.engine.optimizing import muon
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -30,15 +31,17 @@ def group_parameters(model: FineTunedModel, config: OptimConfig) -> list[dict[st
 
     Returns:
         ``{name, names, params, peak_lr}`` each, none of them empty, and ``weight_decay`` of what does not decay;
-        ``names`` are those of its parameters. Groups of one name have one rate.
+        ``names`` are those of its parameters. With ``optim.name: muon`` each says whether it is Muon's. Groups of one
+        name have one rate.
     """
     parameters = dict(model.module.named_parameters())
     above = heights(model) if config.layer_decay is not None else {}
-    groups: dict[tuple[str, int, bool], list[str]] = {}
+    of_muon = muon.hidden_matrices(model) if config.name == "muon" else set()
+    groups: dict[tuple[str, int, bool, bool], list[str]] = {}
     for pattern, names in deal_names(model, config.groups):
         for name in names:
             decays = config.decay_norms or not is_norm_or_bias(name, parameters[name])
-            groups.setdefault((pattern, above.get(name, 0), decays), []).append(name)
+            groups.setdefault((pattern, above.get(name, 0), decays, name in of_muon), []).append(name)
     return [
         {
             "name": f"{pattern}-{height}" if above else pattern,
@@ -46,8 +49,9 @@ def group_parameters(model: FineTunedModel, config: OptimConfig) -> list[dict[st
             "params": [parameters[name] for name in names],
             "peak_lr": config.groups.get(pattern, config.lr) * (config.layer_decay or 1.0) ** height,
             **({} if decays else {"weight_decay": 0.0}),
+            **({muon.OF_MUON: is_muons} if config.name == "muon" else {}),
         }
-        for (pattern, height, decays), names in groups.items()
+        for (pattern, height, decays, is_muons), names in groups.items()
     ]
 
 

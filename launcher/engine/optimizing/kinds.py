@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+
+from launcher.engine.optimizing.muon import Groups, MuonAndAdamW
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from launcher.recipe.schema import OptimConfig
-
-Groups = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,5 +70,6 @@ OPTIMIZERS: dict[str, Kind] = {
     "radam": Kind(build=_radam),
     "rmsprop": Kind(build=_rmsprop),
     "adafactor": Kind(build=_adafactor),
+    "muon": Kind(build=MuonAndAdamW),
 }
 """By the name that ``optim.name`` gives."""

@@ -77,6 +77,8 @@ def test_arguments_with_defaults_keep_them():
 def test_a_random_function_is_in_the_rest(between):
     found = cut(own(Net(between), "stem"))
     assert "dropout" in [node.name for node in found.rest.graph.graph.nodes]
+    assert found.rest_trains
+    assert not cut(own(Net(nn.Dropout()), "stem")).rest_trains
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from launcher.engine.setup import build_parts
 from launcher.engine.trainer import Trainer
 from launcher.recipe import load as recipes
 from launcher.system.files import read_jsonl
+from tests.nets import NET
 
 HEAD_ONLY = {
     "model": {"arch": "squeezenet1_1", "freeze": ["backbone"]},  # with dropout behind the cut
@@ -175,6 +176,34 @@ def test_the_features_are_given_up_where_layers_are_unfrozen(make_run, engine, i
     for poll in (11, 22, 10**6):
         last = train(again, stop=engine.at_poll(poll))
     assert engine.identical(last.state, found.state)
+
+
+BEHIND = {
+    "model": NET | {"freeze": ["features.0", "features.1"]},
+    "batch": {"size": 9},
+    "train": {"epochs": 2},
+}
+
+
+def test_batchnorm_behind_frozen_layers_is_computed_anew_from_the_features(make_run, engine, one_rank, loaded):
+    (run, found), (plain, expected) = with_and_without(make_run, engine.train, **BEHIND)
+    assert len(events(run, "batchnorm_recomputed")) == len(events(plain, "batchnorm_recomputed")) == 2
+    assert engine.largest_difference(found.state, expected.state) < 1e-4
+    of_kept = loaded[: len(loaded) - 2 * (37 + 36 + 23)]  # from images each epoch reads all, and most of them again
+    assert len([at for at in of_kept if at[0] == 37]) == 2 * 4 + 37
+
+
+@pytest.mark.slow
+def test_stopped_while_it_is_computed_a_run_comes_to_the_same_bits(make_run, engine, one_rank):
+    changes = BEHIND | {"train": {"epochs": 2, "checkpoint": {"every_steps": 1}}}
+    expected = engine.train(make_run("undisturbed", **changes))
+    epochs = set()
+    for poll in range(8, 16):  # 5 steps, 4 batches to compute from, 3 of validation
+        run = make_run(f"stopped-{poll}", **changes)
+        epochs.add(engine.train(run, stop=engine.at_poll(poll)).step)
+        found = engine.train(run)
+        assert engine.identical([found.state, found.optimizer], [expected.state, expected.optimizer])
+    assert 5 in epochs
 
 
 @pytest.mark.slow
