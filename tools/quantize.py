@@ -12,7 +12,7 @@ import numpy as np
 from launcher.engine.schedule import epoch_order
 from launcher.system import cpu as host_cpu
 from launcher.system.cpu import PORTABLE_BITS
-from launcher.tools.onnx_model import QUANTIZATION, read_metadata
+from launcher.tools.onnx_model import FLOAT_BITS, QUANTIZATION, read_metadata
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +32,7 @@ NUM_CALIBRATION_IMAGES = 128
 """A fixed random choice of training images, seen as validation sees them."""
 CALIBRATION_BATCH = 8
 """Images that are computed at once while all values of the network are looked at."""
-FILES = {"int8": "model.int8.onnx", "fp16": "model.fp16.onnx", "int8_dynamic": "model.int8_dynamic.onnx"}
+FILES = {name: f"model.{name}.onnx" for name in ("int8", "int8_weights", "fp16", "int8_dynamic")}
 CALIBRATED = frozenset({"int8"})
 """Formats that need training images."""
 
@@ -89,7 +89,8 @@ class Ladder:
             yield row | measured | {"is_made": True, "reason": reason, "accepted": reason is None}
 
     def _rungs(self, name: str) -> Iterator[Rung]:
-        return {"int8": self._int8, "fp16": self._fp16, "int8_dynamic": self._int8_dynamic}[name]()
+        ways = {"int8": self._int8, "int8_weights": self._int8_weights, "fp16": self._fp16}
+        return (ways | {"int8_dynamic": self._int8_dynamic})[name]()
 
     def _int8(self) -> Iterator[Rung]:
         from launcher.tools.int8.rungs import Rungs
@@ -105,6 +106,12 @@ class Ladder:
         common |= {"calibration_images": len(indices)}
         for made in Rungs(self._prepared(), batches, bits=bits, threads=self.threads):
             yield made.rung, made.model, common | made.settings
+
+    def _int8_weights(self) -> Iterator[Rung]:
+        from launcher.tools.int8 import weights
+
+        bits = {"weight_bits": weights.BITS, "activation_bits": FLOAT_BITS}
+        yield "weights", weights.compress(self._prepared()), bits
 
     def _fp16(self) -> Iterator[Rung]:
         import onnx
