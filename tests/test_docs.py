@@ -17,7 +17,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+from launcher.recipe import load as recipes
 from launcher.recipe.schema import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +59,40 @@ def test_every_recipe_key_named_in_prose_exists(page):
     named = {span for span in spans if span.partition(".")[0] in SECTIONS and "." in span and not span.endswith(".py")}
     known = {*keys(), *(key.rpartition(".")[0] for key in keys())}
     assert named - known == set()
+
+
+def test_what_other_tools_call_something_else_is_a_recipe(tmp_path, monkeypatch):
+    """Each `key: value` of the page is a recipe's, with the files that it names."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("my_model.py", "my_data.py"):
+        (tmp_path / name).write_text("def build(**arguments): ...\n")
+    for name in (
+        "file.safetensors",
+        *(
+            f"{folder}/{split}/{name}/a.jpg"
+            for folder in ("DIR", "photos")
+            for split in ("train", "val")
+            for name in "ab"
+        ),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    text = (ROOT / "docs/from-your-script.md").read_text(encoding="utf-8")
+    spans = [span for span in re.findall(r"`([^`]+)`", text) if re.match(r"[a-z_.]+: ", span)]
+    found = [*spans, *re.findall(r" # ([a-z]+: (?:{.*?}|\w+))", text)]
+    assert len(found) > 30
+    for values in map(yaml.safe_load, found):
+        (tmp_path / "mine.yaml").write_text(yaml.safe_dump(nested(values)))
+        recipes.load("mine.yaml", [] if "path" in str(values) else ["data.name=digits"])
+
+
+def nested(values):
+    """A mapping by dotted keys as a recipe has it."""
+    made = {}
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        functools.reduce(lambda into, section: into.setdefault(section, {}), sections, made)[name] = value
+    return made
 
 
 def test_the_table_of_recipe_keys_is_that_of_the_schema():

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from launcher.engine.augmenting import sample_batch
 from launcher.engine.device import cpu_name, num_cores
 from launcher.errors import EXIT_OK, LaunchError, TrainingError, UsageError, exit_code_of
 from launcher.runs.run_dir import RunDir
@@ -76,11 +77,22 @@ def export_run(run: RunDir, data_path: str | None = None, names: Sequence[str] |
             made, not_made = list(manifest["exports"]), list(manifest["not_made"])
             for name in publish.publish(run, folder, manifest, list(FILES.values())):
                 say(f"{name}: removed: its probabilities have another temperature than those of the new files")
+        _draw_sample_batch(run, best)
         trackers.send_once(run, best.recipe, say=say, timeout_s=UPLOAD_S)
         if not missing and made and not any(row["accepted"] for row in made):
             raise TrainingError(f"no export was accepted, so none was kept: {_reasons(made)}")
         if not_made and not made:
             raise TrainingError(f"no export could be made: {_reasons(not_made)}")
+
+
+def _draw_sample_batch(run: RunDir, best: evaluate.BestModel) -> None:
+    """For the report; what stands in the way of it costs nothing else."""
+    if run.sample_batch.exists() or best.missing("train"):
+        return
+    try:
+        sample_batch.write(run, best.recipe, best.preprocessing, best.left_out)
+    except Exception:  # an image that is gone, a transform of the user's own, a full disk
+        traceback.print_exc()  # to the log
 
 
 def _reasons(rows: Sequence[Json]) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
+from launcher.commands import compare_page
 from launcher.commands import ps as jobs
 from launcher.commands.parser import parser_of
 from launcher.errors import EXIT_OK, UsageError
@@ -39,9 +40,13 @@ def main(argv: Sequence[str]) -> int:
     parser = parser_of("compare", "Put runs side by side: what differs in their recipes, and what came of it.")
     parser.add_argument("paths", nargs="+", metavar="RUN|FOLDER", help="run directories, or folders that hold some")
     parser.add_argument("--metric", metavar="M", help="what best means (default: what all watched, else val/top1)")
-    parser.add_argument("--json", action="store_true", dest="as_json", help="for programs")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--json", action="store_true", dest="as_json", help="for programs")
+    shown.add_argument(
+        "--html", nargs="?", const="comparison.html", metavar="FILE", help="a page with a picture (comparison.html)"
+    )
     args = parser.parse_args(argv)
-    run(args.paths, metric=args.metric, as_json=args.as_json)
+    run(args.paths, metric=args.metric, as_json=args.as_json, html=args.html)
     return EXIT_OK
 
 
@@ -60,17 +65,20 @@ class Column:
         return min(widest, cap) if self.kind in ("path", "setting") else widest
 
 
-def run(paths: Sequence[str], *, metric: str | None, as_json: bool) -> None:
+def run(paths: Sequence[str], *, metric: str | None, as_json: bool, html: str | None = None) -> None:
     """Print the runs side by side, the best first; runs without a value come last.
 
     Args:
         paths: run directories, and folders that hold some.
         metric: what best means; None: what all runs watched, or val/top1 where they watched different things.
         as_json: print ``{metric, mode, keys, runs}``, whole, instead of a table.
+        html: write a page to this file instead.
 
     Raises:
-        UsageError: there is no run at one of the paths, or no such metric.
+        UsageError: there is no run at one of the paths, no such metric, or the page cannot be written there.
     """
+    if html is not None:
+        compare_page.look(html)
     runs = _find(paths)
     recipes = [_recipe(run) for run in runs]
     modes = _modes(recipes)
@@ -85,15 +93,21 @@ def run(paths: Sequence[str], *, metric: str | None, as_json: bool) -> None:
     keys = _differing(recipes)
     if as_json:
         rows = [{**row, "recipe": {key: row["recipe"][key] for key in keys if key in row["recipe"]}} for row in rows]
-        table = {"metric": metric, "mode": mode, "keys": keys, "runs": rows}
-        print(json.dumps(table, indent=2, default=str))
+        found = {"metric": metric, "mode": mode, "keys": keys, "runs": rows}
+        print(json.dumps(found, indent=2, default=str))
         return
     marks = ["*" if row["best"] and row["best"]["value"] == rows[0]["best"]["value"] else "" for row in rows]
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None  # a pipe gets whole cells
-    _print_table([Column(header="", cells=marks), *_columns(rows, keys, metric)], width)
-    print(f"\n* the best {metric} ({mode})" if any(marks) else f"\nno run has a {metric} yet")
+    notes = [f"* the best {metric} ({mode})" if any(marks) else f"no run has a {metric} yet"]
     if any(row["exports"] for row in rows):
-        print("exports: top-1 of those that were accepted; (old) of an earlier checkpoint than the best")
+        notes.append("exports: top-1 of those that were accepted; (old) of an earlier checkpoint than the best")
+    columns = _columns(rows, keys, metric)
+    if html is not None:
+        table = [(column.header, column.kind in ("number", "export"), column.cells) for column in columns]
+        compare_page.write(html, rows, table, keys=keys, metric=metric, marks=marks, notes=notes)
+        return
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None  # a pipe gets whole cells
+    _print_table([Column(header="", cells=marks), *columns], width)
+    print("\n" + "\n".join(notes))
 
 
 def _find(paths: Sequence[str]) -> list[RunDir]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.recipe.keys import show
@@ -63,7 +64,7 @@ def choose(found: Found, machine: Topology) -> list[Choice]:
 def _data(found: Found) -> Iterator[Choice]:
     source, train, scan = found.source, found.train, found.scan
     num = f"{plural(train.total(), 'training image')} in {plural(len(train), 'class')}"
-    yield Choice(key="data.path", value=str(source.place.absolute()), why=num)
+    yield Choice(key="data.path", value=str(Path(source.label).expanduser().absolute()), why=num)
     if source.train:
         yield Choice(key="data.train", value=source.train, why="the folder of the training images")
     if source.val:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from launcher.errors import Problem, RecipeError
-from launcher.images import layouts
+from launcher.images import datasets, layouts, members
 from launcher.images import listing as listings
 from launcher.images import scan as image_scan
 from launcher.images.listing import Listing
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 VAL_FRACTION = 0.2
 NUM_MEASURED = 200
 """Look at the size of so many images, spread over all of them: the header alone is read."""
+
+CURE = re.compile(r"launch RECIPE data\.path=(\S+).*")
+"""What a start would be told to do; `launch new` finds the other keys by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +64,8 @@ def look(path: str) -> Found:
     Raises:
         RecipeError: in no way that is known; says what a start would say.
     """
-    source, lacks_classes = _readable(layouts.Source(path=path))
+    place = datasets.prepare("imagefolder", path)
+    source, lacks_classes = _readable(layouts.Source(path=str(place), named=path))
     scan = image_scan.scan(Listing(source), progress=image_scan.show_progress())
     return Found(source=source, lacks_classes=lacks_classes, scan=scan, short_side=_short_side(scan))
 
@@ -71,8 +76,8 @@ def _readable(source: Source) -> tuple[Source, bool]:
         for candidate in _candidates(source):
             if not listings.find_problems(candidate, missing_val_classes=allowed):
                 return candidate, allowed == "allow"
-    where = f"command line (--data {source.path})"
-    found = listings.find_problems(source)
+    where = f"command line (--data {source.label})"
+    found = [CURE.sub(r"launch new NAME --data \1", text) for text in listings.find_problems(source)]
     raise RecipeError([Problem(key="data.path", where=where, message=text) for text in found])
 
 
@@ -94,6 +99,6 @@ def _short_side(scan: Scan) -> int:
     good = [image.path for image in scan.images if not image.kind]
     sides = []
     for path in good[:: max(1, len(good) // NUM_MEASURED)]:
-        with Image.open(scan.folder / path) as image:
+        with Image.open(members.stream(str(scan.folder / path))) as image:
             sides.append(min(image.size))
     return round(statistics.median(sides)) if sides else 0

@@ -119,17 +119,16 @@ def check_train_set(run: RunDir, recipe: Recipe, where: Callable[[str], str]) ->
 
 def _find(recipe: Recipe, *, is_new: bool) -> Iterator[tuple[str, str]]:
     try:
+        if not recipe.data.dataset and datasets.is_written(recipe.data.name, recipe.data.path):
+            datasets.prepare(recipe.data.name, recipe.data.path)  # only now is it there to be looked at
+            found = [(keys[0], text) for keys, text in find_image_problems(recipe)]
+            yield from found
+            if found:
+                return
         names = data.find_classes(recipe)
     except UsageError as error:
         yield "data.dataset" if recipe.data.dataset else "data.name", str(error)
         return
-    if not recipe.data.dataset and datasets.is_written(
-        recipe.data.name, recipe.data.path
-    ):  # only now is it there to be looked at
-        found = [(keys[0], text) for keys, text in find_image_problems(recipe)]
-        yield from found
-        if found:
-            return
     classes = num_classes(recipe, names)
     if len(names) > classes:
         yield "model.num_classes", f"found {classes}, but data.dataset has {len(names)} classes"

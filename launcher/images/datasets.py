@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.errors import UsageError
-from launcher.images import saved_sets, torchvision_sets
+from launcher.images import saved_sets, shards, torchvision_sets
 from launcher.images.digits import write_digits
 from launcher.images.folder import CACHE_CURE, cache_dir
 
@@ -57,12 +57,52 @@ DATASETS = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class WrittenAsList:
+    """What a path may mean that is written once as a list, in the cache. Each is told the path."""
+
+    is_meant: Callable[[Path], bool]
+    folder_name: Callable[[Path], str]
+    """Of the cache's folder for it."""
+    find_problem: Callable[[Path], str | None]
+    write: Callable[..., None]
+    """Into a folder, of a ``place``."""
+    list_name: str
+
+
+WRITTEN_AS_LISTS = (
+    WrittenAsList(
+        is_meant=saved_sets.is_saved,
+        folder_name=saved_sets.folder_name,
+        find_problem=saved_sets.find_problem,
+        write=saved_sets.write,
+        list_name=saved_sets.LIST,
+    ),
+    WrittenAsList(
+        is_meant=shards.is_shards,
+        folder_name=shards.folder_name,
+        find_problem=shards.find_problem,
+        write=shards.write,
+        list_name=shards.LIST,
+    ),
+)
+
+
+def _as_list(path: str | None) -> WrittenAsList | None:
+    """What a path means that is written once as a list; None: nothing of that kind."""
+    if path is None:
+        return None
+    place = Path(path).expanduser()
+    return next((kind for kind in WRITTEN_AS_LISTS if kind.is_meant(place)), None)
+
+
 def data_path(name: str, path: str | None) -> Path:
     """The folder, or the list, of a recipe's data set."""
     row = DATASETS[name]
     if not row.is_written:
         place = Path(str(path)).expanduser()
-        return cache_dir() / saved_sets.folder_name(place) / saved_sets.LIST if saved_sets.is_saved(place) else place
+        kind = _as_list(path)
+        return cache_dir() / kind.folder_name(place) / kind.list_name if kind else place
     if path is None or row.write:
         return cache_dir() / name
     where = hashlib.blake2b(str(_absolute(path)).encode(errors="surrogateescape"), digest_size=6).hexdigest()
@@ -71,14 +111,15 @@ def data_path(name: str, path: str | None) -> Path:
 
 def is_written(name: str, path: str | None) -> bool:
     """Whether the images of a data set are written here, in the cache, once it is asked for."""
-    return DATASETS[name].is_written or (path is not None and saved_sets.is_saved(Path(path).expanduser()))
+    return DATASETS[name].is_written or _as_list(path) is not None
 
 
 def find_problem(name: str, path: str | None = None) -> str | None:
     """Why a data set that is written here cannot be; None: it can, or it is there."""
     row = DATASETS[name]
     if not row.is_written and not data_path(name, path).exists():
-        return saved_sets.find_problem(Path(str(path)))
+        kind = _as_list(path)
+        return kind.find_problem(Path(str(path)).expanduser()) if kind else None
     if row.module is None or data_path(name, path).is_dir() or importlib.util.find_spec(row.module):
         return None
     return f"{name} come from {row.install}, which is not installed: pip install {row.install}"
@@ -92,9 +133,8 @@ def prepare(name: str, path: str | None) -> Path:
     """
     row, target = DATASETS[name], data_path(name, path)
     write = functools.partial(_write_torchvision, name=name, path=path) if row.is_torchvision else row.write
-    if write is None and is_written(name, path):
-        write = functools.partial(saved_sets.write, place=Path(str(path)).expanduser())
-        _write_once(write, target.parent, str(path))
+    if write is None and (kind := _as_list(path)):
+        _write_once(functools.partial(kind.write, place=Path(str(path)).expanduser()), target.parent, str(path))
     elif write is not None:
         _write_once(write, target, f"the {name}")
     return target

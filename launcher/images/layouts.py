@@ -5,13 +5,14 @@ What is found by itself is unambiguous; the rest is for ``data.train``, ``data.v
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.images import lists
+from launcher.images import class_names, lists
 from launcher.images.parts import ClassFolders, ListRows
 from launcher.images.walk import class_folders, composed, ending_of, has_image, is_hidden, is_image
 
@@ -31,6 +32,7 @@ KNOWN = (
     "PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg (or valid/, validation/, test/; or data.train=X data.val=Y)",
     "PATH/CLASS/*.jpg with data.val_fraction=0.2, which divides it",
     "a list, data.path=FILE.csv (.tsv, .jsonl, .parquet): columns path and label, and split or data.val_fraction=0.2",
+    "WebDataset shards, data.path=FOLDER of train-*.tar and val-*.tar (or train/*.tar), or 'DIR/all-{000..009}.tar'",
     "a data set of Hugging Face's saved on disk (save_to_disk), or its image folders with metadata.csv or .jsonl",
     "torchvision's, data.name=CIFAR10 (`launch schema` has them all); your own, data.dataset=file.py:name",
 )
@@ -39,6 +41,8 @@ METADATA = "metadata"
 """What the list of a folder of images is called by Hugging Face; its column file_name is the path."""
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".xz")
 NUM_NAMED = 8
+MOST_LEVELS, NUM_SEARCHED = 4, 32
+"""How deep, and in how many folders of a level, images are looked for, to say where they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +64,20 @@ class Source:
     separator: str | None = None
     seed: int = 0
     """The recipe's."""
+    named: str | None = None
+    """What the user calls it, where ``path`` is a list that was written of it."""
 
     @property
+    def label(self) -> str:
+        """For messages."""
+        return self.named or self.path
+
+    @functools.cached_property
     def form(self) -> lists.Form:
         """How lists are read; ``data.group`` may name a column."""
         columns = {**self.columns, **({"group": self.group} if self.group else {})}
-        return lists.Form(columns=columns, several=self.several, separator=self.separator)
+        names = tuple(class_names.read(self.classes)) if self.classes else ()
+        return lists.Form(columns=columns, several=self.several, separator=self.separator, names=names)
 
     @property
     def place(self) -> Path:
@@ -120,26 +132,26 @@ def find(source: Source) -> Layout:
         layout.parts = named | _there(train=train, val=val)
     elif val is not None:
         layout.problems.append(
-            f"{source.path}: {val.place.name} is there for validation: leave data.val_fraction out, or name what is to "
-            "be divided alone as data.path"
+            f"{source.label}: {val.place.name} is there for validation: leave data.val_fraction out, or name what is "
+            "to be divided alone as data.path"
         )
     else:
         layout.undivided = _without(test, train or _whole(source), layout)
         names = set() if train or not layout.undivided else {name.lower() for name in layout.undivided.class_names}
         if names and names <= {*TRAIN, *VAL, *TEST, *OTHER_NAMES["train"], *OTHER_NAMES["val"]}:
-            layout.problems.append(f"{source.path}: {' and '.join(sorted(names))} are no classes{explain(source)}")
+            layout.problems.append(f"{source.label}: {' and '.join(sorted(names))} are no classes{explain(source)}")
     layout.parts |= _there(test=test)
     chosen = [(key, part) for key, part in (("data.train", train), ("data.val", val), ("data.test", test)) if part]
     for (one, part), (other, same) in combinations(chosen, 2):
         if part == same:
             name = getattr(part, "split", None) or part.place.name
-            layout.problems.append(f"{source.path}: {one} and {other} are both {name}")
+            layout.problems.append(f"{source.label}: {one} and {other} are both {name}")
     return layout
 
 
 def nothing_at(source: Source) -> str:
     """That a path leads to nothing that images can be read from."""
-    return f"{source.path}: no such folder or list"
+    return f"{source.label}: no such folder or list"
 
 
 def _there(**parts: Part | None) -> dict[str, Part]:
@@ -148,7 +160,7 @@ def _there(**parts: Part | None) -> dict[str, Part]:
 
 def _test_note(source: Source) -> str:
     return (
-        f"{source.path}: validation is test, since there is no val: the best epoch is chosen by the images that "
+        f"{source.label}: validation is test, since there is no val: the best epoch is chosen by the images that "
         "measure it; data.val_fraction=0.1 takes some of train instead"
     )
 
@@ -233,11 +245,11 @@ def _choose(
     """The part that a key names, or the only one of a usual name."""
     if wanted is not None:
         if wanted not in named:
-            layout.problems.append(f"{key}: {source.path} holds no {wanted!r} (found {shown(source, named)})")
+            layout.problems.append(f"{key}: {source.label} holds no {wanted!r} (found {shown(source, named)})")
         return named.get(wanted)
     found = [name for name in named if name.lower() in usual]
     if len(found) > 1:
-        layout.problems.append(f"{source.path}: holds {' and '.join(found)}; say which is meant: {key}={found[0]}")
+        layout.problems.append(f"{source.label}: holds {' and '.join(found)}; say which is meant: {key}={found[0]}")
         return None
     return named[found[0]] if found else None
 
@@ -245,7 +257,7 @@ def _choose(
 def shown(source: Source, named: Mapping[str, Part]) -> str:
     """What there is, in short."""
     if lists.is_list(source.place):
-        return ", ".join(named) or "no column split"
+        return ", ".join(named) or ("no column split" if source.label == source.path else "no split")
     folders = sorted(entry.name for entry in source.place.iterdir() if entry.is_dir() and not is_hidden(entry.name))
     tables = sorted(entry.name for entry in source.place.iterdir() if lists.is_list(entry))
     more = ", …" if len(folders) > NUM_NAMED else ""
@@ -278,12 +290,36 @@ def _found(place: Path) -> Iterator[str]:
         yield "nothing"
 
 
-def _works(source: Source) -> Iterator[str]:
-    """Keys for the command line that would read what is there."""
+def _works(source: Source) -> list[str]:
+    """Keys for the command line that would read what is there, or what lies deeper; or what it lacks."""
+    found = list(_works_here(source))
+    if found or not source.place.is_dir():
+        return found
+    folders = _folders(source.place)
+    level = list(folders.values())
+    for _ in range(MOST_LEVELS):
+        works = [line for folder in level[:NUM_SEARCHED] for line in _works_here(replace(source, path=str(folder)))]
+        if keys := [line for line in works if line.startswith("launch ")]:
+            return keys[:2]
+        level = [inner for folder in level[:NUM_SEARCHED] for inner in _folders(folder).values()]
+    holding = [name for name, folder in folders.items() if any(is_image(entry.name) for entry in folder.iterdir())]
+    if len(holding) != 1:
+        return []
+    return [f"a second folder beside {holding[0]}: each is a class, and a model tells two or more apart"]
+
+
+def _folders(place: Path) -> dict[str, Path]:
+    entries = sorted(entry for entry in place.iterdir() if not is_hidden(entry.name))
+    return {entry.name: entry for entry in entries if entry.is_dir()}
+
+
+def _works_here(source: Source) -> Iterator[str]:
     place = source.place
     if not place.is_dir():
         if place.is_file() and place.suffix.lower() in ARCHIVES:
             yield f"unpack {place}, and name the folder that comes of it"
+        elif lists.is_list(place):
+            yield from _works_of_list(source)
         return
     entries = {entry.name: entry for entry in sorted(place.iterdir()) if not is_hidden(entry.name)}
     folders = {name: entry for name, entry in entries.items() if entry.is_dir()}
@@ -302,6 +338,16 @@ def _works(source: Source) -> Iterator[str]:
     yield from (f"unpack {name}" for name in [n for n in entries if ending_of(n) in ARCHIVES][:2])
     if not folders and any(is_image(name) for name in entries):
         yield "these images are in no folder that says their class: write a list of them, path,label in each line"
+
+
+def _works_of_list(source: Source) -> Iterator[str]:
+    """The same, of a list that has no training or no validation."""
+    splits = {row.split: source.place for row in lists.read(source.place, source.form) if row.split}
+    train, val = _called(splits, "train", TRAIN), _called(splits, "val", (*VAL, *TEST))
+    if train and val:
+        yield f"launch RECIPE data.path={source.label} data.train={train} data.val={val}"
+    elif train or not splits:
+        yield f"launch RECIPE data.path={source.label} data.val_fraction=0.2"
 
 
 def _called(folders: Mapping[str, Path], part: str, usual: Iterable[str]) -> str | None:

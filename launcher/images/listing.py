@@ -5,17 +5,17 @@ from __future__ import annotations
 import re
 from collections import Counter
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.errors import UsageError
-from launcher.images import division, layouts, lists
+from launcher.images import class_names, division, layouts, lists, members
 from launcher.images import folder as image_folder
 from launcher.images.parts import ClassFolders, ListRows
 from launcher.images.walk import composed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     from launcher.images.layouts import Source
     from launcher.images.parts import Found, Part
@@ -60,7 +60,7 @@ class Listing:
         if self._classes is not None:
             return self._classes
         if self.source.classes:
-            return read_classes(Path(self.source.classes).expanduser())
+            return class_names.read(self.source.classes)
         return self.trained.class_names
 
     @property
@@ -73,7 +73,7 @@ class Listing:
 
     def why_not(self, split: str) -> str:
         """Why there is nothing of a split."""
-        found = self.layout.problems or [f"{self.source.path}: no {split}/ in it"]
+        found = self.layout.problems or [f"{self.source.label}: no {split}/ in it"]
         return "; ".join(found)
 
     def part(self, split: str) -> Part | None:
@@ -175,27 +175,6 @@ class Listing:
             yield from part.left_out(part.class_names)
 
 
-def read_classes(file: Path) -> list[str]:
-    """Names of classes from a file, one a line.
-
-    Raises:
-        UsageError: it cannot be read, or a name is there twice.
-    """
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
-        raise UsageError(f"{file}: {why}; it must hold the names of the classes, one a line") from None
-    names: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        name = composed(line.strip())
-        if name and names.setdefault(name, number) != number:
-            raise UsageError(f"{file}:{number}: {name!r} is in line {names[name]} too")
-    if len(names) < 2:  # noqa: PLR2004
-        raise UsageError(f"{file}: {len(names)} class{'' if names else 'es'}; a classifier tells two or more apart")
-    return list(names)
-
-
 def each_of(label: Label) -> tuple[int, ...]:
     """The class of an image, or its classes."""
     return (label,) if isinstance(label, int) else label
@@ -221,7 +200,7 @@ def find_problems(source: Source, *, missing_val_classes: str = "error", need_fi
     """
     try:
         listing = Listing(source)
-        problems = list(_find_problems(listing, missing_val_classes, need_files=need_files))
+        problems = list(dict.fromkeys(_find_problems(listing, missing_val_classes, need_files=need_files)))
         return problems or list(_problems_of_test(listing, need_files=need_files))
     except lists.ListError as error:
         return error.problems
@@ -233,7 +212,7 @@ def _find_problems(listing: Listing, missing_val_classes: str, *, need_files: bo
     source, layout = listing.source, listing.layout
     parts = [layout.parts.get(split) for split in SPLITS]
     if source.place.is_file() and layout.problems == [layouts.nothing_at(source)]:
-        yield f"{source.path}: is no folder and no list ({', '.join(lists.ENDINGS)}){layouts.explain(source)}"
+        yield f"{source.label}: is no folder and no list ({', '.join(lists.ENDINGS)}){layouts.explain(source)}"
         return
     if not source.place.exists():
         yield from (f"{text}{layouts.explain(source)}" for text in image_folder.find_problems(source.place))
@@ -243,13 +222,14 @@ def _find_problems(listing: Listing, missing_val_classes: str, *, need_files: bo
         return
     if source.several and any(isinstance(part, ClassFolders) for part in listing.used):
         yield (
-            f"{source.path}: folders give an image one class; with data.task=multi_label write a list, a row an image, "
-            "with path and label (a;b where it has two): launch RECIPE data.path=FILE.csv (.jsonl, .parquet), or name "
-            "your own data.dataset (docs/extending.md)"
+            f"{source.label}: folders give an image one class; with data.task=multi_label write a list, a row an "
+            "image, with path and label (a;b where it has two): launch RECIPE data.path=FILE.csv (.jsonl, .parquet), "
+            "or name your own data.dataset (docs/extending.md)"
         )
         return
     folders = [part for part in parts if isinstance(part, ClassFolders)]
-    if not layout.undivided and not source.classes and not any(isinstance(part, ListRows) for part in parts):
+    is_listed = lists.is_list(source.place) or any(isinstance(part, ListRows) for part in parts)
+    if not layout.undivided and not source.classes and not is_listed:
         names = [part.place.relative_to(listing.root).as_posix() for part in folders]
         splits = (names[0], names[1]) if len(folders) == len(SPLITS) else SPLITS
         problems = image_folder.find_problems(source.place, missing_val_classes=missing_val_classes, splits=splits)
@@ -259,7 +239,7 @@ def _find_problems(listing: Listing, missing_val_classes: str, *, need_files: bo
     if layout.undivided is None and None in parts:
         what = " and ".join(split for split, part in zip(SPLITS, parts, strict=True) if part is None)
         found = layouts.shown(source, layout.parts)
-        yield f"{source.path}: nothing in it is {what} (found {found}){layouts.explain(source)}"
+        yield f"{source.label}: nothing in it is {what} (found {found}){layouts.explain(source)}"
         return
     if need_files:
         yield from (text for part in listing.used for text in _missing_files(part))
@@ -282,7 +262,7 @@ def _problems_of_test(listing: Listing, *, need_files: bool) -> Iterator[str]:
 
 def _missing_files(part: Part) -> Iterator[str]:
     """Files that a list names and that are not there."""
-    gone = [row for row in part.rows if not Path(row.path).is_file()] if isinstance(part, ListRows) else []
+    gone = [row for row in part.rows if not members.exists(row.path)] if isinstance(part, ListRows) else []
     if gone and isinstance(part, ListRows):
         shown = "".join(f"\n    {part.place}:{row.line}: no file {row.path}" for row in gone[:5])
         yield (
@@ -292,7 +272,7 @@ def _missing_files(part: Part) -> Iterator[str]:
 
 
 def _classes_that_do_not_fit(listing: Listing, missing_val_classes: str) -> Iterator[str]:
-    path, classes = listing.source.path, listing.classes
+    path, classes = listing.source.label, listing.classes
     for part in listing.used:
         names = {composed(name) for name in part.class_names}
         unknown = sorted(names - {composed(name) for name in classes})

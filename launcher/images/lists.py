@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from launcher.errors import UsageError
+from launcher.images import class_names
 from launcher.images.walk import composed
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class Form:
     """An image has any number of classes (``data.task: multi_label``)."""
     separator: str | None = None
     """What parts them in a text; None: any of SEPARATORS."""
+    names: tuple[str, ...] = ()
+    """Of the classes, where a file has them: labels that are numbers mean its lines, from 0."""
 
 
 class Row(NamedTuple):
@@ -88,7 +91,7 @@ def read(file: Path, form: Form) -> tuple[Row, ...]:
     except OSError as error:
         raise ListError([f"{file}: {error.strerror}"]) from None
     columns = tuple(sorted(form.columns.items()))
-    return _read(file.absolute(), columns, form.several, form.separator, found.st_mtime_ns, found.st_size)
+    return _read(file.absolute(), columns, form.several, form.separator, form.names, found.st_mtime_ns, found.st_size)
 
 
 @functools.lru_cache(maxsize=4)
@@ -97,6 +100,7 @@ def _read(
     renamed: tuple[tuple[str, str], ...],
     several: bool,  # noqa: FBT001  a key of the cache
     separator: str | None,
+    named: tuple[str, ...],
     _changed: int,
     _size: int,
 ) -> tuple[Row, ...]:
@@ -126,7 +130,13 @@ def _read(
         raise ListError([*problems[:MOST_PROBLEMS], *([f"{file}: {more} more lines like these"] if more > 0 else [])])
     if not rows:
         raise ListError([f"{file}: has no rows"])
-    return tuple(rows)
+    return tuple(_with_names(rows, named) if named else rows)
+
+
+def _with_names(rows: list[Row], names: tuple[str, ...]) -> list[Row]:
+    """The same; where labels are numbers and classes have names, with these."""
+    known = class_names.of_numbers({label for row in rows for label in row.labels}, names)
+    return [row._replace(labels=tuple(sorted(known.get(label, label) for label in row.labels))) for row in rows]
 
 
 def _row(

@@ -15,10 +15,9 @@ import os
 import signal
 import sys
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.images import pixels
+from launcher.images import members, pixels
 from launcher.system.processes import STOP_SIGNALS, die_with_parent, offer_to_kernel
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ def probe(path: str) -> Answer:
     """Read one file and decode it in the cheapest way that proves that all of it can be decoded."""
     try:
         path.encode()
-        content = Path(path).read_bytes()
+        content = members.read(path)
     except UnicodeEncodeError:
         return "", "unreadable", "its name is not UTF-8", (), None
     except OSError as error:

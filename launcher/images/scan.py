@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
 from collections import Counter
@@ -15,6 +14,7 @@ from launcher.images import cache as image_scan_cache
 from launcher.images import folder as image_folder
 from launcher.images import left_out as image_left_out
 from launcher.images import levels as image_levels
+from launcher.images import members
 from launcher.images import walk as image_walk
 from launcher.images.folder import printable
 from launcher.images.listing import Listing, each_of
@@ -255,8 +255,7 @@ def _list(listing: Listing) -> tuple[list[tuple[str, str, str, tuple[str, ...]]]
 
 def _stamp(file: str) -> Stamp:
     with contextlib.suppress(OSError):
-        found = os.stat(file)  # noqa: PTH116  a million times
-        return found.st_size, found.st_mtime_ns
+        return members.stamp(file)
     return -1, -1
 
 

@@ -26,4 +26,5 @@ def source_of(recipe: Recipe) -> Source:
         several=data.task == "multi_label",
         separator=data.separator,
         seed=recipe.seed,
+        named=data.path,
     )

@@ -27,8 +27,9 @@ class DataConfig:
     """imagefolder: what path holds; digits: scikit-learn's 1,797 images of digits; or one of torchvision's data sets by
     its class: downloaded, or read from path (docs/images.md)."""
     path: str | None = None
-    """Images: a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, a folder of classes with val_fraction, or a list
-    (.csv, .jsonl, .parquet: a row an image). Your own dataset gets it as it is."""
+    """Images: a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, a folder of classes with val_fraction, a list
+    (.csv, .jsonl, .parquet: a row an image), or WebDataset shards (a folder of .tar files, or a pattern of them, as in
+    "/data/train-{000..127}.tar"). Your own dataset gets it as it is."""
     train: str | None = None
     """The folder of the training images in path, or the list of them; null: train."""
     val: str | None = None
@@ -49,7 +50,7 @@ class DataConfig:
     ["a", "b"], needs none.)"""
     classes: str | None = None
     """File with the names of the classes, one a line, in the order of the logits; null: those of the training images,
-    sorted."""
+    sorted. Labels of a list or of shards that are numbers, from 0, mean its lines."""
     dataset: str | None = None
     """Your own data set, `file.py:name` or `package.module:name`: what is called with split="train" and split="val"
     (and path, where it names that) and returns an object with classes, __len__, __getitem__, key and label

@@ -111,7 +111,7 @@ def build_report(run: RunDir) -> Json:
             "missing": missing,
         }
     )
-    return report | {"repeat": details.repeat(run, report), "summary": details.summary(report)}
+    return report | details.of_report(run, report, events)
 
 
 def _essential(path: Path, read: Callable[[Path], Any]) -> Any:

@@ -6,6 +6,7 @@ import json
 import shlex
 from typing import TYPE_CHECKING, Any
 
+from launcher.report import environment
 from launcher.tracking import wandb_folder
 
 if TYPE_CHECKING:
@@ -38,10 +39,21 @@ def of_run(
         "data_wait": data_wait(train),
         "class_rows": class_rows(validated, best_val.get("per_class")),
         "calibration": found.get("calibration"),
+        "precision_recall": found.get("precision_recall"),
         "confusions": found.get("confusions", []),
         "images": {name: found.get(name, []) for name in ("wrong", "right")},
+        "sample_batch": read_optional(run, run.sample_batch.name, missing),
         "ranks": ranks(run, events, missing),
         "faults": faults(events),
+    }
+
+
+def of_report(run: RunDir, report: Json, events: list[Json]) -> Json:
+    """What is said of the whole."""
+    return {
+        "repeat": repeat(run, report),
+        "environment": environment.of_run(run, report, events),
+        "summary": summary(report),
     }
 
 

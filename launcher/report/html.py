@@ -34,7 +34,8 @@ def render(report: Json) -> str:
         report=report,
         charts=_charts(report),
         heat=_heat(report["classes"], report["confusion"]),
-        calibration=pictures.calibration(report["calibration"]),
+        calibration=pictures.calibration(report["calibration"], of=_answers_of(report)),
+        precision_recall=pictures.precision_recall(report["precision_recall"]),
         scatter=pictures.accuracy_latency(report["exports"]),
         timeline=pictures.timeline(report["attempts"], report["faults"]),
         **{
@@ -46,6 +47,11 @@ def render(report: Json) -> str:
         max_ranks=MAX_RANKS,
         max_bad_images=MAX_BAD_IMAGES,
     )
+
+
+def _answers_of(report: Json) -> str:
+    """What is answered: an image, or each class of it."""
+    return "classes of images" if report["recipe"]["data"]["task"] == "multi_label" else "images"
 
 
 def _charts(report: Json) -> list[Chart]:

@@ -46,6 +46,8 @@ class Picture:
     y_ticks: list[tuple[float, str]] = field(default_factory=list)
     x_ticks: list[tuple[float, str]] = field(default_factory=list)
     shapes: list[Shape] = field(default_factory=list)
+    curves: list[tuple[str, str, str]] = field(default_factory=list)
+    """CSS class, SVG path and tooltip of each line."""
     diagonal: bool = False
     width: int = WIDTH
     left: int = LEFT
@@ -66,8 +68,13 @@ def _down(low: float, high: float, height: int = HEIGHT) -> Callable[[float], fl
     return lambda y: round(TOP + (height - TOP - BOTTOM) * (high - y) / ((high - low) or 1), 1)
 
 
-def calibration(bins: list[list[float]] | None) -> Picture | None:
-    """How often answers of each confidence are right; None where it is not known."""
+def calibration(bins: list[list[float]] | None, *, of: str = "images") -> Picture | None:
+    """How often answers of each confidence are right; None where it is not known.
+
+    Args:
+        bins: of each the number of answers, the sum of their confidences, and those that are right.
+        of: what is answered.
+    """
     rows = [row for row in bins or [] if row[0]]
     if not rows:
         return None
@@ -76,7 +83,7 @@ def calibration(bins: list[list[float]] | None) -> Picture | None:
     for number, (images, confidences, hits) in enumerate(bins or []):
         if images:
             right, sure = hits / images, confidences / images
-            tip = f"confidence {sure:.0%} on average: {right:.0%} of {images:,.0f} images are right"
+            tip = f"confidence {sure:.0%} on average: {right:.0%} of {images:,.0f} {of} are right"
             y, x = down(right), LEFT + wide * number
             shapes.append(
                 Shape(x=round(x + 1, 1), y=y, width=round(wide - 2, 1), height=round(down(0) - y, 1), tip=tip)
@@ -91,6 +98,32 @@ def calibration(bins: list[list[float]] | None) -> Picture | None:
         x_ticks=[(across(x / 4), f"{x * 25}%") for x in range(5)],
         shapes=shapes,
         diagonal=True,
+    )
+
+
+def precision_recall(found: Json | None) -> Picture | None:
+    """Precision over recall, of each class and in the mean; None where it is not known."""
+    if not found or not found["mean"]:
+        return None
+    across, down = _across(0, 1), _down(0, 1)
+    areas = {name: sum(row) / len(row) for name, row in found["classes"].items()}
+    rows = [("thin", f"{name}: on average {areas[name]:.1%}", row) for name, row in found["classes"].items()]
+    mean = sum(found["mean"]) / len(found["mean"])
+    rows.append(("train", f"the mean of the classes: on average {mean:.1%}", found["mean"]))
+    curves = []
+    for css, tip, row in rows:
+        steps = enumerate(row)
+        path = "M" + "L".join(f"{across(place / (len(row) - 1))} {down(precision)}" for place, precision in steps)
+        curves.append((css, path, tip))
+    lowest = min(areas, key=areas.__getitem__, default=None)
+    said = f"; the lowest class is {lowest} with {areas[lowest]:.1%}" if lowest is not None else ""
+    return Picture(
+        title="Precision and recall",
+        label=f"Precision over recall: on average {mean:.1%} in the mean of the classes{said}",
+        x_title="recall",
+        y_ticks=[(down(y / 4), f"{y * 25}%") for y in range(5)],
+        x_ticks=[(across(x / 4), f"{x * 25}%") for x in range(5)],
+        curves=curves,
     )
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.images import pixels
+from launcher.images import datasets, members, pixels
+from launcher.images.layouts import Source
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from PIL.Image import Image as PillowImage
 
     from launcher.recipe.schema_data import DataConfig
 
@@ -30,26 +31,28 @@ Json = dict[str, Any]
 
 def with_pictures(rows: Sequence[Json], data: DataConfig) -> list[Json]:
     """Each row with its ``picture``, a data URI; None where its image is not there any more, or no picture is made."""
-    return [row | {"picture": _picture(_place(row["image"], data.path), data)} for row in rows]
+    return [row | {"picture": _picture(_place(row["image"], data), data)} for row in rows]
 
 
-def _place(image: str, data_path: str | None) -> Path:
-    path = Path(image)
-    return path if path.is_absolute() or not data_path else Path(os.path.expanduser(data_path)) / path  # noqa: PTH111
+def _place(image: str, data: DataConfig) -> str:
+    return str(Source(path=str(datasets.data_path(data.name, data.path))).root / image)
 
 
-def _picture(path: Path, data: DataConfig) -> str | None:
+def _picture(path: str, data: DataConfig) -> str | None:
     from PIL import Image
 
     with contextlib.suppress(Exception):  # whatever is wrong with it: the report goes without
-        if not path.is_file() or path.stat().st_size > MOST_FILE_BYTES:
+        if members.stamp(path)[0] > MOST_FILE_BYTES:
             return None
-        with Image.open(path) as image:
+        with Image.open(members.stream(path)) as image:
             image.draft("RGB", (SIDE, SIDE))  # a JPEG is decoded at an eighth of its size where that does
-            small = pixels.to_rgb(image, data.background_rgb, data.grey_limits)  # as the model is given it
-            small.thumbnail((SIDE, SIDE))
-        made = io.BytesIO()
-        small.save(made, "JPEG", quality=QUALITY, optimize=True)
-        if made.tell() <= MOST_BYTES:
-            return f"data:image/jpeg;base64,{base64.b64encode(made.getvalue()).decode()}"
+            return data_uri(pixels.to_rgb(image, data.background_rgb, data.grey_limits))  # as the model is given it
     return None
+
+
+def data_uri(image: PillowImage) -> str | None:
+    """A small picture of an image (which is made small) for a page; None where it has too many bytes."""
+    image.thumbnail((SIDE, SIDE))
+    made = io.BytesIO()
+    image.save(made, "JPEG", quality=QUALITY, optimize=True)
+    return f"data:image/jpeg;base64,{base64.b64encode(made.getvalue()).decode()}" if made.tell() <= MOST_BYTES else None

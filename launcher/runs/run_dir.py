@@ -124,6 +124,11 @@ class RunDir:
         return self.path / "validation.json"
 
     @property
+    def sample_batch(self) -> Path:
+        """Small pictures of training images as the model sees them."""
+        return self.path / "sample_batch.json"
+
+    @property
     def logs(self) -> Path:
         """The folder of all logs."""
         return self.path / "logs"

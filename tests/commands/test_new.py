@@ -170,6 +170,14 @@ def test_images_of_no_known_layout_get_the_message_of_a_start(tmp_path, monkeypa
     assert told[0][1].partition("data.path: ")[2] == told[1][1].partition("data.path: ")[2]
 
 
+def test_a_list_in_the_folder_is_named_by_the_same_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/list.csv").write_text("path,label\n")
+    assert cli.main(["new", "mine", "--data", "photos"]) == 2
+    assert capsys.readouterr().err.endswith("  launch new NAME --data photos/list.csv\n")
+
+
 @pytest.mark.parametrize("name", ["007", "on", "null", "1.5", "mine"])
 def test_a_name_is_text_for_every_reader_of_yaml(name, tmp_path, monkeypatch):
     """The launcher takes it as it is written; editors and scripts read 7, true …."""

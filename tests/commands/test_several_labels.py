@@ -44,6 +44,7 @@ def test_a_run_is_measured_and_predicts_all_classes_above_the_threshold(
     run = RunDir("run")
     (own,) = [line for line in map(json.loads, run.metrics.read_text().splitlines()) if line["split"] == "val"]
     assert run.read_status()["best"]["metric"] == "val/average_precision"
+    check_what_the_report_shows(run, own)
 
     assert cli.main(["evaluate", "run", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -57,6 +58,27 @@ def test_a_run_is_measured_and_predicts_all_classes_above_the_threshold(
     assert len(rows) == own["samples"]
     assert all(each["probability"] >= 0.3 for row in rows for each in row["top"])
     assert max(len(row["top"]) for row in rows) > 1
+
+
+def check_what_the_report_shows(run, own):
+    """validation.json and the first training images are there, with all classes of each image."""
+    kept = json.loads(run.validation.read_text())
+    assert kept["samples"] == own["samples"]
+    assert {name: row["val"] for name, row in kept["classes"].items()} == {
+        name: row["samples"] for name, row in own["per_class"].items()
+    }
+    assert sum(images for images, _, _ in kept["calibration"]) == own["samples"] * len(kept["classes"])
+    assert len(kept["wrong"]) + len(kept["right"]) == own["samples"] <= 12
+    for row in [*kept["wrong"], *kept["right"]]:
+        assert set(row["true"]) <= set(kept["classes"])
+        assert (row["true"] == row["predicted"]) == (row in kept["right"])
+    batch = json.loads(run.sample_batch.read_text())["images"]
+    assert len(batch) == 12
+    assert all(row["picture"].startswith("data:image/jpeg") and isinstance(row["class"], list) for row in batch)
+    page = run.report_html.read_text()
+    assert "none of the classes" in page
+    assert "Training images as the model sees them" in page
+    assert page.count("<img") == len(batch) + own["samples"]
 
 
 @pytest.mark.parametrize(

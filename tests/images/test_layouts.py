@@ -315,6 +315,12 @@ def test_what_is_seen_in_one_split_only_is_told(tmp_path, capsys):
 # --- what is none of them
 
 
+def one_folder(folder, *names):
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / name / "0.png")
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
@@ -323,6 +329,9 @@ def test_what_is_seen_in_one_split_only_is_told(tmp_path, capsys):
         (lambda p: Image.new("RGB", (8, 8)).save(p / "cat.png"), "write a list of them"),
         (lambda p: (p / "photos.zip").write_bytes(b""), "unpack photos.zip"),
         (lambda p: (p / "labels.csv").write_text("path,label\n"), "launch RECIPE data.path={p}/labels.csv"),
+        (lambda p: split_folder(p / "a/b"), "launch RECIPE data.path={p}/a/b"),
+        (lambda p: one_folder(p / "a/b/photos", "cat", "dog"), "launch RECIPE data.path={p}/a/b/photos data.val_fr"),
+        (lambda p: one_folder(p, "cat"), "a second folder beside cat: each is a class"),
     ],
 )
 def test_a_first_wrong_layout_ends_in_the_keys_that_would_work(make, said, tmp_path, dry_run):

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from launcher.recipe import load as recipes
-from launcher.report import build
+from launcher.report import build, thumbnails
 from launcher.runs.run_dir import RunDir
 from tests import chromium
+from tests.report.looking import SCREENS, look_at, serious
 from tests.report.test_report import BEST, EVENTS, MANIFEST, METRICS, PLAN, RECIPE, START, STATUS, Page, cells_of
-
-SCREENS = Path(os.environ.get("LAUNCH_SCREENS", Path(__file__).parent / "screens"))
-"""Where screenshots are kept, for people to look at."""
-WIDTHS = (400, 900, 1400)
 
 
 def write(run, *, classes, confusions, samples, folder, metrics):
@@ -34,17 +28,24 @@ def write(run, *, classes, confusions, samples, folder, metrics):
     straggler = {"time": START + 60, "kind": "straggler", "host": "node1", "attempt": 2, "rank": 0, "straggler": 1}
     facts = {"time": START, "kind": "facts", "host": "node1", "attempt": 1, "rank": 0, "parameters": 2_227_715}
     facts |= {"trainable_parameters": 3843, "train_images": 77, "val_images": samples}
+    facts |= {"device": "AMD EPYC", "torch": "2.14.1", "python": "3.12.1", "cuda": None}
     straggler |= {"cause": "loader", "step": 12, "message": "rank 1 is slower than the others"}
     shown = [
         {"image": f"val/{name}/{name}.jpg", "confidence": 0.99 - i / 100, "true": name, "predicted": classes[i - 1][0]}
         for i, (name, *_) in enumerate(classes[:12])
     ]
+    picture = thumbnails.data_uri(Image.new("RGB", (64, 64), "teal"))
+    batch = [{"image": row["image"], "class": row["true"], "picture": picture} for row in shown]
     validation = {
         "version": 1,
         "samples": samples,
         **BEST,
         "classes": {n: {"train": t, "val": v, "hits": h, "predicted": p} for n, t, v, h, p in classes},
         "calibration": [[samples / 15, samples / 15 * (i + 0.5) / 15, samples / 15 * i / 15] for i in range(15)],
+        "precision_recall": {
+            "mean": [1 - i / 64 for i in range(33)],
+            "classes": {name: [1 - i / 40 for i in range(33)] for name, *_ in classes[:100]},
+        },
         "confusions": confusions,
         "wrong": shown,
         "right": [row | {"predicted": row["true"]} for row in shown],
@@ -54,6 +55,7 @@ def write(run, *, classes, confusions, samples, folder, metrics):
         run.status: STATUS,
         run.export_manifest: MANIFEST | {"seconds": 30.0},
         run.validation: validation,
+        run.sample_batch: {"version": 1, "epoch": 0, "mixed": "CutMix", "images": batch},
         run.rank_times: {"time": START, "attempt": 2, "epoch": 1, "step": 12, "slowest": slowest, **times},
     }
     for path, value in files.items():
@@ -110,16 +112,24 @@ def test_the_page_of_a_run_with_everything(small):
     page = small.report_html.read_text()
     parsed = Page(page)
     assert parsed.text_of("h2") == [
-        *("Curves", "Exports", "Classes", "Confusion matrix", "Images", "Ranks", "Attempts", "Recipe"),
+        *("Curves", "Exports", "Classes", "Confusion matrix", "Images", "Ranks", "Attempts", "Environment", "Recipe"),
     ]
     titles = parsed.text_of("h3")
-    for title in ("Learning rate of head", "Share of time waiting for data", "Calibration", "Accuracy and time"):
+    for title in (
+        *("Learning rate of head", "Share of time waiting for data", "Calibration", "Precision and recall"),
+        *("Accuracy and time", "Training images as the model sees them"),
+    ):
         assert title in titles
     assert cells_of(page, "Each class")[0][-1] == "trained on"
     assert [row[-1] for row in cells_of(page, "Each class")[1:]] == ["40", "30", "7"]
     assert cells_of(page, "Milliseconds of a step")[1] == ["1", "100.0", "40.0", "0.0", "140.0"]
     assert any("straggler" in row for row in cells_of(page, "What disturbed"))
-    assert len(parsed.named("img")) == 6
+    assert len(parsed.named("img")) == 9
+    assert "mixed in pairs by CutMix" in page
+    environment = dict(cells_of(page, "Where and with what")[1:])
+    assert environment["device"] == "AMD EPYC"
+    assert environment["torch"] == "2.14.1"
+    assert "cuda" not in environment
     assert all(attrs["src"].startswith("data:image/jpeg;base64,") for attrs in parsed.named("img"))
     assert f"launch {small.recipe}" in page
     assert "2,227,715<small>3,843 of them learn, from 77 images" in page
@@ -146,6 +156,7 @@ def test_images_that_are_gone_have_their_path_and_no_picture(small, tmp_path):
     for row in found["wrong"]:
         row["image"] = "/nowhere/" + row["image"]
     run.validation.write_text(json.dumps(found | {"right": []}))
+    run.sample_batch.unlink()
     build.write_report(run)
     page = run.report_html.read_text()
     assert "<img" not in page
@@ -172,48 +183,12 @@ def test_the_page_of_1000_classes_and_100_000_images_is_small(large):
     assert recalls == sorted(recalls)
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    made = chromium.Chromium(tmp_path_factory.mktemp("chromium"))
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
-def axe(tmp_path_factory):
-    """axe-core's source, by npm; skips where it cannot be had."""
-    folder = tmp_path_factory.mktemp("axe")
-    if not shutil.which("npm"):
-        pytest.skip("there is no npm")
-    command = ["npm", "install", "--no-save", "--silent", "axe-core@4"]
-    try:
-        subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=120)
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
-        pytest.skip("npm does not give axe-core")
-    return (folder / "node_modules" / "axe-core" / "axe.min.js").read_text()
-
-
-OVERFLOW = """[...document.querySelectorAll("body *")].filter(one =>
-  !one.closest(".scroll > *, svg, details:not([open]) *") && one.getBoundingClientRect().right > innerWidth + 1)
-  .map(one => one.outerHTML.slice(0, 120))"""
-
-
 @chromium.needed
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["small", "large"])
 def test_a_browser_shows_it_at_every_width_without_a_complaint(which, request, browser):
     run = request.getfixturevalue(which)
-    SCREENS.mkdir(exist_ok=True)
-    for width in WIDTHS:
-        for scheme in ("light", "dark"):
-            browser.scheme(scheme)
-            seconds = browser.open(run.report_html.as_uri(), width)
-            assert browser.run("document.documentElement.scrollWidth <= innerWidth"), (width, browser.run(OVERFLOW))
-            assert browser.run(OVERFLOW) == []
-            if which == "small":
-                browser.picture(SCREENS / f"report-{width}-{scheme}.png")
-        print(f"{which} at {width} px: {seconds:.2f} s, {run.report_html.stat().st_size / 1e6:.2f} MB")
-    assert browser.complaints == []
+    look_at(browser, run.report_html, SCREENS / "report" if which == "small" else None)
 
 
 @chromium.needed
@@ -243,11 +218,4 @@ def test_axe_has_no_serious_finding(small, browser, axe, scheme):
     browser.scheme(scheme)
     browser.open(small.report_html.as_uri(), 900)
     browser.run("document.querySelectorAll('details').forEach(one => one.open = true)")
-    browser.run(axe + "; 0")
-    found = browser.run("axe.run(document).then(found => found.violations)")
-    serious = [
-        (one["id"], one["help"], [node["html"][:150] for node in one["nodes"]][:3])
-        for one in found
-        if one["impact"] in ("serious", "critical")
-    ]
-    assert serious == []
+    assert serious(browser, axe) == []

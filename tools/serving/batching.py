@@ -1,4 +1,7 @@
-"""Computes images of several requests at once: what came while the last batch was computed, or in a short wait."""
+"""Computes images of several requests at once: what came while the last batch was computed, or in a short wait.
+
+Nobody waits where requests come one after the other: while nothing is computed, and the last batch was one image.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ class Batcher:
         compute_alone: the same of one image while nothing else is computed: with all cores.
         at_once: batches that are computed at the same time.
         max_batch: images of a batch at most.
-        max_wait_s: the first image of a batch waits so long for others at most.
+        max_wait_s: the first image of a batch waits so long for others at most, where there are others.
         observe: is told the size of each batch.
     """
 
@@ -46,6 +49,7 @@ class Batcher:
         self._compute_alone = compute_alone
         self._at_once = at_once
         self._num_computing = 0
+        self._last_size = 1
         self._max_batch = max_batch
         self._max_wait_s = max_wait_s
         self._observe = observe
@@ -70,6 +74,7 @@ class Batcher:
         loop = asyncio.get_running_loop()
         while True:
             images, tops, answers = await self._next()
+            self._last_size = len(images)
             self._observe(len(images))
             is_alone = len(images) == 1 and not self._num_computing
             compute = self._compute_alone if is_alone else self._compute
@@ -93,7 +98,8 @@ class Batcher:
         while True:
             while self._waiting and self._waiting[0][3].done():  # its request was given up
                 self._waiting.popleft()
-            left = self._waiting[0][2] + self._max_wait_s - loop.time() if self._waiting else None
+            wait_s = self._max_wait_s if self._num_computing or self._last_size > 1 else 0.0
+            left = self._waiting[0][2] + wait_s - loop.time() if self._waiting else None
             if left is not None and (left <= 0 or len(self._waiting) >= self._max_batch):
                 break
             self._arrived.clear()

@@ -46,7 +46,11 @@ def draw(recipe: Recipe, *, epoch: int) -> bytes:
 
 
 def _grid(preprocessing: Preprocessing, images: torch.Tensor) -> torch.Tensor:
-    """What the model sees, turned back into pixels: uint8 3 x H x W."""
+    """What the model sees, in rows: uint8 3 x H x W."""
+    return make_grid(pixels(preprocessing, images), nrow=A_ROW, padding=GAP, pad_value=255)
+
+
+def pixels(preprocessing: Preprocessing, images: torch.Tensor) -> torch.Tensor:
+    """What the model sees, turned back into pixels: uint8 N x C x S x S."""
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (preprocessing.mean, preprocessing.std))
-    pixels = (images * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
-    return make_grid(pixels, nrow=A_ROW, padding=GAP, pad_value=255)
+    return (images * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)

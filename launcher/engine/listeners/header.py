@@ -6,10 +6,11 @@ import platform
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torchvision
 
 import launcher
 from launcher.engine import optim
-from launcher.engine.device import cpu_name
+from launcher.engine.device import cpu_name, num_cores
 from launcher.engine.loading import balance
 from launcher.recipe import phases
 from launcher.system.words import plural
@@ -55,7 +56,10 @@ def facts(parts: Parts) -> dict[str, Any]:
         "steps_per_epoch": parts.schedule.steps_per_epoch,
         "precision": str(parts.precision),
         "device": torch.cuda.get_device_name(device.torch_device) if device.is_cuda else cpu_name(),
+        "cores": num_cores(),
+        "system": platform.platform(),
         "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "launcher": launcher.__version__,

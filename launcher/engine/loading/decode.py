@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 
 from launcher.engine.loading.crops import Box, Picture, Pixels
 from launcher.errors import TrainingError
-from launcher.images import pixels
+from launcher.images import members, pixels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,7 +49,7 @@ def read_image(
     some damaged PNG files, and leaves EXIF and 16 bits in other formats alone. The content decides, not the name.
 
     Args:
-        path: the file.
+        path: the file, or the member of an archive.
         background: red, green and blue of what transparency shows.
         grey_range: the values that are black and white in grey of more than 8 bits; None: as the kind of number says.
 
@@ -57,7 +57,7 @@ def read_image(
         TrainingError: the file cannot be decoded; names it.
     """
     try:
-        encoded = read_file(path)
+        encoded = _read(path)
         if _is_jpeg(encoded):  # it has no transparency, and 8 bits
             return _decode_jpeg(encoded)
         return _decode_with_pillow(encoded, background, grey_range)
@@ -79,7 +79,7 @@ def open_image(
         TrainingError: the file cannot be decoded; names it.
     """
     try:
-        encoded = read_file(path)
+        encoded = _read(path)
         if not _is_jpeg(encoded):
             return Pixels(_decode_with_pillow(encoded, background, grey_range))
         return (len(encoded) >= SMALL_FILE and _open_jpeg(path, encoded)) or Pixels(_decode_jpeg(encoded))
@@ -144,6 +144,13 @@ def _open_jpeg(path: str, encoded: torch.Tensor) -> JpegFile | None:
     except Exception:  # whatever a foreign file's bytes make Pillow raise
         return None
     return JpegFile(path, encoded, header, orientation if orientation in range(1, 9) else 1)
+
+
+def _read(path: str) -> torch.Tensor:
+    """The bytes of a file, or of a member of an archive."""
+    if members.find(path):
+        return torch.frombuffer(bytearray(members.read(path)), dtype=torch.uint8)
+    return read_file(path)
 
 
 def _is_jpeg(encoded: torch.Tensor) -> bool:

@@ -27,6 +27,7 @@ from launcher.engine.loading.data_sets import open_data_sets
 from launcher.engine.loading.kept_pixels import MISSING, PIECE, SIZE, Index, index_file, known_rows, used_pieces
 from launcher.errors import TrainingError
 from launcher.images import folder as image_folder
+from launcher.images import members
 from launcher.recipe import load as recipes
 from launcher.recipe.images import source_of
 from launcher.system import cores as host_cores
@@ -265,8 +266,7 @@ def _stamps(paths: Sequence[str]) -> np.ndarray:
     stamps = np.full((len(paths), 2), MISSING, dtype=np.int64)
     for number, path in enumerate(paths):
         with contextlib.suppress(OSError):
-            found = os.stat(path)  # noqa: PTH116  a million times
-            stamps[number] = found.st_size, found.st_mtime_ns
+            stamps[number] = members.stamp(path)
     return stamps
 
 
@@ -276,7 +276,10 @@ def _estimate(keeping: Keeping, paths: Sequence[str]) -> int:
 
     sizes = []
     for path in paths[:: max(1, len(paths) // NUM_PROBED)]:
-        with contextlib.suppress(Exception), Image.open(path) as image:  # it may be one that is left out
+        with (
+            contextlib.suppress(Exception),
+            Image.open(members.stream(path)) as image,
+        ):  # it may be one that is left out
             sizes.append(keeping.num_bytes(image.height, image.width))
     return len(paths) * sum(sizes) // max(1, len(sizes))
 

@@ -9,15 +9,16 @@ import torch
 from launcher.engine.distributed import count_over_ranks, gather_rows, sum_over_ranks
 from launcher.engine.schedule import validation_batches
 from launcher.engine.validating.ranking import CALIBRATION_BINS
+from launcher.engine.validating.several import NUM_IMAGES
+from launcher.engine.validating.totals import MAX_DETAILED_CLASSES
 
 if TYPE_CHECKING:
     from launcher.engine.listeners.recorder import Recorder
     from launcher.engine.setup import Parts
     from launcher.engine.validating.noise import Answers
+    from launcher.engine.validating.several import SeveralAnswers
 
 VERSION = 1
-NUM_IMAGES = 12
-"""Wrong and right answers that are kept, each: what a screen shows."""
 NUM_CONFUSIONS = 200
 """Pairs of classes that are kept, the most frequent."""
 
@@ -40,8 +41,10 @@ class BestValidation:
 
         Args:
             best: as status.json has it.
-            answers: of the weights that it is the value of; with several classes an image there is nothing to say.
+            answers: of the weights that it is the value of.
         """
+        if answers is not None and answers.several:
+            self._take_several(best, answers, answers.several)
         if answers is None or not answers.num_classes or answers.confidences is None:
             return
         num, pairs = answers.num_classes, answers.pairs
@@ -53,14 +56,17 @@ class BestValidation:
             return
         true, predicted, hit = kinds // num, kinds % num, kinds // num == kinds % num
         names = self._parts.classes
+        columns = [
+            torch.zeros(num, dtype=torch.int64).index_add_(0, of, found)
+            for of, found in ((true[hit], counts[hit]), (true, counts), (predicted, counts))
+        ]
         most = counts[~hit].argsort(descending=True, stable=True)[:NUM_CONFUSIONS]
         rows = zip(*(each[~hit][most].tolist() for each in (true, predicted, counts)), strict=True)
         self._recorder.best_validation(
             {
-                "version": VERSION,
-                **{key: best[key] for key in ("metric", "value", "epoch", "step")},
-                "samples": int(counts.sum()),
-                "classes": self._classes(true, predicted, counts, hit),
+                **_head(best, int(counts.sum())),
+                "classes": self._classes(*columns),
+                "precision_recall": self._curves(answers.curves),
                 "calibration": [[int(images), *sums] for images, *sums in bins.tolist()],
                 "confusions": [{"true": names[t], "predicted": names[p], "count": count} for t, p, count in rows],
                 "wrong": self._named(wrong),
@@ -68,29 +74,52 @@ class BestValidation:
             }
         )
 
-    def _classes(
-        self, true: torch.Tensor, predicted: torch.Tensor, counts: torch.Tensor, hit: torch.Tensor
-    ) -> dict[str, dict[str, int]]:
+    def _take_several(self, best: dict[str, Any], answers: Answers, several: SeveralAnswers) -> None:
+        """The same of any number of classes an image: nothing is taken for something else."""
+        wrong, right = several.surest.gather(self._indices())
+        if self._recorder is None:
+            return
+        self._recorder.best_validation(
+            {
+                **_head(best, answers.samples),
+                "classes": self._classes(*several.counts),
+                "precision_recall": self._curves(answers.curves),
+                "calibration": several.calibration,
+                "confusions": [],
+                "wrong": self._named_several(wrong),
+                "right": self._named_several(right),
+            }
+        )
+
+    def _classes(self, hits: torch.Tensor, true: torch.Tensor, predicted: torch.Tensor) -> dict[str, dict[str, int]]:
         """Of each class images that it was trained on, of validation, rightly predicted, and taken for it."""
-        names = self._parts.classes
         self._trained_on = self._trained_on or self._parts.images_per_class
-        columns = [
-            torch.zeros(len(names), dtype=torch.int64).index_add_(0, of, found).tolist()
-            for of, found in ((true, counts), (true[hit], counts[hit]), (predicted, counts))
-        ]
-        rows = zip(names, *columns, strict=True)
+        rows = zip(self._parts.classes, true.tolist(), hits.tolist(), predicted.tolist(), strict=True)
         return {
-            name: {"train": self._trained_on.get(name, 0), "val": val, "hits": hits, "predicted": said}
-            for name, val, hits, said in rows
+            name: {"train": self._trained_on.get(name, 0), "val": val, "hits": right, "predicted": said}
+            for name, val, right, said in rows
         }
+
+    def _curves(self, curves: torch.Tensor | None) -> dict[str, Any] | None:
+        """Precision at even recalls: the mean over the classes that have images, and up to 100 classes of each."""
+        if curves is None:
+            return None
+        known = curves.isfinite().all(dim=1)
+        rows = zip(self._parts.classes, curves.tolist(), known.tolist(), strict=True)
+        shown = {name: [round(value, 4) for value in row] for name, row, is_known in rows if is_known}
+        mean = [round(value, 4) for value in curves[known].mean(dim=0).tolist()] if known.any() else []
+        return {"mean": mean, "classes": shown if len(curves) <= MAX_DETAILED_CLASSES else {}}
+
+    def _indices(self) -> list[int]:
+        """This rank's images of the validation set, in the order in which they are measured."""
+        ranks, batching = self._parts.ranks, self._parts.schedule.batching
+        of_rank = validation_batches(len(self._parts.val_set), rank=ranks.rank, batching=batching)
+        return [index for batch in of_rank for index in batch]
 
     def _images(self, answers: Answers, wanted: torch.Tensor) -> torch.Tensor:
         """The surest of all ranks' answers of those wanted: rows of index, pair and confidence."""
         assert answers.confidences is not None  # noqa: S101  looked at before
-        of_rank = validation_batches(
-            len(self._parts.val_set), rank=self._parts.ranks.rank, batching=self._parts.schedule.batching
-        )
-        indices = [index for batch in of_rank for index in batch]
+        indices = self._indices()
         sure = answers.confidences.double().masked_fill(~wanted, -1.0)
         most = sure.topk(min(NUM_IMAGES, len(sure)))
         rows = torch.stack(
@@ -112,6 +141,23 @@ class BestValidation:
             | {"true": names[int(pair) // len(names)], "predicted": names[int(pair) % len(names)]}
             for index, pair, confidence in rows.tolist()
         ]
+
+    def _named_several(self, rows: torch.Tensor) -> list[dict[str, Any]]:
+        """Rows of :class:`Surest` in words."""
+        names, found = self._parts.classes, self._parts.val_set
+        named = []
+        for index, confidence, *has in rows.tolist():
+            said, true = (
+                [name for name, one in zip(names, part, strict=True) if one]
+                for part in (has[: len(names)], has[len(names) :])
+            )
+            image = {"image": found.key(int(index)), "confidence": round(confidence, 6)}
+            named.append(image | {"true": true, "predicted": said})
+        return named
+
+
+def _head(best: dict[str, Any], samples: int) -> dict[str, Any]:
+    return {"version": VERSION, **{key: best[key] for key in ("metric", "value", "epoch", "step")}, "samples": samples}
 
 
 def _calibration(confidences: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

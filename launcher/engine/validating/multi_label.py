@@ -10,7 +10,8 @@ from launcher.engine.distributed import any_rank, sum_over_ranks
 from launcher.engine.losses import sigmoids
 from launcher.engine.metrics import hits_of
 from launcher.engine.validating.noise import Answers
-from launcher.engine.validating.ranking import Calibration, Ranking, mean_of
+from launcher.engine.validating.ranking import UNIT, Calibration, Ranking, error_of, mean_of
+from launcher.engine.validating.several import SeveralAnswers, Surest
 from launcher.engine.validating.totals import MAX_DETAILED_CLASSES, ClassTotals, per_class, values_of
 
 if TYPE_CHECKING:
@@ -58,6 +59,9 @@ class MultiLabelTotals:
         """Of each class, images that rightly were said to have it, that have it, that were said to."""
         self._ranking = Ranking(len(self._classes), device)
         self._calibration = Calibration(device)
+        self._surest = Surest(len(self._classes), device)
+        self._counted: tuple[ClassTotals, list[list[int]]] | None = None
+        """All ranks' counts of classes and of confidences; known after :meth:`compute`."""
 
     def add(self, logits: torch.Tensor, targets: torch.Tensor) -> None:
         """Count a batch of logits (N x C) and which classes are true (N x C)."""
@@ -69,14 +73,23 @@ class MultiLabelTotals:
         self._counts += torch.stack([(said & true).sum(0), true.sum(0), said.sum(0)])
         self._ranking.add(probabilities, targets)
         self._calibration.add(probabilities.flatten(), true.flatten())
+        self._surest.add(probabilities, said, true)
         if self._own:
             self._own.add(logits, targets)
 
     def answers(self, share: Any, samples: int) -> Answers:
-        """The losses of this rank's images, image by image, as of one class an image."""
+        """The losses of this rank's images, image by image, as of one class an image; and the surest of its answers."""
+        assert self._counted  # noqa: S101  by compute()
+        totals, bins = self._counted
+        several = SeveralAnswers(
+            counts=torch.stack([totals.hits, totals.true, totals.predicted]),
+            calibration=[[images, units / UNIT, hits] for images, units, hits in bins],
+            surest=self._surest,
+        )
         losses = None if self._gives_means else torch.cat(self._losses)
         none = torch.empty(0, dtype=torch.int64)
-        return Answers(share=share, samples=samples, num_classes=0, pairs=none, losses=losses)
+        of_all = {"curves": self._ranking.curves, "several": several}
+        return Answers(share=share, samples=samples, num_classes=0, pairs=none, losses=losses, **of_all)
 
     def compute(self) -> dict[str, Any]:
         """``samples`` of all ranks, the value of every metric, and up to 100 classes ``per_class``."""
@@ -86,7 +99,9 @@ class MultiLabelTotals:
         hits, true, predicted = sum_over_ranks(self._counts.clone()).cpu()
         totals = ClassTotals(hits=hits, true=true, predicted=predicted)
         ranking, auroc, precision = self._ranking.compute()
-        scores = {"auroc": mean_of(auroc), "average_precision": mean_of(precision), "ece": self._calibration.compute()}
+        bins = self._calibration.bins()
+        self._counted = totals, bins
+        scores = {"auroc": mean_of(auroc), "average_precision": mean_of(precision), "ece": error_of(bins)}
         result: dict[str, Any] = {"samples": samples, **values_of(totals, samples, loss, top_k, scores, first=first)}
         result |= self._own.compute() if self._own else {}
         result["ranking"] = ranking

@@ -14,6 +14,7 @@ from launcher.report.intervals import MOST_IMAGES, Z_95, noise_of_gain
 
 if TYPE_CHECKING:
     from launcher.engine.listeners.recorder import Recorder
+    from launcher.engine.validating.several import SeveralAnswers
 
 MOST_CLASSES = 1_000
 """Of more the draws of a bootstrap take seconds: nothing is said."""
@@ -35,6 +36,10 @@ class Answers:
     """Of each image, float64; None: the loss gives means of batches only."""
     confidences: torch.Tensor | None = None
     """Of each image, the probability of what it was answered, float32."""
+    curves: torch.Tensor | None = None
+    """Of each class, over all ranks, the precision at even recalls (:mod:`launcher.engine.validating.ranking`)."""
+    several: SeveralAnswers | None = None
+    """Where an image has any number of classes."""
 
 
 class Noise:

@@ -25,6 +25,8 @@ LARGEST_LOG_ODDS = 16.5
 """float32 has nothing between the sigmoid of it and 1."""
 CALIBRATION_BINS = 15
 """As most who measure ECE take (Guo et al. 2017, arXiv 1706.04599)."""
+CURVE_POINTS = 33
+"""Recalls, from 0 to 1, at which a curve of precision is kept."""
 UNIT = 1 << 32
 """Confidences are added up as multiples of one over this, so that their order does not matter."""
 
@@ -43,6 +45,8 @@ class Ranking:
         self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
         """Probabilities, N x C, and the true classes, N, or which are true, N x C."""
         self._num_kept = self._num_seen = 0
+        self.curves: torch.Tensor | None = None
+        """Of each class the precision at CURVE_POINTS recalls; known after :meth:`compute`."""
         self._binned: torch.Tensor | None = None
         """Of each class and bin, how many images are not of the class, and how many are: C x BINS x 2."""
 
@@ -62,11 +66,15 @@ class Ranking:
         """
         seen = int(sum_over_ranks(torch.tensor(self._num_seen, device=self._device)))
         if seen * self._num_classes <= EXACT_SCORES:
-            return "exact", *_areas(*self._at_each_score())
+            right, wrong = self._at_each_score()
+            self.curves = _curves(right, wrong)
+            return "exact", *_areas(right, wrong)
         self._put_into_bins()
         assert self._binned is not None  # noqa: S101
         counts = sum_over_ranks(self._binned).cpu().flip(1).cumsum(1)
-        return f"{BINS} bins", *_areas(counts[:, :, 1].T, counts[:, :, 0].T)
+        right, wrong = counts[:, :, 1].T, counts[:, :, 0].T
+        self.curves = _curves(right, wrong)
+        return f"{BINS} bins", *_areas(right, wrong)
 
     def _at_each_score(self) -> tuple[torch.Tensor, torch.Tensor]:
         """From the likeliest image of each class on, how many are of it, and how many are not: int64 N x C each."""
@@ -115,6 +123,22 @@ def _areas(right: torch.Tensor, wrong: torch.Tensor) -> tuple[torch.Tensor, torc
     return auroc, precision
 
 
+def _curves(right: torch.Tensor, wrong: torch.Tensor) -> torch.Tensor:
+    """Of each class the highest precision that has at least each of CURVE_POINTS recalls; NaN without images of it.
+
+    Args:
+        right: as :func:`_areas` takes it.
+        wrong: the same.
+    """
+    right, wrong = right.double().T.contiguous(), wrong.double().T
+    precision = right / (right + wrong).clamp(min=1)
+    highest = precision.flip(1).cummax(dim=1).values.flip(1)
+    recalls = torch.linspace(0, 1, CURVE_POINTS, dtype=torch.float64)
+    wanted = (recalls * right[:, -1:] - 1e-9).contiguous()  # in images, less what rounding adds
+    places = torch.searchsorted(right, wanted).clamp(max=right.shape[1] - 1)
+    return torch.where(right[:, -1:] > 0, highest.gather(1, places), torch.nan)
+
+
 class Calibration:
     """The expected calibration error: by how much confidence and being right differ, in the mean over images.
 
@@ -123,21 +147,30 @@ class Calibration:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(CALIBRATION_BINS, 2, dtype=torch.int64, device=device)
-        """Of each bin confidences less hits, in units, and images."""
+        self._sums = torch.zeros(CALIBRATION_BINS, 3, dtype=torch.int64, device=device)
+        """Of each bin images, confidences in units, and hits."""
 
     def add(self, confidences: torch.Tensor, hits: torch.Tensor) -> None:
         """Count probabilities of answers, and which of these are right."""
         bounds = torch.linspace(0, 1, CALIBRATION_BINS + 1, device=confidences.device)[1:-1]
         places = torch.bucketize(confidences, bounds, right=True)
-        units = (confidences.double().nan_to_num() * UNIT).round().long() - hits.long() * UNIT
-        self._sums.index_add_(0, places, torch.stack([units, torch.ones_like(units)], dim=1))
+        units = (confidences.double().nan_to_num() * UNIT).round().long()
+        self._sums.index_add_(0, places, torch.stack([torch.ones_like(units), units, hits.long()], dim=1))
+
+    def bins(self) -> list[list[int]]:
+        """Of each bin over all ranks: images, their confidences in units, hits. Every rank must call it."""
+        found: list[list[int]] = sum_over_ranks(self._sums.clone()).tolist()
+        return found
 
     def compute(self) -> float:
         """Over all ranks; every rank must call it. NaN of no images."""
-        sums = sum_over_ranks(self._sums.clone()).tolist()
-        num = sum(images for _, images in sums)
-        return sum(abs(units) for units, _ in sums) / UNIT / num if num else math.nan
+        return error_of(self.bins())
+
+
+def error_of(bins: list[list[int]]) -> float:
+    """What :meth:`Calibration.bins` come to; NaN of no images."""
+    num = sum(images for images, _, _ in bins)
+    return sum(abs(units - hits * UNIT) for _, units, hits in bins) / UNIT / num if num else math.nan
 
 
 def mean_of(values: torch.Tensor) -> float:

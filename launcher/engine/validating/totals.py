@@ -85,6 +85,7 @@ class ValidationTotals:
             pairs=torch.cat(self._pairs),
             losses=None if self._gives_means else torch.cat(self._losses),
             confidences=torch.cat(self._confidences),
+            curves=self._ranking.curves,
         )
 
     def compute(self) -> dict[str, Any]:

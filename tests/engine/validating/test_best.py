@@ -45,6 +45,11 @@ def test_classes_calibration_and_images_agree_with_what_was_counted(found, world
     assert gap == pytest.approx(line["ece"], abs=1e-5)
     assert sure > 0
     assert len(kept["right"]) == min(12, hits)
+    curves = kept["precision_recall"]
+    assert set(curves["classes"]) == {name for name, row in kept["classes"].items() if row["val"]}
+    for row in (curves["mean"], *curves["classes"].values()):
+        assert len(row) == 33
+        assert row == sorted(row, reverse=True)
     for row in [*kept["wrong"], *kept["right"]]:
         assert Path(row["image"]).parent.name == row["true"]
         assert (row["predicted"] == row["true"]) == (row in kept["right"])

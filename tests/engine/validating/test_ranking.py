@@ -7,7 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import average_precision_score, balanced_accuracy_score, f1_score, precision_score, roc_auc_score
+from sklearn.metrics import (
+    average_precision_score,
+    balanced_accuracy_score,
+    f1_score,
+    precision_recall_curve,
+    precision_score,
+    roc_auc_score,
+)
 from torchmetrics.functional.classification import (
     multiclass_auroc,
     multiclass_average_precision,
@@ -36,6 +43,21 @@ def totals_of(logits, labels):
     totals = ValidationTotals([str(i) for i in range(logits.shape[1])], CPU, Loss("cross_entropy", cross_entropy, {}))
     totals.add(logits, labels)
     return totals
+
+
+def test_a_curve_has_the_highest_precision_of_at_least_each_recall(one_rank):
+    logits, labels = answers(200)
+    probabilities = logits.softmax(1)
+    made = Ranking(CLASSES, CPU)
+    made.add(probabilities, labels)
+    made.compute()
+    for label in range(CLASSES - 1):
+        precision, recall, _ = precision_recall_curve(labels.numpy() == label, probabilities[:, label].numpy())
+        wanted = [
+            precision[:-1][recall[:-1] >= least - 1e-9].max() for least in np.linspace(0, 1, ranking.CURVE_POINTS)
+        ]
+        assert made.curves[label].numpy() == pytest.approx(np.array(wanted), abs=1e-9)
+    assert made.curves[-1].isnan().all()  # there are no images of it
 
 
 def test_every_metric_is_that_of_others(one_rank):
