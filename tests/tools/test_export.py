@@ -366,7 +366,7 @@ def test_each_quantized_format_that_is_named_is_made(exported, tmp_path):
     assert rows["int8_weights"]["agreement"] > 0.97
     assert rows["int8_weights"]["size_mb"] < 0.3 * rows["onnx"]["size_mb"]
     said = onnx_model.read_quantization(run.exports / "model.int8_weights.onnx")
-    assert said == {"rung": "weights", "weight_bits": 8, "activation_bits": 32}
+    assert said == {"rung": "weights", "weight_bits": 8, "activation_bits": 32, "calibration_images": 96}
     assert not onnx_model.overflows_here(run.exports / "model.int8_weights.onnx", {"quantization": json.dumps(said)})
 
 
