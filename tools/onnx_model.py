@@ -25,6 +25,8 @@ TEMPERATURE = "temperature"
 """Key of a file's metadata, where it was calibrated: what logits are divided by before they become probabilities."""
 QUANTIZATION = "quantization"
 """Key of a quantized file's metadata: its rung and, of int8, ``{target, weight_bits, activation_bits, …}`` as JSON."""
+FLOAT_BITS = 32
+"""``activation_bits`` of a file whose weights alone are int8."""
 INPUT, LOGITS, PROBABILITIES = "images", "logits", "probabilities"
 """Names of what goes into a file and comes out of it; probabilities, where it does the preprocessing itself."""
 EXACT_SUMS = "session.x64quantprecision"
@@ -99,6 +101,8 @@ def overflows_here(path: Path, metadata: dict[str, str]) -> bool:
     if not host_cpu.saturates_int8():
         return False
     said = json.loads(metadata.get(QUANTIZATION, "{}"))
+    if said.get("activation_bits") == FLOAT_BITS:  # its weights are made float32 before anything is added
+        return False
     bits = said.get("weight_bits") if said else weight_bits(path)
     return bits is not None and bits > PORTABLE_BITS
 

@@ -13,12 +13,13 @@ from launcher.engine.schedule import epoch_order
 from launcher.system import cpu as host_cpu
 from launcher.system import phases
 from launcher.system.cpu import PORTABLE_BITS
-from launcher.tools.onnx_model import QUANTIZATION, read_metadata
+from launcher.tools.onnx_model import FLOAT_BITS, QUANTIZATION, read_metadata
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    from numpy.typing import NDArray
     from onnx import ModelProto
 
     from launcher.tools.evaluate import BestModel
@@ -33,8 +34,8 @@ NUM_CALIBRATION_IMAGES = 128
 """A fixed random choice of training images, seen as validation sees them."""
 CALIBRATION_BATCH = 8
 """Images that are computed at once while all values of the network are looked at."""
-FILES = {"int8": "model.int8.onnx", "fp16": "model.fp16.onnx", "int8_dynamic": "model.int8_dynamic.onnx"}
-CALIBRATED = frozenset({"int8"})
+FILES = {name: f"model.{name}.onnx" for name in ("int8", "int8_weights", "fp16", "int8_dynamic")}
+CALIBRATED = frozenset({"int8", "int8_weights"})
 """Formats that need training images."""
 
 
@@ -91,22 +92,36 @@ class Ladder:
             yield row | measured | {"is_made": True, "reason": reason, "accepted": reason is None}
 
     def _rungs(self, name: str) -> Iterator[Rung]:
-        return {"int8": self._int8, "fp16": self._fp16, "int8_dynamic": self._int8_dynamic}[name]()
+        ways = {"int8": self._int8, "int8_weights": self._int8_weights, "fp16": self._fp16}
+        return (ways | {"int8_dynamic": self._int8_dynamic})[name]()
 
     def _int8(self) -> Iterator[Rung]:
         from launcher.tools.int8.rungs import Rungs
 
-        best, bits = self.best, weight_bits(self.best.recipe.post.target)
-        indices = epoch_order(best.recipe.seed, 0, len(best.dataset("train")))[:NUM_CALIBRATION_IMAGES].tolist()
-        batches = [
-            part
-            for images, _ in best.batches("train", indices)
-            for part in np.array_split(images.numpy(), -(-len(images) // CALIBRATION_BATCH))
-        ]
-        common = {"target": best.recipe.post.target, "weight_bits": bits, "activation_bits": 8}
-        common |= {"calibration_images": len(indices)}
+        bits, batches = weight_bits(self.best.recipe.post.target), self._calibration_batches()
+        common = {"target": self.best.recipe.post.target, "weight_bits": bits, "activation_bits": 8}
+        common |= {"calibration_images": sum(len(images) for images in batches)}
         for made in Rungs(self._prepared(), batches, bits=bits, threads=self.threads):
             yield made.rung, made.model, common | made.settings
+
+    def _int8_weights(self) -> Iterator[Rung]:
+        from launcher.tools.int8 import calibration, qdq, weights
+        from launcher.tools.int8.graph import Graph
+
+        graph, batches = Graph(self._prepared()), self._calibration_batches()
+        qdq.correct_biases(graph, calibration.measure(graph.model, batches, threads=self.threads), bits=weights.BITS)
+        settings = {"weight_bits": weights.BITS, "activation_bits": FLOAT_BITS}
+        settings |= {"calibration_images": sum(len(images) for images in batches)}
+        yield "weights", weights.compress(graph.model), settings
+
+    def _calibration_batches(self) -> list[NDArray[np.float32]]:
+        """Training images, N x C x S x S, the same ones every time."""
+        indices = epoch_order(self.best.recipe.seed, 0, len(self.best.dataset("train")))[:NUM_CALIBRATION_IMAGES]
+        return [
+            part
+            for images, _ in self.best.batches("train", indices.tolist())
+            for part in np.array_split(images.numpy(), -(-len(images) // CALIBRATION_BATCH))
+        ]
 
     def _fp16(self) -> Iterator[Rung]:
         import onnx

@@ -30,7 +30,7 @@ from launcher.runs.history import events
 from launcher.runs.run_dir import RunDir
 from launcher.system import cpu as host_cpu
 from launcher.system.files import write_json_atomic
-from launcher.tools import evaluate, export, formats, publish, quantize
+from launcher.tools import evaluate, export, formats, onnx_model, publish, quantize
 from launcher.tools.gate import doubt, rejection
 from launcher.tools.int8 import calibration
 
@@ -358,10 +358,16 @@ def test_other_formats_agree_with_the_checkpoint_and_a_wrong_one_is_refused_with
 def test_each_quantized_format_that_is_named_is_made(exported, tmp_path):
     run = RunDir(shutil.copytree(exported.path, tmp_path / "run", symlinks=True))
     (run.exports / "model.int8.onnx").unlink()
-    export.export_run(run, names=["int8", "fp16"])
-    accepted = {row["format"] for row in manifest(run)["exports"] if row["accepted"]}
-    assert {"int8", "fp16"} <= accepted
-    assert {"model.int8.onnx", "model.fp16.onnx"} <= {file.name for file in run.exports.iterdir()}
+    export.export_run(run, names=["int8", "int8_weights", "fp16"])
+    rows = {row["format"]: row for row in manifest(run)["exports"] if row["accepted"]}
+    assert {"int8", "int8_weights", "fp16"} <= set(rows)
+    made = {"model.int8.onnx", "model.int8_weights.onnx", "model.fp16.onnx"}
+    assert made <= {file.name for file in run.exports.iterdir()}
+    assert rows["int8_weights"]["agreement"] > 0.97
+    assert rows["int8_weights"]["size_mb"] < 0.3 * rows["onnx"]["size_mb"]
+    said = onnx_model.read_quantization(run.exports / "model.int8_weights.onnx")
+    assert said == {"rung": "weights", "weight_bits": 8, "activation_bits": 32, "calibration_images": 96}
+    assert not onnx_model.overflows_here(run.exports / "model.int8_weights.onnx", {"quantization": json.dumps(said)})
 
 
 def test_calibration_images_are_the_same_every_time(exported, tmp_path, monkeypatch):

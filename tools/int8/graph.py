@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,7 +68,12 @@ class Graph:
         """Change a constant."""
         self._constants[name].CopyFrom(numpy_helper.from_array(value, name))
 
+    def replace_constant(self, name: str, values: dict[str, NDArray[Any]]) -> None:
+        """Put other constants, by name, in the place of one."""
+        self.model.graph.initializer.remove(self._constants.pop(name))
+        self.model.graph.initializer.extend(numpy_helper.from_array(value, key) for key, value in values.items())
+
 
 def attribute(node: NodeProto, name: str, default: Any) -> Any:
-    """A node's attribute, an integer; the default where it has none."""
-    return next((each.i for each in node.attribute if each.name == name), default)
+    """A node's attribute; the default where it has none."""
+    return next((helper.get_attribute_value(each) for each in node.attribute if each.name == name), default)

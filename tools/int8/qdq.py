@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from launcher.system.cpu import PORTABLE_BITS
+from launcher.tools.int8 import activations
 from launcher.tools.int8.graph import IMAGES_DIMS, MATRIX_DIMS, Graph, attribute
 
 if TYPE_CHECKING:
@@ -43,6 +44,10 @@ def quantize(
     from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
     limits: dict[str, Any] = {name: _limits(each, cuts=cuts) for name, each in ranges.items()}
+    for activation in activations.find(Graph(model)):
+        if activation.read in limits:
+            low, high = limits[activation.read]
+            limits[activation.read] = _as_limits(*activation.useful(float(low), float(high)))
     for node in model.graph.node:  # what is folded into its activation has that one's range
         if node.op_type in ("Relu", "Clip") and node.output[0] in limits:
             limits.setdefault(node.input[0], limits[node.output[0]])
@@ -64,7 +69,10 @@ def quantize(
 
 
 def _limits(ranges: Ranges, *, cuts: bool) -> tuple[Array, Array]:
-    low, high = ranges.percentiles if cuts else (ranges.low.min(), ranges.high.max())
+    return _as_limits(*ranges.percentiles) if cuts else _as_limits(ranges.low.min(), ranges.high.max())
+
+
+def _as_limits(low: float, high: float) -> tuple[Array, Array]:
     return np.array(low, np.float32), np.array(high, np.float32)
 
 
