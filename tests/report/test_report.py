@@ -496,7 +496,15 @@ def test_the_page_can_be_read_without_eyes(write_run):
     parsed = Page(written(write_run())[1])
     assert parsed.named("html") == [{"lang": "en"}]
     assert parsed.text_of("h1") == [PLAN["run_id"]]
-    assert parsed.text_of("h2") == ["Curves", "Exports", "Classes", "Confusion matrix", "Attempts", "Recipe"]
+    assert parsed.text_of("h2") == [
+        "Curves",
+        "Exports",
+        "Classes",
+        "Confusion matrix",
+        "Attempts",
+        "Environment",
+        "Recipe",
+    ]
     assert parsed.text_of("h3") == [
         *("Loss", "Top-1", "Learning rate", "Images per second"),
         *("Accuracy and time", "What happened when"),
@@ -592,7 +600,7 @@ def test_more_than_100_classes_have_neither(write_run):
     line = {key: value for key, value in val_line(8).items() if key not in ("per_class", "confusion")}
     data, page = written(write_run(metrics=[line]))
     assert (data["per_class"], data["best_val"]["top1"]) == (None, 0.7)
-    assert Page(page).text_of("h2") == ["Curves", "Exports", "Attempts", "Recipe"]
+    assert Page(page).text_of("h2") == ["Curves", "Exports", "Attempts", "Environment", "Recipe"]
 
 
 def test_but_their_most_frequent_mistakes_where_they_were_recorded(write_run):
