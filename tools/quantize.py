@@ -158,6 +158,9 @@ class Ladder:
         quant_pre_process(self.source, file, skip_symbolic_shape=True)
         model = onnx.load(file)
         file.unlink()
+        used = {node.domain for node in model.graph.node}
+        for unused in [one for one in model.opset_import if one.domain and one.domain not in used]:
+            model.opset_import.remove(unused)  # it may be one that other readers do not know
         return model
 
 

@@ -135,9 +135,16 @@ class Device:
         before = host_memory.status_bytes("VmRSS")
         return lambda: host_memory.status_bytes("VmHWM") - before
 
-    def peak_memory(self) -> int:
-        """The most bytes that this process has held: of the GPU, by torch's allocator; without one, of the machine."""
-        return int(torch.cuda.max_memory_reserved(self.index)) if self.is_cuda else host_memory.status_bytes("VmHWM")
+    def peak_memory(self) -> int | None:
+        """The most bytes that this process has held: of the GPU, by torch's allocator; without one, of the machine.
+
+        None: the kernel does not say, as in some sandboxes.
+        """
+        if self.is_cuda:
+            return int(torch.cuda.max_memory_reserved(self.index))
+        with contextlib.suppress(OSError, StopIteration):
+            return host_memory.status_bytes("VmHWM")
+        return None
 
     def synchronize(self) -> None:
         """Wait until all is computed."""

@@ -118,7 +118,8 @@ def _told(at: Callable[[str], None], terminal: IO[str], line: phases.Line) -> Ca
     def tell(phase: str) -> None:
         nonlocal before, own
         at(phase)
-        if phase == before:  # what is told within it goes on
+        # What is told within a phase goes on; but what a block put back after itself is over once it trains.
+        if phase == before and phase != TRAINING:
             return
         before = phase
         if phase == TRAINING or (phase == FIRST and terminal.isatty()):  # where a bar has begun

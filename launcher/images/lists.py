@@ -280,4 +280,6 @@ def _read_parquet(file: Path, names: Mapping[str, str]) -> Iterator[tuple[int, M
 
 def sorted_labels(labels: set[str]) -> list[str]:
     """The names of classes in their order: numbers by value, texts as folders are sorted."""
-    return sorted(labels, key=int) if all(label.isascii() and label.isdigit() for label in labels) else sorted(labels)
+    if all(label.isascii() and label.isdigit() for label in labels):
+        return sorted(labels, key=lambda label: (int(label), label))  # 1 and 01 are two classes
+    return sorted(labels)

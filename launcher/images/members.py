@@ -21,7 +21,7 @@ BLOCK = tarfile.BLOCKSIZE
 """Bytes of a member's header, which lie right before its content."""
 MOST_OPEN = 64
 """Archives that a process keeps open."""
-_MEMBER = re.compile(r"(.*\.tar)/(\d+)\+(\d+)/(.+)", re.DOTALL)
+_MEMBER = re.compile(r"(.*\.(?i:tar))/(\d+)\+(\d+)/(.+)", re.DOTALL)
 
 
 class Member(NamedTuple):
@@ -44,7 +44,7 @@ class Member(NamedTuple):
 
 def find(path: str) -> Member | None:
     """The member that a path means; None: it means a file."""
-    found = _MEMBER.fullmatch(path) if ".tar/" in path else None
+    found = _MEMBER.fullmatch(path) if ".tar/" in path.lower() else None
     return Member(found[1], int(found[2]), int(found[3]), found[4]) if found else None
 
 
@@ -57,7 +57,8 @@ def read(path: str) -> bytes:
     member = find(path)
     if member is None:
         return Path(path).read_bytes()
-    content = _pread(_open(member.archive).descriptor, BLOCK + member.size, member.start - BLOCK)
+    archive = _open(member.archive)  # held while it is read: another thread may open others
+    content = _pread(archive.descriptor, BLOCK + member.size, member.start - BLOCK)
     if len(content) < BLOCK + member.size or not _is_header_of(content[:BLOCK], member):
         raise OSError(errno.ESTALE, "its archive has changed since it was indexed; start or resume again", path)
     return content[BLOCK:]
@@ -90,7 +91,7 @@ def stream(path: str) -> str | io.BytesIO:
 
 
 class _Archive:
-    """An open archive; closed when nobody has it any more, which may be a thread that still reads."""
+    """An open archive; closed when nobody has it any more, so not while a thread still reads."""
 
     def __init__(self, path: str) -> None:
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 LIST = "shards.jsonl"
 """The list that is written."""
-ENDING, COMPRESSED = ".tar", re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)", re.IGNORECASE)
+ENDING = ".tar"
+COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|lzma|z)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 CLASS, JSON = ("cls", "class"), ("json", "jsn")
 """What a class's and a description's member is called behind the sample's key."""
 SPLITS = {*TRAIN, *VAL, *TEST, *OTHER_NAMES["train"], *OTHER_NAMES["val"]}
@@ -118,14 +119,14 @@ def write(target: Path, *, place: Path) -> None:
     shards, problems = _find(place), list[str]()
     print(f"{place}: {plural(len(shards), 'shard')}, listed once in the launcher's cache", file=sys.stderr, flush=True)
     next_line = time.monotonic() + PROGRESS_S
-    with (target / LIST).open("w", encoding="utf-8", errors="surrogateescape") as file:
+    with (target / LIST).open("w", encoding="utf-8") as file:
         for number, shard in enumerate(shards):
             link = target / shard.name
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(shard.file.absolute())
             try:
                 for row in _samples(shard):
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    file.write(json.dumps(row) + "\n")  # ASCII: names and descriptions need not be text
             except _ShardError as error:
                 problems.append(str(error))
             if time.monotonic() > next_line:
@@ -215,7 +216,7 @@ def _take(sample: _Sample, member: tarfile.TarInfo, shard: Shard, archive: tarfi
     ending = _parted(member.name)[1]
     where = f"{shard.file}: {member.name}"
     sample.endings.append(ending)
-    if is_image_ending(f".{ending.rpartition('.')[2]}"):
+    if _is_picture(ending):
         if ending in sample.images:
             raise _ShardError(f"{where} is there twice; a sample has one of each ending")
         found = Member(shard.name, member.offset_data, member.size, member.name)
@@ -225,6 +226,8 @@ def _take(sample: _Sample, member: tarfile.TarInfo, shard: Shard, archive: tarfi
             file = archive.extractfile(member)
             text = file.read().decode("utf-8-sig").strip() if file else ""
             if ending in CLASS:
+                if sample.label is not None:
+                    raise _ShardError(f"{where}: is a second class of the sample; there is one")
                 sample.label = text
             else:
                 sample.said = json.loads(text)
@@ -236,16 +239,25 @@ def _take(sample: _Sample, member: tarfile.TarInfo, shard: Shard, archive: tarfi
             raise _ShardError(f"{where}: is empty; it holds the class, a number or a name")
 
 
+def _is_picture(ending: str) -> bool:
+    return is_image_ending(f".{ending.rpartition('.')[2]}")
+
+
 def _files(shard: Shard, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while (member := archive.next()) is not None:
         archive.members = []  # type: ignore[attr-defined]  # it would keep all of them
         member.name = inside(member.name)
         parts = member.name.split("/")
-        if member.isdir() or any(map(is_hidden, parts)) or parts[-1].startswith("__"):
+        is_of_all = re.match(r"__[^/]*__($|/|\.)", member.name) is not None  # WebDataset leaves it out, too
+        if member.isdir() or any(map(is_hidden, parts)) or is_of_all:
             continue
         if not member.isreg() or member.issparse():
-            kind = "sparse" if member.issparse() else "a link"
-            raise _ShardError(f"{shard.file}: {member.name} is {kind}; pack the files themselves (tar --dereference)")
+            ending = _parted(member.name)[1]
+            if not (_is_picture(ending) or ending in CLASS or ending in JSON):
+                continue
+            kind = "sparse" if member.issparse() else "a link, or no file"
+            cure = "pack the files themselves (tar --dereference --hard-dereference)"
+            raise _ShardError(f"{shard.file}: {member.name} is {kind}; {cure}")
         yield member
     assert archive.fileobj  # noqa: S101  it is open
     archive.fileobj.seek(archive.offset)

@@ -62,13 +62,17 @@ def draw(names: Sequence[str], columns: Sequence[tuple[str, Sequence[Value]]], b
 
     Args:
         names: of the runs.
-        columns: of each axis its title, and the runs' values; one that is the same for all is left out.
+        columns: of each axis its title, and the runs' values; the last is what came of it. Others that are the same
+            for all are left out.
         best: which runs are drawn above the others, and thicker.
     """
-    differing = [column for column in columns if len(set(map(text, column[1]))) > 1]
-    if len(names) < 2 or len(differing) < 2:  # noqa: PLR2004  a line has two ends
+    if not columns:
         return None
-    *keys, result = differing
+    *given, result = columns
+    keys = [column for column in given if len({json.dumps(value, default=str) for value in column[1]}) > 1]
+    if len(names) < 2 or not keys or not any(value is not None for value in result[1]):  # noqa: PLR2004  no line
+        return None
+    differing = [*keys, result]
     shown = [*keys[: MOST_AXES - 1], result]
     axes, heights = [], []
     for number, (title, values) in enumerate(shown):

@@ -41,6 +41,9 @@ def scan(recipe: Recipe, progress: Callable[[int, int], None] | None = None) -> 
     config = recipe.data
     if config.dataset or datasets.DATASETS[config.name].write:
         return image_scan.Scan(folder=Path(config.path or "."), images=[], num_read=0, warnings=[])
+    datasets.prepare(
+        config.name, config.path
+    )  # a list of shards that this machine has not written yet, or that changed
     listing = Listing(recipe_images.source_of(recipe))
     found = image_scan.scan(
         listing, grey_range=config.grey_limits, progress=progress or phases.counting("checking images")

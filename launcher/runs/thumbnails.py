@@ -31,19 +31,21 @@ Json = dict[str, Any]
 
 def with_pictures(rows: Sequence[Json], data: DataConfig) -> list[Json]:
     """Each row with its ``picture``, a data URI; None where its image is not there any more, or no picture is made."""
-    return [row | {"picture": _as_uri(jpeg(row["image"], data))} for row in rows]
+    return [row | {"picture": _as_uri(small)} for row, small in zip(rows, jpegs(rows, data), strict=True)]
 
 
-def _place(image: str, data: DataConfig) -> str:
-    return str(Source(path=str(datasets.data_path(data.name, data.path))).root / image)
+def jpegs(rows: Sequence[Json], data: DataConfig) -> list[bytes | None]:
+    """Each row's image as the model is given it, small; None where it cannot be read, or has too many bytes."""
+    with contextlib.suppress(Exception):  # whatever is wrong: who asks goes without
+        root = Source(path=str(datasets.data_path(data.name, data.path))).root
+        return [_jpeg(str(root / row["image"]), data) for row in rows]
+    return [None] * len(rows)
 
 
-def jpeg(image: str, data: DataConfig) -> bytes | None:
-    """An image as the model is given it, small; None where it is not there any more, or has too many bytes."""
+def _jpeg(path: str, data: DataConfig) -> bytes | None:
     from PIL import Image
 
-    path = _place(image, data)
-    with contextlib.suppress(Exception):  # whatever is wrong with it: the report goes without
+    with contextlib.suppress(Exception):
         if members.stamp(path)[0] > MOST_FILE_BYTES:
             return None
         with Image.open(members.stream(path)) as opened:

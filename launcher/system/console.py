@@ -93,12 +93,13 @@ class Outlet(io.RawIOBase):
             self._thread.start()
         return len(data)
 
-    def drain(self, timeout_s: float = DRAIN_S) -> None:
-        """Wait until all is written, for ``timeout_s`` at most."""
-        if self._thread is not None:
-            done = threading.Event()
-            self._waiting.put(done)
-            done.wait(timeout_s)
+    def drain(self, timeout_s: float = DRAIN_S) -> bool:
+        """Wait until all is written, for ``timeout_s`` at most; return whether it is."""
+        if self._thread is None:
+            return True
+        done = threading.Event()
+        self._waiting.put(done)
+        return done.wait(timeout_s)
 
     def _hand_on(self, waiting: queue.SimpleQueue[bytes | threading.Event]) -> None:
         refused = told = 0
@@ -177,9 +178,10 @@ def opened(descriptor: int) -> Iterator[IO[str]]:
     try:
         yield made
     finally:
-        made.buffer.drain()
+        drained = made.buffer.drain()
         _outlets.remove(made.buffer)
-        os.close(descriptor)
+        if drained:  # else its thread still writes there, and the number must not become another file's
+            os.close(descriptor)
 
 
 def protect() -> None:

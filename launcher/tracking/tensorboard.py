@@ -6,6 +6,7 @@ import io
 import time
 from typing import TYPE_CHECKING, Any
 
+from launcher.images.folder import printable
 from launcher.recipe import load as recipes
 from launcher.runs import thumbnails
 from launcher.tracking.wandb_tables import in_words
@@ -84,8 +85,9 @@ class TensorBoard:
         from PIL import Image
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        for number, row in enumerate(wrong if self._recipe.tracking.pictures else ()):
-            if small := thumbnails.jpeg(row["image"], self._recipe.data):
+        rows = wrong if self._recipe.tracking.pictures else []
+        for number, small in enumerate(thumbnails.jpegs(rows, self._recipe.data)):
+            if small:
                 width, height = Image.open(io.BytesIO(small)).size
                 image = Summary.Image(encoded_image_string=small, width=width, height=height, colorspace=3)
                 yield Summary.Value(tag=f"val/mistakes/{number + 1}", image=image)
@@ -94,5 +96,6 @@ class TensorBoard:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.plugins.text.summary_v2 import text_pb
 
-        quoted = "\n".join(f"    {line}" for line in text.splitlines())  # Markdown's way of leaving it as it is
+        # Four spaces are Markdown's way of leaving it as it is; a file's name need not be text.
+        quoted = "\n".join(f"    {line}" for line in printable(text).splitlines())
         self._writer.add_event(Event(wall_time=time.time(), step=step, summary=text_pb(tag, quoted)))

@@ -92,8 +92,9 @@ def _end_with(core: int, began: str | None, over: threading.Event) -> None:
     goes on from what was sent.
     """
     while not over.wait(LOOK_S):
-        if start_time(core) != began:
-            print("wandb-core, wandb's own process, was killed", file=sys.stderr, flush=True)
+        if began is None or start_time(core) != began:
+            with contextlib.suppress(OSError):  # a full disk
+                print("wandb-core, wandb's own process, was killed", file=sys.stderr, flush=True)
             os._exit(EXIT_RESUMABLE)
 
 

@@ -73,8 +73,8 @@ def _mistakes(wrong: list[dict[str, Any]], recipe: Recipe) -> dict[str, Any]:
     if not wrong:
         return {}
     rows: list[Any] = []
-    for row in wrong:
-        small = thumbnails.jpeg(row["image"], recipe.data) if recipe.tracking.pictures else None
+    shown = thumbnails.jpegs(wrong, recipe.data) if recipe.tracking.pictures else [None] * len(wrong)
+    for row, small in zip(wrong, shown, strict=True):
         picture = None if small is None else wandb.Image(Image.open(io.BytesIO(small)), file_type="jpg")
         rows.append([picture, row["image"], *(in_words(row[key]) for key in ("true", "predicted")), row["confidence"]])
     columns: list[str | int] = ["picture", "image", "true", "predicted", "confidence"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import multiprocessing
 import os
@@ -20,8 +21,9 @@ from launcher.engine.schedule import Batching
 from launcher.errors import EXIT_FAILED, MachineError
 from launcher.node import watchdog
 from launcher.runs import diagnose, heartbeats
-from launcher.runs.heartbeats import Heartbeats
+from launcher.runs.heartbeats import FIRST, TRAINING, Heartbeats
 from launcher.runs.run_dir import ATTEMPT_VARIABLE
+from launcher.system import phases
 from launcher.system.files import write_json_atomic
 
 END_S = 30  # far more than it takes
@@ -186,3 +188,20 @@ def test_what_the_environment_lacks_is_no_bug_and_has_a_cure_of_its_own(error, k
 def test_the_users_code_is_blamed_where_it_was_in_the_traceback():
     told = diagnose.cure({"kind": "bug", "message": "shapes", "own_line": "/home/me/mine.py:4"})
     assert told.startswith("look at /home/me/mine.py:4, the last line of your own code above")
+
+
+def test_what_came_before_training_is_over_once_it_trains_also_where_a_block_put_it_back():
+    output = io.StringIO()
+    line = phases.Line(output, told_s=0.0)
+    with phases.told_by(line):
+        tell = worker._told(lambda _: None, output, line)
+        tell(FIRST)
+        with phases.during("keeping frozen features"):
+            tell(TRAINING)
+        assert line.phase == "first batch"
+        tell(TRAINING)
+        assert line.phase == ""
+        with phases.during("validating"):
+            tell(TRAINING)  # goes on
+            assert line.phase == "validating"
+        assert line.phase == ""

@@ -15,6 +15,8 @@ from launcher import cli
 from launcher.images import datasets, members, shards
 from launcher.images.listing import Listing, find_problems
 from launcher.images.source import Source
+from launcher.recipe import load as recipes
+from launcher.runs import quarantine
 from launcher.runs.run_dir import RunDir
 from tests.nets import FACTORY
 
@@ -210,6 +212,10 @@ def link(folder):
     return file
 
 
+def two_classes(folder):
+    return pack(folder / "a-0.tar", [("1.jpg", b""), ("1.cls", b"1"), ("1.class", b"2")])
+
+
 def far_away(folder):
     return f"s3://bucket/{folder.name}" + "-{000..003}.tar"
 
@@ -231,7 +237,8 @@ def no_column(folder):
         (other_split, ("nothing in it is val", "launch RECIPE data.path={path} data.train=train data.val=dev")),
         (without_class, ("9 has no .cls and no .json", "8 has no image (there is .cls)", "7.cls: is empty")),
         (twice, ("a-0.tar: 1.jpg is there twice",)),
-        (link, ("1.jpg is a link; pack the files themselves (tar --dereference)",)),
+        (link, ("1.jpg is a link, or no file; pack the files themselves (tar --dereference --hard-dereference)",)),
+        (two_classes, ("1.class: is a second class of the sample",)),
         (far_away, ("shards are read from disk", "copy them")),
         (no_column, ("no column 'label' (there are: breed, key, jpg, path, split)", "data.columns={label: ")),
     ],
@@ -280,6 +287,36 @@ def test_names_of_any_kind_can_be_read(name, kind, tmp_path):
     (row,) = [json.loads(line) for line in made.read_text().splitlines()]
     assert row["label"] == "a"
     assert members.read(str(made.parent / row["path"])) == picture(3)
+
+
+def test_what_lies_beside_and_between_samples_is_passed_over(tmp_path):
+    folder = tmp_path / "data"
+    for name in ("TRAIN-0.TAR", "val-0.tar"):
+        file = pack(folder / name, [("__a.jpg", picture(1)), ("__a.cls", b"a"), ("__a__.cls", b"of the whole")])
+        with tarfile.open(file, "a") as archive:
+            found = tarfile.TarInfo("README")
+            found.type, found.linkname = tarfile.SYMTYPE, "elsewhere"
+            archive.addfile(found)
+        (folder / f"{name}.md5").write_text("0123456789abcdef\n")
+    found = listed(folder)
+    ((place, label),) = found.samples("train")
+    assert (Path(place).name, label) == ("__a.jpg", 0)
+    assert members.exists(place)
+    assert members.read(place) == picture(1)
+
+
+def test_names_and_descriptions_need_not_be_text(tmp_path):
+    name = os.fsdecode(b"\xe9.jpg")
+    rows = [(name, picture(1)), (name.replace("jpg", "json"), rb'{"label": "a", "caption": "\ud83d"}')]
+    found = listed(pack(tmp_path / "all.tar", rows), val_fraction=0.5, classes=None)
+    ((place, _),) = found.samples("train") or found.samples("val")
+    assert os.fsencode(place).endswith(b"/\xe9.jpg")
+    assert members.read(place) == picture(1)
+
+
+def test_they_are_listed_where_a_machine_has_not_listed_them(tmp_path):
+    recipe = recipes.from_dict({"data": {"path": str(by_folder(tmp_path / "data"))}})
+    assert len(quarantine.scan(recipe).images) == 15
 
 
 KILLER = """

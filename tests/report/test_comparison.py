@@ -58,6 +58,14 @@ def test_of_many_keys_the_first_are_drawn_and_the_result():
     assert "9 more keys" in drawn.label
 
 
+def test_the_result_is_an_axis_and_keys_differ_however_little_values_do():
+    columns = [("optim.lr", [1e-5, 1.00001e-5]), ("seed", [1, 2]), ("val/top1", [0.98761, 0.98762])]
+    drawn = parallel.draw(["a", "b"], columns, [False, True])
+    assert [axis.title for axis in drawn.axes] == ["optim.lr", "seed", "val/top1"]
+    same = parallel.draw(["a", "b"], [*columns[:2], ("val/top1", [0.5, 0.5])], [True, True])
+    assert [axis.title for axis in same.axes] == ["optim.lr", "seed", "val/top1"]
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """Of six runs, one of which has no value yet and one a report."""

@@ -48,3 +48,9 @@ def test_a_thumbnail_is_what_the_model_is_given(write, data, size, colour, tmp_p
     with Image.open(io.BytesIO(base64.b64decode(row["picture"].split(",")[1]))) as found:
         assert found.size == size
         assert found.getpixel((20, 20)) == pytest.approx(colour, abs=4)
+
+
+def test_where_images_cannot_be_looked_for_there_are_no_pictures():
+    """Such a folder raises where it is asked what it is, as one does that another user must not enter."""
+    rows = [{"image": "a.jpg"}, {"image": "b.jpg"}]
+    assert thumbnails.with_pictures(rows, DataConfig(path="x" * 300)) == [row | {"picture": None} for row in rows]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from launcher.tracking.records import FACTS
@@ -17,7 +19,7 @@ def test_event_files_have_a_run_across_a_resume(tmp_path):
     train(run, 10, 20)
     assert track(run, "tensorboard") == []
     train(run, 20, 30, attempt=2)
-    keep_validation(run, tmp_path / "photo.jpg")
+    keep_validation(run, tmp_path / os.fsdecode(b"photo\xff.jpg"))
     run.append_event(FACTS, commit="0123456789ab", torch="2.9")
     run.append_metrics(**VAL)
     run.append_metrics(**VAL | {"step": 30})
@@ -34,7 +36,7 @@ def test_event_files_have_a_run_across_a_resume(tmp_path):
     assert b"commit: 0123456789ab" in shown.Tensors("facts")[0].tensor_proto.string_val[0]
     (mistakes,) = shown.Tensors("val/mistakes")
     assert mistakes.step == VAL["step"]
-    assert b"photo.jpg: a, answered b 0.75" in mistakes.tensor_proto.string_val[0]
+    assert rb"photo\udcff.jpg: a, answered b 0.75" in mistakes.tensor_proto.string_val[0]
     (picture,) = shown.Images("val/mistakes/1")
     assert (picture.step, picture.width, picture.height) == (VAL["step"], 112, 75)
     assert b"val/top1 0.5000 (epoch 1" in shown.Tensors("best")[0].tensor_proto.string_val[0]

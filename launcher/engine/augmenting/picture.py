@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,11 +11,15 @@ from torchvision.utils import make_grid
 
 from launcher.engine import data
 from launcher.engine.augmenting.mixing import choose_mix
+from launcher.engine.loading.balance import balanced_order
 from launcher.engine.loading.data_sets import open_images
 from launcher.engine.schedule import epoch_order
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from launcher.engine.data import Preprocessing
+    from launcher.engine.loading.samples import Samples
     from launcher.recipe.schema import Recipe
 
 NUM_IMAGES, A_ROW = 16, 4
@@ -34,7 +39,7 @@ def draw(recipe: Recipe, *, epoch: int) -> bytes:
     """
     images = open_images(recipe)
     plain = data.open_split(recipe, "train", images.preprocessing)
-    indices = epoch_order(recipe.seed, epoch, len(images.train))[:NUM_IMAGES].tolist()
+    indices = first(images.train, recipe, epoch=epoch, num=NUM_IMAGES)
     before, after = (torch.stack([of[epoch, index][0] for index in indices]) for of in (plain, images.train))
     seen = images.preprocessing.normalize(after)
     size = images.preprocessing.image_size
@@ -43,6 +48,16 @@ def draw(recipe: Recipe, *, epoch: int) -> bytes:
     space = torch.full((3, grids[0].shape[1], BETWEEN), 255, dtype=torch.uint8)
     png: bytes = encode_png(torch.cat([grids[0], space, grids[1]], dim=2)).numpy().tobytes()
     return png
+
+
+def first(images: Samples, recipe: Recipe, *, epoch: int, num: int, left_out: Collection[str] = ()) -> list[int]:
+    """The indices of the first images that an epoch trains on, without those of the keys ``left_out``."""
+    if recipe.data.balance == "sampler":
+        order, _ = balanced_order(recipe.seed, epoch, [label for _, label in images.samples])
+    else:
+        order = epoch_order(recipe.seed, epoch, len(images))
+    used = (index for index in order.tolist() if images.key(index) not in left_out)
+    return list(itertools.islice(used, num))
 
 
 def _grid(preprocessing: Preprocessing, images: torch.Tensor) -> torch.Tensor:

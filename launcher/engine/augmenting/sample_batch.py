@@ -10,7 +10,6 @@ from PIL import Image
 from launcher.engine import data
 from launcher.engine.augmenting import picture
 from launcher.engine.augmenting.mixing import choose_mix
-from launcher.engine.schedule import epoch_order
 from launcher.runs import thumbnails
 from launcher.system.files import write_json_atomic
 
@@ -37,9 +36,7 @@ def write(run: RunDir, recipe: Recipe, preprocessing: Preprocessing, left_out: C
         left_out: paths of those that cannot be decoded.
     """
     images = data.open_split(recipe, "train", preprocessing, is_train=True)
-    order = epoch_order(recipe.seed, 0, len(images)).tolist()
-    indices = [index for index in order[: NUM_IMAGES + len(left_out)] if images.key(index) not in left_out]
-    indices = indices[:NUM_IMAGES]
+    indices = picture.first(images, recipe, epoch=0, num=NUM_IMAGES, left_out=left_out)
     seen = preprocessing.normalize(torch.stack([images[0, index][0] for index in indices]))
     mix = choose_mix(recipe.data, seed=recipe.seed, step=0, size=preprocessing.image_size)
     shown = picture.pixels(preprocessing, mix.images(seen))

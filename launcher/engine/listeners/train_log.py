@@ -84,7 +84,8 @@ class TrainLog:
         values |= self._times.end_window(position, step_s=step_s, wait_s=wait_s)
         if not recorder:
             return
-        values["memory_mb"] = round(self._parts.device.peak_memory() / 1e6, 1)
+        if (held := self._parts.device.peak_memory()) is not None:
+            values["memory_mb"] = round(held / 1e6, 1)
         numbers = self._parts.device.to_host_later(torch.cat([sums, gradient_norm.double().reshape(1)]))
 
         def tell() -> None:
