@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from launcher.engine.distributed import count_over_ranks, gather_rows, sum_over_ranks
+from launcher.engine.distributed import count_over_ranks, gather_rows
 from launcher.engine.schedule import validation_batches
-from launcher.engine.validating.ranking import CALIBRATION_BINS
 from launcher.engine.validating.several import NUM_IMAGES
 from launcher.engine.validating.totals import MAX_DETAILED_CLASSES
 
@@ -49,7 +48,6 @@ class BestValidation:
             return
         num, pairs = answers.num_classes, answers.pairs
         right = pairs // num == pairs % num
-        bins = _calibration(answers.confidences, right)
         wrong, sure = (self._images(answers, ~right), self._images(answers, right))
         kinds, counts = (found.cpu() for found in count_over_ranks(pairs))
         if self._recorder is None:
@@ -68,7 +66,7 @@ class BestValidation:
                 "classes": self._classes(*columns),
                 "precision_recall": self._curves(answers.curves),
                 "roc": self._curves(answers.roc),
-                "calibration": [[int(images), *sums] for images, *sums in bins.tolist()],
+                "calibration": answers.calibration,
                 "confusions": [{"true": names[t], "predicted": names[p], "count": count} for t, p, count in rows],
                 "wrong": self._named(wrong),
                 "right": self._named(sure),
@@ -86,7 +84,7 @@ class BestValidation:
                 "classes": self._classes(*several.counts),
                 "precision_recall": self._curves(answers.curves),
                 "roc": self._curves(answers.roc),
-                "calibration": several.calibration,
+                "calibration": answers.calibration,
                 "confusions": [],
                 "wrong": self._named_several(wrong),
                 "right": self._named_several(right),
@@ -160,12 +158,3 @@ class BestValidation:
 
 def _head(best: dict[str, Any], samples: int) -> dict[str, Any]:
     return {"version": VERSION, **{key: best[key] for key in ("metric", "value", "epoch", "step")}, "samples": samples}
-
-
-def _calibration(confidences: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Of each bin of confidence over all ranks: images, the sum of their confidences, and those that are right."""
-    bounds = torch.linspace(0, 1, CALIBRATION_BINS + 1, device=confidences.device)[1:-1]
-    places = torch.bucketize(confidences, bounds, right=True)
-    values = torch.stack([torch.ones_like(right).double(), confidences.double(), right.double()], dim=1)
-    sums = torch.zeros(CALIBRATION_BINS, 3, dtype=torch.float64, device=confidences.device)
-    return sum_over_ranks(sums.index_add_(0, places, values)).cpu()

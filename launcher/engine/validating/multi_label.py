@@ -11,7 +11,7 @@ from launcher.engine.distributed import any_rank, sum_over_ranks
 from launcher.engine.losses import sigmoids
 from launcher.engine.metrics import hits_of
 from launcher.engine.validating.noise import Answers
-from launcher.engine.validating.ranking import UNIT, Calibration, Ranking, error_of, mean_of
+from launcher.engine.validating.ranking import Calibration, Ranking, error_of, in_images, mean_of
 from launcher.engine.validating.several import SeveralAnswers, Surest
 from launcher.engine.validating.totals import MAX_DETAILED_CLASSES, ClassTotals, per_class, values_of
 
@@ -84,13 +84,13 @@ class MultiLabelTotals:
         totals, bins = self._counted
         several = SeveralAnswers(
             counts=torch.stack([totals.hits, totals.true, totals.predicted]),
-            calibration=[[images, units / UNIT, hits] for images, units, hits in bins],
             surest=self._surest,
         )
         losses = None if self._gives_means else torch.cat(self._losses)
         none = torch.empty(0, dtype=torch.int64)
         of_rank = Answers(share=share, samples=samples, num_classes=0, pairs=none, losses=losses)
-        return replace(of_rank, curves=self._ranking.curves, roc=self._ranking.roc, several=several)
+        curves, roc = self._ranking.curves, self._ranking.roc
+        return replace(of_rank, calibration=in_images(bins), curves=curves, roc=roc, several=several)
 
     def compute(self) -> dict[str, Any]:
         """``samples`` of all ranks, the value of every metric, and up to 100 classes ``per_class``."""

@@ -13,6 +13,8 @@ from launcher.recipe.metrics import METRICS
 from launcher.report.intervals import MOST_IMAGES, Z_95, noise_of_gain
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from launcher.engine.listeners.recorder import Recorder
     from launcher.engine.validating.several import SeveralAnswers
 
@@ -36,6 +38,9 @@ class Answers:
     """Of each image, float64; None: the loss gives means of batches only."""
     confidences: torch.Tensor | None = None
     """Of each image, the probability of what it was answered, float32."""
+    calibration: Sequence[Sequence[float]] = ()
+    """Of each bin of confidence, over all ranks: images (with any number of classes: their classes), the sum of their
+    confidences, and those that are right."""
     curves: torch.Tensor | None = None
     """Of each class, over all ranks, the precision at even recalls (:mod:`launcher.engine.validating.ranking`)."""
     roc: torch.Tensor | None = None

@@ -184,6 +184,11 @@ class Calibration:
         return error_of(self.bins())
 
 
+def in_images(bins: list[list[int]]) -> list[list[float]]:
+    """:meth:`Calibration.bins` as people read them: images, the sum of their confidences, hits."""
+    return [[images, units / UNIT, hits] for images, units, hits in bins]
+
+
 def error_of(bins: list[list[int]]) -> float:
     """What :meth:`Calibration.bins` come to; NaN of no images."""
     num = sum(images for images, _, _ in bins)

@@ -18,8 +18,6 @@ class SeveralAnswers:
 
     counts: torch.Tensor
     """Of each class images that were rightly said to have it, that have it, that were said to; int64 3 x C."""
-    calibration: list[list[float]]
-    """Of each bin of probability: classes of images, the sum of their probabilities, and those that are true."""
     surest: Surest
 
 

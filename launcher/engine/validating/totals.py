@@ -10,7 +10,7 @@ import torch
 from launcher.engine.distributed import any_rank, count_over_ranks, sum_over_ranks
 from launcher.engine.metrics import hits_of
 from launcher.engine.validating.noise import Answers
-from launcher.engine.validating.ranking import Calibration, Ranking, mean_of
+from launcher.engine.validating.ranking import Calibration, Ranking, error_of, in_images, mean_of
 from launcher.recipe.metrics import METRICS, Counts
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class ValidationTotals:
         self._confidences = [torch.empty(0, device=device)]
         self._ranking = Ranking(len(self._classes), device)
         self._calibration = Calibration(device)
+        self._bins: list[list[int]] = []
 
     def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Count a batch of logits (N x C) and labels (int64 N)."""
@@ -85,6 +86,7 @@ class ValidationTotals:
             pairs=torch.cat(self._pairs),
             losses=None if self._gives_means else torch.cat(self._losses),
             confidences=torch.cat(self._confidences),
+            calibration=in_images(self._bins),
             curves=self._ranking.curves,
             roc=self._ranking.roc,
         )
@@ -107,7 +109,8 @@ class ValidationTotals:
             predicted=_sum_by(predicted, counts, num),
         )
         ranking, auroc, precision = self._ranking.compute()
-        scores = {"auroc": mean_of(auroc), "average_precision": mean_of(precision), "ece": self._calibration.compute()}
+        self._bins = self._calibration.bins()
+        scores = {"auroc": mean_of(auroc), "average_precision": mean_of(precision), "ece": error_of(self._bins)}
         result: dict[str, Any] = {"samples": samples, **values_of(totals, samples, loss, top_k, scores)}
         result |= self._own.compute() if self._own else {}
         result["ranking"] = ranking

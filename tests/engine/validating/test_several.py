@@ -28,10 +28,11 @@ def test_the_surest_answers_of_all_ranks(in_ranks, sizes):
 
     def work(ranks):
         parts = (each.split(sizes)[ranks.rank] for each in (logits, targets))
-        several = counted_totals(*parts, 7).answers(None, NUM).several
+        counted = counted_totals(*parts, 7).answers(None, NUM)
+        several = counted.several
         begin = sum(sizes[: ranks.rank])
         found = several.surest.gather(list(range(begin, begin + sizes[ranks.rank])))
-        return [rows.tolist() for rows in found], several.counts.tolist(), several.calibration
+        return [rows.tolist() for rows in found], several.counts.tolist(), counted.calibration
 
     for found, counts, bins in in_ranks(len(sizes), work):
         for rows, wrong in zip(found, (True, False), strict=True):
