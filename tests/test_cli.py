@@ -416,7 +416,7 @@ def test_a_path_without_a_run(command, path, found, launch):
 def test_why_prints_what_diagnose_says(old_run, launch):
     done = launch("why", str(old_run.path))
     assert done.returncode == 0
-    assert "preempted, attempt 1, epoch 0, step 5" in done.stdout
+    assert "preempted, attempt 1, epoch 1, step 5" in done.stdout
 
 
 # --- what else the command line promises

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from launcher.engine.losses import Loss, cross_entropy
 from launcher.engine.metrics import BestMetric, TrainTotals, count, means
+from launcher.engine.validating.ranking import CURVE_POINTS
 from launcher.engine.validating.totals import ValidationTotals
 
 CPU = torch.device("cpu")
@@ -184,7 +185,7 @@ def test_ten_thousand_classes_cost_no_square_of_them(one_rank):
     with Watch():
         found = validated(logits, labels, [32], names)
     assert found["samples"] == 32
-    assert largest <= logits.numel()
+    assert largest <= max(logits.numel(), CURVE_POINTS * len(names))
 
 
 def test_above_a_hundred_classes_it_stands_there_how_the_answers_lie(one_rank):

@@ -1,6 +1,6 @@
 """Computes images of several requests at once: what came while the last batch was computed, or in a short wait.
 
-Nobody waits where requests come one after the other: while nothing is computed, and the last batch was one image.
+Nobody waits where requests come one after the other: nothing is being computed, and the last batch was one image.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Batcher:
         self._compute_alone = compute_alone
         self._at_once = at_once
         self._num_computing = 0
-        self._last_size = 1
+        self._last_size = max_batch
+        """Images of the last batch; before the first others are expected."""
         self._max_batch = max_batch
         self._max_wait_s = max_wait_s
         self._observe = observe
@@ -88,6 +89,7 @@ class Batcher:
                 continue
             finally:
                 self._num_computing -= 1
+                self._arrived.set()  # who waits because something was computed asks again
             for answer, row, top in zip(answers, found, tops, strict=True):
                 if not answer.done():
                     answer.set_result(row[:top])
