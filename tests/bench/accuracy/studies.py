@@ -44,7 +44,7 @@ AS_PLAIN = (
     "train.batchnorm_recompute=0",
     "train.feature_views=0",
 )
-FROM_SCRATCH = ("data.name=imagefolder", "batch.size=8", "train.epochs=12", "train.early_stopping.patience=null")
+FROM_SCRATCH = ("data.name=imagefolder", "batch.size=8", "train.epochs=40", "train.early_stopping.patience=null")
 SMALL = ("data.image_size=96", "train.feature_views=1")
 
 
@@ -215,7 +215,7 @@ STUDIES: dict[str, Study] = {
         },
     ),
     "scratch": Study(
-        title=f"resnet18 from random weights on {NUM_DIGITS} digits, 12 epochs",
+        title=f"resnet18 from random weights on {NUM_DIGITS} digits, 40 epochs",
         sides={
             "plain": Side(changes=FROM_SCRATCH, **_ON_DIGITS),
             "data.mixup: 0.2": Side(changes=(*FROM_SCRATCH, "data.mixup=0.2"), **_ON_DIGITS),
