@@ -30,8 +30,10 @@ KNOWN = (
     "PATH/CLASS/*.jpg with data.val_fraction=0.2, which divides it",
     "a list, data.path=FILE.csv (.tsv, .jsonl, .parquet): columns path and label, and split or data.val_fraction=0.2",
     "WebDataset shards, data.path=FOLDER of train-*.tar and val-*.tar (or train/*.tar), or 'DIR/all-{000..009}.tar'",
-    "Hugging Face's, saved on disk (save_to_disk) or with metadata.csv or .jsonl; torchvision's, data.name=CIFAR10 "
-    "(`launch schema` has them all); your own, data.dataset=file.py:name",
+    (
+        "Hugging Face's, saved on disk (save_to_disk) or with metadata.csv or .jsonl; torchvision's, data.name=CIFAR10 "
+        "(`launch schema` has them all); your own, data.dataset=file.py:name"
+    ),
 )
 """The layouts, a line each."""
 CURE = re.compile(r"launch RECIPE data\.path=(\S+)(.*)")
