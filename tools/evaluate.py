@@ -19,7 +19,7 @@ from launcher.engine.network.fitting import load_state
 from launcher.errors import UsageError
 from launcher.images import folder as image_folder
 from launcher.recipe import load as recipes
-from launcher.recipe.images import source_of
+from launcher.recipe.images import listing_of, source_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -76,7 +76,7 @@ class BestModel:
         if self.recipe.data.dataset:
             return self._missing_of_own(split)
         try:
-            part = data.listing_of(self.recipe).part(split)
+            part = listing_of(self.recipe).part(split)
         except UsageError as error:
             return str(error)
         if part is None or not part.place.exists():

@@ -23,9 +23,8 @@ from launcher.engine.loading.image_files import ImageDataset
 from launcher.engine.loading.kept_pixels import Keeping
 from launcher.engine.user.dataset import UserDataset
 from launcher.engine.user.transform import UserTransform
-from launcher.images import datasets, pixels
-from launcher.images.listing import Listing
-from launcher.recipe.images import source_of
+from launcher.images import pixels
+from launcher.recipe.images import listing_of
 from launcher.system.numa import Place
 from launcher.system.processes import STOP_SIGNALS, die_with_parent
 
@@ -218,12 +217,6 @@ def open_split(
     if config.cache != "none":
         dataset.use_kept(split, preprocessing.keeping(config if is_train else None))
     return dataset
-
-
-def listing_of(recipe: Recipe) -> Listing:
-    """The images that a recipe names, listed; a data set that is written here is written first where it is missing."""
-    datasets.prepare(recipe.data.name, recipe.data.path)
-    return Listing(source_of(recipe))
 
 
 def find_classes(recipe: Recipe) -> list[str]:

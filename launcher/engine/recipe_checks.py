@@ -41,6 +41,7 @@ from launcher.images import folder as image_folder
 from launcher.recipe import metrics as recipe_metrics
 from launcher.recipe import phases
 from launcher.recipe.checks import find_image_problems
+from launcher.recipe.images import listing_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -142,7 +143,7 @@ def _find(recipe: Recipe, *, is_new: bool) -> Iterator[tuple[str, str]]:
     if watched.removeprefix("val/") in recipe_metrics.trivial(classes):
         text = f"found {watched!r}, which is the same for every model with {classes} classes; use val/top1"
         yield "train.early_stopping.metric", text
-    weighed = not recipe.data.dataset and data.listing_of(recipe).weights("train") is not None
+    weighed = not recipe.data.dataset and listing_of(recipe).weights("train") is not None
     yield from user_checks.find(recipe, classes, weighed=weighed)
     if recipe.data.dataset or recipe.data.transform:
         yield from _samples(recipe, classes)

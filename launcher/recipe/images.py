@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from launcher.images import datasets
+from launcher.images.listing import Listing
 from launcher.images.source import Source
 
 if TYPE_CHECKING:
@@ -28,3 +29,9 @@ def source_of(recipe: Recipe) -> Source:
         seed=recipe.seed,
         named=data.path,
     )
+
+
+def listing_of(recipe: Recipe) -> Listing:
+    """Its images, listed; what is written in the cache is written first where this machine lacks it, or it changed."""
+    datasets.prepare(recipe.data.name, recipe.data.path)
+    return Listing(source_of(recipe))

@@ -68,6 +68,11 @@ def _down(low: float, high: float, height: int = HEIGHT) -> Callable[[float], fl
     return lambda y: round(TOP + (height - TOP - BOTTOM) * (high - y) / ((high - low) or 1), 1)
 
 
+def _percents(place: Callable[[float], float]) -> list[tuple[float, str]]:
+    """Ticks of an axis of fractions."""
+    return [(place(quarter / 4), f"{quarter * 25}%") for quarter in range(5)]
+
+
 def calibration(bins: list[list[float]] | None, *, of: str = "images") -> Picture | None:
     """How often answers of each confidence are right; None where it is not known.
 
@@ -94,8 +99,8 @@ def calibration(bins: list[list[float]] | None, *, of: str = "images") -> Pictur
         title="Calibration",
         label=f"How often answers of each confidence are right; on average {gap:.1%} off, {too} on the whole",
         x_title="how sure the model is",
-        y_ticks=[(down(y / 4), f"{y * 25}%") for y in range(5)],
-        x_ticks=[(across(x / 4), f"{x * 25}%") for x in range(5)],
+        y_ticks=_percents(down),
+        x_ticks=_percents(across),
         shapes=shapes,
         diagonal=True,
     )
@@ -121,8 +126,8 @@ def precision_recall(found: Json | None) -> Picture | None:
         title="Precision and recall",
         label=f"Precision over recall: on average {mean:.1%} in the mean of the classes{said}",
         x_title="recall",
-        y_ticks=[(down(y / 4), f"{y * 25}%") for y in range(5)],
-        x_ticks=[(across(x / 4), f"{x * 25}%") for x in range(5)],
+        y_ticks=_percents(down),
+        x_ticks=_percents(across),
         curves=curves,
     )
 

@@ -16,7 +16,6 @@ from launcher.images import datasets
 from launcher.images import folder as image_folder
 from launcher.images import scan as image_scan
 from launcher.images.folder import printable
-from launcher.images.listing import Listing
 from launcher.recipe import images as recipe_images
 from launcher.runs import states
 from launcher.system import phases
@@ -41,10 +40,7 @@ def scan(recipe: Recipe, progress: Callable[[int, int], None] | None = None) -> 
     config = recipe.data
     if config.dataset or datasets.DATASETS[config.name].write:
         return image_scan.Scan(folder=Path(config.path or "."), images=[], num_read=0, warnings=[])
-    datasets.prepare(
-        config.name, config.path
-    )  # a list of shards that this machine has not written yet, or that changed
-    listing = Listing(recipe_images.source_of(recipe))
+    listing = recipe_images.listing_of(recipe)
     found = image_scan.scan(
         listing, grey_range=config.grey_limits, progress=progress or phases.counting("checking images")
     )

@@ -50,14 +50,12 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def start(recipe_file, capsys):
-    """Exit code and what is printed of a run's checks."""
-    recipe = recipe_file("model: {arch: shufflenet_v2_x0_5, weights: null}\nlaunch: {device: cpu}\n")
+def start(dry_run):
+    """Exit code and what is printed of a run's checks, without its line breaks."""
 
     def run(*overrides):
-        code = cli.main([str(recipe), *overrides, "--dry-run"])
-        shown = capsys.readouterr()
-        return code, " ".join((shown.out + shown.err).split())
+        code, shown = dry_run(*overrides)
+        return code, " ".join(shown.split())
 
     return run
 

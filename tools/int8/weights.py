@@ -1,4 +1,4 @@
-"""Keeps weights alone as int8; they become float32 when the file is opened, so that it computes as fast as before."""
+"""Keeps weights alone as int8; they become float32 when the file is opened, and compute as before."""
 
 from __future__ import annotations
 
