@@ -33,6 +33,11 @@ def answer_of(folder: Path, number: int, node: int) -> Path:
     return folder / f"round-{number}-node-{node}.json"
 
 
+def left_of(folder: Path, number: int, node: int) -> Path:
+    """Where a node says that its processes of a round have ended, and its port is free for the next one."""
+    return folder / f"round-{number}-left-{node}"
+
+
 def take_part(
     folder: Path,
     number: int,
@@ -90,6 +95,7 @@ def take_part(
         for process, ear in zip(processes, ears, strict=True):
             process.join()
             ear.close()
+        left_of(folder, number, plan.node_rank).touch()
 
 
 def _start(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from launcher import __version__
 from launcher.errors import PreflightError, TrainingError
 from launcher.node import all_reduce_round, speeds
-from launcher.node.all_reduce_round import Groups, answer_of, num_workers
+from launcher.node.all_reduce_round import Groups, answer_of, left_of, num_workers
 from launcher.node.speeds import Speeds
 from launcher.runs.run_dir import node_name
 from launcher.system import network, processes
@@ -218,7 +218,9 @@ def _lead(folder: Path, facts: Sequence[Facts], plan: LaunchPlan, heed: Callable
         write_json_atomic(folder / f"round-{rounds}.json", {"groups": groups})
         _reduce(folder, rounds, groups, facts, plan, heed)
         files = {node: answer_of(folder, rounds, node) for group in groups for node in group}
-        _wait(list(files.values()), REDUCE_S, heed, "the other nodes to try an all-reduce")
+        missing = _wait(list(files.values()), REDUCE_S, heed, "the other nodes to try an all-reduce")
+        left = [left_of(folder, rounds, node) for node, file in files.items() if file not in missing]
+        _wait(left, REDUCE_S, heed, "the other nodes to end their part of it")  # else the next round meets this one's
         results.clear()
         results.update({node: json.loads(file.read_text()) if file.exists() else {} for node, file in files.items()})
         return [all(results[node].get("ok") for node in group) for group in groups]
