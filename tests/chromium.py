@@ -49,12 +49,13 @@ class Chromium:
         self._process = subprocess.Popen(command, pass_fds=(to_read, to_write), stdout=devnull, stderr=devnull)
         os.close(to_read)
         os.close(to_write)
-        self._number, self._rest, self._session, self._events = 0, b"", None, []
+        self._number, self._rest, self._session, self._loaded = 0, b"", None, set()
         self.complaints = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
+        self.call("Page.setLifecycleEventsEnabled", enabled=True)
 
     def call(self, method, **params):
         """A command's answer."""
@@ -74,10 +75,9 @@ class Chromium:
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500
         )
-        self._events.clear()
         began = time.monotonic()
-        self.call("Page.navigate", url=url)
-        while "Page.loadEventFired" not in self._events:
+        loader = self.call("Page.navigate", url=url)["loaderId"]
+        while loader not in self._loaded:  # and not what was shown before it
             self._take(self._read())
         self.run("document.body.offsetHeight")
         return time.monotonic() - began
@@ -136,7 +136,8 @@ class Chromium:
 
     def _take(self, message):
         method, params = message.get("method", ""), message.get("params", {})
-        self._events.append(method)
+        if method == "Page.lifecycleEvent" and params["name"] == "load":
+            self._loaded.add(params["loaderId"])
         if method == "Runtime.exceptionThrown" or (
             method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning")
         ):

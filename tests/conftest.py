@@ -31,6 +31,14 @@ def pytest_configure(config):
     if not hasattr(config, "workerinput"):  # once, where xdist has several processes
         for folder in ("launcher", "tools"):
             compileall.compile_dir(ROOT / folder, quiet=1)
+        remove_networks_of_the_dead()
+
+
+def remove_networks_of_the_dead():
+    """Remove the network namespaces of tests whose process was killed: `ftl-NAME-PID-NUMBER`."""
+    for path in Path("/run/netns").glob("ftl-[a-z]*-[0-9]*-[01]"):
+        if not Path("/proc", path.name.split("-")[-2]).exists():
+            subprocess.run(["ip", "netns", "delete", path.name], check=False, capture_output=True)
 
 
 LONGEST_FIRST = (

@@ -35,12 +35,13 @@ class Started:
         cwd: where it runs.
         env: its whole environment.
         files: what it writes to standard output and to standard error goes there; may be one.
+        before: code that runs first, in the same process.
     """
 
-    def __init__(self, arguments, *, cwd, env, files):
+    def __init__(self, arguments, *, cwd, env, files, before=""):
         for file in files:
             Path(file).touch()
-        work = (list(map(str, arguments)), str(cwd), dict(env), list(map(str, files)))
+        work = (list(map(str, arguments)), str(cwd), dict(env), list(map(str, files)), before)
         self._process = context.Process(target=_main, args=work)
         self._process.start()
         self.pid = self._process.pid
@@ -102,7 +103,7 @@ def launch(arguments, *, cwd, env, merged=False):
     return subprocess.CompletedProcess(arguments, started.returncode, told[0], "" if merged else told[1])
 
 
-def _main(arguments, cwd, env, files):
+def _main(arguments, cwd, env, files, before):
     """Be ``python -m launcher``."""
     os.setsid()
     os.chdir(cwd)
@@ -113,6 +114,7 @@ def _main(arguments, cwd, env, files):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.argv = [str(ROOT / "launcher" / "__main__.py"), *arguments]
     sys.path.insert(0, cwd)
+    exec(before, {})
     from launcher.cli import main
 
     try:

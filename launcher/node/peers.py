@@ -51,7 +51,7 @@ class Peers:
         self._heard: dict[int, float] = dict.fromkeys(self._others, time.monotonic()) if hosts else {}
         self._hosts: dict[int, str] = dict(hosts or {})
         self._left: dict[int, float] = {}
-        self._answered = time.monotonic()
+        self._answered = self._looked = time.monotonic()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._keep_in_touch, name="peers", daemon=True)
         self._told = ""
@@ -111,7 +111,7 @@ class Peers:
         if self._own and 0 in self._heard and 0 not in self._left and now - self._answered > seconds:
             return self._gone(0, now - self._answered)
         for node, heard in self._heard.items():
-            if node not in self._left and self._answered - heard > seconds:
+            if node not in self._left and self._looked - heard > seconds:
                 return self._gone(node, now - heard)
         return ""
 
@@ -146,7 +146,7 @@ class Peers:
 
     def _exchange(self, store: Any) -> None:
         store.add(f"launcher/beat/{self._own}", 1)
-        self._answered = time.monotonic()  # before anybody counts as heard of: silence is measured from here
+        self._answered = time.monotonic()  # before anybody counts as heard of: node 0's silence is measured from here
         for node in self._others:
             beats = store.add(f"launcher/beat/{node}", 0)
             if beats != self._beats[node]:
@@ -162,4 +162,6 @@ class Peers:
             node, told = json.loads(store.get(_STOP))
             if node != self._own:
                 self.stopped = told
-        self._answered = time.monotonic()
+        # The silence of the others is measured from one look at all of them to the next: this node may have stood still
+        # in between, and finds what they said meanwhile.
+        self._answered = self._looked = time.monotonic()

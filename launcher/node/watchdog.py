@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Self
 
 from launcher.runs.heartbeats import DUMP_SIGNAL, TELLING, TRAINING, patience_s
 from launcher.runs.run_dir import node_name
-from launcher.system import processes
+from launcher.system import processes, waiting
 from launcher.system.files import write_json_atomic
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 POLL_S = 1.0
 DUMP_S = 3.0
 """Seconds that the workers get to write their stacks before they are killed."""
+DUMP_FACTOR = 5
+"""So much longer where one has written none yet: its machine or its disk may be busy."""
 WAITING = (
     "torch/autograd/",
     "torch/distributed/",
@@ -81,6 +83,16 @@ class Watchdog:
     def _is_late(self, beat: Beat) -> bool:
         return beat.age_s > patience_s(self._timeout_s or 0, beat.phase)
 
+    def _await_stacks(self, found: list[Beat], attempt: int) -> None:
+        """Give those that live and have written no stack yet more time."""
+
+        def are_there() -> bool:
+            return all(_last_stack(self._run, attempt, beat.rank) for beat in found if processes.start_time(beat.pid))
+
+        if not are_there():
+            waiting.wait_until(are_there, timeout_s=DUMP_S * (DUMP_FACTOR - 1), heed=lambda: None)
+            time.sleep(DUMP_S / 6)  # for the rest of it
+
     def _end(self, found: list[Beat]) -> None:
         attempt = self._attempt()
         stopped = [beat for beat in found if processes.is_stopped(beat.pid)]
@@ -89,8 +101,10 @@ class Watchdog:
         for beat in found:
             _ask_flight_recorder(Path(f"{self._run.nccl_pipe(attempt)}{beat.rank}.pipe"))
         time.sleep(DUMP_S / 6)
+        self._await_stacks(stopped, attempt)
         _signal(stopped, signal.SIGSTOP)
         time.sleep(DUMP_S * 5 / 6)
+        self._await_stacks(found, attempt)
         for beat in found:
             stack = _last_stack(self._run, attempt, beat.rank)
             top = next((line for line in stack if line.lstrip().startswith("File")), "an unknown place").strip()

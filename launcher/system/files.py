@@ -22,11 +22,17 @@ def write_text_atomic(path: Path, text: str, *, durable: bool = False) -> None:
         text: its new content.
         durable: whether the file must survive a loss of power right after.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    if durable:
-        fsync(beside)
-    beside.replace(path)
+    # Not by its process alone: other threads may write the same file, and containers on other nodes have the same ids.
+    beside = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        if durable:
+            fsync(beside)
+        beside.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
     if durable:
         fsync(path.parent)
 

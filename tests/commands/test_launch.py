@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ from launcher.images import scan as image_scan
 from launcher.runs.history import events
 from launcher.runs.run_dir import RunDir
 from launcher.system.files import read_jsonl
-from tests import warm
+from tests import ports, warm
 from tests.nets import FACTORY
 
 pytestmark = pytest.mark.slow
@@ -210,9 +209,7 @@ def test_an_image_that_breaks_later_ends_the_run_once_and_why_names_it(start, tm
 
 
 def test_two_nodes_started_by_hand_make_one_run(start, tmp_path, images):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    endpoint = f"127.0.0.1:{ports.free()}"
     processes = [
         start(
             *(

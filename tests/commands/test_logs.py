@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -626,6 +627,7 @@ def test_a_log_of_which_nothing_was_printed_yet_may_be_truncated_too(run, follow
 
 def test_a_removed_log_may_come_again(run, follow):
     log = write(run, 1, 0, "old\n")
+    os.link(log, run.path / "kept")  # or the new one may get its inode, and look as if nothing had happened
     following = follow()
     following.has_printed("[0] old")
     log.unlink()
@@ -668,9 +670,23 @@ def test_a_chosen_attempt_is_followed_until_a_later_one_has_begun(run, follow):
     write(run, 1, 0, "more\n")
     following.has_printed("[0] first", "[0] more")
     write(run, 2, 0, "second\n")
-    write(run, 1, 0, "late\n")
     assert following.end() == (0, "")
-    assert following.lines == ["[0] first", "[0] more", "[0] late"]
+    assert following.lines == ["[0] first", "[0] more"]
+
+
+def test_what_a_chosen_attempt_writes_when_a_later_one_has_begun_is_printed(ended, capsys, monkeypatch):
+    write(ended, 1, 0, "first\n")
+    late = ["late\n"]
+
+    def sleep(_seconds, wait=time.sleep):
+        wait(0.05)
+        if late:
+            write(ended, 2, 0, "second\n")
+            write(ended, 1, 0, late.pop())
+
+    monkeypatch.setattr(logs, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+    show(ended, follow=True, attempt=1)
+    assert capsys.readouterr().out.splitlines() == ["[0] first", "[0] late"]
 
 
 def test_a_chosen_attempt_is_waited_for_where_there_are_no_logs(run, follow):
@@ -726,18 +742,29 @@ def test_a_run_whose_job_died_without_a_word_is_not_followed_for_ever(ended, cap
     assert capsys.readouterr().out == "[0] x\n"
 
 
-def test_what_ranks_say_after_the_run_s_end_is_waited_for(run, follow):
+def test_what_is_quiet_for_long_but_not_at_an_end_is_followed(run, follow):
     write(run, 1, 0, "x\n")
     following = follow()
     following.has_printed("[0] x")
-    time.sleep(1.5)  # quiet for long, but not at an end
+    time.sleep(1.5)
     assert following.is_running()
     run.update_status(state="completed")
-    for number in range(5):  # after the first second, too
-        time.sleep(0.3)
-        write(run, 1, 1, f"{number}\n")
     assert following.end() == (0, "")
-    assert following.lines == ["[0] x", *(f"[1] {number}" for number in range(5))]
+    assert following.lines == ["[0] x"]
+
+
+def test_what_ranks_say_after_the_run_s_end_is_waited_for(ended, capsys, monkeypatch):
+    now, late = [0.0], list(range(5))
+
+    def sleep(_seconds):
+        now[0] += 0.9 * logs.QUIET_S
+        if late:
+            write(ended, 1, 1, f"{late.pop(0)}\n")
+
+    monkeypatch.setattr(logs, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    write(ended, 1, 0, "x\n")
+    show(ended, follow=True)
+    assert capsys.readouterr().out.splitlines() == ["[0] x", *(f"[1] {number}" for number in range(5))]
 
 
 def test_the_state_from_before_a_resume_is_no_end(run, follow):

@@ -6,8 +6,8 @@ import io
 import json
 import subprocess
 import sys
-import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -134,17 +134,14 @@ def test_a_long_curve_is_thinned_out_evenly():
     assert curve.values[-1] > 99_000
 
 
-def test_off_a_terminal_a_line_for_each_change_until_the_run_ends(training, capsys):
-    def train():
-        time.sleep(1.5)
-        training.append_metrics(time=NOW, split="train", epoch=2, step=30, loss=0.5, images_per_s=30.0)
-        time.sleep(1.5)
-        training.update_status(state="completed", step=50, epoch=5)
-
-    thread = threading.Thread(target=train)
-    thread.start()
+def test_off_a_terminal_a_line_for_each_change_until_the_run_ends(training, capsys, monkeypatch):
+    changes = [
+        lambda: None,
+        lambda: training.append_metrics(time=NOW, split="train", epoch=2, step=30, loss=0.5, images_per_s=30.0),
+        lambda: training.update_status(state="completed", step=50, epoch=5),
+    ]
+    monkeypatch.setattr(watch, "time", SimpleNamespace(sleep=lambda _: changes.pop(0)()))
     assert watch.main([str(training)]) == 0
-    thread.join()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert "step 25/50" in lines[0]

@@ -51,8 +51,7 @@ def _join(engine, environment, queue):
 
 
 def test_ranks_join_the_group_that_the_agents_environment_names(engine):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
+    port = str(ports.free())
     fork = multiprocessing.get_context("fork")
     queue = fork.SimpleQueue()
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
@@ -71,8 +70,7 @@ def test_ranks_join_the_group_that_the_agents_environment_names(engine):
 @pytest.mark.parametrize("late_rank", [0, 1])
 def test_ranks_wait_for_one_that_comes_late_and_say_all_the_while_that_they_live(engine, late_rank):
     """It may be measuring its batch size; were it hung, the watchdog of its own node would find it."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
+    port = str(ports.free())
     fork = multiprocessing.get_context("fork")
     waits, told = fork.Event(), fork.SimpleQueue()
 
@@ -106,11 +104,13 @@ def test_ranks_wait_for_one_that_comes_late_and_say_all_the_while_that_they_live
 
 
 def test_ranks_that_never_come_together_end_with_an_error(monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
+    port = str(ports.free())
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", port)
     monkeypatch.setattr(distributed, "LATE_S", 0.2)
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.append(now.pop() + seconds))
+    monkeypatch.setattr(distributed, "time", clock)
     for rank in (1, 0):  # nobody listens, and nobody comes
         told = []
         with pytest.raises(dist.DistStoreError, match="not all workers have come together"):

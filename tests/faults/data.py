@@ -15,6 +15,7 @@ from launcher.runs.run_dir import RunDir
 from tests.faults import records
 from tests.faults.bench import EPOCHS, NUM_TRAIN, SIZE, STEPS_PER_EPOCH, Bench, Outcome, step
 from tests.faults.processes import AT
+from tests.faults.slowly import SLOWLY
 
 AT_STEP = 7
 NAN_EPOCHS = "train.epochs=2"
@@ -51,7 +52,7 @@ def corrupt_quarantined(bench: Bench) -> Outcome:
 
 def corrupt_during(bench: Bench) -> Outcome:
     run, photos, image = _photos(bench, "corrupt-during")
-    launched = bench.launch(run.path, photos=photos)
+    launched = bench.launch(run.path, SLOWLY, photos=photos)
     launched.until(lambda: step(run) >= AT, f"step {AT}")
     good = image.read_bytes()
     image.write_bytes(good[:100])

@@ -17,6 +17,7 @@ from launcher.runs.run_dir import RunDir
 from tests.faults import records
 from tests.faults.bench import EPOCHS, STEPS_PER_EPOCH, Bench, Launched, NotHereError, Outcome, step
 from tests.faults.processes import AT, begin
+from tests.faults.slowly import SLOWLY
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -74,7 +75,7 @@ def _last_said(launched: Launched) -> int:
 def full_then_freed(bench: Bench) -> Outcome:
     with small_disk(bench.place("full-freed")) as disk:
         run = RunDir(disk / "run")
-        launched = bench.launch(run.path, f"train.epochs={2 * EPOCHS}")
+        launched = bench.launch(run.path, SLOWLY, f"train.epochs={2 * EPOCHS}")
         launched.until(lambda: step(run) >= AT, f"step {AT}")
         filler = _fill_for_good(disk)
         launched.until(lambda: "could not be written" in launched.output, "the disk was missed")
@@ -99,7 +100,7 @@ def full_then_freed(bench: Bench) -> Outcome:
 def full_to_the_end(bench: Bench) -> Outcome:
     with small_disk(bench.place("full")) as disk:
         run = RunDir(disk / "run")
-        launched = bench.launch(run.path)
+        launched = bench.launch(run.path, SLOWLY)
         launched.until(lambda: step(run) >= AT, f"step {AT}")
         filler = _fill_for_good(disk)
         output = launched.ends(1)
@@ -117,7 +118,7 @@ def full_to_the_end(bench: Bench) -> Outcome:
 def full_when_stopped(bench: Bench) -> Outcome:
     with small_disk(bench.place("full-stopped")) as disk:
         run = RunDir(disk / "run")
-        launched = bench.launch(run.path)
+        launched = bench.launch(run.path, SLOWLY)
         launched.until(lambda: step(run) >= AT, f"step {AT}")
         filler = _fill_for_good(disk)
         launched.process.terminate()

@@ -14,6 +14,7 @@ from launcher.runs.history import events
 from launcher.runs.run_dir import RunDir
 from tests.faults import records
 from tests.faults.bench import DEADLINE_S, STEPS_PER_EPOCH, Bench, Launched, Outcome, step
+from tests.faults.slowly import SLOWLY
 
 MOMENTS = ("start-up", "step", "step", "validation", "checkpoint")
 VICTIMS = ("rank", "rank", "loader", "supervisor", "everything")
@@ -145,7 +146,7 @@ def _killed(bench: Bench, kills: int, *craft: str) -> Outcome:
     own = (*craft, f"train.epochs={epochs}")
     expected = bench.undisturbed(*own)
     run = RunDir(bench.place(f"kills-seed-{bench.seed}") / "run")
-    killer = Killer(bench, run, (*own, "data.workers=1", "launch.max_restarts=1000"), kills)
+    killer = Killer(bench, run, (*own, SLOWLY, "data.workers=1", "launch.max_restarts=1000"), kills)
     killer.go()
     lost = records.went_on(run, expected, epochs=epochs)
     attempts = len(events(run, "attempt_started"))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
+
+import psutil
 
 from launcher.runs.history import events
 from launcher.runs.run_dir import RunDir
 from tests.faults import records
 from tests.faults.bench import EPOCHS, Bench, Launched, Outcome, state_of, step, written
+from tests.faults.slowly import SLOWLY
 
 AT = 17
 """A step in the middle of the second of three epochs; faults come after it."""
@@ -17,7 +21,7 @@ AT = 17
 def begin(bench: Bench, name: str, *changes: str, at: int = AT) -> tuple[Launched, RunDir]:
     """Start a run and wait until it is well under way, with a checkpoint."""
     run = RunDir(bench.place(name) / "run")
-    launched = bench.launch(run.path, *changes)
+    launched = bench.launch(run.path, SLOWLY, *changes)
     launched.until(lambda: step(run) >= at and written(run), f"step {at}")
     return launched, run
 
@@ -34,9 +38,17 @@ def rank(bench: Bench) -> Outcome:
 
 def loader(bench: Bench) -> Outcome:
     launched, run = begin(bench, "loader", "data.workers=1")
-    loaders = launched.workers(run)[1].children()
-    assert loaders, "there is no loader process"
-    loaders[0].kill()
+
+    def is_missed() -> bool:
+        """One that had nothing left to do is not; between two epochs there is none."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            workers = launched.workers(run)[1:]
+            for one in [] if events(run, "attempt_ended") else workers:
+                for loader in one.children():
+                    loader.kill()
+        return bool(events(run, "attempt_ended"))
+
+    launched.until(is_missed, "a loader process is missed")
     launched.ends(0)
     assert [e["attempt"] for e in events(run, "attempt_started")] == [1, 2]
     lost = records.went_on(run, bench.undisturbed(), epochs=EPOCHS)

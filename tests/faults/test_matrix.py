@@ -7,7 +7,7 @@ import pytest
 from tests.faults.bench import Bench, NotHereError
 from tests.faults.matrix import FAULTS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a machine may be busy
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from launcher.plan.launch_plan import Launched, LaunchPlan
 from launcher.runs.history import events
 from launcher.runs.run_dir import RunDir
 from launcher.system import network
-from tests import warm
+from tests import ports, warm
 from tests.nets import FACTORY
 
 ROOT = Path(__file__).parents[2]
@@ -253,10 +253,11 @@ def test_an_endpoint_that_cannot_be_is_refused_before_anything_is_written(rank, 
 
 
 def test_a_port_that_is_taken_is_refused_with_a_free_one():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(UsageError, match=f"port {port} cannot be had .* such as [0-9]+, which is free here"):
-            meeting.check(f"127.0.0.1:{port}", node_rank=0)
+    port = ports.free()
+    with socket.create_server(("127.0.0.1", port)), pytest.raises(
+        UsageError, match=f"port {port} cannot be had .* such as [0-9]+, which is free here"
+    ):
+        meeting.check(f"127.0.0.1:{port}", node_rank=0)
     meeting.check(f"127.0.0.1:{port}", node_rank=0)
 
 
@@ -320,7 +321,7 @@ def test_its_own_name_is_no_loopback_of_node_0_whatever_it_stands_for(endpoint, 
 @pytest.mark.parametrize("detach", [(), ("--detach",)])
 def test_what_node_1_was_given_otherwise_is_said_with_both_values_and_trains_nothing(detach, tmp_path):
     """Its overrides would be ignored: the run's recipe is node 0's."""
-    endpoint = f"127.0.0.1:{network.free_port(os.getpid() + len(detach))}"
+    endpoint = f"127.0.0.1:{ports.free()}"
     common = [RECIPE, "--run-dir", "run", "--rdzv-endpoint", endpoint]
     common += ["--nodes", "2", "--procs", "1", "--backend", "torchrun", "post.enabled=false"]
     own = (("--node-rank", "0"), ("--node-rank", "1", "optim.lr=0.5", "train.epochs=7", *detach))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 from torch.distributed import TCPStore
@@ -37,29 +38,48 @@ def until(condition):
         time.sleep(0.01)
 
 
+class Watched:
+    """A store; before and after each question the main thread asks who is gone."""
+
+    def __init__(self, inner, who, found):
+        self._inner, self._who, self._found = inner, who, found
+
+    def __getattr__(self, name):
+        def asked(*arguments):
+            self._found.append(self._who.lost(idle=True))
+            answer = getattr(self._inner, name)(*arguments)
+            self._found.append(self._who.lost(idle=True))
+            return answer
+
+        return asked
+
+
 def test_one_that_has_just_been_heard_of_for_the_first_time_is_not_gone(store, monkeypatch):
     """The main thread asks at any moment, also within the first exchange."""
     first, second, found = node(0, store), node(1, store), []
     exchange = Peers._exchange
-
-    class Watched:
-        """A store; after each question the main thread asks who is gone."""
-
-        def __init__(self, inner, who):
-            self._inner, self._who = inner, who
-
-        def __getattr__(self, name):
-            def asked(*arguments):
-                answer = getattr(self._inner, name)(*arguments)
-                found.append(self._who.lost(idle=True))
-                return answer
-
-            return asked
-
-    monkeypatch.setattr(Peers, "_exchange", lambda self, inner: exchange(self, Watched(inner, self)))
+    monkeypatch.setattr(Peers, "_exchange", lambda self, inner: exchange(self, Watched(inner, self, found)))
     with first, second:
         until(lambda: first._heard and second._heard)
     assert set(found) == {""}
+
+
+def test_nobody_is_gone_because_this_node_has_not_looked_for_long(store, monkeypatch):
+    """On a machine that is busy, or that was stopped for a while: what the others said meanwhile is there."""
+    now, found = [1000.0], []
+    monkeypatch.setattr(peers, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    first, second = node(0, store), node(1, store)
+    for rank in (0, 1):
+        store.set(f"launcher/host/{rank}", f"n{rank}")
+    for _ in range(2):
+        now[0] += 10 * peers.LOST_S
+        second._exchange(store)
+        first._exchange(Watched(store, first, found))
+    assert first.heard() == [1]
+    assert set(found) == {""}
+    now[0] += 10 * peers.LOST_S
+    first._exchange(store)
+    assert first.lost(idle=True).startswith("node 1 (n1) is gone")
 
 
 def test_one_that_falls_silent_is_gone_and_one_that_says_farewell_has_left(store, monkeypatch):
@@ -69,8 +89,7 @@ def test_one_that_falls_silent_is_gone_and_one_that_says_farewell_has_left(store
     with first:
         with second:
             until(lambda: first._heard)
-        until(lambda: first.lost(idle=True))
-        assert first.lost(idle=True).endswith("has left")
+        until(lambda: first.lost(idle=True).endswith("has left"))
         assert first.lost(idle=False) == ""
 
 

@@ -95,7 +95,7 @@ def heed():
 
 
 def as_node(folder, rank, nodes, fault, answers):
-    preflight.REDUCE_S, preflight.WAIT_S, preflight.MIN_FREE_GB = 20.0, 60.0, 0.0
+    preflight.REDUCE_S, preflight.WAIT_S, preflight.MIN_FREE_GB = 120.0, 150.0, 0.0
     from launcher.engine import allreduce
 
     allreduce.SIZES_MIB, allreduce.MEASURE_S = {"cpu": (1, 8)}, 0.05
@@ -157,6 +157,8 @@ def test_nobody_leaves_before_all_have_answered(tmp_path, monkeypatch):
             pid.write_text(str(os.getpid()))
             tell.send({"all_gb_s": 5.0})
         else:
+            while not all_reduce_round.answer_of(tmp_path, 1, 0).exists():
+                time.sleep(0.05)
             time.sleep(1.5)
             tell.send({"all_gb_s": 4.0 if processes.start_time(int(pid.read_text())) else 0.0})
         time.sleep(1000)

@@ -62,7 +62,7 @@ def test_in_an_allocation_the_first_ctrl_c_saves_and_the_second_ends_the_step(ti
         trap 'echo USR2 >> {tmp_path}/said; [ {times} = 2 ] || exit 75' USR2
         trap 'echo TERM >> {tmp_path}/said; exit 143' TERM
         touch {tmp_path}/ready
-        for _ in $(seq 50); do sleep 0.1; done
+        for _ in $(seq 1000); do sleep 0.1; done
     """
 
     def press():

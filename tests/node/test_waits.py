@@ -21,12 +21,12 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.runs.history import events
 from launcher.runs.run_dir import RunDir
 from launcher.system import network
-from tests import warm
+from tests import ports, warm
 from tests.nets import FACTORY
 
 ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / "recipes/debug.yaml")
-HEED_S = 60.0
+HEED_S = 150.0
 """Far more than it takes on a busy machine, and far less than what is waited for takes."""
 DEADLINE_S = 200
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
@@ -45,14 +45,15 @@ def environment():
 class Node:
     """`launch` of one node, in a session of its own."""
 
-    def __init__(self, folder, rank, port, *changes):
+    def __init__(self, folder, rank, port, *changes, before=""):
         self.log = folder / f"node-{rank}.txt"
         arguments = (
             *(RECIPE, FACTORY, "post.enabled=false", *changes),
             *("--run-dir", "run", "--procs", "1", "--nodes", "2", "--node-rank", str(rank)),
             *("--rdzv-endpoint", f"{address()}:{port}"),
         )
-        self.process = warm.Started(arguments, cwd=folder, env=environment(), files=(self.log, self.log))
+        files = (self.log, self.log)
+        self.process = warm.Started(arguments, cwd=folder, env=environment(), files=files, before=before)
 
     @property
     def output(self):
@@ -85,10 +86,10 @@ class Node:
 @pytest.fixture
 def node(tmp_path):
     started = []
-    port = network.free_port(os.getpid())
+    port = ports.free()
 
-    def start(rank, *changes):
-        started.append(Node(tmp_path, rank, port, *changes))
+    def start(rank, *changes, **options):
+        started.append(Node(tmp_path, rank, port, *changes, **options))
         return started[-1]
 
     yield start
@@ -149,6 +150,9 @@ def test_a_node_whose_launcher_is_killed_is_named_and_the_others_save_and_leave(
     assert f"node 1 ({os.uname().nodename}) is gone" in output
     assert "is saved; go on with:" in output
     assert run.read_status()["state"] == "preempted"
+    end = time.monotonic() + HEED_S
+    while nodes[1].living() and time.monotonic() < end:  # its worker, which has saved with the other, leaves by itself
+        time.sleep(0.02)
     assert nodes[1].living() == []
 
 
@@ -168,24 +172,26 @@ def test_a_node_that_dies_whole_is_named_and_the_other_leaves(lost, node, tmp_pa
     assert ended["cause"] == "lost_node"
 
 
+STANDS_STILL = """
+import os, signal
+from launcher.engine import worker
+worker.open_data_sets = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)
+"""
+"""Has the workers stop themselves before they join the process group."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_worker_that_waits_for_one_that_never_comes(number, node, tmp_path):
-    """The other node's worker stands still before it has joined the process group."""
-    nodes = [node(rank) for rank in (0, 1)]
+    nodes = [node(0), node(1, before=STANDS_STILL)]
     run = RunDir(tmp_path / "run")
 
-    def stop_second():
-        for child in nodes[1].living():
-            with contextlib.suppress(psutil.Error, OSError):
-                output = Path(f"/proc/{child.pid}/fd/1").readlink()
-                if child.ppid() == nodes[1].process.pid and run.logs in output.parents:
-                    child.suspend()
-                    return True
-        return False
+    def stands_still():
+        with contextlib.suppress(psutil.Error):
+            return any(one.status() == psutil.STATUS_STOPPED for one in nodes[1].living())
 
-    nodes[1].until(stop_second, "a worker")
-    nodes[0].until(lambda: run.rank_log(1, 0).exists() or run.rank_log(1, 1).exists(), "a worker")
+    nodes[1].until(stands_still, "a worker stands still")
+    nodes[0].until(lambda: len(list(run.attempt_logs(1).glob("rank-*.log"))) == 2, "a worker")
     time.sleep(3)
     nodes[0].process.send_signal(number)
     nodes[0].ends(75)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -55,6 +56,21 @@ def worker(run):
     process.kill()
     process.wait()
     process.stdout.close()
+
+
+def test_stacks_that_come_late_are_waited_for(run, worker, monkeypatch):
+    """As on a machine that is busy."""
+    monkeypatch.setattr(watchdog, "DUMP_S", 0.1)
+    monkeypatch.setattr(watchdog, "DUMP_FACTOR", 600)
+    signal_now = watchdog._signal
+
+    def signal_late(found, number):
+        threading.Timer(1.0 if number == heartbeats.DUMP_SIGNAL else 0.0, signal_now, (found, number)).start()
+
+    monkeypatch.setattr(watchdog, "_signal", signal_late)
+    beat = Beat(age_s=2.0, pid=worker.pid, rank=5)
+    Watchdog(run, Heartbeats(1), timeout_s=1.0, node_rank=0, attempt=lambda: 1)._end([beat])
+    assert "stuck_here" in json.loads(run.rank_error(1, 5).read_text())["traceback"]
 
 
 def test_the_flight_recorder_is_asked_where_there_is_one(run, worker, monkeypatch):
@@ -125,14 +141,10 @@ def test_a_worker_that_hangs_before_its_first_step_is_ended_and_its_phase_is_tol
     monkeypatch.setattr(watchdog, "POLL_S", 0.05)
     monkeypatch.setattr(watchdog, "DUMP_S", 0.5)
     monkeypatch.setattr(heartbeats, "START_LEAST_S", 1.0)
-    beats = Heartbeats(1)
-    monkeypatch.setattr(os, "getpid", lambda: worker.pid)
-    beats.beat(0, 5, phase)
-    monkeypatch.undo()
-    monkeypatch.setattr(watchdog, "POLL_S", 0.05)
-    monkeypatch.setattr(watchdog, "DUMP_S", 0.5)
-    monkeypatch.setattr(heartbeats, "START_LEAST_S", 1.0)
-    start = time.monotonic()
+    beats, start = Heartbeats(1), time.monotonic()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: worker.pid)
+        beats.beat(0, 5, phase)
     with Watchdog(run, beats, timeout_s=0.2, node_rank=0, attempt=lambda: 1):
         assert worker.wait(timeout=60) == -signal.SIGKILL
     assert time.monotonic() - start > 1.0  # longer than between steps

@@ -36,7 +36,7 @@ def slurm_machine():
 
 def _remove_clusters_of_dead_sessions():
     if os.geteuid() == 0:
-        for folder in FOLDERS.glob("finetune-launcher-tests-*"):
+        for folder in FOLDERS.glob("finetune-launcher-[tf]*-[0-9]*"):  # of tests, and of tests/faults
             if not Path("/proc", folder.name.split("-")[3]).exists():
                 ClusterCommand(folder).down()
 

@@ -17,7 +17,7 @@ from devcluster.layout import Layout
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]  # clusters come up late on a busy machine
 
 # One task listens, the other finds it by its node's name; both then reach the machine they were submitted from.
 MEET = """
@@ -25,7 +25,7 @@ import os, socket, sys, time
 if os.environ["SLURM_PROCID"] == "0":
     socket.create_server(("0.0.0.0", 24680)).accept()
 else:
-    for attempt in range(100):
+    for attempt in range(1000):
         try:
             socket.create_connection(("n1", 24680), timeout=5)
             break

@@ -26,7 +26,7 @@ from launcher.runs.history import events
 from launcher.runs.run_dir import RunDir
 from tests.nets import FACTORY
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
 SMALL = ("--profile", "dev", "train.epochs=1", "batch.size=64", "post.enabled=false", FACTORY)
 DEADLINE_S = 240

@@ -18,8 +18,11 @@ import sys
 from pathlib import Path
 from launcher.system.files import write_json_atomic
 
-for number in range(1, int(sys.argv[2]) + 1):
-    write_json_atomic(Path(sys.argv[1]), {"number": number, "filling": [number] * 20_000})
+file, enough, number = Path(sys.argv[1]), Path(sys.argv[2]), 0
+while number < 150 or not enough.exists():
+    number += 1
+    write_json_atomic(file, {"number": number, "filling": [number] * 20_000})
+print(number)
 """
 APPENDER = """
 import sys
@@ -28,9 +31,11 @@ from launcher.system.files import append_jsonl
 
 path, writer = Path(sys.argv[1]), int(sys.argv[2])
 print("ready", flush=True)
-sys.stdin.read()  # all begin at once
+sys.stdin.read()
 for number in range(int(sys.argv[3])):
     append_jsonl(path, {"writer": writer, "number": number, "filling": str(writer) * 3_000})
+    while number == 0 and path.read_text().count('"number": 0,') < 4:  # all go on at once
+        pass
 """
 
 
@@ -41,18 +46,36 @@ def python(code, *arguments, **options):
 
 
 def test_a_reader_sees_whole_files_only_while_they_are_written_again_and_again(tmp_path):
-    file, num = tmp_path / "status.json", 150
+    file, enough = tmp_path / "written" / "status.json", tmp_path / "enough"
+    file.parent.mkdir()
     seen = []
-    with python(WRITER, file, num) as writer:
+    with python(WRITER, file, enough, stdout=subprocess.PIPE) as writer:
         while writer.poll() is None:
             if file.exists():
                 value = json.loads(file.read_text())
                 assert value["filling"] == [value["number"]] * 20_000
                 seen.append(value["number"])
+            if len(set(seen)) > 10:  # it was read while it was written, or nothing is proved
+                enough.touch()
+        num = int(writer.stdout.read())
     assert writer.returncode == 0
     assert seen == sorted(seen)
-    assert len(set(seen)) > 3  # it was read while it was written, or nothing is proved
     assert json.loads(file.read_text())["number"] == num
+    assert [path.name for path in file.parent.iterdir()] == ["status.json"]
+
+
+def test_two_that_write_one_file_at_the_same_time_do_not_meet(tmp_path, monkeypatch):
+    """Threads of a process; or nodes whose containers give them the same process ids."""
+    file, write_text = tmp_path / "status.json", Path.write_text
+
+    def meanwhile(path, text, encoding):
+        monkeypatch.setattr(Path, "write_text", write_text)
+        write_text(path, text, encoding=encoding)
+        write_text_atomic(file, "another")
+
+    monkeypatch.setattr(Path, "write_text", meanwhile)
+    write_text_atomic(file, "one")
+    assert file.read_text() == "one"
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
 
@@ -69,6 +92,7 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write_text_atomic(file, "new and longer")
     assert file.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

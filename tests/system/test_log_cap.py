@@ -30,7 +30,7 @@ def test_while_a_run_goes_on_its_logs_are_watched(tmp_path, monkeypatch):
         for _ in range(20):
             with log.open("ab") as file:
                 file.write(b"Traceback\n" * (1 << 20))
-            for _ in range(500):
+            for _ in range(6000):
                 if log.stat().st_size <= MAX_BYTES:
                     break
                 log_cap.threading.Event().wait(0.01)

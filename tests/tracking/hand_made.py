@@ -93,14 +93,16 @@ def track(run: RunDir, sink: str = "wandb", *options: str, **environment: str) -
 
 
 def read_log(file: Path) -> Iterator[bytes]:
-    """The records of wandb's transaction log: LevelDB's log format, 7 bytes of wandb's own before it."""
+    """The whole records of wandb's transaction log: LevelDB's log format, 7 bytes of wandb's own before it."""
     data, at, record = file.read_bytes(), 7, b""
-    assert data[:4] == b":W&B"
+    assert data[:4] == b":W&B"[: len(data)]  # it may be written just now
     while at + 7 <= len(data):
         if (left := 32768 - at % 32768) < 7:  # no room for a header at the end of a block
             at += left
             continue
         size, kind = struct.unpack_from("<HB", data, at + 4)
+        if at + 7 + size > len(data):
+            return
         record += data[at + 7 : at + 7 + size]
         at += 7 + size
         if kind in (1, 4):  # whole, or the last part

@@ -60,7 +60,7 @@ def test_a_signal_to_every_process_of_a_job_loses_nothing(tmp_path):
     run, said = make_run(tmp_path), []
     train(run, 1)
     with Trackers(run, ["wandb"], say=said.append, beside=True) as found:
-        wait_until(lambda: list(run.wandb.glob("offline-run-*")))  # so it has its service
+        wait_until(lambda: steps_of(run))  # so it has its service, and no longer begins
         (pid,) = found.pids()
         for one in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
             one.send_signal(signal.SIGTERM)

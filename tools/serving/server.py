@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import errno
 import logging
 import os
 import socket
+import struct
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +30,10 @@ BACKLOG = 2048
 """Connections that may wait to be taken."""
 KEEP_ALIVE_S = 75
 """An idle connection is kept so long: longer than balancers do, which would else use one as it is closed."""
-LINGER_S = 0.2
-"""After the last connection was taken its request may take so long to come."""
+LINGER_S, LINGER_MOST_S = 0.2, 3.0
+"""After the last connection was taken its request may take so long to come; the latter where one waits for its first:
+on a busy machine, or from far away."""
+SO_ATTACH_FILTER, DROP = 26, struct.pack("HBBI", 0x06, 0, 0, 0)  # linux/filter.h; "return 0"
 CURES = {
     errno.EADDRINUSE: "another program listens there: choose another one with --port (0: any that is free)",
     errno.EACCES: "ports below 1024 need rights: choose another one with --port",
@@ -65,6 +69,16 @@ def address(listening: socket.socket) -> str:
     host, port = listening.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  compared, not bound
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def take_no_more(listening: socket.socket) -> None:
+    """Have the kernel make no more connections to a socket; those that are made already can still be taken.
+
+    Who tries to connect tries again a second later, and is refused by then. Where that cannot be had, nothing changes.
+    """
+    program = ctypes.create_string_buffer(DROP)
+    with contextlib.suppress(OSError):
+        listening.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HL", 1, ctypes.addressof(program)))
 
 
 def serve(settings: Settings, listening: socket.socket, tell: Callable[[], None], *, is_member: bool = False) -> None:
@@ -152,12 +166,17 @@ class _Server(uvicorn.Server):
         await asyncio.sleep(self._drain_s)
         await self._close()
         await asyncio.sleep(LINGER_S)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_MOST_S):
+                while any(getattr(one, "cycle", self) is None for one in self.server_state.connections):
+                    await asyncio.sleep(LINGER_S / 4)
         await self._service.is_idle.wait()
         self.should_exit = True
 
     async def _close(self) -> None:
         """Take no more connections; those that have been made, and wait to be taken, would be cut off by that."""
         waiting = []
+        take_no_more(self._listening)  # else one could be made after the last look, and be cut off
         with contextlib.suppress(OSError):  # there is none any more, or this process does not listen yet
             while True:
                 waiting.append(self._listening.accept()[0])

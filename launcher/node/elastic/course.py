@@ -167,9 +167,9 @@ class Course:
             LeaderLostError: it is, or the others have gone on.
         """
         self._heed_stop()
-        living = {word.start for word in self._others.look().values()}
+        living = self._others.look() | self._others.unsure
         leader = self._last.members[0]
-        if self.is_over or not (self.leads or leader.start in living):
+        if self.is_over or not (self.leads or any(word.start == leader.start for word in living.values())):
             self._reason = f"node {leader.node} ({leader.host}) is gone: nothing was heard of its launcher"
             raise LeaderLostError(self._reason)
 
@@ -259,6 +259,7 @@ class Course:
             waited_s=now - since.ready,
             unchanged_s=now - since.changed,
             left_out=left_out(self._run) if last.number else (),
+            unsure=self._others.unsure,
         )
         num = len(deciding.group(view))
         if num != since.num:

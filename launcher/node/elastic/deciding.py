@@ -8,7 +8,7 @@ better decision come first.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ class View:
     """How long as many nodes were ready as are now."""
     left_out: Collection[int] = ()
     """Nodes that are not taken in."""
+    unsure: Mapping[int, Word] = field(default_factory=dict)
+    """What those say of which nobody can tell yet whether they live; for some seconds after this node began to look."""
 
 
 def group(view: View) -> tuple[Word, ...]:
@@ -69,19 +71,30 @@ def group(view: View) -> tuple[Word, ...]:
 
 def _wanted(view: View) -> list[Word]:
     """The other nodes that are ready, and may be taken."""
-    ready = [word for word in view.others.values() if word.ready and word.generation == view.last.number]
+    ready = [word for word in view.others.values() if _is_ready(view, word)]
     return [word for word in ready if _was_in(view.last, word) or word.node not in view.left_out]
+
+
+def _is_ready(view: View, word: Word) -> bool:
+    return word.ready and word.generation == view.last.number
 
 
 def decide(view: View) -> tuple[Word, ...]:
     """The members of the next generation, if it is for this node to make it, and now; else none."""
     found = group(view)[: view.most]
-    if len(found) < view.fewest or found[0].start != view.own.start:
+    if len(found) < view.fewest or found[0].start != view.own.start or _may_be_more(view, found):
         return ()
     patience = _patience(view, found)
     if len(found) < view.most and _is_about_to_join(view, found):
         patience = max(patience, HEAR_S)
     return found if view.waited_s >= patience else ()
+
+
+def _may_be_more(view: View, found: Sequence[Word]) -> bool:
+    """Whether one that might go on too has not been watched for long enough to tell whether it lives."""
+    if not view.last.number or len(found) == view.most:
+        return False
+    return any(_was_in(view.last, word) or _is_ready(view, word) for word in view.unsure.values())
 
 
 def _is_about_to_join(view: View, found: Sequence[Word]) -> bool:

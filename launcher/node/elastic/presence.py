@@ -33,7 +33,7 @@ REACH_S = 2.0
 PROBES = 8
 """Nodes that are called at the same time."""
 WATCH_S = 4 * RENEW_S
-"""How long to look whether a node renews its file."""
+"""How long to look whether a node renews its file, before which nobody knows whether it lives."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +80,7 @@ class Presence:
         self._changed = threading.Event()
         self._done = False
         self._saying = threading.Lock()
+        self._changing = threading.Lock()
 
     @property
     def word(self) -> Word:
@@ -108,22 +109,24 @@ class Presence:
     def say(self, *, generation: int, ready: bool, hears: Iterable[str] = ()) -> None:
         """Say something else from now on."""
         hears = tuple(sorted(hears))
-        before = self._word
-        if (before.generation, before.ready, before.hears) != (generation, ready, hears):
-            self._word = replace(before, generation=generation, ready=ready, hears=hears)
-            self._changed.set()
+        with self._changing:  # what is renewed at the same time must not bring back what was said before
+            before = self._word
+            if (before.generation, before.ready, before.hears) != (generation, ready, hears):
+                self._word = replace(before, generation=generation, ready=ready, hears=hears)
+                self._changed.set()
 
     def _keep(self) -> None:
         while not self._done:
+            self._changed.clear()
             with contextlib.suppress(OSError):  # a full disk, or a file system that fails for a moment
                 self._renew()
             self._changed.wait(RENEW_S)
-            self._changed.clear()
 
     def _renew(self) -> None:
         with self._saying:
             if not self._done:
-                self._word = replace(self._word, count=self._word.count + 1)
+                with self._changing:
+                    self._word = replace(self._word, count=self._word.count + 1)
                 write_json_atomic(self._file, asdict(self._word))
 
     def _answer(self) -> None:
@@ -147,11 +150,14 @@ class Others:
         self._generations = generations
         self._own = own
         self._renewed: dict[int, tuple[str, int, float]] = {}
+        self._found: dict[int, float] = {}
         self._looked = 0.0
+        self.unsure: dict[int, Word] = {}
+        """What those say of which the last look could not tell whether they live: their files are watched too short."""
 
     def look(self) -> dict[int, Word]:
         """What those say that live: whose file was seen to be renewed a moment ago."""
-        living = {}
+        living, self.unsure = {}, {}
         if time.monotonic() - self._looked > STALE_S / 2:
             self._renewed.clear()  # what has changed since then may have done so long ago
         self._looked = time.monotonic()
@@ -164,11 +170,15 @@ class Others:
             except (OSError, ValueError):  # it has just left
                 continue
             now, before = time.monotonic(), self._renewed.get(node)
+            if before is None or before[0] != word.start:
+                self._found[node] = now
             if before is None or before[:2] != (word.start, word.count):
                 # The first sight of a file says nothing of when it was written.
                 self._renewed[node] = (word.start, word.count, now if before else -STALE_S)
             if now - self._renewed[node][2] < STALE_S:
                 living[node] = word
+            elif now - self._found[node] < WATCH_S:
+                self.unsure[node] = word
         return living
 
 
@@ -193,7 +203,13 @@ def _answers(word: Word) -> bool:
 def living_nodes(generations: Generations) -> dict[int, Word]:
     """What those say that take part in this start of the run now, or wait to; takes some seconds where any ever did."""
     others = Others(generations, None)
-    if not generations.nodes_seen():
-        return {}
-    waiting.wait_until(others.look, timeout_s=WATCH_S, heed=lambda: None)
-    return others.look()
+    living: dict[int, Word] = {}
+
+    def is_known() -> bool:
+        """Of all of them: who is seen first must not hide one that is renewed a moment later."""
+        nonlocal living
+        living = others.look()
+        return not others.unsure
+
+    waiting.wait_until(is_known, timeout_s=None, heed=lambda: None)
+    return living

@@ -210,7 +210,7 @@ def slow_build(one, monkeypatch, seconds):
     monkeypatch.setattr(kept_pixels.Keeping, "make", lambda *a: time.sleep(seconds) or made(*a))
     process = get_context("fork").Process(target=one.keep)
     process.start()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not list(one.folder.glob("*.pixels")) and time.monotonic() < deadline:
         time.sleep(0.02)
     return process
@@ -218,7 +218,7 @@ def slow_build(one, monkeypatch, seconds):
 
 def test_a_build_that_is_killed_leaves_nothing_that_is_taken_for_whole(split, monkeypatch):
     one = split()
-    process = slow_build(one, monkeypatch, 0.2)
+    process = slow_build(one, monkeypatch, 1.0)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     monkeypatch.undo()
@@ -232,8 +232,8 @@ def test_a_build_that_is_killed_leaves_nothing_that_is_taken_for_whole(split, mo
 def test_a_build_that_is_killed_late_is_gone_on_with(split, monkeypatch):
     one = split()
     monkeypatch.setattr(keep_pixels, "SAVE_S", 0.0)
-    process = slow_build(one, monkeypatch, 0.1)
-    deadline = time.monotonic() + 30
+    process = slow_build(one, monkeypatch, 0.5)
+    deadline = time.monotonic() + 120
     while not list(one.folder.glob("part-*.npz")) and time.monotonic() < deadline:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from launcher.engine.tuning.child import OutOfMemoryError, TooSlowError, call_in_child
 from launcher.errors import TrainingError, UsageError
 from launcher.system import memory as host_memory
+from launcher.system.files import write_text_atomic
 from launcher.system.processes import STOP_SIGNALS, children, start_time
 
 MIB = 1 << 20
@@ -52,7 +53,7 @@ def test_an_error_comes_back_as_text_with_its_traceback():
     assert "ValueError: no such layer" in str(error.value)
     assert "Traceback" in str(error.value)
     assert "in breaks" in str(error.value)
-    assert {*children(os.getpid())} == before
+    assert {*children(os.getpid())} <= before
 
 
 def test_a_process_group_that_its_parent_left_is_not_taken_down_in_the_child(one_rank):
@@ -139,7 +140,7 @@ def test_however_memory_runs_out_it_is_told_apart_from_other_errors(function, wo
     before = {*children(os.getpid())}
     with pytest.raises(OutOfMemoryError, match=words):
         call(function)
-    assert {*children(os.getpid())} == before
+    assert {*children(os.getpid())} <= before
     assert call(lambda: 1) == 1  # the next one has all the memory again
 
 
@@ -168,7 +169,7 @@ def test_an_end_without_a_word_is_an_error_of_training_with_its_code(function, c
 
 def sleeps(pid_file):
     def sleep():
-        pid_file.write_text(str(os.getpid()))
+        write_text_atomic(pid_file, str(os.getpid()))
         time.sleep(LONG_S)
 
     return sleep
@@ -176,9 +177,9 @@ def sleeps(pid_file):
 
 def test_one_that_is_not_done_in_time_is_killed(tmp_path):
     start = time.monotonic()
-    with pytest.raises(TooSlowError, match=r"not done after 0\.5 s"):
-        call(sleeps(tmp_path / "pid"), timeout_s=0.5)
-    assert 0.5 <= time.monotonic() - start < SOON_S
+    with pytest.raises(TooSlowError, match=r"not done after 3 s"):
+        call(sleeps(tmp_path / "pid"), timeout_s=3.0)
+    assert 3.0 <= time.monotonic() - start < SOON_S
     assert start_time(int((tmp_path / "pid").read_text())) is None
 
 

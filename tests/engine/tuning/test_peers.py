@@ -6,7 +6,6 @@ import functools
 import json
 import multiprocessing
 import os
-import socket
 import time
 from dataclasses import dataclass, replace
 
@@ -86,8 +85,7 @@ def meet(make_run, in_ranks, monkeypatch, tmp_path):
     run = make_run(batch={"size": "auto", "global_size": 16}, precision="auto")
     recipe, data_sets = read_resolved(run.recipe), open_data_sets(run)
     log = tmp_path / "measured.jsonl"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
+    port = str(ports.free())
 
     def call(num, measure, *, devices=None, stop=lambda rank: False, then=lambda who, own: own):
         def made_up(run, device, data_sets, batch_size, *, beside=None, numerics=None, budget=None):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,12 +14,13 @@ from launcher.errors import TrainingError, UsageError
 from launcher.node import meeting
 from launcher.node.elastic import course as courses
 from launcher.node.elastic import deciding, presence
-from launcher.node.elastic.course import Course, EndedError, StoppedError
+from launcher.node.elastic.course import Course, EndedError, LeaderLostError, StoppedError
 from launcher.node.elastic.usher import left_out
 from launcher.node.signals import StopSignals
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.runs import history
 from launcher.runs.generations import Generation, Generations, Member
+from launcher.system import waiting
 from launcher.system.files import write_json_atomic
 
 DEADLINE_S = 60
@@ -212,6 +214,61 @@ def test_a_node_that_renews_its_file_and_does_not_answer_is_not_reached(run, mon
         assert presence.reached([replace(words[1], port=1)]) == set()
     assert presence.living_nodes(generations) == {}
     assert presence.reached(words.values()) == set()
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that goes by only in waits; what is given for a moment is done then."""
+    clock = SimpleNamespace(now=0.0, then={})
+
+    def sleep(seconds):
+        before, clock.now = clock.now, clock.now + seconds
+        for moment in [moment for moment in clock.then if before < moment <= clock.now]:
+            clock.then.pop(moment)()
+
+    for module in (presence, waiting):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now, sleep=sleep, strftime=str))
+    return clock
+
+
+def test_all_nodes_that_live_are_found_and_not_only_the_one_that_is_seen_first(run, clock):
+    generations = Generations(run, "start")
+    generations.folder.mkdir(parents=True)
+
+    def say(node, count):
+        write_json_atomic(generations.presence(node), asdict(presence.Word(node=node, start="a", count=count)))
+
+    for node in (1, 2, 3):
+        say(node, 1)
+    clock.then = {0.5: lambda: say(1, 2), 2.5: lambda: say(2, 2)}
+    assert list(presence.living_nodes(generations)) == [1, 2]
+
+
+def test_who_has_not_looked_for_a_while_takes_no_node_for_lost(run, nodes):
+    first, second = nodes(0, 1, of="2:2")
+    assert gather(first, second) == [(0, 1)] * 2
+    second.course._others._looked -= 100.0  # as on a machine that is busy
+    second.course.heed_wait()
+    first.course.__exit__()
+    with pytest.raises(LeaderLostError, match="node 0 .* is gone"):
+        second.course.heed_wait()
+
+
+def test_what_a_node_says_is_not_lost_where_its_file_is_renewed_at_the_same_time(run, monkeypatch):
+    there = presence.Presence(Generations(run, "start"), node=1, address="127.0.0.1")
+    say = threading.Thread(target=there.say, kwargs={"generation": 7, "ready": True})
+
+    def renewed(word, **changes):
+        if "count" in changes:
+            say.start()
+            say.join(0.3)  # in vain where it has to wait
+        return replace(word, **changes)
+
+    there._file.parent.mkdir(parents=True)
+    monkeypatch.setattr(presence, "replace", renewed)
+    there._renew()
+    say.join()
+    assert (there.word.generation, there.word.count) == (7, 1)
 
 
 def test_nodes_that_only_wait_carry_no_run_out_and_leave_where_node_0_begins_it_anew(run, nodes):

@@ -168,3 +168,18 @@ def test_a_spare_node_that_not_all_have_said_to_hear_yet_is_waited_for_and_one_t
     assert nodes_of(decide(view(1, heard, last, most=3, waited_s=soon))) == [1, 2, 3]
     cut_off = words(nodes, [{1, 2}])
     assert nodes_of(decide(view(1, cut_off, last, most=3, waited_s=soon))) == [1, 2]
+
+
+def test_one_that_may_live_is_waited_for_until_it_is_known():
+    """Its file is renewed every second, which takes a while to see, on NFS or on a machine that is busy."""
+    last, said = generation(0, 1), words((0, 1, 2), all_hear((0, 1, 2)))
+    both, own = view(0, words((0, 1), all_hear((0, 1))), last), view(0, words((0,), ()), last)
+    training = replace(said[2], ready=False)
+    for seen, unsure, decides in (
+        (own, {1: replace(said[1], ready=False)}, False),  # a member that has not noticed yet
+        (both, {2: said[2]}, False),  # a spare one, or one that comes back
+        (both, {2: training}, True),  # of another start: dead, or it would have said that it waits
+        (replace(both, most=2), {2: said[2]}, True),  # there is no room for it
+        (own, {}, True),
+    ):
+        assert bool(decide(replace(seen, unsure=unsure))) == decides

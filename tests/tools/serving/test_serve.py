@@ -28,11 +28,12 @@ from PIL import Image
 import launcher
 from launcher import cli
 from launcher.system import processes
+from launcher.tools.serving.server import take_no_more
 from tests import chromium, odd_images
 from tests.served import ROOT, WAIT_S, serving
 
 JSON = {"Content-Type": "application/json"}
-LONG = ("--max-wait-ms", "600000")
+LONG = ("--max-wait-ms", "600000", "--timeout-s", "600")
 """An image alone waits without end for a batch to fill: its request is under way for as long as a test wants."""
 
 
@@ -245,9 +246,9 @@ def test_a_full_queue_refuses_and_what_was_accepted_is_answered(model):
 
 
 def test_a_request_that_takes_too_long_is_answered_and_leaves_the_queue(model):
-    with serving(model, "--timeout-s", "0.5", "--max-batch", "2", *LONG) as server:
+    with serving(model, *LONG, "--timeout-s", "2", "--max-batch", "2") as server:
         answer = server.ask("/predict", png())
-        assert (answer.code, answer.json["error"]) == (504, "not answered within 0.5 s; the server is busy")
+        assert (answer.code, answer.json["error"]) == (504, "not answered within 2 s; the server is busy")
         assert server.count("launch_queue_images") == 0
         with socket.create_connection(server.address, WAIT_S) as slow:
             slow.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\nabc")
@@ -258,7 +259,7 @@ def test_a_request_that_takes_too_long_is_answered_and_leaves_the_queue(model):
 
 
 def test_stopped_it_answers_what_it_has_accepted_and_says_it_is_not_ready(model):
-    with serving(model, "--max-batch", "3", *LONG) as server:
+    with serving(model, "--drain-s", "5", "--max-batch", "3", *LONG) as server:
         futures = server.ask_many(2, png())
         server.wait_for("launch_queue_images", 2)
         server.process.terminate()
@@ -274,14 +275,48 @@ def test_stopped_it_answers_what_it_has_accepted_and_says_it_is_not_ready(model)
 
 
 def test_a_stopping_server_takes_no_new_connection_while_it_answers_the_rest(model):
-    with serving(model, "--drain-s", "0", "--max-batch", "3", "--max-wait-ms", "4000") as server:
-        futures = server.ask_many(2, png())
+    with serving(model, "--drain-s", "0", "--max-batch", "3", *LONG) as server:
+        futures, body = server.ask_many(2, png()), png()
         server.wait_for("launch_queue_images", 2)
+        with socket.create_connection(server.address, WAIT_S) as last:
+            last.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body))
+            server.wait_for("launch_queue_images", 3)  # so its request was begun
+            server.process.terminate()
+            end = time.monotonic() + WAIT_S
+            while connect_error(server.address) != errno.ECONNREFUSED:
+                assert time.monotonic() < end
+            last.sendall(body)  # the batch is full
+            assert last.recv(1000).startswith(b"HTTP/1.1 200 ")
+        assert [future.result().code for future in futures] == [200, 200]
+        assert server.process.wait(WAIT_S) == 0
+
+
+def test_of_a_socket_that_takes_no_more_those_that_were_made_are_taken():
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket() as early, socket.socket() as late:
+        address = listening.getsockname()
+        early.connect(address)
+        take_no_more(listening)
+        late.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            late.connect(address)
+        early.sendall(b"x")
+        with listening.accept()[0] as taken:
+            assert taken.recv(1) == b"x"
+        listening.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            listening.accept()
+
+
+def test_a_connection_whose_request_takes_its_time_is_not_cut_off(model):
+    with serving(model, "--drain-s", "0") as server, socket.create_connection(server.address, WAIT_S) as slow:
+        server.ask("/health")  # so that the one before it was taken
         server.process.terminate()
         end = time.monotonic() + WAIT_S
         while connect_error(server.address) != errno.ECONNREFUSED:
             assert time.monotonic() < end
-        assert [future.result().code for future in futures] == [200, 200]
+        time.sleep(0.6)
+        slow.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert slow.recv(1000).startswith(b"HTTP/1.1 200 ")
         assert server.process.wait(WAIT_S) == 0
 
 
@@ -325,7 +360,7 @@ def is_refused(error):
 
 
 def test_a_second_signal_ends_it_at_once(model):
-    with serving(model, *LONG) as server:
+    with serving(model, "--drain-s", "600", *LONG) as server:
         server.ask_many(1, png())[0].add_done_callback(lambda future: future.exception())
         server.wait_for("launch_queue_images", 1)
         server.process.send_signal(signal.SIGTERM)
