@@ -26,7 +26,7 @@ class ClusterCommand:
     def run(self, *arguments):
         """Run it to its end, whatever that is."""
         return subprocess.run(
-            [CLUSTER, *arguments], check=False, capture_output=True, text=True, env=self.environment, timeout=250
+            [CLUSTER, *arguments], check=False, capture_output=True, text=True, env=self.environment, timeout=600
         )
 
     def start(self, *arguments):
@@ -51,5 +51,5 @@ class ClusterCommand:
     def slurm(self, *command):
         """Standard output of one of SLURM's commands; the cluster is up."""
         environment = self.environment | {"SLURM_CONF": str(self.folder / "slurm.conf")}
-        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, timeout=60)
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, timeout=200)
         return done.stdout

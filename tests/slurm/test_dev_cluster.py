@@ -49,7 +49,7 @@ srun --ntasks=1 --nodes=1 bash -c '
 def run(environment, *command, folder="/tmp"):  # noqa: S108
     """What a program prints that must succeed."""
     done = subprocess.run(
-        command, check=False, capture_output=True, text=True, env=environment, cwd=folder, timeout=200
+        command, check=False, capture_output=True, text=True, env=environment, cwd=folder, timeout=400
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -73,13 +73,13 @@ packages.install(accounting=True)
 def test_of_two_processes_that_install_at_once_one_waits_for_the_other(tmp_path):
     command = [sys.executable, "-c", INSTALL, str(tmp_path / "there"), str(tmp_path / "log")]
     both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT / "slurm/dev") for _ in range(2)]
-    said = [process.communicate(timeout=60)[1] for process in both]
+    said = [process.communicate(timeout=200)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert (tmp_path / "log").read_text() == "update install "
     assert sorted("all packages are there" in text for text in said) == [False, True]
 
 
-def wait_until(condition, *, timeout_s=150):
+def wait_until(condition, *, timeout_s=400):
     give_up = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < give_up, "waited in vain"

@@ -39,7 +39,7 @@ SMALL = (
 )
 OFTEN = "train.checkpoint.every_steps=5"
 ALLOCATION = ("salloc", "--quiet", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2")
-DEADLINE_S = 180
+DEADLINE_S = 300
 
 
 class Launched:
@@ -52,7 +52,7 @@ class Launched:
 
     def slurm(self, *command, check=True):
         return subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, check=check, timeout=60
+            command, env=self.environment, capture_output=True, text=True, check=check, timeout=DEADLINE_S
         ).stdout
 
     @property

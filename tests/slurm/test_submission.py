@@ -90,8 +90,8 @@ def a_script(folder, *options):
 def test_a_job_is_known_whatever_sbatch_answers(lines, is_submitted, site, here, tmp_path, monkeypatch):
     earlier = submission.submit(a_script(tmp_path), name="mine", logs=tmp_path / "logs")
     monkeypatch.setenv("PATH", site(*lines))
-    monkeypatch.setattr(slurm_client, "TIMEOUT_S", 5)
-    monkeypatch.setattr(submission, "PAUSE_S", 1.5)
+    monkeypatch.setattr(slurm_client, "TIMEOUT_S", 12)
+    monkeypatch.setattr(submission, "PAUSE_S", 3.0)
     how = {"name": "mine", "logs": tmp_path / "logs", "known": [earlier]}
     if is_submitted:
         job_id = submission.submit(a_script(tmp_path), **how)
@@ -168,7 +168,7 @@ def test_before_a_maintenance_a_shorter_job_is_advised_and_starts(here, make_run
     slurm_client.run("scontrol", "create", *window)
     try:
         job_id = submission.submit(a_script(tmp_path, "--time=60"), name="mine", logs=tmp_path / "logs")
-        end = time.monotonic() + 60
+        end = time.monotonic() + DEADLINE_S
         while "aintenance" not in (job := slurm_client.job_states([job_id])[job_id]).reason:
             assert time.monotonic() < end, job
             time.sleep(0.5)

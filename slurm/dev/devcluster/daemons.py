@@ -91,7 +91,7 @@ class Daemons:
                 env=_environment(layout),
             )
 
-    def _wait(self, name: str, ready: Callable[[], bool], *, timeout_s: float = 60) -> None:
+    def _wait(self, name: str, ready: Callable[[], bool], *, timeout_s: float = 240) -> None:
         """Wait for ``ready``; whatever was started must be alive meanwhile."""
         give_up = time.monotonic() + timeout_s
         while not ready():

@@ -41,8 +41,6 @@ class Layout:
     """Compute nodes, named n1 and up."""
     accounting: bool = True
     """Whether slurmdbd and a database run."""
-    made_namespaces: bool = False
-    """Whether the machine had no folder of network namespaces before."""
     network: str = ""
     """First three parts of the addresses, as in ``198.18.7``; empty until the network is there."""
 

@@ -94,13 +94,12 @@ def _up(layout: Layout, *, num_nodes: int, accounting: bool) -> None:
 def _start(layout: Layout) -> None:
     begin = time.monotonic()
     _take_down(layout)  # what a crash left
-    layout = dataclasses.replace(
-        layout, network=network.free_network(layout), made_namespaces=not network.NAMESPACES.exists()
-    )
     layout.root.mkdir()
-    layout.save()
     try:
-        network.create(layout)
+        with only_one("network", patience_s=_LOCK_PATIENCE_S):  # two that come up at once must not choose the same
+            layout = dataclasses.replace(layout, network=network.free_network(layout))
+            layout.save()
+            network.create(layout)
         config.write_files(layout)
         daemons.Daemons(layout).start_all()
     except BaseException:

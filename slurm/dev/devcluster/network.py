@@ -26,7 +26,8 @@ DAEMON_MARK = "FTL_CLUSTER_DAEMON"
 """Environment variable of every daemon, with the cluster's folder: finds one whose namespace was taken away."""
 
 NAMESPACES = Path("/run/netns")
-"""The folder of names of `ip netns`, which makes it, and a mount on it, at its first use."""
+"""The folder of names of `ip netns`, which makes it, and a mount on it, at its first use. It stays: another program may be
+about to use it."""
 
 # RFC 2544 sets these aside for the testing of network devices: no cluster and no home network has them.
 _ADDRESSES = ipaddress.IPv4Network("198.18.0.0/16")
@@ -76,9 +77,6 @@ def remove(layout: Layout) -> None:
         _ip("link", "delete", layout.login_link)
     for name in _namespaces(layout):
         _ip("netns", "delete", name)
-    if layout.made_namespaces and NAMESPACES.exists() and not any(NAMESPACES.iterdir()):
-        subprocess.run(["umount", NAMESPACES], check=False, capture_output=True)
-        NAMESPACES.rmdir()
 
 
 def set_link(layout: Layout, node: str, state: str) -> None:
@@ -109,7 +107,7 @@ def processes(layout: Layout) -> dict[int, tuple[str, str]]:
     return found
 
 
-def kill_processes(layout: Layout, *, timeout_s: float = 20) -> None:
+def kill_processes(layout: Layout, *, timeout_s: float = 60) -> None:
     """Kill the processes that :func:`processes` finds, until there are none.
 
     Raises:
