@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections import Counter
+from types import SimpleNamespace
+
+import pytest
 
 from launcher.tools import latency
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """A machine that nothing else keeps busy: time goes by only where somebody sleeps."""
+    now = [0.0]
+
+    def sleep(seconds):
+        now[0] += seconds
+
+    monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: now[0], sleep=sleep))
 
 
 def sleeper(seconds, calls, name):
     def predict(_images):
         calls.append(name)
-        time.sleep(seconds())
+        latency.time.sleep(seconds())
 
     return predict
 
@@ -41,11 +54,11 @@ def test_a_slow_model_is_timed_a_few_times_only(monkeypatch):
 
 def test_the_throughput_is_that_of_the_best_batch():
     def predict(images):
-        time.sleep(0.004 + (0.05 if len(images) > 16 else 0))
+        latency.time.sleep(0.004 + (0.05 if len(images) > 16 else 0))
 
     (found,) = latency.throughput({"onnx": predict}, 8).values()
     assert found["throughput_batch"] == 16
-    assert 1000 < found["throughput_images_per_s"] < 4000
+    assert found["throughput_images_per_s"] == pytest.approx(4000)
 
 
 def test_a_load_that_comes_and_goes_does_not_decide_which_is_faster():
@@ -53,7 +66,7 @@ def test_a_load_that_comes_and_goes_does_not_decide_which_is_faster():
     calls: list[str] = []
 
     def load():
-        return 4.0 if len(calls) > latency.NUM_TURNS * latency.MAX_RUNS_A_TURN else 1.0
+        return 4.0 if len(calls) > 160 else 1.0
 
     found = latency.measure(
         {
@@ -62,7 +75,8 @@ def test_a_load_that_comes_and_goes_does_not_decide_which_is_faster():
         },
         8,
     )
-    assert 1.3 < found["slow"]["latency_p50_ms"] / found["fast"]["latency_p50_ms"] < 3
+    assert 160 < len(calls) < 320
+    assert found["slow"]["latency_p50_ms"] / found["fast"]["latency_p50_ms"] == pytest.approx(2)
     for row in found.values():
         assert 0 < row["latency_p50_ms"] <= row["latency_p95_ms"]
         assert row["latency_iqr_ms"] > 0

@@ -200,8 +200,7 @@ def test_a_node_with_which_the_run_got_on_may_be_lost_as_often_as_it_likes(run):
     assert left_out(run) == {}
 
 
-def test_a_node_that_renews_its_file_and_does_not_answer_is_not_reached(run, monkeypatch):
-    monkeypatch.setattr(presence, "REACH_S", 0.3)
+def test_a_node_that_renews_its_file_and_does_not_answer_is_not_reached(run):
     generations = Generations(run, "start")
     with presence.Presence(generations, node=1, address="127.0.0.1") as there:
         assert list(presence.living_nodes(generations)) == [1]
