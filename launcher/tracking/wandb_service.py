@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.errors import EXIT_RESUMABLE
+from launcher.system import waiting
 from launcher.system.processes import children, descendants, start_time
 from launcher.tracking.wandb_mode import configured_url
 
@@ -31,6 +33,8 @@ LOOK_S = 0.5
 _watch = threading.Event()
 """Set where the service is watched no longer."""
 _watch.set()
+_is_lost: Callable[[], bool] = lambda: False
+"""Whether the service that was started is gone."""
 
 
 def settings(mode: Mode, warn: Callable[[str], None], *, watch_machine: bool = True) -> wandb.Settings:
@@ -68,7 +72,7 @@ def start(options: wandb.Settings) -> None:
 
     The hook would wait until all is sent, however long that takes. wandb has no public way to leave it out.
     """
-    global _watch  # noqa: PLW0603  a process has one service
+    global _watch, _is_lost  # noqa: PLW0603  a process has one service
     import wandb
 
     service = wandb.setup(options)
@@ -78,6 +82,7 @@ def start(options: wandb.Settings) -> None:
         _watch = threading.Event()
         arguments = core, start_time(core), _watch
         threading.Thread(target=_end_with, args=arguments, name="wandb-core", daemon=True).start()
+        _is_lost = functools.partial(_is_gone, core, start_time(core))
 
 
 def leave() -> None:
@@ -92,10 +97,18 @@ def _end_with(core: int, began: str | None, over: threading.Event) -> None:
     goes on from what was sent.
     """
     while not over.wait(LOOK_S):
-        if began is None or start_time(core) != began:
-            with contextlib.suppress(OSError):  # a full disk
-                print("wandb-core, wandb's own process, was killed", file=sys.stderr, flush=True)
-            os._exit(EXIT_RESUMABLE)
+        if _is_gone(core, began):
+            _end_without_it()
+
+
+def _is_gone(core: int, began: str | None) -> bool:
+    return began is None or start_time(core) != began
+
+
+def _end_without_it() -> None:
+    with contextlib.suppress(OSError):  # a full disk
+        print("wandb-core, wandb's own process, was killed", file=sys.stderr, flush=True)
+    os._exit(EXIT_RESUMABLE)
 
 
 def _process() -> int | None:
@@ -108,7 +121,9 @@ def end() -> None:
 
     Where the service was killed before, which wandb tells as any error, this process ends, as said above.
     """
-    _watch.wait(2 * LOOK_S)
+    waiting.wait_until(lambda: _watch.is_set() or _is_lost(), timeout_s=2 * LOOK_S, heed=lambda: None)
+    if not _watch.is_set() and _is_lost():
+        _end_without_it()
     leave()
     logging.getLogger("wandb").handlers = [logging.NullHandler()]  # its last log lines may meet a full disk
     kill()
