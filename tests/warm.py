@@ -114,7 +114,7 @@ def _main(arguments, cwd, env, files, before):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.argv = [str(ROOT / "launcher" / "__main__.py"), *arguments]
     sys.path.insert(0, cwd)
-    exec(before, {})
+    exec(before, {})  # noqa: S102  a test's own
     from launcher.cli import main
 
     try:

@@ -33,8 +33,8 @@ LOOK_S = 0.5
 _watch = threading.Event()
 """Set where the service is watched no longer."""
 _watch.set()
-_is_lost: Callable[[], bool] = lambda: False
-"""Whether the service that was started is gone."""
+_is_lost: Callable[[], bool] = bool
+"""Whether the service that was started is gone; false where there is none."""
 
 
 def settings(mode: Mode, warn: Callable[[str], None], *, watch_machine: bool = True) -> wandb.Settings:

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import socket
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from launcher.engine import distributed
 from launcher.engine.distributed import Agreement, Ranks
 from launcher.runs.heartbeats import JOINING, MEETING, PHASES, patience_s
 from launcher.system.processes import die_with_parent
+from tests import ports
 
 VARIABLES = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 

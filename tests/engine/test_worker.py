@@ -24,6 +24,7 @@ from launcher.runs.heartbeats import FIRST, TRAINING, Heartbeats
 from launcher.runs.run_dir import ATTEMPT_VARIABLE
 from launcher.system import phases
 from launcher.system.files import write_json_atomic
+from tests import ports
 
 END_S = 150  # far more than it takes
 

@@ -254,8 +254,9 @@ def test_an_endpoint_that_cannot_be_is_refused_before_anything_is_written(rank, 
 
 def test_a_port_that_is_taken_is_refused_with_a_free_one():
     port = ports.free()
-    with socket.create_server(("127.0.0.1", port)), pytest.raises(
-        UsageError, match=f"port {port} cannot be had .* such as [0-9]+, which is free here"
+    with (
+        socket.create_server(("127.0.0.1", port)),
+        pytest.raises(UsageError, match=f"port {port} cannot be had .* such as [0-9]+, which is free here"),
     ):
         meeting.check(f"127.0.0.1:{port}", node_rank=0)
     meeting.check(f"127.0.0.1:{port}", node_rank=0)

@@ -32,8 +32,7 @@ def kill_in_the_middle(project, run, *arguments):
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     state = json.loads((run.last_checkpoint / "state.json").read_text())
-    assert state["epoch"] == 0
-    assert state["step"] > 0
+    assert 0 < state["step"] < 12
 
 
 def test_killed_and_resumed_it_ends_with_the_same_bits(project):

@@ -168,7 +168,9 @@ class _Server(uvicorn.Server):
         await asyncio.sleep(LINGER_S)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LINGER_MOST_S):
-                while any(getattr(one, "cycle", self) is None for one in self.server_state.connections):
+                while any(  # noqa: ASYNC110  uvicorn tells nobody of it
+                    getattr(one, "cycle", self) is None for one in self.server_state.connections
+                ):
                     await asyncio.sleep(LINGER_S / 4)
         await self._service.is_idle.wait()
         self.should_exit = True

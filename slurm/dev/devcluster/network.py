@@ -26,8 +26,8 @@ DAEMON_MARK = "FTL_CLUSTER_DAEMON"
 """Environment variable of every daemon, with the cluster's folder: finds one whose namespace was taken away."""
 
 NAMESPACES = Path("/run/netns")
-"""The folder of names of `ip netns`, which makes it, and a mount on it, at its first use. It stays: another program may be
-about to use it."""
+"""The folder of names of `ip netns`, which makes it, and a mount on it, at its first use. It stays: another program may
+be about to use it."""
 
 # RFC 2544 sets these aside for the testing of network devices: no cluster and no home network has them.
 _ADDRESSES = ipaddress.IPv4Network("198.18.0.0/16")

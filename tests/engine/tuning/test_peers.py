@@ -26,6 +26,7 @@ from launcher.recipe.load import read_resolved
 from launcher.runs.run_dir import ATTEMPT_VARIABLE
 from launcher.system import memory as host_memory
 from launcher.system.memory import FreeMemory
+from tests import ports
 
 GB = 10**9
 

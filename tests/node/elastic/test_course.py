@@ -249,7 +249,7 @@ def test_who_has_not_looked_for_a_while_takes_no_node_for_lost(run, nodes):
     second.course._others._looked -= 100.0  # as on a machine that is busy
     second.course.heed_wait()
     first.course.__exit__()
-    with pytest.raises(LeaderLostError, match="node 0 .* is gone"):
+    with pytest.raises(LeaderLostError, match=r"node 0 .* is gone"):
         second.course.heed_wait()
 
 
