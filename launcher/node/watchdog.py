@@ -27,6 +27,8 @@ DUMP_S = 3.0
 """Seconds that the workers get to write their stacks before they are killed."""
 DUMP_FACTOR = 5
 """So much longer where one has written none yet: its machine or its disk may be busy."""
+LOOK_S = 0.05
+"""Seconds between two looks whether they have."""
 WAITING = (
     "torch/autograd/",
     "torch/distributed/",
@@ -83,15 +85,17 @@ class Watchdog:
     def _is_late(self, beat: Beat) -> bool:
         return beat.age_s > patience_s(self._timeout_s or 0, beat.phase)
 
-    def _await_stacks(self, found: list[Beat], attempt: int) -> None:
-        """Give those that live and have written no stack yet more time."""
+    def _await_stacks(self, found: list[Beat], attempt: int, timeout_s: float) -> None:
+        """Wait until those that live have written their stacks, and write no more."""
+        logs = [self._run.rank_log(attempt, beat.rank) for beat in found if processes.start_time(beat.pid)]
+        sizes: list[int] = []
 
         def are_there() -> bool:
-            return all(_last_stack(self._run, attempt, beat.rank) for beat in found if processes.start_time(beat.pid))
+            nonlocal sizes
+            before, sizes = sizes, [log.stat().st_size if log.exists() else 0 for log in logs]
+            return sizes == before and all(map(_last_stack, logs))
 
-        if not are_there():
-            waiting.wait_until(are_there, timeout_s=DUMP_S * (DUMP_FACTOR - 1), heed=lambda: None)
-            time.sleep(DUMP_S / 6)  # for the rest of it
+        waiting.wait_until(are_there, timeout_s=timeout_s, heed=lambda: None, every_s=LOOK_S)
 
     def _end(self, found: list[Beat]) -> None:
         attempt = self._attempt()
@@ -100,13 +104,12 @@ class Watchdog:
         _signal(stopped, signal.SIGCONT)  # by SIGSTOP or a debugger: it writes only when it goes on
         for beat in found:
             _ask_flight_recorder(Path(f"{self._run.nccl_pipe(attempt)}{beat.rank}.pipe"))
-        time.sleep(DUMP_S / 6)
-        self._await_stacks(stopped, attempt)
-        _signal(stopped, signal.SIGSTOP)
-        time.sleep(DUMP_S * 5 / 6)
-        self._await_stacks(found, attempt)
+        self._await_stacks(stopped, attempt, DUMP_S)
+        _signal(stopped, signal.SIGSTOP)  # or it would train on
+        time.sleep(DUMP_S)
+        self._await_stacks(found, attempt, DUMP_S * (DUMP_FACTOR - 1))
         for beat in found:
-            stack = _last_stack(self._run, attempt, beat.rank)
+            stack = _last_stack(self._run.rank_log(attempt, beat.rank))
             top = next((line for line in stack if line.lstrip().startswith("File")), "an unknown place").strip()
             error = {
                 "time": time.time(),
@@ -147,13 +150,17 @@ def _ask_flight_recorder(pipe: Path) -> None:
             os.close(descriptor)
 
 
-def _last_stack(run: RunDir, attempt: int, rank: int) -> list[str]:
-    """The main thread's stack in the last dump of a rank's log, innermost call first."""
+def _last_stack(log: Path) -> list[str]:
+    """The main thread's stack in the last dump of a log, innermost call first.
+
+    It is the last of a dump, which begins with the youngest thread. That is not always the "current" one: where the
+    process was stopped before, the signal may reach any thread, also one without a stack of Python's.
+    """
     try:
-        with run.rank_log(attempt, rank).open("rb") as file:
+        with log.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
             text = file.read().decode(errors="replace")
     except FileNotFoundError:
         return []
-    blocks = re.findall(r"^Current thread [^\n]*\n((?:  [^\n]*\n?)+)", text, re.MULTILINE)
+    blocks = re.findall(r"^(?:Current thread|Thread) 0x[^\n]*\n((?:  [^\n]*\n?)+)", text, re.MULTILINE)
     return blocks[-1].rstrip().splitlines() if blocks else []

@@ -215,4 +215,14 @@ def test_a_worker_waits_for_others_if_its_innermost_call_is_a_collective_or_the_
 
 
 def test_without_a_log_there_is_no_stack(run):
-    assert watchdog._last_stack(run, 1, 1) == []
+    assert watchdog._last_stack(run.rank_log(1, 1)) == []
+
+
+def test_the_stack_is_the_main_threads_whichever_took_the_signal(run):
+    """Where a worker was stopped it may be one of gloo's, which has no stack of Python's."""
+    frame = '  File "{}.py", line 8 in x'
+    threads = [f"Thread 0x{number} (most recent call first):\n{frame.format(number)}\n" for number in (3, 2, 1)]
+    for current in (None, *range(3)):
+        said = [f"Current thread{text[6:]}" if place == current else text for place, text in enumerate(threads)]
+        run.rank_log(1, 0).write_text("junk\n" + "\n".join(said))
+        assert watchdog._last_stack(run.rank_log(1, 0)) == [frame.format(1)]
