@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import hypothesis
+import psutil
 import pytest
 
 from launcher.runs.run_dir import RunDir
@@ -37,7 +38,7 @@ def pytest_configure(config):
 def remove_networks_of_the_dead():
     """Remove the network namespaces of tests whose process was killed: `ftl-NAME-PID-NUMBER`."""
     for path in Path("/run/netns").glob("ftl-[a-z]*-[0-9]*-[01]"):
-        if not Path("/proc", path.name.split("-")[-2]).exists():
+        if not psutil.pid_exists(int(path.name.split("-")[-2])):
             subprocess.run(["ip", "netns", "delete", path.name], check=False, capture_output=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.slurm.cluster import ClusterCommand
@@ -37,7 +38,7 @@ def slurm_machine():
 def _remove_clusters_of_dead_sessions():
     if os.geteuid() == 0:
         for folder in FOLDERS.glob("finetune-launcher-[tf]*-[0-9]*"):  # of tests, and of tests/faults
-            if not Path("/proc", folder.name.split("-")[3]).exists():
+            if not psutil.pid_exists(int(folder.name.split("-")[3])):
                 ClusterCommand(folder).down()
 
 
