@@ -31,8 +31,8 @@ PER_CLASS = {name: {"recall": 0.5, "precision": 0.25, "f1": 0.4, "samples": 5} f
 VAL = {"split": "val", "attempt": 1, "epoch": 0, "step": 20, "samples": 30, "loss": 2.0, "top1": 0.5}
 VAL |= {"top5": 0.75, "f1": 0.4, "per_class": PER_CLASS, "confusion": [[5, 0, 0, 0, 0, 0]] * 6}
 TABLES = ("val/classes", "val/confusion", "val/roc", "val/pr", "val/mistakes")
-ENDED_S = 120
-"""Far more than anything here takes."""
+ENDED_S = 300
+"""Far more than anything here takes; trackers give way to all else on a machine that is busy (nice)."""
 
 
 def make_run(path: Path, mode: str = "offline", **tracking: object) -> RunDir:

@@ -10,7 +10,7 @@ import pytest
 from tests.tracking.hand_made import ENDED_S, VAL, event_rows, finish, make_run, rows_of, tracker, train
 
 pytest.importorskip("tensorboard", reason="an extra: pip install 'finetune-launcher[tensorboard]'")
-pytestmark = [pytest.mark.slow]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 KILLS = 10
 
 

@@ -22,8 +22,10 @@ def beside(run, said, **options):
 
 
 @pytest.fixture(autouse=True)
-def not_chatty(monkeypatch):
-    monkeypatch.setattr(trackers, "SILENT_S", ENDED_S)
+def patient(monkeypatch):
+    """On a machine that is busy nothing is said of a wait, and nobody is given up for it."""
+    for name in ("SILENT_S", "FINISH_S"):
+        monkeypatch.setattr(trackers, name, ENDED_S)
 
 
 @pytest.fixture

@@ -307,8 +307,9 @@ def test_a_server_that_lacks_nothing_is_sent_only_what_comes(tmp_path, answering
 def test_a_server_that_refuses_leaves_a_whole_offline_record(tmp_path, home, answering, how, key, reason):
     run = make_run(tmp_path, "auto")
     train(run, *range(20))
+    patience_s = "6" if how in ("500", "close") else "60"  # it asks again until then, or tells the refusal at once
     process = tracker(
-        run, "wandb", "--beside", WANDB_BASE_URL=answering(how), WANDB_API_KEY=key, WANDB_INIT_TIMEOUT="2"
+        run, "wandb", "--beside", WANDB_BASE_URL=answering(how), WANDB_API_KEY=key, WANDB_INIT_TIMEOUT=patience_s
     )
     assert_comes(lambda: list(run.wandb.glob("offline-run-*")))
     train(run, *range(20, 30))
