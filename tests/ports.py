@@ -8,7 +8,6 @@ import socket
 
 PORTS = range(2000, 6000)
 """Below those that the launcher takes by itself (launcher.system.network), and that Linux takes."""
-_held: list[socket.socket] = []
 
 
 def free() -> int:
@@ -19,7 +18,7 @@ def free() -> int:
         with contextlib.suppress(OSError), socket.socket() as probe:
             mark.bind(f"\0finetune-launcher-tests-port-{port}")  # no file: it goes with this process
             probe.bind(("", port))
-            _held.append(mark)
+            mark.detach()  # it stays open
             return port
         mark.close()
     raise OSError("no free port")
