@@ -207,14 +207,14 @@ class Device:
         computing, copying = torch.cuda.current_stream(self.index), _copying_stream(self.index)
         # The memory that is written to may be that of an earlier batch. Whoever let go of one had begun all that is
         # computed from it, so this waits for that, and no batch need be told which streams it was used on.
-        copying.wait_stream(computing)  # type: ignore[no-untyped-call]
+        copying.wait_stream(computing)
         with torch.cuda.stream(copying):
             # What a loader has put into page-locked memory is taken from there; torch reuses none that is being copied.
             sent = tuple(part.pin_memory().to(self.torch_device, non_blocking=True) for part in batch)
-        arrived = copying.record_event()  # type: ignore[no-untyped-call]
+        arrived = copying.record_event()
 
         def take() -> Tensors:
-            torch.cuda.current_stream(self.index).wait_event(arrived)  # type: ignore[no-untyped-call]
+            torch.cuda.current_stream(self.index).wait_event(arrived)
             return sent
 
         return take

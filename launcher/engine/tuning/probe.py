@@ -181,11 +181,10 @@ class _Training:
         shape = (batch_size, parts.preprocessing.channels, size, size)
         images = torch.randint(0, 256, shape, dtype=torch.uint8)
         batch = images, parts.made_up_targets(batch_size)
-        # As in training: it was sent before it is computed, and the next one is there by then.
-        sent, ahead = parts.device.send(batch)(), parts.device.send(batch)
+        sent = [parts.device.send(batch) for _ in range(2)]  # as in training, where the next one is there by then
         parts.device.synchronize()
         start = time.monotonic()
-        self._train_step.run(step, iter([sent]))
+        self._train_step.run(step, iter([sent[0]()]))
         parts.device.synchronize()
         if self._train_step.largest_that_fits is not None:  # training would go on with smaller ones; here it must not
             raise torch.OutOfMemoryError(f"memory ran out in a step with a batch of {batch_size}")
