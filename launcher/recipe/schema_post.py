@@ -27,9 +27,8 @@ class PostConfig:
     """Quantized formats, made from onnx: they are tried in this order, each in several ways, until one is accepted.
     int8_weights: weights alone, a quarter of the size; fp16: the same, half the size; int8_dynamic: transformers."""
     qat_steps: CountOrZero = 0
-    """The last way to int8, where no other was accepted: so many steps of 32 training images teach its rounded weights
-    the checkpoint's logits (quantization-aware fine-tuning). 0: none; each takes what three to four of training would
-    on this CPU."""
+    """The last way to int8, where no other was accepted: fine-tuning while weights and activations are rounded, by so
+    many steps of 32 training images, towards the checkpoint's own logits. 0: none, for it takes minutes on a CPU."""
     bake_preprocessing: bool = False
     """Make model.baked.onnx too: uint8 N x H x W x 3 of any size in, probabilities out; resize, crop, normalisation and
     softmax (or sigmoid) are in its graph."""

@@ -147,7 +147,8 @@ def _slice(
     chosen = _ints(axes) if axes is not None else list(range(len(starts)))
     cut = [slice(None)] * x.dim()
     for place, axis in enumerate(chosen):
-        cut[axis] = slice(int(starts[place]), int(ends[place]), int(steps[place]) if steps is not None else None)
+        end = min(int(ends[place]), x.shape[axis])  # it may be the largest number there is
+        cut[axis] = slice(int(starts[place]), end, int(steps[place]) if steps is not None else None)
     return x[tuple(cut)]
 
 
@@ -175,7 +176,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "Concat": lambda a, *parts: torch.cat(parts, a["axis"]),
     "Conv": _conv,
     "Div": lambda _, x, y: x / y,
-    "Erf": lambda _, x: torch.erf(x),
+    "Expand": lambda _, x, shape: x.expand(torch.broadcast_shapes(x.shape, _ints(shape))),
     "Flatten": lambda a, x: x.reshape(math.prod(x.shape[: a.get("axis", 1)]), -1),
     "Gather": _gather,
     "Gelu": lambda a, x: functional.gelu(x, approximate=a.get("approximate", b"none").decode()),
