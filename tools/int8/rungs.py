@@ -34,8 +34,8 @@ class Made:
 
     rung: str
     """minmax: ranges as measured; equalized: channels made equally wide, biases corrected; percentile: the same, and
-    rare values cut off; N in float: equalized, and the N layers that cost most are not quantized; qat: the nearer
-    to the float model of equalized and percentile, trained with rounding."""
+    rare values cut off; N in float: equalized, and the N layers that cost most are not quantized; qat: equalized, and
+    trained with rounding."""
     model: ModelProto
     settings: dict[str, Any] = field(default_factory=dict)
     """What the file's metadata add to what all rungs have in common."""
@@ -67,8 +67,7 @@ class Rungs:
         equal, ranges = self._equalized
         whole = self._quantize(equal, ranges)
         yield Made(rung="equalized", model=whole)
-        cut = self._quantize(equal, ranges, cuts=True)
-        yield Made(rung="percentile", model=cut)
+        yield Made(rung="percentile", model=self._quantize(equal, ranges, cuts=True))
         names = sensitivity.order(equal, whole, self._run)
         for num in NUM_IN_FLOAT:
             chosen = names[:num]
@@ -76,9 +75,7 @@ class Rungs:
                 model = self._quantize(equal, ranges, in_float=chosen)
                 yield Made(rung=f"{num} in float", model=model, settings={"float_layers": chosen})
         if self._train is not None:
-            cuts = self._error(equal, cut) < self._error(equal, whole)
-            trained = self._train(equal, cut if cuts else whole)
-            yield Made(rung=qat.RUNG, model=self._quantize(trained, ranges, cuts=cuts), settings={"cuts": cuts})
+            yield Made(rung=qat.RUNG, model=self._quantize(self._train(equal, whole), ranges))
 
     @cached_property
     def _ranges(self) -> dict[str, Ranges]:
@@ -93,10 +90,6 @@ class Rungs:
 
     def _quantize(self, model: ModelProto, ranges: dict[str, Ranges], **options: Any) -> ModelProto:
         return qdq.quantize(model, ranges, bits=self._bits, **options)
-
-    def _error(self, model: ModelProto, quantized: ModelProto) -> float:
-        """Mean square distance of the logits, for some of the calibration images."""
-        return float(np.square(self._run(quantized) - self._run(model)).mean())
 
     def _run(self, model: Any) -> Array:
         """The logits of a model for some of the calibration images."""
