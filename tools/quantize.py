@@ -78,8 +78,8 @@ class Ladder:
         while True:
             phases.at(f"making {file.name}")
             start = time.monotonic()
-            row = {"file": file.name, "format": name, "rung": name, "agreement": None, "is_made": False}
-            row["made_s"] = None
+            row: dict[str, Any] = {"file": file.name, "format": name, "rung": name, "made_s": None}
+            row |= {"agreement": None, "is_made": False}
             try:
                 rung, model, settings = next(rungs)
                 row["rung"] = rung

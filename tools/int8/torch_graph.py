@@ -92,13 +92,15 @@ def _conv(a: Attributes, x: Tensor, weight: Tensor, bias: Tensor | None = None) 
 
 def _gemm(a: Attributes, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     x, weight = x.t() if a.get("transA") else x, weight.t() if a.get("transB") else weight
-    made = x @ weight * a.get("alpha", 1.0)
-    return made if bias is None else made + bias * a.get("beta", 1.0)
+    made: Tensor = x @ weight * a.get("alpha", 1.0)
+    return made if bias is None else made + bias * float(a.get("beta", 1.0))
 
 
 def _max_pool(a: Attributes, x: Tensor) -> Tensor:
     options = {"dilation": a.get("dilations", 1), "ceil_mode": bool(a.get("ceil_mode"))}
-    return functional.max_pool2d(_padded(a, x, -torch.inf), a["kernel_shape"], a.get("strides", [1, 1]), 0, **options)
+    x = _padded(a, x, -torch.inf)
+    pooled: Tensor = functional.max_pool2d(x, a["kernel_shape"], a.get("strides", [1, 1]), 0, **options)
+    return pooled
 
 
 def _average_pool(a: Attributes, x: Tensor) -> Tensor:
@@ -119,7 +121,7 @@ def _layer_norm(a: Attributes, x: Tensor, scale: Tensor, bias: Tensor | None = N
 
 
 def _hard_sigmoid(a: Attributes, x: Tensor) -> Tensor:
-    return (x * a.get("alpha", 0.2) + a.get("beta", 0.5)).clamp(0, 1)
+    return (x * float(a.get("alpha", 0.2)) + float(a.get("beta", 0.5))).clamp(0, 1)
 
 
 def _clip(_: Attributes, x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
@@ -138,7 +140,7 @@ def _reshape(_: Attributes, x: Tensor, shape: Tensor) -> Tensor:
 def _split(a: Attributes, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, ...]:
     axis = a.get("axis", 0)
     parts = -(-x.shape[axis] // a["num_outputs"]) if sizes is None else _ints(sizes)
-    return tuple(x.split(parts, axis))
+    return torch.split(x, parts, axis)
 
 
 def _slice(
@@ -176,7 +178,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "Concat": lambda a, *parts: torch.cat(parts, a["axis"]),
     "Conv": _conv,
     "Div": lambda _, x, y: x / y,
-    "Expand": lambda _, x, shape: x.expand(torch.broadcast_shapes(x.shape, _ints(shape))),
+    "Expand": lambda _, x, shape: x * torch.ones(_ints(shape), dtype=x.dtype),
     "Flatten": lambda a, x: x.reshape(math.prod(x.shape[: a.get("axis", 1)]), -1),
     "Gather": _gather,
     "Gelu": lambda a, x: functional.gelu(x, approximate=a.get("approximate", b"none").decode()),
