@@ -13,8 +13,8 @@ import numpy as np
 from launcher.engine.schedule import epoch_order
 from launcher.system import cpu as host_cpu
 from launcher.system import phases
-from launcher.system.cpu import PORTABLE_BITS
-from launcher.tools.onnx_model import FLOAT_BITS, QUANTIZATION, read_metadata
+from launcher.system.cpu import FLOAT_BITS, PORTABLE_BITS
+from launcher.tools.onnx_model import QUANTIZATION, read_metadata
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
