@@ -141,6 +141,7 @@ OPEN = {
     "post.bake_preprocessing": "",
     "post.export": "",
     "post.quantize": "",
+    "post.qat_steps": "",
     "post.profile": "",
     "post.max_top1_drop": "",
     "post.min_agreement": "",
