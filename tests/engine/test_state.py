@@ -162,7 +162,7 @@ def test_a_checkpoint_and_the_position_hold_all_that_training_changes(make_run, 
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (1, 3), (2, 1)])
 def test_a_run_stopped_anywhere_ends_with_the_bits_of_one_that_was_not(make_run, engine, in_ranks, world_size, workers):
     changes = {**EVERYTHING, "data": {"augment": "standard", "workers": workers}, "precision": "fp32"}
-    changes["train"] = {**EVERYTHING["train"], "epochs": 2, "swa": 1}
+    changes["train"] = {**EVERYTHING["train"], "epochs": 2, "swa": 1, "batchnorm_recompute": 2}
     changes["batch"] = {"size": 5, "accumulate": 3 - world_size}
 
     def train(run, stop=engine.never):
@@ -172,7 +172,7 @@ def test_a_run_stopped_anywhere_ends_with_the_bits_of_one_that_was_not(make_run,
     whole, lines, outcomes = train(undisturbed), [], []
     chance = random.Random(10 * world_size + workers)  # noqa: S311  where it is stopped
     while not outcomes or outcomes[-1] == "preempted":
-        found = train(run, engine.at_poll(chance.randint(3, 18) if workers < 3 else chance.randint(12, 30)))
+        found = train(run, engine.at_poll(chance.randint(3 if workers < 3 else 12, 30)))
         outcomes.append(found.outcome)
         lines += found.lines
     assert len(outcomes) > 1
