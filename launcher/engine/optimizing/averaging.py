@@ -17,7 +17,7 @@ from launcher.engine.layers import BatchNorm
 from launcher.recipe.run_weights import AVERAGES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import nn
 
@@ -153,11 +153,11 @@ class WeightAverage:
             average.copy_(before)
 
 
-def _copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
-def _lerp(of: dict[str, torch.Tensor], to: dict[str, torch.Tensor], names: Sequence[str], share: float) -> None:
+def _lerp(of: Mapping[str, torch.Tensor], to: Mapping[str, torch.Tensor], names: Sequence[str], share: float) -> None:
     """Move what is named by a share of the way to other values."""
     if names:
         torch._foreach_lerp_([of[name] for name in names], [to[name] for name in names], share)
