@@ -171,6 +171,7 @@ class _Training:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._state = TrainingState(parts)
+        self._state.epoch = parts.recipe.train.swa or 0  # one that has the mean of the weights, where there will be one
         self._train_step = TrainStep(parts, self._state)
 
     def step(self, batch_size: int) -> float:
