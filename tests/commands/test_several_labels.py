@@ -69,11 +69,13 @@ def check_what_the_report_shows(run, own):
     }
     assert sum(images for images, _, _ in kept["calibration"]) == own["samples"] * len(kept["classes"])
     assert len(kept["wrong"]) + len(kept["right"]) == own["samples"] <= 12
+    answers = {row["image"]: row["predicted"] for row in [*kept["wrong"], *kept["right"]]}
+    assert {row["image"]: row["predicted"] for row in own["examples"]} == answers
     for row in [*kept["wrong"], *kept["right"]]:
         assert set(row["true"]) <= set(kept["classes"])
         assert (row["true"] == row["predicted"]) == (row in kept["right"])
     batch = json.loads(run.sample_batch.read_text())["images"]
-    assert len(batch) == 12
+    assert len(batch) == 5  # rank 0's first batch
     assert all(row["picture"].startswith("data:image/jpeg") and isinstance(row["class"], list) for row in batch)
     page = run.report_html.read_text()
     assert "none of the classes" in page

@@ -33,8 +33,8 @@ NUM_IMAGES = 12
 class FirstBatch:
     """Keeps the first images that rank 0 trains on, and writes them down once the first step is taken.
 
-    No image is loaded for it, and steps other than a run's first cost nothing. There is none where training takes the
-    features of a frozen backbone: the exports then have :func:`write` make it.
+    No image is loaded for it, but where training takes the features of a frozen backbone; and steps other than a run's
+    first cost nothing.
 
     Args:
         parts: data and where the run's files are.
@@ -42,7 +42,8 @@ class FirstBatch:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._kept: tuple[torch.Tensor, list[int]] | None = None
+        self._kept: tuple[torch.Tensor | None, list[int]] | None = None
+        """Images, where steps take some, and their indices."""
 
     def of(self, step: Step, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches of a run's first step; on rank 0 some images of the first one are kept.
@@ -52,24 +53,27 @@ class FirstBatch:
             batches: this rank's.
         """
         parts = self._parts
-        if parts.ranks.rank or parts.kept or parts.run.sample_batch.exists():
+        if parts.ranks.rank or parts.run.sample_batch.exists():
             return batches
         return self._looking(step, batches)
 
     def _looking(self, step: Step, batches: Iterator[Batch]) -> Iterator[Batch]:
         for number, batch in enumerate(batches):
             if not number:  # a copy: loader processes take the memory again
-                self._kept = batch[0][:NUM_IMAGES].clone(), list(step.micro_batches[0][:NUM_IMAGES])
+                images = None if self._parts.kept else batch[0][:NUM_IMAGES].clone()
+                self._kept = images, list(step.micro_batches[0][:NUM_IMAGES])
             yield batch
 
     def write(self) -> None:
         """Write ``sample_batch.json``, where there is something to write; what goes wrong costs nothing else."""
-        kept, self._kept = self._kept, None
-        if kept is None or not kept[1]:
+        images, indices = self._kept or (None, [])
+        self._kept = None
+        if not indices:
             return
         parts = self._parts
         try:
-            _write(parts.run, parts.recipe, parts.preprocessing, parts.train_set, kept[1], kept[0])
+            loaded = _load(parts.train_set, indices) if images is None else images
+            _write(parts.run, parts.recipe, parts.preprocessing, parts.train_set, indices, loaded)
         except Exception:  # a full disk, images of the user's own that are no pictures
             traceback.print_exc()
 
@@ -85,7 +89,12 @@ def write(run: RunDir, recipe: Recipe, preprocessing: Preprocessing, left_out: C
     """
     images = data.open_split(recipe, "train", preprocessing, is_train=True)
     indices = picture.first(images, recipe, epoch=0, num=NUM_IMAGES, left_out=left_out)
-    _write(run, recipe, preprocessing, images, indices, torch.stack([images[0, index][0] for index in indices]))
+    _write(run, recipe, preprocessing, images, indices, _load(images, indices))
+
+
+def _load(images: Samples, indices: Sequence[int]) -> torch.Tensor:
+    """As the first epoch has them."""
+    return torch.stack([images[0, index][0] for index in indices])
 
 
 def _write(

@@ -68,7 +68,8 @@ class TrainLog:
         if not recorder:
             return
         recorder.event("first_step")
-        self._first_batch.write()
+        with self._pace.left_out():
+            self._first_batch.write()
         if self._parts.recipe.tracking.log_every == 1:
             return
         position = {"epoch": state.epoch, "step": state.step}
