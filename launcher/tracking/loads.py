@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time as clock
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 MOST_NODES = 16
 """With more, no values of each: mean, least and most over the nodes."""
+RARELY_S = 15.0
+"""Seconds between two looks at the files of so many."""
 SETTLED_S = 5.0
 """A record has the loads up to so many seconds before it: by then they have come over a shared file system, so that
 each is sent with the same record whenever the files are read."""
@@ -31,9 +34,17 @@ class Loads:
         self._pattern = run.node_load("*")
         self._files: dict[str, Lines] = {}
         self._waiting: dict[str, deque[dict[str, Any]]] = {}
+        self._looked_at, self._is_old = -RARELY_S, True
 
-    def look(self) -> None:
-        """Read what has come. Before the records are read to which it belongs."""
+    def grow_old(self) -> None:
+        """Have the files read again for the next record."""
+        self._is_old = True
+
+    def _look(self) -> None:
+        now = clock.monotonic()
+        if not self._is_old or (len(self._files) > MOST_NODES and now - self._looked_at < RARELY_S):
+            return
+        self._looked_at, self._is_old = now, False
         for path in sorted(self._pattern.parent.glob(self._pattern.name)):
             lines = self._files.setdefault(path.stem, Lines(path))
             self._waiting.setdefault(path.stem, deque()).extend(lines.new())
@@ -44,6 +55,7 @@ class Loads:
         Args:
             time: of the record that they are sent with, in seconds since 1970.
         """
+        self._look()
         found: dict[str, dict[str, float]] = {}
         for node, waiting in self._waiting.items():
             lines = []

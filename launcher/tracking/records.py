@@ -96,7 +96,7 @@ class Feed:
         """
         for event in self._events.new():
             self._take_event(event)
-        self._loads.look()
+        self._loads.grow_old()
         return [record for line in self._metrics.new(final=final) if (record := self._record(line))]
 
     def story(self) -> Story:
