@@ -312,7 +312,9 @@ def check_weights(folder: str, sizes_gib: Sequence[float]) -> Verdict:
     """What pretrained weights are here already: the sizes of the files in torch's cache."""
     if not sizes_gib:
         return ok(f"none in {folder}; a first run downloads its own, or without a network: model.weights=FILE")
-    return ok(f"{plural(len(sizes_gib), 'file')}, {sum(sizes_gib):.1f} GiB in {folder}; `launch models --cached` lists them")
+    return ok(
+        f"{plural(len(sizes_gib), 'file')}, {sum(sizes_gib):.1f} GiB in {folder}; `launch models --cached` lists them"
+    )
 
 
 def check_wandb(version: str, *, has_key: bool, mode: str, reason: str | None) -> Verdict:

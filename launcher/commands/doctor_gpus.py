@@ -134,7 +134,8 @@ def check_all_reduce(found: dict[str, Any], why: str | None, num_gpus: int) -> V
     """Whether the workers of a run could exchange their gradients.
 
     Args:
-        found: ``all_gb_s``, what each process sends in a second (bus bandwidth, as nccl-tests counts it); None: it was alone.
+        found: ``all_gb_s``, what each process sends in a second (bus bandwidth, as nccl-tests counts it); None: it was
+            alone.
         why: it failed.
         num_gpus: that took part; 0: two processes on the CPU.
     """
@@ -144,11 +145,14 @@ def check_all_reduce(found: dict[str, Any], why: str | None, num_gpus: int) -> V
         cure = (
             f"{again}often /dev/shm is too small, a GPU is in use by others, or peer access fails (NCCL_P2P_DISABLE=1)"
             if num_gpus
-            else "look whether a firewall keeps processes from 127.0.0.1; `python -m launcher.node.all_reduce_here` tries again"
+            else "look whether a firewall keeps processes from 127.0.0.1; "
+            "`python -m launcher.node.all_reduce_here` tries again"
         )
         return problem(f"{who}: {why}", cure)
     speed = found["all_gb_s"]
-    return ok(f"{who}: works; a single one has no other to exchange with" if speed is None else f"{who}: {speed:.1f} GB/s")
+    return ok(
+        f"{who}: works; a single one has no other to exchange with" if speed is None else f"{who}: {speed:.1f} GB/s"
+    )
 
 
 def _output(*argv: str) -> str | None:

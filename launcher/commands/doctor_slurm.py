@@ -58,5 +58,7 @@ def check_partitions(cluster: Cluster) -> Verdict:
     found = ", ".join(said[:MOST_SHOWN]) + more
     if idle:
         where = "all of them" if len(idle) == len(said) else ", ".join(idle)
-        return warning(found, f"no job starts in {where} now; `sinfo --list-reasons` says why, --profile chooses another")
+        return warning(
+            found, f"no job starts in {where} now; `sinfo --list-reasons` says why, --profile chooses another"
+        )
     return ok(f"{found}; * is the default; `launch init-profile` writes a profile of it")

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(gpus: int) -> dict[str, Any]:
-    """What a node answers in a round of the preflight in which it is alone; see :mod:`launcher.node.all_reduce_round`."""
+    """What a node answers in a round of the preflight in which it is alone (:mod:`launcher.node.all_reduce_round`)."""
     plan = LaunchPlan(
         run_id="doctor",
         name="doctor",

@@ -37,9 +37,7 @@ class Load:
         environment: variables of this process; ``CUDA_VISIBLE_DEVICES`` says which GPUs are meant.
     """
 
-    def __init__(
-        self, *, gpus: bool, root: Path = Path("/"), environment: Mapping[str, str] = os.environ
-    ) -> None:
+    def __init__(self, *, gpus: bool, root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> None:
         self._has_gpus = gpus
         self._root = root
         self._visible = environment.get("CUDA_VISIBLE_DEVICES")

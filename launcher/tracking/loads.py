@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.system.lines import Lines
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from launcher.runs.run_dir import RunDir
 
@@ -89,5 +89,5 @@ def _over_nodes(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         for name, value in values.items():
             gpu, _, key = name.rpartition("/")
             of_name.setdefault(f"gpu_{key}" if gpu else name, []).append(value)
-    kinds = {"mean": statistics.fmean, "min": min, "max": max}
+    kinds: dict[str, Callable[[list[float]], float]] = {"mean": statistics.fmean, "min": min, "max": max}
     return {f"nodes/{name}_{kind}": of(values) for name, values in of_name.items() for kind, of in kinds.items()}

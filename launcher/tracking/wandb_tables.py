@@ -64,7 +64,9 @@ def pictures(record: Record, made: Pictures) -> dict[str, Any]:
     rows = record.line.get("examples")
     if rows and "val/examples" not in found:
         columns: list[str | int] = ["image", "true", "predicted", "confidence"]
-        cells: list[Any] = [[row["image"], *map(in_words, (row["true"], row["predicted"])), row["confidence"]] for row in rows]
+        cells: list[Any] = [
+            [row["image"], *map(in_words, (row["true"], row["predicted"])), row["confidence"]] for row in rows
+        ]
         found["val/examples"] = wandb.Table(columns=columns, data=cells)
     return found
 

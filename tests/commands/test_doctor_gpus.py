@@ -22,7 +22,9 @@ H100_4 = (  # NVIDIA/nccl, issue 1617
     "GPU3\tNV6\tNV6\tNV6\t X \tSYS\t5,13,21,29\t5\t\tN/A\nNIC0\tPIX\tSYS\tSYS\tSYS\t X \n\nLegend:\n\n  X    = Self\n"
 )
 RTX_5 = (  # noonghunna/club-3090, issue 46
-    "        GPU0    GPU1    GPU2    GPU3    GPU4" + TAIL + "GPU0     X      SYS     SYS     SYS     SYS     8-15,24-31      1               N/A\n"
+    "        GPU0    GPU1    GPU2    GPU3    GPU4"
+    + TAIL
+    + "GPU0     X      SYS     SYS     SYS     SYS     8-15,24-31      1               N/A\n"
     "GPU1    SYS      X      PHB     NODE    NODE    0-7,16-23       0               N/A\n"
     "GPU2    SYS     PHB      X      NODE    NODE    0-7,16-23       0               N/A\n"
     "GPU3    SYS     NODE    NODE     X      PHB     0-7,16-23       0               N/A\n"

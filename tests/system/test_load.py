@@ -40,7 +40,9 @@ def test_cores_and_memory(root):
 
 def test_gpus_are_asked_for_as_long_as_they_answer(root, tmp_path, monkeypatch):
     tool = tmp_path / "nvidia-smi"
-    tool.write_text('#!/bin/sh\necho "$@" >> asked; echo "1, 97, 30211, 81559, 54, 412.31"; echo "3, [N/A], 5, 81559, 40, 71"\n')
+    tool.write_text(
+        '#!/bin/sh\necho "$@" >> asked; echo "1, 97, 30211, 81559, 54, 412.31"; echo "3, [N/A], 5, 81559, 40, 71"\n'
+    )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)

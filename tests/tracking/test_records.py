@@ -82,7 +82,9 @@ def test_of_many_nodes_the_range_is_sent(run):
     train(run, 1, time=100.0)
     (record,) = feed_of(run).new()
     sent = {name: value for name, value in record.values.items() if name.startswith("node")}
-    assert sent.keys() == {f"nodes/{name}_{kind}" for name in ("cpu", "gpu_utilization") for kind in ("mean", "min", "max")}
+    assert sent.keys() == {
+        f"nodes/{name}_{kind}" for name in ("cpu", "gpu_utilization") for kind in ("mean", "min", "max")
+    }
     assert (sent["nodes/cpu_min"], sent["nodes/cpu_mean"]) == (0.0, 16 / 17)
     assert (sent["nodes/gpu_utilization_max"], sent["nodes/gpu_utilization_mean"]) == (1.0, 0.5)
 

@@ -64,14 +64,14 @@ class Examples:
     def rows(self, answers: Answers) -> list[dict[str, Any]]:
         """Each with its true class and the answer, ``{image, true, predicted, confidence}``. Every rank must call it.
 
-        With several classes an image, ``true`` and ``predicted`` are lists, and ``confidence`` that of the least sure of
-        all classes. An image that was not answered (``--debug``) is left out.
+        With several classes an image, ``true`` and ``predicted`` are lists, and ``confidence`` the least sure class's.
+        An image that was not answered (``--debug``) is left out.
 
         Args:
             answers: of a validation.
         """
         names, images = self._parts.classes, self._parts.val_set
-        found = torch.zeros(NUM_IMAGES, 3 + len(names), dtype=torch.float64, device=answers.pairs.device)
+        found = torch.zeros(NUM_IMAGES, 3 + len(names), dtype=torch.float64, device=self._parts.device.torch_device)
         for number, place in self.places.items():  # columns: is answered, confidence, class, or which classes
             if answers.several and place in answers.several.picked:
                 found[number, 0] = 1

@@ -72,19 +72,6 @@ def column(line, name):
     return sum(row[place] for row in line["confusion"])
 
 
-def test_answers_do_not_depend_on_the_ranks(make_run, engine, in_ranks):
-    found = []
-    for world_size in (1, 3):
-        run = make_run(f"run-{world_size}", batch={"size": 6 // world_size})
-
-        def train(ranks, run=run):
-            return engine.train(run, ranks).lines
-
-        (line,) = [line for line in in_ranks(world_size, train)[0] if line["split"] == "val"]
-        found.append(line["examples"])
-    assert [(row["image"], row["predicted"]) for row in found[0]] == [(row["image"], row["predicted"]) for row in found[1]]
-
-
 def test_of_several_classes_the_answers_of_some_places_are_kept():
     picked = Picked([1, 3])
     picked.add(torch.tensor([[0.9, 0.2], [0.6, 0.1]]), torch.tensor([[True, False], [True, False]]))
