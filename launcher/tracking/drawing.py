@@ -13,30 +13,32 @@ if TYPE_CHECKING:
     from launcher.tracking.pictures import Picture
 
 A_ROW = 4
-CELL, CAPTION = 120, 16
-"""Pixels of a picture's side, of which thumbnails have 112, and below it for the caption."""
+CELL, LINE_PX, LINES = 120, 14, 2
+"""Pixels of a picture's side, of which thumbnails have 112, and of each line of the caption below it."""
 SIDE, MARGIN = 320, 40
 """Pixels of a chart's axes, and around them."""
 TEXT, FAINT, LINE = "black", "#c8d2e0", "#1857b0"
 RIGHT, WRONG = "#14713b", "#b3261e"
-MOST_CHARACTERS = 22
+MOST_CHARACTERS = 20
 """Of a caption: more do not fit."""
 
 
 def grid(pictures: Sequence[Picture]) -> bytes:
-    """A PNG of the pictures, captions below them: green where the answer is right, red where it is wrong."""
+    """A PNG of the pictures with their captions, and below them the answers, green where right and red where wrong."""
     from PIL import Image, ImageDraw
 
     rows = -(-len(pictures) // A_ROW)
-    sheet = Image.new("RGB", (A_ROW * CELL, rows * (CELL + CAPTION)), "white")
+    height = CELL + LINES * LINE_PX + 4
+    sheet = Image.new("RGB", (A_ROW * CELL, rows * height), "white")
     draw = ImageDraw.Draw(sheet)
     for number, picture in enumerate(pictures):
-        left, top = number % A_ROW * CELL, number // A_ROW * (CELL + CAPTION)
+        left, top = number % A_ROW * CELL, number // A_ROW * height
         small = Image.open(io.BytesIO(picture.jpeg)).convert("RGB")
         small.thumbnail((CELL - 4, CELL - 4))
         sheet.paste(small, (left + (CELL - small.width) // 2, top + (CELL - small.height) // 2))
         colour = TEXT if picture.is_right is None else RIGHT if picture.is_right else WRONG
-        _write(draw, (left + 2, top + CELL), _short(picture.caption), colour)
+        for line, text in enumerate(filter(None, (picture.caption, picture.answer))):
+            _write(draw, (left + 4, top + CELL + line * LINE_PX), _short(text), colour)
     return _png(sheet)
 
 
@@ -76,8 +78,8 @@ def _write(draw: Any, place: tuple[float, float], text: str, colour: str) -> Non
     draw.text(place, text, fill=colour, font=font)
 
 
-def _short(caption: str) -> str:
-    return caption if len(caption) <= MOST_CHARACTERS else f"…{caption[1 - MOST_CHARACTERS :]}"
+def _short(text: str) -> str:
+    return text if len(text) <= MOST_CHARACTERS else f"…{text[1 - MOST_CHARACTERS :]}"
 
 
 def _png(image: PillowImage) -> bytes:

@@ -28,7 +28,9 @@ class Picture:
     jpeg: bytes
     """Its file."""
     caption: str
-    """One line."""
+    """Its class."""
+    answer: str = ""
+    """Of the model, with its confidence; empty: it has given none."""
     is_right: bool | None = None
     """Whether the model's answer is; None: it has given none."""
 
@@ -58,7 +60,12 @@ class Pictures:
         made = zip(lacking, self.thumbnails(lacking), strict=True)
         self._of_examples.update((row["image"], small) for row, small in made)
         return [
-            Picture(jpeg=small, caption=_answer(row), is_right=row["true"] == row["predicted"])
+            Picture(
+                jpeg=small,
+                caption=in_words(row["true"]),
+                answer=f"{in_words(row['predicted'])} {row['confidence']:.0%}",
+                is_right=row["true"] == row["predicted"],
+            )
             for row in rows
             if (small := self._of_examples[row["image"]])
         ]
@@ -81,8 +88,3 @@ class Pictures:
 def in_words(classes: str | list[str]) -> str:
     """A class, or the several classes of an image, for people to read."""
     return printable(classes if isinstance(classes, str) else ", ".join(classes) or "none")
-
-
-def _answer(row: Json) -> str:
-    true, said = in_words(row["true"]), in_words(row["predicted"])
-    return f"{true} → {said} {row['confidence']:.0%}"

@@ -57,7 +57,10 @@ def pictures(record: Record, made: Pictures) -> dict[str, Any]:
 
     shown = {"val/examples": made.examples(record), "train/batch": made.batch(record)}
     found: dict[str, Any] = {
-        name: [wandb.Image(_opened(one.jpeg), caption=one.caption, file_type="jpg") for one in each]
+        name: [
+            wandb.Image(_opened(one.jpeg), caption=" → ".join(filter(None, (one.caption, one.answer))), file_type="jpg")
+            for one in each
+        ]
         for name, each in shown.items()
         if each
     }
