@@ -181,8 +181,13 @@ def shown_in(run: RunDir, key: str) -> list[tuple[int, list[str], list[tuple[int
             value = row.get(key) or {name: row[f"{key}/{name}"] for name in ("filenames", "captions", "_type")}
             assert value["_type"] == "images/separated"
             files = [next(run.wandb.rglob(Path(name).name)) for name in value["filenames"]]
-            found.append((row["step"], value["captions"], [Image.open(file).size for file in files]))
+            found.append((row["step"], value["captions"], [size_of(file) for file in files]))
     return found
+
+
+def size_of(file: Path) -> tuple[int, int]:
+    with Image.open(file) as image:
+        return image.size
 
 
 def test_answers_to_the_same_images_change_and_the_first_batch_comes_once(tmp_path):
