@@ -33,8 +33,8 @@ NUM_IMAGES = 12
 class FirstBatch:
     """Keeps the first images that rank 0 trains on, and writes them down once the first step is taken.
 
-    No image is loaded for it, but where training takes the features of a frozen backbone; and steps other than a run's
-    first cost nothing.
+    Images are loaded for it only where its first batch has too few, or training takes the features of a frozen
+    backbone; and steps other than a run's first cost nothing.
 
     Args:
         parts: data and where the run's files are.
@@ -42,8 +42,8 @@ class FirstBatch:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._kept: tuple[torch.Tensor | None, list[int]] | None = None
-        """Images, where steps take some, and their indices."""
+        self._seen: dict[int, torch.Tensor | None] = {}
+        """Images by index; None: the step took features."""
 
     def of(self, step: Step, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches of a run's first step; on rank 0 some images of the first one are kept.
@@ -59,21 +59,27 @@ class FirstBatch:
 
     def _looking(self, step: Step, batches: Iterator[Batch]) -> Iterator[Batch]:
         for number, batch in enumerate(batches):
-            if not number:  # a copy: loader processes take the memory again
-                images = None if self._parts.kept else batch[0][:NUM_IMAGES].clone()
-                self._kept = images, list(step.micro_batches[0][:NUM_IMAGES])
+            if not number:
+                indices = step.micro_batches[0][:NUM_IMAGES]
+                # A copy: loader processes take the memory again.
+                images = [None] * len(indices) if self._parts.kept else batch[0][:NUM_IMAGES].clone()
+                self._seen = dict(zip(indices, images, strict=True))
             yield batch
 
     def write(self) -> None:
         """Write ``sample_batch.json``, where there is something to write; what goes wrong costs nothing else."""
-        images, indices = self._kept or (None, [])
-        self._kept = None
-        if not indices:
+        seen, self._seen = self._seen, {}
+        if not seen:
             return
-        parts = self._parts
+        parts, found = self._parts, self._parts.train_set
         try:
-            loaded = _load(parts.train_set, indices) if images is None else images
-            _write(parts.run, parts.recipe, parts.preprocessing, parts.train_set, indices, loaded)
+            indices = list(seen)
+            if len(indices) < NUM_IMAGES:
+                left_out = {found.key(index) for index in parts.schedule.excluded}
+                more = picture.first(found, parts.recipe, epoch=0, num=NUM_IMAGES, left_out=left_out)
+                indices = list(dict.fromkeys([*indices, *more]))[:NUM_IMAGES]
+            images = [found[0, index][0] if (image := seen.get(index)) is None else image for index in indices]
+            _write(parts.run, parts.recipe, parts.preprocessing, found, indices, torch.stack(images))
         except Exception:  # a full disk, images of the user's own that are no pictures
             traceback.print_exc()
 
@@ -89,12 +95,7 @@ def write(run: RunDir, recipe: Recipe, preprocessing: Preprocessing, left_out: C
     """
     images = data.open_split(recipe, "train", preprocessing, is_train=True)
     indices = picture.first(images, recipe, epoch=0, num=NUM_IMAGES, left_out=left_out)
-    _write(run, recipe, preprocessing, images, indices, _load(images, indices))
-
-
-def _load(images: Samples, indices: Sequence[int]) -> torch.Tensor:
-    """As the first epoch has them."""
-    return torch.stack([images[0, index][0] for index in indices])
+    _write(run, recipe, preprocessing, images, indices, torch.stack([images[0, index][0] for index in indices]))
 
 
 def _write(

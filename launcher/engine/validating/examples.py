@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,10 +47,7 @@ class Examples:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-
-    @functools.cached_property
-    def _chosen(self) -> list[int]:
-        return choose(self._parts.val_set, self._parts.recipe.seed)
+        self._chosen = choose(parts.val_set, parts.recipe.seed)
 
     @property
     def places(self) -> dict[int, int]:
