@@ -145,7 +145,7 @@ class Trainer:
         steps = parts.schedule.steps(parts.ranks.rank, epoch=state.epoch, offset=state.offset, end_epoch=epochs)
         batches = iter(parts.train_loader(state.epoch, state.offset))
         ahead = parts.loading.workers > 0 and not parts.kept
-        self._feed = Feed(steps, batches, self._stop_requested, self._pace.waiting, ahead=ahead)
+        self._feed = Feed(steps, batches, self._stop_requested, self._pace.waiting, parts.device.send, ahead=ahead)
         self._poll(self._feed, asked=False)  # the first step, too, is taken when all hold its batches
         self._pace.begin()
 
