@@ -23,7 +23,7 @@ TOP_K = 5
 """Of val/top5."""
 RESERVED = {
     *("time", "split", "attempt", "epoch", "step", "samples", "offset", "lr", "grad_norm", "images_per_s"),
-    *("per_class", "confusion", "mistakes", "answers", "best", "ranking"),
+    *("per_class", "confusion", "mistakes", "answers", "best", "ranking", "examples"),
     *("slowest_rank", "slowest_behind"),
 }
 """Other names in a line of metrics.jsonl."""
