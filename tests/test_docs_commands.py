@@ -49,6 +49,7 @@ SMALLER = {
     r"launch own.yaml( 'tracking.*')?": ("post.enabled=false",),  # the run of this folder has exported
     r"launch recipes/photos_mobilenet_v2.yaml.*": ("data.path=photos", "model.weights=null", "--dry-run"),
     # a download, and minutes; tests/test_recipes.py trains it
+    r"launch lr-find own.yaml": ("--steps", "20"),
     r"launch push \S+ --to (PLACE|photos)": ("--to", "shared/new"),
     r"launch own.yaml .*--profile dev": ("launch.device=auto", "launch.procs=auto", "--dry-run"),  # it is for the CPU
     r"launch .*--profile dev": ("--backend", "slurm", "--dry-run"),  # a cluster; tests/slurm runs jobs

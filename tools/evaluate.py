@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import traceback
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from launcher.engine.data import Preprocessing, build_loader
 from launcher.engine.device import Device
 from launcher.engine.model import build_module, build_preprocessing
 from launcher.engine.network.fitting import load_state
+from launcher.engine.schedule import epoch_order
 from launcher.errors import UsageError
 from launcher.images import folder as image_folder
 from launcher.recipe import load as recipes
@@ -104,10 +106,27 @@ class BestModel:
         """The same before they are normalised: mostly uint8."""
         dataset = self.dataset(split)
         chosen = [(0, i) for i in (range(len(dataset)) if indices is None else indices)]
-        parts = [chosen[i : i + BATCH_SIZE] for i in range(0, len(chosen), BATCH_SIZE)]
-        threads = torch.get_num_threads()
-        workers = threads - 1 if len(parts) > threads else 0
-        yield from build_loader(dataset, parts, workers=workers, device=Device(type="cpu"))
+        yield from _loaded(dataset, [chosen[i : i + BATCH_SIZE] for i in range(0, len(chosen), BATCH_SIZE)])
+
+    def augmented(self, num: int) -> Iterator[torch.Tensor]:
+        """So many batches of training images, normalised, as they would be seen in the epochs after the run's last."""
+        left_out, classes = self.left_out, self.classes
+        dataset = data.open_split(
+            self.recipe, "train", self.preprocessing, is_train=True, left_out=left_out, classes=classes
+        )
+        orders = (
+            (epoch, epoch_order(self.recipe.seed, epoch, len(dataset)).tolist())
+            for epoch in itertools.count(self.recipe.train.epochs)
+        )
+        positions = ((epoch, index) for epoch, order in orders for index in order)
+        for images, _ in _loaded(dataset, [list(itertools.islice(positions, BATCH_SIZE)) for _ in range(num)]):
+            yield self.preprocessing.normalize(images)
+
+
+def _loaded(dataset: Samples, parts: list[list[tuple[int, int]]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    threads = torch.get_num_threads()
+    workers = threads - 1 if len(parts) > threads else 0
+    yield from build_loader(dataset, parts, workers=workers, device=Device(type="cpu"))
 
 
 class KeptBatches:
@@ -144,13 +163,20 @@ def _warn(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def load_best(run: RunDir, data_path: str | None = None, warn: Callable[[str], None] = _warn) -> BestModel:
+def load_best(
+    run: RunDir,
+    data_path: str | None = None,
+    warn: Callable[[str], None] = _warn,
+    *,
+    qat_steps: int | None = None,
+) -> BestModel:
     """Read and verify the best checkpoint of ``run``; where it is damaged, the newest one that is whole.
 
     Args:
         run: the run directory.
         data_path: folder with the images; None: where the run had them.
         warn: gets a line if it is not the best one.
+        qat_steps: instead of the recipe's.
 
     Raises:
         UsageError: there is none yet.
@@ -165,6 +191,8 @@ def load_best(run: RunDir, data_path: str | None = None, warn: Callable[[str], N
     if data_path is not None:
         path = str(Path(data_path).expanduser().absolute())
         recipe = replace(recipe, data=replace(recipe.data, name="imagefolder", path=path))
+    if qat_steps is not None:
+        recipe = replace(recipe, post=replace(recipe.post, qat_steps=qat_steps))
     folder, loaded = _load_or_newest(run, folder, warn)
     classes = loaded.state["classes"]
     preprocessing = build_preprocessing(recipe.model, recipe.data, num_classes=len(classes))

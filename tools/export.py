@@ -43,11 +43,18 @@ TOLD_S = 0.5
 """The time of a phase that takes less than so many seconds is not told."""
 UPLOAD_S = 600.0
 """Seconds that sending the exports to a tracking server may take."""
+OFFERED_STEPS = 200
+"""Of quantization-aware fine-tuning, to who may try it."""
 NO_CALIBRATION = "calibration needs training images"
 
 
 def export_run(
-    run: RunDir, data_path: str | None = None, names: Sequence[str] | None = None, *, terminal: int = 1
+    run: RunDir,
+    data_path: str | None = None,
+    names: Sequence[str] | None = None,
+    *,
+    qat_steps: int | None = None,
+    terminal: int = 1,
 ) -> None:
     """Make and measure what the recipe's ``post`` names; write ``exports/manifest.json``.
 
@@ -57,6 +64,7 @@ def export_run(
         run: the run directory.
         data_path: folder with the images; None: where the run had them.
         names: of formats; None: those of the recipe.
+        qat_steps: instead of the recipe's ``post.qat_steps``.
         terminal: descriptor by which the person who waits is told what is being done.
 
     Raises:
@@ -66,7 +74,7 @@ def export_run(
     """
     with _noise_to(run.post_log, terminal) as say:
         phases.at("reading the best checkpoint")
-        best = evaluate.load_best(run, data_path, warn=say)
+        best = evaluate.load_best(run, data_path, warn=say, qat_steps=qat_steps)
         missing = best.missing("val")
         if missing and data_path is not None:
             raise UsageError(f"data.path={data_path}: {missing}")
@@ -212,11 +220,20 @@ class _Making:
         tried = []
         for wanted in [[name] for name in names] if self._each else [names]:
             tried += ladder.climb(wanted, self._judge, self._say)[1]
+        self._offer_training(tried)
         for row in tried:
             file = self._folder / row["file"]
             row["quantization"] = onnx_model.read_quantization(file) if row["accepted"] else None
             row.update(self._accepted(row["reason"]))
         return tried
+
+    def _offer_training(self, tried: Sequence[Json]) -> None:
+        refused = [row for row in tried if row["format"] == "int8"]
+        if refused and not any(row["accepted"] for row in refused) and not self._best.recipe.post.qat_steps:
+            self._say(
+                f"{FILES['int8']}: fine-tuning may make one that passes, and takes minutes: "
+                f"launch export {self._run} post.qat_steps={OFFERED_STEPS}"
+            )
 
     def _skip(self, name: str, reason: str) -> None:
         self._say(f"{FILES[name]}: not made: {reason}")

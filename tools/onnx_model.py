@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from launcher.system import cpu as host_cpu
-from launcher.system.cpu import PORTABLE_BITS
+from launcher.system.cpu import FLOAT_BITS, PORTABLE_BITS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,8 +25,6 @@ TEMPERATURE = "temperature"
 """Key of a file's metadata, where it was calibrated: what logits are divided by before they become probabilities."""
 QUANTIZATION = "quantization"
 """Key of a quantized file's metadata: its rung and, of int8, ``{target, weight_bits, activation_bits, …}`` as JSON."""
-FLOAT_BITS = 32
-"""``activation_bits`` of a file whose weights alone are int8."""
 INPUT, LOGITS, PROBABILITIES = "images", "logits", "probabilities"
 """Names of what goes into a file and comes out of it; probabilities, where it does the preprocessing itself."""
 EXACT_SUMS = "session.x64quantprecision"

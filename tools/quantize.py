@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,8 @@ import numpy as np
 from launcher.engine.schedule import epoch_order
 from launcher.system import cpu as host_cpu
 from launcher.system import phases
-from launcher.system.cpu import PORTABLE_BITS
-from launcher.tools.onnx_model import FLOAT_BITS, QUANTIZATION, read_metadata
+from launcher.system.cpu import FLOAT_BITS, PORTABLE_BITS
+from launcher.tools.onnx_model import QUANTIZATION, read_metadata
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -76,11 +77,14 @@ class Ladder:
         rungs = iter(self._rungs(name))
         while True:
             phases.at(f"making {file.name}")
-            row = {"file": file.name, "format": name, "rung": name, "agreement": None, "is_made": False}
+            start = time.monotonic()
+            row: dict[str, Any] = {"file": file.name, "format": name, "rung": name, "made_s": None}
+            row |= {"agreement": None, "is_made": False}
             try:
                 rung, model, settings = next(rungs)
                 row["rung"] = rung
                 _write(model, file, self.source, settings | {"rung": rung})
+                row["made_s"] = time.monotonic() - start
                 reason, measured = judge(name, file)
             except StopIteration:
                 return
@@ -96,13 +100,22 @@ class Ladder:
         return (ways | {"int8_dynamic": self._int8_dynamic})[name]()
 
     def _int8(self) -> Iterator[Rung]:
+        from launcher.tools.int8 import qat
         from launcher.tools.int8.rungs import Rungs
 
-        bits, batches = weight_bits(self.best.recipe.post.target), self._calibration_batches()
-        common = {"target": self.best.recipe.post.target, "weight_bits": bits, "activation_bits": 8}
+        post, batches = self.best.recipe.post, self._calibration_batches()
+        bits, steps = weight_bits(post.target), post.qat_steps
+        common = {"target": post.target, "weight_bits": bits, "activation_bits": 8}
         common |= {"calibration_images": sum(len(images) for images in batches)}
-        for made in Rungs(self._prepared(), batches, bits=bits, threads=self.threads):
-            yield made.rung, made.model, common | made.settings
+
+        def train(model: ModelProto, quantized: ModelProto) -> ModelProto:
+            lesson = qat.Lesson(steps=steps, images=self.best.augmented(steps), teacher=self.best.module)
+            return qat.train(model, quantized, lesson, bits=bits)
+
+        rungs = Rungs(self._prepared(), batches, bits=bits, threads=self.threads, train=train if steps else None)
+        for made in rungs:
+            trained = {"qat_steps": steps} if made.rung == qat.RUNG else {}
+            yield made.rung, made.model, common | made.settings | trained
 
     def _int8_weights(self) -> Iterator[Rung]:
         from launcher.tools.int8 import calibration, qdq, weights

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from launcher.commands.new_data import VAL_FRACTION
 from launcher.commands.parser import parser_of
 from launcher.errors import EXIT_OK, EXIT_PREFLIGHT, RecipeError, UsageError
 from launcher.images import datasets, known_layouts
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
 
 NUM_SHOWN = 20
 NUM_PAIRS_SHOWN = 5
+UNDIVIDED = (
+    f"note     nothing says which images are for validation: here {VAL_FRACTION:.0%} of each class are; to train on "
+    f"them takes data.val_fraction={VAL_FRACTION:g}, which `launch new` writes into a recipe"
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -59,6 +65,12 @@ def run(path: str, overrides: Sequence[str] = (), *, as_json: bool) -> int:
         source, config = recipe_images.source_of(recipe), recipe.data
     allowed = config.missing_val_classes if config else "error"
     found_wrong = listings.find_problems(source, missing_val_classes=allowed)
+    divided = replace(source, val_fraction=VAL_FRACTION)
+    is_whole = bool(found_wrong) and not overrides and not listings.find_problems(divided)
+    if is_whole and not _has_split(source):
+        source, found_wrong = divided, []
+        if not as_json:
+            print(UNDIVIDED)
     problems = [known_layouts.CURE.sub(r"launch check \1\2", text) for text in found_wrong]
     if not source.place.exists():
         raise UsageError(problems[0])
@@ -75,6 +87,15 @@ def run(path: str, overrides: Sequence[str] = (), *, as_json: bool) -> int:
     else:
         _print(found, problems)
     return EXIT_PREFLIGHT if problems or found.bad else EXIT_OK
+
+
+def _has_split(source: Source) -> bool:
+    """Whether anything in a folder or list is said to be for training or validation."""
+    try:
+        listing = Listing(source)
+    except UsageError:
+        return False
+    return any(listing.part(split) for split in listing.splits)
 
 
 def _recipe(overrides: Sequence[str]) -> Recipe:

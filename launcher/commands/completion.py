@@ -45,7 +45,15 @@ _launch() {
 }
 compdef _launch launch
 """
-FISH = """complete -c launch -a '(launch completion --line (commandline -cp) 2>/dev/null)'
+FISH = """function __launch_completions
+    set -l found (launch completion --line (commandline -cp | string collect) 2>/dev/null)
+    if set -q found[1]
+        printf '%s\\n' $found
+    else
+        __fish_complete_path (commandline -ct)
+    end
+end
+complete -c launch -f -a '(__launch_completions)'
 """
 SCRIPTS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
 PLACES = {

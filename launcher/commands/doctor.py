@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from launcher.commands import doctor_checks as checks
+from launcher.commands import doctor_gpus, doctor_slurm
 from launcher.commands.parser import parser_of
 from launcher.errors import EXIT_OK, EXIT_PREFLIGHT, UsageError
 from launcher.images import walk as image_walk
@@ -111,6 +112,8 @@ def _all_checks() -> dict[str, Callable[[], Verdict]]:
         "torchvision": lambda: with_torch(lambda _torch, _num_gpus: _torchvision()),
         "CUDA driver": lambda: checks.check_driver(*driver()),
         **{name: functools.partial(with_torch, look) for name, look in of_torch.items()},
+        "GPU links": doctor_gpus.links,
+        "all-reduce": lambda: with_torch(lambda _torch, num_gpus: doctor_gpus.all_reduce(num_gpus)),
         "CPU cores": lambda: checks.check_cores(usable, os.cpu_count() or usable, host_cores.quota()),
         "OMP_NUM_THREADS": lambda: checks.check_threads(os.environ.get("OMP_NUM_THREADS"), cores),
         "memory": _memory,
@@ -120,7 +123,9 @@ def _all_checks() -> dict[str, Callable[[], Verdict]]:
         "open files": lambda: checks.check_open_files(*resource.getrlimit(resource.RLIMIT_NOFILE)),
         "disk for runs": _disk_for_runs,
         "disk for weights": _disk_for_weights,
+        "weights cache": _weights_cache,
         "SLURM": _slurm,
+        "SLURM partitions": lambda: doctor_slurm.partitions(has_sbatch=shutil.which("sbatch") is not None),
         "image formats": _image_formats,
         "ONNX Runtime": lambda: _package("onnxruntime"),
         "wandb": _wandb,
@@ -303,9 +308,15 @@ def _disk_for_weights() -> Verdict:
     )
 
 
+def _weights_cache() -> Verdict:
+    folder = catalog.weights_folder()
+    files = [file for file in folder.glob("*.pth") if file.is_file()]
+    return checks.check_weights(str(folder), [file.stat().st_size / checks.GIB for file in files])
+
+
 def _slurm() -> Verdict:
     version, error = _command("sbatch", "--version")
-    return checks.check_slurm(version, error, has_srun=shutil.which("srun") is not None)
+    return doctor_slurm.check_slurm(version, error, has_srun=shutil.which("srun") is not None)
 
 
 def _wandb() -> Verdict:

@@ -11,6 +11,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from launcher.system.words import plural
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -306,15 +308,13 @@ def check_disk(folder: str, free_gib: float, *, writable: bool, status: Status, 
     return Verdict(status=status, found=found if writable else f"{found}, which is not writable", cure=cure)
 
 
-def check_slurm(version: str | None, error: str | None, *, has_srun: bool) -> Verdict:
-    """Whether jobs can be submitted. ``error`` is what ``sbatch --version`` said when it failed."""
-    if error is not None:
-        return warning(f"sbatch fails: {error}", "load the cluster's slurm module again, or ask its administrators")
-    if version is None:
-        return ok("none here (no sbatch on PATH)")
-    if not has_srun:
-        return warning(f"{version}, without srun on PATH", "install the whole SLURM client")
-    return ok(version)
+def check_weights(folder: str, sizes_gib: Sequence[float]) -> Verdict:
+    """What pretrained weights are here already: the sizes of the files in torch's cache."""
+    if not sizes_gib:
+        return ok(f"none in {folder}; a first run downloads its own, or without a network: model.weights=FILE")
+    return ok(
+        f"{plural(len(sizes_gib), 'file')}, {sum(sizes_gib):.1f} GiB in {folder}; `launch models --cached` lists them"
+    )
 
 
 def check_wandb(version: str, *, has_key: bool, mode: str, reason: str | None) -> Verdict:

@@ -19,13 +19,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--format", action="append", metavar="NAME", help="instead of the recipe's; may be given again: each is made"
     )
-    parser.add_argument("overrides", metavar="data.path=FOLDER", nargs="*", help="where the images are now")
+    parser.add_argument(
+        "overrides",
+        metavar="KEY=VALUE",
+        nargs="*",
+        help="data.path=FOLDER: where the images are now; post.qat_steps=N: of fine-tuning, if no other int8 passes",
+    )
     args = parser.parse_args(argv)
-    run, data_path = RunDir.existing(args.run_dir), None
-    for item in args.overrides:
-        key, _, data_path = item.partition("=")
-        if key != "data.path" or not data_path:
-            raise UsageError(f"{item}: a checkpoint is exported as its run says; only data.path=FOLDER can change")
+    run, (data_path, qat_steps) = RunDir.existing(args.run_dir), _read(args.overrides)
     from launcher.node import finish
     from launcher.report import build as report
     from launcher.system import console
@@ -37,9 +38,26 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"--format {unknown[0]}: no such format; {hint} valid: {', '.join(export.FILES)}")
     console.protect()
     try:
-        export.export_run(run, data_path, args.format)
+        export.export_run(run, data_path, args.format, qat_steps=qat_steps)
     finally:
         if run.export_manifest.exists():
             report.write_report(run)
     print(finish.summary(run))
     return EXIT_OK
+
+
+def _read(overrides: Sequence[str]) -> tuple[str | None, int | None]:
+    """``data.path`` and ``post.qat_steps``; None: as the run says."""
+    data_path, qat_steps = None, None
+    for item in overrides:
+        key, _, value = item.partition("=")
+        if key == "data.path" and value:
+            data_path = value
+        elif key == "post.qat_steps" and value.isdecimal():
+            qat_steps = int(value)
+        else:
+            raise UsageError(
+                f"{item}: a checkpoint is exported as its run says; only data.path=FOLDER and post.qat_steps=N (a "
+                "whole number) can change"
+            )
+    return data_path, qat_steps

@@ -51,18 +51,19 @@ class BatchNormRecompute:
         self._keep = keep
         self._told = False
 
-    def run(self, *, epoch: int, step: int, poll: Callable[[], None]) -> None:
+    def run(self, *, epoch: int, step: int, poll: Callable[[], None], of_mean: bool = False) -> None:
         """Compute the statistics of the layers that learn, where the recipe says so; leave the model in eval mode.
 
         Args:
             epoch: the one that ends, from 0.
             step: optimizer steps done.
             poll: called before each batch; may raise, and nothing has changed then.
+            of_mean: the weights are a mean of those of many steps: with auto, too, the statistics are computed anew.
         """
         parts, start = self._parts, time.monotonic()
         parts.model.train()
         layers = [layer for layer in batch_norms(parts.model.module) if layer.training and layer.track_running_stats]
-        most = self._num_batches(layers, epoch)
+        most = self._num_batches(layers, epoch, of_mean=of_mean)
         batches = parts.schedule.statistics_batches(parts.ranks.rank, epoch=epoch, most=most)
         if not layers or not batches:
             parts.model.eval()
@@ -74,7 +75,7 @@ class BatchNormRecompute:
             seconds = time.monotonic() - start
             fields = {"batches": num, "batch_size": len(batches[0]), "seconds": round(seconds, 3)}
             self._recorder.event("batchnorm_recomputed", epoch=epoch, step=step, **fields)
-            if not self._told:
+            if not self._told and not of_mean:
                 self._told = True
                 self._recorder.say(
                     f"epoch {epoch + 1}: BatchNorm's running statistics were computed anew from {num} training batches "
@@ -82,7 +83,7 @@ class BatchNormRecompute:
                     "(train.batchnorm_recompute)"
                 )
 
-    def _num_batches(self, layers: Sequence[BatchNorm], epoch: int) -> int:
+    def _num_batches(self, layers: Sequence[BatchNorm], epoch: int, *, of_mean: bool) -> int:
         """How many batches of all ranks to compute from; 0: the running average will do."""
         recipe = self._parts.recipe
         if recipe.train.batchnorm_recompute != "auto":
@@ -91,7 +92,7 @@ class BatchNormRecompute:
             began = phases.phase_at(recipe, epoch).start
             steps = (epoch + 1 - began) * self._parts.schedule.steps_per_epoch
             few = any(layer.momentum is None or steps * layer.momentum < AUTO_PASSES for layer in layers)
-            wanted = AUTO_BATCHES if few else 0
+            wanted = AUTO_BATCHES if few or of_mean else 0
         return wanted if self._parts.max_steps is None else min(wanted, self._parts.max_steps)
 
 

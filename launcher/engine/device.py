@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import time
@@ -19,6 +20,8 @@ from launcher.system.memory import FreeMemory
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
+
+    Tensors = tuple[torch.Tensor, ...]
 
 Precision = Literal["fp32", "bf16", "fp16"]
 OUT_OF_MEMORY = (
@@ -193,6 +196,29 @@ class Device:
             return contextlib.nullcontext()
         return torch.autocast(self.type, dtype=DTYPES[precision])
 
+    def send(self, batch: Tensors) -> Callable[[], Tensors]:
+        """Begin to copy a batch here; calling what is returned gives it. Nobody waits but what is computed from it.
+
+        A GPU copies on a stream of its own, when it has computed what was begun by now and beside what is begun later.
+        What is here already, on a CPU all, stays as it is.
+        """
+        if all(part.device == self.torch_device for part in batch):
+            return lambda: batch
+        computing, copying = torch.cuda.current_stream(self.index), _copying_stream(self.index)
+        # The memory that is written to may be that of an earlier batch. Whoever let go of one had begun all that is
+        # computed from it, so this waits for that, and no batch need be told which streams it was used on.
+        copying.wait_stream(computing)
+        with torch.cuda.stream(copying):
+            # What a loader has put into page-locked memory is taken from there; torch reuses none that is being copied.
+            sent = tuple(part.pin_memory().to(self.torch_device, non_blocking=True) for part in batch)
+        arrived = copying.record_event()
+
+        def take() -> Tensors:
+            torch.cuda.current_stream(self.index).wait_event(arrived)
+            return sent
+
+        return take
+
     def to_host_later(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Begin to copy to the host; calling what is returned waits for the copy and gives it."""
         if not self.is_cuda:
@@ -212,6 +238,12 @@ class Device:
     def grad_scaler(self, precision: Precision) -> torch.amp.GradScaler:
         """Loss scaling, which only fp16 needs."""
         return torch.amp.GradScaler(self.type, enabled=precision == "fp16")
+
+
+@functools.cache
+def _copying_stream(index: int) -> torch.cuda.Stream:
+    """Of a GPU. One for the whole process: torch's allocator keeps what was freed on one stream for that stream."""
+    return torch.cuda.Stream(index)  # type: ignore[no-untyped-call]
 
 
 def cpu_has_bf16_units(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:

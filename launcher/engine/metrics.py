@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from launcher.engine.distributed import sum_over_ranks
-from launcher.engine.optimizing.averaging import PREFIX, WEIGHTS
 from launcher.recipe.metrics import TOP_K
+from launcher.recipe.run_weights import AVERAGES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -119,11 +119,12 @@ class BestMetric:
 
     def take(self, values: Mapping[str, float], *, epoch: int, step: int) -> bool:
         """Take an epoch's values by their names: that of the weights, or of their average where that is better."""
-        own, average = values[self.metric], values.get(self.metric.replace("/", f"/{PREFIX}", 1), math.nan)
+        own, names = values[self.metric], {kind: self.metric.replace("/", f"/{kind}_", 1) for kind in AVERAGES}
+        kind, average = next(((kind, values[name]) for kind, name in names.items() if name in values), ("", math.nan))
         is_better = math.isfinite(average) and not self._sign * (average - own) <= 0
         is_best = self.update(average if is_better else own, epoch=epoch, step=step)
         if is_best and is_better and self.best:
-            self.best["weights"] = WEIGHTS
+            self.best["weights"] = kind
         return is_best
 
     def state(self) -> dict[str, Any]:

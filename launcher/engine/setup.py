@@ -169,15 +169,14 @@ class Parts:
 
     def to_device(self, batch: Batch) -> Batch:
         """Normalised float images, N x 3 x S x S, and labels, on the rank's device."""
-        images, labels = batch
+        images, labels = self.device.send(batch)()
         if not len(labels):
             size = self.preprocessing.image_size
             images = images.new_zeros(0, self.preprocessing.channels, size, size)
-        images = images.to(self.device.torch_device, non_blocking=True)
         images = self.preprocessing.normalize(images)
         if self.numerics.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        return images, labels.to(self.device.torch_device, non_blocking=True)
+        return images, labels
 
     def step_inputs(self, batch: Batch) -> Batch:
         """What :attr:`network` takes, and labels, on the rank's device."""

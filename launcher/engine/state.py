@@ -60,7 +60,7 @@ class TrainingState:
             metric=stop.metric, mode=stop.mode, min_delta=stop.min_delta, patience=stop.patience, measure=measure
         )
         self.scaler = device.grad_scaler(parts.precision)
-        self.average = WeightAverage(parts.model.module, parts.recipe.train.ema)
+        self.average = WeightAverage(parts.model.module, parts.recipe.train.ema, parts.recipe.train.swa)
         self.numbers = NonFiniteMonitor(device, scaled=self.scaler.is_enabled())
         self.epoch_totals = TrainTotals(device.torch_device)
         self.window_totals = TrainTotals(device.torch_device)
@@ -89,6 +89,7 @@ class TrainingState:
             "batching": asdict(parts.schedule.batching),
             "early_stopping": self.best.state(),
             "numbers": self.numbers.state(),
+            "averaged": self.average.num,
             "classes": list(parts.classes),
             "train_set": parts.train_set.digest,
             "recipe": recipes.to_dict(parts.recipe),
@@ -136,7 +137,7 @@ class TrainingState:
         if parts.ranks.rank == 0:
             check_train_set(parts.run, parts.train_set, state)
         load_state(parts.model.module, checkpoint.model)
-        self.average.restore(checkpoint.average)
+        self.average.restore(checkpoint.average, state.get("averaged", 0))
         optim.regroup(parts.optimizer, parts.model, phases.phase_at(parts.recipe, state["epoch"]).optim)
         optim.restore(parts.optimizer, parts.model, checkpoint.optimizer["optimizer"])
         self.scaler = parts.device.grad_scaler(parts.precision)
@@ -181,9 +182,16 @@ def check_train_set(run: RunDir, train_set: Samples, state: dict[str, Any]) -> N
     Raises:
         UsageError: the training images are not those of the checkpoint whose ``state.json`` this is.
     """
-    if train_set.digest != state["train_set"]:
+    if train_set.digest == state["train_set"]:
+        return
+    anew = f"begin a new run from these weights: model.weights={run.checkpoint(state['step']) / checkpoints.MODEL}"
+    if train_set.digest_of_images == state["train_set"]:
         raise UsageError(
-            f"the training images are not those that the run began with (now {len(train_set)}): images "
-            "were added, removed, renamed, moved to another class or given another weight. Undo that and resume, or "
-            f"begin a new run from these weights: model.weights={run.checkpoint(state['step']) / checkpoints.MODEL}"
+            "the training images are those that the run began with, but their list has a column of weights now: it had "
+            "none, or a version of launch began the run that did not record them. Resume without it, "
+            f"'data.columns={{weight: none}}', or {anew}"
         )
+    raise UsageError(
+        f"the training images are not those that the run began with (now {len(train_set)}): images "
+        f"were added, removed, renamed, moved to another class or given another weight. Undo that and resume, or {anew}"
+    )

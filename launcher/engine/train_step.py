@@ -63,7 +63,7 @@ class TrainStep:
         self.last_gradient = self._micro_batch.progress.last_gradient if losses else None
         if losses:
             self._statistics.put_back(statistics, where=self._update(step, losses))
-            state.average.update(state.step)
+            state.average.update(state.step, state.epoch)
 
     def _update(self, step: Step, losses: list[torch.Tensor]) -> torch.Tensor:
         """Move the weights, unless loss or gradient is NaN or infinite: the device decides, and nobody waits for it.

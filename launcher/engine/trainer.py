@@ -145,7 +145,7 @@ class Trainer:
         steps = parts.schedule.steps(parts.ranks.rank, epoch=state.epoch, offset=state.offset, end_epoch=epochs)
         batches = iter(parts.train_loader(state.epoch, state.offset))
         ahead = parts.loading.workers > 0 and not parts.kept
-        self._feed = Feed(steps, batches, self._stop_requested, self._pace.waiting, ahead=ahead)
+        self._feed = Feed(steps, batches, self._stop_requested, self._pace.waiting, parts.device.send, ahead=ahead)
         self._poll(self._feed, asked=False)  # the first step, too, is taken when all hold its batches
         self._pace.begin()
 
@@ -166,7 +166,7 @@ class Trainer:
         parts, state = self.parts, self.state
         optim.set_lr(parts.optimizer, self.recipe, self._progress(step), parts.schedule.batching.global_batch_size)
         began, waited = parts.device.stamp(), self._pace.window_waited
-        self._step.run(step, of_step)
+        self._step.run(step, of_step if state.step else self._log.first_batch(step, of_step))
         self._times.step(began, self._step.last_gradient, self._pace.window_waited - waited)
         state.step += 1
         state.offset = step.end
@@ -175,7 +175,6 @@ class Trainer:
             part = state.offset / parts.schedule.num_samples
             self._recorder.progress(epoch=state.epoch, step=state.step, part=part)
             if state.step == 1:
-                self._recorder.event("first_step")
                 self._log.first_step()
         if state.step % self.recipe.tracking.log_every == 0:
             self._log.end_window(self._step.gradient_norm)

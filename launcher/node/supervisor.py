@@ -17,6 +17,7 @@ from launcher.errors import EXIT_OK, InterruptedRunError, TrainingError
 from launcher.node import agent, agent_thread, finish, meeting, pixels
 from launcher.node.elastic.course import Course, EndedError, LeaderLostError, StoppedError
 from launcher.node.elastic.part import ElasticPart
+from launcher.node.load_log import LoadLog
 from launcher.node.signals import StopSignals
 from launcher.runs import diagnose, history, quarantine, states, whereabouts
 from launcher.runs.generations import Generations
@@ -76,6 +77,7 @@ def supervise(plan: LaunchPlan, *, first_attempt: int | None = None, start: str 
         finish.failure_reported(run, plan),
         _nothing_left(run, plan),
         StopSignals(run, node_rank=plan.node_rank, outlives_loss=elastic) as stop,
+        LoadLog(run, plan),
         _tracked(run, plan, stop) as trackers,
     ):
         if plan.backend != "slurm" and plan.nodes > 1:

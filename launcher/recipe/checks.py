@@ -58,6 +58,8 @@ def find_notes(recipe: Recipe) -> Iterator[tuple[str, str]]:
         text = f"{warmup:g} epochs are more than train.epochs ({epochs}): the rates end at {reached}"
         yield "optim.warmup_epochs", text
     yield from _phases_cut_off(recipe)
+    if recipe.train.swa is not None and recipe.train.swa >= epochs:
+        yield "train.swa", f"its mean of the weights never begins: train.epochs is {epochs}"
     for late in sorted(epoch for epoch in recipe.model.unfreeze if epoch >= epochs):
         yield "model.unfreeze", f"epoch {late} never comes: train.epochs is {epochs}, counted from 0"
 
@@ -113,6 +115,8 @@ def _training(recipe: Recipe) -> Iterator[Finding]:
     if recipe.train.clip_grad_norm is not None and recipe.train.clip_grad_value is not None:
         keys = ("train.clip_grad_value", "train.clip_grad_norm")
         yield keys, "the gradient is clipped by its norm already; give clip_grad_norm or clip_grad_value, not both"
+    if recipe.train.ema is not None and recipe.train.swa is not None:
+        yield ("train.swa", "train.ema"), "the weights are averaged already, by ema; give swa or ema, not both"
     if recipe.post.quantize and "onnx" not in recipe.post.export:
         names = ", ".join(recipe.post.quantize)
         yield ("post.quantize", "post.export"), f"{names}: made from the onnx export; add onnx to post.export"

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from launcher.errors import did_you_mean
+from launcher.recipe.run_weights import AVERAGES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ TOP_K = 5
 """Of val/top5."""
 RESERVED = {
     *("time", "split", "attempt", "epoch", "step", "samples", "offset", "lr", "grad_norm", "images_per_s"),
-    *("per_class", "confusion", "mistakes", "answers", "best", "ranking"),
+    *("per_class", "confusion", "mistakes", "answers", "best", "ranking", "examples"),
     *("slowest_rank", "slowest_behind"),
 }
 """Other names in a line of metrics.jsonl."""
@@ -245,7 +246,7 @@ def find_problems(rows: Sequence[str | MetricConfig]) -> Iterator[tuple[str, str
     taken = {*METRICS, *RESERVED}
     for index, row in enumerate(rows):
         ((name, _),) = configs([row]).items()
-        if name.startswith("ema_"):
+        if name.startswith(tuple(f"{kind}_" for kind in AVERAGES)):
             yield f"metrics.{index}", f"the name {name!r} begins as those of averaged weights do; give it another"
         if name in taken:
             whose = "" if name in METRICS or name in RESERVED else " by another metric of this recipe"

@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
+AVERAGES = ("ema", "swa")
+"""Kinds of averaged weights by their keys in ``train``: what names of their metrics begin with, as in ema_top1, and
+what the best value's ``weights`` says where it is theirs."""
+
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is the run directory of a run."""
@@ -17,7 +21,7 @@ def is_run(folder: Path) -> bool:
 def best_of_run(folder: Path) -> Path | None:
     """The file with the weights of a run's best checkpoint; None: the folder is no run, or has none yet.
 
-    They are the moving average's (train.ema) where it is they that were best.
+    They are the average's (train.ema, train.swa) where it is they that were best.
     """
     if not is_run(folder):
         return None
@@ -28,7 +32,7 @@ def best_of_run(folder: Path) -> Path | None:
     except (OSError, ValueError, LookupError, TypeError):
         return None
     average, model = checkpoint / "ema.safetensors", checkpoint / "model.safetensors"
-    return average if best.get("weights") == "ema" and average.is_file() else model
+    return average if best.get("weights") in AVERAGES and average.is_file() else model
 
 
 def classes_of(weights: Path) -> list[str] | None:

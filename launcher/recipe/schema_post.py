@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from launcher.recipe.types import STRICT, Fraction, NonNegative
+from launcher.recipe.types import STRICT, CountOrZero, Fraction, NonNegative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,9 @@ class PostConfig:
     )
     """Quantized formats, made from onnx: they are tried in this order, each in several ways, until one is accepted.
     int8_weights: weights alone, a quarter of the size; fp16: the same, half the size; int8_dynamic: transformers."""
+    qat_steps: CountOrZero = 0
+    """The last way to int8, where no other was accepted: fine-tuning while weights and activations are rounded, by so
+    many steps of 32 training images, towards the checkpoint's own logits. 0: none, for it takes minutes on a CPU."""
     bake_preprocessing: bool = False
     """Make model.baked.onnx too: uint8 N x H x W x 3 of any size in, probabilities out; resize, crop, normalisation and
     softmax (or sigmoid) are in its graph."""

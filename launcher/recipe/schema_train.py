@@ -142,9 +142,14 @@ class TrainConfig:
     the last the first again. 0: none, nor any of validation; auto: 1 where all epochs see the same (data.augment:
     none), else none of training."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of a moving average of the weights, less in the beginning; often 0.999 or 0.9999, by how many steps there
-    are. It is validated beside the weights (val/ema_top1 …); best and the exports take the better of the two. null:
-    none."""
+    """Decay of a moving average of the weights and of BatchNorm's statistics: often 0.999 or 0.9999; at step t no more
+    than (1 + t) / (10 + t), so that it spans the last ninth of a short training. It is validated beside the weights
+    (val/ema_top1 …); best and the exports take the better of the two. null: none."""
+    swa: CountOrZero | None = None
+    """In place of ema: epochs after which the plain mean of the weights of all further steps begins (stochastic weight
+    averaging, Izmailov et al. 2018; of each step, Cha et al. 2021), with BatchNorm's statistics computed anew
+    (val/swa_top1 …). Often three quarters of train.epochs; it gains by rates that stay high, as by optim.end_factor:
+    0.2. null: none."""
     clip_grad_norm: Positive | None = None
     """Largest norm of the whole gradient; null: not clipped."""
     clip_grad_value: Positive | None = None

@@ -237,8 +237,9 @@ def _mistakes(best_val: Json) -> list[Json]:
 def _best_validation(val: list[Json], best: Json | None) -> Json:
     """What the best checkpoint measured: of the average of the weights where that was better, and is exported."""
     found: Json = next((line for line in val if best and line["step"] == best["step"]), {})
-    if best and best.get("weights") == "ema":
-        return found | {name.removeprefix("ema_"): found[name] for name in found if name.startswith("ema_")}
+    if best and best.get("weights"):
+        of = f"{best['weights']}_"
+        return found | {name.removeprefix(of): found[name] for name in found if name.startswith(of)}
     return found
 
 

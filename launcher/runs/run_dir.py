@@ -23,8 +23,6 @@ ATTEMPT_VARIABLE = "LAUNCH_ATTEMPT"
 MEMORY_KILLS_VARIABLE = "LAUNCH_MEMORY_KILLS"
 """Environment variable of a worker: how many workers of its node the kernel has killed for lack of memory since the
 last checkpoint."""
-PROBE_BYTES = 1 << 16
-"""Write this much to see whether the disk has room."""
 BATCH_LOG_VARIABLE = "LAUNCH_BATCH_LOG"
 """Environment variable of a node's supervisor: the log of its batch script; unset outside of one."""
 
@@ -157,6 +155,10 @@ class RunDir:
     def node_log(self, node_rank: int) -> Path:
         """Output of torch's elastic agent on one node."""
         return self.logs / f"node-{node_rank}.log"
+
+    def node_load(self, node: int | str) -> Path:
+        """What a node's cores, memory and GPUs did, a line now and then: ``{time, host, cpu, memory_mb, gpus, …}``."""
+        return self.path / "system" / f"node-{node}.jsonl"
 
     @property
     def post_log(self) -> Path:
@@ -304,7 +306,7 @@ class RunDir:
         """Why nothing can be written here (a full disk, for example); None: it can."""
         probe = self.path / f".room-{node_name()}-{os.getpid()}"
         try:
-            probe.write_bytes(bytes(PROBE_BYTES))
+            probe.write_bytes(bytes(1 << 16))
         except OSError as error:
             return f"{self}: cannot be written to: {error.strerror}"
         finally:
@@ -341,8 +343,7 @@ class RunDir:
 
     def append_event(self, kind: str, **fields: Any) -> None:
         """Add a line ``{time, kind, host, …}`` to ``events.jsonl``; secrets in messages are hidden."""
-        known = {"time": time.time(), "kind": kind, "host": node_name()}
-        append_jsonl(self.events, known | redact_all(fields))
+        append_jsonl(self.events, {"time": time.time(), "kind": kind, "host": node_name()} | redact_all(fields))
 
     def append_metrics(self, **fields: Any) -> None:
         """Add a line to ``metrics.jsonl``."""

@@ -16,12 +16,15 @@ VNNI = frozenset({"avx512_vnni", "avx_vnni"})
 
 PORTABLE_BITS = 7
 """Bits of int8 weights whose products with uint8 overflow on no CPU."""
+FLOAT_BITS = 32
+"""``activation_bits`` of a file whose weights alone are int8: no products of integers are added."""
 
 
 def only_for(quantization: Mapping[str, Any] | None) -> str | None:
     """The CPUs that a quantized model needs, by the manifest's ``quantization``; None: any CPU."""
-    bits = (quantization or {}).get("weight_bits", PORTABLE_BITS)
-    return "x86 CPUs with VNNI and for ARM" if bits > PORTABLE_BITS else None
+    facts = quantization or {}
+    overflows = facts.get("weight_bits", PORTABLE_BITS) > PORTABLE_BITS and facts.get("activation_bits") != FLOAT_BITS
+    return "x86 CPUs with VNNI and for ARM" if overflows else None
 
 
 def saturates_int8(cpuinfo: Path | None = None) -> bool:

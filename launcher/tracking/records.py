@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.recipe import metrics as recipe_metrics
 from launcher.system.lines import Lines
+from launcher.tracking.loads import Loads
 
 if TYPE_CHECKING:
     from launcher.recipe.schema import Recipe
@@ -35,9 +36,11 @@ class Record:
     step: int
     """Optimizer steps taken; grows within a split, of test within each test set."""
     values: dict[str, float]
-    """Numbers by name, as in ``train/loss`` or ``train/lr/head``."""
+    """Numbers by name, as in ``train/loss`` or ``train/lr/head``; and what the nodes did since the record before."""
     line: dict[str, Any]
     """All of it."""
+    is_first: bool
+    """Whether it is the first of its split."""
     is_best: bool
     """Whether no validation before it was better."""
     validation: dict[str, Any]
@@ -73,7 +76,7 @@ class Feed:
 
     def __init__(self, run: RunDir, recipe: Recipe) -> None:
         self._run = run
-        self._metrics, self._events = Lines(run.metrics), Lines(run.events)
+        self._metrics, self._events, self._loads = Lines(run.metrics), Lines(run.events), Loads(run)
         self._reached: dict[str, int] = {}
         watched = recipe.train.early_stopping
         self._watched, self._least = watched.metric, watched.mode == "min"
@@ -93,6 +96,7 @@ class Feed:
         """
         for event in self._events.new():
             self._take_event(event)
+        self._loads.grow_old()
         return [record for line in self._metrics.new(final=final) if (record := self._record(line))]
 
     def story(self) -> Story:
@@ -121,7 +125,8 @@ class Feed:
         if not isinstance(split, str) or not isinstance(step, int) or not isinstance(epoch, int):
             return None
         measured = f"{split} {line.get('test_set')}"  # two test sets may be measured by the same checkpoint
-        if step <= self._reached.get(measured, -1):
+        before = self._reached.get(measured)
+        if before is not None and step <= before:
             return None
         self._reached[measured] = step
         self.count += 1
@@ -131,14 +136,16 @@ class Feed:
             for name, value in line.items()
             if isinstance(value, int | float) and not isinstance(value, bool) and name not in hidden
         }
+        time = float(line.get("time") or 0.0)
         return Record(
             number=self.count - 1,
-            time=float(line.get("time") or 0.0),
+            time=time,
             split=split,
             epoch=epoch + 1,
             step=step,
-            values=values,
+            values=values | self._loads.until(time),
             line=line,
+            is_first=before is None,
             is_best=self._is_best(split, line),
             validation=self._validation(step) if split == "val" else {},
         )

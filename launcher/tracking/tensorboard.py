@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.images.folder import printable
 from launcher.recipe import load as recipes
-from launcher.runs import thumbnails
-from launcher.tracking.wandb_tables import in_words
+from launcher.tracking import drawing
+from launcher.tracking.pictures import Pictures, in_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ class TensorBoard:
 
     Args:
         run: the run directory.
-        recipe: shown as text.
+        recipe: shown as text; says where the images are.
     """
 
     name = "tensorboard"
@@ -36,6 +36,7 @@ class TensorBoard:
 
         self._folder = run.sink_folder(self.name)
         self._recipe = recipe
+        self._pictures = Pictures(run, recipe)
         self._make = EventFileWriter
         self._facts: dict[str, Any] = {}
 
@@ -51,19 +52,21 @@ class TensorBoard:
         return sent
 
     def send(self, record: Record) -> None:
-        """A line's numbers, over its step."""
+        """A line's numbers, over its step, and what there is to see of it."""
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         values = {**record.values, "epoch": record.epoch}
         found = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
         if wrong := record.validation.get("wrong"):
-            lines = [
-                f"{row['image']}: {in_words(row['true'])}, answered {in_words(row['predicted'])} {row['confidence']}"
-                for row in wrong
-            ]
-            self._text("val/mistakes", "\n".join(lines), step=record.step)
-            found += self._pictures(wrong)
+            self._text("val/mistakes", _answers(wrong), step=record.step)
+            smalls = self._pictures.thumbnails(wrong)
+            found += [_image(f"val/mistakes/{place + 1}", small) for place, small in enumerate(smalls) if small]
+        if rows := record.line.get("examples"):
+            self._text("val/examples", _answers(rows), step=record.step)
+        shown = {"val/examples": self._pictures.examples(record), "train/batch": self._pictures.batch(record)}
+        found += [_image(tag, drawing.grid(each)) for tag, each in shown.items() if each]
+        found += _curves(record.validation)
         self._writer.add_event(Event(wall_time=record.time, step=record.step, summary=Summary(value=found)))
 
     def flush(self, story: Story) -> None:
@@ -80,18 +83,6 @@ class TensorBoard:
             self._text("best", f"{best['metric']} {best['value']:.4f} (epoch {best['epoch'] + 1}, step {best['step']})")
         self._writer.close()
 
-    def _pictures(self, wrong: list[dict[str, Any]]) -> Iterator[Any]:
-        """The surest wrong answers' images, where they are there and may be shown."""
-        from PIL import Image
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        rows = wrong if self._recipe.tracking.pictures else []
-        for number, small in enumerate(thumbnails.jpegs(rows, self._recipe.data)):
-            if small:
-                width, height = Image.open(io.BytesIO(small)).size
-                image = Summary.Image(encoded_image_string=small, width=width, height=height, colorspace=3)
-                yield Summary.Value(tag=f"val/mistakes/{number + 1}", image=image)
-
     def _text(self, tag: str, text: str, *, step: int = 0) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.plugins.text.summary_v2 import text_pb
@@ -99,3 +90,66 @@ class TensorBoard:
         # Four spaces are Markdown's way of leaving it as it is; a file's name need not be text.
         quoted = "\n".join(f"    {line}" for line in printable(text).splitlines())
         self._writer.add_event(Event(wall_time=time.time(), step=step, summary=text_pb(tag, quoted)))
+
+
+def _answers(rows: Sequence[dict[str, Any]]) -> str:
+    """A line of each image: its true class and the answer."""
+    return "\n".join(
+        f"{row['image']}: {in_words(row['true'])}, answered {in_words(row['predicted'])} {row['confidence']}"
+        for row in rows
+    )
+
+
+def _image(tag: str, picture: bytes) -> Any:
+    """A JPEG or PNG."""
+    from PIL import Image
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    width, height = Image.open(io.BytesIO(picture)).size
+    image = Summary.Image(encoded_image_string=picture, width=width, height=height, colorspace=3)
+    return Summary.Value(tag=tag, image=image)
+
+
+def _curves(validation: dict[str, Any]) -> Iterator[Any]:
+    """ROC and precision over recall as pictures; the latter of each class also for TensorBoard's own page."""
+    kinds = {
+        "roc": ("val/roc", "ROC", "false positive rate", "recall"),
+        "precision_recall": ("val/pr", "precision over recall", "recall", "precision"),
+    }
+    for key, (tag, *words) in kinds.items():
+        found = validation.get(key)
+        if found and found["mean"]:
+            yield _image(tag, drawing.curves(found, *words))
+    for name, values in ((validation.get("precision_recall") or {}).get("classes") or {}).items():
+        if counted := (validation.get("classes") or {}).get(name):
+            yield _precision_recall(f"val/pr/{printable(name)}", values, counted["val"], validation["samples"])
+
+
+def _precision_recall(tag: str, precision: list[float], positive: int, samples: int) -> Any:
+    """A curve as TensorBoard's plugin takes it: what is counted at each threshold, from the lowest one on.
+
+    Args:
+        tag: of it.
+        precision: at even recalls, from 0 to 1.
+        positive: images of the class.
+        samples: of all classes.
+    """
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.compat.proto.tensor_pb2 import TensorProto
+    from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+    from tensorboard.compat.proto.types_pb2 import DT_FLOAT
+    from tensorboard.plugins.pr_curve.metadata import create_summary_metadata
+
+    num, rows = len(precision), []
+    for place in reversed(range(num)):
+        recall, right = place / (num - 1), precision[place]
+        hits = recall * positive
+        wrong = hits * (1 - right) / right if right else 0.0
+        rows.append((hits, wrong, max(0.0, samples - positive - wrong), positive - hits, right, recall))
+    columns = [value for column in zip(*rows, strict=True) for value in column]
+    shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=size) for size in (len(rows[0]), num)])
+    return Summary.Value(
+        tag=tag,
+        metadata=create_summary_metadata(display_name="", description="", num_thresholds=num),
+        tensor=TensorProto(dtype=DT_FLOAT, float_val=columns, tensor_shape=shape),
+    )

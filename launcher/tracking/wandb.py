@@ -18,6 +18,7 @@ from launcher.recipe import metrics as recipe_metrics
 from launcher.runs import whereabouts
 from launcher.system.redact import one_line
 from launcher.tracking import wandb_folder, wandb_service, wandb_tables
+from launcher.tracking.pictures import Pictures
 from launcher.tracking.sink import UnreachableError
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class Wandb:
         self._say = say
         self._beside = beside
         self._reason = reason
+        self._pictures = Pictures(run, recipe)
         self._tracked: wandb.Run
         self.folder: Path
         """Of the record; there once it was opened."""
@@ -110,7 +112,8 @@ class Wandb:
         row: dict[str, Any] = {**record.values, "epoch": record.epoch, "step": record.step}
         if record.is_best:
             row |= wandb_tables.of(record.line)
-        row |= wandb_tables.of_best(record.validation, self._recipe)
+        row |= wandb_tables.of_best(record.validation, self._pictures)
+        row |= wandb_tables.pictures(record, self._pictures)
         self._tracked.log(row, step=record.number)
 
     def flush(self, story: Story) -> None:
@@ -189,7 +192,7 @@ class Wandb:
     def _define(self) -> None:
         # Over our own step, never wandb's: that counts records.
         self._tracked.define_metric("step")
-        for pattern in ("train/*", "val/*", "test/*", "epoch"):
+        for pattern in ("train/*", "val/*", "test/*", "node*", "epoch"):
             self._tracked.define_metric(pattern, step_metric="step")
         for name, metric in recipe_metrics.of(self._recipe.metrics).items():
             self._tracked.define_metric(f"val/{name}", step_metric="step", summary=f"{metric.mode},last")

@@ -1,14 +1,15 @@
-"""A validation as wandb shows it: confusion matrix, classes, curves, and the surest mistakes with their pictures."""
+"""A validation as wandb shows it: confusion matrix, classes, curves, mistakes and other images with their pictures."""
 
 from __future__ import annotations
 
 import io
 from typing import TYPE_CHECKING, Any
 
-from launcher.runs import thumbnails
+from launcher.tracking.pictures import in_words
 
 if TYPE_CHECKING:
-    from launcher.recipe.schema import Recipe
+    from launcher.tracking.pictures import Pictures
+    from launcher.tracking.records import Record
 
 COLUMNS = ("recall", "precision", "f1", "samples")
 MOST_CLASSES = 100
@@ -38,13 +39,39 @@ def of(line: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def of_best(found: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+def of_best(found: dict[str, Any], pictures: Pictures) -> dict[str, Any]:
     """What validation.json has, by wandb's names; empty: it has nothing."""
     made = {
         **_curves("val/roc", "ROC", found.get("roc"), "false positive rate", "recall"),
         **_curves("val/pr", "precision over recall", found.get("precision_recall"), "recall", "precision"),
     }
-    return made | _mistakes(found.get("wrong") or [], recipe)
+    return made | _mistakes(found.get("wrong") or [], pictures)
+
+
+def pictures(record: Record, made: Pictures) -> dict[str, Any]:
+    """The images that a record shows: the same of each validation with their answers, the first training batch.
+
+    Answers whose images are not there, or may not be sent, are a table without pictures.
+    """
+    import wandb
+
+    shown = {"val/examples": made.examples(record), "train/batch": made.batch(record)}
+    found: dict[str, Any] = {
+        name: [
+            wandb.Image(_opened(one.jpeg), caption=" → ".join(filter(None, (one.caption, one.answer))), file_type="jpg")
+            for one in each
+        ]
+        for name, each in shown.items()
+        if each
+    }
+    rows = record.line.get("examples")
+    if rows and "val/examples" not in found:
+        columns: list[str | int] = ["image", "true", "predicted", "confidence"]
+        cells: list[Any] = [
+            [row["image"], *map(in_words, (row["true"], row["predicted"])), row["confidence"]] for row in rows
+        ]
+        found["val/examples"] = wandb.Table(columns=columns, data=cells)
+    return found
 
 
 def _curves(key: str, title: str, found: dict[str, Any] | None, x: str, y: str) -> dict[str, Any]:
@@ -65,22 +92,21 @@ def _curves(key: str, title: str, found: dict[str, Any] | None, x: str, y: str) 
     return {key: wandb.plot_table("wandb/area-under-curve/v0", table, fields, words)}
 
 
-def _mistakes(wrong: list[dict[str, Any]], recipe: Recipe) -> dict[str, Any]:
+def _mistakes(wrong: list[dict[str, Any]], pictures: Pictures) -> dict[str, Any]:
     """The surest wrong answers, each with its picture where that is there and may be sent."""
     import wandb
-    from PIL import Image
 
     if not wrong:
         return {}
     rows: list[Any] = []
-    shown = thumbnails.jpegs(wrong, recipe.data) if recipe.tracking.pictures else [None] * len(wrong)
-    for row, small in zip(wrong, shown, strict=True):
-        picture = None if small is None else wandb.Image(Image.open(io.BytesIO(small)), file_type="jpg")
+    for row, small in zip(wrong, pictures.thumbnails(wrong), strict=True):
+        picture = None if small is None else wandb.Image(_opened(small), file_type="jpg")
         rows.append([picture, row["image"], *(in_words(row[key]) for key in ("true", "predicted")), row["confidence"]])
     columns: list[str | int] = ["picture", "image", "true", "predicted", "confidence"]
     return {"val/mistakes": wandb.Table(columns=columns, data=rows)}
 
 
-def in_words(classes: str | list[str]) -> str:
-    """A class, or the several classes of an image."""
-    return classes if isinstance(classes, str) else ", ".join(classes) or "none"
+def _opened(jpeg: bytes) -> Any:
+    from PIL import Image
+
+    return Image.open(io.BytesIO(jpeg))

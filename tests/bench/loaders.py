@@ -1,6 +1,6 @@
 """Images a second of one core, from files to batches, against what people write by hand.
 
-    python -m tests.bench.loaders [--photos FOLDER] [--rounds N] [--images N] [--normalize]
+    python -m tests.bench.loaders [--photos FOLDER] [--rounds N] [--images N] [--normalize] [--augment]
 
 In turn, ``--rounds`` times, on one core: a tutorial's Pillow with torchvision's transforms v1, torchvision's
 decode_image with v2 to normalised floats, and ours: data.decode exact and fast, and data.cache. All crop 25 to 100 % of
@@ -8,7 +8,8 @@ the area to 224 px, and mirror. Photos of 0.2 megapixels (400 x 534; --photos, o
 
 What is compared is CPU time: other programs on the machine change it less than the clock. The first two make normalised
 floats; ours hand over bytes, which are normalised on the device; with ``--normalize`` that is counted too. Printed:
-images a second, and the ratio to the first in each round: the median and the range.
+images a second, and the ratio to the first in each round: the median and the range. With ``--augment`` instead what
+each kind of augmentation adds to an image.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torchvision import transforms as v1
 from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms import v2
 
+from launcher.engine.augmenting import transforms
 from launcher.engine.data import ImageDataset, Preprocessing
 from launcher.engine.loading import keep_pixels, kept_pixels
 from launcher.recipe.schema_data import DataConfig
@@ -50,12 +52,16 @@ def main() -> None:
         "--images", type=int, default=200, help="of the small ones; a twentieth of that of the large ones"
     )
     parser.add_argument("--normalize", action="store_true", help="count what ours leaves to the device, too")
+    parser.add_argument("--augment", action="store_true", help="measure augmentation, not loaders")
     args = parser.parse_args()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         os.environ[kept_pixels.FOLDER_VARIABLE] = f"{folder}/pixels"
         small = write_small(Path(folder) / "small", args.photos, args.images)
+        if args.augment:
+            report_augmentation(small, args.rounds)
+            return
         report("0.2 megapixels", small, args.rounds, normalizes=args.normalize)
         large = write_large(Path(folder) / "large", small[: max(4, args.images // 20)])
         report("12 megapixels", large, args.rounds, normalizes=args.normalize)
@@ -107,6 +113,34 @@ def report(what: str, files: list[Path], rounds: int, *, normalizes: bool) -> No
             f"| {name} | {1 / statistics.median(found):.0f} | {middle:.2f} | {ratios[0]:.2f}-{ratios[-1]:.2f} |",
             flush=True,
         )
+
+
+AUGMENTATIONS: dict[str, dict[str, Any]] = {
+    "`data.erase: 0.25`": {"erase": 0.25},
+    "`data.color_jitter: 0.4`": {"color_jitter": 0.4},
+    "`data.auto_augment: randaugment`": {"auto_augment": "randaugment"},
+}
+
+
+def report_augmentation(files: list[Path], rounds: int) -> None:
+    """Milliseconds of an image: until it is mirrored, and of what a recipe may have come after that; a row each."""
+    facts = Preprocessing(image_size=SIZE, resize_size=256, mean=MEAN, std=STD, interpolation="bilinear")
+    crop = facts.transform(DataConfig())
+    seen = [crop(facts.open(str(file))) for file in files]
+    of_seen: dict[str, Callable[[int], Any]] = {"decode, crop, mirror": lambda i: crop(facts.open(str(files[i])))}
+    for name, keys in AUGMENTATIONS.items():
+        (step,) = transforms.build_steps(DataConfig(flip=0.0, **keys), MEAN)
+        of_seen[name] = lambda i, step=step: step(seen[i])
+    found: dict[str, list[float]] = {name: [] for name in of_seen}
+    for _ in range(rounds):
+        for name, do in of_seen.items():
+            began = time.process_time()
+            for number in range(len(files)):
+                do(number)
+            found[name].append(1000 * (time.process_time() - began) / len(files))
+    print("\n| of an image, one core | ms | range |\n|---|---|---|")
+    for name, ms in found.items():
+        print(f"| {name} | {statistics.median(ms):.2f} | {min(ms):.2f}-{max(ms):.2f} |", flush=True)
 
 
 def loaders(files: list[Path], *, normalizes: bool) -> dict[str, Callable[[Any], torch.Tensor]]:

@@ -121,9 +121,21 @@ def test_names_that_are_no_text_can_be_printed(launch, folder):
 
 def test_keys_that_are_lacking_are_named_for_this_very_command(images, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(images / "train", tmp_path / "photos")
+    shutil.copytree(images / "train", tmp_path / "photos/all")
     assert check.main(["photos"]) == 3
     shown = capsys.readouterr().out
-    assert "\n      launch check photos data.val_fraction=0.2\n" in shown
+    assert "\n      launch check photos/all data.val_fraction=0.2\n" in shown
     assert shown.endswith("\nno image in photos was looked at\n")
-    assert check.main(["photos", "data.val_fraction=0.34"]) == 0
+
+
+def test_a_folder_of_classes_is_looked_through_as_it_would_be_divided(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(images / "train", tmp_path / "photos")
+    assert check.main(["photos"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("note     nothing says which images are for validation: here 20% of each class are; ")
+    assert "train/   15 images in 3 classes: 5 in each" in shown
+    (tmp_path / "photos/cat/0.png").write_bytes(b"")
+    assert check.main(["photos"]) == 3
+    assert "cat/0.png: empty: 0 bytes" in capsys.readouterr().out
+    assert check.main(["photos", "data.val_fraction=0.34", "--json"]) == 3

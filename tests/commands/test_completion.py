@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import select
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ from launcher import cli
 from launcher.commands import completion
 
 ROOT = Path(__file__).parents[2]
+ENDED_S = 60
 
 OFFERED = {
     "launch qui": ["quickstart"],
@@ -104,6 +109,84 @@ def test_the_scripts_are_well_formed(shell):
         pytest.skip(f"no {shell}")
     done = subprocess.run([shell, "-n"], input=completion.SCRIPTS[shell], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="no fish")
+@pytest.mark.parametrize(
+    ("line", "replies"),
+    [
+        ("launch quickst", ["quickstart"]),
+        ("launch quickstart optim.schedule=on", ["optim.schedule=one_cycle"]),
+        ("launch quickstart train.ep", ["train.epochs="]),
+        ("launch resume ", ["runs/a", "runs/b"]),
+        ("launch quickstart --dry", ["--dry-run"]),
+        ("launch check mi", ["mine.yaml", "mine/"]),  # files, which the shell knows
+    ],
+)
+def test_the_script_works_in_fish(line, replies, here):
+    script = f"""
+        function launch; {sys.executable} -m launcher $argv; end
+        launch completion fish | source
+        complete -C '{line}'
+    """
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["fish", "-c", script], cwd=here, env=env, capture_output=True, text=True, check=True)
+    found = [one.partition("\t")[0] for one in done.stdout.splitlines()]
+    assert found == replies
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh")
+def test_the_script_works_in_zsh(here):
+    """Typed at a terminal, with Tab and Enter; what the command is given comes back."""
+    typed = {
+        "launch quickst\t": "quickstart",
+        "launch quickstart optim.schedule=on\t": "quickstart optim.schedule=one_cycle",
+        "launch quickstart train.ep\t5": "quickstart train.epochs=5",  # no space behind =
+        "launch resume runs/b\t": "resume runs/b",
+        "launch quickstart --dry\t": "quickstart --dry-run",
+        "launch mine/\t": "mine/inner.yaml",
+        "launch check mine/in\t": "check mine/inner.yaml",  # a file, which the shell knows
+    }
+    with in_zsh(here) as ask:
+        assert {line: ask(line) for line in typed} == typed
+
+
+@contextlib.contextmanager
+def in_zsh(folder):
+    """A zsh at a terminal of its own; gives what types a line and returns the arguments that `launch` is given."""
+    ours, theirs = os.openpty()
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "dumb", "HOME": str(folder)}
+    shell = subprocess.Popen(
+        ["zsh", "-f", "-i"], cwd=folder, env=env, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+    )
+    os.close(theirs)
+    said = ""
+
+    def until(pattern):
+        nonlocal said
+        ends = time.monotonic() + ENDED_S
+        while (found := re.search(pattern, said)) is None:
+            assert time.monotonic() < ends, said
+            if select.select([ours], [], [], 0.1)[0]:
+                said += os.read(ours, 4096).decode(errors="replace")
+        said = said[found.end() :]
+        return found[1]
+
+    def ask(line):
+        os.write(ours, f"{line}\n".encode())
+        return until(r"given<(.*?) ?>\r?\n")
+
+    try:
+        launch = f'launch() {{ [[ $1 = completion ]] && {sys.executable} -m launcher "$@" || print -r "given<$*>" }}'
+        for line in ("PS1=", "autoload -Uz compinit; compinit -u", launch, 'eval "$(launch completion zsh)"'):
+            os.write(ours, f"{line}\n".encode())
+        os.write(ours, b"print -r rea''dy'<1>'\n")
+        until(r"ready<(1)>")
+        yield ask
+    finally:
+        shell.kill()
+        shell.wait()
+        os.close(ours)
 
 
 @pytest.mark.parametrize("line", ["launch ", "launch quickstart optim.schedule=", "launch resume ", "launch doctor --"])

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import jsonschema
 import pytest
 
-from launcher.commands import doctor
+from launcher.commands import doctor, doctor_gpus, doctor_slurm
 from launcher.commands import doctor_checks as checks
 from launcher.errors import EXIT_OK, EXIT_PREFLIGHT
 from launcher.plan import topology
@@ -45,9 +45,10 @@ SCHEMA = {
 }
 NAMES = [
     *("Python", "torch", "torchvision", "CUDA driver", "CUDA runtime", "cuDNN", "NCCL", "GPUs", "CPU bf16 units"),
+    *("GPU links", "all-reduce"),
     *("CPU cores", "OMP_NUM_THREADS", "memory", "freed memory", "/dev/shm", "temporary files", "open files"),  # noqa: S108
-    *("disk for runs", "disk for weights"),
-    *("SLURM", "image formats", "ONNX Runtime", "wandb"),
+    *("disk for runs", "disk for weights", "weights cache"),
+    *("SLURM", "SLURM partitions", "image formats", "ONNX Runtime", "wandb"),
 ]
 H100 = checks.Gpu(name="NVIDIA H100 80GB HBM3", memory_gib=79.1, capability=(9, 0))
 K80 = checks.Gpu(name="Tesla K80", memory_gib=11.2, capability=(3, 7))
@@ -61,6 +62,8 @@ def _quiet_environment(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WANDB_MODE", "disabled")
+    # It takes seconds; test_doctor_gpus.py has a real one.
+    monkeypatch.setattr(doctor_gpus, "all_reduce", lambda num_gpus: checks.ok(f"not tried on {num_gpus} GPUs"))
 
 
 def report(capsys, *, code=None):
@@ -645,7 +648,7 @@ def test_weights_are_where_torch_keeps_them(environment, folder, monkeypatch, tm
     ],
 )
 def test_a_slurm_client_that_cannot_submit_is_pointed_out(version, error, has_srun, status, fragment):
-    says(checks.check_slurm(version, error, has_srun=has_srun), status, fragment)
+    says(doctor_slurm.check_slurm(version, error, has_srun=has_srun), status, fragment)
 
 
 # wandb

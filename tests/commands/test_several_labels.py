@@ -69,6 +69,8 @@ def check_what_the_report_shows(run, own):
     }
     assert sum(images for images, _, _ in kept["calibration"]) == own["samples"] * len(kept["classes"])
     assert len(kept["wrong"]) + len(kept["right"]) == own["samples"] <= 12
+    answers = {row["image"]: row["predicted"] for row in [*kept["wrong"], *kept["right"]]}
+    assert {row["image"]: row["predicted"] for row in own["examples"]} == answers
     for row in [*kept["wrong"], *kept["right"]]:
         assert set(row["true"]) <= set(kept["classes"])
         assert (row["true"] == row["predicted"]) == (row in kept["right"])

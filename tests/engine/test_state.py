@@ -162,17 +162,18 @@ def test_a_checkpoint_and_the_position_hold_all_that_training_changes(make_run, 
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (1, 3), (2, 1)])
 def test_a_run_stopped_anywhere_ends_with_the_bits_of_one_that_was_not(make_run, engine, in_ranks, world_size, workers):
     changes = {**EVERYTHING, "data": {"augment": "standard", "workers": workers}, "precision": "fp32"}
-    changes["train"] = {**EVERYTHING["train"], "epochs": 2}
+    # Without loader processes the mean's statistics are computed anew, else they are means too.
+    changes["train"] = {**EVERYTHING["train"], "epochs": 2, "swa": 1, "batchnorm_recompute": 0 if workers else 2}
     changes["batch"] = {"size": 5, "accumulate": 3 - world_size}
 
     def train(run, stop=engine.never):
         return in_ranks(world_size, lambda who: engine.train(run, who, stop=stop))[0]
 
-    whole = train(make_run("whole", **changes))
-    run, lines, outcomes = make_run("stopped", **changes), [], []
+    undisturbed, run = make_run("whole", **changes), make_run("stopped", **changes)
+    whole, lines, outcomes = train(undisturbed), [], []
     chance = random.Random(10 * world_size + workers)  # noqa: S311  where it is stopped
     while not outcomes or outcomes[-1] == "preempted":
-        found = train(run, engine.at_poll(chance.randint(3, 18) if workers < 3 else chance.randint(12, 30)))
+        found = train(run, engine.at_poll(chance.randint(3 if workers < 3 else 12, 30)))
         outcomes.append(found.outcome)
         lines += found.lines
     assert len(outcomes) > 1
@@ -181,6 +182,10 @@ def test_a_run_stopped_anywhere_ends_with_the_bits_of_one_that_was_not(make_run,
         assert engine.identical(getattr(found, part), getattr(whole, part)), part
     last = {(line["split"], line["step"]): line for line in lines}
     assert list(last.values()) == whole.lines
+    assert ["swa_loss" in line for line in whole.lines if line["split"] == "val"] == [False, True]
+    means = [checkpoints.load(one.last_checkpoint) for one in (run, undisturbed)]
+    assert engine.identical(means[0].average, means[1].average)
+    assert means[0].state["averaged"] == means[1].state["averaged"] == whole.step // 2
 
 
 @pytest.mark.parametrize("arch", ["squeezenet1_1", "shufflenet_v2_x0_5"])
@@ -308,9 +313,9 @@ def test_other_images_than_the_run_began_with_are_refused(make_run, engine, one_
 def test_other_weights_than_the_run_began_with_are_refused(make_run, engine, one_rank, photos):
     file, row = photos.with_suffix(".csv"), "{0},{0.parent.name},{0.parent.parent.name},{1}\n"
 
-    def write(weight):
+    def write(weight, column="weight"):
         rows = [row.format(path, weight if number else 1) for number, path in enumerate(sorted(photos.glob("*/*/*")))]
-        file.write_text("path,label,split,weight\n" + "".join(rows))
+        file.write_text(f"path,label,split,{column}\n" + "".join(rows))
 
     write(0.5)
     run = make_run(data={"path": str(file)}, batch={"size": 9})
@@ -320,6 +325,12 @@ def test_other_weights_than_the_run_began_with_are_refused(make_run, engine, one
         engine.train(run)
     write(0.5)
     assert engine.train(run).outcome == "completed"
+    write(0.5, "of_no_use")
+    older = make_run("older", data={"path": str(file)}, batch={"size": 9})
+    engine.train(older, stop=engine.at_poll(2))
+    write(0.5)  # as a run looks that an earlier version began
+    with pytest.raises(UsageError, match=r"are those that the run began with, but.*weights.*columns={weight: none}"):
+        engine.train(older)
 
 
 def test_images_left_out_from_now_on_change_no_other_sample_place(make_run, engine, one_rank):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 import pytest
 import torch
 
@@ -11,6 +13,8 @@ from launcher.runs import history
 
 pytestmark = pytest.mark.gpu
 
+EPOCH = 6
+"""Steps of an epoch of few images: their losses differ more than what is learned in one."""
 CLOSE = 2e-3
 """Weights after an epoch: convolutions on a GPU add up in another order each time."""
 
@@ -77,13 +81,13 @@ def test_memory_that_runs_out_is_met_with_smaller_batches_and_the_weights_are_th
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_it_learns_in_half_precision_as_in_fp32(make_run, engine, on_devices, precision):
     def losses(name, **changes):
-        run = make_run(name, batch={"size": 9}, optim={"lr": 0.002}, train={"epochs": 3}, **changes)
+        run = make_run(name, batch={"size": 9}, optim={"lr": 0.002}, train={"epochs": 6}, **changes)
         (lines,) = on_devices(1, lambda who, device: engine.train(run, who, device, prepare=exactly).lines)
         return [line["loss"] for line in lines]
 
     whole, half = losses("fp32"), losses(precision, precision=precision)
     assert half[-1] == pytest.approx(whole[-1], rel=0.05)  # of fp16 the first steps may be left out
-    assert half[-1] < half[0]
+    assert statistics.mean(half[-EPOCH:]) < statistics.mean(half[:EPOCH])
 
 
 def test_precision_is_what_the_device_has_and_a_checkpoint_keeps_it(make_run, engine, on_devices, where):

@@ -78,11 +78,13 @@ def test_early_stopping_on_a_metric_that_does_not_exist(metric, hint, problems):
             {"freeze": ["layer1"], "unfreeze": {0: "layer1", 3: "layer1"}},
             "epoch 3 never comes: train.epochs is 1, counted from 0",
         ),
+        ("train", {"swa": 1}, "its mean of the weights never begins: train.epochs is 1"),
     ],
 )
 def test_any_recipe_can_be_tried_for_one_epoch_and_says_what_it_does_not_come_to(section, values, note, problems):
-    assert problems(train={"epochs": 1}, **{section: values}) == []
-    recipe = recipes.from_dict({"train": {"epochs": 1}, section: values})
+    sections = {section: values} | {"train": {"epochs": 1, **(values if section == "train" else {})}}
+    assert problems(**sections) == []
+    recipe = recipes.from_dict(sections)
     assert [text for _, text in recipe_checks.find_notes(recipe)] == ([note] if note else [])
 
 
@@ -94,6 +96,7 @@ def test_any_recipe_can_be_tried_for_one_epoch_and_says_what_it_does_not_come_to
         ({"data": {"cutmix": 1.0}, "train": {"feature_views": 2}}, "train.feature_views", "data.cutmix mixes images"),
         ({"data": {"cutmix": 1.0}, "batch": {"size": 1}}, "batch.size", "data.cutmix mixes the images of a batch"),
         ({"train": {"clip_grad_norm": 1.0, "clip_grad_value": 1.0}}, "train.clip_grad_value", "not both"),
+        ({"train": {"ema": 0.9, "swa": 2}}, "train.swa", "give swa or ema, not both"),
     ],
 )
 def test_what_does_not_go_together(sections, key, words, problems, images):

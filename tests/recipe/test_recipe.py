@@ -143,8 +143,8 @@ def consistent(recipe):
     change = dataclasses.replace
     stop, batch, launch, model = recipe.train.early_stopping, recipe.batch, recipe.launch, recipe.model
     train = change(recipe.train, early_stopping=change(stop, mode=WATCHABLE[stop.metric]))
-    if train.clip_grad_norm is not None:
-        train = change(train, clip_grad_value=None)
+    train = change(train, clip_grad_value=None if train.clip_grad_norm is not None else train.clip_grad_value)
+    train = change(train, swa=train.swa if train.ema is None else None)
     if "onnx" not in recipe.post.export:
         recipe = change(recipe, post=change(recipe.post, quantize=[]))
     if batch.global_size is not None:

@@ -30,3 +30,17 @@ def test_int8_sums_overflow_on_x86_without_vnni(tmp_path, monkeypatch, machine, 
 def test_an_x86_cpu_of_which_nothing_is_known_is_taken_to_overflow(tmp_path, monkeypatch):
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     assert host_cpu.saturates_int8(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("quantization", "is_for_any"),
+    [
+        (None, True),
+        ({"weight_bits": 7, "activation_bits": 8}, True),
+        ({"weight_bits": 8, "activation_bits": 8}, False),
+        ({"weight_bits": 8}, False),  # int8_dynamic
+        ({"weight_bits": 8, "activation_bits": host_cpu.FLOAT_BITS}, True),  # int8_weights computes in float
+    ],
+)
+def test_a_file_is_for_some_cpus_only_where_its_integers_may_overflow_on_others(quantization, is_for_any):
+    assert (host_cpu.only_for(quantization) is None) == is_for_any

@@ -388,6 +388,23 @@ def test_calibration_images_are_the_same_every_time(exported, tmp_path, monkeypa
     assert sorted(seen[0][1]) == list(range(96))
 
 
+def test_the_last_way_to_int8_is_fine_tuning_which_leaves_the_checkpoint_alone(exported, tmp_path):
+    best = evaluate.load_best(exported, qat_steps=2)
+    before = {name: value.clone() for name, value in best.module.state_dict().items()}
+    ladder = quantize.Ladder(source=exported.exports / "model.onnx", folder=tmp_path, best=best, threads=1)
+    tried = []
+
+    def judge(name, file):
+        tried.append(onnx_model.read_quantization(file))
+        return None if tried[-1]["rung"] == "qat" else "refused", {}
+
+    name, rows = ladder.climb(["int8", "fp16"], judge, lambda line: None)
+    assert (name, rows[-1]["rung"], rows[-1]["is_made"]) == ("int8", "qat", True)
+    assert tried[-1] == {"target": "portable", "weight_bits": 7, "rung": "qat", "qat_steps": 2, **CALIBRATED}
+    assert tried[-2]["rung"] == "16 in float"
+    assert all(torch.equal(value, before[name]) for name, value in best.module.state_dict().items())
+
+
 def test_without_a_best_checkpoint_it_says_so(exported, tmp_path):
     run = RunDir(tmp_path / "run")
     run.create()
@@ -504,8 +521,9 @@ def test_images_that_were_moved_are_named_on_the_command_line(moved, capsys):
     [
         ("data.path={tmp}", "data.path={tmp}: no images at {tmp}/val"),
         ("data.path={tmp}/other", "{tmp}/other/val: holds classes that the model does not know, as 'emu'"),
-        ("data.path=", "only data.path=FOLDER can change"),
-        ("model.arch=resnet50", "only data.path=FOLDER can change"),
+        ("data.path=", "only data.path=FOLDER and post.qat_steps=N (a whole number) can change"),
+        ("model.arch=resnet50", "only data.path=FOLDER and post.qat_steps=N (a whole number) can change"),
+        ("post.qat_steps=-1", "only data.path=FOLDER and post.qat_steps=N (a whole number) can change"),
     ],
 )
 def test_a_wrong_folder_is_refused_before_anything_is_made(moved, tmp_path, capsys, override, words):

@@ -6,10 +6,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from launcher.tools.int8 import calibration, equalize, qdq
+from launcher.tools.int8 import calibration, equalize, qat, qdq
 from launcher.tools.int8.graph import Graph
+from launcher.tools.int8.torch_graph import TorchGraph
 
 CHANNELS, CLASSES, SIZE = 8, 5, 6
 BITS = 7
@@ -85,3 +87,34 @@ def test_corrected_biases_make_up_for_much_of_what_rounding_costs(model, images)
             graph.set_constant(node.input[1], qdq._rounded(graph.constant(node.input[1]), BITS))
         errors.append(np.square(run(graph.model, images) - expected).mean())
     assert 0 < errors[1] < 0.7 * errors[0]
+
+
+def test_training_computes_what_the_int8_model_computes(model, images):
+    quantized = qdq.quantize(model, calibration.measure(model, images, threads=1), bits=BITS)
+    expected, rounded = run(model, images), run(quantized, images)
+    given = torch.from_numpy(np.concatenate(images))
+    network = TorchGraph(model)
+    np.testing.assert_allclose(
+        network.compute(given, lambda name, value: value).numpy(), expected, rtol=1e-4, atol=1e-4
+    )
+    found = network.compute(given, qat._Rounding(model, quantized, bits=BITS)).numpy()
+    assert np.square(found - rounded).mean() < 0.1 * np.square(rounded - expected).mean()
+
+
+def test_fine_tuning_brings_the_int8_model_nearer_to_its_teacher(model, images):
+    ranges = calibration.measure(model, images, threads=1)
+    quantized, expected, original = qdq.quantize(model, ranges, bits=BITS), run(model, images), TorchGraph(model)
+    lesson = qat.Lesson(
+        steps=100,
+        images=[torch.from_numpy(images[step % len(images)]) for step in range(100)],
+        teacher=lambda batch: original.compute(batch, lambda name, value: value),
+    )
+    trained = qdq.quantize(qat.train(model, quantized, lesson, bits=BITS), ranges, bits=BITS)
+    errors = [np.square(run(each, images) - expected).mean() for each in (quantized, trained)]
+    assert 0 < errors[1] < 0.7 * errors[0]
+
+
+def test_what_training_cannot_compute_is_named(model):
+    model.graph.node[1].op_type = "Celu"
+    with pytest.raises(ValueError, match="training does not know Celu"):
+        TorchGraph(model)

@@ -16,8 +16,9 @@ from PIL import Image
 from wandb.proto.wandb_internal_pb2 import Record
 
 from launcher.recipe import load as recipes
+from launcher.runs import thumbnails
 from launcher.runs.run_dir import RunDir
-from launcher.system.files import write_json_atomic
+from launcher.system.files import append_jsonl, write_json_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ TRAIN |= {"top5": 0.5, "lr": 0.01, "lr/head": 0.1, "images_per_s": 40.0, "data_w
 PER_CLASS = {name: {"recall": 0.5, "precision": 0.25, "f1": 0.4, "samples": 5} for name in "abcdef"}
 VAL = {"split": "val", "attempt": 1, "epoch": 0, "step": 20, "samples": 30, "loss": 2.0, "top1": 0.5}
 VAL |= {"top5": 0.75, "f1": 0.4, "per_class": PER_CLASS, "confusion": [[5, 0, 0, 0, 0, 0]] * 6}
-TABLES = ("val/classes", "val/confusion", "val/roc", "val/pr", "val/mistakes")
+TABLES = ("val/classes", "val/confusion", "val/roc", "val/pr", "val/mistakes", "val/examples", "train/batch")
 ENDED_S = 300
 """Far more than anything here takes; trackers give way to all else on a machine that is busy (nice)."""
 
@@ -56,8 +57,31 @@ def keep_validation(run: RunDir, photo: Path) -> None:
     Image.new("RGB", (300, 200), "red").save(photo)
     rows = [{"image": str(place), "true": "a", "predicted": "b", "confidence": 0.75} for place in (photo, "gone.png")]
     roc = {"mean": [0.25, 0.75, 1.0], "classes": {"a": [0.5, 1.0, 1.0]}}
-    precision = {"mean": [1.0, 0.8], "classes": {}}
-    write_json_atomic(run.validation, {"step": VAL["step"], "wrong": rows, "roc": roc, "precision_recall": precision})
+    precision = {"mean": [1.0, 0.8], "classes": {"b": [1.0, 1.0, 0.5]}}
+    counts = {"samples": 10, "classes": {"b": {"val": 4}}}
+    curves = {"roc": roc, "precision_recall": precision}
+    write_json_atomic(run.validation, {"step": VAL["step"], "wrong": rows, **counts, **curves})
+
+
+def show(run: RunDir, photo: Path, *answers: str) -> dict:
+    """What a line of a validation has to show: an image that is there and one that is not, with these answers."""
+    if not photo.exists():
+        Image.new("RGB", (300, 200), "red").save(photo)
+    images = zip((str(photo), "gone.png"), answers, strict=True)
+    return {"examples": [{"image": i, "true": "a", "predicted": said, "confidence": 0.75} for i, said in images]}
+
+
+def keep_batch(run: RunDir) -> None:
+    """sample_batch.json, as the first step leaves it."""
+    picture = thumbnails.data_uri(Image.new("RGB", (32, 32), "blue"))
+    rows = [{"image": "0.png", "class": "a", "picture": picture}, {"image": "1.png", "class": "b", "picture": picture}]
+    write_json_atomic(run.sample_batch, {"version": 1, "epoch": 0, "mixed": "mixup", "images": rows})
+
+
+def load(run: RunDir, node: int, time: float, **values: object) -> None:
+    """A line of what a node does."""
+    run.node_load(node).parent.mkdir(exist_ok=True)
+    append_jsonl(run.node_load(node), {"time": time, "host": f"n{node}", **values})
 
 
 def finish(run: RunDir, state: str = "completed", **fields: object) -> None:

@@ -7,7 +7,20 @@ import time
 
 import pytest
 
-from tests.tracking.hand_made import ENDED_S, VAL, event_rows, finish, make_run, rows_of, tracker, train
+from tests.tracking.hand_made import (
+    ENDED_S,
+    VAL,
+    event_rows,
+    finish,
+    keep_batch,
+    load,
+    make_run,
+    read_record,
+    rows_of,
+    show,
+    tracker,
+    train,
+)
 
 pytest.importorskip("tensorboard", reason="an extra: pip install 'finetune-launcher[tensorboard]'")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -31,7 +44,10 @@ def have_begun(run):
 
 
 def test_ten_kills_lose_nothing_and_send_nothing_twice(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     run, seed = make_run(tmp_path), random.Random(0)  # noqa: S311
+    keep_batch(run)
     step = 0
     for attempt in range(KILLS):
         begun = have_begun(run)
@@ -41,6 +57,7 @@ def test_ten_kills_lose_nothing_and_send_nothing_twice(tmp_path):
         while time.monotonic() < ends or (waits and not begun()):
             step += 1
             train(run, step, attempt=attempt + 1)
+            load(run, 0, time.time(), cpu=0.5)
             time.sleep(0.05)
         with run.metrics.open("a") as file:  # training dies in the middle of a line
             file.write('{"split": "train", "st')
@@ -48,7 +65,7 @@ def test_ten_kills_lose_nothing_and_send_nothing_twice(tmp_path):
             process.kill()
             process.communicate(timeout=ENDED_S)
         step = max(0, step - 5)  # training goes on from a checkpoint before
-    run.append_metrics(**VAL | {"step": step})
+    run.append_metrics(**VAL | {"step": step} | show(run, tmp_path / "photo.jpg", "a", "b"))
     finish(run)
     for sink in ("wandb", "tensorboard"):
         process = tracker(run, sink)
@@ -60,3 +77,9 @@ def test_ten_kills_lose_nothing_and_send_nothing_twice(tmp_path):
     assert [row["step"] for row in rows_of(run) if "val/loss" in row] == [step]
     assert [found for found, tag, _ in event_rows(run) if tag == "train/loss"] == everything
     assert [found for found, tag, _ in event_rows(run) if tag == "val/loss"] == [step]
+    shown = EventAccumulator(str(run.sink_folder("tensorboard"))).Reload()
+    for key, at in (("train/batch", 1), ("val/examples", step)):
+        assert [row["step"] for row in read_record(run)["history"] if f"{key}/filenames" in row] == [at]
+        assert [image.step for image in shown.Images(key)] == [at]
+    loads = [row["step"] for row in rows_of(run) if "node-0/cpu" in row]
+    assert loads == [found for found, tag, _ in event_rows(run) if tag == "node-0/cpu"]  # each with the same record

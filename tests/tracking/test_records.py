@@ -13,7 +13,7 @@ from launcher.system.files import write_json_atomic
 from launcher.tracking.follow import follow
 from launcher.tracking.place import Place, is_taken
 from launcher.tracking.records import FACTS, Feed
-from tests.tracking.hand_made import PER_CLASS, VAL, finish, make_run, train
+from tests.tracking.hand_made import PER_CLASS, VAL, finish, load, make_run, train
 
 
 @pytest.fixture
@@ -73,6 +73,20 @@ def test_what_comes_again_after_a_resume_counts_once_and_steps_grow(run):
     assert [record.number for record in records] == list(range(6))
     afterwards = feed_of(run).new()
     assert afterwards == records  # whoever comes later sends the same
+
+
+def test_of_many_nodes_the_range_is_sent(run):
+    for node in range(17):
+        gpus = [{"gpu": 0, "utilization": node / 16}, {"gpu": 1, "utilization": 0.5}]
+        load(run, node, 1.0, cpu=1.0 if node else 0.0, gpus=gpus)
+    train(run, 1, time=100.0)
+    (record,) = feed_of(run).new()
+    sent = {name: value for name, value in record.values.items() if name.startswith("node")}
+    assert sent.keys() == {
+        f"nodes/{name}_{kind}" for name in ("cpu", "gpu_utilization") for kind in ("mean", "min", "max")
+    }
+    assert (sent["nodes/cpu_min"], sent["nodes/cpu_mean"]) == (0.0, 16 / 17)
+    assert (sent["nodes/gpu_utilization_max"], sent["nodes/gpu_utilization_mean"]) == (1.0, 0.5)
 
 
 def test_two_test_sets_that_the_same_checkpoint_measured_are_both_sent(run):

@@ -2,14 +2,51 @@
 
 from __future__ import annotations
 
+import io
 import os
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from launcher.tracking.records import FACTS
-from tests.tracking.hand_made import VAL, event_rows, finish, keep_validation, make_run, track, train
+from tests.tracking.hand_made import (
+    VAL,
+    event_rows,
+    finish,
+    keep_batch,
+    keep_validation,
+    load,
+    make_run,
+    show,
+    track,
+    train,
+)
 
 pytest.importorskip("tensorboard", reason="an extra: pip install 'finetune-launcher[tensorboard]'")
+
+
+def test_answers_to_the_same_images_change_and_the_first_batch_comes_once(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = make_run(tmp_path, "disabled")
+    keep_batch(run)
+    train(run, 10)
+    run.append_metrics(**VAL | show(run, tmp_path / "photo.jpg", "b", "b"))
+    load(run, 0, 50.0, cpu=0.5)
+    assert track(run, "tensorboard") == []
+    train(run, 30)
+    run.append_metrics(**VAL | {"step": 40} | show(run, tmp_path / "photo.jpg", "a", "b"))
+    assert track(run, "tensorboard") == []
+    shown = EventAccumulator(str(run.sink_folder("tensorboard"))).Reload()
+    (batch,) = shown.Images("train/batch")
+    assert batch.step == 10
+    first, second = shown.Images("val/examples")
+    assert (first.step, second.step) == (20, 40)
+    assert first.encoded_image_string != second.encoded_image_string
+    texts = [found.tensor_proto.string_val[0] for found in shown.Tensors("val/examples")]
+    assert [b"answered b" in texts[0], b"photo.jpg: a, answered a" in texts[1]] == [True, True]
+    assert [(step, value) for step, tag, value in event_rows(run) if tag == "node-0/cpu"] == [(10, 0.5)]
 
 
 def test_event_files_have_a_run_across_a_resume(tmp_path):
@@ -39,4 +76,15 @@ def test_event_files_have_a_run_across_a_resume(tmp_path):
     assert rb"photo\udcff.jpg: a, answered b 0.75" in mistakes.tensor_proto.string_val[0]
     (picture,) = shown.Images("val/mistakes/1")
     assert (picture.step, picture.width, picture.height) == (VAL["step"], 112, 75)
+    for tag in ("val/roc", "val/pr"):
+        (curve,) = shown.Images(tag)
+        assert (curve.step, curve.width, curve.height) == (VAL["step"], 400, 400)
+        with Image.open(io.BytesIO(curve.encoded_image_string)) as drawn:
+            assert len(drawn.convert("RGB").getcolors()) > 3  # axes, text and lines
+    plane = shown.Tensors("val/pr/b")[0].tensor_proto
+    hits, wrong, neither, missed, precision, recall = np.reshape(plane.float_val, (6, 3))
+    assert (recall.tolist(), precision.tolist()) == ([1.0, 0.5, 0.0], [0.5, 1.0, 1.0])
+    assert (hits.tolist(), missed.tolist()) == ([4, 2, 0], [0, 2, 4])
+    assert (wrong.tolist(), neither.tolist()) == ([4, 0, 0], [2, 6, 6])
+    assert "pr_curves" in shown.summary_metadata["val/pr/b"].plugin_data.plugin_name
     assert b"val/top1 0.5000 (epoch 1" in shown.Tensors("best")[0].tensor_proto.string_val[0]

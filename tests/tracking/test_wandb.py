@@ -29,10 +29,13 @@ from tests.tracking.hand_made import (
     RUN_ID,
     VAL,
     finish,
+    keep_batch,
     keep_validation,
+    load,
     make_run,
     read_record,
     rows_of,
+    show,
     steps_of,
     track,
     tracker,
@@ -72,6 +75,7 @@ def recorded(tmp_path_factory):
         run.append_event(FACTS, num_classes=6, train_images=80, device="a GPU")
         train(run, 10, 20)
         keep_validation(run, folder / "photo.jpg")
+        keep_batch(run)
         run.append_metrics(**VAL)
         run.update_status(state="preempted")
         said = track(run)
@@ -154,7 +158,7 @@ def test_the_best_validation_has_its_classes_confusions_curves_and_mistakes(reco
         ("val/classes", ["class", "recall", "precision", "f1", "samples"], 6),
         ("val/confusion", ["Actual", "Predicted", "nPredictions"], 36),
         ("val/roc", ["class", "false positive rate", "recall"], 6),
-        ("val/pr", ["class", "recall", "precision"], 2),
+        ("val/pr", ["class", "recall", "precision"], 5),
         ("val/mistakes", ["picture", "image", "true", "predicted", "confidence"], 2),
     ):
         path = next(paths[key] for key in paths if key.startswith(name))
@@ -162,12 +166,70 @@ def test_the_best_validation_has_its_classes_confusions_curves_and_mistakes(reco
         assert tables[name]["columns"] == columns
         assert len(tables[name]["data"]) == count
     assert tables["val/roc"]["data"][3:] == [["a", 0.0, 0.5], ["a", 0.5, 1.0], ["a", 1.0, 1.0]]
-    assert tables["val/pr"]["data"] == [["mean of the classes", 0.0, 1.0], ["mean of the classes", 1.0, 0.8]]
+    assert tables["val/pr"]["data"][:2] == [["mean of the classes", 0.0, 1.0], ["mean of the classes", 1.0, 0.8]]
     (sort, *found), (nothing, *_) = tables["val/mistakes"]["data"]
     assert (sort, found[1:], nothing) == ("Image", ["a", "b", 0.75], None)
     (picture,) = pictures_in(recorded)
     with Image.open(picture) as image:
         assert max(image.size) == 112
+
+
+def shown_in(run: RunDir, key: str) -> list[tuple[int, list[str], list[tuple[int, int]]]]:
+    """Of each row that has these pictures: its step, their captions, and the sizes of their files."""
+    found = []
+    for row in read_record(run)["history"]:
+        if f"{key}/filenames" in row or key in row:
+            value = row.get(key) or {name: row[f"{key}/{name}"] for name in ("filenames", "captions", "_type")}
+            assert value["_type"] == "images/separated"
+            files = [next(run.wandb.rglob(Path(name).name)) for name in value["filenames"]]
+            found.append((row["step"], value["captions"], [size_of(file) for file in files]))
+    return found
+
+
+def size_of(file: Path) -> tuple[int, int]:
+    with Image.open(file) as image:
+        return image.size
+
+
+def test_answers_to_the_same_images_change_and_the_first_batch_comes_once(tmp_path):
+    run = make_run(tmp_path)
+    keep_batch(run)
+    train(run, 10)
+    run.append_metrics(**VAL | show(run, tmp_path / "photo.jpg", "b", "b"))
+    assert track(run) == []
+    train(run, 30, epoch=1)
+    run.append_metrics(**VAL | {"step": 40} | show(run, tmp_path / "photo.jpg", "a", "b"))
+    finish(run)
+    assert track(run) == []
+    (batch,) = shown_in(run, "train/batch")
+    assert batch == (10, ["a, mixup", "b, mixup"], [(32, 32), (32, 32)])
+    assert shown_in(run, "val/examples") == [(20, ["a → b 75%"], [(112, 75)]), (40, ["a → a 75%"], [(112, 75)])]
+
+
+def test_what_each_node_does_comes_with_the_record_after_it(tmp_path):
+    run = make_run(tmp_path)
+    gpu = {"gpu": 3, "utilization": 0.5, "memory_mb": 100}
+    for moment, cpu in ((80.0, 0.2), (85.0, 0.4), (120.0, 0.9)):
+        load(run, 0, moment, cpu=cpu, memory_mb=1000, gpus=[gpu])
+    load(run, 1, 90.0, cpu=1.0, memory_mb=2000)
+    train(run, 10, time=100.0)
+    train(run, 20, time=110.0)
+    train(run, 30, time=122.0)  # too soon after the last line for it to have come for sure
+    train(run, 40, time=130.0)
+    assert track(run) == []
+    rows = [{key: value for key, value in row.items() if key.startswith("node")} for row in rows_of(run)]
+    assert rows[0] == {
+        "node-0/cpu": 0.3,
+        "node-0/memory_mb": 1000,
+        "node-0/gpu-3/utilization": 0.5,
+        "node-0/gpu-3/memory_mb": 100,
+        "node-1/cpu": 1.0,
+        "node-1/memory_mb": 2000,
+    }
+    assert rows[1] == rows[2] == {}
+    assert rows[3]["node-0/cpu"] == 0.9
+    over_step = {item.get("glob_name") for item in read_record(run)["metric"] if item.get("step_metric") == "step"}
+    assert "node*" in over_step
 
 
 def pictures_in(run: RunDir) -> list[str]:
@@ -179,11 +241,16 @@ def pictures_in(run: RunDir) -> list[str]:
 def test_pictures_stay_where_they_are_if_the_recipe_says_so(tmp_path):
     run = make_run(tmp_path, pictures=False)
     keep_validation(run, tmp_path / "photo.jpg")
-    run.append_metrics(**VAL)
+    keep_batch(run)
+    train(run, 10)
+    run.append_metrics(**VAL | show(run, tmp_path / "photo.jpg", "b", "a"))
     assert track(run) == []
     assert pictures_in(run) == []
+    assert not [*run.wandb.rglob("*.jpg"), *run.wandb.rglob("*.png")]
     (table,) = run.wandb.rglob("*mistakes*.json")
     assert [row[0] for row in json.loads(table.read_text())["data"]] == [None, None]
+    (table,) = run.wandb.rglob("*examples*.json")
+    assert [row[1:] for row in json.loads(table.read_text())["data"]] == [["a", "b", 0.75], ["a", "a", 0.75]]
 
 
 def test_the_best_checkpoint_and_the_exports_are_artifacts(recorded):

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from launcher.tools.int8 import calibration, equalize, qdq, sensitivity
+from launcher.tools.int8 import calibration, equalize, qat, qdq, sensitivity
 from launcher.tools.int8.graph import Graph
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
     from onnx import ModelProto
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from launcher.tools.int8.calibration import Ranges
 
     Array = NDArray[np.float32]
+    Train = Callable[[ModelProto, ModelProto], ModelProto]
+    """Of a float model and the int8 model made of it: the float model with other weights."""
 
 NUM_IN_FLOAT = (1, 2, 4, 8, 16)
 """Layers that are kept in float, tried one after the other: those that cost most first."""
@@ -32,7 +34,8 @@ class Made:
 
     rung: str
     """minmax: ranges as measured; equalized: channels made equally wide, biases corrected; percentile: the same, and
-    rare values cut off; N in float: equalized, and the N layers that cost most are not quantized."""
+    rare values cut off; N in float: equalized, and the N layers that cost most are not quantized; qat: equalized, and
+    trained with rounding."""
     model: ModelProto
     settings: dict[str, Any] = field(default_factory=dict)
     """What the file's metadata add to what all rungs have in common."""
@@ -46,13 +49,17 @@ class Rungs:
         batches: calibration images, float32 N x 3 x S x S.
         bits: of the weights, 7 or 8.
         threads: of the CPU.
+        train: for the last way; None: there is no training.
     """
 
-    def __init__(self, model: ModelProto, batches: Sequence[Array], *, bits: int, threads: int) -> None:
+    def __init__(
+        self, model: ModelProto, batches: Sequence[Array], *, bits: int, threads: int, train: Train | None = None
+    ) -> None:
         self._model = model
         self._batches = batches
         self._bits = bits
         self._threads = threads
+        self._train = train
 
     def __iter__(self) -> Iterator[Made]:
         """Each is made when it is asked for."""
@@ -67,6 +74,8 @@ class Rungs:
             if num <= len(names):
                 model = self._quantize(equal, ranges, in_float=chosen)
                 yield Made(rung=f"{num} in float", model=model, settings={"float_layers": chosen})
+        if self._train is not None:
+            yield Made(rung=qat.RUNG, model=self._quantize(self._train(equal, whole), ranges))
 
     @cached_property
     def _ranges(self) -> dict[str, Ranges]:

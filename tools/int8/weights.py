@@ -27,7 +27,7 @@ def compress(model: ModelProto) -> ModelProto:
             continue
         done.add(name)
         weight = graph.constant(name)
-        axis = _channels(layer, weight.ndim)
+        axis = output_channels(layer, weight.ndim)
         others = tuple(each for each in range(weight.ndim) if each != axis)
         scale = np.maximum(np.abs(weight).max(axis=others, keepdims=True) / 127, 1e-12).astype(np.float32)
         constants = [f"{name}_int8", f"{name}_scale"]
@@ -43,7 +43,7 @@ def compress(model: ModelProto) -> ModelProto:
     return graph.model
 
 
-def _channels(layer: NodeProto, dims: int) -> int:
+def output_channels(layer: NodeProto, dims: int) -> int:
     """The dimension of a layer's weights that is that of its output channels."""
     is_first = layer.op_type == "Conv" or (layer.op_type == "Gemm" and attribute(layer, "transB", 0))
     return 0 if is_first else dims - 1

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from launcher.engine.non_finite import non_finite_names
-from launcher.engine.optimizing.averaging import WEIGHTS
 from launcher.errors import TrainingError
+from launcher.recipe.run_weights import AVERAGES
 from launcher.runs import generations
 from launcher.system.files import fsync, write_json_atomic
 
@@ -48,7 +48,7 @@ class Checkpoint:
     state: dict[str, Any]
     """The rest, as JSON: position, best value, sums of the epoch under way."""
     average: dict[str, torch.Tensor] | None = None
-    """The model's state dict with averaged weights (train.ema); None: there are none."""
+    """The model's state dict with averaged weights (train.ema, train.swa); None: there are none."""
     arrived: Callable[[], Any] = field(default=lambda: None, compare=False)
     """Waits until the tensors are copied: their copy may still be under way."""
 
@@ -56,7 +56,7 @@ class Checkpoint:
     def best_weights(self) -> dict[str, torch.Tensor]:
         """The weights that are the better ones of this checkpoint: the model's, or the average of them."""
         best = self.state["early_stopping"]["best"] or {}
-        return self.average if self.average is not None and best.get("weights") == WEIGHTS else self.model
+        return self.average if self.average is not None and best.get("weights") in AVERAGES else self.model
 
 
 class CheckpointError(TrainingError):

@@ -63,10 +63,7 @@ class Kept:
 
     def to_device(self, batch: Batch) -> Batch:
         """A batch on the rank's device."""
-        device = self._device
-        features, labels = (part.pin_memory() if device.pin_memory else part for part in batch)
-        to = device.torch_device
-        return features.to(to, non_blocking=True), labels.to(to, non_blocking=True)
+        return self._device.send(batch)()
 
     def _gather(self, positions: Sequence[tuple[int, int]]) -> Batch:
         indices = torch.tensor([index for _, index in positions], dtype=torch.int64)

@@ -10,6 +10,7 @@ import time
 from typing import IO, TYPE_CHECKING, Any
 
 from launcher.recipe import metrics as recipe_metrics
+from launcher.recipe.run_weights import AVERAGES
 from launcher.runs import findings, generations, states
 from launcher.system import phases
 from launcher.system.files import write_json_atomic
@@ -160,7 +161,7 @@ class Recorder:
         """The counts over the validation set after an epoch."""
         self._metrics("val", epoch, step, values)
         shown = [name for name in self._said if name not in self._hidden]
-        shown += [f"ema_{name}" for name in shown if f"ema_{name}" in values]
+        shown += [f"{kind}_{name}" for kind in AVERAGES for name in shown if f"{kind}_{name}" in values]
         text = "  ".join(f"{name} {values[name]:.4f}" for name in shown)
         self.say(f"epoch {epoch + 1}/{self._epochs}  val  {text}{'  best so far' if best else ''}")
 

@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from launcher.engine import optim
+from launcher.engine.augmenting.sample_batch import FirstBatch
 from launcher.engine.metrics import means
 from launcher.engine.non_finite import LAG
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from launcher.engine.listeners.listeners import Listeners
     from launcher.engine.listeners.rank_times import RankTimes
     from launcher.engine.listeners.recorder import Recorder
+    from launcher.engine.loading.handover import Batch
     from launcher.engine.loading.pace import Pace
+    from launcher.engine.schedule import Step
     from launcher.engine.setup import Parts
     from launcher.engine.state import TrainingState
 
@@ -52,12 +55,22 @@ class TrainLog:
         self._listeners = listeners
         self._recorder = recorder
         self._times = times
+        self._first_batch = FirstBatch(parts)
         self._due: deque[tuple[int, Callable[[], None]]] = deque()
+
+    def first_batch(self, step: Step, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches of a run's first step, of whose images rank 0 keeps some for people to see."""
+        return self._first_batch.of(step, batches)
 
     def first_step(self) -> None:
         """The first step was taken: rank 0 tells the loss of its own images, for which it waits for no other rank."""
         state, recorder = self._state, self._recorder
-        if not recorder or self._parts.recipe.tracking.log_every == 1:
+        if not recorder:
+            return
+        recorder.event("first_step")
+        with self._pace.left_out():
+            self._first_batch.write()
+        if self._parts.recipe.tracking.log_every == 1:
             return
         position = {"epoch": state.epoch, "step": state.step}
         sums = self._parts.device.to_host_later(state.window_totals.of_rank())

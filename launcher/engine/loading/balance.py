@@ -102,9 +102,8 @@ class SampleWeights:
 
     def of(self, indices: Sequence[int]) -> torch.Tensor:
         """Those of some images, float64, on the device."""
-        found = self._weights[list(indices)]
-        found = found.pin_memory() if self._device.pin_memory else found
-        return found.to(self._device.torch_device, non_blocking=True)
+        (found,) = self._device.send((self._weights[list(indices)],))()
+        return found
 
 
 def balanced_order(seed: int, epoch: int, labels: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch.utils.data import DataLoader
 
+from launcher.engine.device import is_out_of_memory
 from launcher.errors import InterruptedRunError, MachineError
 
 if TYPE_CHECKING:
@@ -183,6 +184,9 @@ def heed_stop_signal() -> None:
 class Feed:
     """The batches of a rank's steps. Where loader processes make them, the next step's are held before one is taken.
 
+    The first of those goes to the device by then, and each other one beside what is computed from the one before.
+    Only a step that is taken counts: what was held or sent for the next one is made again by a run that goes on.
+
     Ranks agree to stop while they take a step. Were one then left waiting for the next step's batches, its peers would
     wait for it in that step's collectives, where nobody can stop.
 
@@ -191,6 +195,7 @@ class Feed:
         batches: a batch for each of their micro-batches.
         stop: whether this rank was asked to stop.
         wait: is entered to get a batch.
+        send: begins to copy a batch to the device; calling what it returns gives it there.
         ahead: whether loader processes make the batches; this process cannot stop while it makes one itself.
     """
 
@@ -200,15 +205,18 @@ class Feed:
         batches: Batches,
         stop: Callable[[], bool],
         wait: Callable[[], AbstractContextManager[None]],
+        send: Callable[[Batch], Callable[[], Batch]],
         *,
         ahead: bool,
     ) -> None:
         self._wait = wait
+        self._send = send
         self._steps = iter(steps)
         self._ahead = AHEAD if ahead else 0
         self._batches = batches
         self._stop = stop
-        self._held: deque[tuple[Step, list[Batch]]] = deque()
+        self._held: deque[tuple[Step, list[Callable[[], Batch]], list[Batch]]] = deque()
+        """Of each step its first batch, which is being sent, and those after it; none where none is made ahead."""
         self.starved = False
         """Whether this rank was asked to stop while it waited."""
 
@@ -224,14 +232,32 @@ class Feed:
                 self.starved = True
                 return
             found.append(batch)
-        self._held.append((step, found))
+        self._held.append((step, [*map(self._begin, found[:1])], found[1:]))
 
     def take(self) -> tuple[Step, Iterator[Batch]] | None:
         """The next step that is held, with its batches; None after the last."""
         if not self._held:
             return None
-        step, found = self._held.popleft()
-        return step, chain(found, self._rest(len(step.micro_batches) - len(found)))
+        step, sent, found = self._held.popleft()
+        num = len(step.micro_batches) - len(sent) - len(found)
+        return step, chain(self._sent(sent, found), self._rest(num))
+
+    def _sent(self, sent: list[Callable[[], Batch]], found: Sequence[Batch]) -> Iterator[Batch]:
+        """Each batch on the device, while the next one is on its way; none is held here when it was given."""
+        for batch in found:
+            sent.append(self._begin(batch))
+            yield sent.pop(0)()
+        while sent:
+            yield sent.pop()()
+
+    def _begin(self, batch: Batch) -> Callable[[], Batch]:
+        """Send a batch; where there is no memory for it now, who computes from it does, and knows what to do."""
+        try:
+            return self._send(batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return lambda: batch
 
     def _rest(self, num: int) -> Iterator[Batch]:
         """Those of a step that are too many to be held."""

@@ -65,11 +65,18 @@ class Samples(Dataset[Batch]):
     @functools.cached_property
     def digest(self) -> str:
         """Of the samples' keys and their classes, in their order, and of their weights, where they have any."""
+        return self._digest("" if self.weights is None else repr(self.weights))
+
+    @property
+    def digest_of_images(self) -> str:
+        """:attr:`digest` without weights."""
+        return self._digest("")
+
+    def _digest(self, weights: str) -> str:
         digest = hashlib.sha256()
         for index, (_, label) in enumerate(self.samples):
             digest.update(f"{label} {self.key(index)}\n".encode(errors="surrogateescape"))
-        if self.weights is not None:
-            digest.update(repr(self.weights).encode())
+        digest.update(weights.encode())
         return digest.hexdigest()
 
     def find(self, keys: frozenset[str]) -> frozenset[int]:

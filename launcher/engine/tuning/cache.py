@@ -47,7 +47,7 @@ def key(recipe: Recipe, facts: DeviceFacts, data_sets: DataSets, ranks: Ranks, m
         "loss": [recipe.train.loss, recipe.train.loss_args],
         "code": code,
         "clip": [recipe.train.clip_grad_norm is not None, recipe.train.clip_grad_value is not None],
-        "average": recipe.train.ema is not None,
+        "average": recipe.train.ema is not None or recipe.train.swa is not None,
         "mix": [recipe.data.mixup > 0, recipe.data.cutmix > 0],
         "freezings": [[*phase.freeze, "but", *phase.learn] for phase in phases.phases(recipe)],
         "batch": [recipe.batch.objective, max_size],

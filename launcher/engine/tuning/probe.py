@@ -171,6 +171,7 @@ class _Training:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._state = TrainingState(parts)
+        self._state.epoch = parts.recipe.train.swa or 0  # one that has the mean of the weights, where there will be one
         self._train_step = TrainStep(parts, self._state)
 
     def step(self, batch_size: int) -> float:
@@ -180,12 +181,11 @@ class _Training:
         step = Step(epoch=0, offset=0, end=0, num_samples=batch_size, micro_batches=(indices,), lone=False)
         shape = (batch_size, parts.preprocessing.channels, size, size)
         images = torch.randint(0, 256, shape, dtype=torch.uint8)
-        labels = parts.made_up_targets(batch_size)
-        if parts.device.pin_memory:
-            images, labels = images.pin_memory(), labels.pin_memory()
+        batch = images, parts.made_up_targets(batch_size)
+        sent = [parts.device.send(batch) for _ in range(2)]  # as in training, where the next one is there by then
         parts.device.synchronize()
         start = time.monotonic()
-        self._train_step.run(step, iter([(images, labels)]))
+        self._train_step.run(step, iter([sent[0]()]))
         parts.device.synchronize()
         if self._train_step.largest_that_fits is not None:  # training would go on with smaller ones; here it must not
             raise torch.OutOfMemoryError(f"memory ran out in a step with a batch of {batch_size}")

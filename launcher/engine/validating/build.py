@@ -8,7 +8,7 @@ from launcher.engine.validating.multi_label import MultiLabelTotals
 from launcher.engine.validating.totals import ValidationTotals
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     import torch
 
@@ -20,11 +20,25 @@ if TYPE_CHECKING:
 
 
 def build_totals(
-    recipe: Recipe, classes: Sequence[str], device: torch.device, loss: Loss, own: UserMetrics | None
+    recipe: Recipe,
+    classes: Sequence[str],
+    device: torch.device,
+    loss: Loss,
+    own: UserMetrics | None,
+    picked: Collection[int] = (),
 ) -> Totals:
-    """Counts of one validation, of one class an image or of several."""
+    """Counts of one validation, of one class an image or of several.
+
+    Args:
+        recipe: the run's.
+        classes: names, in the order of the logits.
+        device: where logits will be.
+        loss: of the run.
+        own: the recipe's own metrics.
+        picked: places of images, in this rank's share, of which the answer is kept.
+    """
     if recipe.data.task == "multi_label":
-        return MultiLabelTotals(classes, device, loss, own, threshold=recipe.data.threshold)
+        return MultiLabelTotals(classes, device, loss, own, threshold=recipe.data.threshold, picked=picked)
     return ValidationTotals(classes, device, loss, own)
 
 

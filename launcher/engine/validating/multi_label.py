@@ -12,11 +12,11 @@ from launcher.engine.losses import sigmoids
 from launcher.engine.metrics import hits_of
 from launcher.engine.validating.noise import Answers
 from launcher.engine.validating.ranking import Calibration, Ranking, error_of, in_images, mean_of
-from launcher.engine.validating.several import SeveralAnswers, Surest
+from launcher.engine.validating.several import Picked, SeveralAnswers, Surest
 from launcher.engine.validating.totals import MAX_DETAILED_CLASSES, ClassTotals, per_class, values_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from launcher.engine.losses import Loss
     from launcher.engine.user.metrics import UserMetrics
@@ -34,6 +34,7 @@ class MultiLabelTotals:
         loss: of the run.
         own: the recipe's own metrics.
         threshold: ``data.threshold``.
+        picked: places of images, in this rank's share, of which the answer is kept.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class MultiLabelTotals:
         own: UserMetrics | None = None,
         *,
         threshold: float,
+        picked: Collection[int] = (),
     ) -> None:
         self._classes = list(classes)
         self._of_run = loss
@@ -61,6 +63,7 @@ class MultiLabelTotals:
         self._ranking = Ranking(len(self._classes), device)
         self._calibration = Calibration(device)
         self._surest = Surest(len(self._classes), device)
+        self._picked = Picked(picked)
         self._counted: tuple[ClassTotals, list[list[int]]] | None = None
         """All ranks' counts of classes and of confidences; known after :meth:`compute`."""
 
@@ -75,6 +78,7 @@ class MultiLabelTotals:
         self._ranking.add(probabilities, targets)
         self._calibration.add(probabilities.flatten(), true.flatten())
         self._surest.add(probabilities, said, true)
+        self._picked.add(probabilities, said)
         if self._own:
             self._own.add(logits, targets)
 
@@ -85,6 +89,7 @@ class MultiLabelTotals:
         several = SeveralAnswers(
             counts=torch.stack([totals.hits, totals.true, totals.predicted]),
             surest=self._surest,
+            picked=self._picked.rows,
         )
         losses = None if self._gives_means else torch.cat(self._losses)
         none = torch.empty(0, dtype=torch.int64)

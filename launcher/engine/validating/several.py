@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from launcher.engine.distributed import gather_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 NUM_IMAGES = 12
 """Wrong and right answers that are kept, each: what a screen shows."""
@@ -19,6 +23,8 @@ class SeveralAnswers:
     counts: torch.Tensor
     """Of each class images that were rightly said to have it, that have it, that were said to; int64 3 x C."""
     surest: Surest
+    picked: dict[int, torch.Tensor] = field(default_factory=dict)
+    """As :attr:`Picked.rows`."""
 
 
 class Surest:
@@ -63,6 +69,29 @@ class Surest:
             known[:, 0] = of_places[known[:, 0].long()]
             found.append(most_sure(gather_rows(known)).cpu())
         return found[0], found[1]
+
+
+class Picked:
+    """The answers for a few images of a rank's share.
+
+    Args:
+        places: of the images in the share.
+    """
+
+    def __init__(self, places: Collection[int]) -> None:
+        self._places = places
+        self._num_seen = 0
+        self.rows: dict[int, torch.Tensor] = {}
+        """By place: the confidence of the least sure class, and which classes were said; float64 1 + C."""
+
+    def add(self, probabilities: torch.Tensor, said: torch.Tensor) -> None:
+        """Look at a batch of probabilities and which classes they say; N x C each."""
+        for place in self._places:
+            row = place - self._num_seen
+            if 0 <= row < len(said):
+                sure = torch.where(said[row], probabilities[row], 1 - probabilities[row])
+                self.rows[place] = torch.cat([sure.amin().reshape(1), said[row]]).double()
+        self._num_seen += len(said)
 
 
 def most_sure(rows: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from launcher.engine import distributed
 from launcher.engine.device import is_out_of_memory
 from launcher.engine.schedule import split_by_shares
 from launcher.engine.validating.build import build_totals, build_user_metrics
+from launcher.engine.validating.examples import Examples
 from launcher.system import phases
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Validation:
         self._user_metrics = build_user_metrics(parts.recipe, len(parts.classes), parts.device.torch_device)
         self._network: nn.Module = parts.model.module
         self._answers: list[Answers] = []
+        self._examples = Examples(parts)
 
     @torch.no_grad()
     def run(
@@ -61,7 +63,8 @@ class Validation:
         distributed.broadcast_buffers(parts.model.module)
         parts.model.eval()
         to = parts.device.torch_device
-        totals = build_totals(parts.recipe, parts.classes, to, parts.loss, self._user_metrics)
+        shown = () if test_images is not None else self._examples.places.values()
+        totals = build_totals(parts.recipe, parts.classes, to, parts.loss, self._user_metrics, shown)
         kept = keep()
         self._network = kept.rest if kept else parts.model.module
         loaded = iter((load or parts.val_loader)(kept))
@@ -85,7 +88,7 @@ class Validation:
             found = totals.compute()
         del self._answers[:-1]  # those of the weights before the average's; others were never taken
         self._answers.append(totals.answers(parts.schedule.batching, found["samples"]))
-        return found
+        return found if test_images is not None else found | {"examples": self._examples.rows(self._answers[-1])}
 
     @contextlib.contextmanager
     def _told(self, test_images: int | None) -> Iterator[Callable[[int], None]]:

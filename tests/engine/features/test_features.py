@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 
+from launcher.engine.augmenting.sample_batch import FirstBatch
 from launcher.engine.distributed import Ranks
 from launcher.engine.features import choice, table
 from launcher.engine.layers import build_meta
@@ -60,7 +61,8 @@ def test_the_weights_are_those_of_training_from_images(make_run, engine, in_rank
 
 @pytest.fixture
 def loaded(monkeypatch):
-    """The (epoch, index) of all images that this process has read from here on."""
+    """The (epoch, index) of all images that this process has read from here on, but to show people the first ones."""
+    monkeypatch.setattr(FirstBatch, "write", lambda self: None)
     seen, read = [], Samples.__getitem__
     monkeypatch.setattr(Samples, "__getitem__", lambda self, at: seen.append((len(self), *at)) or read(self, at))
     return seen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -11,7 +12,8 @@ import time
 import pytest
 import torch
 
-from launcher.engine.loading.handover import Batches, Loader, end_loaders, heed_stop_signal
+from launcher.engine.loading.handover import Batches, Feed, Loader, end_loaders, heed_stop_signal
+from launcher.engine.schedule import Step
 from launcher.errors import MachineError
 
 SOON_S = 60
@@ -144,3 +146,46 @@ def test_in_the_ranks_own_process_there_is_nothing_that_could_live_on():
     for _ in range(2):
         assert [number for _, number in load(found, [3, 4])] == [3, 4]
     found.close()
+
+
+# On the way to the device
+
+
+@pytest.fixture
+def feed():
+    """A feed of numbers, a step of three and a step of one; what was sent and taken, and whether there is memory."""
+    log = []
+
+    def send(number):
+        if number == 0 and log.count("no memory"):
+            raise torch.OutOfMemoryError("no memory")
+        log.append(f"send {number}")
+        return lambda: log.append(f"take {number}") or f"{number} on the device"
+
+    def step(*micro_batches):
+        return Step(epoch=0, offset=0, end=0, num_samples=1, micro_batches=micro_batches, lone=False)
+
+    steps = [step((0,), (1,), (2,)), step((3,))]
+    found = Feed(steps, Batches(iter(range(4))), lambda: False, contextlib.nullcontext, send, ahead=True)
+    return found, log
+
+
+def test_the_next_batch_is_on_its_way_while_one_is_computed_and_no_other(feed):
+    found, log = feed
+    found.hold()
+    assert log == ["send 0"]
+    found.hold()
+    _, batches = found.take()
+    assert next(batches) == "0 on the device"
+    assert log == ["send 0", "send 3", "send 1", "take 0"]
+    assert list(batches) == ["1 on the device", "2 on the device"]
+    assert log[4:] == ["send 2", "take 1", "take 2"]
+    assert list(found.take()[1]) == ["3 on the device"]
+    assert found.take() is None
+
+
+def test_where_there_is_no_memory_ahead_the_step_itself_gets_the_batch(feed):
+    found, log = feed
+    log.append("no memory")
+    found.hold()
+    assert list(found.take()[1]) == [0, "1 on the device", "2 on the device"]

@@ -34,6 +34,31 @@ def test_it_is_that_by_hand():
     assert torch.equal(average.saved()["bias"], net.bias)
 
 
+def test_of_swa_it_is_the_mean_of_all_steps_from_an_epoch_on():
+    net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    average, seen, recomputed = WeightAverage(net, None, 1), [], []
+    for step in range(12):
+        with torch.no_grad():
+            for tensor in (net[0].weight, net[1].running_mean):
+                tensor.normal_()
+        average.update(step, step // 4)
+        seen.append([net[0].weight.clone(), net[1].running_mean.clone()])
+        assert (average.saved() is None) == (step < 4)
+    saved = average.saved()
+    assert average.num == 8
+    for name, values in zip(("0.weight", "1.running_mean"), zip(*seen[4:], strict=True), strict=True):
+        torch.testing.assert_close(saved[name], torch.stack(values).mean(dim=0))
+    values = average.beside(lambda **of: recomputed.append(of), lambda: {"top1": 0.5})
+    assert (values, recomputed) == ({"top1": 0.5, "swa_top1": 0.5}, [{}, {"of_mean": True}])
+    follower, moving = WeightAverage(net, None, 1), WeightAverage(net, None, 1)
+    follower.restore(saved, average.num)
+    moving.restore(saved)  # a moving average is no mean of so many
+    for one in (average, follower):
+        one.update(12, 3)
+    assert moving.saved() is None
+    assert all(torch.equal(value, average.saved()[name]) for name, value in follower.saved().items())
+
+
 def test_without_a_decay_there_is_none():
     net = torch.nn.Linear(3, 2)
     average = WeightAverage(net, None)
@@ -55,18 +80,18 @@ def test_after_validation_the_model_is_what_it_was(fails):
 
     def validate():
         seen.append(net[0].weight.clone())
-        net[1].running_mean.add_(len(seen))  # as computing the statistics anew does
+        net[1].running_mean.add_(len(seen))  # as computing the statistics anew does; the average has its own
         if fails and len(seen) == 2:
             raise KeyboardInterrupt
         return {"loss": float(len(seen)), "samples": 3, "confusion": []}
 
     try:
-        values = average.beside(lambda: None, validate)
+        values = average.beside(lambda **_: None, validate)
     except KeyboardInterrupt:
         assert fails
     else:
         assert values == {"loss": 1.0, "samples": 3, "confusion": [], "ema_loss": 2.0, "ema_confusion": []}
-        assert torch.equal(average.saved()["1.running_mean"], before["1.running_mean"] + 3)
+        assert torch.equal(average.saved()["1.running_mean"], before["1.running_mean"] + 2)
     before["1.running_mean"] += 1
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert torch.equal(seen[1], saved["0.weight"])
