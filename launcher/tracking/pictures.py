@@ -63,7 +63,7 @@ class Pictures:
             Picture(
                 jpeg=small,
                 caption=in_words(row["true"]),
-                answer=f"{in_words(row['predicted'])} {row['confidence']:.0%}",
+                answer=_with_confidence(row),
                 is_right=row["true"] == row["predicted"],
             )
             for row in rows
@@ -83,6 +83,11 @@ class Pictures:
                 if row["picture"]
             ]
         return []
+
+
+def _with_confidence(row: Json) -> str:
+    sure = row["confidence"]
+    return f"{in_words(row['predicted'])} {'no number' if sure is None else f'{sure:.0%}'}"
 
 
 def in_words(classes: str | list[str]) -> str:

@@ -95,7 +95,8 @@ class TensorBoard:
 def _answers(rows: Sequence[dict[str, Any]]) -> str:
     """A line of each image: its true class and the answer."""
     return "\n".join(
-        f"{row['image']}: {in_words(row['true'])}, answered {in_words(row['predicted'])} {row['confidence']}"
+        f"{row['image']}: {in_words(row['true'])}, answered {in_words(row['predicted'])} "
+        f"{'no number' if row['confidence'] is None else row['confidence']}"
         for row in rows
     )
 

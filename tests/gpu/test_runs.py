@@ -71,6 +71,14 @@ def test_a_killed_worker_ends_no_run(launch, tmp_path, several):
     assert [line["epoch"] for line in lines if line["split"] == "val"] == [0, 1]
 
 
+def test_the_first_training_images_are_shown_from_batches_on_the_gpu(launch, tmp_path):
+    run = RunDir(tmp_path / "run")
+    sizes = ("data.workers=1", "batch.size=14", "train.epochs=1")
+    launch("recipe.yaml", *sizes, "data.mixup=0.2", "--run-dir", str(run.path))
+    found = json.loads(run.sample_batch.read_text())  # exports, which would draw it, are off
+    assert len([row for row in found["images"] if row["picture"]]) == 12
+
+
 def test_batches_are_tuned_and_equal_gpus_measure_once(launch, where):
     done = launch("tune", "recipe.yaml", "--json", num=where.num)
     ranks = json.loads(done.stdout)["ranks"]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import traceback
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -11,11 +10,12 @@ from PIL import Image
 from launcher.engine import data
 from launcher.engine.augmenting import picture
 from launcher.engine.augmenting.mixing import choose_mix
+from launcher.engine.loading.samples import names_of
 from launcher.runs import thumbnails
 from launcher.system.files import write_json_atomic
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     from launcher.engine.data import Preprocessing
     from launcher.engine.loading.handover import Batch
@@ -34,7 +34,8 @@ class FirstBatch:
     """Keeps the first images that rank 0 trains on, and writes them down once the first step is taken.
 
     Images are loaded for it only where its first batch has too few, or training takes the features of a frozen
-    backbone; and steps other than a run's first cost nothing.
+    backbone; none of a data set of the user's own, for what it opened here would be shared with the loader processes
+    forked later. Steps other than a run's first cost nothing.
 
     Args:
         parts: data and where the run's files are.
@@ -42,8 +43,8 @@ class FirstBatch:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._seen: dict[int, torch.Tensor | None] = {}
-        """Images by index; None: the step took features."""
+        self._seen: list[tuple[int, torch.Tensor | None]] = []
+        """Indices with their images; None: the step took features."""
 
     def of(self, step: Step, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches of a run's first step; on rank 0 some images of the first one are kept.
@@ -60,28 +61,44 @@ class FirstBatch:
     def _looking(self, step: Step, batches: Iterator[Batch]) -> Iterator[Batch]:
         for number, batch in enumerate(batches):
             if not number:
-                indices = step.micro_batches[0][:NUM_IMAGES]
+                indices = step.micro_batches[0]
+                # Of an odd number the first is mixed with itself: so it is of those that are kept.
+                num = NUM_IMAGES - 1 if len(indices) > NUM_IMAGES and len(indices) % 2 else NUM_IMAGES
+                indices = indices[:num]
                 # A copy: loader processes take the memory again.
-                images = [None] * len(indices) if self._parts.kept else batch[0][:NUM_IMAGES].clone()
-                self._seen = dict(zip(indices, images, strict=True))
+                images = [None] * len(indices) if self._parts.kept else batch[0][:num].clone()
+                self._seen = list(zip(indices, images, strict=True))
             yield batch
 
-    def write(self) -> None:
-        """Write ``sample_batch.json``, where there is something to write; what goes wrong costs nothing else."""
-        seen, self._seen = self._seen, {}
+    def write(self, say: Callable[[str], None]) -> None:
+        """Write ``sample_batch.json``, where there is something to write; what goes wrong costs nothing else.
+
+        Args:
+            say: is given a line where it cannot be written.
+        """
+        seen, self._seen = self._seen, []
         if not seen:
             return
         parts, found = self._parts, self._parts.train_set
+        is_own = parts.recipe.data.dataset is not None
+        if is_own and parts.kept:
+            return  # the exports draw them
         try:
-            indices = list(seen)
-            if len(indices) < NUM_IMAGES:
-                left_out = {found.key(index) for index in parts.schedule.excluded}
-                more = picture.first(found, parts.recipe, epoch=0, num=NUM_IMAGES, left_out=left_out)
-                indices = list(dict.fromkeys([*indices, *more]))[:NUM_IMAGES]
-            images = [found[0, index][0] if (image := seen.get(index)) is None else image for index in indices]
-            _write(parts.run, parts.recipe, parts.preprocessing, found, indices, torch.stack(images))
-        except Exception:  # a full disk, images of the user's own that are no pictures
-            traceback.print_exc()
+            images = [(index, found[0, index][0] if image is None else image.cpu()) for index, image in seen]
+            added = [] if is_own else self._more([index for index, _ in seen])
+            groups = [images, [(index, found[0, index][0]) for index in added]]
+            _write(parts.run, parts.recipe, parts.preprocessing, found, groups)
+        except Exception as error:  # a full disk, images of the user's own that are no pictures
+            say(f"the first training images cannot be shown: {type(error).__name__}: {error}; training goes on")
+
+    def _more(self, seen: Sequence[int]) -> list[int]:
+        """The indices of the first others, where too few are seen."""
+        parts, found = self._parts, self._parts.train_set
+        if len(seen) >= NUM_IMAGES - 1:
+            return []
+        left_out = {found.key(index) for index in parts.schedule.excluded}
+        first = picture.first(found, parts.recipe, epoch=0, num=2 * NUM_IMAGES, left_out=left_out)
+        return [index for index in dict.fromkeys(first) if index not in seen][: NUM_IMAGES - len(seen)]
 
 
 def write(run: RunDir, recipe: Recipe, preprocessing: Preprocessing, left_out: Collection[str]) -> None:
@@ -95,7 +112,7 @@ def write(run: RunDir, recipe: Recipe, preprocessing: Preprocessing, left_out: C
     """
     images = data.open_split(recipe, "train", preprocessing, is_train=True)
     indices = picture.first(images, recipe, epoch=0, num=NUM_IMAGES, left_out=left_out)
-    _write(run, recipe, preprocessing, images, indices, torch.stack([images[0, index][0] for index in indices]))
+    _write(run, recipe, preprocessing, images, [[(index, images[0, index][0]) for index in indices]])
 
 
 def _write(
@@ -103,20 +120,21 @@ def _write(
     recipe: Recipe,
     preprocessing: Preprocessing,
     images: Samples,
-    indices: Sequence[int],
-    loaded: torch.Tensor,
+    groups: Sequence[Sequence[tuple[int, torch.Tensor]]],
 ) -> None:
-    """Write those of some indices of the first step, ``loaded`` (N x C x S x S) as a loader gives them."""
+    """Write images of the first step (C x S x S, as a loader gives them) by index; each group is mixed by itself."""
     mix = choose_mix(recipe.data, seed=recipe.seed, step=0, size=preprocessing.image_size)
-    shown = picture.pixels(preprocessing, mix.images(preprocessing.normalize(loaded)))
-    rows = [
-        {
-            "image": images.key(index),
-            "class": _classes(images, index),
-            "picture": _picture(one),
-        }
-        for index, one in zip(indices, shown, strict=True)
-    ]
+    rows = []
+    for group in filter(None, groups):
+        loaded = preprocessing.normalize(torch.stack([image for _, image in group]))
+        rows += [
+            {
+                "image": images.key(index),
+                "class": names_of(images.samples[index][1], images.classes),
+                "picture": _picture(one),
+            }
+            for (index, _), one in zip(group, picture.pixels(preprocessing, mix.images(loaded)), strict=True)
+        ]
     mixed = None if mix.share == 1.0 else "mixup" if mix.box is None else "CutMix"
     write_json_atomic(run.sample_batch, {"version": VERSION, "epoch": 0, "mixed": mixed, "images": rows})
 
@@ -125,9 +143,3 @@ def _picture(pixels: torch.Tensor) -> str | None:
     """Of uint8 C x S x S: colours, or grey where there is one channel."""
     rows = pixels.permute(1, 2, 0)
     return thumbnails.data_uri(Image.fromarray((rows[:, :, 0] if len(pixels) == 1 else rows).numpy()))
-
-
-def _classes(images: Samples, index: int) -> Any:
-    """The name of a sample's class; of several a list."""
-    label = images.samples[index][1]
-    return images.classes[label] if isinstance(label, int) else [images.classes[one] for one in label]

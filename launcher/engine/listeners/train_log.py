@@ -69,7 +69,7 @@ class TrainLog:
             return
         recorder.event("first_step")
         with self._pace.left_out():
-            self._first_batch.write()
+            self._first_batch.write(recorder.say)
         if self._parts.recipe.tracking.log_every == 1:
             return
         position = {"epoch": state.epoch, "step": state.step}

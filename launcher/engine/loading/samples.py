@@ -15,7 +15,12 @@ from launcher.engine.loading.handover import Batch
 from launcher.engine.schedule import derive_seed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+
+
+def names_of(label: int | Sequence[int], classes: Sequence[str]) -> str | list[str]:
+    """The name of a sample's class; of several a list."""
+    return classes[label] if isinstance(label, int) else [classes[one] for one in label]
 
 
 class Samples(Dataset[Batch]):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from launcher.engine.distributed import sum_over_ranks
+from launcher.engine.loading.samples import names_of
 from launcher.engine.schedule import epoch_order, split_by_shares
 
 if TYPE_CHECKING:
@@ -60,7 +62,8 @@ class Examples:
     def rows(self, answers: Answers) -> list[dict[str, Any]]:
         """Each with its true class and the answer, ``{image, true, predicted, confidence}``. Every rank must call it.
 
-        With several classes an image, ``true`` and ``predicted`` are lists, and ``confidence`` the least sure class's.
+        With several classes an image, ``true`` and ``predicted`` are lists, and ``confidence`` the least sure class's;
+        None: it is no number, as of weights that are none.
         An image that was not answered (``--debug``) is left out.
 
         Args:
@@ -81,9 +84,8 @@ class Examples:
         of_all = sum_over_ranks(found).tolist()[: len(chosen)]
         for index, (known, confidence, predicted, *said) in zip(chosen, of_all, strict=True):
             label = images.samples[index][1]
-            several = not isinstance(label, int)
-            answer = [name for name, one in zip(names, said, strict=True) if one] if several else names[int(predicted)]
-            true = [names[one] for one in label] if several else names[label]
-            row = {"image": images.key(index), "true": true, "predicted": answer, "confidence": round(confidence, 6)}
+            answer = int(predicted) if isinstance(label, int) else [place for place, one in enumerate(said) if one]
+            row = {"image": images.key(index), "true": names_of(label, names), "predicted": names_of(answer, names)}
+            row["confidence"] = round(confidence, 6) if math.isfinite(confidence) else None
             rows += [row] if known else []
         return rows

@@ -62,7 +62,7 @@ def test_the_weights_are_those_of_training_from_images(make_run, engine, in_rank
 @pytest.fixture
 def loaded(monkeypatch):
     """The (epoch, index) of all images that this process has read from here on, but to show people the first ones."""
-    monkeypatch.setattr(FirstBatch, "write", lambda self: None)
+    monkeypatch.setattr(FirstBatch, "write", lambda self, say: None)
     seen, read = [], Samples.__getitem__
     monkeypatch.setattr(Samples, "__getitem__", lambda self, at: seen.append((len(self), *at)) or read(self, at))
     return seen

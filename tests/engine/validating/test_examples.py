@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,15 +11,22 @@ import pytest
 import torch
 
 from launcher.engine.augmenting import picture
+from launcher.engine.checkpoints import checkpoint as checkpoints
+from launcher.engine.device import Device
 from launcher.engine.loading.data_sets import open_data_sets
+from launcher.engine.model import build_module
+from launcher.engine.network.fitting import load_state
 from launcher.engine.setup import build_parts
 from launcher.engine.trainer import Trainer
-from launcher.engine.validating.examples import NUM_IMAGES, choose
+from launcher.engine.validating.examples import NUM_IMAGES, Examples, choose
 from launcher.engine.validating.several import Picked
 from launcher.recipe import load as recipes
 
 
 class Labelled(SimpleNamespace):
+    def key(self, index):
+        return self.samples[index][0]
+
     def __len__(self):
         return len(self.samples)
 
@@ -60,12 +68,44 @@ def test_a_run_shows_the_same_images_after_each_epoch(make_run, engine, in_ranks
             assert 1 / 7 < row["confidence"] <= 1
         said = [row["predicted"] for row in line["examples"]]
         assert {name for name in said if said.count(name) > column(line, name)} == set()
+    check_answers(run, lines[-1])
     batch = json.loads(run.sample_batch.read_text())
     assert (batch["epoch"], batch["mixed"]) == (0, None)
     images = open_data_sets(run).train
     first = picture.first(images, recipes.read_resolved(run.recipe), epoch=0, num=12)
     assert [row["image"] for row in batch["images"]] == [images.key(index) for index in first]
     assert all(row["picture"].startswith("data:image/jpeg") for row in batch["images"])
+
+
+def check_answers(run, line):
+    """They are those of the model that the checkpoint after it has."""
+    saved, recipe = checkpoints.load(run.last_checkpoint), recipes.read_resolved(run.recipe)
+    assert saved.step == line["step"]
+    sets = open_data_sets(run)
+    module = build_module(recipe.model, num_classes=7, image_size=sets.preprocessing.image_size, channels=3).eval()
+    load_state(module, saved.model)
+    keys = [sets.val.key(index) for index in range(len(sets.val))]
+    chosen = [keys.index(row["image"]) for row in line["examples"]]
+    with torch.no_grad():
+        images = torch.stack([sets.val[0, index][0] for index in chosen])
+        sure, said = module(sets.preprocessing.normalize(images)).softmax(dim=1).max(dim=1)
+    assert [row["predicted"] for row in line["examples"]] == [sets.val.classes[place] for place in said.tolist()]
+    assert [row["confidence"] for row in line["examples"]] == pytest.approx(sure.tolist(), abs=1e-5)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_confidence_that_is_no_number_is_null():
+    parts = SimpleNamespace(
+        val_set=labelled([0, 1]),
+        classes=("a", "b"),
+        recipe=SimpleNamespace(seed=0),
+        ranks=SimpleNamespace(rank=0),
+        device=Device(type="cpu"),
+        schedule=SimpleNamespace(batching=SimpleNamespace(shares=(1,))),
+    )
+    given = SimpleNamespace(several=None, confidences=torch.tensor([math.nan, 0.5]), pairs=torch.tensor([0, 2]))
+    rows = sorted(Examples(parts).rows(given), key=lambda row: row["image"])
+    assert [(row["predicted"], row["confidence"]) for row in rows] == [("a", None), ("a", 0.5)]
 
 
 def column(line, name):
