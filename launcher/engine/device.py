@@ -219,6 +219,12 @@ class Device:
 
         return take
 
+    def bring(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Copy a small tensor here, in turn with what is computed; the host goes on."""
+        if self.pin_memory:
+            tensor = tensor.pin_memory()
+        return tensor.to(self.torch_device, non_blocking=True)
+
     def to_host_later(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Begin to copy to the host; calling what is returned waits for the copy and gives it."""
         if not self.is_cuda:

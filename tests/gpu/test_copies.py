@@ -68,6 +68,15 @@ def test_a_batch_is_copied_while_the_gpu_computes(on_devices, cuda):
     assert on_devices(1, check) == [(True, 1)]
 
 
+def test_what_a_step_brings_waits_for_no_batch(on_devices, cuda):
+    def check(who, device):
+        keep_busy(device, devices._copying_stream(device.index))  # the next step's batch is on its way
+        weights = device.bring(torch.tensor([1.0, 2.0]))
+        return weights.sum().item(), devices._copying_stream(device.index).query()
+
+    assert on_devices(1, check) == [(3.0, False)]
+
+
 def test_as_many_batches_are_held_as_are_used(on_devices, cuda):
     """However far the host runs ahead: the next one's memory is that of the one before."""
 
