@@ -137,7 +137,7 @@ class TrainingState:
         if parts.ranks.rank == 0:
             check_train_set(parts.run, parts.train_set, state)
         load_state(parts.model.module, checkpoint.model)
-        self.average.restore(checkpoint.average, state.get("averaged", 0))
+        self.average.restore(checkpoint.average, state.get("averaged", 0), state["epoch"])
         optim.regroup(parts.optimizer, parts.model, phases.phase_at(parts.recipe, state["epoch"]).optim)
         optim.restore(parts.optimizer, parts.model, checkpoint.optimizer["optimizer"])
         self.scaler = parts.device.grad_scaler(parts.precision)

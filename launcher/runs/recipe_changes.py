@@ -109,7 +109,7 @@ OPEN = {
     "train.batchnorm_recompute": "",
     "train.feature_views": "",
     "train.ema": "an average that the checkpoint has goes on, a new one begins with the next step",
-    "train.swa": "a mean that the checkpoint has goes on, a new one begins with the next step",
+    "train.swa": "a mean that the checkpoint has goes on, or begins anew where its first epoch is yet to come",
     "train.clip_grad_norm": "",
     "train.clip_grad_value": "",
     "train.loss": OTHER_LOSS,

@@ -91,7 +91,9 @@ class WeightAverage:
         with self._in_place():
             recompute(of_mean=self.kind == SWA)
             of_average = validate()
-        return values | {f"{self.kind}_{name}": value for name, value in of_average.items() if name != "samples"}
+        return values | {
+            f"{self.kind}_{name}": value for name, value in of_average.items() if name not in ("samples", "examples")
+        }
 
     @torch.no_grad()
     def saved(self) -> dict[str, torch.Tensor] | None:
@@ -101,15 +103,16 @@ class WeightAverage:
         return self._module.state_dict() | self._buffers | self._weights
 
     @torch.no_grad()
-    def restore(self, saved: dict[str, torch.Tensor] | None, num: int = 0) -> None:
-        """Go on from :meth:`saved`; a run that had none, or no mean, begins it with the next step.
+    def restore(self, saved: dict[str, torch.Tensor] | None, num: int = 0, epoch: int = 0) -> None:
+        """Go on from :meth:`saved`; a run that had none, or no mean, begins it with the next step that is in it.
 
         Args:
             saved: an average of this model's.
             num: the steps that it is the mean of; 0: it is a moving average.
+            epoch: from 0, of the next step; a mean that begins after it by the recipe of now is not gone on with.
         """
         self._weights, self._buffers, self._apart, self.num = {}, {}, set(), 0
-        if saved is None or self.kind is None or (self.kind == SWA and not num):
+        if saved is None or self.kind is None or (self.kind == SWA and (not num or epoch < (self._after or 0))):
             return
         own, statistics = dict(self._module.named_parameters()), self._statistics()
         tensors = {name: torch.empty_like(like).copy_(saved[name]) for name, like in (own | statistics).items()}

@@ -48,14 +48,17 @@ def test_of_swa_it_is_the_mean_of_all_steps_from_an_epoch_on():
     assert average.num == 8
     for name, values in zip(("0.weight", "1.running_mean"), zip(*seen[4:], strict=True), strict=True):
         torch.testing.assert_close(saved[name], torch.stack(values).mean(dim=0))
-    values = average.beside(lambda **of: recomputed.append(of), lambda: {"top1": 0.5})
-    assert (values, recomputed) == ({"top1": 0.5, "swa_top1": 0.5}, [{}, {"of_mean": True}])
-    follower, moving = WeightAverage(net, None, 1), WeightAverage(net, None, 1)
-    follower.restore(saved, average.num)
-    moving.restore(saved)  # a moving average is no mean of so many
+    values = average.beside(lambda **of: recomputed.append(of), lambda: {"top1": 0.5, "examples": []})
+    assert (values, recomputed) == ({"top1": 0.5, "examples": [], "swa_top1": 0.5}, [{}, {"of_mean": True}])
+    follower, moving, later = (WeightAverage(net, None, after) for after in (1, 1, 8))
+    follower.restore(saved, average.num, 3)
+    moving.restore(saved, 0, 3)  # a moving average is no mean of so many
+    later.restore(saved, average.num, 3)  # it was of the steps after epoch 1
     for one in (average, follower):
         one.update(12, 3)
-    assert moving.saved() is None
+    assert moving.saved() is later.saved() is None
+    later.update(40, 8)
+    assert later.num == 1
     assert all(torch.equal(value, average.saved()[name]) for name, value in follower.saved().items())
 
 
