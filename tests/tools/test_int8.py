@@ -114,6 +114,41 @@ def test_fine_tuning_brings_the_int8_model_nearer_to_its_teacher(model, images):
     assert 0 < errors[1] < 0.7 * errors[0]
 
 
+SHAPE = 2, 3, 4, 1
+NODES = [
+    ("Unsqueeze", {}, [[-1, -3]]),
+    ("Unsqueeze", {}, [[-2, 0]]),
+    ("Split", {"axis": -2}, [[1, 3]]),
+    ("Split", {"axis": -3, "num_outputs": 2}, []),
+    ("Slice", {}, [[-3], [2**63 - 1], [-2], [2]]),
+    ("Slice", {}, [[0], [-1], [-3]]),
+    ("Gather", {"axis": -2}, [[-1, 0]]),
+    ("ReduceMean", {"keepdims": 0}, [[-2, -3]]),
+    ("Expand", {}, [[3, 1, 5]]),
+    ("Squeeze", {}, [[-1]]),
+    ("Flatten", {"axis": -2}, []),
+]
+
+
+@pytest.mark.parametrize(("kind", "attributes", "given"), NODES)
+def test_training_computes_a_node_as_onnx_runtime_does(kind, attributes, given):
+    constants = [numpy_helper.from_array(np.array(each, np.int64), f"c{at}") for at, each in enumerate(given)]
+    outputs = ["first", "second"] if kind == "Split" else ["first"]
+    node = helper.make_node(kind, ["images", *(each.name for each in constants)], outputs, **attributes)
+    whole = numpy_helper.from_array(np.array(1, np.float32), "one")
+    graph = helper.make_graph(
+        [node, helper.make_node("Mul", [outputs[-1], "one"], ["logits"])],
+        "one node",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, SHAPE)],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, None)],
+        [*constants, whole],
+    )
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    images = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
+    found = TorchGraph(made).compute(torch.from_numpy(images), lambda name, value: value).numpy()
+    np.testing.assert_allclose(found, run(made, [images]), rtol=1e-5, atol=1e-6, strict=True)
+
+
 def test_what_training_cannot_compute_is_named(model):
     model.graph.node[1].op_type = "Celu"
     with pytest.raises(ValueError, match="training does not know Celu"):

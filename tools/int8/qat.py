@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 
 from launcher.system import phases
-from launcher.system.cpu import PORTABLE_BITS
+from launcher.tools.int8 import qdq
 from launcher.tools.int8.graph import Graph
 from launcher.tools.int8.torch_graph import TorchGraph
 from launcher.tools.int8.weights import output_channels
@@ -95,7 +95,7 @@ class _Rounding:
 
     def __init__(self, model: ModelProto, quantized: ModelProto, *, bits: int) -> None:
         graph, made = Graph(model), Graph(quantized)
-        self._most = 2 ** (bits - 1) if bits == PORTABLE_BITS else 127
+        self._most = qdq.most(bits)
         self._activations: dict[str, tuple[float, int]] = {}
         for node in made.nodes:
             if node.op_type == "QuantizeLinear" and not made.is_constant(node.input[0]):

@@ -102,6 +102,11 @@ def correct_biases(graph: Graph, ranges: Mapping[str, Ranges], *, bits: int) -> 
         graph.set_constant(node.input[2], (graph.constant(node.input[2]) - shift).astype(np.float32))
 
 
+def most(bits: int) -> int:
+    """The largest magnitude of a weight of so many bits as ONNX Runtime rounds it."""
+    return 2 ** (bits - 1) if bits == PORTABLE_BITS else 127
+
+
 def _rows(node: NodeProto, weight: Array) -> Array | None:
     """A layer's weights with its output channels first; None: of a layer that is left as it is."""
     if node.op_type == "Conv" and weight.ndim == IMAGES_DIMS:
@@ -113,8 +118,7 @@ def _rows(node: NodeProto, weight: Array) -> Array | None:
 
 def _rounded(rows: Array, bits: int) -> Array:
     """Weights as int8 has them, a scale for each output channel."""
-    most = 2 ** (bits - 1) if bits == PORTABLE_BITS else 127
     axes = tuple(range(1, rows.ndim))
-    scale = np.maximum(np.abs(rows).max(axis=axes, keepdims=True) / most, 1e-12)
+    scale = np.maximum(np.abs(rows).max(axis=axes, keepdims=True) / most(bits), 1e-12)
     rounded: Array = np.round(rows / scale) * scale
     return rounded

@@ -34,8 +34,7 @@ class TorchGraph:
 
     def __init__(self, model: ModelProto) -> None:
         self._graph = Graph(model)
-        unknown = sorted({node.op_type for node in self._graph.nodes} - OPS.keys())
-        if unknown:
+        if unknown := unknown_nodes(model):
             raise ValueError(f"training does not know {', '.join(unknown)}")
         names = [tensor.name for tensor in model.graph.initializer]
         self.constants: dict[str, Tensor] = {
@@ -60,6 +59,11 @@ class TorchGraph:
                 values[name] = change(name, value)
         (logits,) = self._graph.outputs
         return values[logits]
+
+
+def unknown_nodes(model: ModelProto) -> list[str]:
+    """The kinds of its nodes that OPS lacks."""
+    return sorted({node.op_type for node in model.graph.node} - OPS.keys())
 
 
 def _attributes(node: NodeProto) -> Attributes:
@@ -139,6 +143,8 @@ def _reshape(_: Attributes, x: Tensor, shape: Tensor) -> Tensor:
 
 def _split(a: Attributes, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, ...]:
     axis = a.get("axis", 0)
+    if sizes is None and "num_outputs" not in a:
+        raise ValueError("training does not know Split without sizes")
     parts = -(-x.shape[axis] // a["num_outputs"]) if sizes is None else _ints(sizes)
     return torch.split(x, parts, axis)
 
@@ -165,7 +171,8 @@ def _squeeze(_: Attributes, x: Tensor, axes: Tensor | None = None) -> Tensor:
 
 
 def _unsqueeze(_: Attributes, x: Tensor, axes: Tensor) -> Tensor:
-    for axis in sorted(_ints(axes)):
+    chosen = _ints(axes)
+    for axis in sorted(axis % (x.dim() + len(chosen)) for axis in chosen):  # they count in the result
         x = x.unsqueeze(axis)
     return x
 
