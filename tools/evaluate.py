@@ -167,8 +167,6 @@ def load_best(
     run: RunDir,
     data_path: str | None = None,
     warn: Callable[[str], None] = _warn,
-    *,
-    qat_steps: int | None = None,
 ) -> BestModel:
     """Read and verify the best checkpoint of ``run``; where it is damaged, the newest one that is whole.
 
@@ -176,7 +174,6 @@ def load_best(
         run: the run directory.
         data_path: folder with the images; None: where the run had them.
         warn: gets a line if it is not the best one.
-        qat_steps: instead of the recipe's.
 
     Raises:
         UsageError: there is none yet.
@@ -191,8 +188,6 @@ def load_best(
     if data_path is not None:
         path = str(Path(data_path).expanduser().absolute())
         recipe = replace(recipe, data=replace(recipe.data, name="imagefolder", path=path))
-    if qat_steps is not None:
-        recipe = replace(recipe, post=replace(recipe.post, qat_steps=qat_steps))
     folder, loaded = _load_or_newest(run, folder, warn)
     classes = loaded.state["classes"]
     preprocessing = build_preprocessing(recipe.model, recipe.data, num_classes=len(classes))

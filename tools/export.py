@@ -12,6 +12,7 @@ import os
 import sys
 import time
 import traceback
+from dataclasses import replace
 from typing import IO, TYPE_CHECKING, Any
 
 import torch
@@ -43,8 +44,6 @@ TOLD_S = 0.5
 """The time of a phase that takes less than so many seconds is not told."""
 UPLOAD_S = 600.0
 """Seconds that sending the exports to a tracking server may take."""
-OFFERED_STEPS = 200
-"""Of quantization-aware fine-tuning, to who may try it."""
 NO_CALIBRATION = "calibration needs training images"
 
 
@@ -74,7 +73,9 @@ def export_run(
     """
     with _noise_to(run.post_log, terminal) as say:
         phases.at("reading the best checkpoint")
-        best = evaluate.load_best(run, data_path, warn=say, qat_steps=qat_steps)
+        best = evaluate.load_best(run, data_path, warn=say)
+        if qat_steps is not None:
+            best = replace(best, recipe=replace(best.recipe, post=replace(best.recipe.post, qat_steps=qat_steps)))
         missing = best.missing("val")
         if missing and data_path is not None:
             raise UsageError(f"data.path={data_path}: {missing}")
@@ -85,7 +86,7 @@ def export_run(
         best, calibration = calibrate.apply(run, best, missing, say)
         publish.remove_abandoned(run)
         with publish.workplace(run) as folder:
-            making = _Making(run, best, folder, Answers(best, missing), say, each=names is not None)
+            making = _Making(run, best, folder, Answers(best, missing), say, data_path, names)
             post = best.recipe.post
             usual = [*post.export, *[formats.BAKED] * post.bake_preprocessing, *post.quantize]
             wanted = usual if names is None else list(names)
@@ -126,18 +127,28 @@ class _Making:
         folder: where files are made.
         answers: what models say of the validation images.
         say: tells the user a line.
-        each: each quantized format is wanted; else the first of them that is accepted.
+        data_path: folder with the images, where one was given.
+        names: of formats, where some were given: each quantized one is wanted; else the first that is accepted.
     """
 
     def __init__(
-        self, run: RunDir, best: evaluate.BestModel, folder: Path, answers: Answers, say: Say, *, each: bool = False
+        self,
+        run: RunDir,
+        best: evaluate.BestModel,
+        folder: Path,
+        answers: Answers,
+        say: Say,
+        data_path: str | None = None,
+        names: Sequence[str] | None = None,
     ) -> None:
         self._run = run
         self._best = best
         self._folder = folder
         self._answers = answers
         self._say = say
-        self._each = each
+        self._each = names is not None
+        where = [] if data_path is None else [f"data.path={data_path}"]
+        self._command = ["launch", "export", str(run), *(f"--format={name}" for name in names or ()), *where]
         self._start = time.monotonic()
         self._threads = torch.get_num_threads()
         self._predictors: dict[str, Predictor] = {REFERENCE: best.module}
@@ -220,20 +231,13 @@ class _Making:
         tried = []
         for wanted in [[name] for name in names] if self._each else [names]:
             tried += ladder.climb(wanted, self._judge, self._say)[1]
-        self._offer_training(tried)
+        if offer := ladder.offer(tried, self._command):
+            self._say(offer)
         for row in tried:
             file = self._folder / row["file"]
             row["quantization"] = onnx_model.read_quantization(file) if row["accepted"] else None
             row.update(self._accepted(row["reason"]))
         return tried
-
-    def _offer_training(self, tried: Sequence[Json]) -> None:
-        refused = [row for row in tried if row["format"] == "int8"]
-        if refused and not any(row["accepted"] for row in refused) and not self._best.recipe.post.qat_steps:
-            self._say(
-                f"{FILES['int8']}: fine-tuning may make one that passes, and takes minutes: "
-                f"launch export {self._run} post.qat_steps={OFFERED_STEPS}"
-            )
 
     def _skip(self, name: str, reason: str) -> None:
         self._say(f"{FILES[name]}: not made: {reason}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 import traceback
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ NUM_CALIBRATION_IMAGES = 128
 CALIBRATION_BATCH = 8
 """Images that are computed at once while all values of the network are looked at."""
 FILES = {name: f"model.{name}.onnx" for name in ("int8", "int8_weights", "fp16", "int8_dynamic")}
+OFFERED_STEPS = 200
+"""Of quantization-aware fine-tuning, to who may try it."""
 CALIBRATED = frozenset({"int8", "int8_weights"})
 """Formats that need training images."""
 
@@ -72,6 +75,25 @@ class Ladder:
                     return name, rows
         return None, rows
 
+    def offer(self, tried: Sequence[dict[str, Any]], command: Sequence[str]) -> str | None:
+        """A line for people where no int8 model passed that was made: how to try fine-tuning.
+
+        None: one did, it was tried, or it does not know the network.
+
+        Args:
+            tried: a row for each try.
+            command: that did this.
+        """
+        from launcher.tools.int8.torch_graph import unknown_nodes
+
+        refused = [row for row in tried if row["format"] == "int8" and row["is_made"]]
+        if not refused or any(row["accepted"] for row in refused) or self.best.recipe.post.qat_steps:
+            return None
+        if unknown_nodes(self._prepared()):
+            return None
+        again = shlex.join([*command, f"post.qat_steps={OFFERED_STEPS}"])
+        return f"{FILES['int8']}: fine-tuning may make one that passes, and takes minutes: {again}"
+
     def _try(self, name: str, judge: Judge) -> Iterator[dict[str, Any]]:
         file = self.folder / FILES[name]
         rungs = iter(self._rungs(name))
@@ -91,6 +113,7 @@ class Ladder:
             except Exception as error:  # of a network that ONNX Runtime cannot quantize in this way
                 traceback.print_exc()
                 file.unlink(missing_ok=True)
+                row["rung"] = getattr(error, "rung", row["rung"])
                 yield row | {"reason": f"cannot be made: {first_line(error)}", "accepted": False}
                 continue  # a generator that has raised is at its end
             yield row | measured | {"is_made": True, "reason": reason, "accepted": reason is None}

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,7 +33,7 @@ from launcher.system import cpu as host_cpu
 from launcher.system.files import write_json_atomic
 from launcher.tools import evaluate, export, formats, onnx_model, publish, quantize
 from launcher.tools.gate import doubt, rejection
-from launcher.tools.int8 import calibration
+from launcher.tools.int8 import calibration, qat, torch_graph
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -388,8 +389,9 @@ def test_calibration_images_are_the_same_every_time(exported, tmp_path, monkeypa
     assert sorted(seen[0][1]) == list(range(96))
 
 
-def test_the_last_way_to_int8_is_fine_tuning_which_leaves_the_checkpoint_alone(exported, tmp_path):
-    best = evaluate.load_best(exported, qat_steps=2)
+def test_the_last_way_to_int8_is_fine_tuning_which_leaves_the_checkpoint_alone(exported, tmp_path, monkeypatch):
+    plain = evaluate.load_best(exported)
+    best = replace(plain, recipe=replace(plain.recipe, post=replace(plain.recipe.post, qat_steps=2)))
     before = {name: value.clone() for name, value in best.module.state_dict().items()}
     ladder = quantize.Ladder(source=exported.exports / "model.onnx", folder=tmp_path, best=best, threads=1)
     tried = []
@@ -403,6 +405,31 @@ def test_the_last_way_to_int8_is_fine_tuning_which_leaves_the_checkpoint_alone(e
     assert tried[-1] == {"target": "portable", "weight_bits": 7, "rung": "qat", "qat_steps": 2, **CALIBRATED}
     assert tried[-2]["rung"] == "16 in float"
     assert all(torch.equal(value, before[name]) for name, value in best.module.state_dict().items())
+
+    def fail(*_, **__):
+        raise ValueError("of no use")
+
+    monkeypatch.setattr(qat, "train", fail)
+    _, rows = ladder.climb(["int8"], judge, lambda line: None)
+    assert [rows[-1][key] for key in ("rung", "is_made", "reason")] == ["qat", False, "cannot be made: of no use"]
+    command, ladder = ["launch", "export", "a run", "data.path=there"], replace(ladder, best=plain)
+    assert ladder.offer(rows, command).endswith(": launch export 'a run' data.path=there post.qat_steps=200")
+    assert ladder.offer([row | {"is_made": False} for row in rows], command) is None
+    monkeypatch.delitem(torch_graph.OPS, "Relu")
+    assert ladder.offer(rows, command) is None
+
+
+@pytest.mark.parametrize("arch", ["mobilenet_v3_small", "vit_b_16"])
+def test_fine_tuning_computes_a_network_as_onnx_runtime_does(tmp_path, photos, arch):
+    best = evaluate.load_best(make_run(tmp_path / "run", photos, arch=arch, post=PostConfig()))
+    source = tmp_path / "model.onnx"
+    formats.write_onnx(source, best)
+    ladder = quantize.Ladder(source=source, folder=tmp_path, best=best, threads=1)
+    images = torch.randn(2, 3, SIZE, SIZE)
+    with torch.no_grad():
+        found = torch_graph.TorchGraph(ladder._prepared()).compute(images, lambda name, value: value)
+    (logits,) = onnxruntime.InferenceSession(source).run(["logits"], {"images": images.numpy()})
+    torch.testing.assert_close(found, torch.from_numpy(logits), rtol=1e-3, atol=1e-4)
 
 
 def test_without_a_best_checkpoint_it_says_so(exported, tmp_path):

@@ -41,6 +41,19 @@ class Made:
     """What the file's metadata add to what all rungs have in common."""
 
 
+class RungError(Exception):
+    """A way failed; what it says is what went wrong there.
+
+    Args:
+        rung: its name.
+        error: what was raised.
+    """
+
+    def __init__(self, rung: str, error: Exception) -> None:
+        super().__init__(str(error) or type(error).__name__)
+        self.rung = rung
+
+
 class Rungs:
     """Goes from one way to the next.
 
@@ -75,7 +88,11 @@ class Rungs:
                 model = self._quantize(equal, ranges, in_float=chosen)
                 yield Made(rung=f"{num} in float", model=model, settings={"float_layers": chosen})
         if self._train is not None:
-            yield Made(rung=qat.RUNG, model=self._quantize(self._train(equal, whole), ranges))
+            try:
+                trained = self._train(equal, whole)
+            except Exception as error:
+                raise RungError(qat.RUNG, error) from error
+            yield Made(rung=qat.RUNG, model=self._quantize(trained, ranges))
 
     @cached_property
     def _ranges(self) -> dict[str, Ranges]:
