@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 SAME_BUDGET = 0.05
 """Use an entry if the memory differs from the measured one by at most this fraction."""
+BATCHES_HELD = 2
+"""On the device, in a probe as in training: that of the step and the next one's."""
 
 
 def key(recipe: Recipe, facts: DeviceFacts, data_sets: DataSets, ranks: Ranks, max_size: int) -> str:
@@ -53,6 +55,7 @@ def key(recipe: Recipe, facts: DeviceFacts, data_sets: DataSets, ranks: Ranks, m
         "batch": [recipe.batch.objective, max_size],
         "role": [ranks.rank == 0, ranks.world_size > 1, ranks.local_world_size],
         "cores": [recipe.data.workers, recipe.launch.threads],
+        "batches_held": BATCHES_HELD,
         "allocator": recipe.launch.keep_freed_memory,
         "versions": [importlib.metadata.version("finetune-launcher"), torch.__version__, torchvision.__version__],
     }
