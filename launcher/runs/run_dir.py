@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from launcher.errors import UsageError
 from launcher.plan.launch_plan import Launched, LaunchPlan
-from launcher.system.files import append_jsonl, fsync, write_json_atomic
+from launcher.system.files import append_jsonl, check_room, fsync, write_json_atomic
 from launcher.system.redact import redact_all
 
 State = Literal["pending", "running", "preempted", "completed", "early_stopped", "failed", "cancelled"]
@@ -304,14 +304,10 @@ class RunDir:
 
     def problem(self) -> str | None:
         """Why nothing can be written here (a full disk, for example); None: it can."""
-        probe = self.path / f".room-{node_name()}-{os.getpid()}"
         try:
-            probe.write_bytes(bytes(1 << 16))
+            check_room(self.path, f".room-{node_name()}-{os.getpid()}")
         except OSError as error:
             return f"{self}: cannot be written to: {error.strerror}"
-        finally:
-            with contextlib.suppress(OSError):
-                probe.unlink(missing_ok=True)
         return None
 
     def read_plan(self) -> LaunchPlan:
@@ -343,7 +339,8 @@ class RunDir:
 
     def append_event(self, kind: str, **fields: Any) -> None:
         """Add a line ``{time, kind, host, …}`` to ``events.jsonl``; secrets in messages are hidden."""
-        append_jsonl(self.events, {"time": time.time(), "kind": kind, "host": node_name()} | redact_all(fields))
+        head = {"time": time.time(), "kind": kind, "host": node_name()}
+        append_jsonl(self.events, head | redact_all(fields))
 
     def append_metrics(self, **fields: Any) -> None:
         """Add a line to ``metrics.jsonl``."""

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+PROBE_BYTES = 1 << 16
+"""More than a file system keeps beside a file's name, which a full disk may still take."""
+
 
 def write_text_atomic(path: Path, text: str, *, durable: bool = False) -> None:
     """Write ``text`` beside ``path`` and rename it there: a reader sees the old file or the new one, whole.
@@ -40,6 +43,24 @@ def write_text_atomic(path: Path, text: str, *, durable: bool = False) -> None:
 def write_json_atomic(path: Path, value: Any, *, durable: bool = False) -> None:
     """Write ``value`` as indented JSON, atomically."""
     write_text_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n", durable=durable)
+
+
+def check_room(folder: Path, name: str = ".probe") -> None:
+    """Write and remove some bytes.
+
+    Args:
+        folder: where.
+        name: of the file; of its own where several processes look at once.
+
+    Raises:
+        OSError: the disk or quota is full, or the folder cannot be written.
+    """
+    probe = folder / name
+    try:
+        probe.write_bytes(bytes(PROBE_BYTES))
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
 
 
 def fsync(path: Path) -> None:

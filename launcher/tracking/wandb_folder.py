@@ -7,6 +7,8 @@ import shlex
 import time
 from typing import TYPE_CHECKING, Any
 
+from launcher.system.files import check_room
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
@@ -15,7 +17,6 @@ if TYPE_CHECKING:
 
 UNSYNCED = "wandb_unsynced"
 """Kind of the event for a record (``folder``) that was not sent completely, and why (``reason``)."""
-PROBE_BYTES = 65536
 
 
 def unsynced(run: RunDir, events: Iterable[dict[str, Any]]) -> list[Path]:
@@ -72,11 +73,7 @@ def check_writable(folder: Path) -> None:
         OSError: the disk or quota is full, or the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / ".probe"
-    try:
-        probe.write_bytes(bytes(PROBE_BYTES))
-    finally:
-        probe.unlink(missing_ok=True)
+    check_room(folder)
 
 
 def upload_error(folder: Path) -> str | None:
