@@ -85,7 +85,8 @@ class Examples:
         for index, (known, confidence, predicted, *said) in zip(chosen, of_all, strict=True):
             label = images.samples[index][1]
             answer = int(predicted) if isinstance(label, int) else [place for place, one in enumerate(said) if one]
-            row = {"image": images.key(index), "true": names_of(label, names), "predicted": names_of(answer, names)}
-            row["confidence"] = round(confidence, 6) if math.isfinite(confidence) else None
-            rows += [row] if known else []
+            if known:
+                sure = round(confidence, 6) if math.isfinite(confidence) else None
+                said_of = {"true": names_of(label, names), "predicted": names_of(answer, names), "confidence": sure}
+                rows.append({"image": images.key(index)} | said_of)
         return rows
