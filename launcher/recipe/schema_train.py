@@ -136,7 +136,8 @@ class TrainConfig:
     then draws other numbers."""
     batchnorm_recompute: CountOrZero | Auto = "auto"
     """Training batches that BatchNorm's running statistics are computed from before each validation; 0: the moving
-    average; auto: 100, until 10 / momentum steps are taken and the average has forgotten what it began with."""
+    average; auto: 100, until 10 / momentum steps are taken and the average has forgotten what it began with; with
+    train.swa always, for the mean."""
     feature_views: CountOrZero | Auto = "auto"
     """How many views of each training image are kept as a frozen backbone's features: epoch e takes view e, and after
     the last the first again. 0: none, nor any of validation; auto: 1 where all epochs see the same (data.augment:

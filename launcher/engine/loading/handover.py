@@ -184,7 +184,8 @@ def heed_stop_signal() -> None:
 class Feed:
     """The batches of a rank's steps. Where loader processes make them, the next step's are held before one is taken.
 
-    The first of those goes to the device by then, and each other one beside what is computed from the one before.
+    Of these the first goes to the device by then, and each other one beside what is computed from the one before. Those
+    that are not held go there when they are taken.
     Only a step that is taken counts: what was held or sent for the next one is made again by a run that goes on.
 
     Ranks agree to stop while they take a step. Were one then left waiting for the next step's batches, its peers would
