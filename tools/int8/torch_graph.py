@@ -155,8 +155,9 @@ def _slice(
     chosen = _ints(axes) if axes is not None else list(range(len(starts)))
     cut = [slice(None)] * x.dim()
     for place, axis in enumerate(chosen):
-        end = min(int(ends[place]), x.shape[axis])  # it may be the largest number there is
-        cut[axis] = slice(int(starts[place]), end, int(steps[place]) if steps is not None else None)
+        size = x.shape[axis]  # either may be the largest or least number there is
+        start, end = (max(-size, min(int(of[place]), size)) for of in (starts, ends))
+        cut[axis] = slice(start, end, int(steps[place]) if steps is not None else None)
     return x[tuple(cut)]
 
 
