@@ -222,5 +222,5 @@ def living_nodes(generations: Generations) -> dict[int, Word]:
         living = others.look()
         return not others.unsure
 
-    waiting.wait_until(is_known, timeout_s=None, heed=lambda: None, what="whether other nodes live")
+    waiting.wait_until(is_known, timeout_s=None, heed=lambda: None, what="signs of life of other nodes")
     return living
