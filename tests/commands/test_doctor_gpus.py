@@ -129,7 +129,11 @@ def test_partitions_are_told_with_what_starts_there():
             "gpu": {"State": "UP", "Default": "YES", "MaxTime": "2-00:00:00"},
             "old": {"State": "DRAIN"},
         },
-        nodes=[node("a", "gpu", gres="gpu:a100:8(S:0-1)"), node("b", "gpu", state="down*"), node("c", "old")],
+        nodes=[
+            node("a", "gpu", gres="gpu:a100:8(S:0-1)"),
+            node("b", "gpu", state="down*", gres="gpu:16"),
+            node("c", "old"),
+        ],
     )
     verdict = doctor_slurm.check_partitions(cluster)
     assert verdict.status == "warning"
@@ -137,4 +141,6 @@ def test_partitions_are_told_with_what_starts_there():
     assert "no job starts in old now" in verdict.cure
     whole = Cluster(partitions={"gpu": cluster.partitions["gpu"]}, nodes=cluster.nodes[:1])
     assert doctor_slurm.check_partitions(whole).status == "ok"
+    mixed = Cluster(partitions=whole.partitions, nodes=[*whole.nodes, node("d", "gpu", gres="gpu:2")])
+    assert "2 of 2 nodes up, up to 8 GPUs each" in doctor_slurm.check_partitions(mixed).found
     assert doctor_slurm.check_partitions(Cluster(partitions={}, nodes=[])).status == "warning"
