@@ -17,7 +17,7 @@ def apart(function, folder):
     """What a function gives in a forked process: after compiling, a process cannot fork others that train."""
     process = multiprocessing.get_context("fork").Process(target=lambda: torch.save(function(), folder / "given.pt"))
     process.start()
-    process.join(240)
+    process.join(540)  # far more than it takes
     assert process.exitcode == 0
     return torch.load(folder / "given.pt", weights_only=False)
 
