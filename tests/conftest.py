@@ -36,9 +36,10 @@ def pytest_configure(config):
 
 
 def remove_networks_of_the_dead():
-    """Remove the network namespaces of tests whose process was killed: `ftl-NAME-PID-NUMBER`."""
-    for path in Path("/run/netns").glob("ftl-[a-z]*-[0-9]*-[01]"):
-        if not psutil.pid_exists(int(path.name.split("-")[-2])):
+    """Remove the network namespaces of tests whose process was killed."""
+    for path in Path("/run/netns").glob("ftl-*"):
+        made = re.fullmatch(r"ftl-(?:elastic|by-hand)-([0-9]{1,7})-[01]", path.name)
+        if made and not psutil.pid_exists(int(made[1])):
             subprocess.run(["ip", "netns", "delete", path.name], check=False, capture_output=True)
 
 

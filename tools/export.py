@@ -231,8 +231,7 @@ class _Making:
         tried = []
         for wanted in [[name] for name in names] if self._each else [names]:
             tried += ladder.climb(wanted, self._judge, self._say)[1]
-        if offer := ladder.offer(tried, self._command):
-            self._say(offer)
+        ladder.offer(tried, self._command, self._say)
         for row in tried:
             file = self._folder / row["file"]
             row["quantization"] = onnx_model.read_quantization(file) if row["accepted"] else None

@@ -75,24 +75,23 @@ class Ladder:
                     return name, rows
         return None, rows
 
-    def offer(self, tried: Sequence[dict[str, Any]], command: Sequence[str]) -> str | None:
-        """A line for people where no int8 model passed that was made: how to try fine-tuning.
-
-        None: one did, it was tried, or it does not know the network.
+    def offer(self, tried: Sequence[dict[str, Any]], command: Sequence[str], say: Say) -> None:
+        """Tell people how to try fine-tuning, where no int8 model passed that was made, and it can be tried.
 
         Args:
             tried: a row for each try.
             command: that did this.
+            say: is given the line.
         """
         from launcher.tools.int8.torch_graph import unknown_nodes
 
         refused = [row for row in tried if row["format"] == "int8" and row["is_made"]]
         if not refused or any(row["accepted"] for row in refused) or self.best.recipe.post.qat_steps:
-            return None
+            return
         if unknown_nodes(self._prepared()):
-            return None
+            return
         again = shlex.join([*command, f"post.qat_steps={OFFERED_STEPS}"])
-        return f"{FILES['int8']}: fine-tuning may make one that passes, and takes minutes: {again}"
+        say(f"{FILES['int8']}: fine-tuning may make one that passes, and takes minutes: {again}")
 
     def _try(self, name: str, judge: Judge) -> Iterator[dict[str, Any]]:
         file = self.folder / FILES[name]

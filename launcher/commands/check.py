@@ -66,8 +66,11 @@ def run(path: str, overrides: Sequence[str] = (), *, as_json: bool) -> int:
     allowed = config.missing_val_classes if config else "error"
     found_wrong = listings.find_problems(source, missing_val_classes=allowed)
     divided = replace(source, val_fraction=VAL_FRACTION)
-    is_whole = bool(found_wrong) and not overrides and not listings.find_problems(divided)
-    if is_whole and not _has_split(source):
+    may_divide = bool(found_wrong) and source.val_fraction is None
+    is_divided = (
+        may_divide and not listings.find_problems(divided, missing_val_classes=allowed) and not _has_split(source)
+    )
+    if is_divided:
         source, found_wrong = divided, []
         if not as_json:
             print(UNDIVIDED)
@@ -83,7 +86,7 @@ def run(path: str, overrides: Sequence[str] = (), *, as_json: bool) -> int:
     for warning in found.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if as_json:
-        print(json.dumps(describe(found, problems), indent=2))
+        print(json.dumps(describe(found, problems, VAL_FRACTION if is_divided else None), indent=2))
     else:
         _print(found, problems)
     return EXIT_PREFLIGHT if problems or found.bad else EXIT_OK
@@ -117,12 +120,19 @@ def _recipe(overrides: Sequence[str]) -> Recipe:
     return recipe
 
 
-def describe(found: Scan, problems: list[str]) -> dict[str, Any]:
-    """All that was found, for programs; paths are relative to the folder."""
+def describe(found: Scan, problems: list[str], val_fraction: float | None) -> dict[str, Any]:
+    """All that was found, for programs; paths are relative to the folder.
+
+    Args:
+        found: by the scan.
+        problems: for which training would be refused.
+        val_fraction: by which the images were divided, as nothing says which are for validation; else None.
+    """
     return {
         "folder": str(found.place),
         "ok": not (problems or found.bad),
         "problems": problems,
+        "val_fraction": val_fraction,
         "classes": {split: dict(found.class_counts(split)) for split in _splits(found)},
         "bad": [
             {"path": image.path, "split": image.split, "kind": image.kind, "message": image.message, "cure": image.cure}

@@ -77,11 +77,12 @@ def check_links(found: Links, active: dict[int, int]) -> Verdict:
     gpus = sorted({gpu for pair in found for gpu in pair})
     if not gpus:
         return ok("one GPU or none: none are needed")
-    lacking = {gpu: num for gpu, num in active.items() if num < max(active.values())}
-    if lacking:
+    joined = {gpu for pair, way in found.items() if way.startswith("NV") for gpu in pair}  # others need have none
+    most = max((active.get(gpu, 0) for gpu in joined), default=0)
+    if lacking := {gpu: active[gpu] for gpu in sorted(joined & set(active)) if active[gpu] < most}:
         each = ", ".join(f"GPU {gpu} {num}" for gpu, num in lacking.items())
         cure = "`nvidia-smi nvlink --errorcounters` counts its errors; restart the machine, or have the GPU looked at"
-        return warning(f"{max(active.values())} NVLinks are active on each GPU but on {each}", cure)
+        return warning(f"{most} NVLinks are active on each GPU but on {each}", cure)
     ways = Counter(found.values())
     said = "; ".join(f"{plural(num, 'pair')} by {_in_words(way)}" for way, num in ways.most_common())
     if len(ways) == 1:
@@ -127,7 +128,13 @@ def all_reduce(num_gpus: int) -> Verdict:
     if done.returncode:
         lines = [line for line in done.stderr.strip().splitlines() if line and not line.startswith(" ")]
         return check_all_reduce({}, lines[-1] if lines else f"exit code {done.returncode}", num_gpus)
-    return check_all_reduce(json.loads(done.stdout), None, num_gpus)
+    return check_all_reduce(parse_answer(done.stdout), None, num_gpus)
+
+
+def parse_answer(text: str) -> dict[str, Any]:
+    """The last line of what :mod:`launcher.node.all_reduce_here` printed: with NCCL_DEBUG, NCCL's own come before."""
+    found: dict[str, Any] = json.loads(text.strip().splitlines()[-1])
+    return found
 
 
 def check_all_reduce(found: dict[str, Any], why: str | None, num_gpus: int) -> Verdict:

@@ -43,21 +43,21 @@ def check_partitions(cluster: Cluster) -> Verdict:
     """Whether jobs would start: each partition with its nodes that are up, their GPUs and its time limit."""
     if not cluster.partitions:
         return warning("you see none", "ask the cluster's administrators for an account (sacctmgr show associations)")
-    said, idle = [], []
+    said, closed = [], []
     for name, fields in cluster.partitions.items():
         nodes = [node for node in cluster.nodes if node.partition == name]
         usable = [node for node in nodes if node.usable]
-        gpus = max((node.num_gpus(None) for node in nodes), default=0)
+        gpus = {node.num_gpus(None) for node in usable}
         is_up = fields.get("State", "UP") == "UP"
         facts = [f"{len(usable)} of {plural(len(nodes), 'node')} up" if is_up else fields["State"].lower()]
-        facts += [f"{plural(gpus, 'GPU')} each"] if gpus else []
+        facts += [f"{'up to ' if len(gpus) > 1 else ''}{plural(max(gpus), 'GPU')} each"] if any(gpus) else []
         facts += [f"at most {fields['MaxTime']}"] if "MaxTime" in fields else []
         said.append(f"{name}{'*' if fields.get('Default') == 'YES' else ''} ({', '.join(facts)})")
-        idle += [] if is_up and usable else [name]
+        closed += [] if is_up and usable else [name]
     more = f" and {len(said) - MOST_SHOWN} more" if len(said) > MOST_SHOWN else ""
     found = ", ".join(said[:MOST_SHOWN]) + more
-    if idle:
-        where = "all of them" if len(idle) == len(said) else ", ".join(idle)
+    if closed:
+        where = "all of them" if len(closed) == len(said) else ", ".join(closed)
         return warning(
             found, f"no job starts in {where} now; `sinfo --list-reasons` says why, --profile chooses another"
         )

@@ -1,6 +1,7 @@
 """``python -m launcher.node.all_reduce_here [--gpus N]``: the preflight's all-reduce on this machine alone.
 
-Prints ``{all_gb_s, within_gb_s, seconds}``; what stands in its way is on standard error, and the exit code is 1.
+Its last line is ``{ok, all_gb_s, within_gb_s, seconds}``; what stands in its way is on
+standard error, and the exit code is 1.
 """
 
 from __future__ import annotations

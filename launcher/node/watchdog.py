@@ -107,7 +107,7 @@ class Watchdog:
         self._await_stacks(stopped, attempt, DUMP_S)
         _signal(stopped, signal.SIGSTOP)  # or it would train on
         time.sleep(DUMP_S)
-        self._await_stacks(found, attempt, DUMP_S * (DUMP_FACTOR - 1))
+        self._await_stacks([beat for beat in found if beat not in stopped], attempt, DUMP_S * (DUMP_FACTOR - 1))
         for beat in found:
             stack = _last_stack(self._run.rank_log(attempt, beat.rank))
             top = next((line for line in stack if line.lstrip().startswith("File")), "an unknown place").strip()

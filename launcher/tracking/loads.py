@@ -20,7 +20,7 @@ RARELY_S = 15.0
 """Seconds between two looks at the files of so many."""
 SETTLED_S = 5.0
 """A record has the loads up to so many seconds before it: by then they have come over a shared file system, so that
-each is sent with the same record whenever the files are read."""
+each is sent with the same record whenever the files are read; of more nodes so many and ``RARELY_S``."""
 
 
 class Loads:
@@ -57,13 +57,15 @@ class Loads:
         """
         self._look()
         found: dict[str, dict[str, float]] = {}
+        are_many = len(self._waiting) > MOST_NODES
+        settled = time - SETTLED_S - (RARELY_S if are_many else 0.0)
         for node, waiting in self._waiting.items():
             lines = []
-            while waiting and float(waiting[0].get("time") or 0.0) <= time - SETTLED_S:
+            while waiting and float(waiting[0].get("time") or 0.0) <= settled:
                 lines.append(dict(_flat(waiting.popleft())))
             if lines:
                 found[node] = {name: _mean(line.get(name) for line in lines) for name in lines[-1]}
-        if len(self._waiting) > MOST_NODES:
+        if are_many:
             return _over_nodes(found)
         return {f"{node}/{name}": value for node, values in found.items() for name, value in values.items()}
 

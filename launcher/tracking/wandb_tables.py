@@ -51,7 +51,7 @@ def of_best(found: dict[str, Any], pictures: Pictures) -> dict[str, Any]:
 def pictures(record: Record, made: Pictures) -> dict[str, Any]:
     """The images that a record shows: the same of each validation with their answers, the first training batch.
 
-    Answers whose images are not there, or may not be sent, are a table without pictures.
+    Where an image is not there, or none may be sent, all answers are a table without pictures, too.
     """
     import wandb
 
@@ -65,12 +65,12 @@ def pictures(record: Record, made: Pictures) -> dict[str, Any]:
         if each
     }
     rows = record.line.get("examples")
-    if rows and "val/examples" not in found:
+    if rows and len(shown["val/examples"]) < len(rows):
         columns: list[str | int] = ["image", "true", "predicted", "confidence"]
         cells: list[Any] = [
             [row["image"], *map(in_words, (row["true"], row["predicted"])), row["confidence"]] for row in rows
         ]
-        found["val/examples"] = wandb.Table(columns=columns, data=cells)
+        found["val/examples_table"] = wandb.Table(columns=columns, data=cells)
     return found
 
 

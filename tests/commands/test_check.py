@@ -138,4 +138,7 @@ def test_a_folder_of_classes_is_looked_through_as_it_would_be_divided(images, tm
     (tmp_path / "photos/cat/0.png").write_bytes(b"")
     assert check.main(["photos"]) == 3
     assert "cat/0.png: empty: 0 bytes" in capsys.readouterr().out
-    assert check.main(["photos", "data.val_fraction=0.34", "--json"]) == 3
+    (tmp_path / "photos/cat/0.png").unlink()
+    for overrides, fraction in ((), 0.2), (("data.background=black",), 0.2), (("data.val_fraction=0.34",), None):
+        assert check.main(["photos", *overrides, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["val_fraction"] == fraction

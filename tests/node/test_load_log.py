@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import threading
 import time
 
 import pytest
@@ -37,17 +39,30 @@ def test_each_node_has_a_file_of_its_own(tmp_path, quick):
     assert lines[0]["time"] < lines[1]["time"] < lines[2]["time"]
 
 
-def test_a_disk_that_is_full_ends_nothing(tmp_path, quick, monkeypatch):
-    run = RunDir(tmp_path / "gone" / "run")  # whose folder cannot be made
-    tried = []
-    monkeypatch.setattr(load_log, "every_s", lambda size: tried.append(size) or 0.05)
+def test_what_fails_ends_nothing_and_is_said_once(tmp_path, quick, monkeypatch, capsys):
+    run = RunDir(tmp_path / "run")
+    run.create()
+    failures = [OSError(errno.ENOSPC, "No space left on device"), KeyError("MemAvailable")]
+    written = threading.Event()
+
+    def failing(real, error):
+        def call(*arguments, **options):
+            if error in failures:
+                failures.remove(error)
+                raise error
+            return real(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(load_log, "Load", failing(load_log.Load, failures[1]))
+    monkeypatch.setattr(load_log, "append_jsonl", failing(load_log.append_jsonl, failures[0]))
+    monkeypatch.setattr(load_log, "every_s", lambda size: written.set() or 0.05)
     with LoadLog(run, LaunchPlan(run_id="run")):
-        time.sleep(0.3)
-        run.path.mkdir(parents=True)
-        until = time.monotonic() + 60
-        while not tried:
-            assert time.monotonic() < until
-            time.sleep(0.02)
+        assert written.wait(60)
+    assert failures == []
+    assert capsys.readouterr().out == (
+        "node-0.jsonl: what this node does is not written down (KeyError: 'MemAvailable'); trying again\n"
+    )
 
 
 def test_the_longer_the_file_the_rarer_the_lines():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import psutil
@@ -37,8 +38,9 @@ def slurm_machine():
 
 def _remove_clusters_of_dead_sessions():
     if os.geteuid() == 0:
-        for folder in FOLDERS.glob("finetune-launcher-[tf]*-[0-9]*"):  # of tests, and of tests/faults
-            if not psutil.pid_exists(int(folder.name.split("-")[3])):
+        for folder in FOLDERS.glob("finetune-launcher-*"):
+            made = re.fullmatch(r"finetune-launcher-(?:tests|faults)-([0-9]{1,7})(?:-own)?", folder.name)
+            if made and not psutil.pid_exists(int(made[1])):
                 ClusterCommand(folder).down()
 
 

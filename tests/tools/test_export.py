@@ -413,10 +413,14 @@ def test_the_last_way_to_int8_is_fine_tuning_which_leaves_the_checkpoint_alone(e
     _, rows = ladder.climb(["int8"], judge, lambda line: None)
     assert [rows[-1][key] for key in ("rung", "is_made", "reason")] == ["qat", False, "cannot be made: of no use"]
     command, ladder = ["launch", "export", "a run", "data.path=there"], replace(ladder, best=plain)
-    assert ladder.offer(rows, command).endswith(": launch export 'a run' data.path=there post.qat_steps=200")
-    assert ladder.offer([row | {"is_made": False} for row in rows], command) is None
+    said = []
+    ladder.offer(rows, command, said.append)
+    ladder.offer([row | {"is_made": False} for row in rows], command, said.append)
     monkeypatch.delitem(torch_graph.OPS, "Relu")
-    assert ladder.offer(rows, command) is None
+    ladder.offer(rows, command, said.append)
+    assert [line.partition("minutes: ")[2] for line in said] == [
+        "launch export 'a run' data.path=there post.qat_steps=200"
+    ]
 
 
 def test_fine_tuning_computes_a_network_as_onnx_runtime_does(tmp_path, photos):

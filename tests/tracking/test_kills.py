@@ -82,4 +82,5 @@ def test_ten_kills_lose_nothing_and_send_nothing_twice(tmp_path):
         assert [row["step"] for row in read_record(run)["history"] if f"{key}/filenames" in row] == [at]
         assert [image.step for image in shown.Images(key)] == [at]
     loads = [row["step"] for row in rows_of(run) if "node-0/cpu" in row]
+    assert loads
     assert loads == [found for found, tag, _ in event_rows(run) if tag == "node-0/cpu"]  # each with the same record

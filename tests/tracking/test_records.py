@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from launcher.recipe import load as recipes
 from launcher.system.files import write_json_atomic
+from launcher.tracking import loads
 from launcher.tracking.follow import follow
 from launcher.tracking.place import Place, is_taken
 from launcher.tracking.records import FACTS, Feed
@@ -87,6 +89,18 @@ def test_of_many_nodes_the_range_is_sent(run):
     }
     assert (sent["nodes/cpu_min"], sent["nodes/cpu_mean"]) == (0.0, 16 / 17)
     assert (sent["nodes/gpu_utilization_max"], sent["nodes/gpu_utilization_mean"]) == (1.0, 0.5)
+
+
+def test_what_many_nodes_do_goes_with_the_same_record_whenever_it_is_read(run, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(loads, "clock", SimpleNamespace(monotonic=lambda: now))
+    feed, records = feed_of(run), []
+    for now, step in (0.0, 1), (14.0, 2), (28.0, 3):  # the files are read the first and the last time
+        for node in range(17):
+            load(run, node, 100.0 + now, cpu=now / 100)
+        train(run, step, time=106.0 + now)
+        records += feed.new()
+    assert feed_of(run).new() == records
 
 
 def test_two_test_sets_that_the_same_checkpoint_measured_are_both_sent(run):

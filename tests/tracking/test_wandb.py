@@ -204,6 +204,8 @@ def test_answers_to_the_same_images_change_and_the_first_batch_comes_once(tmp_pa
     (batch,) = shown_in(run, "train/batch")
     assert batch == (10, ["a, mixup", "b, mixup"], [(32, 32), (32, 32)])
     assert shown_in(run, "val/examples") == [(20, ["a → b 75%"], [(112, 75)]), (40, ["a → a 75%"], [(112, 75)])]
+    with_table = [row for row in read_record(run)["history"] if any("val/examples_table" in name for name in row)]
+    assert [row["step"] for row in with_table] == [20, 40]  # one image is gone
 
 
 def test_what_each_node_does_comes_with_the_record_after_it(tmp_path):

@@ -72,7 +72,9 @@ def address(listening: socket.socket) -> str:
 
 
 def take_no_more(listening: socket.socket) -> None:
-    """Have the kernel make no more connections to a socket; those that are made already can still be taken.
+    """Have the kernel make no more connections to a socket, for all processes that share it, and for good.
+
+    Those that are made already can still be taken.
 
     Who tries to connect tries again a second later, and is refused by then. Where that cannot be had, nothing changes.
     """
@@ -81,25 +83,31 @@ def take_no_more(listening: socket.socket) -> None:
         listening.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HL", 1, ctypes.addressof(program)))
 
 
-def serve(settings: Settings, listening: socket.socket, tell: Callable[[], None], *, is_member: bool = False) -> None:
+def serve(
+    settings: Settings, listening: socket.socket, tell: Callable[[], None], all_stop: Callable[[], bool] | None = None
+) -> None:
     """Serve until a signal says to stop; every request that was begun is answered.
 
     Args:
         settings: of the server.
         listening: the socket.
         tell: is called once the model is loaded and has computed.
-        is_member: this is one of several processes, whose parent says when to end at once.
+        all_stop: this is one of several processes, whose parent says when to end at once: whether all of them stop.
 
     Raises:
         UsageError: there is no such model.
     """
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # requests that are no HTTP are answered with 400
     service = Service(settings, max(1, num_cores() // settings.workers))
-    asyncio.run(_serve(service, settings, listening, tell, is_member=is_member))
+    asyncio.run(_serve(service, settings, listening, tell, all_stop))
 
 
 async def _serve(
-    service: Service, settings: Settings, listening: socket.socket, tell: Callable[[], None], *, is_member: bool
+    service: Service,
+    settings: Settings,
+    listening: socket.socket,
+    tell: Callable[[], None],
+    all_stop: Callable[[], bool] | None,
 ) -> None:
     config = uvicorn.Config(
         service,
@@ -112,7 +120,7 @@ async def _serve(
         backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_S,
     )
-    server = _Server(config, service, listening, drain_s=settings.drain_s, is_member=is_member)
+    server = _Server(config, service, listening, settings.drain_s, all_stop)
 
     async def work() -> None:
         try:
@@ -133,13 +141,18 @@ class _Server(uvicorn.Server):
     """uvicorn, but told to stop it first answers what has come and what is on its way."""
 
     def __init__(
-        self, config: uvicorn.Config, service: Service, listening: socket.socket, *, drain_s: float, is_member: bool
+        self,
+        config: uvicorn.Config,
+        service: Service,
+        listening: socket.socket,
+        drain_s: float,
+        all_stop: Callable[[], bool] | None,
     ) -> None:
         super().__init__(config)
         self._service = service
         self._listening = listening
         self._drain_s = drain_s
-        self._is_member = is_member
+        self._all_stop = all_stop
         self._stopping: asyncio.Task[None] | None = None
 
     @contextlib.contextmanager
@@ -157,7 +170,7 @@ class _Server(uvicorn.Server):
     def _told(self, number: signal.Signals) -> None:
         if not self._stopping:
             self._stopping = asyncio.create_task(self._stop())
-        elif not self._is_member:
+        elif not self._all_stop:
             print("a second signal: requests that are under way are dropped", file=sys.stderr, flush=True)
             os._exit(128 + number)
 
@@ -176,12 +189,17 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
     async def _close(self) -> None:
-        """Take no more connections; those that have been made, and wait to be taken, would be cut off by that."""
+        """Take no more connections.
+
+        Those that have been made, and wait to be taken, are left to other processes at the socket; where all of them
+        stop they would be cut off, and are taken first.
+        """
         waiting = []
-        take_no_more(self._listening)  # else one could be made after the last look, and be cut off
-        with contextlib.suppress(OSError):  # there is none any more, or this process does not listen yet
-            while True:
-                waiting.append(self._listening.accept()[0])
+        if not self._all_stop or self._all_stop():
+            take_no_more(self._listening)  # else one could be made after the last look, and be cut off
+            with contextlib.suppress(OSError):  # there is none any more, or this process does not listen yet
+                while True:
+                    waiting.append(self._listening.accept()[0])
         for server in self.servers:
             server.close()
         loop = asyncio.get_running_loop()

@@ -1,6 +1,6 @@
 """Several processes that serve at one socket, and their parent, which starts a lost one again and passes on signals.
 
-``python -m launcher.tools.serving.workers SETTINGS SOCKET PIPE`` is one of them; the numbers are open files.
+``python -m launcher.tools.serving.workers SETTINGS SOCKET READY GOES_ON`` is one of them; the numbers are open files.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ class _Parent:
         self._environment = os.environ | {METRICS_VARIABLE: folder}
         self._folder = folder
         self._ready, self._say_ready = os.pipe()
-        os.set_blocking(self._ready, False)
+        self._goes_on, self._until_stop = os.pipe()  # at its end once this process stops, or is gone
+        for pipe in (self._ready, self._goes_on):
+            os.set_blocking(pipe, False)
         self._running: list[subprocess.Popen[bytes]] = []
         self._is_stopping = False
 
@@ -73,6 +75,7 @@ class _Parent:
             print("a second signal: requests that are under way are dropped", file=sys.stderr, flush=True)
             sys.exit(128 + number)
         self._is_stopping = True
+        os.close(self._until_stop)
 
     def watch(self, tell: Callable[[], None]) -> int:
         """Start the processes, and again those that are lost; return the exit code once all have ended."""
@@ -97,7 +100,7 @@ class _Parent:
         return EXIT_FAILED if codes - {EXIT_OK, -signal.SIGTERM} else EXIT_OK  # by SIGTERM: it had hardly begun
 
     def _start(self) -> subprocess.Popen[bytes]:
-        passed = [self._listening.fileno(), self._say_ready]
+        passed = [self._listening.fileno(), self._say_ready, self._goes_on]
         command = [sys.executable, "-m", __name__, self._settings.to_json(), *map(str, passed)]
         return subprocess.Popen(
             command,
@@ -133,13 +136,19 @@ def main() -> int:
     from launcher.tools.serving import server
 
     processes.die_with_parent(signal.SIGTERM)
-    settings, number, say_ready = Settings.from_json(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    settings, (number, say_ready, goes_on) = Settings.from_json(sys.argv[1]), map(int, sys.argv[2:])
     listening = socket.socket(fileno=number)
 
     def tell() -> None:
         os.write(say_ready, b"r")
 
-    server.serve(settings, listening, tell, is_member=True)
+    def all_stop() -> bool:
+        try:
+            return not os.read(goes_on, 1)
+        except BlockingIOError:
+            return False
+
+    server.serve(settings, listening, tell, all_stop)
     return EXIT_OK
 
 

@@ -71,12 +71,12 @@ def group(view: View) -> tuple[Word, ...]:
 
 def _wanted(view: View) -> list[Word]:
     """The other nodes that are ready, and may be taken."""
-    ready = [word for word in view.others.values() if _is_ready(view, word)]
-    return [word for word in ready if _was_in(view.last, word) or word.node not in view.left_out]
+    return [word for word in view.others.values() if _is_ready(view, word)]
 
 
 def _is_ready(view: View, word: Word) -> bool:
-    return word.ready and word.generation == view.last.number
+    may_be_taken = _was_in(view.last, word) or word.node not in view.left_out
+    return may_be_taken and word.ready and word.generation == view.last.number
 
 
 def decide(view: View) -> tuple[Word, ...]:

@@ -34,6 +34,8 @@ PROBES = 8
 """Nodes that are called at the same time."""
 WATCH_S = 4 * RENEW_S
 """How long to look whether a node renews its file, before which nobody knows whether it lives."""
+UNSURE_S = 4 * WATCH_S
+"""For so long at most, however rarely one gets to look; then it lives if it renewed its file since the last look."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +153,8 @@ class Others:
         self._own = own
         self._renewed: dict[int, tuple[str, int, float]] = {}
         self._found: dict[int, float] = {}
+        self._unsure_since: dict[int, float] = {}
+        self._seen: dict[int, tuple[str, int]] = {}
         self._looked = 0.0
         self.unsure: dict[int, Word] = {}
         """What those say of which the last look could not tell whether they live: their files are watched too short."""
@@ -169,17 +173,31 @@ class Others:
                 word = Word.from_dict(json.loads(text))
             except (OSError, ValueError):  # it has just left
                 continue
-            now, before = time.monotonic(), self._renewed.get(node)
-            if before is None or before[0] != word.start:
-                self._found[node] = now
-            if before is None or before[:2] != (word.start, word.count):
-                # The first sight of a file says nothing of when it was written.
-                self._renewed[node] = (word.start, word.count, now if before else -STALE_S)
-            if now - self._renewed[node][2] < STALE_S:
-                living[node] = word
-            elif now - self._found[node] < WATCH_S:
+            lives = self._lives(node, word)
+            if lives is None:
                 self.unsure[node] = word
+            elif lives:
+                living[node] = word
         return living
+
+    def _lives(self, node: int, word: Word) -> bool | None:
+        """Whether a node lives whose file says this now; None: that is not known yet."""
+        now, before = time.monotonic(), self._renewed.get(node)
+        seen, self._seen[node] = self._seen.get(node), (word.start, word.count)
+        if not seen or seen[0] != word.start:
+            self._unsure_since.pop(node, None)
+        if before is None or before[0] != word.start:
+            self._found[node] = now
+        if before is None or before[:2] != (word.start, word.count):
+            # The first sight of a file says nothing of when it was written.
+            self._renewed[node] = (word.start, word.count, now if before else -STALE_S)
+        if now - self._renewed[node][2] < STALE_S:
+            self._unsure_since.pop(node, None)
+            return True
+        if now - self._found[node] >= WATCH_S:
+            return False
+        is_soon = now - self._unsure_since.setdefault(node, now) < UNSURE_S
+        return None if is_soon else seen != self._seen[node]
 
 
 def reached(words: Iterable[Word]) -> set[str]:
@@ -211,5 +229,5 @@ def living_nodes(generations: Generations) -> dict[int, Word]:
         living = others.look()
         return not others.unsure
 
-    waiting.wait_until(is_known, timeout_s=None, heed=lambda: None)
+    waiting.wait_until(is_known, timeout_s=None, heed=lambda: None, what="signs of life of other nodes")
     return living

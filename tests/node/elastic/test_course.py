@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -241,6 +242,21 @@ def test_all_nodes_that_live_are_found_and_not_only_the_one_that_is_seen_first(r
         say(node, 1)
     clock.then = {0.5: lambda: say(1, 2), 2.5: lambda: say(2, 2)}
     assert list(presence.living_nodes(generations)) == [1, 2]
+
+
+def test_who_gets_to_look_only_now_and_then_does_not_wait_for_ever(run, clock, monkeypatch):
+    generations = Generations(run, "start")
+    generations.folder.mkdir(parents=True)
+
+    def say(node, count):
+        write_json_atomic(generations.presence(node), asdict(presence.Word(node=node, start="a", count=count)))
+
+    say(1, 1)  # it is dead
+    say(2, 1)
+    clock.then = {second: lambda count=second: say(2, count) for second in range(2, 60)}
+    monkeypatch.setattr(waiting, "wait_until", partial(waiting.wait_until, every_s=5.0))
+    assert list(presence.living_nodes(generations)) == [2]
+    assert clock.now == 20.0
 
 
 def test_who_has_not_looked_for_a_while_takes_no_node_for_lost(run, nodes):

@@ -180,6 +180,7 @@ def test_one_that_may_live_is_waited_for_until_it_is_known():
         (both, {2: said[2]}, False),  # a spare one, or one that comes back
         (both, {2: training}, True),  # of another start: dead, or it would have said that it waits
         (replace(both, most=2), {2: said[2]}, True),  # there is no room for it
+        (replace(both, left_out={2}), {2: said[2]}, True),  # it would not be taken in
         (own, {}, True),
     ):
         assert bool(decide(replace(seen, unsure=unsure))) == decides
