@@ -143,7 +143,11 @@ def read_resolved(path: Path) -> Recipe:
 
     References to the user's code lead to the run's copies, wherever the run directory is now.
     """
-    recipe = from_recorded(yaml.load(path.read_text(encoding="utf-8"), Loader=QUICK_LOADER))  # noqa: S506  a safe one
+    loader = QUICK_LOADER(path.read_text(encoding="utf-8"))
+    try:
+        recipe = from_recorded(loader.get_single_data())
+    finally:
+        loader.dispose()
     return user_code.placed(recipe, path.absolute().parent)
 
 

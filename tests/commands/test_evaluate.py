@@ -13,7 +13,10 @@ from launcher import cli
 from launcher.runs.run_dir import RunDir
 from tests.nets import FACTORY
 
-SETTINGS = [FACTORY, "data.image_size=32", "batch.size=5", "train.epochs=2", "launch.device=cpu", "post.enabled=false"]
+SETTINGS = [
+    *(FACTORY, "data.image_size=32", "batch.size=5", "train.epochs=2", "launch.device=cpu", "post.enabled=false"),
+    "precision=fp32",  # as evaluate computes; auto takes bf16 on some CPUs
+]
 
 
 def mean_of_both_ways(run):

@@ -14,6 +14,7 @@ from tests.nets import FACTORY
 SETTINGS = [
     *(FACTORY, "data.image_size=32", "batch.size=8", "launch.device=cpu", "post.enabled=false", "data.test=test"),
     *("data.workers=0", "optim.lr=0.05", "train.ema=0.5"),
+    "precision=fp32",  # as evaluate computes; auto takes bf16 on some CPUs
 ]
 
 

@@ -99,7 +99,7 @@ def test_a_kill_while_names_are_given_leaves_the_old_export_or_the_new_one(give,
 
     def at_last(call):
         def counted(*arguments, **options):
-            if next(calls) == survived:
+            if next(calls) >= survived:  # a process that was killed does not clean up either
                 raise KilledError
             return call(*arguments, **options)
 
@@ -111,7 +111,7 @@ def test_a_kill_while_names_are_given_leaves_the_old_export_or_the_new_one(give,
         for name in ("replace", "unlink"):
             patch.setattr(Path, name, at_last(getattr(Path, name)))
         publish.publish(run, folder, manifest, [export.FILES[name] for name in ("onnx", "int8", "fp16")])
-    assert next(calls) == survived + 1
+    assert next(calls) > survived
     look(run)
     found = publish.read_manifest(run)["exports"]
     files = {file.name: file.read_text() for file in run.exports.glob("model*")}
