@@ -48,7 +48,7 @@ FROM_SCRATCH = (
     "data.name=imagefolder",
     *("data.mean=[0,0,0]", "data.std=[1,1,1]"),  # RandAugment turns in black, as digits' margins are
     *("launch.procs=1", "launch.backend=local", "batch.size=20", "optim.lr=0.02", "optim.warmup_epochs=3"),
-    *("train.epochs=30", "train.batchnorm_recompute=10", "train.early_stopping.patience=null"),
+    *("train.epochs=80", "train.batchnorm_recompute=10", "train.early_stopping.patience=null"),
 )
 SMALL = ("data.image_size=96", "train.feature_views=1")
 
@@ -221,7 +221,7 @@ STUDIES: dict[str, Study] = {
         },
     ),
     "scratch": Study(
-        title=f"resnet18 from random weights on {NUM_DIGITS} digits, 30 epochs",
+        title=f"resnet18 from random weights on {NUM_DIGITS} digits, 80 epochs",
         sides={
             "plain": Side(changes=FROM_SCRATCH, **_ON_DIGITS),
             "data.mixup: 0.2": Side(changes=(*FROM_SCRATCH, "data.mixup=0.2"), **_ON_DIGITS),
