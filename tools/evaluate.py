@@ -163,11 +163,7 @@ def _warn(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def load_best(
-    run: RunDir,
-    data_path: str | None = None,
-    warn: Callable[[str], None] = _warn,
-) -> BestModel:
+def load_best(run: RunDir, data_path: str | None = None, warn: Callable[[str], None] = _warn) -> BestModel:
     """Read and verify the best checkpoint of ``run``; where it is damaged, the newest one that is whole.
 
     Args:

@@ -90,7 +90,7 @@ class Line:
         if self._in_place:
             console.erase()
         if told and took >= (TOLD_S if self._told_s is None else self._told_s):
-            print(f"{self.phase.removesuffix(':')}: {took:.1f} s", file=self._stream, flush=True)
+            print(f"{self.phase}: {took:.1f} s", file=self._stream, flush=True)
         self.phase, self._detail, self._thread = "", "", None
 
     def _tell(self, over: threading.Event) -> None:

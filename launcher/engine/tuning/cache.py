@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torchvision
 
+from launcher.engine.tuning.probe import BATCHES_HELD
 from launcher.images import folder as image_folder
 from launcher.recipe import phases, user_code
 from launcher.runs.user_code import digest_of
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
 SAME_BUDGET = 0.05
 """Use an entry if the memory differs from the measured one by at most this fraction."""
-BATCHES_HELD = 2
-"""On the device, in a probe as in training: that of the step and the next one's."""
 
 
 def key(recipe: Recipe, facts: DeviceFacts, data_sets: DataSets, ranks: Ranks, max_size: int) -> str:

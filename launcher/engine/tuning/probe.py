@@ -38,6 +38,8 @@ MOST_S, MOST_COMPARED_S = 6.0, 30.0
 """Seconds after which no more turns begin."""
 QUICK_PART = 1 / 3
 """Take the speed from this fraction of the turns, the quickest: other load on the machine only makes steps slower."""
+BATCHES_HELD = 2
+"""On the device, in a probe as in training: that of the step and the next one's."""
 MAX_LOADED, LOADED_S = 256, 2.5
 """Load this many images, if there is time, to measure the speed of loading."""
 
@@ -182,7 +184,7 @@ class _Training:
         shape = (batch_size, parts.preprocessing.channels, size, size)
         images = torch.randint(0, 256, shape, dtype=torch.uint8)
         batch = images, parts.made_up_targets(batch_size)
-        sent = [parts.device.send(batch) for _ in range(2)]  # as in training, where the next one is there by then
+        sent = [parts.device.send(batch) for _ in range(BATCHES_HELD)]
         parts.device.synchronize()
         start = time.monotonic()
         self._train_step.run(step, iter([sent[0]()]))

@@ -98,7 +98,7 @@ class Validation:
             parts.ranks.rank
         ]
         doing = "validating" if test_images is None else "measuring the test set"
-        share = f", rank {parts.ranks.rank}'s images:" if parts.ranks.world_size > 1 else ""
+        share = f", rank {parts.ranks.rank}'s images" if parts.ranks.world_size > 1 else ""
         with phases.during(f"{doing}{share}") as show:
 
             def add(num: int) -> None:
