@@ -69,6 +69,8 @@ def _data(found: Found) -> Iterator[Choice]:
         yield Choice(key="data.train", value=source.train, why="the folder of the training images")
     if source.val:
         yield Choice(key="data.val", value=source.val, why="the folder of the validation images")
+    if source.columns:
+        yield Choice(key="data.columns", value=dict(source.columns), why="what the list calls its columns")
     if source.val_fraction:
         why = "nothing says which images are for validation: so many of each class"
         yield Choice(key="data.val_fraction", value=source.val_fraction, why=why)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from launcher.errors import Problem, RecipeError
-from launcher.images import datasets, members
+from launcher.images import candidates, datasets, members
 from launcher.images import known_layouts as known
 from launcher.images import listing as listings
 from launcher.images import scan as image_scan
@@ -79,15 +80,12 @@ def _readable(source: Source) -> tuple[Source, bool]:
 
 
 def _candidates(source: Source) -> Iterator[Source]:
-    """The source as it is, divided here, and with the names that other tools give its parts."""
+    """The source as it is, divided here, and with the names that other tools give its parts and columns."""
     yield source
     yield replace(source, val_fraction=VAL_FRACTION)
-    folders = {entry.name.lower(): entry.name for entry in source.place.iterdir()} if source.place.is_dir() else {}
-    trains = [folders[name] for name in (*known.TRAIN, *known.OTHER_NAMES["train"]) if name in folders]
-    vals = [folders[name] for name in (*known.VAL, *known.TEST, *known.OTHER_NAMES["val"]) if name in folders]
-    for train in trains:
-        yield from (replace(source, train=train, val=val) for val in vals)
-        yield replace(source, train=train, val_fraction=VAL_FRACTION)
+    for found in itertools.islice(candidates.find(source), known.NUM_TRIED):
+        if found.path == source.path:
+            yield replace(found, named=source.named)
 
 
 def _short_side(scan: Scan) -> int:

@@ -19,14 +19,16 @@ def read(path: str) -> list[str]:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
-        raise UsageError(f"{file}: {why}; it must hold the names of the classes, one a line") from None
+        raise UsageError(f"data.classes: {file}: {why}; it must hold the names of the classes, one a line") from None
     names: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         name = composed(line.strip())
         if name and names.setdefault(name, number) != number:
-            raise UsageError(f"{file}:{number}: {name!r} is in line {names[name]} too")
+            raise UsageError(f"data.classes: {file}:{number}: {name!r} is in line {names[name]} too")
     if len(names) < 2:  # noqa: PLR2004
-        raise UsageError(f"{file}: {len(names)} class{'' if names else 'es'}; a classifier tells two or more apart")
+        raise UsageError(
+            f"data.classes: {file}: {len(names)} class{'' if names else 'es'}; a classifier tells two or more apart"
+        )
     return list(names)
 
 

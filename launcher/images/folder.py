@@ -65,9 +65,7 @@ def find_problems(path: Path, *, missing_val_classes: str = "error", splits: tup
         return [f"{path}: no {' and no '.join(f'{s}/' for s in missing)} in it (found {found})"]
     folders = {s: class_folders(path / s) for s in splits}
     problems = [
-        f"{path / s}: no class folders in it; put each class's images into train/CLASS/"
-        for s in splits
-        if not folders[s]
+        f"{path / s}: no class folders in it; put each class's images into {s}/CLASS/" for s in splits if not folders[s]
     ]
     if problems:
         return problems
@@ -131,6 +129,12 @@ def _empty(path: Path, folders: dict[str, dict[str, list[str]]], missing_val_cla
             looked = f"looked for {', '.join(EXTENSIONS)} and what else Pillow opens"
             others = "; ".join(describe_endings(left_out))
             yield f"{path / split}: no images in {few(empty)} ({looked}){f'; {others}' if others else ''}"
+
+
+def find_empty(place: Path, classes: list[str]) -> Iterator[str]:
+    """Classes without an image in a folder of class folders that is not divided."""
+    known = class_folders(place)
+    yield from _empty(place.parent, {place.name: {composed(name): known[composed(name)] for name in classes}}, "error")
 
 
 def read_bad_images(file: Path) -> dict[str, Any] | None:

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
+import shlex
 from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from launcher.images import lists
-from launcher.images.walk import ending_of, has_image, is_hidden, is_image
+from launcher.images import candidates, columns, lists
+from launcher.images.candidates import TRAIN, folders
+from launcher.images.walk import ending_of, is_hidden, is_image
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from launcher.images.parts import Part
     from launcher.images.source import Source
 
-TRAIN, VAL, TEST = ("train",), ("val", "valid", "validation"), ("test",)
-"""What the parts are called, in any case of letters."""
-OTHER_NAMES = {
-    "train": ("training", "trainset", "train_set", "train_images"),
-    "val": ("dev", "eval", "evaluation", "validate", "testing", "testset", "test_set", "holdout", "val_images"),
-}
-"""What they are called elsewhere: named in messages, never taken without being asked for."""
 KNOWN = (
     "PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg (or valid/, validation/, test/; or data.train=X data.val=Y)",
     "PATH/CLASS/*.jpg with data.val_fraction=0.2, which divides it",
@@ -36,12 +32,33 @@ KNOWN = (
     ),
 )
 """The layouts, a line each."""
-CURE = re.compile(r"launch RECIPE data\.path=(\S+)(.*)")
+CURE = re.compile(
+    r"launch RECIPE data\.path=('[^']*(?:'\"'\"'[^']*)*'|[^\s;,]+)((?: data\.\w+=[^\s;,]+| 'data\.\w+=[^']+')*)"
+)
 """A line of what would work, with its path and its other keys; commands other than a start say it in their words."""
-ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".xz")
-NUM_NAMED = 8
-MOST_LEVELS, NUM_SEARCHED = 4, 32
-"""How deep, and in how many folders of a level, images are looked for, to say where they are."""
+NUM_NAMED, NUM_TRIED, NUM_CURES = 8, 12, 2
+"""So many folders are named; so many ways to read what is there are tried, and so many of those that work named."""
+ANNOTATIONS = {"annotations", "annotation", "labels", "masks", "imagesets", "segmentationclass", "segmentationobject"}
+"""Folders of data sets for detection and segmentation, in lower case."""
+NO_CLASSES = ANNOTATIONS | {"images", "image", "imgs", "img", "jpegimages", "pictures", "photos"}
+"""Names of folders that say nothing of what is in the images."""
+LIST_CURE = "launch RECIPE data.path=FILE.csv data.val_fraction=0.2"
+_CURES = {
+    ".zip .tar .gz .tgz .7z .rar .xz": "unpack {}, and name the folder that comes of it",
+    ".xlsx .xls .ods .numbers": f"save {{}} as CSV, with the columns path and label: {LIST_CURE}",
+    ".txt .dat .lst": f"write {{}} as CSV, a first line path,label and then a row an image: {LIST_CURE}",
+    ".json": (
+        'write {} as JSON Lines, a line an image, {{"path": …, "label": …}} (`jq -c \'.[]\'` makes lines of a list; '
+        "of COCO's boxes take each image's classes): launch RECIPE data.path=FILE.jsonl data.val_fraction=0.2"
+    ),
+    ".npy .npz .h5 .hdf5 .mat .pkl .pickle .pt .lmdb .mdb .tfrecord .rec": (
+        "write the images of {} as files into FOLDER/CLASS/: launch RECIPE data.path=FOLDER data.val_fraction=0.2; or "
+        "read them by code of your own: launch RECIPE data.dataset=file.py:name (docs/extending.md)"
+    ),
+    ".yaml .yml": "name the folder of the images, and not {}, which describes them",
+}
+FILES = {ending: text for endings, text in _CURES.items() for ending in endings.split()}
+"""What to do about files that are no list and no image, by ending."""
 
 
 def shown(source: Source, named: Mapping[str, Part]) -> str:
@@ -54,14 +71,26 @@ def shown(source: Source, named: Mapping[str, Part]) -> str:
     return ", ".join([*folders[:NUM_NAMED], *tables[:NUM_NAMED]]) + more if folders or tables else "no folders"
 
 
-def explain(source: Source) -> str:
-    """The known layouts, what is in a place that has none of them, and what would work there; lines for people."""
-    lines = ["known layouts:", *(f"  {line}" for line in KNOWN)]
-    if found := list(_found(source.place)):
+def explain(source: Source, try_out: Callable[[Source], str | None], *, name_known: bool = True) -> str:
+    """The known layouts, what is in a place that has none of them, and what would work there; lines for people.
+
+    Args:
+        source: where somebody has looked for images.
+        try_out: what a start would say of a source: nothing, or the first problem; None: no layout is known there.
+        name_known: whether to name the layouts and what is there, too.
+    """
+    lines = ["known layouts:", *(f"  {line}" for line in KNOWN)] if name_known else []
+    if name_known and (found := list(_found(source.place))):
         lines += [f"found: {'; '.join(found)}"]
-    if works := _works(source):
+    if works := [*_cures(source, try_out)] or [*_in_words(source)]:
         lines += ["what would work here:", *(f"  {line}" for line in works)]
     return "".join(f"\n    {line}" for line in lines)
+
+
+def around(place: Path) -> str:
+    """What the last of the folders of a place holds that is there."""
+    there = next((folder for folder in place.absolute().parents if folder.is_dir()), None)
+    return f"{there} holds {'; '.join(_found(there))}" if there and os.access(there, os.R_OK) else "nothing"
 
 
 def _found(place: Path) -> Iterator[str]:
@@ -70,82 +99,84 @@ def _found(place: Path) -> Iterator[str]:
             yield f"a file {place.suffix or 'without an ending'}"
         return
     entries = [entry for entry in sorted(place.iterdir()) if not is_hidden(entry.name)]
-    folders = [entry.name for entry in entries if entry.is_dir()]
-    if folders:
-        more = f" and {len(folders) - NUM_NAMED} more" if len(folders) > NUM_NAMED else ""
-        yield f"{len(folders)} folder{'' if len(folders) == 1 else 's'} ({', '.join(folders[:NUM_NAMED])}{more})"
+    names = [entry.name for entry in entries if entry.is_dir()]
+    if names:
+        more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
+        yield f"{len(names)} folder{'' if len(names) == 1 else 's'} ({', '.join(names[:NUM_NAMED])}{more})"
     endings = Counter(ending_of(entry.name) or "without an ending" for entry in entries if entry.is_file())
     yield from (f"{num} file{'' if num == 1 else 's'} {ending}" for ending, num in endings.most_common(4))
     if not entries:
         yield "nothing"
 
 
-def _works(source: Source) -> list[str]:
-    """Keys for the command line that would read what is there, or what lies deeper; or what it lacks."""
-    found = list(_works_here(source))
-    if found or not source.place.is_dir():
-        return found
-    folders = _folders(source.place)
-    level = list(folders.values())
-    for _ in range(MOST_LEVELS):
-        works = [line for folder in level[:NUM_SEARCHED] for line in _works_here(replace(source, path=str(folder)))]
-        if keys := [line for line in works if line.startswith("launch ")]:
-            return keys[:2]
-        level = [inner for folder in level[:NUM_SEARCHED] for inner in _folders(folder).values()]
-    holding = [name for name, folder in folders.items() if any(is_image(entry.name) for entry in folder.iterdir())]
-    if len(holding) != 1:
-        return []
-    return [f"a second folder beside {holding[0]}: each is a class, and a model tells two or more apart"]
+def command(source: Source) -> str:
+    """What would start with a source, as one types it."""
+    keys = {"train": source.train, "val": source.val, "val_fraction": source.val_fraction}
+    words = [f"data.{key}={shlex.quote(str(value))}" for key, value in keys.items() if value is not None]
+    words += [shlex.quote(columns.as_keys(source.columns))] if source.columns else []
+    return " ".join([f"launch RECIPE data.path={shlex.quote(source.named or source.path)}", *words])
 
 
-def _folders(place: Path) -> dict[str, Path]:
-    """Those right below that can be looked into."""
-    entries = sorted(entry for entry in place.iterdir() if not is_hidden(entry.name))
-    return {entry.name: entry for entry in entries if entry.is_dir() and os.access(entry, os.R_OK | os.X_OK)}
+def _cures(source: Source, try_out: Callable[[Source], str | None]) -> list[str]:
+    """Commands that would read what is there, or near it; where none just works, one of them and what to mend."""
+    flawed: list[str] = []
+    works: list[str] = []
+    for candidate in itertools.islice(candidates.find(source), NUM_TRIED):
+        is_inner = works and candidates.part_of(candidate.place.name)  # of what works as a whole
+        if candidate == source or len(works) == NUM_CURES or is_inner:
+            continue
+        problem = try_out(candidate)
+        if problem == "":
+            works.append(f"{command(candidate)}{_remark(candidate)}")
+        elif problem and source.place in (candidate.place, *candidate.place.parents):
+            flawed.append(f"{command(candidate)}, once this is mended: {problem.splitlines()[0]}")
+    return list(dict.fromkeys(works)) or flawed[:1]
 
 
-def _works_here(source: Source) -> Iterator[str]:
+def _remark(source: Source) -> str:
+    """What are the classes, where a folder of them holds folders."""
+    if source.val_fraction is None or not source.place.is_dir() or source.train:
+        return ""
+    names = folders(source.place)
+    deep = [name for name, folder in names.items() if folders(folder)]
+    if not deep or set(map(str.lower, names)) & {*TRAIN}:
+        return ""
+    return f"   # classes: {', '.join([*names][:NUM_NAMED])}; what lies deeper, as in {deep[0]}, counts as theirs"
+
+
+def _in_words(source: Source) -> Iterator[str]:
+    """What to do first, where nothing can be read as it is."""
     place = source.place
     if not place.is_dir():
-        if place.is_file() and place.suffix.lower() in ARCHIVES:
-            yield f"unpack {place}, and name the folder that comes of it"
-        elif lists.is_list(place):
-            yield from _works_of_list(source)
+        if is_image(place.name) and place.is_file():
+            yield f"name a folder of images, or a list of them, and not one image: {LIST_CURE}"
+        elif place.is_file() and (text := FILES.get(ending_of(place.name))):
+            yield text.format(place)
         return
-    entries = {entry.name: entry for entry in sorted(place.iterdir()) if not is_hidden(entry.name)}
-    folders = {name: entry for name, entry in entries.items() if entry.is_dir()}
-    train = _called(folders, "train", TRAIN)
-    val = _called(folders, "val", (*VAL, *TEST))
-    if train and val:
-        yield f"launch RECIPE data.path={place} data.train={train} data.val={val}"
-    elif train:
-        path = f"data.path={place}" if train.lower() in TRAIN else f"data.path={place} data.train={train}"
-        yield f"launch RECIPE {path} data.val_fraction=0.2"
-    elif sum(has_image(str(folder)) for folder in list(folders.values())[:NUM_NAMED]) > 1 and not _inner(folders):
-        yield f"launch RECIPE data.path={place} data.val_fraction=0.2"
-    yield from (f"launch RECIPE data.path={inner}" for inner in _inner(folders))
-    for table in [entry for entry in entries.values() if lists.is_list(entry)][:2]:
-        yield f"launch RECIPE data.path={table} data.val_fraction=0.2"
-    yield from (f"unpack {name}" for name in [n for n in entries if ending_of(n) in ARCHIVES][:2])
-    if not folders and any(is_image(name) for name in entries):
-        yield "these images are in no folder that says their class: write a list of them, path,label in each line"
+    names = folders(place)
+    if any(name.lower() in ANNOTATIONS for name in [*names, *(n for one in names.values() for n in folders(one))]):
+        yield (
+            "boxes and masks (COCO, YOLO, VOC) are not read: a classifier learns a class for each image; write a list, "
+            f"path,label in each line (a;b with data.task=multi_label where an image holds several): {LIST_CURE}"
+        )
+        return
+    files = {ending_of(entry.name): entry for entry in sorted(place.iterdir(), reverse=True) if entry.is_file()}
+    known = [FILES[ending].format(file) for ending, file in files.items() if ending in FILES]
+    yield from known[:2]
+    loose = [one for one in (place, *names.values()) if candidates.has_loose_images(one)]
+    if place in loose or (len(loose) > 1 and any(map(candidates.part_of, names))):
+        yield (
+            f"these images are in no folder that says their class: move them into such, {place}/CLASS/: "
+            f"{command(_divided(source))}; or write a list of them, path,label in each line: {LIST_CURE}"
+        )
+    elif len(loose) == 1:
+        yield (
+            f"a second folder beside {loose[0].name}: each is a class, and a model tells two or more apart: "
+            f"{command(_divided(source))}"
+        )
+    elif not known:
+        yield f"no image is found in it: copy each class's images into {place}/CLASS/: {command(_divided(source))}"
 
 
-def _works_of_list(source: Source) -> Iterator[str]:
-    """The same, of a list that has no training or no validation."""
-    splits = {row.split: source.place for row in lists.read(source.place, source.form) if row.split}
-    train, val = _called(splits, "train", TRAIN), _called(splits, "val", (*VAL, *TEST))
-    if train and val:
-        yield f"launch RECIPE data.path={source.label} data.train={train} data.val={val}"
-    elif train or not splits:
-        yield f"launch RECIPE data.path={source.label} data.val_fraction=0.2"
-
-
-def _called(folders: Mapping[str, Path], part: str, usual: Iterable[str]) -> str | None:
-    names = {*usual, *OTHER_NAMES[part]}
-    return next((name for name in folders if name.lower() in names), None)
-
-
-def _inner(folders: Mapping[str, Path]) -> list[Path]:
-    """Folders one level below that hold what was looked for here."""
-    return [entry for entry in folders.values() if any((entry / name).is_dir() for name in TRAIN)][:2]
+def _divided(source: Source) -> Source:
+    return replace(source, train=None, val=None, named=None, val_fraction=candidates.VAL_FRACTION)

@@ -10,7 +10,8 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from launcher.images import lists
-from launcher.images.known_layouts import OTHER_NAMES, TEST, TRAIN, VAL, explain, shown
+from launcher.images.candidates import TEST, TRAIN, VAL, are_parts
+from launcher.images.known_layouts import NO_CLASSES, shown
 from launcher.images.parts import ClassFolders, ListRows
 from launcher.images.walk import class_folders, composed
 
@@ -37,6 +38,8 @@ class Layout:
     """What the user should know, a sentence each."""
     problems: list[str] = field(default_factory=list)
     """Why there is no train or no val."""
+    is_none: bool = False
+    """Whether it is none of the layouts that are known."""
 
 
 def find(source: Source) -> Layout:
@@ -67,26 +70,40 @@ def find(source: Source) -> Layout:
         layout.parts = named | _there(train=train, val=val)
     elif val is not None:
         layout.problems.append(
-            f"{source.label}: {val.place.name} is there for validation: leave data.val_fraction out, or name what is "
+            f"{source.label}: {_name_of(val)} is there for validation: leave data.val_fraction out, or name what is "
             "to be divided alone as data.path"
         )
     else:
         layout.undivided = _without(test, train or _whole(source), layout)
-        names = set() if train or not layout.undivided else {name.lower() for name in layout.undivided.class_names}
-        if names and names <= {*TRAIN, *VAL, *TEST, *OTHER_NAMES["train"], *OTHER_NAMES["val"]}:
-            layout.problems.append(f"{source.label}: {' and '.join(sorted(names))} are no classes{explain(source)}")
     layout.parts |= _there(test=test)
+    _refuse_no_classes(source, layout, _there(train=train, val=val))
     chosen = [(key, part) for key, part in (("data.train", train), ("data.val", val), ("data.test", test)) if part]
     for (one, part), (other, same) in combinations(chosen, 2):
         if part == same:
-            name = getattr(part, "split", None) or part.place.name
-            layout.problems.append(f"{source.label}: {one} and {other} are both {name}")
+            layout.problems.append(f"{source.label}: {one} and {other} are both {_name_of(part)}")
     return layout
+
+
+def _refuse_no_classes(source: Source, layout: Layout, parts: Mapping[str, Part]) -> None:
+    """Folders that are called as parts are, or as what lies beside annotations, are no classes."""
+    for part in (layout.undivided, *parts.values()):
+        names = part.class_names if isinstance(part, ClassFolders) else []
+        are_splits = not parts and are_parts(names)
+        if part and (are_splits or (names and {name.lower() for name in names} <= NO_CLASSES)):
+            where = source.label if part.place == source.place else part.place
+            text = f"{where}: {' and '.join(names)} {'are no classes' if len(names) > 1 else 'is no class'}"
+            layout.problems.append(text)
+            layout.is_none = True
+            return
 
 
 def nothing_at(source: Source) -> str:
     """That a path leads to nothing that images can be read from."""
     return f"{source.label}: no such folder or list"
+
+
+def _name_of(part: Part) -> str:
+    return getattr(part, "split", None) or part.place.name
 
 
 def _there(**parts: Part | None) -> dict[str, Part]:

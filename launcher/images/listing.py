@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from launcher.errors import UsageError
-from launcher.images import class_names, division, known_layouts, layouts, lists, members
+from launcher.images import class_names, division, gone, known_layouts, layouts, lists
 from launcher.images import folder as image_folder
 from launcher.images.parts import ClassFolders, ListRows
 from launcher.images.source import Source
 from launcher.images.walk import composed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from launcher.images.parts import Found, Part
@@ -198,27 +199,54 @@ def find_problems(source: Source, *, missing_val_classes: str = "error", need_fi
         missing_val_classes: ``allow``: validation may lack some of the classes.
         need_files: whether each file that a list names has to be there.
     """
+    find = functools.partial(_find_all, missing_val_classes=missing_val_classes, need_files=need_files)
+
+    def try_out(other: Source) -> str | None:
+        """What a start would say first of another source; None: it is laid out in no way that is known."""
+        try:
+            return next(iter(find(other, explain=_stop)), "")
+        except _UnknownError:
+            return None
+
+    return find(source, explain=functools.partial(known_layouts.explain, source, try_out))
+
+
+class _UnknownError(Exception):
+    """Images are laid out in no way that is known."""
+
+
+def _stop(**_: bool) -> str:
+    raise _UnknownError
+
+
+def _find_all(source: Source, *, missing_val_classes: str, need_files: bool, explain: Callable[..., str]) -> list[str]:
     try:
         listing = Listing(source)
-        problems = list(dict.fromkeys(_find_problems(listing, missing_val_classes, need_files=need_files)))
+        problems = list(dict.fromkeys(_find_problems(listing, missing_val_classes, explain, need_files=need_files)))
         return problems or list(_problems_of_test(listing, need_files=need_files))
+    except lists.ColumnsError as error:
+        return [f"{error}{explain(name_known=False)}"]
     except lists.ListError as error:
         return error.problems
     except UsageError as error:
         return [str(error)]
 
 
-def _find_problems(listing: Listing, missing_val_classes: str, *, need_files: bool) -> Iterator[str]:
+def _find_problems(
+    listing: Listing, missing_val_classes: str, explain: Callable[..., str], *, need_files: bool
+) -> Iterator[str]:
     source, layout = listing.source, listing.layout
     parts = [layout.parts.get(split) for split in SPLITS]
     if source.place.is_file() and layout.problems == [layouts.nothing_at(source)]:
-        yield f"{source.label}: is no folder and no list ({', '.join(lists.ENDINGS)}){known_layouts.explain(source)}"
+        yield f"{source.label}: is no folder and no list ({', '.join(lists.ENDINGS)}){explain()}"
         return
     if not source.place.exists():
-        yield from (f"{text}{known_layouts.explain(source)}" for text in image_folder.find_problems(source.place))
+        found = known_layouts.around(source.place)
+        yield from (f"{text} (found: {found}){explain()}" for text in image_folder.find_problems(source.place))
         return
     if layout.problems:
-        yield from layout.problems
+        yield from layout.problems[:-1]
+        yield f"{layout.problems[-1]}{explain() if layout.is_none else ''}"
         return
     if source.several and any(isinstance(part, ClassFolders) for part in listing.used):
         yield (
@@ -233,16 +261,19 @@ def _find_problems(listing: Listing, missing_val_classes: str, *, need_files: bo
         names = [part.place.relative_to(listing.root).as_posix() for part in folders]
         splits = (names[0], names[1]) if len(folders) == len(SPLITS) else SPLITS
         problems = image_folder.find_problems(source.place, missing_val_classes=missing_val_classes, splits=splits)
-        unknown = len(folders) < len(SPLITS)
-        yield from (f"{text}{known_layouts.explain(source)}" if unknown else text for text in problems)
+        unknown = len(folders) < len(SPLITS) or not all(part.class_names for part in folders)
+        yield from problems[:-1]
+        yield from (f"{text}{explain() if unknown else ''}" for text in problems[-1:])
         return
     if layout.undivided is None and None in parts:
         what = " and ".join(split for split, part in zip(SPLITS, parts, strict=True) if part is None)
         found = known_layouts.shown(source, layout.parts)
-        yield f"{source.label}: nothing in it is {what} (found {found}){known_layouts.explain(source)}"
+        yield f"{source.label}: nothing in it is {what} (found {found}){explain()}"
         return
+    if isinstance(layout.undivided, ClassFolders) and not source.classes:
+        yield from image_folder.find_empty(layout.undivided.place, layout.undivided.class_names)
     if need_files:
-        yield from (text for part in listing.used for text in _missing_files(part))
+        yield from (text for part in listing.used for text in gone.find_problems(part))
     yield from _classes_that_do_not_fit(listing, missing_val_classes)
 
 
@@ -257,18 +288,7 @@ def _problems_of_test(listing: Listing, *, need_files: bool) -> Iterator[str]:
     elif not listing.samples(TEST):
         yield f"{part.place}: no images in the test set (data.test)"
     elif need_files:
-        yield from _missing_files(part)
-
-
-def _missing_files(part: Part) -> Iterator[str]:
-    """Files that a list names and that are not there."""
-    gone = [row for row in part.rows if not members.exists(row.path)] if isinstance(part, ListRows) else []
-    if gone and isinstance(part, ListRows):
-        shown = "".join(f"\n    {part.place}:{row.line}: no file {row.path}" for row in gone[:5])
-        yield (
-            f"{part.place}: {len(gone)} of {len(part.rows)} files are not there; paths are relative to the list's "
-            f"folder, {part.place.parent}{shown}"
-        )
+        yield from gone.find_problems(part)
 
 
 def _classes_that_do_not_fit(listing: Listing, missing_val_classes: str) -> Iterator[str]:
@@ -277,7 +297,9 @@ def _classes_that_do_not_fit(listing: Listing, missing_val_classes: str) -> Iter
         names = {composed(name) for name in part.class_names}
         unknown = sorted(names - {composed(name) for name in classes})
         if unknown and listing.source.classes:
-            yield f"{part.place}: {image_folder.few(unknown)} not in {listing.source.classes}, which data.classes names"
+            why = f"; its {len(classes)} lines count from 0" if any(map(str.isdigit, unknown)) else ""
+            few = image_folder.few(unknown)
+            yield f"{part.place}: {few} not in {listing.source.classes}, which data.classes names{why}"
         elif unknown:
             few = image_folder.few(unknown)
             yield f"{path}: {few} in validation but not in training; both must have the same classes"

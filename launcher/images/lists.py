@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import itertools
 import json
 import math
 import os
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from launcher.errors import UsageError
-from launcher.images import class_names
+from launcher.images import class_names, columns
 from launcher.images.walk import composed
 
 if TYPE_CHECKING:
@@ -20,13 +21,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
-COLUMNS = ("path", "label", "split", "group", "weight")
-"""What a list can say of an image; the first two it has to."""
-OTHER_NAMES = {
-    "path": ("file", "file_name", "filename", "image", "image_path", "filepath", "file_path", "img", "name", "id"),
-    "label": ("class", "target", "category", "class_name", "labels", "y"),
-}
-"""What people call the columns: named in messages, never taken without being asked for."""
 MOST_PROBLEMS = 5
 SEPARATORS = ";|"
 """Either parts the classes of an image, where the recipe names no other separator."""
@@ -71,6 +65,14 @@ class ListError(UsageError):
         self.problems = list(problems)
 
 
+class ColumnsError(ListError):
+    """A list lacks the columns that it needs; ``guesses`` are what they may be called."""
+
+    def __init__(self, problems: Sequence[str], guesses: Mapping[str, str]) -> None:
+        super().__init__(problems)
+        self.guesses = dict(guesses)
+
+
 def is_list(path: Path) -> bool:
     """Whether a path is that of a list, by its ending."""
     return path.suffix.lower() in ENDINGS and path.is_file()
@@ -90,8 +92,8 @@ def read(file: Path, form: Form) -> tuple[Row, ...]:
         found = file.stat()
     except OSError as error:
         raise ListError([f"{file}: {error.strerror}"]) from None
-    columns = tuple(sorted(form.columns.items()))
-    return _read(file.absolute(), columns, form.several, form.separator, form.names, found.st_mtime_ns, found.st_size)
+    renamed = tuple(sorted(form.columns.items()))
+    return _read(file.absolute(), renamed, form.several, form.separator, form.names, found.st_mtime_ns, found.st_size)
 
 
 @functools.lru_cache(maxsize=4)
@@ -105,7 +107,7 @@ def _read(
     _size: int,
 ) -> tuple[Row, ...]:
     """Once a process, while the file stays as it is: a list may have a million rows."""
-    names = {column: column for column in COLUMNS} | dict(renamed)
+    names = {column: column for column in columns.COLUMNS} | dict(renamed)
     split = re.compile(re.escape(separator) if separator else f"[{SEPARATORS}]") if several else None
     readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
     where, rows = str(file), list[Row]()
@@ -115,7 +117,8 @@ def _read(
         for line, values in readers.get(file.suffix.lower(), _read_csv)(file, names):
             row = _row(where, line, values, names, split)
             if isinstance(row, Row) and lines.setdefault(row.path, line) != line:
-                row = f"{file}:{line}: {values[names['path']]} is in line {lines[row.path]} too; an image has one row"
+                path = columns.value(names["path"], values)
+                row = f"{file}:{line}: {path} is in line {lines[row.path]} too; an image has one row"
             if isinstance(row, Row):
                 rows.append(row)
             else:
@@ -143,7 +146,7 @@ def _row(
     file: str, line: int, values: Mapping[str, Any], names: Mapping[str, str], separator: re.Pattern[str] | None
 ) -> Row | str:
     """A row; text: what is wrong with it."""
-    said = {column: values.get(name) for column, name in names.items()}
+    said = {column: columns.value(name, values) for column, name in names.items()}
     texts = {column: "" if value is None else str(value).strip() for column, value in said.items()}
     needed = ["path"] if separator and names["label"] in values else ["path", "label"]
     optional = [column for column in ("split", "group", "weight") if names[column] in values]
@@ -156,7 +159,8 @@ def _row(
         weight = _weight(said["weight"]) if names["weight"] in values else None
     except _CellError as error:
         return f"{file}:{line}: {names[error.column]} is {said[error.column]!r}; {error}"
-    path = os.path.normpath(os.path.join(os.path.dirname(file), texts["path"]))  # noqa: PTH118, PTH120  as often as there are rows
+    own = os.path.expanduser(texts["path"]) if texts["path"].startswith("~/") else texts["path"]  # noqa: PTH111
+    path = os.path.normpath(os.path.join(os.path.dirname(file), own))  # noqa: PTH118, PTH120  as often as there are rows
     return Row(path, labels, texts["split"], texts["group"], line, weight)
 
 
@@ -213,34 +217,42 @@ def _weight(said: Any) -> float:
     return weight
 
 
-def _check_columns(file: Path, found: Sequence[str], names: Mapping[str, str], line: int = 1) -> None:
-    missing = [column for column in ("path", "label") if names[column] not in found]
-    if not missing:
-        return
-    guesses = {column: guess for column in missing for guess in found if str(guess).lower() in OTHER_NAMES[column]}
-    renamed = ", ".join(f"{column}: {guesses.get(column, 'COLUMN')}" for column in missing)
-    lacks = " and no ".join(f"column {names[column]!r}" for column in missing)
-    has = ", ".join(map(str, found[:12])) or "none"
-    raise ListError([f"{file}:{line}: no {lacks} (there are: {has}); say which it is: 'data.columns={{{renamed}}}'"])
+def _check_columns(
+    file: Path, found: Sequence[str], names: Mapping[str, str], row: Mapping[str, Any], line: int = 1
+) -> None:
+    """Whether a list has the columns that it needs; ``row`` is its first, by which they are guessed."""
+    if lacking := columns.lacking(found, names, row):
+        problem, guesses = lacking
+        raise ColumnsError([f"{file}:{line}: {problem}"], guesses)
 
 
 def _read_csv(file: Path, names: Mapping[str, str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
     with file.open(encoding="utf-8-sig", newline="") as stream:
-        first = stream.readline()
+        empty = 0  # lines above the names
+        while (first := stream.readline()) and not first.strip():
+            empty += 1
+        delimiter = max(",;\t|", key=first.count)
         stream.seek(0)
-        delimiter = max(",;\t", key=first.count)
-        reader = csv.DictReader(stream, delimiter=delimiter, restkey=None)  # "" may be a column, as of pandas' index
+        reader = csv.DictReader(  # "" may be a column, as of pandas' index
+            itertools.islice(stream, empty, None), delimiter=delimiter, restkey=None, skipinitialspace=True
+        )
         try:
-            _check_columns(file, reader.fieldnames or [], names)
-            for row in reader:
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+            for number, row in enumerate(reader):
+                line = empty + reader.line_num
+                if not number:
+                    _check_columns(file, reader.fieldnames, names, row, empty + 1)
                 if row.get(None):
                     what = f"{len(row[None])} more fields than the first line names"
-                    raise ListError([f"{file}:{reader.line_num}: {what}; put what holds a {delimiter!r} into quotes"])
-                if row[names["label"]] is None:  # the line ends before it, which is not the same as an empty one
+                    raise ListError([f"{file}:{line}: {what}; put what holds a {delimiter!r} into quotes"])
+                if (
+                    row.get(names["label"], "") is None
+                ):  # the line ends before it, which is not the same as an empty one
                     del row[names["label"]]
-                yield reader.line_num, row
+                yield line, row
+            _check_columns(file, reader.fieldnames, names, {}, empty + 1)
         except csv.Error as error:
-            raise ListError([f"{file}:{reader.line_num}: {error}"]) from None
+            raise ListError([f"{file}:{empty + reader.line_num}: {error}"]) from None
 
 
 def _read_jsonl(file: Path, names: Mapping[str, str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -251,12 +263,17 @@ def _read_jsonl(file: Path, names: Mapping[str, str]) -> Iterator[tuple[int, Map
                 continue
             try:
                 row = json.loads(text)
-            except ValueError as error:
-                raise ListError([f"{file}:{line}: is no JSON: {error}"]) from None
+            except json.JSONDecodeError as error:
+                raise ListError(
+                    [f"{file}:{line}: is no JSON: {error.msg} (character {error.pos + 1} of the line)"]
+                ) from None
             if not isinstance(row, dict):
-                raise ListError([f'{file}:{line}: is no JSON object; a row is {{"path": …, "label": …}}'])
+                cure = (
+                    f"; `jq -c '.[]' {file.name} > rows.jsonl` makes lines of a list" if isinstance(row, list) else ""
+                )
+                raise ListError([f'{file}:{line}: is no JSON object; a row is {{"path": …, "label": …}}{cure}'])
             if is_first:
-                _check_columns(file, list(row), names, line)
+                _check_columns(file, list(row), names, row, line)
                 is_first = False
             yield line, row
 
@@ -269,9 +286,11 @@ def _read_parquet(file: Path, names: Mapping[str, str]) -> Iterator[tuple[int, M
     try:
         with parquet.ParquetFile(file) as table:
             there = table.schema_arrow.names
-            _check_columns(file, there, names)
+            head = next(table.iter_batches(batch_size=1), None)
+            _check_columns(file, there, names, head.to_pylist()[0] if head is not None and head.num_rows else {})
+            needed = {one for name in names.values() for one in columns.fields(name, there) if one in there}
             first = 1
-            for batch in table.iter_batches(columns=[name for name in names.values() if name in there]):
+            for batch in table.iter_batches(columns=sorted(needed)):
                 yield from enumerate(batch.to_pylist(), start=first)
                 first += batch.num_rows
     except ArrowInvalid as error:

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.errors import UsageError
+from launcher.images.candidates import OTHER_NAMES, TEST, TRAIN, VAL
 from launcher.images.folder import few
-from launcher.images.known_layouts import OTHER_NAMES, TEST, TRAIN, VAL
 from launcher.images.members import Member, inside
 from launcher.images.walk import is_hidden, is_image, is_image_ending
 from launcher.system.words import plural

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from launcher.errors import Problem, UsageError, did_you_mean
-from launcher.images import datasets, lists
+from launcher.images import columns, datasets
 from launcher.images import listing as listings
 from launcher.images.listing import Listing
 from launcher.recipe import catalog, phases, run_weights, user_code
@@ -265,7 +266,9 @@ def find_image_problems(recipe: Recipe) -> Iterator[Finding]:
         missing_val_classes=recipe.data.missing_val_classes,
         need_files=recipe.data.on_bad_image == "error",
     )
-    yield from ((("data.path", "data.name"), text) for text in problems)
+    for text in problems:
+        said = re.match(r"(data\.\w+): ", text)  # of another key
+        yield (said[1],) if said else ("data.path", "data.name"), text[said.end() :] if said else text
     if not problems and recipe.model.num_classes != "auto":
         listing = Listing(source)
         found, kind = len(listing.classes), "classes" if source.classes else "class folders"
@@ -277,9 +280,10 @@ def find_image_problems(recipe: Recipe) -> Iterator[Finding]:
 
 def _layout_keys(data: DataConfig) -> Iterator[Finding]:
     """Keys that say how images are laid out."""
-    unknown = sorted(set(data.columns) - set(lists.COLUMNS))
+    unknown = sorted(set(data.columns) - set(columns.COLUMNS))
     if unknown:
-        hint = " ".join(filter(None, [did_you_mean(unknown[0], lists.COLUMNS), f"valid: {', '.join(lists.COLUMNS)}"]))
+        valid = f"valid: {', '.join(columns.COLUMNS)}"
+        hint = " ".join(filter(None, [did_you_mean(unknown[0], columns.COLUMNS), valid]))
         yield ("data.columns",), f"found {unknown[0]!r}; no such column of a list; {hint}"
     if data.separator is not None and data.task != "multi_label":
         text = "goes with data.task: multi_label, where a row of a list names several classes"

@@ -44,7 +44,8 @@ class DataConfig:
     """With val_fraction: what keeps images that belong together on one side: a regular expression whose groups (or
     all that it matches) say so in each image's path, as in "patient_(\\d+)", or a column of a list."""
     columns: dict[str, str] = field(default_factory=dict)
-    """What a list calls its columns path, label, split, group and weight, as in {path: file, label: breed}."""
+    """What a list calls its columns path, label, split, group and weight, as in {path: file, label: breed}; braces put
+    together what several say, as in {path: "images/{id}.jpg"}."""
     separator: Annotated[str, Field(min_length=1)] | None = None
     """With task: multi_label, what parts the classes of an image in a list; null: `;` or `|`. (A list in JSON, as in
     ["a", "b"], needs none.)"""
@@ -116,7 +117,9 @@ class DataConfig:
     left out from the beginning, and listed in bad_images.json and the report."""
     missing_val_classes: Literal["error", "allow"] = "error"
     """Classes without an image in val/. error: nothing is started; allow: they are learned and not measured."""
-    background: Annotated[str, Field(pattern=r"^(white|black|grey|#[0-9A-Fa-f]{6})$")] = "white"
+    background: Annotated[
+        str, Field(pattern=r"^(white|black|grey|#[0-9A-Fa-f]{6})$", description='white, black, grey or "#rrggbb"')
+    ] = "white"
     """Colour behind what is transparent, in training, validation and exports: white, black, grey or "#rrggbb"."""
     channels: Channels = 3
     """3: colours; 1: all images are made grey (ITU-R 601), in training, validation and exports, and the model has one

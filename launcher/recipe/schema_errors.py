@@ -104,7 +104,9 @@ def _describe(annotation: Any) -> str:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         said = next((info.description for info in args[1:] if getattr(info, "description", None)), "")
-        return str(said) or " and ".join([_describe(args[0]), *_describe_limits(args[1:])]).replace(" and ", " ", 1)
+        is_list = typing.get_origin(args[0]) is list
+        limits = _list_limits(args[1:]) if is_list else [" and ".join(_describe_limits(args[1:]))]
+        return str(said) or (", " if is_list else " ").join([_describe(args[0]), *filter(None, limits)])
     if origin is typing.Literal:
         return ", ".join(str(a) for a in args)
     if origin in (types.UnionType, typing.Union):
@@ -116,6 +118,18 @@ def _describe(annotation: Any) -> str:
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}[
         annotation
     ]
+
+
+def _list_limits(metadata: tuple[Any, ...]) -> list[str]:
+    """How many values a list has, as in ``2 of them``."""
+    constraints = [constraint for info in metadata for constraint in getattr(info, "metadata", [info])]
+    least, most = (
+        next((getattr(one, name) for one in constraints if hasattr(one, name)), None)
+        for name in ("min_length", "max_length")
+    )
+    if least == most:
+        return [f"{least} of them"] if least is not None else []
+    return [text for text, end in ((f"at least {least}", least), (f"at most {most}", most)) if end is not None]
 
 
 def _describe_limits(metadata: tuple[Any, ...]) -> list[str]:

@@ -166,8 +166,9 @@ def test_images_of_no_known_layout_get_the_message_of_a_start(tmp_path, monkeypa
     for arguments in (["new", "mine", "--data", "photos"], ["photos_mobilenet_v2", "data.path=photos"]):
         assert cli.main(arguments) == 2
         told.append(capsys.readouterr().err.splitlines())
-    assert told[0][2:] == told[1][2:]
+    assert told[0][2:8] == told[1][2:8]
     assert told[0][1].partition("data.path: ")[2] == told[1][1].partition("data.path: ")[2]
+    assert "launch new NAME --data photos; or write a list" in told[0][-1]
 
 
 def test_a_list_in_the_folder_is_named_by_the_same_command(tmp_path, monkeypatch, capsys):
@@ -175,7 +176,20 @@ def test_a_list_in_the_folder_is_named_by_the_same_command(tmp_path, monkeypatch
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/list.csv").write_text("path,label\n")
     assert cli.main(["new", "mine", "--data", "photos"]) == 2
-    assert capsys.readouterr().err.endswith("  launch new NAME --data photos/list.csv\n")
+    shown = "  launch new NAME --data photos/list.csv, once this is mended: photos/list.csv: has no rows\n"
+    assert capsys.readouterr().err.endswith(shown.replace("photos/list.csv: ", f"{tmp_path}/photos/list.csv: "))
+
+
+def test_what_a_list_calls_its_columns_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path / "photos", 3)
+    names = sorted(path.name for path in tmp_path.rglob("*.png"))
+    rows = [f"{name.removesuffix('.png')},{'ab'[place % 2]}" for place, name in enumerate(names)]
+    (tmp_path / "labels.csv").write_text("\n".join(["image_id,breed", *rows]))
+    assert cli.main(["new", "mine", "--data", "labels.csv"]) == 0, capsys.readouterr().err
+    found = yaml.safe_load((tmp_path / "mine.yaml").read_text())["data"]
+    assert found["columns"] == {"label": "breed", "path": "photos/{image_id}.png"}
+    assert cli.main(["mine.yaml", "--dry-run"]) == 0
 
 
 @pytest.mark.parametrize("name", ["007", "on", "null", "1.5", "mine"])

@@ -222,7 +222,9 @@ def test_columns_of_other_names_are_said_by_a_key(classes, dry_run):
     code, shown = dry_run(f"data.path={file}")
     assert code == 2
     assert f"{file}:1: no column 'path' and no column 'label' (there are: image, breed, split)" in shown
-    assert "'data.columns={path: image, label: COLUMN}'" in shown
+    assert "'data.columns={path: image, label: breed}'" in shown  # the only one that is left
+    assert f"launch RECIPE data.path={file} 'data.columns={{path: image, label: breed}}'" in shown
+    assert "{path: image, label: breed}" in dry_run(f"data.path={file}", "data.columns={path: image, label: bred}")[1]
     assert dry_run(f"data.path={file}", "data.columns={path: image, label: breed}")[0] == 0
     assert (
         "no such column of a list; did you mean 'label'?" in dry_run(f"data.path={file}", "data.columns={lable: a}")[1]
@@ -237,6 +239,11 @@ def test_columns_of_other_names_are_said_by_a_key(classes, dry_run):
         (".csv", "path,label,split\na.png,cat,train,more\n", ":2: 1 more fields than the first line names"),
         (".csv", "path,label\na.png,cat\n./a.png,dog\n", ":3: ./a.png is in line 2 too"),
         (".csv", "path,label,split\n", ": has no rows"),
+        (".csv", "", ":1: is empty"),
+        (".csv", "cat/00.png,cat\ndog/00.png,dog\n", ":1: its first line is a row, and names no columns"),
+        (".csv", "\nPath,Label\ncat/00.png,cat\n", ":2: no column 'path' and no column 'label'"),
+        (".csv", 'path,label\n"cat/00.png,cat\ncat/01.png,cat\n', ":3: no label in this row"),
+        (".jsonl", '[{"path": "cat/00.png", "label": "cat"}]\n', ":1: is no JSON object"),
         (".csv", "path,label\ncat/00.png,caf\xe9\n", ": is not UTF-8 text"),
         (".jsonl", '{"path": "a.png", "label": "cat"}\n{"path": \n', ":2: is no JSON"),
         (".jsonl", '{"path": "a.png", "label": ["cat"]}\n', ":1: label is ['cat']; an image has one class"),
@@ -250,6 +257,36 @@ def test_what_is_wrong_with_a_list_has_its_file_and_line(ending, text, said, cla
     code, shown = dry_run(f"data.path={file}", "data.val_fraction=0.5")
     assert code == 2
     assert f"{file}{said}" in shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["\ufeffpath,label\r\n{}\r\n", "\n\npath,label\n\n{}\n\n", "path, label\n{}\n", "path;label\n{}", "path|label\n{}"],
+)
+def test_a_list_may_be_written_as_spreadsheets_and_people_do(text, classes, dry_run):
+    between = text.strip("\n\ufeff")[4:].split("label")[0]
+    rows = [f'"{name}/{number:02d}.png"{between}"{name}, or so"' for name in COLOURS for number in range(10)]
+    file = classes / "images.csv"
+    file.write_bytes(text.format(("\r\n" if "\r" in text else "\n").join(rows)).encode())
+    assert dry_run(f"data.path={file}", "data.val_fraction=0.3")[0] == 0
+    source = Source(path=str(file), val_fraction=0.3)
+    assert counts(source) == {"train": [0] * 7 + [1] * 7, "val": [0] * 3 + [1] * 3}
+    assert Listing(source).classes == ["cat, or so", "dog, or so"]
+
+
+def test_a_path_is_put_together_of_columns_and_found_where_the_files_are(classes, dry_run):
+    file = classes.parent / "labels.csv"
+    for number in range(10):
+        (classes / f"dog/{number:02d}.png").rename(classes / f"dog/{10 + number}.png")
+    rows = [f"{10 * (name == 'dog') + number:02d},{name}" for name in COLOURS for number in range(10)]
+    file.write_text("\n".join(["id,breed", *rows]))
+    columns = """'data.columns={path: "photos/{breed}/{id}.png", label: breed}'"""
+    code, shown = dry_run(f"data.path={file}")
+    assert (code, f"launch RECIPE data.path={file} data.val_fraction=0.2 {columns}" in shown) == (2, True), shown
+    assert dry_run(f"data.path={file}", "data.val_fraction=0.2", columns.strip("'"))[0] == 0
+    file.write_text(file.read_text().replace("id,breed", "path,label"))
+    code, shown = dry_run(f"data.path={file}", "data.val_fraction=0.2")
+    assert (code, """with 'data.columns={path: "photos/{label}/{path}.png"}' they are""" in shown) == (2, True), shown
 
 
 def test_files_that_a_list_names_and_that_are_not_there_have_their_lines(classes, dry_run):
@@ -317,8 +354,16 @@ def test_what_is_seen_in_one_split_only_is_told(tmp_path, capsys):
 
 def one_folder(folder, *names):
     for name in names:
-        (folder / name).mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(folder / name / "0.png")
+        for number in range(2):
+            file = folder / name / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8)).save(file)
+
+
+def loose(*folders):
+    """Images without a class."""
+    for folder in folders:
+        one_folder(folder.parent, folder.name)
 
 
 @pytest.mark.parametrize(
@@ -326,9 +371,16 @@ def one_folder(folder, *names):
     [
         (lambda p: split_folder(p / "inner"), "launch RECIPE data.path={p}/inner"),
         (lambda p: split_folder(p, "training", "dev"), "launch RECIPE data.path={p} data.train=training data.val=dev"),
+        (lambda p: split_folder(p, "train2017", "val2017"), "data.train=train2017 data.val=val2017"),
         (lambda p: Image.new("RGB", (8, 8)).save(p / "cat.png"), "write a list of them"),
-        (lambda p: (p / "photos.zip").write_bytes(b""), "unpack photos.zip"),
+        (lambda p: (p / "photos.zip").write_bytes(b""), "unpack {p}/photos.zip"),
         (lambda p: (p / "labels.csv").write_text("path,label\n"), "launch RECIPE data.path={p}/labels.csv"),
+        (lambda p: one_folder(p / "my photos", "cat", "dog"), "data.path='{p}/my photos' data.val_fraction=0.2"),
+        (lambda p: one_folder(p / "train", "images", "labels"), "write a list"),
+        (lambda p: loose(p / "train", p / "val"), "launch RECIPE data.path={p} data.val_fraction=0.2"),
+        (lambda p: loose(split_folder(p, val="held") / "val"), "data.path={p}/train data.val_fraction=0.2"),
+        (lambda p: (p / "coco.json").write_text("{{}}"), "launch RECIPE data.path=FILE.jsonl data.val_fraction=0.2"),
+        (lambda p: None, "copy each class's images into {p}/CLASS/"),
         (lambda p: split_folder(p / "a/b"), "launch RECIPE data.path={p}/a/b"),
         (lambda p: one_folder(p / "a/b/photos", "cat", "dog"), "launch RECIPE data.path={p}/a/b/photos data.val_fr"),
         (lambda p: one_folder(p, "cat"), "a second folder beside cat: each is a class"),
@@ -350,6 +402,20 @@ def test_a_file_that_is_no_list_and_a_folder_that_is_not_there(tmp_path, dry_run
     assert (code, "is no folder and no list (.csv" in shown, "unpack" in shown) == (2, True, True)
     code, shown = dry_run(f"data.path={tmp_path / 'none'}")
     assert (code, "no such folder" in shown, "known layouts:" in shown) == (2, True, True)
+    split_folder(tmp_path / "my/photos")
+    code, shown = dry_run(f"data.path={tmp_path}/my/fotos")
+    assert (code, f"launch RECIPE data.path={tmp_path}/my/photos\n" in shown) == (2, True)
+    code, shown = dry_run(f"data.path={tmp_path}/my/photos/train/cat")  # one class
+    assert (code, f"launch RECIPE data.path={tmp_path}/my/photos\n" in shown) == (2, True)
+
+
+def test_a_class_without_an_image_is_refused_in_what_is_divided_too(classes, dry_run):
+    (classes / "elk").mkdir()
+    (classes / "elk/notes.txt").write_text("")
+    code, shown = dry_run(f"data.path={classes}", "data.val_fraction=0.2")
+    assert (code, "no images in 'elk'" in shown, "1 file .txt left out (elk 1)" in shown) == (2, True, True)
+    shown = dry_run(f"data.path={classes}")[1]
+    assert f"launch RECIPE data.path={classes} data.val_fraction=0.2, once this is mended: " in shown
 
 
 def test_check_reads_every_layout(classes, capsys):

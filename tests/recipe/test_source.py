@@ -313,6 +313,14 @@ def test_what_the_recipe_leaves_to_its_user_can_be_given(read):
         ("optim:\n  yes: 1\n", "recipe.yaml:3: optim."),  # YAML's yes is a boolean, and no key
         ("optim:\n  1: 1\n", "recipe.yaml:3: optim.1: unknown key; valid: name, lr"),
         ("train: {epochs: ten}\n", "recipe.yaml:2: train.epochs: found 'ten'; valid: a whole number >= 1"),
+        (
+            "data: {crop_scale: 0.5}\n",
+            "recipe.yaml:2: data.crop_scale: found 0.5; valid: a list of a number > 0 and <= 1, 2 of them, or auto",
+        ),
+        (
+            "data: {background: red}\n",
+            "recipe.yaml:2: data.background: found 'red'; valid: white, black, grey or \"#rrggbb\"",
+        ),
         ("train: {epochs: '10'}\n", "recipe.yaml:2: train.epochs: found '10'; valid: a whole number >= 1"),
         ("train: {epochs: 10.0}\n", "recipe.yaml:2: train.epochs: found 10.0; valid: a whole number >= 1"),
         ("train: {epochs: true}\n", "recipe.yaml:2: train.epochs: found true; valid: a whole number >= 1"),

@@ -1,0 +1,66 @@
+"""Files that a list names and that are not there: which, and what would find them."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from typing import TYPE_CHECKING
+
+from launcher.images import columns, members
+from launcher.images.folder import printable
+from launcher.images.parts import ListRows
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from launcher.images.lists import Row
+    from launcher.images.parts import Part
+
+NUM_SHOWN = 5
+
+
+def find_problems(part: Part) -> Iterator[str]:
+    """Why not all files of a list can be read."""
+    gone = [row for row in part.rows if not members.exists(row.path)] if isinstance(part, ListRows) else []
+    if not gone or not isinstance(part, ListRows):
+        return
+    place = part.place
+    lines = [(row.line, printable(row.path).replace("\n", "\\n")) for row in gone[:NUM_SHOWN]]
+    shown = "".join(f"\n    {place}:{line}: no file {path}" for line, path in lines)
+    yield (
+        f"{place}: {len(gone)} of {len(part.rows)} files are not there; paths are relative to the list's folder, "
+        f"{place.absolute().parent}{_cure(part, gone)}{shown}"
+    )
+
+
+def _cure(part: ListRows, gone: Sequence[Row]) -> str:
+    """What would find them, as words that go on."""
+    first = gone[0].path
+    if "\n" in first:
+        return "; these run over several lines: a quotation mark is not closed"
+    if ":/" in os.path.relpath(first, part.place.absolute().parent):
+        return "; these are addresses: download the images, and give the paths of the files"
+    if "\\" in first:
+        return "; write / for \\"
+    name = find_path(part, gone)
+    if not name:
+        return ""
+    key = columns.as_keys({**part.form.columns, "path": name})
+    return f"; with {shlex.quote(key)} they are"
+
+
+def find_path(part: ListRows, rows: Sequence[Row]) -> str | None:
+    """How the columns of a list would have to be put together to name files that are there."""
+    names = {column: part.form.columns.get(column, column) for column in columns.COLUMNS}
+    if any("{" in name for name in names.values()):
+        return None
+    folder = part.place.absolute().parent
+    told = [
+        {
+            names["path"]: os.path.relpath(row.path, folder),
+            names["label"]: row.labels[0] if len(row.labels) == 1 else None,
+            names["split"]: row.split,
+        }
+        for row in rows[: columns.NUM_ROWS]
+    ]
+    return columns.find_path(folder, told, names, first=part.place.stem)
