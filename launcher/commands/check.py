@@ -67,11 +67,9 @@ def run(path: str, overrides: Sequence[str] = (), *, as_json: bool) -> int:
     found_wrong = listings.find_problems(source, missing_val_classes=allowed)
     divided = replace(source, val_fraction=VAL_FRACTION)
     may_divide = bool(found_wrong) and source.val_fraction is None
-    is_divided = (
-        may_divide and not listings.find_problems(divided, missing_val_classes=allowed) and not _has_split(source)
-    )
+    is_divided = may_divide and not _has_split(source) and _is_laid_out(divided)
     if is_divided:
-        source, found_wrong = divided, []
+        source, found_wrong = divided, listings.find_problems(divided, missing_val_classes=allowed)
         if not as_json:
             print(UNDIVIDED)
     problems = [known_layouts.CURE.sub(r"launch check \1\2", text) for text in found_wrong]
@@ -99,6 +97,15 @@ def _has_split(source: Source) -> bool:
     except UsageError:
         return False
     return any(listing.part(split) for split in listing.splits)
+
+
+def _is_laid_out(divided: Source) -> bool:
+    """Whether classes can be divided, whatever else is wrong with them."""
+    try:
+        listing = Listing(divided)
+        return not listing.layout.problems and len(listing.classes) > 1
+    except UsageError:
+        return False
 
 
 def _recipe(overrides: Sequence[str]) -> Recipe:

@@ -139,6 +139,12 @@ def test_a_folder_of_classes_is_looked_through_as_it_would_be_divided(images, tm
     assert check.main(["photos"]) == 3
     assert "cat/0.png: empty: 0 bytes" in capsys.readouterr().out
     (tmp_path / "photos/cat/0.png").unlink()
+    (tmp_path / "photos/elk").mkdir()
+    assert check.main(["photos"]) == 3
+    shown = capsys.readouterr().out
+    assert "problem  photos: no images in 'elk'" in shown  # and the others were looked at
+    assert "17 images in photos: " in shown
+    (tmp_path / "photos/elk").rmdir()
     for overrides, fraction in ((), 0.2), (("data.background=black",), 0.2), (("data.val_fraction=0.34",), None):
         assert check.main(["photos", *overrides, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["val_fraction"] == fraction

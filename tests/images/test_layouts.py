@@ -298,6 +298,21 @@ def test_files_that_a_list_names_and_that_are_not_there_have_their_lines(classes
     assert f"{file}:9: no file {classes}/dog/03.png" in shown
 
 
+@pytest.mark.parametrize(
+    ("path", "cure"),
+    [
+        ("cat\\00.png", "write / for \\"),
+        ("https://host/00.png", "these are addresses: download the images"),
+        ('"cat/00.png,cat\ncat/01.png"', "a quotation mark is not closed"),
+    ],
+)
+def test_a_path_that_can_be_none_is_told_as_what_it_is(path, cure, classes, dry_run):
+    file = classes / "images.csv"
+    file.write_text(f"path,label\n{path},cat\ndog/00.png,dog\n")
+    code, shown = dry_run(f"data.path={file}", "data.val_fraction=0.5")
+    assert (code, cure in shown) == (2, True), shown
+
+
 def test_parquet_without_pyarrow_says_what_to_install(classes, dry_run, monkeypatch):
     file = write_list(classes, ".parquet")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
