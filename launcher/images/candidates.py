@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from launcher.errors import UsageError
 from launcher.images import columns, gone, lists
 from launcher.images.parts import ListRows
-from launcher.images.walk import has_image, is_hidden, is_image
+from launcher.images.walk import is_hidden, is_image
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -32,6 +32,8 @@ BESIDE = {"data", "dataset", "set", "split", "images", "image", "imgs", "img", "
 VAL_FRACTION = 0.2
 MOST_LEVELS, NUM_SEARCHED = 4, 32
 """How deep, and in how many folders of a level, images are looked for."""
+NUM_LOOKED_INTO, NUM_ENTRIES = 8, 500
+"""Of folders that may be classes, how many are looked into, and how much of each."""
 
 
 def part_of(name: str) -> str | None:
@@ -73,10 +75,11 @@ def find(source: Source) -> Iterator[Source]:
 def folders(place: Path) -> dict[str, Path]:
     """Those right below that can be looked into."""
     try:
-        entries = sorted(entry for entry in place.iterdir() if not is_hidden(entry.name))
+        with os.scandir(place) as entries:  # which knows folders without asking for each file
+            names = sorted(one.name for one in entries if not is_hidden(one.name) and one.is_dir())
     except OSError:
         return {}
-    return {entry.name: entry for entry in entries if entry.is_dir() and os.access(entry, os.R_OK | os.X_OK)}
+    return {name: place / name for name in names if os.access(place / name, os.R_OK | os.X_OK)}
 
 
 def near_names(place: Path) -> list[Path]:
@@ -105,7 +108,7 @@ def _above(plain: Source, place: Path) -> Iterator[Source]:
     around = place.absolute().parent
     if part_of(place.name):
         yield replace(plain, path=str(around))
-    elif not folders(place) and has_image(str(place)):
+    elif has_loose_images(place):
         yield replace(plain, path=str(around.parent if part_of(around.name) else around))
         yield replace(plain, path=str(around), val_fraction=VAL_FRACTION)
 
@@ -120,10 +123,28 @@ def _in_folder(plain: Source, place: Path) -> Iterator[Source]:
         yield replace(at, train=None if train.lower() in TRAIN else train, val_fraction=VAL_FRACTION)
     elif train:
         yield replace(at, path=str(place / train), val_fraction=VAL_FRACTION)
-    elif len(inner) > 1 and not any(part_of(name) for folder in inner.values() for name in folders(folder)):
+    elif _are_classes([*inner.values()][:NUM_LOOKED_INTO]):
         yield replace(at, val_fraction=VAL_FRACTION)
-    for table in sorted(entry for entry in place.iterdir() if lists.is_list(entry))[:2]:
+    tables = (place / name for name in os.listdir(place) if name.lower().endswith(lists.ENDINGS))  # noqa: PTH208
+    for table in sorted(filter(lists.is_list, tables))[:2]:
         yield from _of_list(replace(at, path=str(table)))
+
+
+def _are_classes(some: list[Path]) -> bool:
+    """Whether several folders hold images, by a few of them, and none the parts of a data set."""
+    return sum(map(_shows_images, some)) > 1 and not any(part_of(name) for one in some for name in folders(one))
+
+
+def _shows_images(folder: Path, *, levels: int = 2) -> bool:
+    """Whether images are among the first entries of a folder, or of some right below: / may be meant, too."""
+    try:
+        with os.scandir(folder) as entries:
+            if any(is_image(one.name) for one in itertools.islice(entries, NUM_ENTRIES)):
+                return True
+    except OSError:
+        return False
+    inner = [*folders(folder).values()][:NUM_LOOKED_INTO] if levels > 1 else []
+    return any(_shows_images(one, levels=levels - 1) for one in inner)
 
 
 def _train_and_val(names: Iterable[str]) -> tuple[str | None, str | None]:
@@ -169,4 +190,4 @@ def _with_columns(at: Source) -> Source:
 
 def has_loose_images(place: Path) -> bool:
     """Whether images lie in a folder that has no folders."""
-    return not folders(place) and any(is_image(entry.name) for entry in place.iterdir())
+    return not folders(place) and _shows_images(place, levels=1)

@@ -43,8 +43,9 @@ ANNOTATIONS = {"annotations", "annotation", "labels", "masks", "imagesets", "seg
 NO_CLASSES = ANNOTATIONS | {"images", "image", "imgs", "img", "jpegimages", "pictures", "photos"}
 """Names of folders that say nothing of what is in the images."""
 LIST_CURE = "launch RECIPE data.path=FILE.csv data.val_fraction=0.2"
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".xz")
 _CURES = {
-    ".zip .tar .gz .tgz .7z .rar .xz": "unpack {}, and name the folder that comes of it",
+    " ".join(ARCHIVES): "unpack {}, and name the folder that comes of it",
     ".xlsx .xls .ods .numbers": f"save {{}} as CSV, with the columns path and label: {LIST_CURE}",
     ".txt .dat .lst": f"write {{}} as CSV, a first line path,label and then a row an image: {LIST_CURE}",
     ".json": (
@@ -123,11 +124,13 @@ def _cures(source: Source, try_out: Callable[[Source], str | None]) -> list[str]
     works: list[str] = []
     for candidate in itertools.islice(candidates.find(source), NUM_TRIED):
         is_inner = works and candidates.part_of(candidate.place.name)  # of what works as a whole
-        if candidate == source or len(works) == NUM_CURES or is_inner:
+        if candidate == source or is_inner:
             continue
         problem = try_out(candidate)
         if problem == "":
             works.append(f"{command(candidate)}{_remark(candidate)}")
+            if len(works) == NUM_CURES:
+                break
         elif problem and source.place in (candidate.place, *candidate.place.parents):
             flawed.append(f"{command(candidate)}, once this is mended: {problem.splitlines()[0]}")
     return list(dict.fromkeys(works)) or flawed[:1]
@@ -138,7 +141,7 @@ def _remark(source: Source) -> str:
     if source.val_fraction is None or not source.place.is_dir() or source.train:
         return ""
     names = folders(source.place)
-    deep = [name for name, folder in names.items() if folders(folder)]
+    deep = [name for name in [*names][:NUM_NAMED] if folders(names[name])]
     if not deep or set(map(str.lower, names)) & {*TRAIN}:
         return ""
     return f"   # classes: {', '.join([*names][:NUM_NAMED])}; what lies deeper, as in {deep[0]}, counts as theirs"
@@ -154,19 +157,21 @@ def _in_words(source: Source) -> Iterator[str]:
             yield text.format(place)
         return
     names = folders(place)
-    if any(name.lower() in ANNOTATIONS for name in [*names, *(n for one in names.values() for n in folders(one))]):
+    some = [*names.values()][:NUM_NAMED]
+    if any(name.lower() in ANNOTATIONS for name in [*names, *(name for one in some for name in folders(one))]):
         yield (
             "boxes and masks (COCO, YOLO, VOC) are not read: a classifier learns a class for each image; write a list, "
             f"path,label in each line (a;b with data.task=multi_label where an image holds several): {LIST_CURE}"
         )
         return
     files = {ending_of(entry.name): entry for entry in sorted(place.iterdir(), reverse=True) if entry.is_file()}
-    known = [FILES[ending].format(file) for ending, file in files.items() if ending in FILES]
+    wanted = FILES if not names else ARCHIVES  # beside folders a .json or .txt is rarely what was meant
+    known = [FILES[ending].format(file) for ending, file in files.items() if ending in wanted]
     yield from known[:2]
-    loose = [one for one in (place, *names.values()) if candidates.has_loose_images(one)]
+    loose = [one for one in (place, *some) if candidates.has_loose_images(one)]
     if place in loose or (len(loose) > 1 and any(map(candidates.part_of, names))):
         yield (
-            f"these images are in no folder that says their class: move them into such, {place}/CLASS/: "
+            f"these images are in no folder that says their class: move them into such, {place / 'CLASS'}/: "
             f"{command(_divided(source))}; or write a list of them, path,label in each line: {LIST_CURE}"
         )
     elif len(loose) == 1:
@@ -175,7 +180,7 @@ def _in_words(source: Source) -> Iterator[str]:
             f"{command(_divided(source))}"
         )
     elif not known:
-        yield f"no image is found in it: copy each class's images into {place}/CLASS/: {command(_divided(source))}"
+        yield f"no image is found in it: copy each class's images into {place / 'CLASS'}/: {command(_divided(source))}"
 
 
 def _divided(source: Source) -> Source:

@@ -29,9 +29,21 @@ def explain(error: ValidationError, source: Source, schema: type) -> list[Proble
         else:
             found = _show(_value_at(source.values, key), source.typed.get(key))
             other = _other_key(key, source, schema) if dataclasses.is_dataclass(annotation) else None
-            message = f"found {found}; {other or f'valid: {_describe(annotation)}'}"
+            message = f"found {found}; {other or _valid(annotation, _value_at(source.values, key))}"
         problems[key] = Problem(key=key, where=source.where(key), message=message)
     return list(problems.values())
+
+
+def _valid(annotation: Any, value: Any) -> str:
+    """What is valid, behind the nearest of the names that a key may have."""
+    inner = _strip(annotation)
+    branches = typing.get_args(inner) if typing.get_origin(inner) in (types.UnionType, typing.Union) else [inner]
+    said = [
+        one for branch in branches if typing.get_origin(branch) is typing.Literal for one in typing.get_args(branch)
+    ]
+    names = {one.lower(): one for one in said if isinstance(one, str)}
+    near = did_you_mean(names.get(value.lower(), value), names.values()) if isinstance(value, str) else ""
+    return " ".join(filter(None, [near, f"valid: {_describe(annotation)}"]))
 
 
 def _other_key(key: str, source: Source, schema: type) -> str | None:

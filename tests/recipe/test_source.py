@@ -321,6 +321,10 @@ def test_what_the_recipe_leaves_to_its_user_can_be_given(read):
             "data: {background: red}\n",
             "recipe.yaml:2: data.background: found 'red'; valid: white, black, grey or \"#rrggbb\"",
         ),
+        (
+            "data: {auto_augment: RANDAUGMENT}\n",
+            "recipe.yaml:2: data.auto_augment: found 'RANDAUGMENT'; did you mean 'randaugment'",
+        ),
         ("train: {epochs: '10'}\n", "recipe.yaml:2: train.epochs: found '10'; valid: a whole number >= 1"),
         ("train: {epochs: 10.0}\n", "recipe.yaml:2: train.epochs: found 10.0; valid: a whole number >= 1"),
         ("train: {epochs: true}\n", "recipe.yaml:2: train.epochs: found true; valid: a whole number >= 1"),
