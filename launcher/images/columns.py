@@ -85,7 +85,12 @@ def guess(missing: Sequence[str], found: Sequence[str], row: Mapping[str, Any]) 
             by_file = [name for name in found if is_image(str(row.get(name)))]
             guesses |= {"path": by_file[0]} if by_file else {}
     left = [name for name in found if name and name not in (guesses.get("path"), *COLUMNS)]
-    if "label" in missing and "label" not in guesses and len(left) == 1 and ("path" in guesses or "path" in found):
+    if (
+        "label" in missing
+        and "label" not in guesses
+        and len(left) == 1
+        and ("path" in guesses or "path" not in missing)
+    ):
         guesses["label"] = left[0]
     return guesses
 
@@ -107,7 +112,7 @@ def lacking(
         shown = ", ".join(map(str, found[:4]))
         return f"its first line is a row, and names no columns ({shown}): put path,label above it", {}
     lost = [one for column in missing for one in fields(names[column], found) if one not in found]
-    guesses = guess(missing, found, row)
+    guesses = guess(missing, [name for name in found if name not in names.values()], row)
     for column in missing:
         near = did_you_mean(names[column], list(map(str, found))) if names[column] != column else ""
         if near:

@@ -184,10 +184,11 @@ def _open(place: Path, form: lists.Form) -> Part | None:
 
 def _open_folder(folder: Path, form: lists.Form) -> Part | None:
     """Class folders; or the images that a ``metadata.csv`` among them lists, as Hugging Face has it."""
-    if class_folders(folder):
-        return ClassFolders(folder)
+    names = class_folders(folder)
     tables = (folder / f"{METADATA}{ending}" for ending in lists.ENDINGS)
     table = next((file for file in tables if file.is_file()), None)
+    if names and not (table and {name.lower() for name in names} <= NO_CLASSES):
+        return ClassFolders(folder)
     return ListRows(table, replace(form, columns={"path": "file_name", **form.columns})) if table else None
 
 

@@ -289,6 +289,22 @@ def test_a_path_is_put_together_of_columns_and_found_where_the_files_are(classes
     assert (code, """with 'data.columns={path: "photos/{label}/{path}.png"}' they are""" in shown) == (2, True), shown
 
 
+def test_a_metadata_table_says_the_classes_of_a_folder_called_images(classes, dry_run):
+    """As Hugging Face's libraries write it."""
+    images = classes.rename(classes.parent / "images")
+    (classes / "train").mkdir(parents=True)
+    images.rename(classes / "train/images")
+    rows = [f"images/{name}/{number:02d}.png,{name}" for name in COLOURS for number in range(10)]
+    (classes / "train/metadata.csv").write_text("\n".join(["file_name,label", *rows]))
+    assert dry_run(f"data.path={classes}", "data.val_fraction=0.2")[0] == 0
+    assert counts(Source(path=str(classes), val_fraction=0.2))["val"] == [0, 0, 1, 1]
+    table = classes / "train/metadata.csv"
+    table.write_text(table.read_text().replace("label", "kind", 1))
+    assert (
+        "'data.columns={path: file_name, label: kind}'" in dry_run(f"data.path={classes}", "data.val_fraction=0.2")[1]
+    )
+
+
 def test_files_that_a_list_names_and_that_are_not_there_have_their_lines(classes, dry_run):
     file = write_list(classes, ".csv")
     (classes / "dog/03.png").unlink()
