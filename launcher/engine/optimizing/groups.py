@@ -10,7 +10,7 @@ from launcher.engine.layers import HEAD
 from launcher.engine.optimizing import muon
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from launcher.engine.model import FineTunedModel
     from launcher.recipe.schema import OptimConfig
@@ -20,6 +20,8 @@ REST = "rest"
 PLAIN_STACK = 3
 """A stack of more layers without parts, as VGG's convolutions, is as many layers; one of fewer is one (a convolution
 with its normalisation)."""
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def group_parameters(model: FineTunedModel, config: OptimConfig) -> list[dict[str, Any]]:
@@ -114,9 +116,25 @@ def _units(module: nn.Module, prefix: str, half: float) -> Iterator[list[str]]:
 
 
 def _is_opened(module: nn.Module, half: float) -> bool:
-    """Whether a module is several layers: a list of blocks, a long stack, or most of the model."""
-    parts = [child for child in module.children() if any(True for _ in child.parameters())]
-    has_blocks = any(any(True for _ in part.children()) for part in parts)
-    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) and (has_blocks or len(parts) > PLAIN_STACK):
+    """Whether a module is several layers: a list of blocks, a long stack, a stage of like blocks, most of the model."""
+    parts = _parts(module)
+    has_blocks = any(_parts(part) for part in parts)
+    if isinstance(module, CONTAINERS) and (has_blocks or len(parts) > PLAIN_STACK):
+        return True
+    if any(_are_blocks(each) for each in (parts, *(_parts(part) for part in parts if isinstance(part, CONTAINERS)))):
         return True
     return bool(parts) and sum(parameter.numel() for parameter in module.parameters()) > half
+
+
+def _are_blocks(modules: Sequence[nn.Module]) -> bool:
+    """Whether modules are the blocks of a stage: two or more of one class, whose parts have parts.
+
+    The parts of a block, as the convolutions with their normalisations of an Inception block, have none.
+    """
+    alike = len(modules) > 1 and len({type(one) for one in modules}) == 1 and not isinstance(modules[0], CONTAINERS)
+    return alike and all(any(_parts(part) for part in _parts(one)) for one in modules)
+
+
+def _parts(module: nn.Module) -> list[nn.Module]:
+    """Its children that have parameters."""
+    return [child for child in module.children() if any(True for _ in child.parameters())]
