@@ -12,6 +12,7 @@ import math
 import statistics
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
@@ -45,6 +46,12 @@ TOO_HIGH = 3.0
 """Stop where the loss is so many times what it was at its best."""
 SMOOTHING = 0.03
 """Width of the bell curve that losses are smoothed by, as a fraction of all steps."""
+
+NOISE = 5.0
+"""A fall is one if it is more than so many standard deviations of the smoothed loss: chance makes such a one in fewer
+than one of ten curves that do not fall at all."""
+NORMAL_MEDIAN = 0.6745
+"""Of the size of what has a standard deviation of 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,12 +152,25 @@ def _losses(parts: Parts) -> Generator[float, float, None]:
 
 def smoothed(losses: Sequence[float]) -> list[float]:
     """Each loss with its neighbours, by a bell curve: unlike a moving average it does not lag behind."""
-    width = max(1.0, SMOOTHING * len(losses))
-    found = []
+    width, found = _width(len(losses)), []
     for place in range(len(losses)):
         weights = [math.exp(-(((place - other) / width) ** 2) / 2) for other in range(len(losses))]
         found.append(sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights))
     return found
+
+
+def noise_of_smoothed(losses: Sequence[float]) -> float:
+    """Standard deviation of a smoothed loss by chance: from the median step from a loss to the next.
+
+    The median does not care for where the loss falls, nor for where it leaps up at the end.
+    """
+    steps = [abs(other - one) for one, other in pairwise(losses)]
+    of_each = statistics.median(steps) / NORMAL_MEDIAN / math.sqrt(2)
+    return of_each / math.sqrt(2 * math.sqrt(math.pi) * _width(len(losses)))  # as many are averaged
+
+
+def _width(num: int) -> float:
+    return max(1.0, SMOOTHING * num)
 
 
 def steepest(rates: Sequence[float], losses: Sequence[float], smooth: Sequence[float]) -> int | None:
@@ -158,8 +178,7 @@ def steepest(rates: Sequence[float], losses: Sequence[float], smooth: Sequence[f
     lowest = min(range(len(smooth)), key=smooth.__getitem__, default=0)
     if lowest < 2:  # noqa: PLR2004  a slope needs a point on either side
         return None
-    noise = statistics.pstdev(loss - other for loss, other in zip(losses[:lowest], smooth, strict=False))
-    if max(smooth[:lowest]) - smooth[lowest] <= noise:
+    if max(smooth[:lowest]) - smooth[lowest] <= NOISE * noise_of_smoothed(losses):
         return None
 
     def slope(place: int) -> float:
