@@ -21,6 +21,8 @@ PLAIN_STACK = 3
 """A stack of more layers without parts, as VGG's convolutions, is as many layers; one of fewer is one (a convolution
 with its normalisation)."""
 
+NOT_DECAYED = ("bias", "pos_emb", "position_emb")
+"""Of names of parameters that have several dimensions and are no weights."""
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -69,10 +71,17 @@ def deal_names(model: FineTunedModel, patterns: Iterable[str]) -> list[tuple[str
 
 
 def is_norm_or_bias(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is of one dimension: of a normalisation, a bias, a layer scale, a class token."""
-    if parameter.ndim <= 1:
+    """Whether a parameter is of a normalisation, a bias or an embedding of positions.
+
+    That is what has one dimension (layer scales and a class token, too) and, by name, Swin's tables of biases and
+    position embeddings: what timm and torchvision's own trainings leave out.
+    """
+    own = name.rpartition(".")[2]
+    if parameter.ndim <= 1 or own.endswith("bias"):
         return True
-    return not name.endswith("weight") and sum(size > 1 for size in parameter.shape) <= 1
+    if own.endswith("weight"):
+        return False
+    return sum(size > 1 for size in parameter.shape) <= 1 or any(word in own for word in NOT_DECAYED)
 
 
 def heights(model: FineTunedModel) -> dict[str, int]:

@@ -89,7 +89,7 @@ def test_each_layer_learns_slower_than_the_one_above_it():
     assert len(rates) == len(list(model_of("resnet18").module.named_parameters()))
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "vit_b_16", "convnext_tiny"])
+@pytest.mark.parametrize("arch", ["resnet18", "vit_b_16", "convnext_tiny", "swin_t", "maxvit_t"])
 def test_norms_and_biases_decay_unless_the_recipe_says_no(arch):
     for decays in (True, False):
         groups = group_parameters(model_of(arch), OptimConfig(decay_norms=decays, weight_decay=0.1))
@@ -100,9 +100,10 @@ def test_norms_and_biases_decay_unless_the_recipe_says_no(arch):
         if decays:
             assert not bare
             continue
-        assert all(name.endswith("weight") or name == "encoder.pos_embedding" for name in rest)
+        assert all(name.endswith("weight") for name in rest)
         assert all(p.ndim > 1 for p in rest.values())
-        assert all(p.ndim <= 1 or name.endswith(("layer_scale", "class_token")) for name, p in bare.items())
+        others = ("layer_scale", "class_token", "encoder.pos_embedding", "relative_position_bias_table")
+        assert all(p.ndim <= 1 or name.endswith(others) for name, p in bare.items())
 
 
 def test_what_does_not_decay_is_not_moved_by_it(engine):
