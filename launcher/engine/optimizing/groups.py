@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from launcher.engine.model import FineTunedModel
-    from launcher.recipe.schema import OptimConfig
+    from launcher.recipe.schema import OptimConfig, Recipe
 
 REST = "rest"
 """Name of the group of what no pattern matches."""
@@ -68,6 +68,19 @@ def deal_names(model: FineTunedModel, patterns: Iterable[str]) -> list[tuple[str
         dealt.append((pattern, [name for name in left if name in matched]))
         left = [name for name in left if name not in matched]
     return [(pattern, names) for pattern, names in [*dealt, (REST, left)] if names]
+
+
+def problems(recipe: Recipe, model: FineTunedModel) -> Iterator[tuple[str, str]]:
+    """Groups of a recipe, whose patterns are right, for which those before them leave nothing: the keys, and words."""
+    every = {"optim.groups": recipe.optim.groups}
+    every |= {f"train.phases.{n}.optim.groups": one.optim.groups or {} for n, one in enumerate(recipe.train.phases)}
+    for key, groups in every.items():
+        dealt = {pattern for pattern, _ in deal_names(model, groups)}
+        for place, pattern in enumerate(groups):
+            if pattern not in dealt:
+                before = ", ".join([*groups][:place])
+                text = f"matches nothing that {before} before it does not, and the first pattern that matches counts"
+                yield f"{key}.{pattern}", f"{text}; name {pattern} first"
 
 
 def is_norm_or_bias(name: str, parameter: nn.Parameter) -> bool:
