@@ -79,6 +79,25 @@ def noise_of_gain(name: str, before: Scores, now: Scores) -> float | None:
     return Z_95 * float(gains.std()) if len(gains) > 1 else None
 
 
+def intervals(scores: Scores | None) -> dict[str, list[float]]:
+    """95 % intervals of metrics by their names, where images are few; those of answers to one class an image are known.
+
+    Every rank must call it.
+    """
+    if scores is None:
+        return {}
+    found = scores.gather()
+    if not 0 < found.probabilities.numel() <= MOST_DRAWN // DRAWS:
+        return {}
+    weights = _draw(len(found.true), DRAWS)
+    drawn = _ranked(found, weights)
+    if scores.threshold is not None:
+        of_answers = [name for name, metric in METRICS.items() if metric.of_answers and name != "top1"]
+        drawn |= {name: _of_answers(name, found, weights) for name in of_answers}
+    bounds = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    return {name: values.nanquantile(bounds).tolist() for name, values in drawn.items() if values.isfinite().any()}
+
+
 def _draw(num: int, draws: int) -> torch.Tensor:
     """How often each image is drawn: float64 D x N; the same at every call."""
     import numpy as np
