@@ -27,6 +27,7 @@ from launcher.engine.setup import build_parts
 from launcher.engine.state import TrainingState
 from launcher.engine.train_step import TrainStep
 from launcher.recipe import phases
+from launcher.system import phases as phases_told
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -113,19 +114,21 @@ def _sweep(parts: Parts, bounds: tuple[float, float], num_steps: int | None) -> 
     began, rate = time.monotonic(), low
     rates: list[float] = []
     found: list[float] = []
-    while rate <= high * (1 + 1e-9):
-        loss = losses.send(rate)
-        if not math.isfinite(loss):
-            break
-        rates.append(rate)
-        found.append(loss)
-        if smoothed(found)[-1] > TOO_HIGH * min(smoothed(found)):
-            break
-        left = (num_steps or MOST_STEPS) - len(rates)
-        if num_steps is None:
-            each = (time.monotonic() - began) / len(rates)
-            left = min(left, max(FEWEST_STEPS - len(rates), int(SECONDS / each) - len(rates)))
-        rate = rate * (high / rate) ** (1 / left) if left > 0 else math.inf
+    with phases_told.during("trying rates, step") as show:
+        while rate <= high * (1 + 1e-9):
+            loss = losses.send(rate)
+            if not math.isfinite(loss):
+                break
+            rates.append(rate)
+            found.append(loss)
+            if smoothed(found)[-1] > TOO_HIGH * min(smoothed(found)):
+                break
+            left = (num_steps or MOST_STEPS) - len(rates)
+            if num_steps is None:
+                each = (time.monotonic() - began) / len(rates)
+                left = min(left, max(FEWEST_STEPS - len(rates), int(SECONDS / each) - len(rates)))
+            show(len(rates), len(rates) + max(0, left))
+            rate = rate * (high / rate) ** (1 / left) if left > 0 else math.inf
     losses.close()
     return rates, found
 
@@ -174,17 +177,23 @@ def _width(num: int) -> float:
 
 
 def steepest(rates: Sequence[float], losses: Sequence[float], smooth: Sequence[float]) -> int | None:
-    """Where the smoothed loss falls fastest before it is lowest; None: it does not fall by more than it varies."""
+    """Where the smoothed loss falls fastest, from where it falls by more than it varies to where it is lowest.
+
+    None: it does not fall by more than it varies.
+    """
     lowest = min(range(len(smooth)), key=smooth.__getitem__, default=0)
     if lowest < 2:  # noqa: PLR2004  a slope needs a point on either side
         return None
-    if max(smooth[:lowest]) - smooth[lowest] <= NOISE * noise_of_smoothed(losses):
+    noise, top = noise_of_smoothed(losses), max(smooth[:lowest])
+    if top - smooth[lowest] <= NOISE * noise:
         return None
+    # Before it begins to fall for good, only chance goes up and down.
+    begin = max(place for place in range(lowest) if top - smooth[place] <= NOISE / 2 * noise)
 
     def slope(place: int) -> float:
         return (smooth[place + 1] - smooth[place - 1]) / math.log(rates[place + 1] / rates[place - 1])
 
-    return min(range(1, lowest), key=slope)
+    return min(range(max(1, begin), lowest), key=slope)
 
 
 def round_to(rate: float, digits: int = 2) -> float:
