@@ -205,8 +205,8 @@ def record(draft: Draft, found: Scan | None) -> None:
 
 
 def tell_of_ignored(recipe: Recipe, source: Source) -> None:
-    """Say which keys mean nothing beside the user's own model, data set or transform, or in so short a training."""
-    from launcher.recipe import checks
+    """Say which keys mean nothing beside the user's own model, data set or transform, or nothing in this training."""
+    from launcher.recipe import notes
 
     model, data = recipe.model, recipe.data
     ignored = {"model.arch": model.factory, "data.name": data.dataset, "data.augment": data.transform}
@@ -218,7 +218,7 @@ def tell_of_ignored(recipe: Recipe, source: Source) -> None:
     for key, reference in ignored.items():
         if reference and key in source.origins:
             print(f"{source.where(key)}: {key} is ignored: {reference} takes its place", flush=True)
-    for key, text in checks.find_notes(recipe):
+    for key, text in notes.find_notes(recipe):
         print(f"{source.where(key)}: {key}: {text}", flush=True)
 
 

@@ -12,6 +12,7 @@ from launcher import start
 from launcher.commands.parser import parser_of
 from launcher.errors import EXIT_FAILED, EXIT_OK, UsageError
 from launcher.plan.request import Request
+from launcher.system import phases
 
 if TYPE_CHECKING:
     import argparse
@@ -60,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
         (found,) = start.admit([draft], [])
         start.record(draft, found)
         batching = _batching(draft, num_nodes=asked.recipe.launch.max_nodes)
-        measured = _measure(draft, batching, bounds, args.steps, threads)
+        with phases.before_answer():
+            measured = _measure(draft, batching, bounds, args.steps, threads)
     if len(measured.rates) < FEWEST:
         lowest = measured.rates[0] if measured.rates else bounds[0] if bounds else "the lowest rate"
         print(f"the loss rises, or is NaN or infinite, almost from the beginning ({lowest:g}): give a lower --start")

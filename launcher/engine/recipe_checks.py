@@ -30,7 +30,7 @@ from launcher.engine.network.fitting import (
     is_for_others,
     torchvision_weights,
 )
-from launcher.engine.optimizing import muon
+from launcher.engine.optimizing import groups, muon
 from launcher.engine.user import checks as user_checks
 from launcher.engine.user import model as user_model
 from launcher.engine.user import trial
@@ -233,7 +233,7 @@ def _patterns(recipe: Recipe, model: FineTunedModel) -> Iterator[tuple[str, str]
                 bad = True
                 yield key, str(error)
     if not bad:
-        yield from muon.problems(recipe, model)
+        yield from (*groups.problems(recipe, model), *muon.problems(recipe, model))
         every = {name for name, _ in model.module.named_parameters()}
         begun = phases.phases(recipe)
         idle = next((number for number, one in enumerate(begun) if model.frozen_parameters(one.start) == every), None)

@@ -9,7 +9,7 @@ from launcher.errors import Problem, UsageError, did_you_mean
 from launcher.images import columns, datasets
 from launcher.images import listing as listings
 from launcher.images.listing import Listing
-from launcher.recipe import catalog, phases, run_weights, user_code
+from launcher.recipe import catalog, run_weights, user_code
 from launcher.recipe import images as recipe_images
 from launcher.recipe import metrics as recipe_metrics
 
@@ -46,34 +46,6 @@ def find_problems(recipe: Recipe, source: Source, refused: Collection[str] = ())
         for keys, text in findings
         if not any(f"{key}.".startswith(f"{r}.") or r.startswith(f"{key}.") for key in keys for r in refused)
     ]
-
-
-def find_notes(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """What of a recipe a training as short as it asks for does not come to; keys, and words. It is no mistake.
-
-    So any recipe can be tried with ``train.epochs=1``.
-    """
-    epochs, warmup = recipe.train.epochs, recipe.optim.warmup_epochs
-    if warmup > epochs:
-        reached = f"{epochs / warmup:.0%} of theirs"
-        text = f"{warmup:g} epochs are more than train.epochs ({epochs}): the rates end at {reached}"
-        yield "optim.warmup_epochs", text
-    yield from _phases_cut_off(recipe)
-    if recipe.train.swa is not None and recipe.train.swa >= epochs:
-        yield "train.swa", f"its mean of the weights never begins: train.epochs is {epochs}"
-    for late in sorted(epoch for epoch in recipe.model.unfreeze if epoch >= epochs):
-        yield "model.unfreeze", f"epoch {late} never comes: train.epochs is {epochs}, counted from 0"
-
-
-def _phases_cut_off(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Phases that training ends in, or before."""
-    begun = phases.phases(recipe)
-    for number, one in enumerate(recipe.train.phases):
-        key, epochs = f"train.phases.{number}", recipe.train.epochs
-        if number >= len(begun):
-            yield key, f"it never begins: train.epochs is {epochs}"
-        elif one.epochs and one.epochs > begun[number].course[1]:
-            yield key, f"{begun[number].course[1]} of its {one.epochs} epochs come: train.epochs is {epochs}"
 
 
 def _phases(recipe: Recipe) -> Iterator[Finding]:

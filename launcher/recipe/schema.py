@@ -62,7 +62,8 @@ class OptimConfig:
     """Weight decay of every parameter that learns; of sgd, adam and rmsprop as a part of the gradient (L2), else
     decoupled from it (Loshchilov & Hutter 2019)."""
     decay_norms: bool = True
-    """Whether weight decay is also of what has one dimension: normalisations, biases, layer scales, a class token."""
+    """Whether weight decay is also of normalisations, biases (Swin's tables of them, too), layer scales, a class token
+    and position embeddings."""
     schedule: Schedule = "cosine"
     """After warm-up, counted in optimizer steps. cosine: down by a half cosine; linear: by a line; polynomial: by a
     power of it; step: by step_factor at step_epochs; cosine_restarts: by cycles half cosines (SGDR); constant.

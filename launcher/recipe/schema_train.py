@@ -74,7 +74,7 @@ class ListenerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseOptimConfig:
-    """What of optim is another in a phase; null: as optim says."""
+    """What of optim is another in a phase; null: as optim says. The optimizer itself stays, as does what it knows."""
 
     __pydantic_config__ = STRICT
 
@@ -84,10 +84,22 @@ class PhaseOptimConfig:
     """Of sgd, rmsprop and muon."""
     weight_decay: NonNegative | None = None
     """Weight decay of every parameter that learns."""
+    decay_norms: bool | None = None
+    """Whether weight decay is also of normalisations and biases."""
     schedule: Schedule | None = None
     """How the rates go over the phase."""
     end_factor: Fraction | None = None
     """Fraction of the peak rates that the phase ends at."""
+    step_epochs: Positive | Annotated[list[Positive], Field(min_length=1)] | Auto | None = None
+    """With schedule: step: after how many epochs the rates drop, or at which, from the phase's beginning."""
+    step_factor: Annotated[float, Field(gt=0, le=1)] | None = None
+    """What the rates are multiplied by at each drop."""
+    power: Positive | None = None
+    """With schedule: polynomial."""
+    cycles: Count | None = None
+    """With schedule: cosine_restarts: how many half cosines the phase has."""
+    cycle_growth: Annotated[float, Field(ge=1)] | None = None
+    """How many times as long as the one before each of them is."""
     warmup_epochs: NonNegative | None = None
     """Epochs, from the phase's beginning, over which the rate rises."""
     groups: dict[str, NonNegative] | None = None

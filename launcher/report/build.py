@@ -92,7 +92,7 @@ def build_report(run: RunDir) -> Json:
             "best": best,
             **_measured(table, best_val, train, val, groups),
             "groups": groups,
-            "intervals": intervals.of_validation(best_val, table),
+            "intervals": details.drawn_intervals(run, best) | intervals.of_validation(best_val, table),
             "test": test_set.of_run(metrics, best, table, recipe),
             "noise": _noise(events, best),
             "classes": list(best_val.get("per_class") or manifest.get("classes", [])),

@@ -75,6 +75,11 @@ def validation(run: RunDir, best: Json | None, missing: list[str]) -> Json | Non
     return found if found and best and found.get("step") == best["step"] else None
 
 
+def drawn_intervals(run: RunDir, best: Json | None) -> Json:
+    """95 % intervals of what does not follow from metrics.jsonl; what is damaged is told elsewhere."""
+    return dict((validation(run, best, []) or {}).get("intervals") or {})
+
+
 def class_rows(validated: Json | None, per_class: Json | None) -> list[Json]:
     """Each class with its images and figures, in the order of the model's outputs."""
     known = validated["classes"] if validated else {}

@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 from launcher.errors import RecipeError
 from launcher.recipe import checks as recipe_checks
 from launcher.recipe import load as recipes
+from launcher.recipe import notes
 from launcher.recipe.source import Source
 
 
@@ -72,6 +73,13 @@ def test_early_stopping_on_a_metric_that_does_not_exist(metric, hint, problems):
         ("optim", {"warmup_epochs": 1}, None),
         ("optim", {"warmup_epochs": 0}, None),
         ("optim", {"warmup_epochs": 4}, "4 epochs are more than train.epochs (1): the rates end at 25% of theirs"),
+        ("optim", {"power": 3.0}, "no effect with optim.schedule=cosine; it is read by polynomial"),
+        ("optim", {"step_epochs": [0.5], "schedule": "step"}, None),
+        (
+            "optim",
+            {"step_epochs": [0.5, 30], "schedule": "step"},
+            "no drop at 30, which is not less than train.epochs (1)",
+        ),
         ("model", {"freeze": ["layer1"], "unfreeze": {0: "layer1"}}, None),
         (
             "model",
@@ -85,7 +93,7 @@ def test_any_recipe_can_be_tried_for_one_epoch_and_says_what_it_does_not_come_to
     sections = {section: values} | {"train": {"epochs": 1, **(values if section == "train" else {})}}
     assert problems(**sections) == []
     recipe = recipes.from_dict(sections)
-    assert [text for _, text in recipe_checks.find_notes(recipe)] == ([note] if note else [])
+    assert [text for _, text in notes.find_notes(recipe)] == ([note] if note else [])
 
 
 @pytest.mark.parametrize(

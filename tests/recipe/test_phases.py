@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from launcher.errors import RecipeError
-from launcher.recipe import checks, phases
 from launcher.recipe import load as recipes
+from launcher.recipe import notes, phases
 
 HEAD_FIRST = """\
 data: {{path: {images}}}
@@ -77,9 +77,22 @@ def test_freeze_and_unfreeze_are_short_for_phases_with_one_course(load):
 def test_any_of_them_can_be_tried_for_an_epoch_and_what_never_comes_is_told(load):
     recipe = load(HEAD_FIRST, "train.epochs=1")
     assert [(one.start, one.course) for one in phases.phases(recipe)] == [(0, (0, 1))]
-    assert dict(checks.find_notes(recipe)) == {
+    assert dict(notes.find_notes(recipe)) == {
         "train.phases.0": "1 of its 2 epochs come: train.epochs is 1",
         "train.phases.1": "it never begins: train.epochs is 1",
+    }
+
+
+def test_all_of_a_schedule_may_be_a_phases_own_and_what_it_does_not_come_to_is_told(load):
+    own = "schedule: step, step_epochs: [1, 9], step_factor: 0.5, decay_norms: false, warmup_epochs: 4"
+    text = HEAD_FIRST.replace("{{lr: 0.01}}", f"{{{{{own}}}}}")
+    first, second = phases.phases(load(text, "optim.cycles=5", "train.phases.1.optim.schedule=cosine_restarts"))
+    assert (first.optim.step_epochs, first.optim.step_factor, first.optim.decay_norms) == ([1, 9], 0.5, False)
+    assert (second.optim.decay_norms, second.optim.cycles) == (True, 5)
+    assert dict(notes.find_notes(load(text))) == {
+        "train.phases.0.optim.warmup_epochs": "4 epochs are more than the 2 of train.phases.0: "
+        "the rates end at 50% of theirs",
+        "train.phases.0.optim.step_epochs": "no drop at 9, which is not less than the 2 of train.phases.0",
     }
 
 

@@ -166,9 +166,15 @@ def test_images_that_are_gone_have_their_path_and_no_picture(small, tmp_path):
 
 def test_what_another_checkpoint_was_answered_is_not_shown(small, tmp_path):
     run = RunDir(shutil.copytree(small.path, tmp_path / "run"))
-    run.validation.write_text(json.dumps(json.loads(run.validation.read_text()) | {"step": 4}))
+    found = json.loads(run.validation.read_text()) | {"intervals": {"auroc": [0.71, 0.93]}}
+    run.validation.write_text(json.dumps(found))
     build.write_report(run)
-    assert json.loads(run.report_json.read_text())["calibration"] is None
+    assert json.loads(run.report_json.read_text())["intervals"]["auroc"] == [0.71, 0.93]
+    run.validation.write_text(json.dumps(found | {"step": 4}))
+    build.write_report(run)
+    of_other = json.loads(run.report_json.read_text())
+    assert of_other["calibration"] is None
+    assert "auroc" not in of_other["intervals"]
     run.validation.write_text('{"step": 8, "cla')
     build.write_report(run)
     assert "validation.json is cut short or damaged" in json.loads(run.report_json.read_text())["missing"]

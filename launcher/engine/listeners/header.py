@@ -12,6 +12,7 @@ import launcher
 from launcher.engine import optim
 from launcher.engine.device import cpu_name, num_cores
 from launcher.engine.loading import balance
+from launcher.engine.optimizing.groups import group_parameters
 from launcher.recipe import phases
 from launcher.system.words import plural
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from launcher.engine.setup import Parts
+
+MOST_RATES = 4
+"""More are not told one by one."""
 
 
 def lines(parts: Parts) -> Iterator[str]:
@@ -30,10 +34,8 @@ def lines(parts: Parts) -> Iterator[str]:
     size = parts.preprocessing.image_size
     yield f"{len(parts.val_set):,} validation images; the model sees {size} x {size} px"
     yield f"steps: {_steps(parts)}"
-    config, batching = phases.phase_at(recipe, 0).optim, parts.schedule.batching
-    rate = config.lr * optim.lr_scale(config, batching.global_batch_size)
-    device = parts.device.torch_device.type
-    yield f"learning: {config.name}, rate {rate:.3g}, {config.schedule} schedule; {parts.precision} on {device}"
+    config, device = phases.phase_at(recipe, 0).optim, parts.device.torch_device.type
+    yield f"learning: {config.name}, {_rates(parts)}, {config.schedule} schedule; {parts.precision} on {device}"
     stopping = recipe.train.early_stopping
     waits = (
         "" if stopping.patience is None else f"; stops {plural(stopping.patience, 'epoch')} after the last better one"
@@ -87,6 +89,20 @@ def _model(parts: Parts) -> str:
         learn += f" in the first of {len(every)} phases (epochs 1 to {every[1].start})"
     weights = f"weights {config.weights}" if config.weights else "random weights"
     return f"{config.factory or config.arch}, {weights}, {plural(total, 'parameter')}, {learn}"
+
+
+def _rates(parts: Parts) -> str:
+    """The peak rates of what learns at first: of a few groups each, of more the highest and the lowest."""
+    config, frozen = phases.phase_at(parts.recipe, 0).optim, parts.model.frozen_parameters(epoch=0)
+    scale = optim.lr_scale(config, parts.schedule.batching.global_batch_size)
+    peaks: dict[str, float] = {}
+    for group in group_parameters(parts.model, config):
+        if not frozen.issuperset(group["names"]):
+            peaks[group["name"]] = group["peak_lr"] * scale
+    told = [f"{peak:.3g} ({name})" for name, peak in sorted(peaks.items(), key=lambda each: -each[1])]
+    if len(set(peaks.values())) == 1:
+        return f"rate {next(iter(peaks.values())):.3g}"
+    return f"rates {', '.join(told) if len(told) <= MOST_RATES else f'{told[0]} to {told[-1]}'}"
 
 
 def _steps(parts: Parts) -> str:

@@ -10,16 +10,20 @@ from launcher.engine.layers import HEAD
 from launcher.engine.optimizing import muon
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from launcher.engine.model import FineTunedModel
-    from launcher.recipe.schema import OptimConfig
+    from launcher.recipe.schema import OptimConfig, Recipe
 
 REST = "rest"
 """Name of the group of what no pattern matches."""
 PLAIN_STACK = 3
 """A stack of more layers without parts, as VGG's convolutions, is as many layers; one of fewer is one (a convolution
 with its normalisation)."""
+
+NOT_DECAYED = ("bias", "pos_emb", "position_emb")
+"""Of names of parameters that have several dimensions and are no weights."""
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def group_parameters(model: FineTunedModel, config: OptimConfig) -> list[dict[str, Any]]:
@@ -66,11 +70,31 @@ def deal_names(model: FineTunedModel, patterns: Iterable[str]) -> list[tuple[str
     return [(pattern, names) for pattern, names in [*dealt, (REST, left)] if names]
 
 
+def problems(recipe: Recipe, model: FineTunedModel) -> Iterator[tuple[str, str]]:
+    """Groups of a recipe, whose patterns are right, for which those before them leave nothing: the keys, and words."""
+    every = {"optim.groups": recipe.optim.groups}
+    every |= {f"train.phases.{n}.optim.groups": one.optim.groups or {} for n, one in enumerate(recipe.train.phases)}
+    for key, groups in every.items():
+        dealt = {pattern for pattern, _ in deal_names(model, groups)}
+        for place, pattern in enumerate(groups):
+            if pattern not in dealt:
+                before = ", ".join([*groups][:place])
+                text = f"matches nothing that {before} before it does not, and the first pattern that matches counts"
+                yield f"{key}.{pattern}", f"{text}; name {pattern} first"
+
+
 def is_norm_or_bias(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is of one dimension: of a normalisation, a bias, a layer scale, a class token."""
-    if parameter.ndim <= 1:
+    """Whether a parameter is of a normalisation, a bias or an embedding of positions.
+
+    That is what has one dimension (layer scales and a class token, too) and, by name, Swin's tables of biases and
+    position embeddings: what timm and torchvision's own trainings leave out.
+    """
+    own = name.rpartition(".")[2]
+    if parameter.ndim <= 1 or own.endswith("bias"):
         return True
-    return not name.endswith("weight") and sum(size > 1 for size in parameter.shape) <= 1
+    if own.endswith("weight"):
+        return False
+    return sum(size > 1 for size in parameter.shape) <= 1 or any(word in own for word in NOT_DECAYED)
 
 
 def heights(model: FineTunedModel) -> dict[str, int]:
@@ -114,9 +138,25 @@ def _units(module: nn.Module, prefix: str, half: float) -> Iterator[list[str]]:
 
 
 def _is_opened(module: nn.Module, half: float) -> bool:
-    """Whether a module is several layers: a list of blocks, a long stack, or most of the model."""
-    parts = [child for child in module.children() if any(True for _ in child.parameters())]
-    has_blocks = any(any(True for _ in part.children()) for part in parts)
-    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) and (has_blocks or len(parts) > PLAIN_STACK):
+    """Whether a module is several layers: a list of blocks, a long stack, a stage of like blocks, most of the model."""
+    parts = _parts(module)
+    has_blocks = any(_parts(part) for part in parts)
+    if isinstance(module, CONTAINERS) and (has_blocks or len(parts) > PLAIN_STACK):
+        return True
+    if any(_are_blocks(each) for each in (parts, *(_parts(part) for part in parts if isinstance(part, CONTAINERS)))):
         return True
     return bool(parts) and sum(parameter.numel() for parameter in module.parameters()) > half
+
+
+def _are_blocks(modules: Sequence[nn.Module]) -> bool:
+    """Whether modules are the blocks of a stage: two or more of one class, whose parts have parts.
+
+    The parts of a block, as the convolutions with their normalisations of an Inception block, have none.
+    """
+    alike = len(modules) > 1 and len({type(one) for one in modules}) == 1 and not isinstance(modules[0], CONTAINERS)
+    return alike and all(any(_parts(part) for part in _parts(one)) for one in modules)
+
+
+def _parts(module: nn.Module) -> list[nn.Module]:
+    """Its children that have parameters."""
+    return [child for child in module.children() if any(True for _ in child.parameters())]

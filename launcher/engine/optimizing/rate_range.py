@@ -12,6 +12,7 @@ import math
 import statistics
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from launcher.engine.setup import build_parts
 from launcher.engine.state import TrainingState
 from launcher.engine.train_step import TrainStep
 from launcher.recipe import phases
+from launcher.system import phases as phases_told
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -45,6 +47,12 @@ TOO_HIGH = 3.0
 """Stop where the loss is so many times what it was at its best."""
 SMOOTHING = 0.03
 """Width of the bell curve that losses are smoothed by, as a fraction of all steps."""
+
+NOISE = 5.0
+"""A fall is one if it is more than so many standard deviations of the smoothed loss: chance makes such a one in fewer
+than one of ten curves that do not fall at all."""
+NORMAL_MEDIAN = 0.6745
+"""Of the size of what has a standard deviation of 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,19 +114,21 @@ def _sweep(parts: Parts, bounds: tuple[float, float], num_steps: int | None) -> 
     began, rate = time.monotonic(), low
     rates: list[float] = []
     found: list[float] = []
-    while rate <= high * (1 + 1e-9):
-        loss = losses.send(rate)
-        if not math.isfinite(loss):
-            break
-        rates.append(rate)
-        found.append(loss)
-        if smoothed(found)[-1] > TOO_HIGH * min(smoothed(found)):
-            break
-        left = (num_steps or MOST_STEPS) - len(rates)
-        if num_steps is None:
-            each = (time.monotonic() - began) / len(rates)
-            left = min(left, max(FEWEST_STEPS - len(rates), int(SECONDS / each) - len(rates)))
-        rate = rate * (high / rate) ** (1 / left) if left > 0 else math.inf
+    with phases_told.during("trying rates, step") as show:
+        while rate <= high * (1 + 1e-9):
+            loss = losses.send(rate)
+            if not math.isfinite(loss):
+                break
+            rates.append(rate)
+            found.append(loss)
+            if smoothed(found)[-1] > TOO_HIGH * min(smoothed(found)):
+                break
+            left = (num_steps or MOST_STEPS) - len(rates)
+            if num_steps is None:
+                each = (time.monotonic() - began) / len(rates)
+                left = min(left, max(FEWEST_STEPS - len(rates), int(SECONDS / each) - len(rates)))
+            show(len(rates), len(rates) + max(0, left))
+            rate = rate * (high / rate) ** (1 / left) if left > 0 else math.inf
     losses.close()
     return rates, found
 
@@ -145,27 +155,45 @@ def _losses(parts: Parts) -> Generator[float, float, None]:
 
 def smoothed(losses: Sequence[float]) -> list[float]:
     """Each loss with its neighbours, by a bell curve: unlike a moving average it does not lag behind."""
-    width = max(1.0, SMOOTHING * len(losses))
-    found = []
+    width, found = _width(len(losses)), []
     for place in range(len(losses)):
         weights = [math.exp(-(((place - other) / width) ** 2) / 2) for other in range(len(losses))]
         found.append(sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights))
     return found
 
 
+def noise_of_smoothed(losses: Sequence[float]) -> float:
+    """Standard deviation of a smoothed loss by chance: from the median step from a loss to the next.
+
+    The median does not care for where the loss falls, nor for where it leaps up at the end.
+    """
+    steps = [abs(other - one) for one, other in pairwise(losses)]
+    of_each = statistics.median(steps) / NORMAL_MEDIAN / math.sqrt(2)
+    return of_each / math.sqrt(2 * math.sqrt(math.pi) * _width(len(losses)))  # as many are averaged
+
+
+def _width(num: int) -> float:
+    return max(1.0, SMOOTHING * num)
+
+
 def steepest(rates: Sequence[float], losses: Sequence[float], smooth: Sequence[float]) -> int | None:
-    """Where the smoothed loss falls fastest before it is lowest; None: it does not fall by more than it varies."""
+    """Where the smoothed loss falls fastest, from where it falls by more than it varies to where it is lowest.
+
+    None: it does not fall by more than it varies.
+    """
     lowest = min(range(len(smooth)), key=smooth.__getitem__, default=0)
     if lowest < 2:  # noqa: PLR2004  a slope needs a point on either side
         return None
-    noise = statistics.pstdev(loss - other for loss, other in zip(losses[:lowest], smooth, strict=False))
-    if max(smooth[:lowest]) - smooth[lowest] <= noise:
+    noise, top = noise_of_smoothed(losses), max(smooth[:lowest])
+    if top - smooth[lowest] <= NOISE * noise:
         return None
+    # Before it begins to fall for good, only chance goes up and down.
+    begin = max(place for place in range(lowest) if top - smooth[place] <= NOISE / 2 * noise)
 
     def slope(place: int) -> float:
         return (smooth[place + 1] - smooth[place - 1]) / math.log(rates[place + 1] / rates[place - 1])
 
-    return min(range(1, lowest), key=slope)
+    return min(range(max(1, begin), lowest), key=slope)
 
 
 def round_to(rate: float, digits: int = 2) -> float:

@@ -8,6 +8,7 @@ import torch
 
 from launcher.engine.distributed import count_over_ranks, gather_rows
 from launcher.engine.schedule import validation_batches
+from launcher.engine.validating import redraw
 from launcher.engine.validating.several import NUM_IMAGES
 from launcher.engine.validating.totals import MAX_DETAILED_CLASSES
 
@@ -42,9 +43,12 @@ class BestValidation:
             best: as status.json has it.
             answers: of the weights that it is the value of.
         """
-        if answers is not None and answers.several:
-            self._take_several(best, answers, answers.several)
-        if answers is None or not answers.num_classes or answers.confidences is None:
+        if answers is None:
+            return
+        intervals = redraw.intervals(answers.scores)
+        if answers.several:
+            self._take_several(best, answers, answers.several, intervals)
+        if not answers.num_classes or answers.confidences is None:
             return
         num, pairs = answers.num_classes, answers.pairs
         right = pairs // num == pairs % num
@@ -63,6 +67,7 @@ class BestValidation:
         self._recorder.best_validation(
             {
                 **_head(best, int(counts.sum())),
+                "intervals": intervals,
                 "classes": self._classes(*columns),
                 "precision_recall": self._curves(answers.curves),
                 "roc": self._curves(answers.roc),
@@ -73,7 +78,9 @@ class BestValidation:
             }
         )
 
-    def _take_several(self, best: dict[str, Any], answers: Answers, several: SeveralAnswers) -> None:
+    def _take_several(
+        self, best: dict[str, Any], answers: Answers, several: SeveralAnswers, intervals: dict[str, list[float]]
+    ) -> None:
         """The same of any number of classes an image: nothing is taken for something else."""
         wrong, right = several.surest.gather(self._indices())
         if self._recorder is None:
@@ -81,6 +88,7 @@ class BestValidation:
         self._recorder.best_validation(
             {
                 **_head(best, answers.samples),
+                "intervals": intervals,
                 "classes": self._classes(*several.counts),
                 "precision_recall": self._curves(answers.curves),
                 "roc": self._curves(answers.roc),

@@ -12,6 +12,7 @@ from launcher.engine.losses import sigmoids
 from launcher.engine.metrics import hits_of
 from launcher.engine.validating.noise import Answers
 from launcher.engine.validating.ranking import Calibration, Ranking, error_of, in_images, mean_of
+from launcher.engine.validating.redraw import scores_of
 from launcher.engine.validating.several import Picked, SeveralAnswers, Surest
 from launcher.engine.validating.totals import MAX_DETAILED_CLASSES, ClassTotals, per_class, values_of
 
@@ -95,7 +96,8 @@ class MultiLabelTotals:
         none = torch.empty(0, dtype=torch.int64)
         of_rank = Answers(share=share, samples=samples, num_classes=0, pairs=none, losses=losses)
         curves, roc = self._ranking.curves, self._ranking.roc
-        return replace(of_rank, calibration=in_images(bins), curves=curves, roc=roc, several=several)
+        scores = scores_of(self._ranking, threshold=self._threshold)
+        return replace(of_rank, calibration=in_images(bins), curves=curves, roc=roc, several=several, scores=scores)
 
     def compute(self) -> dict[str, Any]:
         """``samples`` of all ranks, the value of every metric, and up to 100 classes ``per_class``."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from launcher.engine.distributed import count_over_ranks, sum_over_ranks
+from launcher.engine.validating import redraw
 from launcher.recipe.metrics import METRICS
 from launcher.report.intervals import MOST_IMAGES, Z_95, noise_of_gain
 
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from launcher.engine.listeners.recorder import Recorder
+    from launcher.engine.validating.redraw import Scores
     from launcher.engine.validating.several import SeveralAnswers
+    from launcher.recipe.metrics import Metric
 
 MOST_CLASSES = 1_000
 """Of more the draws of a bootstrap take seconds: nothing is said."""
@@ -47,6 +50,8 @@ class Answers:
     """Likewise the recall at even false positive rates."""
     several: SeveralAnswers | None = None
     """Where an image has any number of classes."""
+    scores: Scores | None = None
+    """The probabilities; None: there are too many to keep."""
 
 
 class Noise:
@@ -91,12 +96,20 @@ class Noise:
 def _noise(name: str, before: Answers, now: Answers) -> float | None:
     """The largest gain that is noise; None: it is not known. Every rank must call it."""
     if name == "loss":
-        if before.losses is None or now.losses is None:
-            return None
-        return _of_differences(now.losses - before.losses)
-    num, metric = now.num_classes, METRICS.get(name)
-    if metric is None or not metric.of_answers or not num:  # with several classes an image: only losses are kept
+        lost = None if before.losses is None or now.losses is None else now.losses - before.losses
+        return None if lost is None else _of_differences(lost)
+    metric = METRICS.get(name)
+    if metric is None:  # of the user's own
         return None
+    if metric.of_answers and now.num_classes:
+        return _of_answers(metric, name, before, now)
+    both = before.scores and now.scores and (before.scores.gather(), now.scores.gather())
+    return redraw.noise_of_gain(name, *both) if both else None
+
+
+def _of_answers(metric: Metric, name: str, before: Answers, now: Answers) -> float | None:
+    """Of a metric that follows from the one answer to each image."""
+    num = now.num_classes
     true, old, new = now.pairs // num, before.pairs % num, now.pairs % num
     if name == "top1":
         return _of_differences((new == true).double() - (old == true).double())

@@ -74,16 +74,26 @@ class Ranking:
         counts = sum_over_ranks(self._binned).cpu().flip(1).cumsum(1)
         return f"{BINS} bins", *self._areas(counts[:, :, 1].T, counts[:, :, 0].T)
 
+    def kept(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """This rank's probabilities and which classes are true (bool), N x C each; None: they are in bins.
+
+        To be asked after :meth:`compute`, by which all ranks know.
+        """
+        if self._binned is not None:
+            return None
+        none = torch.empty(0, self._num_classes, device=self._device)
+        probabilities = torch.cat([none, *(each for each, _ in self._kept)])
+        return probabilities, torch.cat([none.bool(), *(self._as_sets(each) for _, each in self._kept)])
+
     def _areas(self, right: torch.Tensor, wrong: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self.curves, self.roc = _curves(right, wrong), _roc(right, wrong)
-        return _areas(right, wrong)
+        return areas(right, wrong)
 
     def _at_each_score(self) -> tuple[torch.Tensor, torch.Tensor]:
         """From the likeliest image of each class on, how many are of it, and how many are not: int64 N x C each."""
-        none = torch.empty(0, self._num_classes, device=self._device)
-        probabilities = gather_rows(torch.cat([none, *(each for each, _ in self._kept)])).cpu()
-        sets = [self._as_sets(each) for _, each in self._kept]
-        targets = gather_rows(torch.cat([none, *sets]).to(torch.uint8)).cpu()
+        kept = self.kept()
+        assert kept  # noqa: S101  there are few enough
+        probabilities, targets = gather_rows(kept[0]).cpu(), gather_rows(kept[1].to(torch.uint8)).cpu()
         ordered, order = probabilities.sort(dim=0, descending=True)
         of_class = targets.gather(0, order).long()
         ends = torch.ones_like(ordered, dtype=torch.bool)
@@ -110,7 +120,7 @@ class Ranking:
         return targets[:, None] == torch.arange(self._num_classes, device=targets.device)
 
 
-def _areas(right: torch.Tensor, wrong: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def areas(right: torch.Tensor, wrong: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """AUROC and average precision of each class, float64 C; NaN where there are no images of it, or no others.
 
     Args:
@@ -129,7 +139,7 @@ def _curves(right: torch.Tensor, wrong: torch.Tensor) -> torch.Tensor:
     """Of each class the highest precision that has at least each of CURVE_POINTS recalls; NaN without images of it.
 
     Args:
-        right: as :func:`_areas` takes it.
+        right: as :func:`areas` takes it.
         wrong: the same.
     """
     right, wrong = right.double().T.contiguous(), wrong.double().T
@@ -145,7 +155,7 @@ def _roc(right: torch.Tensor, wrong: torch.Tensor) -> torch.Tensor:
     """Of each class the recall at no more than each of CURVE_POINTS false positive rates; NaN of one kind of images.
 
     Args:
-        right: as :func:`_areas` takes it.
+        right: as :func:`areas` takes it.
         wrong: the same.
     """
     right, wrong = right.double().T, wrong.double().T.contiguous()
@@ -169,8 +179,7 @@ class Calibration:
 
     def add(self, confidences: torch.Tensor, hits: torch.Tensor) -> None:
         """Count probabilities of answers, and which of these are right."""
-        bounds = torch.linspace(0, 1, CALIBRATION_BINS + 1, device=confidences.device)[1:-1]
-        places = torch.bucketize(confidences, bounds, right=True)
+        places = calibration_bin(confidences)
         units = (confidences.double().nan_to_num() * UNIT).round().long()
         self._sums.index_add_(0, places, torch.stack([torch.ones_like(units), units, hits.long()], dim=1))
 
@@ -182,6 +191,12 @@ class Calibration:
     def compute(self) -> float:
         """Over all ranks; every rank must call it. NaN of no images."""
         return error_of(self.bins())
+
+
+def calibration_bin(confidences: torch.Tensor) -> torch.Tensor:
+    """Which of CALIBRATION_BINS bins each confidence is in, from 0."""
+    bounds = torch.linspace(0, 1, CALIBRATION_BINS + 1, device=confidences.device)[1:-1]
+    return torch.bucketize(confidences, bounds, right=True)
 
 
 def in_images(bins: list[list[int]]) -> list[list[float]]:

@@ -11,6 +11,7 @@ from launcher.engine.distributed import any_rank, count_over_ranks, sum_over_ran
 from launcher.engine.metrics import hits_of
 from launcher.engine.validating.noise import Answers
 from launcher.engine.validating.ranking import Calibration, Ranking, error_of, in_images, mean_of
+from launcher.engine.validating.redraw import scores_of
 from launcher.recipe.metrics import METRICS, Counts
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class ValidationTotals:
             calibration=in_images(self._bins),
             curves=self._ranking.curves,
             roc=self._ranking.roc,
+            scores=scores_of(self._ranking),
         )
 
     def compute(self) -> dict[str, Any]:

@@ -50,6 +50,19 @@ def test_the_rate_is_the_one_at_this_global_batch(lines):
 
 
 @pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"optim": {"lr": 0.5, "groups": {"head": 0.01, "*": 0.001}}}, "sgd, rates 0.01 (head), 0.001 (*), constant"),
+        ({"optim": {"groups": {"head": 0.02, "*": 0.02}}}, "sgd, rate 0.02, constant"),
+        ({"optim": {"lr": 0.1, "layer_decay": 0.5}}, "sgd, rates 0.1 (rest-0) to 1.22e-05 (rest-13), constant"),
+        ({"optim": {"groups": {"head": 0.02}}, "model": {"freeze": ["backbone"]}}, "sgd, rate 0.02, constant"),
+    ],
+)
+def test_rates_are_those_of_what_learns(lines, changes, said):
+    assert said in lines(**changes)
+
+
+@pytest.mark.parametrize(
     ("patience", "said"), [(3, "; stops 3 epochs after the last better one"), (None, "best by val/f1")]
 )
 def test_it_says_what_is_best_and_when_training_stops(lines, patience, said):

@@ -33,12 +33,48 @@ def model_of(arch):
         ("convnext_tiny", {"classifier.0.weight": 0, "features.7.2.layer_scale": 1, "features.0.1.bias": 22}),
         ("vgg11_bn", {"classifier.6.weight": 0, "classifier.3.bias": 1, "features.26.bias": 3, "features.1.bias": 10}),
         ("efficientnet_b0", {"classifier.1.weight": 0, "features.8.0.weight": 1, "features.0.0.weight": 18}),
+        (
+            "maxvit_t",
+            {
+                "classifier.5.weight": 0,
+                "blocks.3.layers.1.layers.MBconv.layers.conv_a.0.weight": 2,
+                "blocks.2.layers.4.layers.grid_attention.mlp_layer.1.bias": 4,
+                "blocks.0.layers.0.layers.MBconv.layers.conv_a.0.weight": 12,
+                "stem.0.0.weight": 14,
+            },
+        ),
+        ("inception_v3", {"fc.bias": 0, "Mixed_7c.branch1x1.conv.weight": 1, "Conv2d_1a_3x3.bn.bias": 17}),
     ],
 )
 def test_a_block_is_a_layer_and_the_head_has_none_below_it(arch, expected):
     found = heights(model_of(arch))
     assert {name: found[name] for name in expected} == expected
     assert sorted(set(found.values())) == list(range(max(found.values()) + 1))
+
+
+def test_the_blocks_of_a_stage_are_layers_whichever_way_it_holds_them():
+    """As timm's: ConvNeXt's stages have a downsampling and a list of blocks, RegNet's the blocks themselves."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.mlp = nn.LayerNorm(4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down, self.blocks = nn.Linear(4, 4), nn.Sequential(Block(), Block())
+
+    class Direct(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.b1, self.b2 = Block(), Block()
+
+    stages = nn.Sequential(*(stage for _ in range(3) for stage in (Listed(), Direct())))
+    net = nn.Sequential(stages, nn.Linear(4, 3))
+    found = heights(FineTunedModel(net, ModelConfig(factory="a.py:b"), ["1"], []))
+    assert max(found.values()) == 15
+    assert (found["0.0.down.bias"], found["0.0.blocks.0.norm.bias"], found["0.1.b2.mlp.0.weight"]) == (15, 14, 11)
 
 
 def test_each_layer_learns_slower_than_the_one_above_it():
@@ -53,7 +89,7 @@ def test_each_layer_learns_slower_than_the_one_above_it():
     assert len(rates) == len(list(model_of("resnet18").module.named_parameters()))
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "vit_b_16", "convnext_tiny"])
+@pytest.mark.parametrize("arch", ["resnet18", "vit_b_16", "convnext_tiny", "swin_t", "maxvit_t"])
 def test_norms_and_biases_decay_unless_the_recipe_says_no(arch):
     for decays in (True, False):
         groups = group_parameters(model_of(arch), OptimConfig(decay_norms=decays, weight_decay=0.1))
@@ -64,9 +100,10 @@ def test_norms_and_biases_decay_unless_the_recipe_says_no(arch):
         if decays:
             assert not bare
             continue
-        assert all(name.endswith("weight") or name == "encoder.pos_embedding" for name in rest)
+        assert all(name.endswith("weight") for name in rest)
         assert all(p.ndim > 1 for p in rest.values())
-        assert all(p.ndim <= 1 or name.endswith(("layer_scale", "class_token")) for name, p in bare.items())
+        others = ("layer_scale", "class_token", "encoder.pos_embedding", "relative_position_bias_table")
+        assert all(p.ndim <= 1 or name.endswith(others) for name, p in bare.items())
 
 
 def test_what_does_not_decay_is_not_moved_by_it(engine):

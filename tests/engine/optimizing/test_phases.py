@@ -132,6 +132,8 @@ def test_patterns_in_phases_are_checked_and_so_is_whether_anything_learns(images
 
     assert keys(named) == {"train.phases.0.freeze", "train.phases.0.optim.groups.hed"}
     assert keys([{"epochs": 1}, {"freeze": ["*"]}]) == {"train.phases.1.freeze"}
+    beyond = {"*": 0.1, "head": 0.2}  # of the head nothing is left
+    assert keys([{"epochs": 1}, {"optim": {"groups": beyond}}]) == {"train.phases.1.optim.groups.head"}
 
 
 def test_features_are_kept_in_the_first_phase_and_given_up_after_it(make_run, engine, one_rank):

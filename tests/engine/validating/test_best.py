@@ -57,6 +57,9 @@ def test_classes_calibration_and_images_agree_with_what_was_counted(found, world
     for rows in (kept["wrong"], kept["right"]):
         assert [row["confidence"] for row in rows] == sorted((row["confidence"] for row in rows), reverse=True)
     assert sum(row["count"] for row in kept["confusions"]) == line["samples"] - hits
+    assert set(kept["intervals"]) == {"auroc", "average_precision"}
+    for name, (low, high) in kept["intervals"].items():
+        assert low < line[name] < high
     roc = kept["roc"]["mean"]
     assert roc[-1] == 1.0  # of all images
     assert sum(map(sum, itertools.pairwise(roc))) / 2 / (len(roc) - 1) == pytest.approx(line["auroc"], abs=0.05)

@@ -7,9 +7,11 @@ import torch
 from torch.nn import functional
 
 from launcher.engine.losses import Loss
+from launcher.engine.validating import redraw
 from launcher.engine.validating.multi_label import MultiLabelTotals
 from launcher.engine.validating.noise import Answers, Noise
 from launcher.engine.validating.totals import ValidationTotals
+from launcher.recipe.metrics import METRICS
 
 CLASSES = 3
 
@@ -70,21 +72,26 @@ def test_losses_are_compared_image_by_image(one_rank, shift, is_noise):
 
 def test_nothing_is_said_where_nothing_is_known(one_rank):
     values = (0.8, 0.805)
-    assert not judged("auroc", answers(160), answers(161), values).events
+    assert not judged("auroc", answers(160), answers(161), values).events  # of more probabilities than are kept
+    assert not judged("of_mine", answers(160), answers(161), values).events
     assert not judged("loss", answers(160), answers(161), values).events  # of a loss that gives means
     assert not judged("top1", answers(160), answers(161, share="other"), values).events
 
 
-def test_ranks_say_what_one_says(in_ranks):
+@pytest.mark.parametrize("metric", ["f1", "auroc"])
+def test_ranks_say_what_one_says(in_ranks, metric):
     def work(ranks):
         recorder = Recorder()
         noise = Noise(recorder)
         start, end = {1: [(0, 200)], 3: [(0, 50), (50, 50), (50, 200)]}[ranks.world_size][ranks.rank]
         for number, right in enumerate((160, 161)):
-            whole = answers(right)
-            own = Answers(share=0, samples=200, num_classes=CLASSES, pairs=whole.pairs[start:end], losses=None)
-            former = best_of("f1", 0.8, 0) if number else None
-            noise.judge(former, best_of("f1", 0.8 + number / 200, number), own)
+            pairs, generator = answers(right).pairs, torch.Generator().manual_seed(0)
+            true = functional.one_hot(pairs // CLASSES, CLASSES).bool()
+            likely = torch.rand(200, CLASSES, generator=generator) + functional.one_hot(pairs % CLASSES, CLASSES)
+            scores = redraw.Scores(probabilities=likely[start:end], true=true[start:end])
+            one = Answers(share=0, samples=200, num_classes=3, pairs=pairs[start:end], losses=None, scores=scores)
+            former = best_of(metric, 0.8, 0) if number else None
+            noise.judge(former, best_of(metric, 0.8 + number / 1000, number), one)
         return recorder.events
 
     (one,), many = in_ranks(1, work), in_ranks(3, work)
@@ -107,3 +114,32 @@ def test_a_rank_without_images_agrees_that_a_loss_gives_means(in_ranks, several)
         return totals.answers(0, 3).losses
 
     assert in_ranks(2, work) == [None, None]
+
+
+def scored(right, *, several, num=200):
+    """Totals of as many images, of three classes in turn, of which ``right`` are answered surely and rightly."""
+    generator = torch.Generator().manual_seed(0)
+    true = torch.arange(num) % CLASSES
+    logits = torch.randn(num, CLASSES, generator=generator)
+    logits[:right] = 3 * torch.nn.functional.one_hot(true[:right], CLASSES) - 1.5 + 0.5 * logits[:right]
+    names, cpu = ["a", "b", "c"], torch.device("cpu")
+    function = functional.binary_cross_entropy_with_logits if several else functional.cross_entropy
+    loss = Loss("each", function, {})
+    totals = MultiLabelTotals(names, cpu, loss, threshold=0.4) if several else ValidationTotals(names, cpu, loss)
+    totals.add(logits, functional.one_hot(true, CLASSES).float() if several else true)
+    values = totals.compute()
+    return values, totals.answers(0, num)
+
+
+OF_SCORES = ["top5", "auroc", "average_precision", "ece"]
+OF_SEVERAL = [name for name in METRICS if name != "loss"]
+
+
+@pytest.mark.parametrize(("several", "metric"), [*((False, m) for m in OF_SCORES), *((True, m) for m in OF_SEVERAL)])
+def test_what_follows_from_probabilities_is_judged_too(one_rank, several, metric):
+    (values, former), more, most = (scored(right, several=several) for right in (160, 161, 199))
+    judgements = [judged(metric, former, now, (values[metric], new[metric])).events for new, now in (more, most)]
+    assert bool(judgements[0]) == (metric != "top5")  # of three classes all are among the five likeliest
+    assert not judgements[1] or metric == "ece"
+    drawn_once = redraw._value_of(metric)(former.scores.gather(), torch.ones(1, 200, dtype=torch.float64))
+    assert drawn_once.item() == pytest.approx(values[metric], abs=1e-9)
