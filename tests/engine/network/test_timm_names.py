@@ -24,6 +24,13 @@ PAIRS = {  # torchvision's name, timm's, image size
     "efficientnet_b0": ("efficientnet_b0", 64),
     "efficientnet_v2_s": ("efficientnetv2_s", 64),
     "swin_t": ("swin_tiny_patch4_window7_224", 224),
+    "densenet121": ("densenet121", 64),
+    "mobilenet_v2": ("mobilenetv2_100", 64),
+    "mobilenet_v3_small": ("mobilenetv3_small_100", 64),
+    "mnasnet0_5": ("mnasnet_050", 64),
+    "regnet_y_400mf": ("regnety_004", 64),
+    "vgg11_bn": ("vgg11_bn", 64),
+    "inception_v3": ("inception_v3", 299),
 }
 
 
@@ -165,3 +172,13 @@ def test_buffers_that_a_model_on_the_meta_device_makes_are_no_bad_weights(tmp_pa
     found["norm.weight"][3] = float("nan")
     with pytest.raises(UsageError, match=r"NaN or infinite values in norm\.weight"):
         check_finite(found, config)
+
+
+def test_a_variant_with_other_positions_is_told_and_no_error_of_ours(vit, tmp_path):
+    state = dict(as_timm(vit.state_dict()))
+    state["pos_embed"] = state["pos_embed"][:, 1:]  # as of DeiT III, whose class token has none
+    torch.save(state, tmp_path / "w.pth")
+    other = models.vit_b_32(weights=None, num_classes=7, image_size=96)
+    config = ModelConfig(arch="vit_b_32", weights=str(tmp_path / "w.pth"))
+    with pytest.raises(UsageError, match=r"1 of another shape: encoder\.pos_embedding \(1x4x768, needs 1x10x768\)"):
+        load_weights(other, config, image_size=96)
