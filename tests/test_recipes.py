@@ -25,10 +25,10 @@ pytestmark = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 @pytest.fixture
 def lists(images, tmp_path):
     """The same images in a list, and in one in which an image has several classes."""
-    rows = [(path, path.parts[-3], path.parent.name) for path in sorted(images.rglob("*.png"))]
-    (tmp_path / "one.csv").write_text("path,label\n" + "".join(f"{path},{name}\n" for path, _, name in rows))
-    several = [f"{path},{name};{CLASSES[0]},{split}\n" for path, split, name in rows]
-    (tmp_path / "several.csv").write_text("path,label,split\n" + "".join(several))
+    rows = [(path, path.parent.name) for path in sorted(images.rglob("*.png"))]
+    (tmp_path / "one.csv").write_text("path,label\n" + "".join(f"{path},{name}\n" for path, name in rows))
+    several = [f"{path},{';'.join({name, CLASSES[0]})}\n" for path, name in rows]
+    (tmp_path / "several.csv").write_text("path,label\n" + "".join(several))
     return {"from_csv": tmp_path / "one.csv", "multi_label": tmp_path / "several.csv"}
 
 
