@@ -24,7 +24,7 @@ from launcher.recipe import load as recipes
 from launcher.recipe.images import listing_of, source_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from launcher.engine.loading.samples import Samples
     from launcher.recipe.schema import Recipe
@@ -105,8 +105,7 @@ class BestModel:
     def decoded(self, split: str, indices: Sequence[int] | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The same before they are normalised: mostly uint8."""
         dataset = self.dataset(split)
-        chosen = [(0, i) for i in (range(len(dataset)) if indices is None else indices)]
-        yield from _loaded(dataset, [chosen[i : i + BATCH_SIZE] for i in range(0, len(chosen), BATCH_SIZE)])
+        yield from loaded(dataset, in_batches(range(len(dataset)) if indices is None else indices))
 
     def augmented(self, num: int) -> Iterator[torch.Tensor]:
         """So many batches of training images, normalised, as they would be seen in the epochs after the run's last."""
@@ -121,6 +120,16 @@ class BestModel:
         positions = ((epoch, index) for epoch, order in orders for index in order)
         for images, _ in _loaded(dataset, [list(itertools.islice(positions, BATCH_SIZE)) for _ in range(num)]):
             yield self.preprocessing.normalize(images)
+
+
+def in_batches(indices: Sequence[int]) -> list[list[int]]:
+    """Of at most BATCH_SIZE."""
+    return [list(indices[at : at + BATCH_SIZE]) for at in range(0, len(indices), BATCH_SIZE)]
+
+
+def loaded(dataset: Samples, batches: Iterable[Sequence[int]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """These batches of indices, decoded."""
+    yield from _loaded(dataset, [[(0, index) for index in batch] for batch in batches])
 
 
 def _loaded(dataset: Samples, parts: list[list[tuple[int, int]]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

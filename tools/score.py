@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from launcher.engine.device import Device
 from launcher.engine.distributed import Ranks, init_process_group
 from launcher.engine.losses import build_loss
 from launcher.engine.validating.build import build_totals, build_user_metrics
@@ -18,6 +17,7 @@ from launcher.images.listing import Listing
 from launcher.recipe.images import source_of
 from launcher.system import phases
 from launcher.tools import calibrate, evaluate, trained_model
+from launcher.tools.as_validated import AsValidated
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,11 +25,9 @@ if TYPE_CHECKING:
     from launcher.runs.run_dir import RunDir
     from launcher.tools.evaluate import BestModel
 
-CPU = Device(type="cpu")
-
 
 def score(run: RunDir, *, folder: Path | None = None, split: str = "val", mirrored: bool = False) -> dict[str, Any]:
-    """What validation writes into metrics.jsonl, of the best checkpoint, on the CPU in float32.
+    """What validation writes into metrics.jsonl, of the best checkpoint, computed as the run's validation was.
 
     Args:
         run: the run directory.
@@ -38,8 +36,9 @@ def score(run: RunDir, *, folder: Path | None = None, split: str = "val", mirror
         mirrored: test-time augmentation: the logits of each image are the mean of its own and its mirror image's.
 
     Returns:
-        ``samples``, the value of each metric, ``per_class`` and ``confusion``; ``images``: what was measured on; where
-        the exports were calibrated, ``temperature`` and ``ece_calibrated``, beside ``ece`` without it.
+        ``samples``, the value of each metric, ``per_class`` and ``confusion``; ``images``: what was measured on;
+        ``computed_in``: precision of the forward pass; ``differs``: what was computed in another way than in the run,
+        or None; where the exports were calibrated, ``temperature`` and ``ece_calibrated``, beside ``ece`` without it.
 
     Raises:
         UsageError: there are no such images, or of classes that the model does not know.
@@ -50,28 +49,31 @@ def score(run: RunDir, *, folder: Path | None = None, split: str = "val", mirror
         best, split = _on(best, folder), "val"
     elif missing := best.missing(split):
         raise UsageError(f"{missing}; labelled images elsewhere: launch evaluate {run} --data FOLDER")
-    loss = build_loss(best.recipe.train, num_classes=len(best.classes), device=CPU.torch_device)
-    init_process_group(CPU, Ranks())  # counts are added up over ranks, of which there is one
+    model = AsValidated.of(run, best)
+    to = model.device.torch_device
+    loss = build_loss(best.recipe.train, num_classes=len(best.classes), device=to)
+    init_process_group(model.device, Ranks())  # counts are added up over ranks, of which there is one
     try:
-        own = build_user_metrics(best.recipe, len(best.classes), CPU.torch_device)
-        totals = build_totals(best.recipe, best.classes, CPU.torch_device, loss, own)
+        own = build_user_metrics(best.recipe, len(best.classes), to)
+        totals = build_totals(best.recipe, best.classes, to, loss, own)
         answers: list[tuple[torch.Tensor, torch.Tensor]] = []
         with torch.inference_mode(), phases.during("measuring images") as seen:
             num, total = 0, len(best.dataset(split))
-            for images, labels in best.batches(split):
+            for images, labels in model.batches(split):
                 num += len(labels)
                 seen(num, total)
-                logits = best.module(images)
+                logits = model.logits(images)
                 if mirrored:
-                    logits = (logits + best.module(images.flip(-1))) / 2
+                    logits = (logits + model.logits(images.flip(-1))) / 2
                 totals.add(logits, labels)
-                answers.append((logits, labels))
+                answers.append((logits.cpu(), labels.cpu()))
         found = totals.compute()
     finally:
         dist.destroy_process_group()
     data = best.recipe.data
     where = str(folder) if folder else data.dataset or f"{data.path or data.name}/{split}"
-    return {"images": where, **found, **_calibrated(run, best, answers)}
+    how = {"computed_in": model.numerics.precision, "differs": model.differs or None}
+    return {"images": where, **how, **found, **_calibrated(run, best, answers)}
 
 
 def _calibrated(run: RunDir, best: BestModel, answers: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:

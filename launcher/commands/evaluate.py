@@ -53,7 +53,11 @@ def _show(run: RunDir, found: dict[str, Any], table: dict[str, Metric]) -> None:
 
     console = Console()
     samples, num_classes = found["samples"], len(found.get("per_class") or ())
-    console.print(f"{run}: {samples} images of {found['images']}", highlight=False)
+    console.print(f"{run}: {samples} images of {found['images']}, computed in {found['computed_in']}", highlight=False)
+    if found["differs"]:
+        console.print(
+            f"  {found['differs']}: the run's own figures may differ by rounding", highlight=False, soft_wrap=True
+        )
     shown = {name: metric for name, metric in table.items() if found.get(name) is not None}
     width, known = max(24, *(len(metric.title) for metric in shown.values())), intervals.of_validation(found, table)
     for name, metric in shown.items():

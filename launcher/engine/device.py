@@ -48,6 +48,8 @@ OUT_OF_MEMORY = (
 )
 """Regular expressions: what libraries say where memory has run out, each in an error of another kind. Some say it of
 other faults too: smaller batches are tried then, and where a single image meets the fault it is raised as it is."""
+BEST_FIRST: tuple[Precision, ...] = ("bf16", "fp16", "fp32")
+"""What `precision: auto` takes, where the device computes in it."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -186,9 +188,13 @@ class Device:
         """What ``precision: auto`` means here; anything else is returned as it is."""
         if wanted != "auto":
             return wanted  # type: ignore[return-value]  # the recipe's schema allows no other
-        if self.is_cuda:
-            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        return "bf16" if cpu_has_bf16_units() else "fp32"
+        return next(one for one in BEST_FIRST if self.computes(one))
+
+    def computes(self, precision: Precision) -> bool:
+        """Whether it has units for it; what is emulated is slower by orders of magnitude."""
+        if precision == "bf16":
+            return torch.cuda.is_bf16_supported(including_emulation=False) if self.is_cuda else cpu_has_bf16_units()
+        return precision == "fp32" or self.is_cuda
 
     def autocast(self, precision: Precision) -> AbstractContextManager[None]:
         """Run the forward pass in ``precision``."""

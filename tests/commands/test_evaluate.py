@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from launcher import cli
+from launcher.engine import device
 from launcher.runs.run_dir import RunDir
 from tests.nets import FACTORY
 
 SETTINGS = [
     *(FACTORY, "data.image_size=32", "batch.size=5", "train.epochs=2", "launch.device=cpu", "post.enabled=false"),
-    "precision=fp32",  # as evaluate computes; auto takes bf16 on some CPUs
+    "precision=bf16",  # on any CPU, if slowly
 ]
 
 
@@ -48,12 +49,21 @@ def test_the_best_checkpoint_is_measured_on_its_own_images_and_on_others(
         code = cli.main(["evaluate", "run", *map(str, arguments)])
         return code, capsys.readouterr()
 
+    monkeypatch.setattr(device, "cpu_has_bf16_units", lambda: False)
     code, shown = evaluate("--json")
     found = json.loads(shown.out)
     assert code == 0
-    for name in ("samples", "top1", "top5", "f1", "auroc", "accuracy", "per_class", "confusion"):
+    for name in ("samples", "top1", "top5", "f1", "auroc", "ece", "accuracy", "per_class", "confusion"):
         assert found[name] == own[name], name
-    assert found["loss"] == pytest.approx(own["loss"], rel=1e-5)  # of batches of another size
+    assert found["loss"] == pytest.approx(own["loss"], rel=1e-12)  # one sum instead of one of each rank's
+    assert (found["computed_in"], found["differs"]) == ("bf16", None)
+
+    run.plan.write_text(run.plan.read_text().replace('"device": "cpu"', '"device": "cuda"'))
+    found = json.loads(evaluate("--json")[1].out)
+    not_alike = "in fp32 instead of bf16, on the CPU instead of a GPU"
+    assert (found["computed_in"], found["differs"]) == ("fp32", not_alike)
+    assert found["loss"] == pytest.approx(own["loss"], rel=0.01)
+    assert found["loss"] != pytest.approx(own["loss"], rel=1e-5)
 
     mirrored = json.loads(evaluate("--tta", "--json")[1].out)
     assert mirrored["samples"] == own["samples"]
@@ -62,6 +72,7 @@ def test_the_best_checkpoint_is_measured_on_its_own_images_and_on_others(
 
     code, shown = evaluate()
     assert "6 images of" in shown.out
+    assert f"{not_alike}: the run's own figures may differ by rounding" in shown.out
     assert re.search(rf"top-1 +{own['top1']:.4f}  \(95 % interval", shown.out)
     assert "top-5" not in shown.out  # three classes
 

@@ -40,11 +40,12 @@ class Killer:
 
 @pytest.fixture
 def launch(tmp_path, photos, where):
-    """Run `launch …` with some workers; return the finished process."""
+    """Run `launch …` with some workers (None: a command that takes none); return the finished process."""
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(photos=photos))
 
     def call(*arguments, num=1):
         number = ("--gpus", str(num)) if where.type == "cuda" else ("--procs", str(num), "launch.device=cpu")
+        number = () if num is None else number
         done = subprocess.run(
             [sys.executable, "-m", "launcher", *arguments, *number],
             cwd=tmp_path,
@@ -92,3 +93,15 @@ def test_a_run_is_exported_and_its_export_measured(launch, tmp_path):
     launch("recipe.yaml", "post.enabled=true", "post.export=[onnx]", "post.quantize=[]", "--run-dir", str(run.path))
     (row,) = [one for one in json.loads(run.export_manifest.read_text())["exports"] if one["file"] == "model.onnx"]
     assert row["agreement"] >= 0.99
+
+
+def test_evaluate_gives_the_numbers_of_the_runs_own_validation(launch, tmp_path, where):
+    run = RunDir(tmp_path / "run")
+    launch("recipe.yaml", "--run-dir", str(run.path), num=where.num)
+    best = run.read_status()["best"]
+    lines = map(json.loads, run.metrics.read_text().splitlines())
+    (own,) = [line for line in lines if line["split"] == "val" and line["step"] == best["step"]]
+    found = json.loads(launch("evaluate", str(run.path), "--json", num=None).stdout)
+    assert found["differs"] is None
+    assert [found[name] for name in ("top1", "f1", "auroc")] == [own[name] for name in ("top1", "f1", "auroc")]
+    assert found["loss"] == pytest.approx(own["loss"], rel=1e-6)

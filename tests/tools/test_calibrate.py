@@ -39,6 +39,7 @@ def test_logits_that_are_too_sure_or_too_unsure_are_mended(temperature, independ
 def test_exports_and_predictions_have_the_temperature(launch, recipe_file, images, capsys):
     recipe = recipe_file(f"data: {{path: {images}}}\npost: {{calibrate: temperature, quantize: []}}\n")
     settings = [FACTORY, "data.image_size=32", "batch.size=5", "launch.device=cpu", "train.epochs=1"]
+    settings.append("precision=fp32")  # in which exports are made
     done = launch(str(recipe), *settings, "--run-dir", "run")
     assert done.returncode == 0, done.stderr + done.stdout
     run = RunDir(launch.cwd / "run")

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from launcher.engine import distributed
-from launcher.engine.device import is_out_of_memory
 from launcher.engine.schedule import split_by_shares
 from launcher.engine.validating.build import build_totals, build_user_metrics
 from launcher.engine.validating.examples import Examples
+from launcher.engine.validating.forward import logits_of
 from launcher.system import phases
 
 if TYPE_CHECKING:
@@ -119,19 +119,4 @@ class Validation:
             return
         images, labels = (torch.cat(parts) if len(held) > 1 else parts[0] for parts in zip(*held, strict=True))
         held.clear()
-        size = len(labels)
-        while (logits := self._logits(images, size)) is None:  # what failed is let go of by now
-            self._parts.device.release_memory()
-            size = (size + 1) // 2
-        totals.add(logits, labels)
-
-    def _logits(self, images: torch.Tensor, size: int) -> torch.Tensor | None:
-        """The model's, of ``size`` images at once; None where memory ran out for more than one."""
-        try:
-            with self._parts.autocast():
-                parts = [self._network(part) for part in torch.split(images, size)]
-            return torch.cat(parts) if len(parts) > 1 else parts[0]
-        except Exception as error:
-            if size == 1 or not is_out_of_memory(error):
-                raise
-            return None
+        totals.add(logits_of(self._network, images, self._parts.device, self._parts.precision), labels)
