@@ -235,7 +235,8 @@ def _load_onnx(file: Path, threads: int, *, many: bool) -> TrainedModel:
     try:
         session = onnx_model.open_session(file, threads=1 if many else threads, warn=_warn, spinning=False)
     except Exception as error:  # whatever ONNX Runtime raises of a foreign file
-        raise UsageError(f"{file}: cannot be opened as ONNX: {error}") from None
+        other = "predictions are made by an ONNX file, or by a run: give RUN/exports/model.onnx, or RUN"
+        raise UsageError(f"{file}: cannot be opened as ONNX: {error if file.suffix == ONNX else other}") from None
     said = session.get_modelmeta().custom_metadata_map
     if not {"classes", "preprocessing"} <= said.keys():
         raise UsageError(f"{file}: lacks the metadata of an export of `launch`: classes and preprocessing")

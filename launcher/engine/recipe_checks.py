@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import urllib.error
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,20 +20,14 @@ from launcher.engine.model import (
     build_preprocessing,
     head_of,
 )
-from launcher.engine.network import shape, sync_batchnorm
+from launcher.engine.network import shape, starting_weights, sync_batchnorm
 from launcher.engine.network.fitting import (
-    are_gone,
-    check_finite,
-    fit_weights,
     grey_problems,
-    is_for_others,
-    torchvision_weights,
 )
 from launcher.engine.optimizing import groups, muon
 from launcher.engine.user import checks as user_checks
 from launcher.engine.user import model as user_model
 from launcher.engine.user import trial
-from launcher.engine.weights_file import read_weights_file
 from launcher.errors import Problem, RecipeError, UsageError
 from launcher.images import datasets
 from launcher.images import folder as image_folder
@@ -44,11 +37,10 @@ from launcher.recipe.checks import find_image_problems
 from launcher.recipe.images import listing_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from torch import nn
 
-    from launcher.engine.weights_file import Weights
     from launcher.recipe.schema import Recipe
     from launcher.recipe.schema_model import ModelConfig
     from launcher.runs.run_dir import RunDir
@@ -157,7 +149,8 @@ def _find(recipe: Recipe, *, is_new: bool) -> Iterator[tuple[str, str]]:
     yield from _patterns(recipe, FineTunedModel(module, recipe.model, head, phases.phases(recipe)))
     if not refused:
         yield from _image_size(recipe, classes, size)
-    yield from _weights(recipe, module, size, is_new=is_new, head=head, classes=full_classes(recipe, names))
+    trained = full_classes(recipe, names)
+    yield from starting_weights.find_problems(recipe, module, size, is_new=is_new, head=head, classes=trained)
 
 
 def _batchnorm(recipe: Recipe, module: nn.Module) -> Iterator[tuple[str, str]]:
@@ -220,7 +213,8 @@ def _own_model(recipe: Recipe, names: list[str], *, is_new: bool) -> Iterator[tu
         yield "model.factory", str(error)
     yield from _patterns(recipe, FineTunedModel(module, config, head, phases.phases(recipe)))
     if config.weights_file is not None:
-        yield from _weights(recipe, module, size, is_new=is_new, head=head, classes=full_classes(recipe, names))
+        trained = full_classes(recipe, names)
+        yield from starting_weights.find_problems(recipe, module, size, is_new=is_new, head=head, classes=trained)
 
 
 def _patterns(recipe: Recipe, model: FineTunedModel) -> Iterator[tuple[str, str]]:
@@ -285,64 +279,3 @@ def _accepted_size(config: ModelConfig, classes: int, size: int) -> Path | None:
     except UsageError:
         return None
     return folder / f"{config.arch}-{start}-{classes}-classes-{size}-px-{versions}"
-
-
-def _weights(
-    recipe: Recipe, module: nn.Module, size: int, *, is_new: bool, head: Sequence[str], classes: Sequence[str]
-) -> Iterator[tuple[str, str]]:
-    config = recipe.model
-    if config.weights is None or (not is_new and are_gone(config)):
-        return
-    if config.weights_file is None:
-        yield from _download(recipe)
-        return
-    wanted = module.state_dict()
-    try:
-        found = read_weights_file(config.weights_file, wanted, device="meta")
-        taken = fit_weights(found.state, module, config, image_size=size, head=head, classes=classes)
-        values = read_weights_file(config.weights_file, wanted).state
-        check_finite({name: values[name] for name in taken}, config)
-    except UsageError as error:
-        yield "model.weights", str(error)
-    else:
-        if is_new:
-            _tell_of_weights(config, found, [name for name in wanted if name not in taken], classes)
-
-
-def _tell_of_weights(
-    config: ModelConfig,
-    found: Weights,
-    not_taken: Sequence[str],
-    classes: Sequence[str],
-) -> None:
-    """What is not taken as it is in the file; all that is would be no news."""
-    if found.also:
-        place = found.place or "the file itself"
-        print(f"{config.weights}: the weights are those in {place}; {', '.join(found.also)} would fit too", flush=True)
-    new = [name for name in not_taken if not name.endswith("num_batches_tracked")]
-    if new:
-        there = next((found.state[name].shape[0] for name in new if name in found.state), None)
-        why = "it has none" if there is None else f"its own is for {there} classes"
-        if there is not None and is_for_others(config, classes):
-            why = "its own is for other classes, or in another order"
-        print(
-            f"{config.weights}: a new head is put on for {len(classes)} classes ({', '.join(new)}): {why}", flush=True
-        )
-
-
-def _download(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    weights = torchvision_weights(recipe.model)
-    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
-    if file.is_file():
-        return
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        prefix = file.stem.rpartition("-")[2]
-        print(f"downloading {weights.url} to {file}", flush=True)
-        torch.hub.download_url_to_file(weights.url, str(file), hash_prefix=prefix, progress=False)
-    except (urllib.error.URLError, OSError, RuntimeError) as error:
-        advice = (
-            f"put {weights.url} at {file} (TORCH_HOME moves that folder), name a local file, or null for random ones"
-        )
-        found = f"the weights {recipe.model.weights} are not in torch's cache and cannot be downloaded ({error})"
-        yield "model.weights", f"{found}: {advice}"

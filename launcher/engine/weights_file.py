@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 import zipfile
 from collections import Counter
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from launcher.engine.network.timm_names import to_torchvision
+from launcher.engine.network.timm_names import family_of, to_torchvision
 from launcher.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     State = dict[str, torch.Tensor]
+    Places = dict[tuple[str, ...], State]
 
 PLACES = (
     *("state_dict", "model", "model_state_dict", "model_state", "net", "network", "module", "weights", "params"),
@@ -52,6 +54,10 @@ class Weights:
     """Where in the file they were, as in ``model_ema.module``; empty: they are all of it."""
     also: tuple[str, ...]
     """Other places whose tensors fit just as well."""
+    is_timms: bool
+    """Whether they had timm's names."""
+    differs: str
+    """What timm's models may compute in another way with them; empty: nothing."""
 
 
 def read_weights_file(path: Path, wanted: Mapping[str, torch.Tensor], *, device: str = "cpu") -> Weights:
@@ -69,16 +75,36 @@ def read_weights_file(path: Path, wanted: Mapping[str, torch.Tensor], *, device:
     Raises:
         UsageError: it cannot be read, or holds no state dict.
     """
+    return fit(read_states(path, device=device), wanted)
+
+
+def read_states(path: Path, *, device: str = "cpu") -> Places:
+    """All that a file has of named tensors, by the keys that lead there.
+
+    Raises:
+        UsageError: it cannot be read, or holds no state dict.
+    """
     found = _read_safetensors(path, device) if _is_safetensors(path) else _load(path, device)
     states = dict(_states(found, ()))
     if not states:
         raise UsageError(f"{path}: holds no state dict (a mapping of names to tensors); {SAVE}")
+    return states
+
+
+def fit(states: Places, wanted: Mapping[str, torch.Tensor]) -> Weights:
+    """What of :func:`read_states` fits a model best."""
     fitted = {place: _without_prefix(to_torchvision(state, wanted), wanted) for place, state in states.items()}
     num_fitting = {place: _num_fitting(state, wanted) for place, state in fitted.items()}
     most = max(num_fitting.values())
     first, *others = sorted((place for place, num in num_fitting.items() if num == most), key=_likelihood)
-    also = others if most else []
-    return Weights(state=fitted[first], place=".".join(first), also=tuple(map(".".join, also)))
+    also, family = others if most else [], family_of(states[first], wanted)
+    return Weights(
+        state=fitted[first],
+        place=".".join(first),
+        also=tuple(map(".".join, also)),
+        is_timms=family is not None,
+        differs=family[0].differs if family else "",
+    )
 
 
 def present_name(key: str) -> str:
@@ -170,7 +196,8 @@ def _load(path: Path, device: str) -> Any:
         script = f"torch.save(torch.jit.load({path.name!r}).state_dict(), 'weights.pth')"
         raise _unreadable(path, f"it is TorchScript, a program; take the weights out of it: {script}")
     try:
-        with torch.serialization.safe_globals(_harmless()), contextlib.ExitStack() as stack:
+        with torch.serialization.safe_globals(_harmless()), contextlib.ExitStack() as stack, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle protocol that others write
             # torch 2.14 goes by the name where it ends in .safetensors, but not for an open file.
             is_misnamed = path.suffix == ".safetensors"
             source = stack.enter_context(path.open("rb")) if is_misnamed else path

@@ -70,8 +70,8 @@ def find(source: Source) -> Layout:
         layout.parts = named | _there(train=train, val=val)
     elif val is not None:
         layout.problems.append(
-            f"{source.label}: {_name_of(val)} is there for validation: leave data.val_fraction out, or name what is "
-            "to be divided alone as data.path"
+            f"{source.label}: {_name_of(val)} is there for validation: leave data.val_fraction out (or write "
+            "data.val_fraction=null), or name what is to be divided alone as data.path"
         )
     else:
         layout.undivided = _without(test, train or _whole(source), layout)

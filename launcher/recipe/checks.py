@@ -225,7 +225,8 @@ def _data(recipe: Recipe) -> Iterator[Finding]:
         yield ("data.name",) if row.is_written else keys, problem
         return
     if not is_written and data.path is None:
-        yield keys, "missing: the folder that holds train/ and val/; give it here or as data.path=/my/photos"
+        what = "the folder that holds train/ and val/, or a list (.csv, .jsonl, .parquet)"
+        yield keys, f"missing: {what}; give it here or as data.path=/my/photos"
     elif not is_written:  # else when it is written: engine.recipe_checks
         yield from find_image_problems(recipe)
 

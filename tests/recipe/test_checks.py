@@ -31,7 +31,9 @@ def test_a_recipe_of_defaults_needs_data_and_nothing_else(problems):
     assert problems() == []
     ((key, message),) = problems(data={})
     assert key == "data.path"
-    assert message.startswith("missing: the folder that holds train/ and val/; give it here or as data.path=")
+    assert message.startswith(
+        "missing: the folder that holds train/ and val/, or a list (.csv, .jsonl, .parquet); give"
+    )
 
 
 # --- training

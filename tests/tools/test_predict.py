@@ -147,6 +147,14 @@ def test_with_a_core_for_each_batch_the_answers_are_the_same_and_in_order(model_
     assert [Path(one.name) for one in several] == names
 
 
+def test_an_export_in_another_format_is_told_what_predictions_are_made_by(tmp_path):
+    (file := tmp_path / "model.pt2").write_bytes(b"PK")
+    with pytest.raises(
+        UsageError, match=r"model\.pt2: cannot be opened as ONNX: predictions are made by an ONNX file, or"
+    ):
+        launcher.load(file)
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 COLOURS = 3
 AUXILIARY = ("googlenet", "inception_v3")
+AUXILIARY_CLASSIFIERS = ("AuxLogits.", "aux1.", "aux2.")
 
 
 def torchvision_weights(config: ModelConfig) -> Any:
@@ -87,7 +89,7 @@ def check_finite(state: dict[str, torch.Tensor], config: ModelConfig) -> None:
     names = non_finite_names({name: value for name, value in state.items() if not value.is_meta})
     if names:
         raise UsageError(
-            f"{config.weights}: NaN or infinite values in {_listed(names)}: the training that made it has diverged, or "
+            f"{config.weights}: NaN or infinite values in {listed(names)}: the training that made it has diverged, or "
             "the file is damaged; take an earlier one"
         )
 
@@ -124,6 +126,8 @@ def fit_weights(
     expected = module.state_dict()
     state = {present_name(k): v for k, v in state.items()}
     head = tuple(f"{name}." for name in (head_modules(config.arch) if head is None else head))
+    if not config.factory and config.arch in AUXILIARY:  # whose classifiers beside the head others leave out
+        head += tuple(name for name in AUXILIARY_CLASSIFIERS if not any(key.startswith(name) for key in state))
     if is_for_others(config, classes):
         state = {k: v for k, v in state.items() if not k.startswith(head)}
     state = _fit_first_convolution(state, module)
@@ -140,7 +144,7 @@ def fit_weights(
         if k in state and k not in fitting and not k.startswith(head)
     ]
     problems = [
-        f"{len(keys)} {what}: {_listed(keys)}"
+        f"{len(keys)} {what}: {listed(keys)}"
         for what, keys in (("keys missing", missing), ("keys unknown", foreign), ("of another shape", reshaped))
         if keys
     ]
@@ -204,16 +208,21 @@ def _first_convolution(module: nn.Module) -> tuple[str, nn.Conv2d | None]:
     return next(found, ("", None))
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first of many names."""
     return ", ".join([*names[:4], *(["…"] if len(names) > 4 else [])])  # noqa: PLR2004
 
 
 def _resize_positions(
     state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], image_size: int
 ) -> dict[str, torch.Tensor]:
-    """Interpolate a vision transformer's position embeddings to another image size, as torchvision does."""
+    """Interpolate a vision transformer's position embeddings to another image size, as torchvision does.
+
+    Those of a variant (without a class token, with one more) are left as they are, to be told as of another shape.
+    """
     name = "encoder.pos_embedding"
-    if state[name].shape == expected[name].shape:
+    places = state[name].shape[1] - 1 if state[name].dim() == expected[name].dim() else 0
+    if state[name].shape == expected[name].shape or not places or math.isqrt(places) ** 2 != places:
         return state
     patch = expected["conv_proj.weight"].shape[-1]
     if state[name].device.type == "meta":

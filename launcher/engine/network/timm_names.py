@@ -1,7 +1,7 @@
 """timm's names of weights, for architectures that torchvision has, as torchvision's; by rules, a few for each family.
 
-ResNet, ResNeXt and Wide ResNet have the same names in both. Nothing of timm is needed for it. Whether the result fits
-is told by its shapes, as with any other weights.
+ResNet, ResNeXt, Wide ResNet and DenseNet have the same names in both. Nothing of timm is needed for it. Whether the
+result fits is told by its shapes, as with any other weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     State = dict[str, torch.Tensor]
 Rules = tuple[tuple[str, str], ...]
@@ -36,6 +36,17 @@ class Family:
     """For a state dict of timm's."""
     change: Callable[[State], State] = lambda state: state
     """What is done to it before."""
+    differs: str = ""
+    """What torchvision's models of it compute in another way than some of timm's, which no weights show."""
+
+
+def family_of(state: State, wanted: Mapping[str, torch.Tensor]) -> tuple[Family, str] | None:
+    """The family of timm's weights that a model's are of too, with the prefix of all names; None: there is none."""
+    for family in FAMILIES:
+        prefix = next((key.removesuffix(family.timm) for key in state if key.endswith(family.timm)), None)
+        if family.torchvision in wanted and prefix is not None and f"{prefix}{family.torchvision}" not in state:
+            return family, prefix
+    return None
 
 
 def to_torchvision(state: State, wanted: Mapping[str, torch.Tensor]) -> State:
@@ -47,16 +58,15 @@ def to_torchvision(state: State, wanted: Mapping[str, torch.Tensor]) -> State:
         state: from a file.
         wanted: the model's own.
     """
-    for family in FAMILIES:
-        prefix = next((key.removesuffix(family.timm) for key in state if key.endswith(family.timm)), None)
-        if family.torchvision in wanted and prefix is not None and f"{prefix}{family.torchvision}" not in state:
-            own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-            own = family.change(own)
-            rules = [(re.compile(old), new) for old, new in family.rules(own)]
-            named = {_renamed(key, rules): value for key, value in own.items()}
-            made = {key: value for key, value in wanted.items() if key.endswith(MADE)}
-            return {**made, **{key: _shaped(value, wanted.get(key)) for key, value in named.items()}}
-    return state
+    found = family_of(state, wanted)
+    if found is None:
+        return state
+    family, prefix = found
+    own = family.change({key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})
+    rules = [(re.compile(old), new) for old, new in family.rules(own)]
+    named = {_renamed(key, rules): value for key, value in own.items()}
+    made = {key: value for key, value in wanted.items() if key.endswith(MADE)}
+    return {**made, **{key: _shaped(value, wanted.get(key)) for key, value in named.items()}}
 
 
 def _renamed(key: str, rules: list[tuple[re.Pattern[str], str]]) -> str:
@@ -64,9 +74,11 @@ def _renamed(key: str, rules: list[tuple[re.Pattern[str], str]]) -> str:
 
 
 def _shaped(value: torch.Tensor, wanted: torch.Tensor | None) -> torch.Tensor:
-    """Layer scales are C x 1 x 1 in torchvision."""
-    is_scale = wanted is not None and wanted.dim() == 3 and wanted.shape[1:] == (1, 1)  # noqa: PLR2004
-    return value.reshape(-1, 1, 1) if is_scale and value.dim() == 1 else value
+    """Layer scales are C x 1 x 1 in torchvision; some layers after the pooling are linear there, not convolutions."""
+    dims = (value.dim(), wanted.dim() if wanted is not None else None)
+    if dims == (1, 3) and wanted is not None and wanted.shape[1:] == (1, 1):
+        return value.reshape(-1, 1, 1)
+    return value.flatten(1) if dims == (4, 2) else value
 
 
 # --- the families
@@ -112,35 +124,125 @@ def _convnext(state: State) -> Rules:
     )
 
 
-def _efficientnet(state: State) -> Rules:
-    """A block is what it has: an expansion or none, squeeze and excitation or none."""
-    layers: dict[str, set[str]] = {}
-    for key in state:
-        if found := re.match(r"(blocks\.(\d+)\.\d+)\.(\w+)", key):
-            layers.setdefault(found[1], set()).add(found[3])
-    stages = len({block.split(".")[1] for block in layers})
-    rules: list[tuple[str, str]] = [(rf"conv_stem{END}", r"features.0.0.\1"), (rf"bn1{END}", r"features.0.1.\1")]
-    for block, names in layers.items():
-        _, stage, number = block.split(".")
-        own, there = rf"features.{int(stage) + 1}.{number}.block", re.escape(block)
-        order = [name for name in ("conv", "conv_exp", "conv_pw", "conv_dw", "se", "conv_pwl") if name in names]
-        if "conv_dw" in names and "conv_pwl" not in names:  # without an expansion the pointwise layer comes last
-            order = [name for name in ("conv_dw", "se", "conv_pw") if name in names]
-        place_of_norm = 0
-        for place, name in enumerate(order):
-            if name == "se":
-                rules += [
-                    (rf"{there}\.se\.conv_reduce{END}", rf"{own}.{place}.fc1.\1"),
-                    (rf"{there}\.se\.conv_expand{END}", rf"{own}.{place}.fc2.\1"),
-                ]
+@dataclass(frozen=True, kw_only=True)
+class _Block:
+    """An inverted residual of timm's, ``blocks.STAGE.NUMBER``."""
+
+    stage: int
+    number: int
+    before: int
+    """How many blocks of the network come before it."""
+    layers: tuple[str, ...]
+    """In the order of computation. ``se`` is squeeze and excitation; all others have a norm."""
+
+    def rules(self, named: Callable[[_Block, int], tuple[str, str]]) -> Iterator[tuple[str, str]]:
+        """Its rules.
+
+        Args:
+            named: what torchvision calls the layer in a place and its norm; of ``se`` the first is what fc1 is in.
+        """
+        here, num_norms = rf"blocks\.{self.stage}\.{self.number}", 0
+        for place, layer in enumerate(self.layers):
+            there, norm = named(self, place)
+            if layer == "se":
+                yield rf"{here}\.se\.conv_reduce{END}", rf"{there}.fc1.\1"
+                yield rf"{here}\.se\.conv_expand{END}", rf"{there}.fc2.\1"
                 continue
-            place_of_norm += 1
-            rules += [
-                (rf"{there}\.{name}{END}", rf"{own}.{place}.0.\1"),
-                (rf"{there}\.bn{place_of_norm}{END}", rf"{own}.{place}.1.\1"),
-            ]
-    last = [(rf"conv_head{END}", rf"features.{stages + 1}.0.\1"), (rf"bn2{END}", rf"features.{stages + 1}.1.\1")]
-    return (*rules, *last, (rf"classifier{END}", r"classifier.1.\1"))
+            num_norms += 1
+            yield rf"{here}\.{layer}{END}", rf"{there}.\1"
+            yield rf"{here}\.bn{num_norms}{END}", rf"{norm}.\1"
+
+
+def _blocks(state: State) -> list[_Block]:
+    """A block is what it has: an expansion or none, squeeze and excitation or none."""
+    layers: dict[tuple[int, int], set[str]] = {}
+    for key in state:
+        if found := re.match(r"blocks\.(\d+)\.(\d+)\.(\w+)", key):
+            layers.setdefault((int(found[1]), int(found[2])), set()).add(found[3])
+    blocks = []
+    for before, ((stage, number), names) in enumerate(sorted(layers.items())):
+        order: tuple[str, ...] = ("conv", "conv_exp", "conv_pw", "conv_dw", "se", "conv_pwl")
+        if "conv_dw" in names and "conv_pwl" not in names:  # without an expansion the pointwise layer comes last
+            order = ("conv_dw", "se", "conv_pw")
+        there = tuple(name for name in order if name in names)
+        blocks.append(_Block(stage=stage, number=number, before=before, layers=there))
+    return blocks
+
+
+def _around(blocks: list[_Block], named: Callable[[_Block, int], tuple[str, str]], **names: str) -> Rules:
+    """Rules of a network of such blocks; ``names``: of timm's layers around them."""
+    rules = [(rf"{timm}{END}", rf"{ours}.\1") for timm, ours in names.items()]
+    return (*rules, *(rule for block in blocks for rule in block.rules(named)))
+
+
+def _efficientnet(state: State) -> Rules:
+    def named(block: _Block, place: int) -> tuple[str, str]:
+        there = f"features.{block.stage + 1}.{block.number}.block.{place}"
+        return (there, "") if block.layers[place] == "se" else (f"{there}.0", f"{there}.1")
+
+    blocks = _blocks(state)
+    last = f"features.{max(block.stage for block in blocks) + 2}"
+    ends = {"conv_stem": "features.0.0", "bn1": "features.0.1", "conv_head": f"{last}.0", "bn2": f"{last}.1"}
+    return _around(blocks, named, **ends, classifier="classifier.1")
+
+
+def _mobilenet_v3(state: State) -> Rules:
+    """Its last block is a plain convolution; what follows the pooling is a convolution in timm."""
+
+    def named(block: _Block, place: int) -> tuple[str, str]:
+        there = f"features.{block.before + 1}"
+        there = there if block.layers == ("conv",) else f"{there}.block.{place}"
+        return (there, "") if block.layers[place] == "se" else (f"{there}.0", f"{there}.1")
+
+    ends = {"conv_stem": "features.0.0", "bn1": "features.0.1", "conv_head": "classifier.0"}
+    return _around(_blocks(state), named, **ends, classifier="classifier.3")
+
+
+def _mobilenet_v2(state: State) -> Rules:
+    def named(block: _Block, place: int) -> tuple[str, str]:
+        there = f"features.{block.before + 1}.conv"
+        is_last = place == len(block.layers) - 1
+        return (f"{there}.{place}", f"{there}.{place + 1}") if is_last else (f"{there}.{place}.0", f"{there}.{place}.1")
+
+    blocks = _blocks(state)
+    last = f"features.{len(blocks) + 1}"
+    ends = {"conv_stem": "features.0.0", "bn1": "features.0.1", "conv_head": f"{last}.0", "bn2": f"{last}.1"}
+    return _around(blocks, named, **ends, classifier="classifier.1")
+
+
+def _mnasnet(state: State) -> Rules:
+    """Layers, norms and activations are counted through; the first block is a part of the stem."""
+
+    def named(block: _Block, place: int) -> tuple[str, str]:
+        there = f"layers.{7 + block.stage}.{block.number}.layers" if block.stage else "layers"
+        first = 3 * place + (0 if block.stage else 3)
+        return f"{there}.{first}", f"{there}.{first + 1}"
+
+    ends = {"conv_stem": "layers.0", "bn1": "layers.1", "conv_head": "layers.14", "bn2": "layers.15"}
+    return _around(_blocks(state), named, **ends, classifier="classifier.1")
+
+
+def _regnet(state: State) -> Rules:
+    """Timm counts stages and blocks from 1."""
+    rules = [(rf"stem\.conv{END}", r"stem.0.\1"), (rf"stem\.bn{END}", r"stem.1.\1"), (rf"head\.fc{END}", r"fc.\1")]
+    parts = {"conv1": "f.a", "conv2": "f.b", "conv3": "f.c", "downsample": "proj"}
+    blocks = {found.groups() for key in state if (found := re.match(r"s(\d)\.b(\d+)\.", key))}
+    for stage, number in sorted(blocks):
+        here, there = rf"s{stage}\.b{number}", f"trunk_output.block{stage}.block{stage}-{int(number) - 1}"
+        for timm, ours in parts.items():
+            rules.append((rf"{here}\.{timm}\.conv{END}", rf"{there}.{ours}.0.\1"))
+            rules.append((rf"{here}\.{timm}\.bn{END}", rf"{there}.{ours}.1.\1"))
+        rules.append((rf"{here}\.se\.fc([12]){END}", rf"{there}.f.se.fc\1.\2"))
+    return tuple(rules)
+
+
+def _vgg(_: State) -> Rules:
+    """Its hidden layers are convolutions in timm."""
+    return (
+        (rf"pre_logits\.fc1{END}", r"classifier.0.\1"),
+        (rf"pre_logits\.fc2{END}", r"classifier.3.\1"),
+        (rf"head\.fc{END}", r"classifier.6.\1"),
+    )
 
 
 def _swin(state: State) -> Rules:
@@ -174,10 +276,23 @@ def _change_swin(state: State) -> State:
     return found
 
 
+MAPPED = "ResNet, DenseNet, ConvNeXt, ViT, Swin, EfficientNet, MobileNetV2 and V3, MNASNet, RegNet and VGG"
+"""Families whose names are the same in both, or which there are rules for."""
+OF_GOOGLE = "those called tf_… pad in another way, and others have another epsilon in their BatchNorm"
 FAMILIES = (
     Family(timm="blocks.0.attn.qkv.weight", torchvision="encoder.pos_embedding", rules=_vit),
     Family(timm="stages.0.blocks.0.conv_dw.weight", torchvision="features.1.0.layer_scale", rules=_convnext),
-    Family(timm="conv_stem.weight", torchvision="features.1.0.block.0.0.weight", rules=_efficientnet),
+    *(
+        Family(timm="conv_stem.weight", torchvision=name, rules=rules, differs=OF_GOOGLE)
+        for name, rules in (
+            ("features.1.0.block.0.0.weight", _efficientnet),
+            ("features.1.block.0.0.weight", _mobilenet_v3),
+            ("features.1.conv.0.0.weight", _mobilenet_v2),
+            ("layers.8.0.layers.0.weight", _mnasnet),
+        )
+    ),
+    Family(timm="s1.b1.conv1.conv.weight", torchvision="trunk_output.block1.block1-0.f.a.0.weight", rules=_regnet),
+    Family(timm="pre_logits.fc1.weight", torchvision="classifier.6.weight", rules=_vgg),
     Family(
         timm="layers.0.blocks.0.attn.qkv.weight",
         torchvision="features.1.0.attn.qkv.weight",

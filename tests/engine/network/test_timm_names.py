@@ -24,6 +24,13 @@ PAIRS = {  # torchvision's name, timm's, image size
     "efficientnet_b0": ("efficientnet_b0", 64),
     "efficientnet_v2_s": ("efficientnetv2_s", 64),
     "swin_t": ("swin_tiny_patch4_window7_224", 224),
+    "densenet121": ("densenet121", 64),
+    "mobilenet_v2": ("mobilenetv2_100", 64),
+    "mobilenet_v3_small": ("mobilenetv3_small_100", 64),
+    "mnasnet0_5": ("mnasnet_050", 64),
+    "regnet_y_400mf": ("regnety_004", 64),
+    "vgg11_bn": ("vgg11_bn", 64),
+    "inception_v3": ("inception_v3", 299),
 }
 
 
@@ -165,3 +172,55 @@ def test_buffers_that_a_model_on_the_meta_device_makes_are_no_bad_weights(tmp_pa
     found["norm.weight"][3] = float("nan")
     with pytest.raises(UsageError, match=r"NaN or infinite values in norm\.weight"):
         check_finite(found, config)
+
+
+def test_a_variant_with_other_positions_is_told_and_no_error_of_ours(vit, tmp_path):
+    state = dict(as_timm(vit.state_dict()))
+    state["pos_embed"] = state["pos_embed"][:, 1:]  # as of DeiT III, whose class token has none
+    torch.save(state, tmp_path / "w.pth")
+    other = models.vit_b_32(weights=None, num_classes=7, image_size=96)
+    config = ModelConfig(arch="vit_b_32", weights=str(tmp_path / "w.pth"))
+    with pytest.raises(UsageError, match=r"1 of another shape: encoder\.pos_embedding \(1x4x768, needs 1x10x768\)"):
+        load_weights(other, config, image_size=96)
+
+
+def as_timms_mobile(net, depths):
+    """The state of a MobileNet as timm writes it, by torchvision's modules in their order.
+
+    Args:
+        net: torchvision's.
+        depths: how many blocks each of timm's stages has.
+    """
+    blocks = [(stage, number) for stage, depth in enumerate(depths) for number in range(depth)]
+    stem, *features = net.features.children()
+    last = features.pop() if len(features) > len(blocks) else None
+    named = [("conv_stem", stem[0]), ("bn1", stem[1])]
+    for (stage, number), block in zip(blocks, features, strict=True):
+        parts = [part for part in block.modules() if isinstance(part, torch.nn.Conv2d | torch.nn.BatchNorm2d)]
+        found, norms = {part: name for name, part in block.named_modules()}, 0
+        layers = [part for part in parts if isinstance(part, torch.nn.Conv2d) and ".fc" not in found[part]]
+        few = {1: ["conv"], 2: ["conv_dw", "conv_pw"], 3: ["conv_pw", "conv_dw", "conv_pwl"]}[len(layers)]
+        names = dict(zip(layers, few, strict=True))
+        for part in parts:
+            norms += isinstance(part, torch.nn.BatchNorm2d)
+            squeeze = {"fc1": "se.conv_reduce", "fc2": "se.conv_expand"}.get(found[part].rpartition(".")[2])
+            named.append((f"blocks.{stage}.{number}.{squeeze or names.get(part) or f'bn{norms}'}", part))
+    named += [("conv_head", last[0]), ("bn2", last[1])] if last else [("conv_head", net.classifier[0])]
+    named.append(("classifier", net.classifier[-1]))
+    state = {f"{name}.{key}": value for name, part in named for key, value in part.state_dict().items()}
+    if not last:
+        state["conv_head.weight"] = state["conv_head.weight"][:, :, None, None]
+    return state
+
+
+@pytest.mark.parametrize(
+    ("arch", "depths"), [("mobilenet_v2", (1, 2, 3, 4, 3, 3, 1)), ("mobilenet_v3_small", (1, 2, 3, 2, 3, 1))]
+)
+def test_every_weight_of_a_mobilenet_finds_its_place(arch, depths, tmp_path):
+    torch.manual_seed(0)
+    net = random_state(models.get_model(arch, weights=None, num_classes=7))
+    torch.save(as_timms_mobile(net, depths), tmp_path / "w.pth")
+    found = read_weights_file(tmp_path / "w.pth", build_meta(arch, 7).state_dict())
+    assert found.is_timms
+    assert found.state.keys() == net.state_dict().keys()
+    assert all(torch.equal(found.state[key], value) for key, value in net.state_dict().items())
