@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pathlib
 import shutil
 import sys
 
@@ -394,6 +395,13 @@ def one_folder(folder, *names):
             Image.new("RGB", (8, 8)).save(file)
 
 
+def annotated(folder):
+    """Images and their boxes."""
+    one_folder(folder, "images")
+    (folder / "labels").mkdir()
+    (folder / "labels/0.txt").write_text("0 0.5 0.5 1 1")
+
+
 def loose(*folders):
     """Images without a class."""
     for folder in folders:
@@ -410,7 +418,7 @@ def loose(*folders):
         (lambda p: (p / "photos.zip").write_bytes(b""), "unpack {p}/photos.zip"),
         (lambda p: (p / "labels.csv").write_text("path,label\n"), "launch RECIPE data.path={p}/labels.csv"),
         (lambda p: one_folder(p / "my photos", "cat", "dog"), "data.path='{p}/my photos' data.val_fraction=0.2"),
-        (lambda p: one_folder(p / "train", "images", "labels"), "write a list"),
+        (lambda p: annotated(p / "train"), "write a list"),
         (lambda p: loose(p / "train", p / "val"), "launch RECIPE data.path={p} data.val_fraction=0.2"),
         (lambda p: loose(split_folder(p, val="held") / "val"), "data.path={p}/train data.val_fraction=0.2"),
         (lambda p: (p / "coco.json").write_text("{{}}"), "launch RECIPE data.path=FILE.jsonl data.val_fraction=0.2"),
@@ -450,6 +458,45 @@ def test_a_class_without_an_image_is_refused_in_what_is_divided_too(classes, dry
     assert (code, "no images in 'elk'" in shown, "1 file .txt left out (elk 1)" in shown) == (2, True, True)
     shown = dry_run(f"data.path={classes}")[1]
     assert f"launch RECIPE data.path={classes} data.val_fraction=0.2, once this is mended: " in shown
+
+
+    assert "which names it too" in shown
+    names = classes.parent / "names.txt"
+    names.write_text("cat\ndog\nelk\n")
+    assert dry_run(f"data.path={classes}", "data.val_fraction=0.2", f"data.classes={names}")[0] == 0
+
+
+@pytest.mark.parametrize("names", [("photos", "labels"), ("photos", "pictures"), ("photos", "masks")])
+def test_folders_of_images_are_classes_whatever_they_are_called(names, tmp_path, dry_run):
+    one_folder(tmp_path / "data", *names)
+    code, shown = dry_run(f"data.path={tmp_path / 'data'}", "data.val_fraction=0.5")
+    assert code == 0, shown
+
+
+def test_images_beside_their_annotations_are_classes_only_where_a_file_says_so(tmp_path, dry_run):
+    folder, names = tmp_path / "data", tmp_path / "names.txt"
+    annotated(folder)
+    code, shown = dry_run(f"data.path={folder}", "data.val_fraction=0.5")
+    assert (code, "images and labels are no classes; if they are classes, name them in data.classes" in shown) == (2, 1)
+    assert "boxes and masks" in shown
+    names.write_text("images\nlabels\n")
+    code, shown = dry_run(f"data.path={folder}", "data.val_fraction=0.5", f"data.classes={names}")
+    assert code == 0, shown
+
+
+def test_a_parent_that_may_not_be_looked_into_leaves_the_message_as_it_is(tmp_path, dry_run, monkeypatch):
+    folder = tmp_path / "around/train"
+    loose(folder)
+    iterdir = pathlib.Path.iterdir
+
+    def refuse(path):
+        if path == folder.parent:
+            raise PermissionError(13, "Permission denied", str(path))
+        return iterdir(path)
+
+    monkeypatch.setattr(pathlib.Path, "iterdir", refuse)
+    code, shown = dry_run(f"data.path={folder}")
+    assert (code, "known layouts:" in shown, "Permission denied" in shown) == (2, True, False), shown
 
 
 def test_check_reads_every_layout(classes, capsys):
