@@ -85,7 +85,7 @@ def find(source: Source) -> Layout:
 
 
 def _refuse_no_classes(source: Source, layout: Layout, parts: Mapping[str, Part]) -> None:
-    """Folders that are called as parts are, or as images and their annotations, are no classes unless a file says so."""
+    """Folders that are called as parts, or as images and their annotations, are no classes unless a file says so."""
     for part in (layout.undivided, *parts.values()):
         if source.classes or not isinstance(part, ClassFolders):
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shlex
 import shutil
 import sys
 
@@ -11,8 +12,8 @@ import pytest
 from PIL import Image
 
 from launcher import cli
+from launcher.images import columns, lists
 from launcher.images import listing as listings
-from launcher.images import lists
 from launcher.images.listing import Listing
 from launcher.images.source import Source
 
@@ -252,6 +253,11 @@ def test_columns_of_other_names_are_said_by_a_key(classes, dry_run):
         (".jsonl", '{"path": "a.png", "label": "cat"}\n{"path": \n', ":2: is no JSON"),
         (".jsonl", '{"path": "a.png", "label": ["cat"]}\n', ":1: label is ['cat']; an image has one class"),
         (".jsonl", '["a.png"]\n', ":1: is no JSON object"),
+        (
+            ".jsonl",
+            '{"path": {"bytes": "a"}, "label": "cat"}\n',
+            ":1: path holds no path of a file but the image itself",
+        ),
         (".parquet", "PAR", ": is no Parquet"),
     ],
 )
@@ -265,7 +271,14 @@ def test_what_is_wrong_with_a_list_has_its_file_and_line(ending, text, said, cla
 
 @pytest.mark.parametrize(
     "text",
-    ["\ufeffpath,label\r\n{}\r\n", "\n\npath,label\n\n{}\n\n", "path, label\n{}\n", "path;label\n{}", "path|label\n{}"],
+    [
+        "\ufeffpath,label\r\n{}\r\n",
+        "path,label,a|b|c|d\n{}\n",
+        "\n\npath,label\n\n{}\n\n",
+        "path, label\n{}\n",
+        "path;label\n{}",
+        "path|label\n{}",
+    ],
 )
 def test_a_list_may_be_written_as_spreadsheets_and_people_do(text, classes, dry_run):
     between = text.strip("\n\ufeff")[4:].split("label")[0]
@@ -291,6 +304,61 @@ def test_a_path_is_put_together_of_columns_and_found_where_the_files_are(classes
     file.write_text(file.read_text().replace("id,breed", "path,label"))
     code, shown = dry_run(f"data.path={file}", "data.val_fraction=0.2")
     assert (code, """with 'data.columns={path: "photos/{label}/{path}.png"}' they are""" in shown) == (2, True), shown
+
+
+def test_a_new_form_of_paths_is_named_only_where_all_files_are_gone_and_says_how_many_it_finds(classes, dry_run):
+    file = classes.parent / "images.csv"
+    rows = [f"{number:02d},{name}" for name in COLOURS for number in range(10)]
+    (classes / "dog").rename(classes / "dog2")
+    for number in range(5):
+        paint(classes, "dog", number)
+    file.write_text("\n".join(["path,label", *[f"{name[-3:]}/{name}" for name in rows]]))
+    shown = dry_run(f"data.path={file}", "data.val_fraction=0.2")[1]
+    assert "they are" not in shown
+    file.write_text(
+        "\n".join(["path,label", *(f"{label}/{number},{label}" for number, label in (row.split(",") for row in rows))])
+    )
+    shown = dry_run(f"data.path={file}", "data.val_fraction=0.2")[1]
+    assert """with 'data.columns={path: "photos/{path}.png"}' 15 of 20 are there""" in shown
+    for row in rows:
+        number, label = row.split(",")
+        if label == "cat":
+            (classes / f"cat/{number}.png").rename(classes.parent / f"{label}{number}")
+    file.write_text(file.read_text().replace("cat/", "cat"))
+    shown = dry_run(f"data.path={file}", "data.val_fraction=0.2")[1]
+    assert ("10 of 20 files are not there" in shown, "; with" in shown) == (True, False), shown
+
+
+@pytest.mark.parametrize("name", ["it's", 'a "b"', "c\\d", " breed", "1", "no", "br|eed"])
+def test_any_name_of_a_column_can_be_said(name, classes, dry_run):
+    file = classes / "images.csv"
+    quoted = '"' + name.replace('"', '""') + '"'
+    rows = [f"{name}/{number:02d}.png,{name}" for name in COLOURS for number in range(10)]
+    file.write_text("\n".join([f"path,{quoted}", *rows]))
+    assert dry_run(f"data.path={file}", "data.val_fraction=0.2", columns.as_keys({"label": name}))[0] == 0
+    shown = dry_run(f"data.path={file}", "data.val_fraction=0.2", columns.as_keys({"label": f"{name}xy"}))[1]
+    assert f"launch RECIPE data.path={file} data.val_fraction=0.2" in shown
+    assert shlex.quote(columns.as_keys({"label": name.strip()})) in shown
+
+
+def test_images_in_parquet_are_told_and_not_read(classes, dry_run, monkeypatch):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    image = pa.array([{"bytes": b"0", "path": "0.png"}] * 4)
+    parquet.write_table(pa.table({"image": image, "label": [0, 1, 0, 1]}), classes / "data.parquet")
+    read = []
+    batches = parquet.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        parquet.ParquetFile, "iter_batches", lambda *of, **how: [read.append(how), batches(*of, **how)][1]
+    )
+    for keys in ([], ["data.columns={path: image}"]):
+        code, shown = dry_run(f"data.path={classes / 'data.parquet'}", "data.val_fraction=0.5", *keys)
+        assert (code, "image holds no path of a file but the image itself" in shown) == (2, True), shown
+    assert all(how["columns"] == ["label"] for how in read)
+    file, read[:] = write_list(classes, ".parquet"), []
+    assert dry_run(f"data.path={file}")[0] == 0
+    assert [how["columns"] for how in read] == [["label", "path", "split"]]
 
 
 def test_a_metadata_table_says_the_classes_of_a_folder_called_images(classes, dry_run):
@@ -323,6 +391,7 @@ def test_files_that_a_list_names_and_that_are_not_there_have_their_lines(classes
     [
         ("cat\\00.png", "write / for \\"),
         ("https://host/00.png", "these are addresses: download the images"),
+        ("C:/Users/me/00.png", "on a drive of Windows: give paths relative to the list"),
         ('"cat/00.png,cat\ncat/01.png"', "a quotation mark is not closed"),
     ],
 )
@@ -458,7 +527,6 @@ def test_a_class_without_an_image_is_refused_in_what_is_divided_too(classes, dry
     assert (code, "no images in 'elk'" in shown, "1 file .txt left out (elk 1)" in shown) == (2, True, True)
     shown = dry_run(f"data.path={classes}")[1]
     assert f"launch RECIPE data.path={classes} data.val_fraction=0.2, once this is mended: " in shown
-
 
     assert "which names it too" in shown
     names = classes.parent / "names.txt"
