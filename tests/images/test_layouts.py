@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import shlex
 import shutil
 import sys
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from launcher import cli
-from launcher.images import columns, lists
+from launcher.images import columns, known_layouts, lists
 from launcher.images import listing as listings
 from launcher.images.listing import Listing
 from launcher.images.source import Source
@@ -339,6 +340,7 @@ def test_any_name_of_a_column_can_be_said(name, classes, dry_run):
     shown = dry_run(f"data.path={file}", "data.val_fraction=0.2", columns.as_keys({"label": f"{name}xy"}))[1]
     assert f"launch RECIPE data.path={file} data.val_fraction=0.2" in shown
     assert shlex.quote(columns.as_keys({"label": name.strip()})) in shown
+    assert all(dry_run(*keys)[0] == 0 for keys in commands(shown))
 
 
 def test_images_in_parquet_are_told_and_not_read(classes, dry_run, monkeypatch):
@@ -418,6 +420,14 @@ def test_classes_are_sorted_as_numbers_where_they_are(tmp_path):
     assert Listing(Source(path=str(file))).classes == ["9", "10"]
 
 
+def test_the_path_of_a_row_may_begin_with_home(classes, monkeypatch):
+    monkeypatch.setenv("HOME", str(classes))
+    file = classes.parent / "images.csv"
+    file.write_text("path,label\n~/cat/00.png,cat\n~x/00.png,dog\n")
+    found = [row.path for row in lists.read(file, lists.Form())]
+    assert found == [f"{classes}/cat/00.png", f"{classes.parent}/~x/00.png"]
+
+
 def test_lists_of_their_own_for_training_and_validation(classes, dry_run):
     for split, numbers in (("train", range(6)), ("val", range(6, 10))):
         rows = [f"{name}/{number:02d}.png,{name}" for name in COLOURS for number in numbers]
@@ -454,6 +464,12 @@ def test_what_is_seen_in_one_split_only_is_told(tmp_path, capsys):
 
 
 # --- what is none of them
+
+
+def commands(shown):
+    """The overrides of each command that was tried and would work, as a shell reads them."""
+    lines = re.findall(r"^ +launch RECIPE (.+)$", shown, re.MULTILINE)
+    return [shlex.split(line.split("   # ")[0]) for line in lines if "once this is mended" not in line]
 
 
 def one_folder(folder, *names):
@@ -505,6 +521,41 @@ def test_a_first_wrong_layout_ends_in_the_keys_that_would_work(make, said, tmp_p
     assert code == 2
     assert "known layouts:" in shown
     assert said.format(p=folder) in shown
+    assert all(dry_run(*keys)[0] == 0 for keys in commands(shown))
+
+
+def test_a_command_takes_back_the_keys_of_the_recipe_that_it_must_not_have(tmp_path, recipe_file, capsys):
+    split_folder(tmp_path / "it's, photos")
+    data = f'data: {{path: "{tmp_path}/it\'s, fotos", val_fraction: 0.2, group: (.)}}'
+    recipe = recipe_file(f"model: {{arch: shufflenet_v2_x0_5, weights: null}}\nlaunch: {{device: cpu}}\n{data}\n")
+    assert cli.main([str(recipe), "--dry-run"]) == 2
+    (keys,) = commands(capsys.readouterr().err)
+    assert keys[1:] == ["data.val_fraction=null", "data.group=null"]
+    assert cli.main([str(recipe), *keys, "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        "data.path='my photos' data.val='test set'",
+        "data.path=a,b.csv data.val_fraction=0.2 'data.columns={path: \"x, y\", label: b}'",
+        """data.path='it'"'"'s' 'data.columns={label: "it'"'"'s"}'""",
+    ],
+)
+def test_the_words_of_a_command_are_found_for_others_than_a_start(keys):
+    for after in ("", ", once this is mended: x", "; or y", " (z)", "\n"):
+        found = known_layouts.CURE.search(f"x: launch RECIPE {keys}{after}")
+        assert found
+        assert f"data.path={found[1]}{found[2]}" == keys
+
+
+def test_a_folder_called_as_a_key_is_none(tmp_path, dry_run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one_folder(tmp_path / "data.v1", "cat")
+    one_folder(tmp_path / "data.val", "cat")
+    for name in ("data.v1", "data.val"):
+        code, shown = dry_run(f"data.path={name}", "data.val_fraction=0.5")
+        assert (code, f"data.path: {name}: 1 class in it" in shown) == (2, True), shown
 
 
 def test_a_file_that_is_no_list_and_a_folder_that_is_not_there(tmp_path, dry_run):
