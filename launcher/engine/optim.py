@@ -144,8 +144,9 @@ def other_groups(model: FineTunedModel, recipe: Recipe, state: dict[str, Any], s
         before = recipes.from_recorded(state["recipe"])
     except (KeyError, ValueError, TypeError):  # of another version, which says no more of its groups
         return {}
-    meant = [(one.optim, one.train.phases, one.model.factory, one.model.factory_args) for one in (before, recipe)]
-    if meant[0] != meant[1]:
+    # As text: the order of the patterns counts, which dicts are equal without.
+    meant = {f"{(one.optim, one.train.phases, one.model.factory, one.model.factory_args)}" for one in (before, recipe)}
+    if len(meant) > 1:
         return {}
     then = _learned(zip(_saved_names(model, saved["param_groups"]), saved["param_groups"], strict=True))
     epoch = state["epoch"]
