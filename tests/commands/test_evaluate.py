@@ -31,6 +31,20 @@ def mean_of_both_ways(run):
     return float(torch.nn.functional.cross_entropy(logits, labels))
 
 
+def a_list_says_what_its_columns_are(evaluate, folder, of_folder):
+    odd = folder.with_suffix(".csv")
+    rows = [f"{file},{file.parent.name},train" for file in sorted(folder.glob("*/*"))]
+    odd.write_text("\n".join(["file,kind,split", *rows]))
+    code, shown = evaluate("--data", odd, "--json")
+    (columns,) = re.findall(r"'(data.columns=.*?)'", shown.err)
+    assert code == 2
+    found = json.loads(evaluate("--data", odd, columns, "--json")[1].out)
+    assert [found[name] for name in ("samples", "per_class")] == [of_folder[name] for name in ("samples", "per_class")]
+    code, shown = evaluate(columns)
+    assert (code, shown.out) == (2, "")
+    assert "only data.columns of a list that --data names may be another" in shown.err
+
+
 @pytest.mark.slow
 def test_the_best_checkpoint_is_measured_on_its_own_images_and_on_others(
     warm_launch, recipe_file, images, tmp_path, monkeypatch, capsys
@@ -57,6 +71,8 @@ def test_the_best_checkpoint_is_measured_on_its_own_images_and_on_others(
         assert found[name] == own[name], name
     assert found["loss"] == pytest.approx(own["loss"], rel=1e-12)  # one sum instead of one of each rank's
     assert (found["computed_in"], found["differs"]) == ("bf16", None)
+    low, high = found["intervals"]["auroc"]
+    assert 0 <= low <= found["auroc"] <= high <= 1
 
     run.plan.write_text(run.plan.read_text().replace('"device": "cpu"', '"device": "cuda"'))
     found = json.loads(evaluate("--json")[1].out)
@@ -82,6 +98,8 @@ def test_the_best_checkpoint_is_measured_on_its_own_images_and_on_others(
     assert found["samples"] == 4
     assert found["per_class"]["cat"]["samples"] == 0
     assert found["per_class"]["dog"]["recall"] == own["per_class"]["dog"]["recall"]
+
+    a_list_says_what_its_columns_are(evaluate, other, found)
 
     (other / "horse").mkdir()
     code, shown = evaluate("--data", other)
