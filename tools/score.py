@@ -74,17 +74,17 @@ def score(
                 seen(num, total)
                 logits = model.logits(images)
                 if mirrored:
-                    logits = (logits + model.logits(images.flip(-1))) / 2
-                totals.add(logits, labels)
-                answers.append((logits.cpu(), labels.cpu()))
+                    logits = (logits.float() + model.logits(images.flip(-1)).float()) / 2
+                totals.add(logits, labels.to(to))
+                answers.append((logits.float().cpu(), labels))
         found = totals.compute()
         found["intervals"] = redraw.intervals(totals.answers(None, found["samples"]).scores)
     finally:
         dist.destroy_process_group()
     data = best.recipe.data
     where = str(folder) if folder else data.dataset or f"{data.path or data.name}/{split}"
-    how = {"computed_in": model.numerics.precision, "differs": model.differs or None}
-    return {"images": where, **how, **found, **_calibrated(run, best, answers)}
+    how = {"images": where, "computed_in": model.numerics.precision, "differs": model.differs or None}
+    return how | found | how | _calibrated(run, best, answers)
 
 
 def _calibrated(run: RunDir, best: BestModel, answers: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
