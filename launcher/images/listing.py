@@ -205,7 +205,7 @@ def find_problems(source: Source, *, missing_val_classes: str = "error", need_fi
         """What a start would say first of another source; None: it is laid out in no way that is known."""
         try:
             return next(iter(find(other, explain=_stop)), "")
-        except _UnknownError:
+        except (_UnknownError, OSError):  # an OSError: a folder around it that may not be looked into
             return None
 
     return find(source, explain=functools.partial(known_layouts.explain, source, try_out))
@@ -271,7 +271,9 @@ def _find_problems(
         yield f"{source.label}: nothing in it is {what} (found {found}){explain()}"
         return
     if isinstance(layout.undivided, ClassFolders) and not source.classes:
-        yield from image_folder.find_empty(layout.undivided.place, layout.undivided.class_names)
+        cure = "remove the folder; a run that learned with it goes on with data.classes=FILE, which names it too"
+        empty = image_folder.find_empty(layout.undivided.place, layout.undivided.class_names)
+        yield from (f"{text}; {cure}" for text in empty)
     if need_files:
         yield from (text for part in listing.used for text in gone.find_problems(part))
     yield from _classes_that_do_not_fit(listing, missing_val_classes)

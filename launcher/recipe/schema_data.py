@@ -118,7 +118,7 @@ class DataConfig:
     missing_val_classes: Literal["error", "allow"] = "error"
     """Classes without an image in val/. error: nothing is started; allow: they are learned and not measured."""
     background: Annotated[
-        str, Field(pattern=r"^(white|black|grey|#[0-9A-Fa-f]{6})$", description='white, black, grey or "#rrggbb"')
+        str, Field(pattern=r"^(white|black|grey|#[0-9A-Fa-f]{6})$"), 'white, black, grey or "#rrggbb"'
     ] = "white"
     """Colour behind what is transparent, in training, validation and exports: white, black, grey or "#rrggbb"."""
     channels: Channels = 3
