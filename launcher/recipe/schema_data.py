@@ -70,7 +70,7 @@ class DataConfig:
     """Validation takes the centre crop of this fraction of the resized image's short side."""
     mean: Annotated[list[float], Field(min_length=1, max_length=3)] | Auto = "auto"
     """Of the channels, from 0 to 1, which is subtracted; auto: what the model's weights were trained with (of grey
-    images the mean of their colours')."""
+    images the mean of their colours'), of a file what torchvision's own were: many of timm's had 0.5, and std too."""
     std: Annotated[list[Positive], Field(min_length=1, max_length=3)] | Auto = "auto"
     """Of the channels, from 0 to 1, which is divided by; auto: as of mean."""
     interpolation: Literal["auto", "bilinear", "bicubic"] = "auto"
