@@ -42,6 +42,8 @@ class Listing:
         self.root = source.root
         self.layout = layouts.find(source)
         self._classes = None if classes is None else list(classes)
+        self._listed: dict[tuple[str, ...], list[Found]] = {}
+        """Images by their split, empty of what is divided here, and the classes asked for: each is walked to once."""
 
     @classmethod
     def of_folder(cls, folder: Path, classes: Sequence[str] | None = None) -> Listing:
@@ -52,7 +54,7 @@ class Listing:
         """The same with other classes, or their order; it is divided once for both."""
         made = Listing(self.source, classes)
         if self.layout.undivided:
-            made._validated = self._validated
+            made._validated, made._listed = self._validated, self._listed
         return made
 
     @cached_property
@@ -121,16 +123,34 @@ class Listing:
         part = self.part(split)
         if part is None:
             raise UsageError(self.why_not(split))
-        found = part.images(self.classes)
+        found = self._list(split, self.classes)
         if part is self.layout.undivided:
             found = [image for image in found if (image.path in self._validated) == (split == "val")]
         return found
+
+    def _list(self, split: str, classes: Sequence[str]) -> list[Found]:
+        """All images of some classes of the part that a split is, or is taken from, which has to be there."""
+        part = self.part(split)
+        assert part  # noqa: S101
+        key = "" if part is self.layout.undivided else split, *classes
+        if key not in self._listed:
+            self._listed[key] = part.images(classes)
+        return self._listed[key]
+
+    def find_empty(self) -> Iterator[str]:
+        """Classes without an image in a folder that is divided here; only those are looked into anew."""
+        part = self.layout.undivided
+        assert isinstance(part, ClassFolders)  # noqa: S101
+        names = part.class_names
+        full = {name for image in self._list("train", names) for name in image.labels}
+        if empty := [name for name in names if name not in full]:
+            yield from image_folder.find_empty(part.place, empty)
 
     @cached_property
     def _validated(self) -> frozenset[str]:
         """Paths of what is taken for validation of what is not divided."""
         assert self.layout.undivided  # noqa: S101
-        found = self.layout.undivided.images(self.layout.undivided.class_names)
+        found = self._list("train", self.layout.undivided.class_names)
         chosen = division.divide(
             [self.key(image.path) for image in found],
             [image.labels for image in found],
@@ -271,7 +291,7 @@ def _find_problems(
         yield f"{source.label}: nothing in it is {what} (found {found}){explain()}"
         return
     if isinstance(layout.undivided, ClassFolders) and not source.classes:
-        yield from image_folder.find_empty(layout.undivided.place, layout.undivided.class_names)
+        yield from listing.find_empty()
     if need_files:
         yield from (text for part in listing.used for text in gone.find_problems(part))
     yield from _classes_that_do_not_fit(listing, missing_val_classes)

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from launcher import cli
+from launcher.images import folder as image_folder
 from launcher.images import listing as listings
 from launcher.images import lists
 from launcher.images.listing import Listing
@@ -485,3 +486,16 @@ def test_a_test_set_in_a_class_folder_is_refused(classes, dry_run):
     assert (code, "cat/new lies among the images that data.val_fraction divides" in shown) == (2, True), shown
     code, shown = dry_run(f"data.path={classes}", "data.val_fraction=0.4", "data.test=.")
     assert (code, "lies among the images that data.val_fraction divides" in shown) == (2, True), shown
+
+
+def test_what_is_divided_here_is_walked_through_once(classes, monkeypatch):
+    walks, walk = [], image_folder.Walk
+    monkeypatch.setattr(image_folder, "Walk", lambda *args: walks.append(args) or walk(*args))
+    monkeypatch.setattr(image_folder, "has_image", None)  # no class is empty
+    found = Listing(Source(path=str(classes), val_fraction=0.2))
+    assert not list(found.find_empty())
+    assert (len(found.samples("train")), len(found.samples("val")), found.weights("train")) == (16, 4, None)
+    assert len(found.with_classes(["cat", "dog"]).samples("val")) == 4
+    assert len(walks) == 1
+    assert not listings.find_problems(found.source)
+    assert len(walks) == 2
