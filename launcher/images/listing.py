@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from launcher.errors import UsageError
-from launcher.images import class_names, division, gone, known_layouts, layouts, lists
+from launcher.images import candidates, class_names, division, gone, known_layouts, layouts, lists
 from launcher.images import folder as image_folder
 from launcher.images.parts import ClassFolders, ListRows
 from launcher.images.source import Source
@@ -43,7 +43,7 @@ class Listing:
         self.layout = layouts.find(source)
         self._classes = None if classes is None else list(classes)
         self._listed: dict[tuple[str, ...], list[Found]] = {}
-        """Images by their split, empty of what is divided here, and the classes asked for: each is walked to once."""
+        """By split (empty: of what is divided here) and the classes asked for, so that no part is walked through twice."""
 
     @classmethod
     def of_folder(cls, folder: Path, classes: Sequence[str] | None = None) -> Listing:
@@ -143,8 +143,7 @@ class Listing:
         assert isinstance(part, ClassFolders)  # noqa: S101
         names = part.class_names
         full = {name for image in self._list("train", names) for name in image.labels}
-        if empty := [name for name in names if name not in full]:
-            yield from image_folder.find_empty(part.place, empty)
+        yield from image_folder.find_empty(part.place, [name for name in names if name not in full])
 
     @cached_property
     def _validated(self) -> frozenset[str]:
@@ -211,13 +210,16 @@ def every_image_has_all(labels: Sequence[Label], num_classes: int) -> str | None
     )
 
 
-def find_problems(source: Source, *, missing_val_classes: str = "error", need_files: bool = True) -> list[str]:
+def find_problems(
+    source: Source, *, missing_val_classes: str = "error", need_files: bool = True, explained: bool = True
+) -> list[str]:
     """The reasons why images cannot be trained on, each with what to do.
 
     Args:
         source: where they are.
         missing_val_classes: ``allow``: validation may lack some of the classes.
         need_files: whether each file that a list names has to be there.
+        explained: whether to look for what would work instead, which may take seconds.
     """
     find = functools.partial(_find_all, missing_val_classes=missing_val_classes, need_files=need_files)
 
@@ -228,7 +230,8 @@ def find_problems(source: Source, *, missing_val_classes: str = "error", need_fi
         except _UnknownError:
             return None
 
-    return find(source, explain=functools.partial(known_layouts.explain, source, try_out))
+    explain = functools.partial(known_layouts.explain, source, candidates.in_time(try_out))
+    return find(source, explain=explain if explained else lambda **_: "")
 
 
 class _UnknownError(Exception):

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 
 import pytest
 from PIL import Image
 
 from launcher import cli
+from launcher.images import candidates, known_layouts, lists
 from launcher.images import folder as image_folder
 from launcher.images import listing as listings
-from launcher.images import lists
 from launcher.images.listing import Listing
 from launcher.images.source import Source
 
@@ -499,3 +500,29 @@ def test_what_is_divided_here_is_walked_through_once(classes, monkeypatch):
     assert len(walks) == 1
     assert not listings.find_problems(found.source)
     assert len(walks) == 2
+
+
+def test_what_would_work_is_looked_for_for_a_while_and_said_to_be(monkeypatch, capsys):
+    monkeypatch.setattr(candidates, "MOMENT_S", 0.0)
+    tried = []
+
+    def try_out(source):
+        tried.append(source)
+        while "looking" not in capsys.readouterr().err:
+            time.sleep(0.001)
+        monkeypatch.setattr(candidates, "MOST_S", 0.0)
+        return ""
+
+    in_time, source = candidates.in_time(try_out), Source(path="x")
+    assert (in_time(source), in_time(source), tried) == ("", None, [source])
+
+
+@pytest.mark.parametrize("command", [["check"], ["new", "mine", "--data"]])
+def test_nothing_else_is_looked_for_where_the_images_can_be_divided(classes, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    looked = []
+    monkeypatch.setattr(known_layouts, "explain", lambda *_, **__: looked.append(1) or "")
+    assert cli.main([*command, str(classes)]) == 0
+    assert not looked
+    assert cli.main([*command, str(classes / "cat")]) != 0  # one class
+    assert len(looked) == 1
