@@ -43,7 +43,7 @@ class Listing:
         self.layout = layouts.find(source)
         self._classes = None if classes is None else list(classes)
         self._listed: dict[tuple[str, ...], list[Found]] = {}
-        """By split (empty: of what is divided here) and the classes asked for, so that no part is walked through twice."""
+        """By split (empty: divided here) and the classes asked for, so that nothing is walked through twice."""
 
     @classmethod
     def of_folder(cls, folder: Path, classes: Sequence[str] | None = None) -> Listing:
