@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from launcher.engine.distributed import Ranks, init_process_group
 from launcher.engine.losses import build_loss
+from launcher.engine.validating import redraw
 from launcher.engine.validating.build import build_totals, build_user_metrics
 from launcher.errors import UsageError
 from launcher.images import datasets
@@ -26,17 +27,26 @@ if TYPE_CHECKING:
     from launcher.tools.evaluate import BestModel
 
 
-def score(run: RunDir, *, folder: Path | None = None, split: str = "val", mirrored: bool = False) -> dict[str, Any]:
+def score(
+    run: RunDir,
+    *,
+    folder: Path | None = None,
+    columns: dict[str, str] | None = None,
+    split: str = "val",
+    mirrored: bool = False,
+) -> dict[str, Any]:
     """What validation writes into metrics.jsonl, of the best checkpoint, computed as the run's validation was.
 
     Args:
         run: the run directory.
         folder: labelled images, ``folder/CLASS/*.jpg`` or a list; None: those of the run.
+        columns: what such a list calls its columns; None: as the run's recipe says.
         split: which of the run's splits, where ``folder`` is None.
         mirrored: test-time augmentation: the logits of each image are the mean of its own and its mirror image's.
 
     Returns:
-        ``samples``, the value of each metric, ``per_class`` and ``confusion``; ``images``: what was measured on;
+        ``samples``, the value of each metric, ``per_class`` and ``confusion``; ``intervals``: 95 % intervals of what
+        does not follow from these, where images are few; ``images``: what was measured on;
         ``computed_in``: precision of the forward pass; ``differs``: what was computed in another way than in the run,
         or None; where the exports were calibrated, ``temperature`` and ``ece_calibrated``, beside ``ece`` without it.
 
@@ -46,7 +56,7 @@ def score(run: RunDir, *, folder: Path | None = None, split: str = "val", mirror
     phases.at("reading the best checkpoint")
     best = evaluate.load_best(run)
     if folder is not None:
-        best, split = _on(best, folder), "val"
+        best, split = _on(best, folder, columns), "val"
     elif missing := best.missing(split):
         raise UsageError(f"{missing}; labelled images elsewhere: launch evaluate {run} --data FOLDER")
     model = AsValidated.of(run, best)
@@ -64,16 +74,17 @@ def score(run: RunDir, *, folder: Path | None = None, split: str = "val", mirror
                 seen(num, total)
                 logits = model.logits(images)
                 if mirrored:
-                    logits = (logits + model.logits(images.flip(-1))) / 2
-                totals.add(logits, labels)
-                answers.append((logits.cpu(), labels.cpu()))
+                    logits = (logits.float() + model.logits(images.flip(-1)).float()) / 2
+                totals.add(logits, labels.to(to))
+                answers.append((logits.float().cpu(), labels))
         found = totals.compute()
+        found["intervals"] = redraw.intervals(totals.answers(None, found["samples"]).scores)
     finally:
         dist.destroy_process_group()
     data = best.recipe.data
     where = str(folder) if folder else data.dataset or f"{data.path or data.name}/{split}"
-    how = {"computed_in": model.numerics.precision, "differs": model.differs or None}
-    return {"images": where, **how, **found, **_calibrated(run, best, answers)}
+    how = {"images": where, "computed_in": model.numerics.precision, "differs": model.differs or None}
+    return how | found | how | _calibrated(run, best, answers)
 
 
 def _calibrated(run: RunDir, best: BestModel, answers: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
@@ -86,10 +97,11 @@ def _calibrated(run: RunDir, best: BestModel, answers: list[tuple[torch.Tensor, 
     return {"temperature": temperature, "ece_calibrated": error}
 
 
-def _on(best: BestModel, place: Path) -> BestModel:
+def _on(best: BestModel, place: Path, columns: dict[str, str] | None) -> BestModel:
     """The same model, with a folder of class folders, or all rows of a list, as its validation."""
     place = datasets.prepare("imagefolder", str(place.expanduser().absolute()))
     data = replace(best.recipe.data, name="imagefolder", path=str(place.parent), dataset=None, val=place.name)
+    data = replace(data, columns=data.columns if columns is None else columns)
     recipe = replace(best.recipe, data=replace(data, train=None, val_fraction=None, group=None))
     part = Listing(source_of(recipe), best.classes).part("val")
     if part is None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from launcher.commands.parser import parser_of
-from launcher.errors import EXIT_OK, EXIT_PREFLIGHT, RecipeError, UsageError
+from launcher.errors import EXIT_OK, EXIT_PREFLIGHT, UsageError
 from launcher.images import datasets, known_layouts
 from launcher.images import listing as listings
 from launcher.images import scan as image_scan
@@ -17,6 +17,7 @@ from launcher.images.candidates import VAL_FRACTION
 from launcher.images.folder import printable
 from launcher.images.listing import Listing
 from launcher.images.source import Source
+from launcher.recipe import given
 from launcher.recipe import images as recipe_images
 from launcher.runs.findings import FEW_IMAGES, IMBALANCE
 from launcher.system.words import plural
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from launcher.images.scan import Scan
-    from launcher.recipe.schema import Recipe
 
 NUM_SHOWN = 20
 NUM_PAIRS_SHOWN = 5
@@ -61,7 +61,7 @@ def run(path: str, overrides: Sequence[str] = (), *, as_json: bool) -> int:
     """
     source, config = Source(path=str(datasets.prepare("imagefolder", path)), named=path), None
     if overrides:
-        recipe = _recipe([*overrides, f"data.path={path}"])
+        recipe = given.recipe_of([*overrides, f"data.path={path}"])
         source, config = recipe_images.source_of(recipe), recipe.data
     allowed = config.missing_val_classes if config else "error"
     found_wrong = listings.find_problems(source, missing_val_classes=allowed, explained=False)
@@ -108,25 +108,6 @@ def _is_laid_out(divided: Source) -> bool:
         return not listing.layout.problems and len(listing.classes) > 1
     except UsageError:
         return False
-
-
-def _recipe(overrides: Sequence[str]) -> Recipe:
-    from pydantic import ValidationError
-
-    from launcher.recipe import load as recipes
-    from launcher.recipe import schema_errors
-    from launcher.recipe import source as recipe_source
-    from launcher.recipe.schema import Recipe
-
-    source = recipe_source.from_values("command line", {}, overrides, schema=Recipe)
-    try:
-        recipe = recipes.from_dict(source.values)
-        problems = list(source.problems)
-    except ValidationError as error:
-        problems = [*source.problems, *schema_errors.explain(error, source, Recipe)]
-    if problems:
-        raise RecipeError(problems, of="overrides")
-    return recipe
 
 
 def describe(found: Scan, problems: list[str], val_fraction: float | None) -> dict[str, Any]:

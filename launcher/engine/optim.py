@@ -10,10 +10,11 @@ import torch
 from launcher.engine.optimizing.groups import REST, deal_names, group_parameters
 from launcher.engine.optimizing.kinds import OPTIMIZERS
 from launcher.engine.optimizing.rates import lr_factor
+from launcher.recipe import load as recipes
 from launcher.recipe import phases
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from launcher.engine.model import FineTunedModel
     from launcher.recipe.schema import OptimConfig, Recipe
@@ -122,6 +123,56 @@ def _follow_layout(optimizer: torch.optim.Optimizer) -> None:
             is_alike = isinstance(value, torch.Tensor) and value.shape == parameter.shape
             if is_alike and value.stride() != parameter.stride():
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def other_groups(model: FineTunedModel, recipe: Recipe, state: dict[str, Any], saved: dict[str, Any]) -> dict[str, int]:
+    """How many parameters learn otherwise than when a checkpoint was made though its recipe's groups are this one's.
+
+    A version of launch may group them in another way than the one before it. What never learns again is passed over.
+
+    Args:
+        model: whose parameters they are.
+        recipe: to go on with.
+        state: the checkpoint's ``state.json``.
+        saved: its optimizer's ``state_dict()``.
+
+    Returns:
+        ``rate`` and ``weight_decay``, each with how many tensors have another one; empty: there is none, or the recipe
+        itself may be the reason.
+    """
+    try:
+        before = recipes.from_recorded(state["recipe"])
+    except (KeyError, ValueError, TypeError):  # of another version, which says no more of its groups
+        return {}
+    # As text: the order of the patterns counts, which dicts are equal without.
+    meant = {f"{(one.optim, one.train.phases, one.model.factory, one.model.factory_args)}" for one in (before, recipe)}
+    if len(meant) > 1:
+        return {}
+    then = _learned(zip(_saved_names(model, saved["param_groups"]), saved["param_groups"], strict=True))
+    epoch = state["epoch"]
+    # At the end of an epoch the groups are still those of its phase, though the next one may be in another.
+    possible = {epoch, max(epoch - 1, 0)} if state["offset"] == 0 else {epoch}
+    ahead = {epoch, *(one.start for one in phases.phases(recipe) if one.start > epoch)}
+    idle = set.intersection(*(model.frozen_parameters(each) for each in ahead))
+    found = []
+    for each in possible:
+        groups = build_optimizer(model, phases.phase_at(recipe, each).optim).param_groups
+        now = _learned((group["names"], group) for group in groups)
+        pairs = [(then[name], now[name]) for name in then.keys() & now.keys() - idle]
+        found.append(
+            {key: sum(not math.isclose(old[key], new[key]) for old, new in pairs) for key in ("rate", "weight_decay")}
+        )
+    least = min(found, key=lambda counts: sum(counts.values()))
+    return least if any(least.values()) else {}
+
+
+def _learned(groups: Iterable[tuple[list[str], dict[str, Any]]]) -> dict[str, dict[str, float]]:
+    """The highest rate and the decay of each parameter, by its name."""
+    return {
+        name: {"rate": group["peak_lr"], "weight_decay": group["weight_decay"]}
+        for names, group in groups
+        for name in names
+    }
 
 
 def _saved_names(model: FineTunedModel, groups: list[dict[str, Any]]) -> list[list[str]]:

@@ -62,7 +62,8 @@ def check(
     Args:
         recipe: checked by recipe.load already.
         where: from a key to the place in the recipe's file.
-        is_new: whether training begins from the weights, so that what is not taken of them is worth a line.
+        is_new: whether training begins from the weights, so that what is not taken of them is worth a line; a run that
+            has begun is told what only a new one is refused for.
         code: of the user's, which is tried in a child process.
         place: the run directory, for messages about that code.
 
@@ -146,7 +147,7 @@ def _find(recipe: Recipe, *, is_new: bool) -> Iterator[tuple[str, str]]:
     module = build_meta(recipe.model.arch, classes)
     refused = [*shape.problems(module, recipe.model, head), *grey_problems(module, recipe.model, recipe.data.channels)]
     yield from [*refused, *_batchnorm(recipe, module)]
-    yield from _patterns(recipe, FineTunedModel(module, recipe.model, head, phases.phases(recipe)))
+    yield from _patterns(recipe, FineTunedModel(module, recipe.model, head, phases.phases(recipe)), is_new=is_new)
     if not refused:
         yield from _image_size(recipe, classes, size)
     trained = full_classes(recipe, names)
@@ -211,13 +212,13 @@ def _own_model(recipe: Recipe, names: list[str], *, is_new: bool) -> Iterator[tu
         user_model.try_forward(module, config, num_classes=classes, image_size=size, channels=recipe.data.channels)
     except UsageError as error:
         yield "model.factory", str(error)
-    yield from _patterns(recipe, FineTunedModel(module, config, head, phases.phases(recipe)))
+    yield from _patterns(recipe, FineTunedModel(module, config, head, phases.phases(recipe)), is_new=is_new)
     if config.weights_file is not None:
         trained = full_classes(recipe, names)
         yield from starting_weights.find_problems(recipe, module, size, is_new=is_new, head=head, classes=trained)
 
 
-def _patterns(recipe: Recipe, model: FineTunedModel) -> Iterator[tuple[str, str]]:
+def _patterns(recipe: Recipe, model: FineTunedModel, *, is_new: bool) -> Iterator[tuple[str, str]]:
     bad = False
     for key, names in _named_layers(recipe):
         for name in names:
@@ -227,7 +228,11 @@ def _patterns(recipe: Recipe, model: FineTunedModel) -> Iterator[tuple[str, str]
                 bad = True
                 yield key, str(error)
     if not bad:
-        yield from (*groups.problems(recipe, model), *muon.problems(recipe, model))
+        useless = list(groups.problems(recipe, model))
+        if not is_new:  # an earlier version may have begun the run, and let them pass
+            for key, text in useless:
+                print(f"{key}: {text}", flush=True)
+        yield from (*(useless if is_new else ()), *muon.problems(recipe, model))
         every = {name for name, _ in model.module.named_parameters()}
         begun = phases.phases(recipe)
         idle = next((number for number, one in enumerate(begun) if model.frozen_parameters(one.start) == every), None)

@@ -270,3 +270,19 @@ def validation_batches(num_samples: int, *, rank: int, batching: Batching) -> li
     num_batches = max(-(-(end - start) // size) for (start, end), size in zip(slices, sizes, strict=True))
     own, size = range(*slices[rank]), sizes[rank]
     return [list(own[i * size : (i + 1) * size]) for i in range(num_batches)]
+
+
+def all_validation_batches(num_samples: int, batching: Batching, *, together: int = 1) -> list[list[int]]:
+    """Those of every rank in turn, without empty ones.
+
+    Args:
+        num_samples: of the validation set.
+        batching: what all ranks take.
+        together: batches of a rank that are one here.
+    """
+    dealt = zip(split_by_shares(num_samples, batching.shares), batching.batch_sizes, strict=True)
+    return [
+        list(range(at, min(at + size * together, end)))
+        for (start, end), size in dealt
+        for at in range(start, end, size * together)
+    ]

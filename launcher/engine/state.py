@@ -83,6 +83,7 @@ class TrainingState:
             "offset": self.offset,
             "skipped": self.skipped,
             "batch_limits": self.batch_limits,
+            "device": parts.device.type,
             "device_bytes": self._device_bytes,
             "world_size": parts.ranks.world_size,
             **parts.numerics.saved(),

@@ -57,7 +57,7 @@ class Weights:
     is_timms: bool
     """Whether they had timm's names."""
     differs: str
-    """What timm's models may compute in another way with them; empty: nothing."""
+    """What is other in some of timm's models, a sentence; empty: nothing."""
 
 
 def read_weights_file(path: Path, wanted: Mapping[str, torch.Tensor], *, device: str = "cpu") -> Weights:

@@ -96,7 +96,7 @@ def find(source: Source) -> Iterator[Source]:
         for _ in range(MOST_LEVELS):
             level = [inner for folder in level[:NUM_SEARCHED] for inner in folders(folder).values()]
             for folder in level[:NUM_SEARCHED]:
-                yield from _in_folder(plain, folder)
+                yield from _in_folder(plain, folder, most_lists=1)
     elif not place.exists():
         yield from (candidate for near in near_names(place) for candidate in _as_it_is(plain, near))
 
@@ -142,7 +142,7 @@ def _above(plain: Source, place: Path) -> Iterator[Source]:
         yield replace(plain, path=str(around), val_fraction=VAL_FRACTION)
 
 
-def _in_folder(plain: Source, place: Path) -> Iterator[Source]:
+def _in_folder(plain: Source, place: Path, *, most_lists: int = 2) -> Iterator[Source]:
     inner, at = folders(place), replace(plain, path=str(place))
     train, val = _train_and_val(inner)
     if train and val:
@@ -154,17 +154,25 @@ def _in_folder(plain: Source, place: Path) -> Iterator[Source]:
         yield replace(at, path=str(place / train), val_fraction=VAL_FRACTION)
     elif _are_classes([*inner.values()][:NUM_LOOKED_INTO]):
         yield replace(at, val_fraction=VAL_FRACTION)
-    tables = (place / name for name in os.listdir(place) if name.lower().endswith(lists.ENDINGS))  # noqa: PTH208
-    for table in sorted(filter(lists.is_list, tables))[:2]:
+    for table in sorted(_lists_in(place))[:most_lists]:
         yield from _of_list(replace(at, path=str(table)))
+
+
+def _lists_in(place: Path) -> list[Path]:
+    """Those right in a folder; none where nobody may look into it."""
+    try:
+        names = os.listdir(place)  # noqa: PTH208
+    except OSError:
+        return []
+    return [place / name for name in names if name.lower().endswith(lists.ENDINGS) and lists.is_list(place / name)]
 
 
 def _are_classes(some: list[Path]) -> bool:
     """Whether several folders hold images, by a few of them, and none the parts of a data set."""
-    return sum(map(_shows_images, some)) > 1 and not any(part_of(name) for one in some for name in folders(one))
+    return sum(map(shows_images, some)) > 1 and not any(part_of(name) for one in some for name in folders(one))
 
 
-def _shows_images(folder: Path, *, levels: int = 2) -> bool:
+def shows_images(folder: Path, *, levels: int = 2) -> bool:
     """Whether images are among the first entries of a folder, or of some right below: / may be meant, too."""
     try:
         with os.scandir(folder) as entries:
@@ -173,7 +181,7 @@ def _shows_images(folder: Path, *, levels: int = 2) -> bool:
     except OSError:
         return False
     inner = [*folders(folder).values()][:NUM_LOOKED_INTO] if levels > 1 else []
-    return any(_shows_images(one, levels=levels - 1) for one in inner)
+    return any(shows_images(one, levels=levels - 1) for one in inner)
 
 
 def _train_and_val(names: Iterable[str]) -> tuple[str | None, str | None]:
@@ -219,4 +227,4 @@ def _with_columns(at: Source) -> Source:
 
 def has_loose_images(place: Path) -> bool:
     """Whether images lie in a folder that has no folders."""
-    return not folders(place) and _shows_images(place, levels=1)
+    return not folders(place) and shows_images(place, levels=1)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import json
 import os
 import re
 from typing import TYPE_CHECKING, Any
 
-from launcher.errors import did_you_mean
 from launcher.images.walk import is_hidden, is_image
 
 if TYPE_CHECKING:
@@ -48,6 +49,10 @@ OTHER_NAMES = {
 FIELD = re.compile(r"\{([^{}]+)\}")
 """A column in a path that is put together, as in ``images/{id}.jpg``."""
 ENDINGS = ("", ".jpg", ".jpeg", ".png", ".JPG", ".webp", ".tif", ".bmp")
+HOLDS_IMAGES = (
+    "holds no path of a file but the image itself: write the images as files and give their paths, or save the data "
+    "set by Hugging Face's save_to_disk"
+)
 NUM_SEARCHED, NUM_ROWS = 64, 3
 """Look into so many folders, for the files of so many rows."""
 
@@ -55,6 +60,11 @@ NUM_SEARCHED, NUM_ROWS = 64, 3
 def fields(name: str, found: Sequence[str]) -> list[str]:
     """The columns that a name of ``data.columns`` means: itself, or those in its braces."""
     return [name] if name in found or not FIELD.search(name) else FIELD.findall(name)
+
+
+def stripped(name: str) -> str:
+    """A name of ``data.columns`` without spaces around it, and around those in its braces."""
+    return FIELD.sub(lambda match: f"{{{match[1].strip()}}}", name.strip())
 
 
 def value(name: str, row: Mapping[str, Any]) -> Any:
@@ -73,18 +83,22 @@ def guess(missing: Sequence[str], found: Sequence[str], row: Mapping[str, Any]) 
     Args:
         missing: those of the two that are looked for.
         found: what the list has.
-        row: its first.
+        row: its first; empty: it has none.
     """
     guesses: dict[str, str] = {}
+    valid = {
+        "path": [name for name in found if not isinstance(row.get(name), bytes | dict | list)],
+        "label": [name for name in found if not isinstance(row.get(name), bytes | dict)],
+    }
     for column in missing:
         known = (column, *OTHER_NAMES[column])
-        by_name = sorted((known.index(_plain(name)), name) for name in found if _plain(name) in known)
+        by_name = sorted((known.index(_plain(name)), name) for name in valid[column] if _plain(name) in known)
         if by_name:
             guesses[column] = by_name[0][1]
         elif column == "path":
-            by_file = [name for name in found if is_image(str(row.get(name)))]
+            by_file = [name for name in valid[column] if is_image(str(row.get(name)))]
             guesses |= {"path": by_file[0]} if by_file else {}
-    left = [name for name in found if name and name not in (guesses.get("path"), *COLUMNS)]
+    left = [name for name in valid["label"] if name and name not in (guesses.get("path"), *COLUMNS)]
     if (
         "label" in missing
         and "label" not in guesses
@@ -97,6 +111,11 @@ def guess(missing: Sequence[str], found: Sequence[str], row: Mapping[str, Any]) 
 
 def _plain(name: str) -> str:
     return re.sub(r"[\s-]+", "_", str(name).strip().lower())
+
+
+def holds_images(said: Any) -> bool:
+    """Whether a cell is no path but the bytes of an image, or the mapping that Hugging Face's libraries write."""
+    return isinstance(said, bytes | dict)
 
 
 def lacking(
@@ -114,9 +133,12 @@ def lacking(
     lost = [one for column in missing for one in fields(names[column], found) if one not in found]
     guesses = guess(missing, [name for name in found if name not in names.values()], row)
     for column in missing:
-        near = did_you_mean(names[column], list(map(str, found))) if names[column] != column else ""
+        near = difflib.get_close_matches(names[column], map(str, found), n=1) if names[column] != column else []
         if near:
-            guesses[column] = near.split("'")[1]
+            guesses[column] = near[0]
+    held = [name for name in found if holds_images(row.get(name)) and _plain(name) in OTHER_NAMES["path"]]
+    if "path" in missing and "path" not in guesses and held:
+        return f"no column 'path', and {held[0]} {HOLDS_IMAGES}", {}
     given = {column: names[column] for column in ("path", "label") if names[column] != column}
     renamed = as_keys({**given, **{column: guesses.get(column, "COLUMN") for column in missing}})
     lacks = " and no ".join(f"column {one!r}" for one in lost)
@@ -126,7 +148,10 @@ def lacking(
 
 def as_keys(columns: Mapping[str, str]) -> str:
     """Columns as a key of a recipe on the command line, without the quotes that a shell needs."""
-    quoted = {column: f'"{name}"' if re.search(r"[^\w-]", name) else name for column, name in columns.items()}
+    quoted = {
+        column: json.dumps(name, ensure_ascii=False) if re.search(r"[^\w-]", name) else name
+        for column, name in columns.items()
+    }
     return f"data.columns={{{', '.join(f'{column}: {name}' for column, name in quoted.items())}}}"
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from launcher.errors import UsageError
 from launcher.images import columns, members
 from launcher.images.folder import printable
 from launcher.images.parts import ListRows
@@ -38,15 +41,29 @@ def _cure(part: ListRows, gone: Sequence[Row]) -> str:
     first = gone[0].path
     if "\n" in first:
         return "; these run over several lines: a quotation mark is not closed"
-    if ":/" in os.path.relpath(first, part.place.absolute().parent):
+    told = os.path.relpath(first, part.place.absolute().parent)
+    if re.match(r"[A-Za-z]:[\\/]", told):
+        return "; these are on a drive of Windows: give paths relative to the list"
+    if re.search(r"[A-Za-z]\w+:/", told):
         return "; these are addresses: download the images, and give the paths of the files"
     if "\\" in first:
         return "; write / for \\"
-    name = find_path(part, gone)
+    return _new_form(part, gone)
+
+
+def _new_form(part: ListRows, gone: Sequence[Row]) -> str:
+    """Columns that would put the paths together, tried on all rows."""
+    name = find_path(part, gone) if len(gone) == len(part.rows) else None  # what mends some may lose others
     if not name:
         return ""
-    key = columns.as_keys({**part.form.columns, "path": name})
-    return f"; with {shlex.quote(key)} they are"
+    named = {**part.form.columns, "path": name}
+    try:
+        rows = replace(part, form=replace(part.form, columns=named)).rows
+    except UsageError:
+        return ""
+    there = sum(members.exists(row.path) for row in rows)
+    are = "they are" if there == len(rows) else f"{there} of {len(rows)} are there"
+    return f"; with {shlex.quote(columns.as_keys(named))} {are}"
 
 
 def find_path(part: ListRows, rows: Sequence[Row]) -> str | None:

@@ -32,9 +32,8 @@ KNOWN = (
     ),
 )
 """The layouts, a line each."""
-CURE = re.compile(
-    r"launch RECIPE data\.path=('[^']*(?:'\"'\"'[^']*)*'|[^\s;,]+)((?: data\.\w+=[^\s;,]+| 'data\.\w+=[^']+')*)"
-)
+_WORD = r"""(?:'[^']*'|"[^"]*"|[^\s;,'"]|,(?=\S))+"""
+CURE = re.compile(rf"launch RECIPE data\.path=({_WORD})((?: (?='?data\.\w+=){_WORD})*)")
 """A line of what would work, with its path and its other keys; commands other than a start say it in their words."""
 NUM_NAMED, NUM_TRIED, NUM_CURES = 8, 12, 2
 """So many folders are named; so many ways to read what is there are tried, and so many of those that work named."""
@@ -110,10 +109,15 @@ def _found(place: Path) -> Iterator[str]:
         yield "nothing"
 
 
-def command(source: Source) -> str:
-    """What would start with a source, as one types it."""
-    keys = {"train": source.train, "val": source.val, "val_fraction": source.val_fraction}
-    words = [f"data.{key}={shlex.quote(str(value))}" for key, value in keys.items() if value is not None]
+def command(source: Source, asked: Source) -> str:
+    """What would start with a source, as one types it, where the recipe has the keys that were ``asked`` for."""
+    keys = {key: (getattr(source, key), getattr(asked, key)) for key in ("train", "val", "val_fraction")}
+    keys["group"] = (None, asked.group if source.val_fraction is None else None)  # it goes with val_fraction
+    words = [
+        f"data.{key}={'null' if value is None else shlex.quote(str(value))}"
+        for key, (value, before) in keys.items()
+        if (value, before) != (None, None)
+    ]
     words += [shlex.quote(columns.as_keys(source.columns))] if source.columns else []
     return " ".join([f"launch RECIPE data.path={shlex.quote(source.named or source.path)}", *words])
 
@@ -128,11 +132,11 @@ def _cures(source: Source, try_out: Callable[[Source], str | None]) -> list[str]
             continue
         problem = try_out(candidate)
         if problem == "":
-            works.append(f"{command(candidate)}{_remark(candidate)}")
+            works.append(f"{command(candidate, source)}{_remark(candidate)}")
             if len(works) == NUM_CURES:
                 break
         elif problem and source.place in (candidate.place, *candidate.place.parents):
-            flawed.append(f"{command(candidate)}, once this is mended: {problem.splitlines()[0]}")
+            flawed.append(f"{command(candidate, source)}, once this is mended: {problem.splitlines()[0]}")
     return list(dict.fromkeys(works)) or flawed[:1]
 
 
@@ -172,16 +176,17 @@ def _in_words(source: Source) -> Iterator[str]:
     if place in loose or (len(loose) > 1 and any(map(candidates.part_of, names))):
         yield (
             f"these images are in no folder that says their class: move them into such, {place / 'CLASS'}/: "
-            f"{command(_divided(source))}; or write a list of them, path,label in each line: {LIST_CURE}"
+            f"{_divided(source)}; or write a list of them, path,label in each line: {LIST_CURE}"
         )
     elif len(loose) == 1:
         yield (
             f"a second folder beside {loose[0].name}: each is a class, and a model tells two or more apart: "
-            f"{command(_divided(source))}"
+            f"{_divided(source)}"
         )
     elif not known:
-        yield f"no image is found in it: copy each class's images into {place / 'CLASS'}/: {command(_divided(source))}"
+        yield f"no image is found in it: copy each class's images into {place / 'CLASS'}/: {_divided(source)}"
 
 
-def _divided(source: Source) -> Source:
-    return replace(source, train=None, val=None, named=None, val_fraction=candidates.VAL_FRACTION)
+def _divided(source: Source) -> str:
+    divided = replace(source, train=None, val=None, named=None, val_fraction=candidates.VAL_FRACTION)
+    return command(divided, source)

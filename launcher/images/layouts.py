@@ -10,8 +10,8 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from launcher.images import lists
-from launcher.images.candidates import TEST, TRAIN, VAL, are_parts
-from launcher.images.known_layouts import NO_CLASSES, shown
+from launcher.images.candidates import TEST, TRAIN, VAL, are_parts, shows_images
+from launcher.images.known_layouts import ANNOTATIONS, NO_CLASSES, shown
 from launcher.images.parts import ClassFolders, ListRows
 from launcher.images.walk import class_folders, composed
 
@@ -76,25 +76,38 @@ def find(source: Source) -> Layout:
     else:
         layout.undivided = _without(test, train or _whole(source), layout)
     layout.parts |= _there(test=test)
-    _refuse_no_classes(source, layout, _there(train=train, val=val))
     chosen = [(key, part) for key, part in (("data.train", train), ("data.val", val), ("data.test", test)) if part]
     for (one, part), (other, same) in combinations(chosen, 2):
         if part == same:
             layout.problems.append(f"{source.label}: {one} and {other} are both {_name_of(part)}")
+    _refuse_no_classes(source, layout, _there(train=train, val=val))  # the last problem, which is explained
     return layout
 
 
 def _refuse_no_classes(source: Source, layout: Layout, parts: Mapping[str, Part]) -> None:
-    """Folders that are called as parts are, or as what lies beside annotations, are no classes."""
+    """Folders that are called as parts, or as images and their annotations, are no classes unless a file says so."""
     for part in (layout.undivided, *parts.values()):
-        names = part.class_names if isinstance(part, ClassFolders) else []
-        are_splits = not parts and are_parts(names)
-        if part and (are_splits or (names and {name.lower() for name in names} <= NO_CLASSES)):
+        if source.classes or not isinstance(part, ClassFolders):
+            continue
+        names = part.class_names
+        if (not parts and are_parts(names)) or _are_annotated(part.place, names):
             where = source.label if part.place == source.place else part.place
-            text = f"{where}: {' and '.join(names)} {'are no classes' if len(names) > 1 else 'is no class'}"
-            layout.problems.append(text)
+            are = "are no classes" if len(names) > 1 else "is no class"
+            cure = "if they are classes, name them in data.classes=FILE, one a line"
+            layout.problems.append(f"{where}: {' and '.join(names)} {are}; {cure}")
             layout.is_none = True
             return
+
+
+def _are_annotated(place: Path, names: Iterable[str]) -> bool:
+    """Whether folders are those of images and of files that say what is in them, as in a set for detection."""
+    named = {name: name.lower() for name in names}
+    notes = [name for name, lower in named.items() if lower in ANNOTATIONS]
+    return (
+        0 < len(notes) < len(named)
+        and {*named.values()} <= NO_CLASSES
+        and not any(shows_images(place / name) for name in notes)
+    )
 
 
 def nothing_at(source: Source) -> str:

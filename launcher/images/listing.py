@@ -227,7 +227,7 @@ def find_problems(
         """What a start would say first of another source; None: it is laid out in no way that is known."""
         try:
             return next(iter(find(other, explain=_stop)), "")
-        except _UnknownError:
+        except (_UnknownError, OSError):  # an OSError: a folder around it that may not be looked into
             return None
 
     explain = functools.partial(known_layouts.explain, source, candidates.in_time(try_out))
@@ -294,7 +294,8 @@ def _find_problems(
         yield f"{source.label}: nothing in it is {what} (found {found}){explain()}"
         return
     if isinstance(layout.undivided, ClassFolders) and not source.classes:
-        yield from listing.find_empty()
+        cure = "remove the folder; a run that learned with it goes on with data.classes=FILE, which names it too"
+        yield from (f"{text}; {cure}" for text in listing.find_empty())
     if need_files:
         yield from (text for part in listing.used for text in gone.find_problems(part))
     yield from _classes_that_do_not_fit(listing, missing_val_classes)

@@ -107,9 +107,11 @@ def _read(
     _size: int,
 ) -> tuple[Row, ...]:
     """Once a process, while the file stays as it is: a list may have a million rows."""
-    names = {column: column for column in columns.COLUMNS} | dict(renamed)
-    split = re.compile(re.escape(separator) if separator else f"[{SEPARATORS}]") if several else None
     readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    names = {column: column for column in columns.COLUMNS} | dict(renamed)
+    if file.suffix.lower() not in readers:  # of CSV the names in the first line are stripped, too
+        names = {column: columns.stripped(name) for column, name in names.items()}
+    split = re.compile(re.escape(separator) if separator else f"[{SEPARATORS}]") if several else None
     where, rows = str(file), list[Row]()
     problems: list[str] = []
     lines: dict[str, int] = {}
@@ -147,6 +149,8 @@ def _row(
 ) -> Row | str:
     """A row; text: what is wrong with it."""
     said = {column: columns.value(name, values) for column, name in names.items()}
+    if columns.holds_images(said["path"]):
+        return f"{file}:{line}: {names['path']} {columns.HOLDS_IMAGES}"
     texts = {column: "" if value is None else str(value).strip() for column, value in said.items()}
     needed = ["path"] if separator and names["label"] in values else ["path", "label"]
     optional = [column for column in ("split", "group", "weight") if names[column] in values]
@@ -231,7 +235,8 @@ def _read_csv(file: Path, names: Mapping[str, str]) -> Iterator[tuple[int, Mappi
         empty = 0  # lines above the names
         while (first := stream.readline()) and not first.strip():
             empty += 1
-        delimiter = max(",;\t|", key=first.count)
+        usual = max(",;\t", key=first.count)  # before |, which may stand in a name
+        delimiter = "|" if "|" in first and usual not in first else usual
         stream.seek(0)
         reader = csv.DictReader(  # "" may be a column, as of pandas' index
             itertools.islice(stream, empty, None), delimiter=delimiter, restkey=None, skipinitialspace=True
@@ -286,8 +291,15 @@ def _read_parquet(file: Path, names: Mapping[str, str]) -> Iterator[tuple[int, M
     try:
         with parquet.ParquetFile(file) as table:
             there = table.schema_arrow.names
-            head = next(table.iter_batches(batch_size=1), None)
-            _check_columns(file, there, names, head.to_pylist()[0] if head is not None and head.num_rows else {})
+            heavy = {one.name: unread for one in table.schema_arrow if (unread := _unread(one.type)) is not None}
+            if columns.lacking(there, names, {}):
+                light = [one for one in there if one not in heavy]
+                head = next(table.iter_batches(batch_size=1, columns=light), None)
+                row = heavy | (head.to_pylist()[0] if head is not None and head.num_rows else {})
+                _check_columns(file, there, names, row)
+            for name in columns.fields(names["path"], there):
+                if heavy.get(name) == b"":
+                    raise ListError([f"{file}: {name} {columns.HOLDS_IMAGES}"])
             needed = {one for name in names.values() for one in columns.fields(name, there) if one in there}
             first = 1
             for batch in table.iter_batches(columns=sorted(needed)):
@@ -295,6 +307,15 @@ def _read_parquet(file: Path, names: Mapping[str, str]) -> Iterator[tuple[int, M
                 first += batch.num_rows
     except ArrowInvalid as error:
         raise ListError([f"{file}: is no Parquet: {error}"]) from None
+
+
+def _unread(kind: Any) -> Any:
+    """What stands for a cell of Parquet that may be large: a list, or bytes; None: it is read."""
+    from pyarrow import types
+
+    if (types.is_list(kind) or types.is_large_list(kind)) and _unread(kind.value_type) is None:
+        return []
+    return b"" if types.is_nested(kind) or "binary" in str(kind) else None
 
 
 def sorted_labels(labels: set[str]) -> list[str]:

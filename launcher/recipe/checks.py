@@ -240,8 +240,9 @@ def find_image_problems(recipe: Recipe) -> Iterator[Finding]:
         need_files=recipe.data.on_bad_image == "error",
     )
     for text in problems:
-        said = re.match(r"(data\.\w+): ", text)  # of another key
-        yield (said[1],) if said else ("data.path", "data.name"), text[said.end() :] if said else text
+        said = None if text.startswith(f"{source.label}: ") else re.match(r"data\.(\w+): ", text)
+        said = said if said and said[1] in type(recipe.data).__dataclass_fields__ else None  # of another key
+        yield (f"data.{said[1]}",) if said else ("data.path", "data.name"), text[said.end() :] if said else text
     if not problems and recipe.model.num_classes != "auto":
         listing = Listing(source)
         found, kind = len(listing.classes), "classes" if source.classes else "class folders"

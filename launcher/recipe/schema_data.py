@@ -70,7 +70,7 @@ class DataConfig:
     """Validation takes the centre crop of this fraction of the resized image's short side."""
     mean: Annotated[list[float], Field(min_length=1, max_length=3)] | Auto = "auto"
     """Of the channels, from 0 to 1, which is subtracted; auto: what the model's weights were trained with (of grey
-    images the mean of their colours')."""
+    images the mean of their colours'), of a file what torchvision's own were: many of timm's had 0.5, and std too."""
     std: Annotated[list[Positive], Field(min_length=1, max_length=3)] | Auto = "auto"
     """Of the channels, from 0 to 1, which is divided by; auto: as of mean."""
     interpolation: Literal["auto", "bilinear", "bicubic"] = "auto"
@@ -118,7 +118,7 @@ class DataConfig:
     missing_val_classes: Literal["error", "allow"] = "error"
     """Classes without an image in val/. error: nothing is started; allow: they are learned and not measured."""
     background: Annotated[
-        str, Field(pattern=r"^(white|black|grey|#[0-9A-Fa-f]{6})$", description='white, black, grey or "#rrggbb"')
+        str, Field(pattern=r"^(white|black|grey|#[0-9A-Fa-f]{6})$"), 'white, black, grey or "#rrggbb"'
     ] = "white"
     """Colour behind what is transparent, in training, validation and exports: white, black, grey or "#rrggbb"."""
     channels: Channels = 3

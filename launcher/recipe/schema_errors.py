@@ -115,7 +115,8 @@ def _describe(annotation: Any) -> str:
     """Say in words what an annotation allows, as in ``a whole number >= 1, or auto``."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
-        said = next((info.description for info in args[1:] if getattr(info, "description", None)), "")
+        words = (info if isinstance(info, str) else getattr(info, "description", None) for info in args[1:])
+        said = next(filter(None, words), "")  # a text says it where the schema's description is the key's docstring
         is_list = typing.get_origin(args[0]) is list
         limits = _list_limits(args[1:]) if is_list else [" and ".join(_describe_limits(args[1:]))]
         return str(said) or (", " if is_list else " ").join([_describe(args[0]), *filter(None, limits)])

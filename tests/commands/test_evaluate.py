@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from launcher import cli
 from launcher.engine import device
 from launcher.runs.run_dir import RunDir
+from launcher.tools import evaluate as tools
 from tests.nets import FACTORY
 
 SETTINGS = [
@@ -29,6 +31,24 @@ def mean_of_both_ways(run):
     with torch.inference_mode():
         logits = torch.stack([best.module(images), best.module(images.flip(3))]).mean(0)
     return float(torch.nn.functional.cross_entropy(logits, labels))
+
+
+def of_a_gpu(best):
+    """As if the run had computed on one."""
+    return replace(best, state=best.state | {"device": "cuda"})
+
+
+def a_list_says_what_its_columns_are(evaluate, folder, of_folder):
+    odd = folder.with_suffix(".csv")
+    rows = [f"{file},{file.parent.name},train" for file in sorted(folder.glob("*/*"))]
+    odd.write_text("\n".join(["file,kind,split", *rows]))
+    code, shown = evaluate("--data", odd, "--json")
+    (columns,) = re.findall(r"'(data.columns=.*?)'", shown.err)
+    assert code == 2
+    found = json.loads(evaluate("--data", odd, columns, "--json")[1].out)
+    assert [found[name] for name in ("samples", "per_class")] == [of_folder[name] for name in ("samples", "per_class")]
+    _, shown = evaluate(columns)
+    assert "only data.columns of a list that --data names may be another" in shown.err
 
 
 @pytest.mark.slow
@@ -57,8 +77,11 @@ def test_the_best_checkpoint_is_measured_on_its_own_images_and_on_others(
         assert found[name] == own[name], name
     assert found["loss"] == pytest.approx(own["loss"], rel=1e-12)  # one sum instead of one of each rank's
     assert (found["computed_in"], found["differs"]) == ("bf16", None)
+    low, high = found["intervals"]["auroc"]
+    assert 0 <= low <= found["auroc"] <= high <= 1
 
-    run.plan.write_text(run.plan.read_text().replace('"device": "cpu"', '"device": "cuda"'))
+    load = tools.load_best
+    monkeypatch.setattr(tools, "load_best", lambda run: of_a_gpu(load(run)))
     found = json.loads(evaluate("--json")[1].out)
     not_alike = "in fp32 instead of bf16, on the CPU instead of a GPU"
     assert (found["computed_in"], found["differs"]) == ("fp32", not_alike)
@@ -66,7 +89,6 @@ def test_the_best_checkpoint_is_measured_on_its_own_images_and_on_others(
     assert found["loss"] != pytest.approx(own["loss"], rel=1e-5)
 
     mirrored = json.loads(evaluate("--tta", "--json")[1].out)
-    assert mirrored["samples"] == own["samples"]
     assert mirrored["loss"] == pytest.approx(mean_of_both_ways(run), rel=1e-4)
     assert mirrored["loss"] != pytest.approx(own["loss"], rel=1e-6)
 
@@ -83,12 +105,13 @@ def test_the_best_checkpoint_is_measured_on_its_own_images_and_on_others(
     assert found["per_class"]["cat"]["samples"] == 0
     assert found["per_class"]["dog"]["recall"] == own["per_class"]["dog"]["recall"]
 
+    a_list_says_what_its_columns_are(evaluate, other, found)
+
     (other / "horse").mkdir()
     code, shown = evaluate("--data", other)
     assert (code, shown.out) == (2, "")
     assert f"--data {other}: holds 'horse', which is no class of the model" in shown.err
     code, shown = evaluate("--data", images)
     assert f"name one of its splits: --data {images / 'val'}" in shown.err
-    code, shown = evaluate("--split", "test")
-    assert code == 2
+    _, shown = evaluate("--split", "test")
     assert "labelled images elsewhere: launch evaluate run --data FOLDER" in shown.err

@@ -5,6 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from launcher.engine import recipe_checks
+from launcher.errors import RecipeError
+from launcher.recipe import load as recipes
+
 CODE = """
 import os, sys, torch
 from launcher.engine import recipe_checks
@@ -75,3 +81,16 @@ def test_an_image_size_that_was_accepted_once_is_not_tried_again_and_one_that_wa
     (tmp_path / "image-sizes").rename(tmp_path / "moved")
     (tmp_path / "image-sizes").write_text("a file is in its place")
     assert subprocess.run(command, env=env, check=True, capture_output=True, text=True, timeout=240).stdout
+
+
+def test_a_group_for_which_others_leave_nothing_is_refused_and_told_in_a_run_that_has_begun(photos, capsys):
+    """An earlier version began runs with such groups."""
+    model, groups = {"arch": "resnet18", "weights": None}, {"layer1": 0.3, "head": 0.1, "layer4": 0.2, "fc": 0.4}
+    data = {"path": str(photos), "image_size": 32}
+    recipe = recipes.from_dict({"name": "a", "model": model, "data": data, "optim": {"groups": groups}})
+    said = "all that it matches is taken by `head`, which comes first; put it before it"
+    with pytest.raises(RecipeError) as caught:
+        recipe_checks.check(recipe, str)
+    assert [(one.key, one.message) for one in caught.value.problems] == [("optim.groups.fc", said)]
+    recipe_checks.check(recipe, str, is_new=False)
+    assert f"optim.groups.fc: {said}" in capsys.readouterr().out

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import pathlib
+import re
+import shlex
 import shutil
 import sys
 import time
@@ -11,7 +14,7 @@ import pytest
 from PIL import Image
 
 from launcher import cli
-from launcher.images import candidates, known_layouts, lists
+from launcher.images import candidates, columns, known_layouts, lists
 from launcher.images import folder as image_folder
 from launcher.images import listing as listings
 from launcher.images.listing import Listing
@@ -253,6 +256,11 @@ def test_columns_of_other_names_are_said_by_a_key(classes, dry_run):
         (".jsonl", '{"path": "a.png", "label": "cat"}\n{"path": \n', ":2: is no JSON"),
         (".jsonl", '{"path": "a.png", "label": ["cat"]}\n', ":1: label is ['cat']; an image has one class"),
         (".jsonl", '["a.png"]\n', ":1: is no JSON object"),
+        (
+            ".jsonl",
+            '{"path": {"bytes": "a"}, "label": "cat"}\n',
+            ":1: path holds no path of a file but the image itself",
+        ),
         (".parquet", "PAR", ": is no Parquet"),
     ],
 )
@@ -266,7 +274,14 @@ def test_what_is_wrong_with_a_list_has_its_file_and_line(ending, text, said, cla
 
 @pytest.mark.parametrize(
     "text",
-    ["\ufeffpath,label\r\n{}\r\n", "\n\npath,label\n\n{}\n\n", "path, label\n{}\n", "path;label\n{}", "path|label\n{}"],
+    [
+        "\ufeffpath,label\r\n{}\r\n",
+        "path,label,a|b|c|d\n{}\n",
+        "\n\npath,label\n\n{}\n\n",
+        "path, label\n{}\n",
+        "path;label\n{}",
+        "path|label\n{}",
+    ],
 )
 def test_a_list_may_be_written_as_spreadsheets_and_people_do(text, classes, dry_run):
     between = text.strip("\n\ufeff")[4:].split("label")[0]
@@ -292,6 +307,62 @@ def test_a_path_is_put_together_of_columns_and_found_where_the_files_are(classes
     file.write_text(file.read_text().replace("id,breed", "path,label"))
     code, shown = dry_run(f"data.path={file}", "data.val_fraction=0.2")
     assert (code, """with 'data.columns={path: "photos/{label}/{path}.png"}' they are""" in shown) == (2, True), shown
+
+
+def test_a_new_form_of_paths_is_named_only_where_all_files_are_gone_and_says_how_many_it_finds(classes, dry_run):
+    file = classes.parent / "images.csv"
+    rows = [f"{number:02d},{name}" for name in COLOURS for number in range(10)]
+    (classes / "dog").rename(classes / "dog2")
+    for number in range(5):
+        paint(classes, "dog", number)
+    file.write_text("\n".join(["path,label", *[f"{name[-3:]}/{name}" for name in rows]]))
+    shown = dry_run(f"data.path={file}", "data.val_fraction=0.2")[1]
+    assert "they are" not in shown
+    file.write_text(
+        "\n".join(["path,label", *(f"{label}/{number},{label}" for number, label in (row.split(",") for row in rows))])
+    )
+    shown = dry_run(f"data.path={file}", "data.val_fraction=0.2")[1]
+    assert """with 'data.columns={path: "photos/{path}.png"}' 15 of 20 are there""" in shown
+    for row in rows:
+        number, label = row.split(",")
+        if label == "cat":
+            (classes / f"cat/{number}.png").rename(classes.parent / f"{label}{number}")
+    file.write_text(file.read_text().replace("cat/", "cat"))
+    shown = dry_run(f"data.path={file}", "data.val_fraction=0.2")[1]
+    assert ("10 of 20 files are not there" in shown, "; with" in shown) == (True, False), shown
+
+
+@pytest.mark.parametrize("name", ["it's", 'a "b"', "c\\d", " breed", "1", "no", "br|eed"])
+def test_any_name_of_a_column_can_be_said(name, classes, dry_run):
+    file = classes / "images.csv"
+    quoted = '"' + name.replace('"', '""') + '"'
+    rows = [f"{name}/{number:02d}.png,{name}" for name in COLOURS for number in range(10)]
+    file.write_text("\n".join([f"path,{quoted}", *rows]))
+    assert dry_run(f"data.path={file}", "data.val_fraction=0.2", columns.as_keys({"label": name}))[0] == 0
+    shown = dry_run(f"data.path={file}", "data.val_fraction=0.2", columns.as_keys({"label": f"{name}xy"}))[1]
+    assert f"launch RECIPE data.path={file} data.val_fraction=0.2" in shown
+    assert shlex.quote(columns.as_keys({"label": name.strip()})) in shown
+    assert all(dry_run(*keys)[0] == 0 for keys in commands(shown))
+
+
+def test_images_in_parquet_are_told_and_not_read(classes, dry_run, monkeypatch):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    image = pa.array([{"bytes": b"0", "path": "0.png"}] * 4)
+    parquet.write_table(pa.table({"image": image, "label": [0, 1, 0, 1]}), classes / "data.parquet")
+    read = []
+    batches = parquet.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        parquet.ParquetFile, "iter_batches", lambda *of, **how: [read.append(how), batches(*of, **how)][1]
+    )
+    for keys in ([], ["data.columns={path: image}"]):
+        code, shown = dry_run(f"data.path={classes / 'data.parquet'}", "data.val_fraction=0.5", *keys)
+        assert (code, "image holds no path of a file but the image itself" in shown) == (2, True), shown
+    assert all(how["columns"] == ["label"] for how in read)
+    file, read[:] = write_list(classes, ".parquet"), []
+    assert dry_run(f"data.path={file}")[0] == 0
+    assert [how["columns"] for how in read] == [["label", "path", "split"]]
 
 
 def test_a_metadata_table_says_the_classes_of_a_folder_called_images(classes, dry_run):
@@ -324,6 +395,7 @@ def test_files_that_a_list_names_and_that_are_not_there_have_their_lines(classes
     [
         ("cat\\00.png", "write / for \\"),
         ("https://host/00.png", "these are addresses: download the images"),
+        ("C:/Users/me/00.png", "on a drive of Windows: give paths relative to the list"),
         ('"cat/00.png,cat\ncat/01.png"', "a quotation mark is not closed"),
     ],
 )
@@ -348,6 +420,14 @@ def test_classes_are_sorted_as_numbers_where_they_are(tmp_path):
     file = tmp_path / "a.csv"
     file.write_text("path,label,split\ncat/00.png,10,train\ndog/00.png,9,train\n")
     assert Listing(Source(path=str(file))).classes == ["9", "10"]
+
+
+def test_the_path_of_a_row_may_begin_with_home(classes, monkeypatch):
+    monkeypatch.setenv("HOME", str(classes))
+    file = classes.parent / "images.csv"
+    file.write_text("path,label\n~/cat/00.png,cat\n~x/00.png,dog\n")
+    found = [row.path for row in lists.read(file, lists.Form())]
+    assert found == [f"{classes}/cat/00.png", f"{classes.parent}/~x/00.png"]
 
 
 def test_lists_of_their_own_for_training_and_validation(classes, dry_run):
@@ -388,12 +468,25 @@ def test_what_is_seen_in_one_split_only_is_told(tmp_path, capsys):
 # --- what is none of them
 
 
+def commands(shown):
+    """The overrides of each command that was tried and would work, as a shell reads them."""
+    lines = re.findall(r"^ +launch RECIPE (.+)$", shown, re.MULTILINE)
+    return [shlex.split(line.split("   # ")[0]) for line in lines if "once this is mended" not in line]
+
+
 def one_folder(folder, *names):
     for name in names:
         for number in range(2):
             file = folder / name / f"{number}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (8, 8)).save(file)
+
+
+def annotated(folder):
+    """Images and their boxes."""
+    one_folder(folder, "images")
+    (folder / "labels").mkdir()
+    (folder / "labels/0.txt").write_text("0 0.5 0.5 1 1")
 
 
 def loose(*folders):
@@ -412,7 +505,7 @@ def loose(*folders):
         (lambda p: (p / "photos.zip").write_bytes(b""), "unpack {p}/photos.zip"),
         (lambda p: (p / "labels.csv").write_text("path,label\n"), "launch RECIPE data.path={p}/labels.csv"),
         (lambda p: one_folder(p / "my photos", "cat", "dog"), "data.path='{p}/my photos' data.val_fraction=0.2"),
-        (lambda p: one_folder(p / "train", "images", "labels"), "write a list"),
+        (lambda p: annotated(p / "train"), "write a list"),
         (lambda p: loose(p / "train", p / "val"), "launch RECIPE data.path={p} data.val_fraction=0.2"),
         (lambda p: loose(split_folder(p, val="held") / "val"), "data.path={p}/train data.val_fraction=0.2"),
         (lambda p: (p / "coco.json").write_text("{{}}"), "launch RECIPE data.path=FILE.jsonl data.val_fraction=0.2"),
@@ -430,6 +523,41 @@ def test_a_first_wrong_layout_ends_in_the_keys_that_would_work(make, said, tmp_p
     assert code == 2
     assert "known layouts:" in shown
     assert said.format(p=folder) in shown
+    assert all(dry_run(*keys)[0] == 0 for keys in commands(shown))
+
+
+def test_a_command_takes_back_the_keys_of_the_recipe_that_it_must_not_have(tmp_path, recipe_file, capsys):
+    split_folder(tmp_path / "it's, photos")
+    data = f'data: {{path: "{tmp_path}/it\'s, fotos", val_fraction: 0.2, group: (.)}}'
+    recipe = recipe_file(f"model: {{arch: shufflenet_v2_x0_5, weights: null}}\nlaunch: {{device: cpu}}\n{data}\n")
+    assert cli.main([str(recipe), "--dry-run"]) == 2
+    (keys,) = commands(capsys.readouterr().err)
+    assert keys[1:] == ["data.val_fraction=null", "data.group=null"]
+    assert cli.main([str(recipe), *keys, "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        "data.path='my photos' data.val='test set'",
+        "data.path=a,b.csv data.val_fraction=0.2 'data.columns={path: \"x, y\", label: b}'",
+        """data.path='it'"'"'s' 'data.columns={label: "it'"'"'s"}'""",
+    ],
+)
+def test_the_words_of_a_command_are_found_for_others_than_a_start(keys):
+    for after in ("", ", once this is mended: x", "; or y", " (z)", "\n"):
+        found = known_layouts.CURE.search(f"x: launch RECIPE {keys}{after}")
+        assert found
+        assert f"data.path={found[1]}{found[2]}" == keys
+
+
+def test_a_folder_called_as_a_key_is_none(tmp_path, dry_run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one_folder(tmp_path / "data.v1", "cat")
+    one_folder(tmp_path / "data.val", "cat")
+    for name in ("data.v1", "data.val"):
+        code, shown = dry_run(f"data.path={name}", "data.val_fraction=0.5")
+        assert (code, f"data.path: {name}: 1 class in it" in shown) == (2, True), shown
 
 
 def test_a_file_that_is_no_list_and_a_folder_that_is_not_there(tmp_path, dry_run):
@@ -452,6 +580,44 @@ def test_a_class_without_an_image_is_refused_in_what_is_divided_too(classes, dry
     assert (code, "no images in 'elk'" in shown, "1 file .txt left out (elk 1)" in shown) == (2, True, True)
     shown = dry_run(f"data.path={classes}")[1]
     assert f"launch RECIPE data.path={classes} data.val_fraction=0.2, once this is mended: " in shown
+
+    assert "which names it too" in shown
+    names = classes.parent / "names.txt"
+    names.write_text("cat\ndog\nelk\n")
+    assert dry_run(f"data.path={classes}", "data.val_fraction=0.2", f"data.classes={names}")[0] == 0
+
+
+@pytest.mark.parametrize("names", [("photos", "labels"), ("photos", "pictures"), ("photos", "masks")])
+def test_folders_of_images_are_classes_whatever_they_are_called(names, tmp_path, dry_run):
+    one_folder(tmp_path / "data", *names)
+    code, shown = dry_run(f"data.path={tmp_path / 'data'}", "data.val_fraction=0.5")
+    assert code == 0, shown
+
+
+def test_images_beside_their_annotations_are_classes_only_where_a_file_says_so(tmp_path, dry_run):
+    folder, names = tmp_path / "data", tmp_path / "names.txt"
+    annotated(folder)
+    code, shown = dry_run(f"data.path={folder}", "data.val_fraction=0.5")
+    assert (code, "images and labels are no classes; if they are classes, name them in data.classes" in shown) == (2, 1)
+    assert "boxes and masks" in shown
+    names.write_text("images\nlabels\n")
+    code, shown = dry_run(f"data.path={folder}", "data.val_fraction=0.5", f"data.classes={names}")
+    assert code == 0, shown
+
+
+def test_a_parent_that_may_not_be_looked_into_leaves_the_message_as_it_is(tmp_path, dry_run, monkeypatch):
+    folder = tmp_path / "around/train"
+    loose(folder)
+    iterdir = pathlib.Path.iterdir
+
+    def refuse(path):
+        if path == folder.parent:
+            raise PermissionError(13, "Permission denied", str(path))
+        return iterdir(path)
+
+    monkeypatch.setattr(pathlib.Path, "iterdir", refuse)
+    code, shown = dry_run(f"data.path={folder}")
+    assert (code, "known layouts:" in shown, "Permission denied" in shown) == (2, True, False), shown
 
 
 def test_check_reads_every_layout(classes, capsys):

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from launcher.engine import optim
 from launcher.engine.checkpoints import checkpoint as checkpoints
 from launcher.engine.network.fitting import are_needed
 from launcher.errors import TrainingError
 from launcher.system import phases
+from launcher.system.words import plural
 
 if TYPE_CHECKING:
+    from launcher.engine.checkpoints.checkpoint import Checkpoint
     from launcher.engine.listeners.listeners import Listeners
     from launcher.engine.listeners.recorder import Recorder
     from launcher.engine.setup import Parts
@@ -106,6 +109,7 @@ class Saving:
             )
             if found:
                 self._tell_numerics(self._parts.numerics.changed_since(found.state))
+                self._tell_groups(found)
         return True
 
     def _tell_numerics(self, changed: dict[str, list[Any]]) -> None:
@@ -114,6 +118,17 @@ class Saving:
             self._recorder.event("numerics_changed", step=self._state.step, **changed)
             said = ", ".join(f"{name} is {now} now, was {then}" for name, (then, now) in changed.items())
             self._recorder.say(f"from step {self._state.step} on: {said}")
+
+    def _tell_groups(self, found: Checkpoint) -> None:
+        """Tell what learns otherwise from here on though the recipe's groups are the same."""
+        parts = self._parts
+        changed = optim.other_groups(parts.model, parts.recipe, found.state, found.optimizer["optimizer"])
+        if changed and self._recorder:
+            self._recorder.event("groups_changed", step=self._state.step, **changed)
+            words = {"rate": "another learning rate", "weight_decay": "another weight decay"}
+            said = ", ".join(f"{words[key]} for {plural(num, 'tensor')}" for key, num in changed.items() if num)
+            why = "this version of launch groups them otherwise than the one before, the recipe is the same"
+            self._recorder.say(f"from step {self._state.step} on: {said} of the model ({why})")
 
     def _build_writer(self) -> checkpoints.CheckpointWriter:
         return checkpoints.CheckpointWriter(

@@ -89,9 +89,9 @@ def _tell_of_weights(
         place = found.place or "the file itself"
         print(f"{config.weights}: the weights are those in {place}; {', '.join(found.also)} would fit too", flush=True)
     if found.is_timms:
-        differs = f"; of timm's models {found.differs}: logits differ a little from theirs" if found.differs else ""
+        differs = f"; {found.differs}" if found.differs else ""
         print(f"{config.weights}: timm's names are read as torchvision's{differs}", flush=True)
-    if SIZED in wanted and SIZED in found.state:
+    if not config.factory and config.arch.startswith("vit_") and SIZED in found.state:
         before = math.isqrt(found.state[SIZED].shape[1] - 1)
         after = size // wanted["conv_proj.weight"].shape[-1]
         sizes = f"from {before} x {before} patches of an image to {after} x {after}"

@@ -21,7 +21,7 @@ Rules = tuple[tuple[str, str], ...]
 END = r"\.(weight|bias|running_mean|running_var|num_batches_tracked)"
 
 MADE = ("relative_position_index", "relative_coords_table")
-"""Swin's buffers that follow from the architecture: the model's own are right."""
+"""Swin's buffers that follow from the architecture: the model's own are right where a file has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +36,10 @@ class Family:
     """For a state dict of timm's."""
     change: Callable[[State], State] = lambda state: state
     """What is done to it before."""
+    flattens: bool = False
+    """Whether some of its layers are linear in torchvision and convolutions in timm."""
     differs: str = ""
-    """What torchvision's models of it compute in another way than some of timm's, which no weights show."""
+    """What is other in some of timm's models than in torchvision's, and no weights show; a sentence."""
 
 
 def family_of(state: State, wanted: Mapping[str, torch.Tensor]) -> tuple[Family, str] | None:
@@ -66,19 +68,19 @@ def to_torchvision(state: State, wanted: Mapping[str, torch.Tensor]) -> State:
     rules = [(re.compile(old), new) for old, new in family.rules(own)]
     named = {_renamed(key, rules): value for key, value in own.items()}
     made = {key: value for key, value in wanted.items() if key.endswith(MADE)}
-    return {**made, **{key: _shaped(value, wanted.get(key)) for key, value in named.items()}}
+    return {**made, **{key: _shaped(value, wanted.get(key), family) for key, value in named.items()}}
 
 
 def _renamed(key: str, rules: list[tuple[re.Pattern[str], str]]) -> str:
     return next((old.sub(new, key) for old, new in rules if old.fullmatch(key)), key)
 
 
-def _shaped(value: torch.Tensor, wanted: torch.Tensor | None) -> torch.Tensor:
-    """Layer scales are C x 1 x 1 in torchvision; some layers after the pooling are linear there, not convolutions."""
+def _shaped(value: torch.Tensor, wanted: torch.Tensor | None, family: Family) -> torch.Tensor:
+    """Layer scales are C x 1 x 1 in torchvision; some families' layers after the pooling are linear there."""
     dims = (value.dim(), wanted.dim() if wanted is not None else None)
     if dims == (1, 3) and wanted is not None and wanted.shape[1:] == (1, 1):
         return value.reshape(-1, 1, 1)
-    return value.flatten(1) if dims == (4, 2) else value
+    return value.flatten(1) if family.flattens and dims == (4, 2) else value
 
 
 # --- the families
@@ -119,7 +121,7 @@ def _convnext(state: State) -> Rules:
     return (
         (rf"stem\.([01]){END}", r"features.0.\1.\2"),
         *of_stage,
-        (rf"(?:head\.norm|norm_pre){END}", r"classifier.0.\1"),
+        (rf"head\.norm{END}", r"classifier.0.\1"),
         (rf"head\.fc{END}", r"classifier.2.\1"),
     )
 
@@ -181,7 +183,7 @@ def _efficientnet(state: State) -> Rules:
         return (there, "") if block.layers[place] == "se" else (f"{there}.0", f"{there}.1")
 
     blocks = _blocks(state)
-    last = f"features.{max(block.stage for block in blocks) + 2}"
+    last = f"features.{max((block.stage for block in blocks), default=-1) + 2}"
     ends = {"conv_stem": "features.0.0", "bn1": "features.0.1", "conv_head": f"{last}.0", "bn2": f"{last}.1"}
     return _around(blocks, named, **ends, classifier="classifier.1")
 
@@ -268,8 +270,16 @@ def _swin(state: State) -> Rules:
 
 
 def _change_swin(state: State) -> State:
-    """What follows from the architecture is left out; version 2 has biases of queries and values alone."""
-    found = {key: value for key, value in state.items() if not key.endswith((*MADE, "attn_mask"))}
+    """Version 2 has biases of queries and values alone.
+
+    Buffers that follow from the window are kept where a file has them: one of another window is told by their shapes,
+    and coordinates that `pretrained_window_size` scales are the file's.
+    """
+    found = {
+        key: value.flatten() if key.endswith("relative_position_index") else value
+        for key, value in state.items()
+        if not key.endswith("attn_mask")
+    }
     for key in [key for key in found if key.endswith(".q_bias")]:
         query, value = found.pop(key), found.pop(key.replace("q_bias", "v_bias"))
         found[key.replace("q_bias", "qkv.bias")] = torch.cat([query, torch.zeros_like(query), value])
@@ -278,12 +288,26 @@ def _change_swin(state: State) -> State:
 
 MAPPED = "ResNet, DenseNet, ConvNeXt, ViT, Swin, EfficientNet, MobileNetV2 and V3, MNASNet, RegNet and VGG"
 """Families whose names are the same in both, or which there are rules for."""
-OF_GOOGLE = "those called tf_… pad in another way, and others have another epsilon in their BatchNorm"
+MEANS = "many of timm's were trained with data.mean and data.std of 0.5"
+OF_GOOGLE = (
+    "of timm's models those called tf_… pad in another way, and others have another epsilon in their BatchNorm: logits "
+    f"differ a little from theirs; {MEANS}"
+)
+WINDOWS = (
+    "a window's size shows in no weight: of timm's models those of another window or pretrained_window_size than "
+    "torchvision's compute something else"
+)
 FAMILIES = (
-    Family(timm="blocks.0.attn.qkv.weight", torchvision="encoder.pos_embedding", rules=_vit),
+    Family(timm="blocks.0.attn.qkv.weight", torchvision="encoder.pos_embedding", rules=_vit, differs=MEANS),
     Family(timm="stages.0.blocks.0.conv_dw.weight", torchvision="features.1.0.layer_scale", rules=_convnext),
     *(
-        Family(timm="conv_stem.weight", torchvision=name, rules=rules, differs=OF_GOOGLE)
+        Family(
+            timm="conv_stem.weight",
+            torchvision=name,
+            rules=rules,
+            flattens=rules is _mobilenet_v3,
+            differs=OF_GOOGLE,
+        )
         for name, rules in (
             ("features.1.0.block.0.0.weight", _efficientnet),
             ("features.1.block.0.0.weight", _mobilenet_v3),
@@ -292,7 +316,14 @@ FAMILIES = (
         )
     ),
     Family(timm="s1.b1.conv1.conv.weight", torchvision="trunk_output.block1.block1-0.f.a.0.weight", rules=_regnet),
-    Family(timm="pre_logits.fc1.weight", torchvision="classifier.6.weight", rules=_vgg),
+    Family(timm="pre_logits.fc1.weight", torchvision="classifier.6.weight", rules=_vgg, flattens=True),
+    Family(
+        timm="layers.0.blocks.0.attn.logit_scale",
+        torchvision="features.1.0.attn.logit_scale",
+        rules=_swin,
+        change=_change_swin,
+        differs=WINDOWS,
+    ),
     Family(
         timm="layers.0.blocks.0.attn.qkv.weight",
         torchvision="features.1.0.attn.qkv.weight",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -21,8 +22,10 @@ PLAIN_STACK = 3
 """A stack of more layers without parts, as VGG's convolutions, is as many layers; one of fewer is one (a convolution
 with its normalisation)."""
 
-NOT_DECAYED = ("bias", "pos_emb", "position_emb")
-"""Of names of parameters that have several dimensions and are no weights."""
+NOT_DECAYED = re.compile(r"(.*_)?bias(es|_table)?|.*pos(ition)?_emb.*")
+"""Names of parameters that have several dimensions and are no weights."""
+MATRIX = 2
+"""Dimensions of an embedding's table, which is called after its layer: ``pos_emb.weight``."""
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -75,12 +78,14 @@ def problems(recipe: Recipe, model: FineTunedModel) -> Iterator[tuple[str, str]]
     every = {"optim.groups": recipe.optim.groups}
     every |= {f"train.phases.{n}.optim.groups": one.optim.groups or {} for n, one in enumerate(recipe.train.phases)}
     for key, groups in every.items():
-        dealt = {pattern for pattern, _ in deal_names(model, groups)}
-        for place, pattern in enumerate(groups):
+        dealt = dict(deal_names(model, groups))
+        for pattern in groups:
             if pattern not in dealt:
-                before = ", ".join([*groups][:place])
-                text = f"matches nothing that {before} before it does not, and the first pattern that matches counts"
-                yield f"{key}.{pattern}", f"{text}; name {pattern} first"
+                own = model.matching([pattern])
+                takers = [f"`{other}`" for other, names in dealt.items() if not own.isdisjoint(names)]
+                come, them = ("comes", "it") if len(takers) == 1 else ("come", "them")
+                text = f"all that it matches is taken by {' and '.join(takers)}, which {come} first"
+                yield f"{key}.{pattern}", f"{text}; put it before {them}"
 
 
 def is_norm_or_bias(name: str, parameter: nn.Parameter) -> bool:
@@ -89,12 +94,11 @@ def is_norm_or_bias(name: str, parameter: nn.Parameter) -> bool:
     That is what has one dimension (layer scales and a class token, too) and, by name, Swin's tables of biases and
     position embeddings: what timm and torchvision's own trainings leave out.
     """
-    own = name.rpartition(".")[2]
-    if parameter.ndim <= 1 or own.endswith("bias"):
+    *_, layer, own = ["", *name.split(".")]
+    called = layer if own == "weight" and parameter.ndim == MATRIX else own
+    if parameter.ndim <= 1 or NOT_DECAYED.fullmatch(called):
         return True
-    if own.endswith("weight"):
-        return False
-    return sum(size > 1 for size in parameter.shape) <= 1 or any(word in own for word in NOT_DECAYED)
+    return not own.endswith("weight") and sum(size > 1 for size in parameter.shape) <= 1
 
 
 def heights(model: FineTunedModel) -> dict[str, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import statistics
 import time
 from dataclasses import dataclass
@@ -121,7 +122,8 @@ def _sweep(parts: Parts, bounds: tuple[float, float], num_steps: int | None) -> 
                 break
             rates.append(rate)
             found.append(loss)
-            if smoothed(found)[-1] > TOO_HIGH * min(smoothed(found)):
+            smooth = smoothed(found)
+            if smooth[-1] > TOO_HIGH * min(smooth):
                 break
             left = (num_steps or MOST_STEPS) - len(rates)
             if num_steps is None:
@@ -155,10 +157,12 @@ def _losses(parts: Parts) -> Generator[float, float, None]:
 
 def smoothed(losses: Sequence[float]) -> list[float]:
     """Each loss with its neighbours, by a bell curve: unlike a moving average it does not lag behind."""
-    width, found = _width(len(losses)), []
-    for place in range(len(losses)):
-        weights = [math.exp(-(((place - other) / width) ** 2) / 2) for other in range(len(losses))]
-        found.append(sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights))
+    width, num, found = _width(len(losses)), len(losses), []
+    beside = [math.exp(-((distance / width) ** 2) / 2) for distance in range(num)]
+    bell = [*reversed(beside), *beside[1:]]  # by distance, from -num + 1 on
+    for place in range(num):
+        weights = bell[num - 1 - place : 2 * num - 1 - place]
+        found.append(sum(map(operator.mul, weights, losses)) / sum(weights))
     return found
 
 

@@ -9,16 +9,18 @@ import torch
 from launcher.engine.device import is_out_of_memory
 
 if TYPE_CHECKING:
-    from torch import nn
+    from collections.abc import Callable
 
     from launcher.engine.device import Device, Precision
 
+    Network = Callable[[torch.Tensor], torch.Tensor]
 
-def logits_of(network: nn.Module, images: torch.Tensor, device: Device, precision: Precision) -> torch.Tensor:
-    """Logits N x C of images that are on the device, in one go where there is the memory.
+
+def logits_of(network: Network, images: torch.Tensor, device: Device, precision: Precision) -> torch.Tensor:
+    """Logits N x C, in one go where there is the memory.
 
     Args:
-        network: in evaluation mode, on the device.
+        network: in evaluation mode; its answer is on the device.
         images: what it takes, N x anything.
         device: where it computes.
         precision: of the forward pass.
@@ -31,7 +33,11 @@ def logits_of(network: nn.Module, images: torch.Tensor, device: Device, precisio
 
 
 def _in_parts(
-    network: nn.Module, images: torch.Tensor, size: int, device: Device, precision: Precision
+    network: Network,
+    images: torch.Tensor,
+    size: int,
+    device: Device,
+    precision: Precision,
 ) -> torch.Tensor | None:
     """The logits, of ``size`` images at once; None where memory ran out for more than one."""
     try:

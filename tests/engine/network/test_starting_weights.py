@@ -55,7 +55,19 @@ def test_what_is_read_in_another_way_is_told(problems, capsys):
     state = dict(as_timm(models.vit_b_32(num_classes=7, image_size=64).state_dict()))
     assert problems(state, "vit_b_32", size=96) == []
     shown = capsys.readouterr().out
-    assert "timm's names are read as torchvision's\n" in shown
+    assert (
+        "timm's names are read as torchvision's; many of timm's were trained with data.mean and data.std of 0.5"
+        in shown
+    )
     assert "position embeddings are interpolated from 2 x 2 patches of an image to 3 x 3\n" in shown
     assert problems(state, "vit_b_32", size=64) == []
+    assert "interpolated" not in capsys.readouterr().out
+
+
+def test_position_embeddings_of_a_users_own_model_are_its_own_affair(tmp_path, capsys):
+    net = nn.ModuleDict({"encoder": nn.ParameterDict({"pos_embedding": torch.zeros(1, 16, 4)}), "fc": nn.Linear(4, 3)})
+    torch.save(net.state_dict(), tmp_path / "w.pth")
+    recipe = recipes.from_dict({"model": {"factory": "my:net", "weights": str(tmp_path / "w.pth")}})
+    options = {"is_new": True, "head": ("fc",), "classes": list("abc")}
+    assert list(starting_weights.find_problems(recipe, net, 96, **options)) == []
     assert "interpolated" not in capsys.readouterr().out

@@ -224,3 +224,64 @@ def test_every_weight_of_a_mobilenet_finds_its_place(arch, depths, tmp_path):
     assert found.is_timms
     assert found.state.keys() == net.state_dict().keys()
     assert all(torch.equal(found.state[key], value) for key, value in net.state_dict().items())
+
+
+def problems_of(state, arch, tmp_path):
+    torch.save(state, tmp_path / "w.pth")
+    module, config = build_meta(arch, 7), ModelConfig(arch=arch, weights=str(tmp_path / "w.pth"))
+    found = read_weights_file(tmp_path / "w.pth", module.state_dict())
+    try:
+        return fit_weights(found.state, module, config, image_size=256)
+    except UsageError as error:
+        return str(error)
+
+
+CONVNEXT = (
+    *((rf"features\.{2 * stage}\.", f"stages.{stage}.downsample.") for stage in range(1, 4)),
+    (r"features\.0\.", "stem."),
+    *((rf"features\.{2 * stage + 1}\.(\d+)\.", rf"stages.{stage}.blocks.\1.") for stage in range(4)),
+    *((rf"(.*)\.block\.{place}\.", rf"\1.{name}.") for place, name in ((0, "conv_dw"), (2, "norm"), (3, "mlp.fc1"))),
+    (r"(.*)\.block\.5\.", r"\1.mlp.fc2."),
+    (r"(.*)\.layer_scale", r"\1.gamma"),
+    (r"classifier\.2\.", "head.fc."),
+)
+
+
+@pytest.mark.parametrize("norm", ["head.norm", "norm_pre"])
+def test_a_convnext_with_its_last_norm_before_the_pooling_is_another_variant(norm, tmp_path):
+    state = {}
+    for name, value in build_meta("convnext_tiny", 7).state_dict().items():
+        for ours, timms in (*CONVNEXT, (r"classifier\.0\.", f"{norm}.")):
+            name = re.sub(f"^{ours}", timms, name)  # noqa: PLW2901
+        is_conv = norm == "norm_pre" and ".mlp." in name and value.dim() > 1
+        state[name] = torch.zeros((*value.shape, 1, 1) if is_conv else value.shape)
+    found = problems_of(state, "convnext_tiny", tmp_path)
+    if norm == "head.norm":
+        assert isinstance(found, dict)
+    else:
+        assert "2 keys missing: classifier.0.weight" in found
+        assert "2 keys unknown: norm_pre.weight" in found
+        assert "36 of another shape" in found
+
+
+def test_a_swin_of_another_window_is_told_by_its_buffers_and_coordinates_are_the_files(tmp_path):
+    state = models.swin_v2_t(num_classes=7).state_dict()
+    for name in list(state):
+        named = name
+        for ours, timms in SWIN:
+            named = re.sub(f"^{ours}", timms, named)
+        value = state.pop(name)
+        state[named] = value.reshape(64, 64) if name.endswith("relative_position_index") else value
+    table = "layers.0.blocks.0.attn.relative_coords_table"
+    state[table] = state[table] / 2  # as of a larger pretrained_window_size
+    assert torch.equal(
+        problems_of(state, "swin_v2_t", tmp_path)["features.1.0.attn.relative_coords_table"], state[table]
+    )
+    state["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(256, 256, dtype=torch.int64)
+    text = "1 of another shape: features.1.0.attn.relative_position_index (65536, needs 4096)"
+    assert problems_of(state, "swin_v2_t", tmp_path).endswith(text)
+
+
+@pytest.mark.parametrize("arch", ["efficientnet_b0", "mobilenet_v2"])
+def test_a_stem_without_blocks_is_told_as_keys_that_are_missing(arch, tmp_path):
+    assert "keys missing" in problems_of({"conv_stem.weight": torch.zeros(32, 3, 3, 3)}, arch, tmp_path)

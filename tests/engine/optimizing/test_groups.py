@@ -6,7 +6,7 @@ from torch import nn
 
 from launcher.engine.layers import build_meta
 from launcher.engine.model import FineTunedModel
-from launcher.engine.optimizing.groups import group_parameters, heights
+from launcher.engine.optimizing.groups import group_parameters, heights, is_norm_or_bias
 from launcher.recipe.schema import ModelConfig, OptimConfig
 
 
@@ -116,3 +116,19 @@ def test_what_does_not_decay_is_not_moved_by_it(engine):
     optimizer.step()
     moved = {name for name, p in model.module.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {"0.weight"}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "is_one"),
+    [
+        ("pos_emb.weight", (16, 8), True),
+        ("embeddings.position_embeddings.weight", (16, 8), True),
+        ("attn.relative_position_bias_table.weight", (9, 2), True),
+        ("attn.attention_biases", (4, 49), True),
+        ("debias_matrix", (4, 4), False),
+        ("pos_embed.proj.weight", (4, 4), False),
+        ("pos_emb.weight", (4, 1, 3, 3), False),
+    ],
+)
+def test_tables_of_positions_and_biases_are_known_by_their_names(name, shape, is_one):
+    assert is_norm_or_bias(name, nn.Parameter(torch.zeros(shape))) is is_one

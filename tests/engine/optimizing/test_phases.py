@@ -9,9 +9,11 @@ import torch
 
 from launcher.engine import optim, recipe_checks
 from launcher.engine.model import FineTunedModel, build_model
+from launcher.engine.optimizing import groups
 from launcher.errors import RecipeError
 from launcher.recipe import load as recipes
 from launcher.recipe.schema import ModelConfig, OptimConfig
+from launcher.system.files import read_jsonl
 from tests.nets import NET
 
 HEAD, BODY = "classifier.1.weight", "features.0.0.weight"
@@ -31,6 +33,10 @@ THREE = {
         ],
     },
 }
+
+
+def events(run, kind):
+    return [event for event in read_jsonl(run.events) if event["kind"] == kind]
 
 
 def test_each_phase_trains_its_layers_at_its_rates_and_begins_a_course(make_run, engine, one_rank):
@@ -77,6 +83,7 @@ def test_a_run_that_is_stopped_anywhere_comes_to_the_same_bits(make_run, engine,
         if found.outcome == "completed":
             break
     assert poll > 9
+    assert not events(run, "groups_changed")  # at the end of an epoch they are still those of its phase
     assert engine.identical(
         [found.state, found.optimizer, found.best], [expected.state, expected.optimizer, expected.best]
     )
@@ -141,3 +148,28 @@ def test_features_are_kept_in_the_first_phase_and_given_up_after_it(make_run, en
     kept = engine.train(make_run(model=NET, batch={"size": 37}, train=train))
     plain = engine.train(make_run("plain", model=NET, batch={"size": 37}, train=train | {"feature_views": 0}))
     assert engine.largest_difference(kept.state, plain.state) < 1e-5
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_groups_that_another_version_made_are_told_at_a_resume(make_run, engine, one_rank, monkeypatch, is_same):
+    optim_section = {"name": "sgd", "lr": 0.1, "schedule": "constant", "layer_decay": 0.5, "decay_norms": False}
+    changes = {"model": NET, "batch": {"size": 19}, "optim": optim_section, "train": THREE["train"] | {"phases": []}}
+    run, said = make_run(**changes), []
+    monkeypatch.setattr(engine.records, "say", lambda _, line: said.append(line))
+    with monkeypatch.context() as earlier:
+        found_now = groups.heights
+        earlier.setattr(groups, "heights", lambda model: {name: 2 * at for name, at in found_now(model).items()})
+        earlier.setattr(groups, "is_norm_or_bias", lambda name, _: name.endswith("bias"))
+        assert engine.train(run, stop=engine.at_poll(4)).outcome == "preempted"
+    if not is_same:
+        run.recipe.write_text(run.recipe.read_text().replace("layer_decay: 0.5", "layer_decay: 0.25"))
+    assert engine.train(run, stop=engine.at_poll(4)).outcome == "preempted"
+    engine.train(run)  # by then the checkpoint has the groups of now
+    told = events(run, "groups_changed")
+    assert [(event["rate"], event["weight_decay"]) for event in told] == ([(10, 4)] if is_same else [])
+    lines = [line for line in said if "groups" in line]
+    assert lines == [
+        f"from step {event['step']} on: another learning rate for 10 tensors, another weight decay for 4 tensors of "
+        "the model (this version of launch groups them otherwise than the one before, the recipe is the same)"
+        for event in told
+    ]
