@@ -8,12 +8,12 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from launcher.commands.new_data import VAL_FRACTION
 from launcher.commands.parser import parser_of
 from launcher.errors import EXIT_OK, EXIT_PREFLIGHT, UsageError
 from launcher.images import datasets, known_layouts
 from launcher.images import listing as listings
 from launcher.images import scan as image_scan
+from launcher.images.candidates import VAL_FRACTION
 from launcher.images.folder import printable
 from launcher.images.listing import Listing
 from launcher.images.source import Source
@@ -64,14 +64,16 @@ def run(path: str, overrides: Sequence[str] = (), *, as_json: bool) -> int:
         recipe = given.recipe_of([*overrides, f"data.path={path}"])
         source, config = recipe_images.source_of(recipe), recipe.data
     allowed = config.missing_val_classes if config else "error"
-    found_wrong = listings.find_problems(source, missing_val_classes=allowed)
+    found_wrong = listings.find_problems(source, missing_val_classes=allowed, explained=False)
     divided = replace(source, val_fraction=VAL_FRACTION)
     may_divide = bool(found_wrong) and source.val_fraction is None
     is_divided = may_divide and not _has_split(source) and _is_laid_out(divided)
     if is_divided:
-        source, found_wrong = divided, listings.find_problems(divided, missing_val_classes=allowed)
+        source = divided
         if not as_json:
             print(UNDIVIDED)
+    if found_wrong:
+        found_wrong = listings.find_problems(source, missing_val_classes=allowed)
     problems = [known_layouts.CURE.sub(r"launch check \1\2", text) for text in found_wrong]
     if not source.place.exists():
         raise UsageError(problems[0])

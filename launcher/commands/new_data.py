@@ -12,6 +12,7 @@ from launcher.images import candidates, datasets, members
 from launcher.images import known_layouts as known
 from launcher.images import listing as listings
 from launcher.images import scan as image_scan
+from launcher.images.candidates import VAL_FRACTION
 from launcher.images.listing import Listing
 from launcher.images.source import Source
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     from launcher.images.scan import Scan
 
-VAL_FRACTION = 0.2
 NUM_MEASURED = 200
 """Look at the size of so many images, spread over all of them: the header alone is read."""
 
@@ -72,7 +72,7 @@ def _readable(source: Source) -> tuple[Source, bool]:
     """The source with what makes it readable, and whether classes lack validation images."""
     for allowed in ("error", "allow"):
         for candidate in _candidates(source):
-            if not listings.find_problems(candidate, missing_val_classes=allowed):
+            if not listings.find_problems(candidate, missing_val_classes=allowed, explained=False):
                 return candidate, allowed == "allow"
     where = f"command line (--data {source.label})"
     found = [known.CURE.sub(r"launch new NAME --data \1", text) for text in listings.find_problems(source)]
@@ -83,7 +83,7 @@ def _candidates(source: Source) -> Iterator[Source]:
     """The source as it is, divided here, and with the names that other tools give its parts and columns."""
     yield source
     yield replace(source, val_fraction=VAL_FRACTION)
-    for found in itertools.islice(candidates.find(source), known.NUM_TRIED):
+    for found in itertools.islice(candidates.find(source), known.NUM_TRIED):  # those of the same place come first
         if found.path == source.path:
             yield replace(found, named=source.named)
 

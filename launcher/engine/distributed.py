@@ -220,7 +220,7 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     num = torch.tensor([len(rows)], device=rows.device)
     every = [torch.empty_like(num) for _ in range(dist.get_world_size())]
     dist.all_gather(every, num)
-    sizes = [int(size) for size in every]
+    sizes = torch.cat(every).tolist()  # all at once: the host waits for the GPU a single time
     padded = (
         rows if len(rows) == max(sizes) else torch.cat([rows, rows.new_zeros(max(sizes) - len(rows), *rows.shape[1:])])
     )

@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import sys
+import threading
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +19,7 @@ from launcher.images.parts import ListRows
 from launcher.images.walk import is_hidden, is_image
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from launcher.images.source import Source
 
@@ -34,6 +37,32 @@ MOST_LEVELS, NUM_SEARCHED = 4, 32
 """How deep, and in how many folders of a level, images are looked for."""
 NUM_LOOKED_INTO, NUM_ENTRIES = 8, 500
 """Of folders that may be classes, how many are looked into, and how much of each."""
+
+
+MOST_S, MOMENT_S = 10.0, 1.0
+"""After so many seconds no more is tried out; after a moment somebody who waits is told what for."""
+
+
+def in_time(try_out: Callable[[Source], str | None]) -> Callable[[Source], str | None]:
+    """The same while there is time, from the first; later None without a look, as of what no way is known to read."""
+    begin, told = 0.0, False
+
+    def try_in_time(source: Source) -> str | None:
+        nonlocal begin, told
+        begin = begin or time.monotonic()
+        passed = time.monotonic() - begin
+        if passed >= MOST_S:
+            return None
+        waiting = threading.Timer(MOMENT_S - passed, print, ["looking for what would work …"], {"file": sys.stderr})
+        if not told:
+            waiting.start()
+        try:
+            return try_out(source)
+        finally:
+            told = told or not waiting.is_alive()
+            waiting.cancel()
+
+    return try_in_time
 
 
 def part_of(name: str) -> str | None:

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from launcher.errors import UsageError
-from launcher.images import class_names, division, gone, known_layouts, layouts, lists
+from launcher.images import candidates, class_names, division, gone, known_layouts, layouts, lists
 from launcher.images import folder as image_folder
 from launcher.images.parts import ClassFolders, ListRows
 from launcher.images.source import Source
@@ -42,6 +42,8 @@ class Listing:
         self.root = source.root
         self.layout = layouts.find(source)
         self._classes = None if classes is None else list(classes)
+        self._listed: dict[tuple[str, ...], list[Found]] = {}
+        """By split (empty: divided here) and the classes asked for, so that nothing is walked through twice."""
 
     @classmethod
     def of_folder(cls, folder: Path, classes: Sequence[str] | None = None) -> Listing:
@@ -52,7 +54,7 @@ class Listing:
         """The same with other classes, or their order; it is divided once for both."""
         made = Listing(self.source, classes)
         if self.layout.undivided:
-            made._validated = self._validated
+            made._validated, made._listed = self._validated, self._listed
         return made
 
     @cached_property
@@ -121,16 +123,33 @@ class Listing:
         part = self.part(split)
         if part is None:
             raise UsageError(self.why_not(split))
-        found = part.images(self.classes)
+        found = self._list(split, self.classes)
         if part is self.layout.undivided:
             found = [image for image in found if (image.path in self._validated) == (split == "val")]
         return found
+
+    def _list(self, split: str, classes: Sequence[str]) -> list[Found]:
+        """All images of some classes of the part that a split is, or is taken from, which has to be there."""
+        part = self.part(split)
+        assert part  # noqa: S101
+        key = "" if part is self.layout.undivided else split, *classes
+        if key not in self._listed:
+            self._listed[key] = part.images(classes)
+        return self._listed[key]
+
+    def find_empty(self) -> Iterator[str]:
+        """Classes without an image in a folder that is divided here; only those are looked into anew."""
+        part = self.layout.undivided
+        assert isinstance(part, ClassFolders)  # noqa: S101
+        names = part.class_names
+        full = {name for image in self._list("train", names) for name in image.labels}
+        yield from image_folder.find_empty(part.place, [name for name in names if name not in full])
 
     @cached_property
     def _validated(self) -> frozenset[str]:
         """Paths of what is taken for validation of what is not divided."""
         assert self.layout.undivided  # noqa: S101
-        found = self.layout.undivided.images(self.layout.undivided.class_names)
+        found = self._list("train", self.layout.undivided.class_names)
         chosen = division.divide(
             [self.key(image.path) for image in found],
             [image.labels for image in found],
@@ -191,13 +210,16 @@ def every_image_has_all(labels: Sequence[Label], num_classes: int) -> str | None
     )
 
 
-def find_problems(source: Source, *, missing_val_classes: str = "error", need_files: bool = True) -> list[str]:
+def find_problems(
+    source: Source, *, missing_val_classes: str = "error", need_files: bool = True, explained: bool = True
+) -> list[str]:
     """The reasons why images cannot be trained on, each with what to do.
 
     Args:
         source: where they are.
         missing_val_classes: ``allow``: validation may lack some of the classes.
         need_files: whether each file that a list names has to be there.
+        explained: whether to look for what would work instead, which may take seconds.
     """
     find = functools.partial(_find_all, missing_val_classes=missing_val_classes, need_files=need_files)
 
@@ -208,7 +230,8 @@ def find_problems(source: Source, *, missing_val_classes: str = "error", need_fi
         except (_UnknownError, OSError):  # an OSError: a folder around it that may not be looked into
             return None
 
-    return find(source, explain=functools.partial(known_layouts.explain, source, try_out))
+    explain = functools.partial(known_layouts.explain, source, candidates.in_time(try_out))
+    return find(source, explain=explain if explained else lambda **_: "")
 
 
 class _UnknownError(Exception):
@@ -272,8 +295,7 @@ def _find_problems(
         return
     if isinstance(layout.undivided, ClassFolders) and not source.classes:
         cure = "remove the folder; a run that learned with it goes on with data.classes=FILE, which names it too"
-        empty = image_folder.find_empty(layout.undivided.place, layout.undivided.class_names)
-        yield from (f"{text}; {cure}" for text in empty)
+        yield from (f"{text}; {cure}" for text in listing.find_empty())
     if need_files:
         yield from (text for part in listing.used for text in gone.find_problems(part))
     yield from _classes_that_do_not_fit(listing, missing_val_classes)

@@ -8,7 +8,7 @@ from launcher.recipe import phases
 from launcher.recipe.schema import OptimConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from launcher.recipe.phases import Phase
     from launcher.recipe.schema import Recipe
@@ -42,34 +42,59 @@ def find_notes(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 def _warmup(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Warm-ups that are longer than what they are of."""
-    for one, key, whose in _courses(recipe, "warmup_epochs"):
-        warmup, epochs = one.optim.warmup_epochs, one.course[1]
-        if warmup > epochs:
-            yield key, f"{warmup:g} epochs are more than {whose}: the rates end at {epochs / warmup:.0%} of theirs"
+    for key, courses in _courses(recipe, "warmup_epochs").items():
+        short = [(one, where) for one, where in courses if one.optim.warmup_epochs > one.course[1]]
+        if short:
+            warmup = short[0][0].optim.warmup_epochs
+            whose = [
+                f"the {one.course[1]} of {where}" if where else f"train.epochs ({one.course[1]})"
+                for one, where in short
+            ]
+            ends = [f"{one.course[1] / warmup:.0%}" for one, _ in short]
+            yield key, f"{warmup:g} epochs are more than {_and(whose)}: the rates end at {_and(ends)} of theirs"
 
 
 def _unread(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Keys that were given for another schedule than there is, and drops that never come."""
-    schedules, default = {one.optim.schedule for one in phases.phases(recipe)}, OptimConfig()
+    settings, default = phases.settings(recipe), OptimConfig()
+    schedules = {one.schedule for one in settings}
     for key, readers in READ_BY.items():
+        read_by = f"it is read by {', '.join(readers)}"
         if getattr(recipe.optim, key) != getattr(default, key) and not schedules & {*readers}:
-            found = " and ".join(sorted(schedules))
-            yield f"optim.{key}", f"no effect with optim.schedule={found}; it is read by {', '.join(readers)}"
-    for one, key, whose in _courses(recipe, "step_epochs"):
-        drops = one.optim.step_epochs
-        if one.optim.schedule == "step" and drops != "auto":
-            every = drops if isinstance(drops, list) else [drops]
-            if late := [f"{epoch:g}" for epoch in every if epoch >= one.course[1]]:
-                yield key, f"no drop at {', '.join(late)}, which is not less than {whose}"
+            yield f"optim.{key}", f"no effect with optim.schedule={_and(sorted(schedules))}; {read_by}"
+        for number, (phase, one) in enumerate(zip(recipe.train.phases, settings, strict=False)):
+            if getattr(phase.optim, key) is not None and one.schedule not in readers:
+                yield f"train.phases.{number}.optim.{key}", f"no effect with schedule={one.schedule}; {read_by}"
+    for key, courses in _courses(recipe, "step_epochs").items():
+        if late := [text for one, where in courses if (text := _late_drops(one, where))]:
+            yield key, "; ".join(late)
 
 
-def _courses(recipe: Recipe, key: str) -> Iterator[tuple[Phase, str, str]]:
-    """Each course of learning rates with the key that a setting of it has, and what its length is called."""
+def _late_drops(one: Phase, where: str) -> str:
+    """What of a course's drops never comes; empty: all come."""
+    drops, epochs = one.optim.step_epochs, one.course[1]
+    if one.optim.schedule != "step" or drops == "auto":
+        return ""
+    late = [f"{epoch:g}" for epoch in (drops if isinstance(drops, list) else [drops]) if epoch >= epochs]
+    if not late:
+        return ""
+    what = f"its drop at {late[0]} never comes" if len(late) == 1 else f"its drops at {_and(late)} never come"
+    return f"{what} in {where}, which has {epochs} epochs" if where else f"{what}: train.epochs is {epochs}"
+
+
+def _courses(recipe: Recipe, key: str) -> dict[str, list[tuple[Phase, str]]]:
+    """The courses of learning rates by the key that a setting of them has, each with its phase's key, if it has one."""
     named = recipe.train.phases
+    found: dict[str, list[tuple[Phase, str]]] = {}
     for number, one in enumerate(phases.phases(recipe)[: None if named else 1]):
         own = bool(named) and getattr(named[number].optim, key) is not None
-        whose = f"the {one.course[1]} of train.phases.{number}" if named else f"train.epochs ({one.course[1]})"
-        yield one, f"train.phases.{number}.optim.{key}" if own else f"optim.{key}", whose
+        where = f"train.phases.{number}" if named else ""
+        found.setdefault(f"{where}.optim.{key}" if own else f"optim.{key}", []).append((one, where))
+    return found
+
+
+def _and(words: Sequence[str]) -> str:
+    return " and ".join(words)
 
 
 def _phases_cut_off(recipe: Recipe) -> Iterator[tuple[str, str]]:

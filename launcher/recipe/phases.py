@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from launcher.recipe.schema import OptimConfig, Recipe
     from launcher.recipe.schema_model import ModelConfig
+    from launcher.recipe.schema_train import PhaseConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,11 @@ def phases(recipe: Recipe) -> list[Phase]:
     ]
 
 
+def settings(recipe: Recipe) -> list[OptimConfig]:
+    """The optimizer settings of each of ``train.phases``, those that never begin too; without any, ``optim``."""
+    return [_settings_of(recipe, one) for one in recipe.train.phases] or [recipe.optim]
+
+
 def phase_at(recipe: Recipe, epoch: int) -> Phase:
     """The phase that an epoch is in; after the last epoch it is the last one."""
     return at(phases(recipe), epoch)
@@ -79,7 +85,11 @@ def _named(recipe: Recipe) -> Iterator[Phase]:
         if left <= 0:
             return
         length = min(one.epochs or left, left)
-        changed = {key: value for key, value in asdict(one.optim).items() if value is not None}
-        optim = replace(recipe.optim, **changed)
+        optim = _settings_of(recipe, one)
         yield Phase(start=start, freeze=tuple(one.freeze), optim=optim, course=(start, length))
         start += length
+
+
+def _settings_of(recipe: Recipe, phase: PhaseConfig) -> OptimConfig:
+    changed = {key: value for key, value in asdict(phase.optim).items() if value is not None}
+    return replace(recipe.optim, **changed)

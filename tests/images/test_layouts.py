@@ -8,12 +8,14 @@ import re
 import shlex
 import shutil
 import sys
+import time
 
 import pytest
 from PIL import Image
 
 from launcher import cli
-from launcher.images import columns, known_layouts, lists
+from launcher.images import candidates, columns, known_layouts, lists
+from launcher.images import folder as image_folder
 from launcher.images import listing as listings
 from launcher.images.listing import Listing
 from launcher.images.source import Source
@@ -651,3 +653,43 @@ def test_a_test_set_in_a_class_folder_is_refused(classes, dry_run):
     assert (code, "cat/new lies among the images that data.val_fraction divides" in shown) == (2, True), shown
     code, shown = dry_run(f"data.path={classes}", "data.val_fraction=0.4", "data.test=.")
     assert (code, "lies among the images that data.val_fraction divides" in shown) == (2, True), shown
+
+
+def test_what_is_divided_here_is_walked_through_once(classes, monkeypatch):
+    walks, walk = [], image_folder.Walk
+    monkeypatch.setattr(image_folder, "Walk", lambda *args: walks.append(args) or walk(*args))
+    monkeypatch.setattr(image_folder, "has_image", None)  # no class is empty
+    found = Listing(Source(path=str(classes), val_fraction=0.2))
+    assert not list(found.find_empty())
+    assert (len(found.samples("train")), len(found.samples("val")), found.weights("train")) == (16, 4, None)
+    assert len(found.with_classes(["cat", "dog"]).samples("val")) == 4
+    assert len(walks) == 1
+    assert not listings.find_problems(found.source)
+    assert len(walks) == 2
+
+
+def test_what_would_work_is_looked_for_for_a_while_and_said_to_be(monkeypatch, capsys):
+    monkeypatch.setattr(candidates, "MOMENT_S", 0.0)
+    tried = []
+
+    def try_out(source):
+        tried.append(source)
+        while len(tried) == 1 and "looking" not in capsys.readouterr().err:
+            time.sleep(0.001)
+        monkeypatch.setattr(candidates, "MOST_S", 0.0)
+        return ""
+
+    in_time, source = candidates.in_time(try_out), Source(path="x")
+    assert (in_time(source), in_time(source), tried) == ("", None, [source])
+
+
+@pytest.mark.parametrize("command", [["check"], ["new", "mine", "--data"]])
+def test_nothing_else_is_looked_for_where_the_images_can_be_divided(classes, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    looked = []
+    monkeypatch.setattr(known_layouts, "explain", lambda *_, **__: looked.append(1) or "")
+    assert cli.main([*command, str(classes)]) == 0
+    assert not looked
+    (tmp_path / "mine.yaml").unlink(missing_ok=True)
+    assert cli.main([*command, str(classes / "cat")]) != 0  # one class
+    assert len(looked) == 1

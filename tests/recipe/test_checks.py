@@ -80,7 +80,7 @@ def test_early_stopping_on_a_metric_that_does_not_exist(metric, hint, problems):
         (
             "optim",
             {"step_epochs": [0.5, 30], "schedule": "step"},
-            "no drop at 30, which is not less than train.epochs (1)",
+            "its drop at 30 never comes: train.epochs is 1",
         ),
         ("model", {"freeze": ["layer1"], "unfreeze": {0: "layer1"}}, None),
         (

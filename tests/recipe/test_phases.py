@@ -77,10 +77,12 @@ def test_freeze_and_unfreeze_are_short_for_phases_with_one_course(load):
 def test_any_of_them_can_be_tried_for_an_epoch_and_what_never_comes_is_told(load):
     recipe = load(HEAD_FIRST, "train.epochs=1")
     assert [(one.start, one.course) for one in phases.phases(recipe)] == [(0, (0, 1))]
-    assert dict(notes.find_notes(recipe)) == {
-        "train.phases.0": "1 of its 2 epochs come: train.epochs is 1",
-        "train.phases.1": "it never begins: train.epochs is 1",
-    }
+    assert list(notes.find_notes(recipe)) == [
+        ("train.phases.0", "1 of its 2 epochs come: train.epochs is 1"),
+        ("train.phases.1", "it never begins: train.epochs is 1"),
+    ]
+    later = load(HEAD_FIRST, "train.epochs=2", "optim.step_epochs=1", "train.phases.1.optim.schedule=step")
+    assert [key for key, _ in notes.find_notes(later)] == ["train.phases.1"]  # which would read optim.step_epochs
 
 
 def test_all_of_a_schedule_may_be_a_phases_own_and_what_it_does_not_come_to_is_told(load):
@@ -89,11 +91,35 @@ def test_all_of_a_schedule_may_be_a_phases_own_and_what_it_does_not_come_to_is_t
     first, second = phases.phases(load(text, "optim.cycles=5", "train.phases.1.optim.schedule=cosine_restarts"))
     assert (first.optim.step_epochs, first.optim.step_factor, first.optim.decay_norms) == ([1, 9], 0.5, False)
     assert (second.optim.decay_norms, second.optim.cycles) == (True, 5)
-    assert dict(notes.find_notes(load(text))) == {
-        "train.phases.0.optim.warmup_epochs": "4 epochs are more than the 2 of train.phases.0: "
-        "the rates end at 50% of theirs",
-        "train.phases.0.optim.step_epochs": "no drop at 9, which is not less than the 2 of train.phases.0",
-    }
+    assert list(notes.find_notes(load(text, "train.phases.1.optim.power=3"))) == [
+        (
+            "train.phases.0.optim.warmup_epochs",
+            "4 epochs are more than the 2 of train.phases.0: the rates end at 50% of theirs",
+        ),
+        ("train.phases.1.optim.power", "no effect with schedule=constant; it is read by polynomial"),
+        ("train.phases.0.optim.step_epochs", "its drop at 9 never comes in train.phases.0, which has 2 epochs"),
+    ]
+
+
+def test_what_several_phases_have_of_optim_is_told_in_one_line(load):
+    given = ("optim.warmup_epochs=20", "optim.schedule=step", "optim.step_epochs=[2, 19]")
+    text = HEAD_FIRST.replace("optim: {{schedule: constant, groups: {{head: 0.2}}, warmup_epochs: 0}}", "freeze: []")
+    assert list(notes.find_notes(load(text, *given))) == [
+        (
+            "optim.warmup_epochs",
+            (
+                "20 epochs are more than the 2 of train.phases.0 and the 3 of train.phases.1: "
+                "the rates end at 10% and 15% of theirs"
+            ),
+        ),
+        (
+            "optim.step_epochs",
+            (
+                "its drops at 2 and 19 never come in train.phases.0, which has 2 epochs; "
+                "its drop at 19 never comes in train.phases.1, which has 3 epochs"
+            ),
+        ),
+    ]
 
 
 def test_more_epochs_than_the_phases_have_is_a_mistake(problems):

@@ -45,7 +45,7 @@ class BestValidation:
         """
         if answers is None:
             return
-        intervals = redraw.intervals(answers.scores)
+        intervals = redraw.intervals(answers.scores, wanted=self._recorder is not None)
         if answers.several:
             self._take_several(best, answers, answers.several, intervals)
         if not answers.num_classes or answers.confidences is None:

@@ -59,6 +59,8 @@ class MultiLabelTotals:
         self._losses = [torch.empty(0, dtype=torch.float64, device=device)]
         self._images = torch.zeros(3, dtype=torch.int64, device=device)
         """All, and those of top-1 and of top-5."""
+        self._hits: list[torch.Tensor] = []
+        """Of each batch, whether its images are of top-1 and of top-5; bool N x 2."""
         self._counts = torch.zeros(3, len(self._classes), dtype=torch.int64, device=device)
         """Of each class, images that rightly were said to have it, that have it, that were said to."""
         self._ranking = Ranking(len(self._classes), device)
@@ -74,7 +76,9 @@ class MultiLabelTotals:
         probabilities, true = sigmoids(logits), targets > 0
         said = probabilities >= self._threshold
         self._images[0] += len(targets)
-        self._images[1:] += hits_of(logits, targets).sum(dim=0).long()
+        hits = hits_of(logits, targets)
+        self._hits.append(hits.bool())
+        self._images[1:] += hits.sum(dim=0).long()
         self._counts += torch.stack([(said & true).sum(0), true.sum(0), said.sum(0)])
         self._ranking.add(probabilities, targets)
         self._calibration.add(probabilities.flatten(), true.flatten())
@@ -96,7 +100,7 @@ class MultiLabelTotals:
         none = torch.empty(0, dtype=torch.int64)
         of_rank = Answers(share=share, samples=samples, num_classes=0, pairs=none, losses=losses)
         curves, roc = self._ranking.curves, self._ranking.roc
-        scores = scores_of(self._ranking, threshold=self._threshold)
+        scores = scores_of(self._ranking, self._hits, samples, threshold=self._threshold)
         return replace(of_rank, calibration=in_images(bins), curves=curves, roc=roc, several=several, scores=scores)
 
     def compute(self) -> dict[str, Any]:

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from launcher.engine.validating.several import SeveralAnswers
     from launcher.recipe.metrics import Metric
 
-MOST_CLASSES = 1_000
-"""Of more the draws of a bootstrap take seconds: nothing is said."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
@@ -79,7 +76,8 @@ class Noise:
         if not former or not before or not answers or before.share != answers.share:
             return
         name = best["metric"].removeprefix("val/")
-        noise = _noise(name, before, answers) if answers.samples <= MOST_IMAGES else None
+        wanted = self._recorder is not None
+        noise = _noise(name, before, answers, wanted=wanted) if answers.samples <= MOST_IMAGES else None
         gain = abs(best["value"] - former["value"])
         if self._recorder is None or noise is None or gain >= noise:
             return
@@ -93,8 +91,8 @@ class Noise:
         )
 
 
-def _noise(name: str, before: Answers, now: Answers) -> float | None:
-    """The largest gain that is noise; None: it is not known. Every rank must call it."""
+def _noise(name: str, before: Answers, now: Answers, *, wanted: bool) -> float | None:
+    """The largest gain that is noise; None: it is not known, or not wanted on this rank. Every rank must call it."""
     if name == "loss":
         lost = None if before.losses is None or now.losses is None else now.losses - before.losses
         return None if lost is None else _of_differences(lost)
@@ -102,20 +100,22 @@ def _noise(name: str, before: Answers, now: Answers) -> float | None:
     if metric is None:  # of the user's own
         return None
     if metric.of_answers and now.num_classes:
-        return _of_answers(metric, name, before, now)
+        return _of_answers(metric, name, before, now, wanted=wanted)
     both = before.scores and now.scores and (before.scores.gather(), now.scores.gather())
-    return redraw.noise_of_gain(name, *both) if both else None
+    return redraw.noise_of_gain(name, *both) if both and wanted else None
 
 
-def _of_answers(metric: Metric, name: str, before: Answers, now: Answers) -> float | None:
+def _of_answers(metric: Metric, name: str, before: Answers, now: Answers, *, wanted: bool) -> float | None:
     """Of a metric that follows from the one answer to each image."""
     num = now.num_classes
     true, old, new = now.pairs // num, before.pairs % num, now.pairs % num
     if name == "top1":
         return _of_differences((new == true).double() - (old == true).double())
-    if num > MOST_CLASSES:
+    if num > redraw.MOST_CLASSES:
         return None
     kinds, counts = (found.cpu().numpy() for found in count_over_ranks((true * num + old) * num + new))
+    if not wanted:
+        return None
     return noise_of_gain(metric, kinds // num**2, kinds // num % num, kinds % num, counts)
 
 

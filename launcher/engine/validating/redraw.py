@@ -7,24 +7,25 @@ Of one class an image, what follows from the answers alone is drawn by kinds of 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from launcher.engine.distributed import gather_rows
-from launcher.engine.metrics import hits_of
 from launcher.engine.validating.ranking import CALIBRATION_BINS, Ranking, areas, calibration_bin
 from launcher.recipe.metrics import METRICS, Counts
 from launcher.report.intervals import DRAWS, Z_95
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 FEWEST_DRAWS = 25
 """Enough for the first digit of a deviation."""
 MOST_DRAWN = 5_000_000
-"""Probabilities in all draws together, less than a second of AUROC; of more there are fewer draws."""
+"""Probabilities in all draws together, less than a second of AUROC; of more there are fewer draws, or none."""
+MOST_CLASSES = 1_000
+"""Of more the draws of a bootstrap take seconds: nothing is said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,27 +36,45 @@ class Scores:
     """Float32 N x C."""
     true: torch.Tensor
     """Which classes are true, bool N x C."""
+    hits: torch.Tensor
+    """Whether the likeliest class is right, and whether one of the five likeliest is: by the logits, of which fewer are
+    equal than of probabilities; bool N x 2."""
+    samples: int
+    """Images of all ranks."""
     threshold: float | None = None
     """The probability from which on an image is said to have a class; None: it has one class."""
 
     def gather(self) -> Scores:
         """On the host, in the order of the ranks. Every rank must call it."""
-        probabilities, true = gather_rows(self.probabilities), gather_rows(self.true.to(torch.uint8))
-        return Scores(probabilities=probabilities.cpu(), true=true.cpu().bool(), threshold=self.threshold)
+        probabilities = gather_rows(self.probabilities).cpu()
+        known = gather_rows(torch.cat([self.true, self.hits], dim=1).to(torch.uint8)).cpu().bool()
+        return replace(self, probabilities=probabilities, true=known[:, :-2], hits=known[:, -2:])
 
     @property
     def answered(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What is said to be so with which confidence, and whether it is; N x 1 of one class an image, else N x C."""
         if self.threshold is not None:
             return self.probabilities, self.true
-        found = self.probabilities.max(dim=1, keepdim=True)
-        return found.values, self.true.gather(1, found.indices)
+        return self.probabilities.amax(dim=1, keepdim=True), self.hits[:, :1]
 
 
-def scores_of(ranking: Ranking, *, threshold: float | None = None) -> Scores | None:
-    """What a rank's validation keeps of probabilities, all of them counted; None: there are too many."""
+def scores_of(
+    ranking: Ranking, hits: Sequence[torch.Tensor], samples: int, *, threshold: float | None = None
+) -> Scores | None:
+    """What a rank's validation keeps of probabilities, all of them counted; None on every rank: there are too many.
+
+    Args:
+        ranking: has them.
+        hits: of each batch, as :func:`launcher.engine.metrics.hits_of` gives them.
+        samples: images of all ranks.
+        threshold: as :class:`Scores` has it.
+    """
     kept = ranking.kept()
-    return kept and Scores(probabilities=kept[0], true=kept[1], threshold=threshold)
+    if kept is None or kept[0].shape[1] > MOST_CLASSES or samples * kept[0].shape[1] > MOST_DRAWN // FEWEST_DRAWS:
+        return None
+    probabilities, true = kept
+    of_images = torch.cat([true.new_empty(0, 2), *(each.bool() for each in hits)])
+    return Scores(probabilities=probabilities, true=true, hits=of_images, samples=samples, threshold=threshold)
 
 
 def noise_of_gain(name: str, before: Scores, now: Scores) -> float | None:
@@ -72,22 +91,26 @@ def noise_of_gain(name: str, before: Scores, now: Scores) -> float | None:
     value, num = _value_of(name), len(now.probabilities)
     if value is None or not num:
         return None
-    draws = int(min(DRAWS, max(FEWEST_DRAWS, MOST_DRAWN // max(1, now.probabilities.numel()))))
+    draws = min(DRAWS, MOST_DRAWN // max(1, now.probabilities.numel()))
     weights = _draw(num, draws)
     gains = value(now, weights) - value(before, weights)
     gains = gains[gains.isfinite()]  # a draw without any image of some class has no AUROC of it
     return Z_95 * float(gains.std()) if len(gains) > 1 else None
 
 
-def intervals(scores: Scores | None) -> dict[str, list[float]]:
+def intervals(scores: Scores | None, *, wanted: bool = True) -> dict[str, list[float]]:
     """95 % intervals of metrics by their names, where images are few; those of answers to one class an image are known.
 
     Every rank must call it.
+
+    Args:
+        scores: of this rank.
+        wanted: whether this rank does anything with them; else there are none.
     """
-    if scores is None:
+    if scores is None or not 0 < scores.samples * scores.probabilities.shape[1] <= MOST_DRAWN // DRAWS:
         return {}
     found = scores.gather()
-    if not 0 < found.probabilities.numel() <= MOST_DRAWN // DRAWS:
+    if not wanted:
         return {}
     weights = _draw(len(found.true), DRAWS)
     drawn = _ranked(found, weights)
@@ -108,9 +131,7 @@ def _draw(num: int, draws: int) -> torch.Tensor:
 def _value_of(name: str) -> Callable[[Scores, torch.Tensor], torch.Tensor] | None:
     """What computes a metric of each draw: from the answers and how often each image was drawn (D x N)."""
     if name in ("top1", "top5"):
-        return lambda scores, weights: _mean(
-            hits_of(scores.probabilities, scores.true)[:, int(name == "top5")], weights
-        )
+        return lambda scores, weights: _mean(scores.hits[:, int(name == "top5")].double(), weights)
     if name in ("auroc", "average_precision"):
         return lambda scores, weights: _ranked(scores, weights)[name]
     if name == "ece":

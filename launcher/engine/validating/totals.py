@@ -53,6 +53,8 @@ class ValidationTotals:
         self._pairs = [torch.empty(0, dtype=torch.int64, device=device)]
         """Of each image, true class * number of classes + predicted class."""
         self._confidences = [torch.empty(0, device=device)]
+        self._hits: list[torch.Tensor] = []
+        """Of each batch, whether its images are right; bool N x 2."""
         self._ranking = Ranking(len(self._classes), device)
         self._calibration = Calibration(device)
         self._bins: list[list[int]] = []
@@ -62,7 +64,9 @@ class ValidationTotals:
         losses = self._of_run.each(logits, labels)
         self._losses.append(losses)
         self._loss += losses.sum()
-        self._top_k += hits_of(logits, labels)[:, 1].sum().long()
+        hits = hits_of(logits, labels)
+        self._hits.append(hits.bool())
+        self._top_k += hits[:, 1].sum().long()
         predicted = logits.argmax(dim=1)
         self._pairs.append(labels * len(self._classes) + predicted)
         probabilities = self._of_run.probabilities(logits)
@@ -90,7 +94,7 @@ class ValidationTotals:
             calibration=in_images(self._bins),
             curves=self._ranking.curves,
             roc=self._ranking.roc,
-            scores=scores_of(self._ranking),
+            scores=scores_of(self._ranking, self._hits, samples),
         )
 
     def compute(self) -> dict[str, Any]:

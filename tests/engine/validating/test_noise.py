@@ -7,6 +7,8 @@ import torch
 from torch.nn import functional
 
 from launcher.engine.losses import Loss
+from launcher.engine.metrics import hits_of
+from launcher.engine.validating import noise as noises
 from launcher.engine.validating import redraw
 from launcher.engine.validating.multi_label import MultiLabelTotals
 from launcher.engine.validating.noise import Answers, Noise
@@ -79,19 +81,25 @@ def test_nothing_is_said_where_nothing_is_known(one_rank):
 
 
 @pytest.mark.parametrize("metric", ["f1", "auroc"])
-def test_ranks_say_what_one_says(in_ranks, metric):
+def test_ranks_say_what_one_says(in_ranks, metric, monkeypatch):
+    draw, of_gain = redraw._draw, noises.noise_of_gain
+
     def work(ranks):
         recorder = Recorder()
-        noise = Noise(recorder)
+        noise = Noise(recorder if ranks.rank == 0 else None)
+        monkeypatch.setattr(redraw, "_draw", draw if ranks.rank == 0 else None)  # the others have nothing to tell
+        monkeypatch.setattr(noises, "noise_of_gain", of_gain if ranks.rank == 0 else None)
         start, end = {1: [(0, 200)], 3: [(0, 50), (50, 50), (50, 200)]}[ranks.world_size][ranks.rank]
         for number, right in enumerate((160, 161)):
             pairs, generator = answers(right).pairs, torch.Generator().manual_seed(0)
             true = functional.one_hot(pairs // CLASSES, CLASSES).bool()
             likely = torch.rand(200, CLASSES, generator=generator) + functional.one_hot(pairs % CLASSES, CLASSES)
-            scores = redraw.Scores(probabilities=likely[start:end], true=true[start:end])
+            likely, true = likely[start:end], true[start:end]
+            scores = redraw.Scores(probabilities=likely, true=true, hits=hits_of(likely, true).bool(), samples=200)
             one = Answers(share=0, samples=200, num_classes=3, pairs=pairs[start:end], losses=None, scores=scores)
             former = best_of(metric, 0.8, 0) if number else None
             noise.judge(former, best_of(metric, 0.8 + number / 1000, number), one)
+            assert redraw.intervals(scores, wanted=ranks.rank == 0) or ranks.rank
         return recorder.events
 
     (one,), many = in_ranks(1, work), in_ranks(3, work)
@@ -122,11 +130,17 @@ def scored(right, *, several, num=200):
     true = torch.arange(num) % CLASSES
     logits = torch.randn(num, CLASSES, generator=generator)
     logits[:right] = 3 * torch.nn.functional.one_hot(true[:right], CLASSES) - 1.5 + 0.5 * logits[:right]
-    names, cpu = ["a", "b", "c"], torch.device("cpu")
+    return totals_of(logits, true, several=several)
+
+
+def totals_of(logits, true, *, several):
+    """All metrics' values, and the answers."""
+    num, classes = logits.shape
+    names, cpu = [str(number) for number in range(classes)], torch.device("cpu")
     function = functional.binary_cross_entropy_with_logits if several else functional.cross_entropy
     loss = Loss("each", function, {})
     totals = MultiLabelTotals(names, cpu, loss, threshold=0.4) if several else ValidationTotals(names, cpu, loss)
-    totals.add(logits, functional.one_hot(true, CLASSES).float() if several else true)
+    totals.add(logits, functional.one_hot(true, classes).float() if several else true)
     values = totals.compute()
     return values, totals.answers(0, num)
 
@@ -143,3 +157,22 @@ def test_what_follows_from_probabilities_is_judged_too(one_rank, several, metric
     assert not judgements[1] or metric == "ece"
     drawn_once = redraw._value_of(metric)(former.scores.gather(), torch.ones(1, 200, dtype=torch.float64))
     assert drawn_once.item() == pytest.approx(values[metric], abs=1e-9)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_hits_are_those_of_logits_where_probabilities_are_equal(one_rank, several):
+    logits = 40 + 200 * torch.stack([torch.randperm(8, generator=torch.Generator().manual_seed(n)) for n in range(20)])
+    true = logits.argsort(dim=1, descending=True)[torch.arange(20), torch.tensor([0, 4] * 10)]  # likeliest, and fifth
+    values, found = totals_of(logits.float(), true, several=several)
+    once = torch.ones(1, 20, dtype=torch.float64)
+    drawn = {name: redraw._value_of(name)(found.scores.gather(), once).item() for name in ("top1", "top5")}
+    assert drawn == {"top1": values["top1"], "top5": values["top5"]} == {"top1": 0.5, "top5": 1.0}
+
+
+@pytest.mark.parametrize(("num", "classes", "is_kept"), [(9_000, 3, True), (70_000, 3, False), (90, 1_001, False)])
+def test_of_many_probabilities_none_are_exchanged(one_rank, monkeypatch, num, classes, is_kept):
+    logits = torch.randn(num, classes, generator=torch.Generator().manual_seed(0))
+    _, found = totals_of(logits, torch.arange(num) % classes, several=False)
+    monkeypatch.setattr(redraw, "gather_rows", None)
+    assert bool(found.scores) == is_kept
+    assert redraw.intervals(found.scores) == {}
