@@ -134,9 +134,12 @@ def _outcomes_of_trained(run: RunDir, peers: Peers) -> dict[int, str]:
 
 
 def ask_for_lost(stop: StopSignals, peers: Peers) -> None:
-    """A worker vanished: with its node, or alone? The node would be missed a moment later."""
+    """A worker vanished: with its node, or alone? The node would be missed a moment later, or never be heard of.
+
+    The latter where it died within the first second: all nodes' workers had met, so it had come.
+    """
     waiting.wait_until(lambda: peers.lost(idle=True) or stop.requested, timeout_s=ASK_S, heed=lambda: None)
-    if lost := peers.lost(idle=True):
+    if lost := peers.lost(idle=True) or ("" if stop.requested else peers.unheard()):
         stop.request(reason=lost, cause="lost_node")
 
 

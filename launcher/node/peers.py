@@ -115,6 +115,10 @@ class Peers:
                 return self._gone(node, now - heard)
         return ""
 
+    def unheard(self) -> str:
+        """The first node that has never said that it lives, in words; it is gone where its workers were met."""
+        return next((self._gone(node, 0) for node in self._others if node not in self._heard), "")
+
     def why_apart(self) -> str:
         """Why torch's agent has given up, in words."""
         awaited = self.awaited()

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from torch.distributed import TCPStore
 
-from launcher.node import peers
+from launcher.node import agent_thread, peers
 from launcher.node.agent_thread import blame_lost
 from launcher.node.peers import Peers
 from launcher.node.signals import StopSignals
@@ -131,3 +131,17 @@ def test_a_first_node_that_is_known_to_live_and_opens_no_store_is_lost(monkeypat
     with Peers(plan, {0: "n2", 1: "n5"}) as known:
         until(lambda: known.lost(idle=False))
         assert known.lost(idle=False).startswith("node 2 (n2) is gone")
+
+
+@pytest.mark.parametrize("has_come", [False, True])
+def test_one_that_died_before_it_was_heard_of_is_lost_where_its_workers_had_met(has_come, store, make_run, monkeypatch):
+    monkeypatch.setattr(agent_thread, "ASK_S", 1.0)
+    stop = StopSignals(make_run("run"), node_rank=1)
+    with node(0, store), node(1, store) as second:
+        if has_come:
+            until(second.heard)
+            agent_thread.ask_for_lost(stop, second)
+        else:
+            agent_thread.ask_for_lost(stop, on_port(1, 1))
+    assert stop.cause == ("" if has_come else "lost_node")
+    assert stop.reason.startswith("" if has_come else "node 0 is gone")

@@ -166,7 +166,7 @@ def test_a_node_that_dies_whole_is_named_and_the_other_leaves(lost, node, tmp_pa
     nodes[1].until(run.last_checkpoint.exists, "a checkpoint")
     os.killpg(nodes[lost].process.pid, signal.SIGKILL)
     output = nodes[1 - lost].ends(75, within_s=DEADLINE_S)
-    assert f"node {lost} ({os.uname().nodename}) is gone" in output
+    assert re.search(rf"node {lost}( \({os.uname().nodename}\))? is gone", output)  # it may die before it told its name
     assert run.read_status()["state"] == "preempted"
     (ended,) = events(run, "attempt_ended")[-1:]
     assert ended["cause"] == "lost_node"
