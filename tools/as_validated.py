@@ -67,10 +67,9 @@ class AsValidated:
         """Images of a split as they are decoded, and labels, each image once, as they go through the model."""
         samples = self.best.dataset(split)
         num = len(samples)
-        if self.batching is None:
-            yield from evaluate.loaded(samples, evaluate.in_batches(range(num)))
-            return
-        parts = all_validation_batches(num, self.batching, together=self.device.batches_in_validation)
+        parts = evaluate.in_batches(range(num))
+        if self.batching:
+            parts = all_validation_batches(num, self.batching, together=self.device.batches_in_validation)
         decoded = evaluate.loaded(samples, evaluate.in_batches([*chain(*parts)]))  # as many as memory is reckoned with
         yield from _regrouped(decoded, map(len, parts))
 

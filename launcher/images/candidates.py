@@ -33,12 +33,11 @@ OTHER_NAMES = {
 BESIDE = {"data", "dataset", "set", "split", "images", "image", "imgs", "img", "photos", "pictures", "jpg", "png"}
 """Words, and numbers, that stand beside these names, as in train_images and val2017."""
 VAL_FRACTION = 0.2
+"""What is suggested where nothing says which images are for validation."""
 MOST_LEVELS, NUM_SEARCHED = 4, 32
 """How deep, and in how many folders of a level, images are looked for."""
 NUM_LOOKED_INTO, NUM_ENTRIES = 8, 500
 """Of folders that may be classes, how many are looked into, and how much of each."""
-
-
 MOST_S, MOMENT_S = 10.0, 1.0
 """After so many seconds no more is tried out; after a moment somebody who waits is told what for."""
 

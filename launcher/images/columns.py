@@ -19,30 +19,12 @@ COLUMNS = ("path", "label", "split", "group", "weight")
 OTHER_NAMES = {
     "path": (
         *("file", "file_name", "filename", "filepath", "file_path", "filenames", "files", "paths", "name", "id"),
-        *(
-            "image",
-            "images",
-            "image_path",
-            "image_name",
-            "image_file",
-            "image_id",
-            "img",
-            "img_path",
-            "img_name",
-            "photo",
-        ),
+        *("image", "images", "image_path", "image_name", "image_file", "image_id"),
+        *("img", "img_path", "img_name", "photo"),
     ),
     "label": (
-        "class",
-        "labels",
-        "target",
-        "category",
-        "class_name",
-        "class_id",
-        "classname",
-        "label_name",
-        "tags",
-        "y",
+        *("class", "labels", "target", "category", "class_name", "class_id"),
+        *("classname", "label_name", "tags", "y"),
     ),
 }
 """What people call the columns: named in messages, never taken without being asked for."""

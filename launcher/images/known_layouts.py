@@ -98,7 +98,7 @@ def _found(place: Path) -> Iterator[str]:
         if place.is_file():
             yield f"a file {place.suffix or 'without an ending'}"
         return
-    entries = [entry for entry in sorted(place.iterdir()) if not is_hidden(entry.name)]
+    entries = _entries(place)
     names = [entry.name for entry in entries if entry.is_dir()]
     if names:
         more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
@@ -107,6 +107,12 @@ def _found(place: Path) -> Iterator[str]:
     yield from (f"{num} file{'' if num == 1 else 's'} {ending}" for ending, num in endings.most_common(4))
     if not entries:
         yield "nothing"
+
+
+def _entries(place: Path) -> list[os.DirEntry[str]]:
+    """What lies in a folder, by name; of each it is known whether it is a folder, without asking for it."""
+    with os.scandir(place) as entries:
+        return sorted((one for one in entries if not is_hidden(one.name)), key=lambda one: one.name)
 
 
 def command(source: Source, asked: Source) -> str:
@@ -168,7 +174,7 @@ def _in_words(source: Source) -> Iterator[str]:
             f"path,label in each line (a;b with data.task=multi_label where an image holds several): {LIST_CURE}"
         )
         return
-    files = {ending_of(entry.name): entry for entry in sorted(place.iterdir(), reverse=True) if entry.is_file()}
+    files = {ending_of(entry.name): place / entry.name for entry in reversed(_entries(place)) if entry.is_file()}
     wanted = FILES if not names else ARCHIVES  # beside folders a .json or .txt is rarely what was meant
     known = [FILES[ending].format(file) for ending, file in files.items() if ending in wanted]
     yield from known[:2]

@@ -250,9 +250,8 @@ def _read_csv(file: Path, names: Mapping[str, str]) -> Iterator[tuple[int, Mappi
                 if row.get(None):
                     what = f"{len(row[None])} more fields than the first line names"
                     raise ListError([f"{file}:{line}: {what}; put what holds a {delimiter!r} into quotes"])
-                if (
-                    row.get(names["label"], "") is None
-                ):  # the line ends before it, which is not the same as an empty one
+                # None: the line ends before it, which is not the same as an empty one.
+                if row.get(names["label"], "") is None:
                     del row[names["label"]]
                 yield line, row
             _check_columns(file, reader.fieldnames, names, {}, empty + 1)

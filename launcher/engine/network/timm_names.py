@@ -177,6 +177,12 @@ def _around(blocks: list[_Block], named: Callable[[_Block, int], tuple[str, str]
     return (*rules, *(rule for block in blocks for rule in block.rules(named)))
 
 
+def _between(blocks: list[_Block], named: Callable[[_Block, int], tuple[str, str]], *, last: str) -> Rules:
+    """Rules of a network that is one ``features``, whose ``last`` is a convolution with its norm."""
+    ends = {"conv_stem": "features.0.0", "bn1": "features.0.1", "conv_head": f"{last}.0", "bn2": f"{last}.1"}
+    return _around(blocks, named, **ends, classifier="classifier.1")
+
+
 def _efficientnet(state: State) -> Rules:
     def named(block: _Block, place: int) -> tuple[str, str]:
         there = f"features.{block.stage + 1}.{block.number}.block.{place}"
@@ -184,8 +190,7 @@ def _efficientnet(state: State) -> Rules:
 
     blocks = _blocks(state)
     last = f"features.{max((block.stage for block in blocks), default=-1) + 2}"
-    ends = {"conv_stem": "features.0.0", "bn1": "features.0.1", "conv_head": f"{last}.0", "bn2": f"{last}.1"}
-    return _around(blocks, named, **ends, classifier="classifier.1")
+    return _between(blocks, named, last=last)
 
 
 def _mobilenet_v3(state: State) -> Rules:
@@ -208,8 +213,7 @@ def _mobilenet_v2(state: State) -> Rules:
 
     blocks = _blocks(state)
     last = f"features.{len(blocks) + 1}"
-    ends = {"conv_stem": "features.0.0", "bn1": "features.0.1", "conv_head": f"{last}.0", "bn2": f"{last}.1"}
-    return _around(blocks, named, **ends, classifier="classifier.1")
+    return _between(blocks, named, last=last)
 
 
 def _mnasnet(state: State) -> Rules:
